@@ -1,0 +1,42 @@
+"""The Megatron-Core actor: parallel layout, optimizer, micro-batches."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from treepo.config.base import Section
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages."""
+    data: int = Field(1, ge=1)
+    """Data-parallel replicas; a step's prompts are divided among them."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(1e-6, gt=0)
+    """Adam's learning rate after the warm-up."""
+    warmup_steps: int = Field(10, ge=0)
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """Adam's moment decay rates."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay."""
+    clip_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class ActorConfig(Section):
+    parallel: ParallelConfig = ParallelConfig()
+    """The layout; tensor x pipeline x data ranks."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Adam."""
+    max_tokens_per_pack: int = Field(16384, ge=1)
+    """Most tokens in one micro-batch."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation: `full` keeps only each layer's input."""

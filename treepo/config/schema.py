@@ -1,0 +1,65 @@
+"""One YAML file names everything that a run needs; this is its shape."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from treepo.config.actor import ActorConfig
+from treepo.config.base import PathField, Section
+from treepo.config.data import DataConfig
+from treepo.config.engine import EngineConfig
+from treepo.config.learning import LearningConfig
+from treepo.config.reward import RewardConfig
+from treepo.config.sampling import SamplingConfig
+
+
+class ModelConfig(Section):
+    path: PathField
+    """A Hugging Face folder: config.json, safetensors, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the actor's parameters (with float32 master weights) and of the engine's."""
+
+
+class EvaluationConfig(Section):
+    samples: int = Field(1, ge=1)
+    """Sequential samples of each held-out prompt."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    max_problems: int | None = Field(None, ge=1)
+    """Only the first so many held-out problems; all of them by default."""
+
+
+class RunConfig(Section):
+    out: PathField
+    """The run folder: config, metrics, trees, checkpoint, log, summary."""
+    seed: int = Field(0, ge=0)
+    """Of everything random: data order, sampling policy, grading order."""
+    steps: int = Field(ge=1)
+    """Training steps: each samples `data.prompts_per_step` trees and learns from them."""
+    model: ModelConfig
+    """The model that is trained."""
+    data: DataConfig
+    """Prompts."""
+    reward: RewardConfig = RewardConfig()
+    """Grading."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How trees are sampled."""
+    learning: LearningConfig = LearningConfig()
+    """Advantages and loss."""
+    actor: ActorConfig = ActorConfig()
+    """The trainer."""
+    engine: EngineConfig = EngineConfig()
+    """The sampler."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out accuracy before and after."""
+
+    @model_validator(mode="after")
+    def _prompts_divide(self) -> Self:
+        prompts, ranks = self.data.prompts_per_step, self.actor.parallel.data
+        parts = self.learning.mini_batches * ranks
+        if prompts % parts:
+            raise ValueError(
+                f"data.prompts_per_step = {prompts} cannot be divided into learning.mini_batches x "
+                f"actor.parallel.data = {self.learning.mini_batches} x {ranks} = {parts} equal parts"
+            )
+        return self

@@ -1,0 +1,21 @@
+"""The exceptions that a user can cause. The command line shows each as one line and exits with 2."""
+
+
+class TreepoError(Exception):
+    """Base of every error that ends in one clear line; its text names the place and what is allowed."""
+
+
+class ConfigError(TreepoError):
+    """A key, type or combination in a configuration that cannot be used."""
+
+
+class DataError(TreepoError):
+    """A data file, row or column that cannot be used; the text names file and line."""
+
+
+class ModelError(TreepoError):
+    """A model folder that cannot be used; the text names the folder and what it lacks."""
+
+
+class EngineError(TreepoError):
+    """A request that an engine could not serve; the text names the engine and the reason."""

@@ -1,0 +1,103 @@
+"""What the core asks of an engine and a learner, so that it never needs to know which one it has.
+
+The real ones live in `sglang_rollout` and `megatron_bridge`; the tests bring fakes. Arrays are numpy on
+this border: it is crossed between processes, and neither side should care about the other's device.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from treepo.packing import Pack
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateRequest:
+    """One path asks for at most `max_tokens` more tokens.
+
+    context: int32 [T], the prompt and every segment above, as the tree shows them.
+    prompt_tokens: how many of `context` are the prompt; the rest is the response so far.
+    check_every: where not 0, decoding ends at the first multiple of this many new tokens at which the
+        engine's stop rule holds for the response so far (prompt excluded).
+    seed: used by an engine that samples deterministically, ignored by others.
+    """
+
+    context: np.ndarray
+    prompt_tokens: int
+    max_tokens: int
+    temperature: float
+    seed: int
+    check_every: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateOutput:
+    """Tokens sampled under the request's context: at least one.
+
+    log_probs: float32 [T], under the sampling distribution (temperature applied).
+    version: the committed weight version that sampled all of them.
+    finish: `eos` when the last token is one of the model's end tokens, `length` otherwise.
+    cached_tokens: how many of the context's tokens were found in the prefix cache.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    version: int
+    finish: Literal["eos", "length"]
+    cached_tokens: int
+
+
+class Engine(Protocol):
+    """Something that decodes. Raises `treepo.errors.EngineError` for a request that it could not serve."""
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bucket:
+    """Some of a model's tensors, under their Hugging Face names, flattened into one array of bytes.
+
+    data: uint8 [bytes]; tensor i has shape `shapes[i]`, torch dtype `dtypes[i]` ("float32"), and follows
+    tensor i - 1 without padding.
+    """
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    data: np.ndarray
+
+
+class WeightSource(Protocol):
+    """The trainer's side of a weight update."""
+
+    def buckets(self) -> Iterator[Bucket]:
+        """All tensors of the model, each exactly once. Collective: every trainer rank iterates."""
+        ...
+
+
+class WeightSink(Protocol):
+    """An engine's side of a weight update. Between `begin` and `commit` the engine serves nothing."""
+
+    async def begin(self, version: int) -> None: ...
+
+    async def load(self, bucket: Bucket) -> None: ...
+
+    async def commit(self, names: Sequence[str]) -> int:
+        """Verify that exactly `names` arrived; serve the new version from here on and return it."""
+        ...
+
+
+class Learner(Protocol):
+    """The trainer: every method is one collective over its ranks, called with one list of packs a
+    data-parallel rank.
+    """
+
+    def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
+        """For every pack float32 [T]: each token's log-prob given its path, 0 where `source` is -1."""
+        ...
+
+    def train_step(self, packs: Sequence[Sequence[Pack]], temperature: float) -> dict[str, float]:
+        """One optimizer step on the given mini-batch; returns the metrics of `treepo.loss` and of the step."""
+        ...

@@ -1,0 +1,188 @@
+"""A rollout tree: one prompt, the segments sampled under it, and the leaves where trajectories end.
+
+A segment is a run of tokens sampled under one parent; segment indices are topological (a parent comes
+before its children) and `PROMPT` is the parent of the segments that start right after the prompt. A
+trajectory is the path from the prompt to a leaf. Two leaves may carry equal tokens; they are still two
+trajectories. Every childless segment is a leaf and every leaf is childless.
+
+    prompt ── 0 ──┬── 1            leaves: segments 1, 3, 4
+                  └── 2 ──┬── 3    the tokens of segments 0 and 2 are shared
+                          └── 4
+
+Suffixes: `_S` one value a segment, `_L` one value a leaf, `_T` one value a token.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+import orjson
+
+PROMPT = -1
+
+
+class Finish(StrEnum):
+    """Why a segment has no further tokens."""
+
+    LENGTH = "length"  # it is as long as it was allowed to be; the path may go on below it
+    EOS = "eos"  # its last token ends the sequence
+    CUT = "cut"  # a fallback cut it here: the rest of what was sampled is its first child
+
+
+class Stop(StrEnum):
+    """Why a trajectory ended."""
+
+    BOXED = "boxed"
+    EOS = "eos"
+    LIMIT = "limit"  # the response reached max_response_tokens
+    DEPTH = "depth"  # the path reached max_depth segments
+    REPETITION = "repetition"
+
+
+class Verdict(StrEnum):
+    """A grader's word on one response. The last two are masked from training, never scored as wrong."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+    @property
+    def graded(self) -> bool:
+        return self not in (Verdict.TIMEOUT, Verdict.ERROR)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Tokens sampled in one go under `parent`.
+
+    tokens: int32 [T], T >= 1. log_probs: float32 [T], of each token under the policy that sampled it
+    (temperature applied). version: the committed weight version that sampled it.
+    """
+
+    parent: int
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    version: int
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """The end of one trajectory. `reward` is None until it is graded, and stays None if it cannot be."""
+
+    segment: int
+    stop: Stop
+    reward: float | None = None
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tree:
+    """One prompt's rollout. Raises ValueError where the parts do not form a tree."""
+
+    prompt_id: str
+    prompt: np.ndarray  # int32 [T]
+    segments: tuple[Segment, ...]
+    leaves: tuple[Leaf, ...]
+
+    def __post_init__(self) -> None:
+        has_child = [False] * len(self.segments)
+        for index, segment in enumerate(self.segments):
+            if not PROMPT <= segment.parent < index:
+                raise ValueError(f"tree {self.prompt_id}: segment {index} has parent {segment.parent}")
+            if not 0 < len(segment.tokens) == len(segment.log_probs):
+                raise ValueError(
+                    f"tree {self.prompt_id}: segment {index} has {len(segment.tokens)} tokens "
+                    f"and {len(segment.log_probs)} log-probs"
+                )
+            if segment.parent != PROMPT:
+                has_child[segment.parent] = True
+        childless = [index for index, parent in enumerate(has_child) if not parent]
+        if sorted(leaf.segment for leaf in self.leaves) != childless:
+            raise ValueError(f"tree {self.prompt_id}: its leaves are not exactly its childless segments")
+
+    def path(self, segment: int) -> list[int]:
+        """Segment indices from the prompt's child down to `segment`, both included."""
+        path = []
+        while segment != PROMPT:
+            path.append(segment)
+            segment = self.segments[segment].parent
+        return path[::-1]
+
+    def response(self, leaf: Leaf) -> np.ndarray:
+        """Tokens of the trajectory that ends at `leaf`, without the prompt: int32 [T]."""
+        return np.concatenate([self.segments[index].tokens for index in self.path(leaf.segment)])
+
+    def unique_tokens(self) -> int:
+        """Response tokens in the tree, each counted once."""
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    def total_tokens(self) -> int:
+        """Response tokens of all trajectories, a shared token once for each: what n samples would decode."""
+        depth_S = np.zeros(len(self.segments), dtype=np.int64)
+        for index, segment in enumerate(self.segments):
+            above = depth_S[segment.parent] if segment.parent != PROMPT else 0
+            depth_S[index] = above + len(segment.tokens)
+        return int(sum(depth_S[leaf.segment] for leaf in self.leaves))
+
+    def graded(self, grades: list[tuple[float | None, Verdict]]) -> "Tree":
+        """The same tree with a reward and a verdict for each leaf, in the order of `leaves`."""
+        leaves = (
+            replace(leaf, reward=reward, verdict=verdict)
+            for leaf, (reward, verdict) in zip(self.leaves, grades, strict=True)
+        )
+        return replace(self, leaves=tuple(leaves))
+
+
+def to_json(tree: Tree, **extra: object) -> bytes:
+    """One line (with its newline). Floats are the shortest that read back equal in float32."""
+    record = {
+        "prompt_id": tree.prompt_id,
+        **extra,
+        "prompt": tree.prompt,
+        "segments": [
+            {
+                "parent": segment.parent,
+                "version": segment.version,
+                "finish": segment.finish,
+                "tokens": segment.tokens,
+                "log_probs": segment.log_probs,
+            }
+            for segment in tree.segments
+        ],
+        "leaves": [
+            {"segment": leaf.segment, "stop": leaf.stop, "reward": leaf.reward, "verdict": leaf.verdict}
+            for leaf in tree.leaves
+        ],
+    }
+    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+
+
+def from_json(line: bytes | str) -> Tree:
+    """The tree of one line that `to_json` wrote; further keys are ignored."""
+    record = orjson.loads(line)
+    return Tree(
+        prompt_id=record["prompt_id"],
+        prompt=np.asarray(record["prompt"], dtype=np.int32),
+        segments=tuple(
+            Segment(
+                parent=segment["parent"],
+                tokens=np.asarray(segment["tokens"], dtype=np.int32),
+                log_probs=np.asarray(segment["log_probs"], dtype=np.float32),
+                version=segment["version"],
+                finish=Finish(segment["finish"]),
+            )
+            for segment in record["segments"]
+        ),
+        leaves=tuple(
+            Leaf(
+                segment=leaf["segment"],
+                stop=Stop(leaf["stop"]),
+                reward=leaf["reward"],
+                verdict=None if leaf["verdict"] is None else Verdict(leaf["verdict"]),
+            )
+            for leaf in record["leaves"]
+        ),
+    )
