@@ -1,0 +1,43 @@
+"""Random trees with the hard cases: chains, one-token segments, leaves at every depth, equal leaves."""
+
+import numpy as np
+
+from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
+
+
+def random_tree(
+    rng: np.random.Generator,
+    prompt_id: str = "p",
+    *,
+    max_depth: int = 5,
+    max_children: int = 3,
+    max_tokens: int = 6,
+    vocabulary: int = 50,
+) -> Tree:
+    """Each segment has 0 to `max_children` children; a third of the siblings copy an elder's tokens."""
+    segments: list[Segment] = []
+    depth = {PROMPT: 0}
+    open_parents = [PROMPT]
+    while open_parents:
+        parent = open_parents.pop(0)
+        few = 1 if parent == PROMPT else 0
+        children = int(rng.integers(few, max_children + 1)) if depth[parent] < max_depth else 0
+        elder: np.ndarray | None = None
+        for _ in range(children):
+            tokens = rng.integers(0, vocabulary, rng.integers(1, max_tokens + 1)).astype(np.int32)
+            if elder is not None and rng.random() < 1 / 3:
+                tokens = elder
+            elder = tokens
+            log_probs = -rng.exponential(1.0, len(tokens)).astype(np.float32)
+            open_parents.append(len(segments))
+            depth[len(segments)] = depth[parent] + 1
+            segments.append(Segment(parent, tokens, log_probs, int(rng.integers(0, 3)), Finish.LENGTH))
+    parents = {segment.parent for segment in segments}
+    leaves = tuple(
+        Leaf(index, Stop.EOS, float(rng.choice([-1.0, 1.0])), Verdict.CORRECT)
+        for index in rng.permutation(
+            [index for index in range(len(segments)) if index not in parents]
+        ).tolist()
+    )
+    prompt = rng.integers(0, vocabulary, rng.integers(1, max_tokens + 1)).astype(np.int32)
+    return Tree(prompt_id, prompt, tuple(segments), leaves)

@@ -1,0 +1,45 @@
+r"""`\boxed{...}`: the last complete one, and the same verdict from a text that comes in pieces."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treepo.boxed import BoxScan, last_boxed
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("no box", None),
+        (r"\boxed{5}", "5"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{}", ""),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\boxed{\frac{\sqrt{\binom{a}{b}}}{2}}", r"\frac{\sqrt{\binom{a}{b}}}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{a \boxed{b} c}", "b"),
+        (r"\boxed{a \boxed{b", None),
+        (r"} } { \boxed{7} {", "7"),
+        ("\\boxed{two\nlines}", "two\nlines"),
+        (r"\boxedx{5}", None),
+        (r"\\boxed{5}", None),  # a line break, then a word
+        (r"\boxed", None),
+    ],
+)
+def test_last_complete_box(text: str, answer: str | None) -> None:
+    assert last_boxed(text) == answer
+
+
+TEXTS = st.lists(st.sampled_from(["\\boxed", "\\", "b", "{", "}", " ", "5", "\\{", "\\boxed{", "oxed"]))
+
+
+@given(TEXTS, st.lists(st.integers(0, 40)))
+def test_pieces_do_not_matter(parts: list[str], cuts: list[int]) -> None:
+    text = "".join(parts)
+    bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    scan = BoxScan()
+    for start, end in zip(bounds, bounds[1:], strict=False):  # pairs of neighbours
+        scan = scan.extend(text[start:end])
+        assert scan.found == (last_boxed(text[:end]) is not None)

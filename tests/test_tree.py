@@ -1,0 +1,71 @@
+"""The tree: its invariants, its counts against the leaves taken one by one, its line of JSON."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from random_trees import random_tree
+
+from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict, from_json, to_json
+
+
+def _segment(parent: int, *tokens: int) -> Segment:
+    return Segment(parent, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), 0, Finish.LENGTH)
+
+
+def _tree(segments: list[Segment], leaves: list[int]) -> Tree:
+    return Tree("p", np.array([7], np.int32), tuple(segments), tuple(Leaf(at, Stop.EOS) for at in leaves))
+
+
+def test_the_worked_example() -> None:
+    tree = _tree(
+        [_segment(PROMPT, 1, 2), _segment(0, 3), _segment(0, 4), _segment(2, 5), _segment(2, 6)], [1, 3, 4]
+    )
+    assert tree.path(4) == [0, 2, 4]
+    assert tree.response(tree.leaves[2]).tolist() == [1, 2, 4, 6]
+    assert (tree.unique_tokens(), tree.total_tokens()) == (6, 3 + 4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("segments", "leaves", "message"),
+    [
+        ([_segment(0, 1)], [0], "segment 0 has parent 0"),
+        ([_segment(1, 1), _segment(PROMPT, 1)], [0], "segment 0 has parent 1"),
+        ([_segment(PROMPT)], [0], "segment 0 has 0 tokens"),
+        (
+            [replace(_segment(PROMPT, 1, 2), log_probs=np.zeros(1, np.float32))],
+            [0],
+            "2 tokens and 1 log-probs",
+        ),
+        ([_segment(PROMPT, 1), _segment(0, 2)], [0, 1], "not exactly its childless"),
+        ([_segment(PROMPT, 1), _segment(PROMPT, 2)], [0], "not exactly its childless"),
+        ([_segment(PROMPT, 1)], [0, 0], "not exactly its childless"),
+    ],
+)
+def test_what_is_not_a_tree_is_refused(segments: list[Segment], leaves: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _tree(segments, leaves)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counts_agree_with_the_leaves_one_by_one(seed: int) -> None:
+    tree = random_tree(np.random.default_rng(seed))
+    responses = [tree.response(leaf) for leaf in tree.leaves]
+    assert tree.total_tokens() == sum(map(len, responses))
+    assert tree.unique_tokens() <= tree.total_tokens()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_line_of_json_gives_the_tree_back(seed: int) -> None:
+    tree = random_tree(np.random.default_rng(seed))
+    tree = tree.graded([(None, Verdict.TIMEOUT), *[(0.5, Verdict.WRONG)] * (len(tree.leaves) - 1)])
+    line = to_json(tree, step=3)
+    back = from_json(line)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert back.leaves == tree.leaves
+    assert back.prompt.tolist() == tree.prompt.tolist()
+    for ours, theirs in zip(tree.segments, back.segments, strict=True):
+        assert (ours.parent, ours.version, ours.finish) == (theirs.parent, theirs.version, theirs.finish)
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_array_equal(ours.log_probs, theirs.log_probs)  # bit for bit, through decimal text

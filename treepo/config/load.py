@@ -1,0 +1,142 @@
+"""YAML and `a.b=c` overrides to a `RunConfig`, or one clear line about each thing that is wrong.
+
+Paths in a configuration are relative to the working directory.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from treepo.config.schema import RunConfig
+from treepo.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-6 is a number, as everybody expects (YAML 1.1 wants 1.0e-6)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of `path` with `overrides` ("a.b=c", c in YAML) applied in order.
+
+    Raises ConfigError with one line for each fault: file and line, dotted key, what is allowed.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: {reason}") from None
+    values, places = _parse(text, path)
+    for override in overrides:
+        _override(values, places, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault, places, path) for fault in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The effective configuration as YAML; `load_config` of it gives the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values, and where each dotted key stands ("file:line")."""
+    try:
+        node = yaml.compose(text, _Loader)
+        values = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    places: dict[str, str] = {}
+    _locate(node, "", path, places)
+    return values, places
+
+
+def _locate(node: yaml.MappingNode, prefix: str, path: Path, places: dict[str, str]) -> None:
+    for key, value in node.value:
+        dotted, place = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
+        if dotted in places:
+            raise ConfigError(f"{place}: {dotted}: given twice, first at {places[dotted]}")
+        places[dotted] = place
+        if isinstance(value, yaml.MappingNode):
+            _locate(value, f"{dotted}.", path, places)
+
+
+def _override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    place = f"override {override!r}"
+    if not equals or not all(dotted.split(".")):
+        raise ConfigError(f"{place}: expected KEY=VALUE, for example sampling.width=8")
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{place}: {parent} is {child!r}, not a section")
+        values = child
+    values[last] = _override_value(text, place)
+    places[dotted] = place
+
+
+def _override_value(text: str, place: str) -> Any:
+    """YAML's reading of `text`, but text that YAML takes for a comment ("#### ") stays text."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
+    return text if value is None and text.strip().lstrip("#") != text.strip() else value
+
+
+def _explain(fault: Mapping[str, Any], places: dict[str, str], path: Path) -> str:
+    """One line of pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
+    location = [str(part) for part in fault["loc"]]
+    dotted = ".".join(location)
+    place = _place(location, places) or str(path)
+    if fault["type"] == "extra_forbidden":
+        allowed = _keys_of(location[:-1])
+        near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+        return f"{place}: {dotted}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{place}: {dotted}: required, but not given"
+    if fault["type"] == "model_type":
+        return f"{place}: {dotted}: should be a section (keys and values), found {fault['input']!r}"
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    if fault["type"] == "value_error":  # a cross-field rule: its message names its keys
+        return f"{place}: {message}"
+    return f"{place}: {dotted}: {message}, found {fault['input']!r}"
+
+
+def _place(location: Sequence[str], places: Mapping[str, str]) -> str | None:
+    """Where the key stands; else a key below it (an override creates its parents); else its section."""
+    dotted = ".".join(location)
+    if not dotted:
+        return None
+    below = (place for key, place in places.items() if key.startswith(f"{dotted}."))
+    return places.get(dotted) or next(below, None) or _place(location[:-1], places)
+
+
+def _keys_of(location: Sequence[str]) -> list[str]:
+    """The keys allowed in the section at `location`."""
+    section: type[BaseModel] = RunConfig
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,130 @@
+"""What a person sees of a run: a line a step, a live status below it in a terminal, a table at the end.
+
+Where the output is not a terminal, or is one without cursor movement, only the lines are left.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from treepo.orchestration.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
+
+_PHASES = ("sample", "score", "train", "update")
+_COLUMNS = (
+    ("step", 7),
+    ("reward", 8),
+    ("accuracy", 9),
+    ("tokens/s", 9),
+    ("shared", 8),
+    ("log-prob diff", 14),
+    *((phase, 8) for phase in _PHASES),
+)
+
+
+class TrainDisplay:
+    """A `Reporter` (treepo.orchestration.train) that draws; a context manager around the run."""
+
+    def __init__(self, console: Console, title: str, steps: int) -> None:
+        self._console = console
+        self._title = title
+        self._steps = steps
+        self._live = console.is_terminal and not console.is_dumb_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("starting", total=steps)
+        self._header_shown = False
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._console.print(f"[bold]{self._title}[/bold]", highlight=False)
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, announce: bool = False) -> None:
+        """`announce` marks a phase that lasts long and comes once: worth a line where nothing is live."""
+        self._progress.update(self._task, description=name)
+        if announce and not self._live:
+            self._line(f"{time.perf_counter() - self._started:6.0f} s  {name}")
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._header_shown:
+            self._line("".join(f"{name:>{width}}" for name, width in _COLUMNS), style="bold")
+            self._header_shown = True
+        values = (
+            f"{step}/{self._steps}",
+            f"{metrics['reward']:+.3f}",
+            f"{metrics['accuracy']:.3f}",
+            f"{metrics['rollout/tokens_per_second']:.0f}",
+            f"{metrics['total_over_unique']:.2f}x",
+            f"{metrics['mismatch/max']:.1e}",
+            *(f"{metrics[f'seconds/{phase}']:.1f} s" for phase in _PHASES),
+        )
+        self._line("".join(f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True)))
+        self._progress.update(self._task, completed=step)
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, highlight=False, soft_wrap=True)
+
+
+def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
+    """The end of a run: what was learned, what it cost, where it is."""
+    table = Table(title="What the run came to", title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    if summary["accuracy_before"] is not None:
+        table.add_row("held-out accuracy before", f"{summary['accuracy_before']:.3f}")
+        table.add_row("held-out accuracy after", f"[bold]{summary['accuracy_after']:.3f}[/bold]")
+    decoded, sequential = summary["decoded_tokens"], summary["sequential_tokens"]
+    table.add_row("tokens decoded in training", f"{decoded:,}")
+    table.add_row("the same leaves one by one", f"{sequential:,}  ({sequential / decoded:.2f}x)")
+    table.add_row("largest log-prob difference", f"{summary['max_logprob_difference']:.1e}")
+    table.add_section()
+    for phase, seconds in summary["phase_seconds"].items():
+        table.add_row(phase, f"{seconds:.1f} s")
+    table.add_row("[bold]all[/bold]", f"[bold]{summary['seconds']:.1f} s[/bold]")
+    console.print(table)
+    written = Table(title=f"Written to {folder}/", title_justify="left", show_header=False, box=None)
+    for name, what in (
+        (f"{CHECKPOINT}/", "the trained model, a Hugging Face folder"),
+        (TREES, "every tree: segments, log-probs, versions, rewards"),
+        (METRICS, "every step's numbers"),
+        (f"{TENSORBOARD}/", f"the same: tensorboard --logdir {folder / TENSORBOARD}"),
+        (SUMMARY, "this summary"),
+        (CONFIG, "the effective configuration"),
+        (LOG, "the log"),
+    ):
+        written.add_row(name, what)
+    console.print(written, soft_wrap=True)

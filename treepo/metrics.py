@@ -1,0 +1,34 @@
+"""Numbers about a batch of graded trees. Tokens and lengths count response tokens, prompts excluded."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from treepo.tree import Stop, Tree, Verdict
+
+
+def accuracy(trees: Sequence[Tree]) -> float:
+    """Share of the graded leaves that are correct; nan where none could be graded."""
+    graded = [leaf for tree in trees for leaf in tree.leaves if leaf.verdict and leaf.verdict.graded]
+    return sum(leaf.verdict is Verdict.CORRECT for leaf in graded) / len(graded) if graded else float("nan")
+
+
+def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
+    """Rewards, verdicts, lengths, and how much the trees share."""
+    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
+    rewards = [leaf.reward for _, leaf in leaves if leaf.reward is not None]
+    unique, total = sum(map(Tree.unique_tokens, trees)), sum(map(Tree.total_tokens, trees))
+    shares = {f"stop/{stop}": sum(leaf.stop is stop for _, leaf in leaves) / len(leaves) for stop in Stop}
+    ungraded = sum(leaf.verdict is None or not leaf.verdict.graded for _, leaf in leaves)
+    return {
+        "reward": float(np.mean(rewards)) if rewards else float("nan"),
+        "accuracy": accuracy(trees),
+        "leaves": len(leaves),
+        "leaves_ungraded": ungraded,
+        "response_tokens": total / len(leaves),
+        "tree_depth": float(np.mean([len(tree.path(leaf.segment)) for tree, leaf in leaves])),
+        "tokens_unique": unique,
+        "tokens_total": total,
+        "total_over_unique": total / unique,
+        **shares,
+    }

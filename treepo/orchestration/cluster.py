@@ -1,0 +1,55 @@
+"""A Ray session: joins the cluster that RAY_ADDRESS names, else starts one on this machine and ends it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from treepo.config.schema import RunConfig
+
+
+def actors_needed(config: RunConfig) -> int:
+    """Engines and trainer ranks: each is one Ray actor."""
+    parallel = config.actor.parallel
+    return config.engine.count + parallel.tensor * parallel.pipeline * parallel.data
+
+
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[None]:
+    """Ray, for as long as the block runs. Only processes that it started are ended.
+
+    A cluster of our own has a slot for every actor, so that small machines can hold layouts of several
+    ranks; on a cluster that was there before, Ray's own accounting decides.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Python's compiled modules halve the start of every worker; Ray hands our environment to them.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level="error", log_to_driver=False)
+    else:
+        slots = max(actors_needed(config), os.cpu_count() or 1)
+        ray.init(
+            address="local",
+            num_cpus=slots,
+            include_dashboard=False,
+            logging_level="error",
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def actor_environment() -> dict[str, dict[str, str]]:
+    """Ray's runtime environment for an actor that computes.
+
+    Ray would give it one thread; engine and trainer take turns, so each may use every core.
+    """
+    return {"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}}
+
+
+def has_gpus() -> bool:
+    """Whether the cluster has CUDA devices to give to actors."""
+    return ray.cluster_resources().get("GPU", 0) > 0

@@ -1,0 +1,75 @@
+"""SGLang engines as Ray actors, each in a process of its own."""
+
+import asyncio
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from sglang_rollout.engine import SGLangEngine
+from treepo.config.schema import RunConfig
+from treepo.errors import EngineError
+from treepo.orchestration.cluster import actor_environment, has_gpus
+from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.stopping import StopRule
+
+_CONCURRENT_REQUESTS = 100_000  # the driver bounds what is in flight; Ray should not
+
+
+class RemoteEngine:
+    """A `treepo.protocols.Engine` behind a Ray actor; what goes wrong there is an EngineError here."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self.actor = actor
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        return await self.call("generate", request)
+
+    async def call(self, method: str, *arguments: object) -> Any:
+        """`await` the actor's `method`."""
+        try:
+            return await getattr(self.actor, method).remote(*arguments)
+        except RayTaskError as error:
+            if isinstance(error.cause, EngineError):
+                raise EngineError(f"{self.name}: {error.cause}") from None
+            raise
+        except RayActorError as error:
+            raise EngineError(f"{self.name} died: {error}") from error
+
+
+class EnginePool:
+    """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded."""
+
+    def __init__(self, config: RunConfig, stop_rule: StopRule) -> None:
+        resources = {"num_cpus": 1, "num_gpus": 1 if has_gpus() else 0}
+        remote = ray.remote(SGLangEngine).options(
+            max_concurrency=_CONCURRENT_REQUESTS, runtime_env=actor_environment(), **resources
+        )
+        self._deadline = config.engine.start_seconds
+        self.engines = [
+            RemoteEngine(
+                f"engine {index}",
+                remote.remote(
+                    config.model.path.resolve(),
+                    config.model.dtype,
+                    config.engine,
+                    seed=config.seed + index,
+                    stop_rule=stop_rule,
+                ),
+            )
+            for index in range(config.engine.count)
+        ]
+
+    async def ready(self) -> None:
+        """Raises EngineError where an engine has not started by `engine.start_seconds`."""
+        async with asyncio.timeout(self._deadline):
+            await self.call("capacity")
+
+    async def call(self, method: str, *arguments: object) -> list[Any]:
+        """The same call on every engine at the same time."""
+        return await asyncio.gather(*(engine.call(method, *arguments) for engine in self.engines))
+
+    async def close(self) -> None:
+        """End the engines and the processes that they started."""
+        await self.call("close")

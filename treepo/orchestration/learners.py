@@ -1,0 +1,128 @@
+"""The Megatron-Core actor as Ray actors: one process a rank, every call made on all of them at once."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch.distributed
+
+from megatron_bridge.actor import MegatronActor, create_store
+from treepo.config.schema import RunConfig
+from treepo.orchestration.cluster import actor_environment, has_gpus
+from treepo.packing import Pack
+
+
+class TrainerRank:
+    """One rank in its own process. Rank 0 opens the store at which the others meet."""
+
+    def open_store(self) -> tuple[str, int]:
+        """Host and port of the rendezvous, on a port that was free."""
+        self._store: torch.distributed.Store = create_store()
+        return ray.util.get_node_ip_address(), self._store.port
+
+    def build(self, config: RunConfig, rank: int, world_size: int, host: str, port: int) -> None:
+        """Load the model. Collective, like every method below."""
+        if rank > 0:
+            self._store = torch.distributed.TCPStore(host, port, is_master=False)
+        self._actor = MegatronActor(
+            config.model.path.resolve(),
+            config.model.dtype,
+            config.actor,
+            config.learning,
+            rank=rank,
+            world_size=world_size,
+            store=self._store,
+        )
+
+    def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
+        return self._actor.log_probs(packs, temperature)
+
+    def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
+        return self._actor.train_step(packs, temperature, denominator)
+
+    def send_weights(self, engines: Sequence[Any]) -> list[str]:
+        """Stream the weights to every engine; the next bucket is gathered while the last one travels.
+
+        Returns the names that were sent (on rank 0; the other ranks only take part in gathering).
+        """
+        names: list[str] = []
+        travelling: list[Any] = []
+        for bucket in self._actor.buckets():
+            ray.get(travelling)
+            names += bucket.names
+            reference = ray.put(bucket)
+            travelling = [engine.load.remote(reference) for engine in engines]
+        ray.get(travelling)
+        return names
+
+    def export(self, folder: Path) -> None:
+        self._actor.export(folder)
+
+    def close(self) -> None:
+        self._actor.close()
+
+
+class LearnerGroup:
+    """All trainer ranks. Construction returns at once; `ready` builds the model on them.
+
+    Ranks are numbered by Megatron's order: tensor parallel fastest, then data, then pipeline; packs go to
+    a rank by its data-parallel index.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        parallel = config.actor.parallel
+        self._config = config
+        self._tensor, self._replicas = parallel.tensor, parallel.data
+        remote = ray.remote(TrainerRank).options(
+            num_cpus=1, num_gpus=1 if has_gpus() else 0, runtime_env=actor_environment()
+        )
+        self._ranks = [remote.remote() for _ in range(parallel.tensor * parallel.data * parallel.pipeline)]
+
+    async def ready(self) -> None:
+        host, port = await self._ranks[0].open_store.remote()
+        world_size = len(self._ranks)
+        await asyncio.gather(
+            *(
+                actor.build.remote(self._config, rank, world_size, host, port)
+                for rank, actor in enumerate(self._ranks)
+            )
+        )
+
+    async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
+        """For every replica's packs: float32 [T], each token's log-prob given its path."""
+        results = await self._call_by_replica("log_probs", packs, temperature)
+        return [results[replica * self._tensor] for replica in range(self._replicas)]
+
+    async def train_step(
+        self, packs: Sequence[Sequence[Pack]], temperature: float, denominator: float
+    ) -> dict[str, float]:
+        """One optimizer step; `denominator` divides the loss that is summed over all replicas' packs."""
+        return (await self._call_by_replica("train_step", packs, temperature, denominator))[0]
+
+    async def send_weights(self, engines: Sequence[Any]) -> list[str]:
+        """Every tensor to every engine; returns the names sent."""
+        return (await self._call("send_weights", engines))[0]
+
+    async def export(self, folder: Path) -> None:
+        """A Hugging Face folder of the current weights."""
+        await self._call("export", folder)
+
+    async def close(self) -> None:
+        await self._call("close")
+
+    async def _call(self, method: str, *arguments: object) -> list[Any]:
+        return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._ranks))
+
+    async def _call_by_replica(
+        self, method: str, packs: Sequence[Sequence[Pack]], *arguments: object
+    ) -> list[Any]:
+        references = [ray.put(list(of_replica)) for of_replica in packs]
+        return await asyncio.gather(
+            *(
+                getattr(actor, method).remote(references[rank // self._tensor % self._replicas], *arguments)
+                for rank, actor in enumerate(self._ranks)
+            )
+        )

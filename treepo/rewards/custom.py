@@ -1,0 +1,50 @@
+"""A reward function of the user's own, named `module:function` in the configuration.
+
+It is called as f(prompt, response, answer, extra), all strings except `extra`, the row's extra column as a
+dict. It returns the reward as a float, or a dict of numbers of which `reward` is the reward and the others
+are logged under their names; a boolean `correct` in it is the verdict, which otherwise is whether the
+reward is above 0.
+"""
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+from treepo.rewards.grade import Grade, GradeItem
+from treepo.tree import Verdict
+
+RewardFunction = Callable[[str, str, str, Mapping[str, object]], object]
+
+
+def load_function(name: str) -> RewardFunction:
+    """Import `module:function`; the working directory counts as a place to import from."""
+    module_name, function_name = name.split(":")
+    sys.path.append(os.getcwd())
+    function = getattr(importlib.import_module(module_name), function_name)
+    if not callable(function):
+        raise TypeError(f"{name} is a {type(function).__name__}, not a function")
+    return function
+
+
+def call(function: RewardFunction, item: GradeItem) -> Grade:
+    """The grade that the function gives. Raises ValueError for a result that is no reward."""
+    result = function(item.prompt, item.response, item.answer, item.extra)
+    numbers = result if isinstance(result, Mapping) else {"reward": result}
+    if "reward" not in numbers:
+        raise ValueError(f'the dict that it returned has no "reward", only {sorted(map(str, numbers))}')
+    terms = {str(name): _number(name, value) for name, value in numbers.items()}
+    reward = terms.pop("reward")
+    correct = bool(terms.pop("correct", reward > 0))
+    return Grade(reward, Verdict.CORRECT if correct else Verdict.WRONG, terms=terms)
+
+
+def _number(name: object, value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]  # numpy and torch scalars convert too
+    except TypeError as error:
+        raise ValueError(f"it returned {name} = {value!r}, which is no number") from error
+    if not math.isfinite(number):
+        raise ValueError(f"it returned {name} = {number}, which is not finite")
+    return number

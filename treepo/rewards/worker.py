@@ -1,0 +1,118 @@
+"""A grading process: takes responses from a pipe one at a time and answers each.
+
+Started by treepo.rewards.process as `python -P -m treepo.rewards.worker FD PARENT MEMORY_MB [FUNCTION]`.
+It may be killed at any moment. It ends by itself when the pipe closes or the parent dies.
+"""
+
+import ctypes
+import logging
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from treepo.rewards.custom import call, load_function
+from treepo.rewards.grade import Grade, GradeItem
+from treepo.rewards.math_answer import grade_math
+from treepo.rewards.messages import Ready, Reply
+from treepo.tree import Verdict
+
+Grader = Callable[[GradeItem], Grade]
+_PR_SET_PDEATHSIG = 1
+_MONITOR = 3  # a tool id of sys.monitoring that no kind of tool is assigned to
+
+
+class Exhaustion:
+    """Watches for memory or stack running out anywhere in Python code.
+
+    sympy and math-verify swallow every exception and go on with "not equal"; a verdict reached like that is
+    none.
+    """
+
+    def __init__(self) -> None:
+        self.seen: str | None = None
+        sys.monitoring.use_tool_id(_MONITOR, "treepo")
+        sys.monitoring.register_callback(_MONITOR, sys.monitoring.events.RAISE, self._on_raise)
+        sys.monitoring.set_events(_MONITOR, sys.monitoring.events.RAISE)
+
+    def _on_raise(self, _code: object, _offset: int, error: BaseException) -> None:
+        if isinstance(error, MemoryError | RecursionError):
+            self.seen = type(error).__name__
+
+
+def math_grader(item: GradeItem) -> Grade:
+    verdict, answer_text = grade_math(item.response, item.answer)
+    return Grade(None, verdict, answer_text)
+
+
+def make_grader(function: str | None) -> Grader:
+    """The grader, warm: what it imports and compiles on first use must not count against an item."""
+    if function is not None:
+        own = load_function(function)
+        return lambda item: call(own, item)
+    math_grader(GradeItem(r"\boxed{\frac{1}{2}}", "0.5"))
+    return math_grader
+
+
+def grade(grader: Grader, item: GradeItem, exhaustion: Exhaustion) -> tuple[Grade, str | None]:
+    """One item's grade, and the traceback if the grader raised."""
+    exhaustion.seen = None
+    try:
+        result = grader(item)
+    except (Exception, SystemExit) as error:
+        message = f"{type(error).__name__}: {error}"
+        return Grade(None, Verdict.ERROR, message=message), traceback.format_exc()
+    if exhaustion.seen and result.verdict is Verdict.WRONG and result.reward is None:
+        return Grade(None, Verdict.ERROR, result.answer_text, f"{exhaustion.seen} while comparing"), None
+    return result, None
+
+
+def address_space() -> int:
+    """Bytes of this process's address space."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent` dies, even in the middle of an item."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the process that started this grading worker is gone")
+
+
+def serve(connection: Connection, grader: Grader, memory_bytes: int) -> None:
+    """Grade until the pipe closes."""
+    start = address_space()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (start + memory_bytes, start + memory_bytes))
+    exhaustion = Exhaustion()
+    connection.send(Ready())
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        result, trace = grade(grader, item, exhaustion)
+        retire = address_space() - start > memory_bytes // 2
+        connection.send(Reply(result, trace, retire))
+
+
+def main(fd: int, parent: int, memory_mb: int, function: str | None = None) -> None:
+    die_with(parent)
+    os.dup2(2, 1)  # what a reward function prints must not land in the table that the parent draws
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    connection = Connection(fd)
+    try:
+        grader = make_grader(function)
+    except Exception:
+        connection.send(Ready(failure=traceback.format_exc()))
+        return
+    serve(connection, grader, memory_mb * 2**20)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

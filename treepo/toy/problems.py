@@ -1,0 +1,105 @@
+"""Chains of two-digit sums, solved carefully or carelessly.
+
+A problem starts from a two-digit number and adds or takes away one digit `STEPS` times; every total on the
+way has two digits:
+
+    prompt     36 plus 7, less 5, plus 9 = ?
+    careful    36+7=43
+               43-5=38
+               38+9=47
+               \\boxed{47}
+    careless   36+7=43
+               \\boxed{50}
+
+A careless solver stops working before some step and boxes a guess near the truth, which is right only by
+luck. Before every step it gives up with the same chance, so that a tree of rollouts has something to decide
+below every branch. A clause of the prompt (" plus 7,") and a step of the solution ("36+7=43" and a line
+break) are both `STEP_BYTES` long: the operand that a step needs stands at one fixed distance, which a model
+of two layers learns within a minute.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+STEPS = 5
+STEP_BYTES = 8
+GIVE_UP = 0.18
+"""Chance that a demonstration stops working, before each step."""
+GUESS_RADIUS = 6
+"""A guess is uniform within this distance of the answer, the answer included."""
+
+_LOW, _HIGH = 10, 99
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`start`, then `changes`, each from -9 to 9 and not 0."""
+
+    start: int
+    changes: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        clauses = [f" {'plus' if change > 0 else 'less'} {abs(change)}" for change in self.changes]
+        return f"{self.start}{','.join(clauses)} = ?"
+
+    @property
+    def answer(self) -> int:
+        return self.start + sum(self.changes)
+
+    def solution(self, steps: int | None = None, boxed: int | None = None) -> str:
+        """The worked solution; its first `steps` steps and then `boxed`, where given."""
+        lines, total = [], self.start
+        for change in self.changes[:steps]:
+            lines.append(f"{total}{change:+d}={total + change}\n")
+            total += change
+        return f"{''.join(lines)}\\boxed{{{self.answer if boxed is None else boxed}}}"
+
+
+def draw_problem(rng: np.random.Generator) -> Problem:
+    """A problem whose every total has two digits."""
+    while True:
+        start = int(rng.integers(_LOW, _HIGH + 1))
+        changes = rng.integers(1, 10, STEPS) * rng.choice((-1, 1), STEPS)
+        totals = start + np.cumsum(changes)
+        if totals.min() >= _LOW and totals.max() <= _HIGH:
+            return Problem(start, tuple(int(change) for change in changes))
+
+
+def draw_problems(rng: np.random.Generator, number: int) -> list[Problem]:
+    """`number` different problems."""
+    drawn: dict[Problem, None] = {}
+    while len(drawn) < number:
+        drawn[draw_problem(rng)] = None
+    return list(drawn)
+
+
+def demonstrate(problem: Problem, rng: np.random.Generator) -> str:
+    """One demonstration: careful to the end, or given up before some step and guessed."""
+    gives_up = np.flatnonzero(rng.random(STEPS) < GIVE_UP)
+    if gives_up.size == 0:
+        return problem.solution()
+    guess = problem.answer + int(rng.integers(-GUESS_RADIUS, GUESS_RADIUS + 1))
+    return problem.solution(steps=int(gives_up[0]), boxed=min(max(guess, _LOW), _HIGH))
+
+
+def is_correct(problem: Problem, response: str) -> bool:
+    """Whether the last boxed answer of `response` is the problem's."""
+    boxed = _BOXED.findall(response)
+    return bool(boxed) and boxed[-1].strip() == str(problem.answer)
+
+
+def rows(problems: list[Problem], split: str) -> Iterator[dict[str, object]]:
+    """The problems in the columns of m-a-p/TreePO_data."""
+    for index, problem in enumerate(problems):
+        yield {
+            "data_source": f"treepo_toy.{split}",
+            "prompt": [{"role": "user", "content": problem.text}],
+            "ability": "math",
+            "reward_model": {"ground_truth": str(problem.answer), "style": "rule"},
+            "extra_info": {"index": index, "split": split},
+        }
