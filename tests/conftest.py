@@ -1,12 +1,29 @@
 """Fixtures that many tests share."""
 
+import asyncio
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tiny import write_tiny_qwen2
+
+if TYPE_CHECKING:
+    from real_engine import RealEngine
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen2 folder (no tokenizer)."""
     return write_tiny_qwen2(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def real_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RealEngine"]:
+    """A real SGLang engine, started once (slow tests only): see tests/real_engine.py."""
+    import real_engine as harness  # starts with seconds of imports that fast tests do not need
+
+    with asyncio.Runner() as runner:
+        real = harness.start(harness.write_model(tmp_path_factory.mktemp("engine")), runner.get_loop())
+        yield real
+        real.engine.close()

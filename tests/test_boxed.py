@@ -1,5 +1,7 @@
 r"""`\boxed{...}`: the last complete one, and the same verdict from a text that comes in pieces."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,6 @@ def test_pieces_do_not_matter(parts: list[str], cuts: list[int]) -> None:
     text = "".join(parts)
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     scan = BoxScan()
-    for start, end in zip(bounds, bounds[1:], strict=False):  # pairs of neighbours
+    for start, end in itertools.pairwise(bounds):
         scan = scan.extend(text[start:end])
         assert scan.found == (last_boxed(text[:end]) is not None)

@@ -53,6 +53,7 @@ def train(
     """Train a model: sample trees, grade them, learn from them, hand the new weights to the sampler."""
     run_config = load_config(config, overrides or [])
     from treepo.display import TrainDisplay, show_summary
+    from treepo.orchestration.preflight import check_inputs
 
     check_inputs(run_config)
     with TrainDisplay(_output, f"{config} -> {run_config.out}", run_config.steps) as display:

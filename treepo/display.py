@@ -89,7 +89,7 @@ class TrainDisplay:
             f"{metrics['accuracy']:.3f}",
             f"{metrics['rollout/tokens_per_second']:.0f}",
             f"{metrics['total_over_unique']:.2f}x",
-            f"{metrics['mismatch/max']:.1e}",
+            f"{metrics['logprob_difference_max']:.1e}",
             *(f"{metrics[f'seconds/{phase}']:.1f} s" for phase in _PHASES),
         )
         self._line("".join(f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True)))

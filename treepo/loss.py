@@ -24,17 +24,16 @@ from treepo.packing import Pack
 
 
 def denominator(packs: Iterable[Iterable[Pack]], config: LearningConfig) -> float:
-    """What the summed token losses of one mini-batch are divided by; `packs`: all replicas' packs.
+    """What the summed token losses of one mini-batch are divided by; `packs`: those of all replicas.
 
     Token mean: the tokens of all trajectories. Sequence mean: the trajectories (a token's weight is one
     over its trajectory's length then). Constant: trajectories x `normalisation_tokens`. Leaf weights count
-    throughout. 0 where the mini-batch trains nothing.
+    throughout. 0 where the mini-batch trains nothing: there is no step to take then.
     """
-    packs = [pack for replica in packs for pack in replica]
-    if config.normalisation == "constant":
-        assert config.normalisation_tokens is not None
-        return config.normalisation_tokens * sum(pack.leaf_weight for pack in packs)
-    return sum(float(pack.count_pos.sum() + pack.count_neg.sum()) for pack in packs)
+    every = [pack for replica in packs for pack in replica]
+    if config.normalisation_tokens is not None:
+        return config.normalisation_tokens * sum(pack.leaf_weight for pack in every)
+    return sum(float(pack.count_pos.sum() + pack.count_neg.sum()) for pack in every)
 
 
 def policy_loss(
@@ -44,55 +43,44 @@ def policy_loss(
     denominator: float,
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This micro-batch's share of the mini-batch's loss, and its metrics.
+    """One micro-batch's share of its mini-batch's loss (a scalar), and its metrics.
 
     log_prob: [T], of each token under the current policy (anything finite where a token is not trained).
-    pack: the fields of `treepo.packing.Pack` as tensors [T] on the same device. Without `old_log_prob` the
+    pack: fields of `treepo.packing.Pack` as tensors [T] on the same device. Without `old_log_prob` the
         current policy is the old one; ValueError where `mini_batches` makes that untrue.
     entropy: [T], of the distribution that predicts each token; ValueError where the bonus needs it.
 
     A metric's key ends in `_sum`, `_max` or `_min`: how it is reduced over micro-batches and ranks, before
     `summarise`. Sums are float64 and weighted as the loss is.
     """
-    advantage_pos, advantage_neg = (pack[key].to(log_prob.dtype) for key in ("advantage_pos", "advantage_neg"))
-    count_pos, count_neg = (pack[key].to(log_prob.dtype) for key in ("count_pos", "count_neg"))
-    count = count_pos + count_neg
+    count = (pack["count_pos"] + pack["count_neg"]).to(log_prob.dtype)
     trained = count > 0
     old_log_prob = _old_log_prob(log_prob, pack, config)
-
-    log_ratio = torch.where(trained, log_prob - old_log_prob, 0.0)
-    # Bounds are applied to the log: the same loss and gradient, and no ratio can overflow.
-    low, high, dual = math.log1p(-config.clip_low), math.log1p(config.clip_high), math.log(config.dual_clip)
-    surrogate = advantage_pos * log_ratio.clamp(max=high).exp()
-    surrogate = surrogate + advantage_neg * log_ratio.clamp(low, dual).exp()
-    importance = _importance(old_log_prob, pack["rollout_log_prob"], trained)
-    applied = importance if config.importance_cap is None else importance.clamp(max=config.importance_cap)
-    total = -surrogate if config.importance_cap is None else -surrogate * applied
-
-    metrics = {
+    importance = torch.where(trained, old_log_prob - pack["rollout_log_prob"], 0.0).exp()
+    total, metrics = _surrogate(torch.where(trained, log_prob - old_log_prob, 0.0), pack, config)
+    metrics |= {
         "weight_sum": _sum(count),
         "unique_tokens_sum": _sum(trained),
-        "clip_high_sum": _sum(count_pos * (log_ratio > high)),
-        "clip_low_sum": _sum(count_neg * (log_ratio < low)),
-        "dual_clip_sum": _sum(count_neg * (log_ratio > dual)),
-        "old_kl_sum": _sum(count * _k3(-log_ratio)),
-        "ratio_max": log_ratio.detach().where(trained, -math.inf).max().exp(),
-        "ratio_min": log_ratio.detach().where(trained, math.inf).min().exp(),
-        "importance_sum": _sum(count * applied),
+        "importance_sum": _sum(count * importance),
         "importance_max": importance.where(trained, -math.inf).max(),
         "importance_min": importance.where(trained, math.inf).min(),
     }
     if config.importance_cap is not None:
         metrics["importance_capped_sum"] = _sum(count * (importance > config.importance_cap))
+        total = total * importance.clamp(max=config.importance_cap)
     if config.kl_coefficient:
         if "reference_log_prob" not in pack:
-            raise ValueError(f"kl_coefficient = {config.kl_coefficient} needs `reference_log_prob` in every pack")
-        kl = count * _kl(torch.where(trained, log_prob - pack["reference_log_prob"], 0.0), config.kl_estimator)
+            raise ValueError(
+                f"kl_coefficient = {config.kl_coefficient} needs reference_log_prob in each pack"
+            )
+        log_ratio = torch.where(trained, log_prob - pack["reference_log_prob"], 0.0)
+        kl = count * KL_ESTIMATORS[config.kl_estimator](log_ratio)
         metrics["reference_kl_sum"] = _sum(kl)
         total = total + config.kl_coefficient * kl
     if entropy is not None:
-        metrics["entropy_sum"] = _sum(count * torch.where(trained, entropy, 0.0))
-        total = total - config.entropy_coefficient * count * torch.where(trained, entropy, 0.0)
+        weighted = count * torch.where(trained, entropy, 0.0)
+        metrics["entropy_sum"] = _sum(weighted)
+        total = total - config.entropy_coefficient * weighted
     elif config.entropy_coefficient:
         raise ValueError(f"entropy_coefficient = {config.entropy_coefficient} needs the tokens' entropy")
     loss = total.sum() / denominator
@@ -106,43 +94,58 @@ def summarise(reduced: Mapping[str, float]) -> dict[str, float]:
     extremes; every other name is a mean over the trained tokens of all trajectories (`clip_high`,
     `clip_low`, `dual_clip`, `importance_capped`: fractions).
     """
-    weight = reduced["weight_sum"]
     summary = {"loss": reduced["loss_sum"], "unique_tokens": reduced["unique_tokens_sum"]}
     for key, value in reduced.items():
         name = key.removesuffix("_sum")
         if name == key:
             summary[key] = value
         elif name not in ("weight", "loss", "unique_tokens"):
-            summary[name] = value / weight
+            summary[name] = value / reduced["weight_sum"]
     return summary
+
+
+KL_ESTIMATORS = {
+    "k1": lambda log_ratio: log_ratio,
+    "k2": lambda log_ratio: 0.5 * log_ratio.square(),
+    "k3": lambda log_ratio: torch.expm1(-log_ratio) + log_ratio,
+}
+"""Estimates of KL(policy || other) from log(policy / other) of a token that the policy sampled: Schulman,
+"Approximating KL divergence" (2020). As a loss, k1 has no gradient on average, k2 the right one on-policy.
+"""
+
+
+def _surrogate(
+    log_ratio: Tensor, pack: Mapping[str, Tensor], config: LearningConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each token's clipped, dual-clipped loss [T] from log(policy / old policy) [T], 0 where not trained.
+
+    Bounds are applied to the logarithm: the same loss and gradient, and no ratio can overflow.
+    """
+    advantage_pos, advantage_neg, count_pos, count_neg = (
+        pack[key].to(log_ratio.dtype) for key in ("advantage_pos", "advantage_neg", "count_pos", "count_neg")
+    )
+    low, high = math.log1p(-config.clip_low), math.log1p(config.clip_high)
+    dual = math.log(config.dual_clip)
+    gain = advantage_pos * log_ratio.clamp(max=high).exp() + advantage_neg * log_ratio.clamp(low, dual).exp()
+    trained = count_pos + count_neg > 0
+    value = log_ratio.detach()
+    return -gain, {
+        "clip_high_sum": _sum(count_pos * (value > high)),
+        "clip_low_sum": _sum(count_neg * (value < low)),
+        "dual_clip_sum": _sum(count_neg * (value > dual)),
+        # Of the old policy's samples, hence estimated the other way round.
+        "old_kl_sum": _sum((count_pos + count_neg) * KL_ESTIMATORS["k3"](-value)),
+        "ratio_max": value.where(trained, -math.inf).max().exp(),
+        "ratio_min": value.where(trained, math.inf).min().exp(),
+    }
 
 
 def _old_log_prob(log_prob: Tensor, pack: Mapping[str, Tensor], config: LearningConfig) -> Tensor:
     if "old_log_prob" in pack:
         return pack["old_log_prob"]
     if config.mini_batches > 1:
-        raise ValueError(f"mini_batches = {config.mini_batches} needs `old_log_prob` in every pack")
+        raise ValueError(f"mini_batches = {config.mini_batches} needs old_log_prob in each pack")
     return log_prob.detach()
-
-
-def _importance(old_log_prob: Tensor, rollout_log_prob: Tensor, trained: Tensor) -> Tensor:
-    """Actor over engine probability [T], 1 where not trained; no gradient flows through it."""
-    return torch.where(trained, old_log_prob - rollout_log_prob, 0.0).exp()
-
-
-def _kl(log_ratio: Tensor, estimator: str) -> Tensor:
-    """Estimates of KL(policy || reference) from log(policy / reference) of tokens that the policy sampled:
-    Schulman, "Approximating KL divergence" (2020).
-    """
-    if estimator == "k1":
-        return log_ratio
-    if estimator == "k2":
-        return 0.5 * log_ratio.square()
-    return _k3(-log_ratio)
-
-
-def _k3(log_inverse_ratio: Tensor) -> Tensor:
-    return torch.expm1(log_inverse_ratio) - log_inverse_ratio
 
 
 def _sum(values: Tensor) -> Tensor:

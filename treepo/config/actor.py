@@ -15,18 +15,23 @@ class ParallelConfig(Section):
     data: int = Field(1, ge=1)
     """Data-parallel replicas; a step's prompts are divided among them."""
 
+    @property
+    def ranks(self) -> int:
+        """Processes in all, one a device."""
+        return self.tensor * self.pipeline * self.data
+
 
 class OptimizerConfig(Section):
     learning_rate: float = Field(1e-6, gt=0)
     """Adam's learning rate after the warm-up."""
     warmup_steps: int = Field(10, ge=0)
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Step k of so many first optimizer steps, counted from 1, uses k / warmup_steps of the learning rate."""
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
     """Adam's moment decay rates."""
     epsilon: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; norms and biases have none."""
     clip_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
@@ -40,3 +45,5 @@ class ActorConfig(Section):
     """Most tokens in one micro-batch."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation: `full` keeps only each layer's input."""
+    bucket_mb: int = Field(256, ge=1)
+    """Weights travel to the engines in buckets of so many MiB; a larger tensor is a bucket of its own."""

@@ -1,5 +1,7 @@
 """The SGLang engines."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from treepo.config.base import Section
@@ -7,8 +9,16 @@ from treepo.config.base import Section
 
 class EngineConfig(Section):
     count: int = Field(1, ge=1)
-    """Engines; each holds the whole model (times `tensor_parallel` devices)."""
+    """Engines; each holds the whole model on one device."""
     max_total_tokens: int | None = Field(None, ge=1)
     """Tokens in the KV cache; by default SGLang derives it from the free memory."""
+    memory_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the device's memory for weights and KV cache together; SGLang's choice by default."""
     start_seconds: float = Field(600, gt=0)
     """Deadline for one engine's start."""
+    request_seconds: float = Field(3600, gt=0)
+    """Deadline for one request, time in the engine's queue included."""
+    update_seconds: float = Field(600, gt=0)
+    """Deadline for each step of a weight update: waiting for running requests, one bucket, the commit."""
+    log_level: Literal["error", "warning", "info", "debug"] = "error"
+    """What SGLang's own processes write to standard error."""

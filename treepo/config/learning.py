@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from treepo.advantage import ESTIMATORS
 from treepo.config.base import Section
 
 
@@ -21,7 +22,8 @@ class LearningConfig(Section):
     distinct_groups: bool = False
     """Whether `treepo` counts a group once that several segments in a row share (no branching between)."""
     eta: float | None = Field(None, gt=0, le=1)
-    """`treepo_segment`'s discount of the parent's value, to the power of the distance to the nearest leaf; null: 1."""
+    """`treepo_segment` discounts a parent's value by this to the power of its distance, in segments, to the
+    leaf; null: no discount."""
     leaf_weights: Literal["none", "inverse_branching"] = "none"
     """Weight of a leaf in baselines and loss: 1, or the product of 1 / children along its path."""
     clip_low: float = Field(0.2, ge=0, lt=1)
@@ -45,14 +47,36 @@ class LearningConfig(Section):
     """Weight of the entropy bonus."""
     mini_batches: int = Field(1, ge=1)
     """Optimizer steps that one step's trees are divided into, prompt by prompt."""
+    dynamic_sampling: bool = False
+    """Whether prompts whose leaves all have the same reward are replaced by further prompts."""
+    max_refills: int = Field(2, ge=0)
+    """Rounds of further prompts for one batch; it is trained short if they do not suffice."""
+    overlong_buffer_tokens: int | None = Field(None, ge=1)
+    """Where set, a reward falls linearly over the last so many tokens below max_response_tokens."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """By how much it has fallen at max_response_tokens."""
     packing: Literal["tree", "flat"] = "tree"
     """`tree` trains a shared token once; `flat` trains one trajectory at a time. The two agree."""
+
+    @model_validator(mode="after")
+    def _estimator_reads_options(self) -> Self:
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator = {self.estimator} is not one of {', '.join(sorted(ESTIMATORS))}")
+        for option in sorted({option for entry in ESTIMATORS.values() for option in entry.reads}):
+            value, default = getattr(self, option), type(self).model_fields[option].default
+            if value != default and option not in ESTIMATORS[self.estimator].reads:
+                readers = ", ".join(name for name, entry in ESTIMATORS.items() if option in entry.reads)
+                raise ValueError(
+                    f"{option} = {value} with estimator = {self.estimator}: only {readers} reads it; "
+                    f"leave it at {default}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _constant_has_tokens(self) -> Self:
         if (self.normalisation == "constant") != (self.normalisation_tokens is not None):
             raise ValueError(
-                f"normalisation = {self.normalisation} with normalisation_tokens = {self.normalisation_tokens}: "
-                "`constant` needs a number of tokens, the others take none"
+                f"normalisation = {self.normalisation} with normalisation_tokens = "
+                f"{self.normalisation_tokens}: `constant` needs a number of tokens, the others take none"
             )
         return self

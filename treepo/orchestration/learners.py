@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch.distributed
 
-from megatron_bridge.actor import MegatronActor, create_store
+from megatron_bridge.actor import MegatronActor
+from megatron_bridge.store import connect_store, create_store
 from treepo.config.schema import RunConfig
 from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.packing import Pack
@@ -18,15 +18,16 @@ from treepo.packing import Pack
 class TrainerRank:
     """One rank in its own process. Rank 0 opens the store at which the others meet."""
 
-    def open_store(self) -> tuple[str, int]:
+    def open_store(self, world_size: int) -> tuple[str, int]:
         """Host and port of the rendezvous, on a port that was free."""
-        self._store: torch.distributed.Store = create_store()
-        return ray.util.get_node_ip_address(), self._store.port
+        host = ray.util.get_node_ip_address()
+        self._store = create_store(world_size, host)
+        return host, self._store.port
 
     def build(self, config: RunConfig, rank: int, world_size: int, host: str, port: int) -> None:
         """Load the model. Collective, like every method below."""
         if rank > 0:
-            self._store = torch.distributed.TCPStore(host, port, is_master=False)
+            self._store = connect_store(host, port, world_size)
         self._actor = MegatronActor(
             config.model.path.resolve(),
             config.model.dtype,
@@ -82,8 +83,8 @@ class LearnerGroup:
         self._ranks = [remote.remote() for _ in range(parallel.tensor * parallel.data * parallel.pipeline)]
 
     async def ready(self) -> None:
-        host, port = await self._ranks[0].open_store.remote()
         world_size = len(self._ranks)
+        host, port = await self._ranks[0].open_store.remote(world_size)
         await asyncio.gather(
             *(
                 actor.build.remote(self._config, rank, world_size, host, port)

@@ -3,21 +3,34 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sglang_rollout.driver import FailedTree, Stats, TreeDriver
+from treepo.advantage import estimate
+from treepo.config.sampling import SamplingConfig
 from treepo.config.schema import RunConfig
-from treepo.data import PromptOrder, load_prompts
+from treepo.data import Prompt, PromptOrder, PromptSet, load_prompts
+from treepo.errors import EngineError
+from treepo.evaluation import evaluation_sampling
+from treepo.loss import denominator
+from treepo.metrics import accuracy, tree_metrics
+from treepo.mismatch import log_prob_mismatch
 from treepo.orchestration.cluster import ray_session
 from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.run_folder import RunFolder
+from treepo.orchestration.weight_update import update_weights
+from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
+from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
 from treepo.stopping import StopRule
 from treepo.tokenizer import Tokenizer, load_tokenizer
+from treepo.tree import Tree
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -25,9 +38,6 @@ class Reporter(Protocol):
 
     def phase(self, name: str, announce: bool = False) -> None:
         """What the run does from now on; `announce` where it lasts long and comes once."""
-
-    def note(self, text: str) -> None:
-        """Something that a person should read."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done."""
@@ -51,7 +61,7 @@ class Clock:
 
 
 async def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
-    """Run `config` from its first step to its summary, which is returned and written.
+    """Run `config` from its first step to its summary, which is written and returned.
 
     Everything that is started here is ended here, whatever happens.
     """
@@ -59,14 +69,14 @@ async def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     started = time.perf_counter()
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(RunFolder(config))
-        with clock.phase("start engine and actor", announce=True):
-            run = await _start(config, reporter, folder, stack)
-        before = await run.evaluate(clock, "evaluate before")
+        with clock.phase("start", announce=True):
+            run = await _start(config, folder, clock, stack)
+        before = await run.evaluate("evaluate before")
         for step in range(1, config.steps + 1):
-            metrics = await run.step(step, clock)
+            metrics = await run.step(step)
             folder.write_metrics(step, metrics)
             reporter.step(step, metrics)
-        after = await run.evaluate(clock, "evaluate after")
+        after = await run.evaluate("evaluate after")
         with clock.phase("write checkpoint"):
             await run.learner.export(folder.checkpoint.resolve())
         summary = {
@@ -80,51 +90,151 @@ async def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
             "phase_seconds": clock.seconds,
         }
         folder.write_summary(summary)
-        reporter.phase("stop engine and actor")
+        reporter.phase("stop")
     return summary
 
 
-async def _start(config: RunConfig, reporter: Reporter, folder: RunFolder, stack: AsyncExitStack) -> "Run":
+async def _start(config: RunConfig, folder: RunFolder, clock: Clock, stack: AsyncExitStack) -> "Run":
     """Start grader, engines and trainer at the same time, and read the data meanwhile."""
-    rewards = RewardPool(config.reward)
-    stack.push_async_callback(rewards.close)
+    rewards = stack.enter_context(RewardPool(config.reward))
     stack.enter_context(ray_session(config))
     tokenizer = load_tokenizer(config.model.path)
     engines = EnginePool(config, StopRule(config.sampling, tokenizer.decode))
     stack.push_async_callback(engines.close)
     learner = LearnerGroup(config)
     stack.push_async_callback(learner.close)
-    run = Run(config, tokenizer, folder, rewards, engines, learner)
-    await asyncio.gather(engines.ready(), learner.ready())
-    return run
+    data = config.data
+    prompts = load_prompts(data.train, data.columns, tokenizer, data)
+    heldout = load_prompts(data.heldout, data.heldout_columns, tokenizer, data) if data.heldout else None
+    await asyncio.gather(engines.ready(), learner.ready(), rewards.ready())
+    return Run(config, tokenizer, folder, clock, rewards, engines, learner, prompts, heldout)
 
 
+@dataclass(slots=True, eq=False)
 class Run:
     """What a run holds between its steps."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        tokenizer: Tokenizer,
-        folder: RunFolder,
-        rewards: RewardPool,
-        engines: EnginePool,
-        learner: LearnerGroup,
-    ) -> None:
-        self._config = config
-        self._folder = folder
-        self._rewards = rewards
-        self._engines = engines
-        self.learner = learner
-        self._decode = tokenizer.decode
-        self._prompts = load_prompts(config.data.train, config.data.columns, tokenizer, config.data)
-        self._heldout = (
-            load_prompts(config.data.heldout, config.data.heldout_columns, tokenizer, config.data)
-            if config.data.heldout
-            else None
+    config: RunConfig
+    tokenizer: Tokenizer
+    folder: RunFolder
+    clock: Clock
+    rewards: RewardPool
+    engines: EnginePool
+    learner: LearnerGroup
+    prompts: PromptSet
+    heldout: PromptSet | None
+    order: PromptOrder
+    decoded_tokens: int = 0
+    sequential_tokens: int = 0
+    max_difference: float = 0.0
+
+    async def evaluate(self, phase: str) -> float | None:
+        """Held-out accuracy of the weights that the engines serve; None without held-out prompts.
+
+        The sampling is keyed as step 0 each time: the same problems and seeds.
+        """
+        if self.heldout is None:
+            return None
+        with self.clock.phase(phase, announce=True):
+            problems = self.heldout[: self.config.evaluation.max_problems]
+            trees, _ = await self._sample(problems, evaluation_sampling(self.config), step=0)
+        return accuracy(trees)
+
+    async def step(self, step: int) -> dict[str, float]:
+        """Sample, grade, learn, update; returns the step's numbers."""
+        config, clock = self.config, self.clock
+        seconds_before = dict(clock.seconds)
+        with clock.phase("sample"):
+            prompts = [self.prompts[index] for index in self.order.next(config.data.prompts_per_step)]
+            trees, stats = await self._sample(prompts, config.sampling, step)
+            answers = {prompt.id: prompt.answer for prompt in prompts}
+            for tree in trees:
+                self.folder.write_tree(tree, step, answers[tree.prompt_id])
+        with clock.phase("score"):
+            batches = [await self._score(batch) for batch in self._pack(trees)]
+            mismatch = log_prob_mismatch(replica for batch in batches for replica in batch)
+        with clock.phase("train"):
+            updates = [await self._update(batch) for batch in batches]
+        with clock.phase("update"):
+            await update_weights(self.learner, self.engines, version=step)
+        self.decoded_tokens += stats.decoded_tokens
+        self.sequential_tokens += stats.total_tokens
+        self.max_difference = max(self.max_difference, mismatch["logprob_difference_max"])
+        seconds = {name: total - seconds_before.get(name, 0.0) for name, total in clock.seconds.items()}
+        return (
+            tree_metrics(trees)
+            | _rollout_metrics(stats, seconds["sample"])
+            | mismatch
+            | _mean(updates)
+            | {f"seconds/{name}": seconds[name] for name in ("sample", "score", "train", "update")}
         )
-        self._order = PromptOrder(len(self._prompts), config.seed)
-        self._driver = self._new_driver(config.sampling)
-        self.decoded_tokens = 0
-        self.sequential_tokens = 0
-        self.max_difference = 0.0
+
+    async def _sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, step: int
+    ) -> tuple[list[Tree], Stats]:
+        """Graded trees in the order of `prompts`; a tree is graded as soon as it is finished."""
+        driver = TreeDriver(
+            self.engines.engines, sampling, self.tokenizer.decode, self.config.seed, self.engines.capacity
+        )
+        by_id = {prompt.id: prompt for prompt in prompts}
+        grading: dict[str, asyncio.Task[Tree]] = {}
+        async with asyncio.TaskGroup() as group, aclosing(driver.sample(prompts, step)) as results:
+            async for result in results:
+                if isinstance(result, FailedTree):
+                    _log.warning("step %d: no tree for prompt %s: %s", step, result.prompt_id, result.reason)
+                    failure = result
+                    continue
+                grading[result.prompt_id] = group.create_task(self._grade(result, by_id[result.prompt_id]))
+        if not grading:
+            raise EngineError(f"step {step}: no tree could be sampled; the last one: {failure.reason}")
+        return [grading[prompt.id].result() for prompt in prompts if prompt.id in grading], driver.stats
+
+    async def _grade(self, tree: Tree, prompt: Prompt) -> Tree:
+        responses = [self.tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
+        grades = await self.rewards.grade(
+            [GradeItem(response, prompt.answer, prompt.text) for response in responses]
+        )
+        return tree.graded([(grade.reward, grade.verdict) for grade in grades])
+
+    def _pack(self, trees: Sequence[Tree]) -> list[list[list[Pack]]]:
+        """For each mini-batch, each replica's packs. Advantages are those of the whole batch."""
+        learning, actor = self.config.learning, self.config.actor
+        pack = pack_trees if learning.packing == "tree" else pack_flat
+        return [
+            pack(part, advantages, actor.max_tokens_per_pack, actor.parallel.data)
+            for part, advantages in split_mini_batches(
+                trees, estimate(trees, learning), learning.mini_batches
+            )
+        ]
+
+    async def _score(self, packs: list[list[Pack]]) -> list[list[Pack]]:
+        """The packs with the actor's log-probs before any update."""
+        log_probs = await self.learner.log_probs(packs, self.config.sampling.temperature)
+        return attach(packs, "old_log_prob", log_probs)
+
+    async def _update(self, packs: list[list[Pack]]) -> dict[str, float]:
+        """One optimizer step."""
+        learning = self.config.learning
+        return await self.learner.train_step(
+            packs, self.config.sampling.temperature, denominator(packs, learning)
+        )
+
+
+def _rollout_metrics(stats: Stats, seconds: float) -> dict[str, float]:
+    return {
+        "rollout/decoded_tokens": stats.decoded_tokens,
+        "rollout/tokens_per_second": stats.decoded_tokens / seconds,
+        "rollout/cached_token_ratio": stats.cached_token_ratio,
+        "rollout/requests": stats.requests,
+        "rollout/failed_requests": stats.failed_requests,
+        "rollout/failed_trees": stats.failed_trees,
+        "rollout/branchings": stats.branchings,
+        "rollout/fallbacks": stats.fallbacks,
+    }
+
+
+def _mean(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The optimizer steps' metrics, averaged."""
+    return {
+        f"train/{name}": sum(update[name] for update in updates) / len(updates) for name in updates[0]
+    }

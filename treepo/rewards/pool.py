@@ -6,12 +6,13 @@ not count against the deadline. multiprocessing.Pool cannot do this: it has no w
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -24,8 +25,8 @@ _log = logging.getLogger(__name__)
 _START_ATTEMPTS = 3
 
 
-class PoolClosedError(RuntimeError):
-    """The pool was closed before the item was graded."""
+class RewardPoolError(RuntimeError):
+    """The pool cannot grade: it is closed, or its processes do not start."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,13 +44,13 @@ class RewardPool:
 
     def __init__(self, config: RewardConfig) -> None:
         self._config = config
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()  # None ends one thread
         self._lock = threading.Lock()  # of everything below
+        self._failure: Exception | None = None  # once set, nothing is queued, started or graded
         self._workers: dict[int, Worker] = {}
-        self._ready: list[Future[None]] = [Future() for _ in range(config.workers)]
-        self._failure: Exception | None = None
         self._traceback_shown = False
         self.restarts = 0
+        self._ready: list[Future[None]] = [Future() for _ in range(config.workers)]
         self._threads = [
             threading.Thread(target=self._run, args=(slot,), name=f"reward-{slot}", daemon=True)
             for slot in range(config.workers)
@@ -62,7 +63,7 @@ class RewardPool:
         await asyncio.gather(*map(asyncio.wrap_future, self._ready))
 
     async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """One grade an item, in the same order. Raises ConfigError as `ready` does, and PoolClosedError."""
+        """One grade an item, in the same order. Raises ConfigError as `ready` does, and RewardPoolError."""
         tasks = [_Task(item) for item in items]
         with self._lock:
             if self._failure is not None:
@@ -72,13 +73,13 @@ class RewardPool:
         return await asyncio.gather(*(asyncio.wrap_future(task.future) for task in tasks))
 
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers that are alive now."""
+        """Process ids of the workers, those that are still starting included."""
         with self._lock:
             return [worker.pid for worker in self._workers.values()]
 
     def close(self) -> None:
-        """Kill every worker and wait until it is gone; what is not graded yet raises PoolClosedError."""
-        self._fail(PoolClosedError("the reward pool is closed"))
+        """Kill every worker and wait until it is gone; what is not graded yet raises RewardPoolError."""
+        self._fail(RewardPoolError("the reward pool is closed"))
         for thread in self._threads:
             thread.join()
 
@@ -96,24 +97,97 @@ class RewardPool:
             self._failure = self._failure or failure
             for worker in self._workers.values():
                 worker.stop()
-        for _ in self._threads:
-            self._tasks.put(None)
+            with contextlib.suppress(Empty):
+                while True:
+                    task = self._tasks.get_nowait()
+                    if task is not None and task.future.set_running_or_notify_cancel():
+                        task.future.set_exception(self._failure)
+            for _ in self._threads:
+                self._tasks.put(None)
 
     def _run(self, slot: int) -> None:
-        """One worker's thread."""
-        worker: Worker | None = None
-        ready = self._ready[slot]
+        """One worker's thread: start it, then serve items until None comes."""
         try:
-            while self._failure is None:
-                if worker is None:
-                    worker = self._start(slot)
-                    if not ready.done():
-                        ready.set_result(None)
-                task = self._tasks.get()
-                if task is not None and task.future.set_running_or_notify_cancel():
+            worker = self._start(slot)
+            self._ready[slot].set_result(None)
+            while (task := self._tasks.get()) is not None:
+                if task.future.set_running_or_notify_cancel():
                     worker = self._serve(slot, worker, task)
-        except (ConfigError, PoolClosedError) as failure:
+        except (ConfigError, RewardPoolError) as failure:
             self._fail(failure)
+            if not self._ready[slot].done():
+                self._ready[slot].set_exception(failure)
         finally:
-            if worker is not None:
-                self._discard(slot, worker)
+            self._discard(slot)
+
+    def _start(self, slot: int) -> Worker:
+        """A worker that is ready. Raises what the pool failed with, ConfigError and RewardPoolError."""
+        reason: Exception | None = None
+        for _ in range(_START_ATTEMPTS):
+            self._discard(slot)
+            with self._lock:
+                if self._failure is not None:
+                    raise self._failure
+                worker = self._workers[slot] = Worker(self._config)
+            try:
+                ready = worker.wait_ready()
+            except (TimeoutError, WorkerDied) as error:
+                reason = error
+                continue
+            if ready.failure is None:
+                return worker
+            self._show(ready.failure)
+            last_line = ready.failure.strip().splitlines()[-1]
+            raise ConfigError(f"reward.function = {self._config.function}: it cannot be loaded: {last_line}")
+        raise RewardPoolError(f"no grading process started in {_START_ATTEMPTS} attempts: {reason!r}")
+
+    def _discard(self, slot: int) -> None:
+        with self._lock:
+            worker = self._workers.pop(slot, None)
+        if worker is not None:
+            worker.close()
+
+    def _serve(self, slot: int, worker: Worker, task: _Task) -> Worker:
+        """Grade one item; returns the worker for the next one.
+
+        A worker that dies may have been killed from outside, so the item is tried once more.
+        """
+        try:
+            try:
+                reply = worker.ask(task.item, self._config.deadline_seconds)
+            except WorkerDied:
+                worker = self._replace(slot)
+                reply = worker.ask(task.item, self._config.deadline_seconds)
+        except TimeoutError:
+            message = f"not graded within {self._config.deadline_seconds:g} s"
+            task.future.set_result(Grade(None, Verdict.TIMEOUT, message=message))
+        except WorkerDied as death:
+            task.future.set_result(Grade(None, Verdict.ERROR, message=str(death)))
+        except (ConfigError, RewardPoolError) as failure:
+            task.future.set_exception(failure)
+            raise
+        else:
+            if reply.traceback is not None:
+                self._show(reply.traceback)
+            task.future.set_result(self._rewarded(reply.grade))
+            if not reply.retire:
+                return worker
+        return self._replace(slot)
+
+    def _replace(self, slot: int) -> Worker:
+        with self._lock:
+            self.restarts += 1
+        return self._start(slot)
+
+    def _show(self, trace: str) -> None:
+        """Log a grader's traceback, the first one only: a faulty function fails on every response."""
+        with self._lock:
+            shown, self._traceback_shown = self._traceback_shown, True
+        if not shown:
+            _log.error("the grader raised (shown once, counted as verdict `error`):\n%s", trace)
+
+    def _rewarded(self, grade: Grade) -> Grade:
+        if grade.reward is not None or not grade.verdict.graded:
+            return grade
+        correct = grade.verdict is Verdict.CORRECT
+        return replace(grade, reward=self._config.correct if correct else self._config.wrong)

@@ -1,0 +1,89 @@
+"""What the tree driver itself costs: segments a second on an engine that answers at once.
+
+Contexts of 7000 tokens and more, segments of 512. `grown`: the paper's trees (16 leaves of 14 segments,
+most of them asked for in one request). `single`: every segment a request of its own with its context, the
+driver's worst case. One JSON line a setting, medians over interleaved repeats; needs nothing but a core.
+"""
+
+import argparse
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import orjson
+
+from sglang_rollout.driver import TreeDriver
+from treepo.config.sampling import SamplingConfig
+from treepo.data import Prompt
+from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.tree import Tree
+
+SETTINGS = {
+    "grown": SamplingConfig(max_live_trees=64),
+    "single": SamplingConfig(max_depth=1, initial_branching=16, max_live_trees=64),
+}
+PROMPT_TOKENS = 7000
+
+
+class NullEngine:
+    """Answers with tokens drawn beforehand, after one turn of the event loop."""
+
+    def __init__(self, longest: int) -> None:
+        rng = np.random.default_rng(0)
+        self._tokens = rng.integers(2, 150_000, size=longest, dtype=np.int32)
+        self._log_probs = -rng.random(longest, dtype=np.float32)
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        await asyncio.sleep(0)
+        return GenerateOutput(
+            tokens=self._tokens[: request.max_tokens],
+            log_probs=self._log_probs[: request.max_tokens],
+            version=0,
+            finish="length",
+            cached_tokens=len(request.context) - 1,
+        )
+
+
+def text_of(tokens: np.ndarray) -> str:
+    """About as many characters as a word piece has."""
+    return "".join(f" {token:x}" for token in tokens)
+
+
+def prompts(count: int) -> Iterator[Prompt]:
+    tokens = np.arange(PROMPT_TOKENS, dtype=np.int32)
+    return (Prompt(str(index), tokens, "", "", "") for index in range(count))
+
+
+async def segments_per_second(sampling: SamplingConfig, trees: int) -> dict[str, float]:
+    driver = TreeDriver([NullEngine(sampling.max_response_tokens)], sampling, text_of, seed=0)
+    segments = 0
+    start = time.perf_counter()
+    async for tree in driver.sample(prompts(trees), step=0):
+        assert isinstance(tree, Tree)
+        segments += len(tree.segments)
+    seconds = time.perf_counter() - start
+    return {"segments_per_s": segments / seconds, "requests_per_s": driver.stats.requests / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trees", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    runs: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for _ in range(arguments.repeats):
+        for name, sampling in SETTINGS.items():
+            for trees in arguments.trees:
+                result = asyncio.run(segments_per_second(sampling, trees))
+                runs.setdefault((name, trees), []).append(result)
+    for (name, trees), results in runs.items():
+        medians = {key: round(statistics.median(result[key] for result in results)) for key in results[0]}
+        line = {"benchmark": "driver", "setting": name, "trees": trees, "prompt_tokens": PROMPT_TOKENS}
+        sys.stdout.buffer.write(orjson.dumps({**line, **medians}, option=orjson.OPT_APPEND_NEWLINE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Tree attention: token i of a depth-first pack attends to token j iff j <= i < exit[j].
+
+A plan is made once per micro-batch from `exit` and `position`; every layer of every pipeline stage, and
+recomputation, uses the same plan. It travels as Megatron-Core's `attention_bias`, which reaches the core
+attention untouched: a plan is a bias of 0 and -inf, in factored form.
+
+Both plans cut the queries into blocks of consecutive tokens. The keys of the block [a, b) are the tokens
+above a (j < a < exit[j]) and the block itself: a token of the block has no other ancestor, because an
+ancestor of i >= a that lies before a is open at a too. So the cost follows the pairs that the mask
+allows, not T^2, whatever the lengths of the segments.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from megatron_bridge.rotary import cos_sin, rotate
+
+CPU_BLOCK = 64  # queries in a block on CPU; 32 and 128 are as fast on short segments
+CUDA_BLOCK = 128  # FlexAttention's own
+GROUP_SHARE = 0.75  # a group's shortest block has at least this share of the keys of its longest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockGroup:
+    """Query blocks with about equally many keys, attended to in one call.
+
+    key: int64 [N * K], token indices, block by block. bias: [N, 1, CPU_BLOCK, K], 0 or -inf.
+    """
+
+    block: Tensor  # int64 [N], indices of the query blocks
+    key: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GatherPlan:
+    """The CPU's plan. order: int64 [blocks], where the groups' concatenated output holds each block."""
+
+    groups: tuple[BlockGroup, ...]
+    order: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """Everything that the core attention of any layer needs to know of a micro-batch of T tokens."""
+
+    cos: Tensor  # [T, 1, head_dim / 2]
+    sin: Tensor
+    mask: GatherPlan | BlockMask
+
+
+def plan_attention(
+    exit_T: np.ndarray, position_T: np.ndarray, frequency: Tensor, dtype: torch.dtype, device: torch.device
+) -> AttentionPlan:
+    """The plan of one pack. frequency: `rotary.inverse_frequency` of the model."""
+    cos, sin = cos_sin(torch.from_numpy(position_T).to(device), frequency, dtype)
+    if device.type == "cuda":
+        return AttentionPlan(cos, sin, block_mask(torch.from_numpy(exit_T).to(device)))
+    return AttentionPlan(cos, sin, gather_plan(exit_T, dtype))
+
+
+def gather_plan(exit_T: np.ndarray, dtype: torch.dtype) -> GatherPlan:
+    """Gather indices and biases for every query block, blocks grouped by their number of keys."""
+    length = len(exit_T)
+    keys = []
+    for start in range(0, length, CPU_BLOCK):
+        above = np.flatnonzero(exit_T[:start] > start)
+        keys.append(np.concatenate([above, np.arange(start, min(start + CPU_BLOCK, length))]))
+    by_size = sorted(range(len(keys)), key=lambda block: len(keys[block]), reverse=True)
+    members: list[list[int]] = []
+    for block in by_size:
+        if not members or len(keys[block]) < GROUP_SHARE * len(keys[members[-1][0]]):
+            members.append([])
+        members[-1].append(block)
+    groups = tuple(_group(blocks, [keys[block] for block in blocks], exit_T, dtype) for blocks in members)
+    return GatherPlan(groups, torch.from_numpy(np.argsort(by_size)))
+
+
+def _group(blocks: list[int], keys: list[np.ndarray], exit_T: np.ndarray, dtype: torch.dtype) -> BlockGroup:
+    """Pads the blocks' keys to the longest. A query without a key (padding of the pack, or past its end)
+    sees one: an empty row has no softmax.
+    """
+    length = len(exit_T)
+    key = np.full((len(blocks), max(map(len, keys))), length)
+    for row, tokens in zip(key, keys, strict=True):
+        row[: len(tokens)] = tokens
+    key = key[:, None, :]
+    query = (np.array(blocks)[:, None] * CPU_BLOCK + np.arange(CPU_BLOCK))[:, :, None]
+    allowed = (key <= query) & (query < np.append(exit_T, 0)[key])
+    allowed[:, :, 0] |= ~allowed.any(axis=2)
+    bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~torch.from_numpy(allowed), -torch.inf)
+    return BlockGroup(
+        torch.tensor(blocks), torch.from_numpy(np.minimum(key, length - 1).reshape(-1)), bias[:, None]
+    )
+
+
+def attend_gathered(query: Tensor, key: Tensor, value: Tensor, plan: GatherPlan) -> Tensor:
+    """Attention on CPU. query: [T, heads, D]; key and value: [T, groups, D]. Returns [T, heads, D]."""
+    length, heads, head_dim = query.shape
+    key_value = torch.cat([key, value], dim=-1)
+    query = pad(query, (0, 0, 0, 0, 0, -length % CPU_BLOCK)).view(-1, CPU_BLOCK, heads, head_dim)
+    outputs = []
+    for group in plan.groups:
+        count = len(group.block)
+        gathered = key_value.index_select(0, group.key).view(count, -1, *key_value.shape[1:])
+        block_key, block_value = gathered.transpose(1, 2).chunk(2, dim=-1)
+        block_query = query.index_select(0, group.block).transpose(1, 2)
+        output = scaled_dot_product_attention(
+            block_query, block_key, block_value, attn_mask=group.bias, enable_gqa=True
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs).index_select(0, plan.order).reshape(-1, heads, head_dim)[:length]
+
+
+def block_mask(exit_T: Tensor) -> BlockMask:
+    """FlexAttention's mask from `exit` alone: which blocks have an allowed pair follows from the largest
+    exit in a block of keys, which are allowed throughout from the smallest.
+    """
+    length = len(exit_T)
+    padded = pad(exit_T, (0, -length % CUDA_BLOCK))
+    exit_B = padded.view(-1, CUDA_BLOCK)
+    start_B = torch.arange(0, len(padded), CUDA_BLOCK, device=exit_T.device)
+    below = start_B[None, :] < start_B[:, None]  # [query block, key block]: the keys lie before the queries
+    some = (below & (exit_B.amax(1)[None, :] > start_B[:, None])) | torch.eye(
+        len(start_B), dtype=torch.bool, device=exit_T.device
+    )
+    full = below & (exit_B.amin(1)[None, :] >= start_B[:, None] + CUDA_BLOCK)
+
+    def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < padded[key])
+
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~full),
+        *_ordered(full),
+        BLOCK_SIZE=CUDA_BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(length, length),
+    )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [1, 1, Q] and indices [1, 1, Q, K], the chosen ones first, of a boolean [Q, K]."""
+    chosen = blocks[None, None].to(torch.int32)
+    index = chosen.argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), index.to(torch.int32)
+
+
+@cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """Rotates by position, then attends along the tree. query: [T, heads, D]; key and value: [T, groups, D].
+    Returns [T, heads, D].
+    """
+    query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
+    if isinstance(plan.mask, GatherPlan):
+        return attend_gathered(query, key, value, plan.mask)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    output = _compiled_flex_attention()(query, key, value, block_mask=plan.mask, enable_gqa=True)
+    return output[0].transpose(0, 1)

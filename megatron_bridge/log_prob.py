@@ -1,0 +1,100 @@
+"""Log-probs of given tokens from hidden states, the vocabulary staying sharded over tensor-parallel ranks.
+
+Logits live for one chunk of tokens at a time: their softmax is formed in their own memory, and beyond one
+chunk the backward pass computes them again instead of keeping them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 1 << 29  # of float32 logits at once, on one rank
+
+
+def token_log_probs(
+    hidden: Tensor,
+    project: Callable[[Tensor], Tensor],
+    target: Tensor,
+    temperature: float,
+    vocabulary: int,
+    group: ProcessGroup,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of `target` [N] under softmax(logits / temperature), and on request the entropy: float32 [N].
+
+    hidden: [N, hidden], the states that predict the targets. project: from such rows to this rank's part of
+    the logits. vocabulary: tokens of the whole model; columns beyond are padding and have probability 0.
+    """
+
+    def chunk_log_probs(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return _VocabularyLogProb.apply(project(hidden), target, temperature, vocabulary, group, with_entropy)  # type: ignore[return-value]  # torch leaves `apply` untyped
+
+    part = -(-vocabulary // group.size())
+    size = max(1, CHUNK_BYTES // (4 * part))
+    if len(hidden) <= size:
+        log_prob, entropy = chunk_log_probs(hidden, target)
+    else:
+        chunks = zip(hidden.split(size), target.split(size), strict=True)
+        results = [
+            checkpoint(chunk_log_probs, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+        log_prob, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))  # type: ignore[arg-type]  # checkpoint is untyped
+    return log_prob, entropy if with_entropy else None
+
+
+class _VocabularyLogProb(torch.autograd.Function):
+    """Log-prob and entropy from one rank's columns of the logits [N, V / ranks].
+
+    With p = softmax(z / t):  d log p_y / dz = (onehot_y - p) / t  and  dH / dz = -p (log p + H) / t.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, temperature, vocabulary, group, with_entropy):
+        # Overwrites float32 logits: the projection that made them keeps only its input for the backward pass.
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperature != 1.0:
+            scaled.div_(temperature)
+        first = group.rank() * scaled.shape[1]
+        padding = scaled[:, max(0, vocabulary - first) :]
+        padding.fill_(-torch.inf)
+        top = scaled.amax(dim=1)
+        if group.size() > 1:
+            all_reduce(top, ReduceOp.MAX, group)
+        scaled.sub_(top[:, None])
+        local = target - first
+        outside = (local < 0) | (local >= scaled.shape[1])
+        local = local.masked_fill(outside, 0)[:, None]
+        chosen = scaled.gather(1, local)[:, 0].masked_fill_(outside, 0.0)
+        if with_entropy:
+            weight = scaled.exp()
+            padding.zero_()  # 0 x -inf is no number
+            mean = torch.einsum("nv,nv->n", weight, scaled)
+        else:
+            weight = scaled.exp_()
+            mean = torch.zeros_like(top)
+        sums = torch.stack([chosen, weight.sum(dim=1), mean])
+        if group.size() > 1:
+            all_reduce(sums, ReduceOp.SUM, group)
+        chosen, total, mean = sums
+        log_total = total.log()
+        entropy = log_total - mean / total
+        ctx.save_for_backward(weight, total, entropy, local, outside)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.set_materialize_grads(False)
+        return chosen - log_total, entropy
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weight, total, entropy, local, outside = ctx.saved_tensors
+        grad_log_prob, grad_entropy = grads
+        p = weight / total[:, None] if grad_entropy is not None else weight.div_(total[:, None])
+        grad = torch.zeros_like(p) if grad_log_prob is None else p * -grad_log_prob[:, None]
+        if grad_entropy is not None:
+            grad.sub_((torch.special.xlogy(p, p) + p * entropy[:, None]).mul_(grad_entropy[:, None]))
+        if grad_log_prob is not None:
+            grad.scatter_add_(1, local, grad_log_prob.masked_fill(outside, 0.0)[:, None])
+        return (grad.div_(ctx.temperature).to(ctx.dtype), *[None] * 5)

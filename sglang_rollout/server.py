@@ -1,0 +1,161 @@
+"""The SGLang processes behind one engine: how they start, how their death is noticed, how they end.
+
+SGLang's own front end assumes that it owns the process it is constructed in: when a child fails it kills
+every child of this process and then the process itself, and its `shutdown` ends children that it did not
+start. Here only SGLang's own processes are ended, and a death is an error of the requests it hurts.
+"""
+
+import asyncio
+import atexit
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from treepo.config.engine import EngineConfig
+from treepo.errors import EngineError
+
+_log = logging.getLogger(__name__)
+_END_SECONDS = 10  # from SIGTERM to SIGKILL
+
+
+class Server:
+    """One running SGLang. The constructor blocks until the model is loaded.
+
+    manager: SGLang's tokenizer manager, through which requests and control messages go.
+    capacity: tokens in the KV cache.
+    Raises EngineError where SGLang does not start.
+    """
+
+    def __init__(self, model: Path, dtype: str, config: EngineConfig, seed: int) -> None:
+        with _start_environment():
+            from sglang.srt.entrypoints.engine import Engine
+
+            # It would name each signal handler and each dead child at level error; the exception says more.
+            logging.getLogger(Engine.__module__).setLevel(logging.CRITICAL)
+            try:
+                engine = Engine(**_arguments(model, dtype, config, seed))
+            except (RuntimeError, ValueError, OSError, AssertionError) as error:
+                raise EngineError(f"SGLang does not start on {model}: {error}") from error
+        atexit.unregister(engine.shutdown)
+        atexit.register(self.close)  # multiprocessing joins its children at exit, so they must be gone
+        self.manager: Any = engine.tokenizer_manager
+        self.manager._subprocess_watchdog.stop()
+        info: dict[str, Any] = engine._scheduler_init_result.scheduler_infos[0]
+        self.capacity = int(info["max_total_num_tokens"])
+        self._children = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
+        self._death: asyncio.Future[str] | None = None
+        self._watched: list[int] = []
+        self._closed = False
+
+    @property
+    def death(self) -> asyncio.Future[str]:
+        """Resolves to the reason when this server can no longer answer. Binds it to the running loop."""
+        if self._death is None:
+            loop = asyncio.get_running_loop()
+            self._death = loop.create_future()
+            for child in self._children:
+                descriptor = os.pidfd_open(child.pid)
+                self._watched.append(descriptor)
+                loop.add_reader(descriptor, self._die, f"SGLang's process {child.pid} ended")
+            # In the place of SGLang's auto_create_handle_loop, which takes over SIGTERM and SIGQUIT.
+            self.manager.event_loop = loop
+            receiver = loop.create_task(self.manager.handle_loop())
+            receiver.add_done_callback(self._receiver_done)
+            self.manager.asyncio_tasks.add(receiver)
+        return self._death
+
+    def _receiver_done(self, receiver: asyncio.Task[None]) -> None:
+        if not receiver.cancelled():
+            self._die(f"SGLang's answers cannot be read: {receiver.exception()!r}")
+
+    def _die(self, reason: str) -> None:
+        assert self._death is not None
+        if not self._death.done():
+            self._death.set_result(reason)
+        self._unwatch()
+
+    def _unwatch(self) -> None:
+        for descriptor in self._watched:
+            self.manager.event_loop.remove_reader(descriptor)
+            os.close(descriptor)
+        self._watched = []
+
+    def close(self) -> None:
+        """End SGLang's processes, and no other. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        if self._death is not None and not self.manager.event_loop.is_closed():
+            self._die("closed")
+            for task in self.manager.asyncio_tasks:
+                task.cancel()
+        family = [process for child in self._children if child.is_running() for process in _family(child)]
+        for process in family:
+            _signal(process, signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=_END_SECONDS)
+        for process in alive:
+            _signal(process, signal.SIGKILL)
+        psutil.wait_procs(alive, timeout=_END_SECONDS)
+
+
+def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict[str, Any]:
+    """What this project asks of SGLang; everything else is SGLang's default."""
+    gpu = torch.cuda.is_available()
+    return {
+        "model_path": str(model),
+        "dtype": dtype,
+        "device": "cuda" if gpu else "cpu",
+        "random_seed": seed,
+        "skip_tokenizer_init": True,  # tokens in, tokens out
+        "max_total_tokens": config.max_total_tokens,
+        "mem_fraction_static": config.memory_fraction,
+        "disable_overlap_schedule": not gpu,  # there is nothing to overlap with on a CPU
+        "weight_version": "0",
+        "log_level": config.log_level,
+        "custom_sigquit_handler": _child_failed if _in_main_thread() else None,
+    }
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _child_failed(signum: int, frame: object) -> None:  # noqa: ARG001 - a signal handler's signature
+    """A failing child says so by SIGQUIT before it ends; its end is what `Server.death` reports."""
+
+
+@contextmanager
+def _start_environment() -> Iterator[None]:
+    """The environment in which SGLang's processes start, and the silence in which its modules load."""
+    before = dict(os.environ)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles thousands of modules again
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a model is a folder
+    os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for devices that are not here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        _log.debug("process %d has already ended", process.pid)

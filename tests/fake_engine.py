@@ -1,0 +1,119 @@
+"""A language model of nothing but chances, served like a real engine: it ends, boxes and babbles.
+
+Its log-probs are a function of the whole prefix, so re-scoring a trajectory shows whether each token was
+sampled under the tokens that the tree has above it.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from treepo.errors import EngineError
+from treepo.protocols import GenerateOutput, GenerateRequest
+
+EOS = 0
+BOX = 1
+VOCABULARY = 512
+
+
+def decode(tokens: np.ndarray) -> str:
+    """Token 1 is a whole box, the others are letters."""
+    return "".join("\\boxed{7}" if token == BOX else chr(ord("a") + token % 26) for token in tokens)
+
+
+def score(tokens: np.ndarray) -> np.ndarray:
+    """Log-prob of every token under the tokens before it: float32 [T]."""
+    powers = np.full(len(tokens), 0x9E3779B97F4A7C15, dtype=np.uint64)
+    prefix = np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * np.cumprod(powers))
+    prefix ^= prefix >> np.uint64(29)
+    return -((prefix * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(40)).astype(np.float32) / np.float32(2**23)
+
+
+def prompt_tokens(index: int, length: int = 5) -> np.ndarray:
+    """A prompt unlike any other index's."""
+    return np.random.default_rng(index).integers(2, VOCABULARY, size=length, dtype=np.int32)
+
+
+@dataclass
+class FakeEngine:
+    """An engine whose every token is EOS or a box with the given chances, from the request's seed alone.
+
+    stop_rule: ends long requests at segment boundaries, as a real engine does; without one it decodes on.
+    shuffle: seeds random delays, so that answers come back in another order. fails: says of the n-th
+    request whether it fails. pause_after: where not 0, a long request returns after that many boundaries.
+    letters: how many different tokens there are besides EOS and the box.
+    """
+
+    end: float = 0.0
+    box: float = 0.0
+    version: int = 0
+    stop_rule: Callable[[np.ndarray], bool] | None = None
+    shuffle: int | None = None
+    fails: Callable[[int], bool] = lambda _: False
+    pause_after: int = 0
+    letters: int = VOCABULARY - 2
+    caches: bool = True
+    requests: list[GenerateRequest] = field(default_factory=list)
+    running: int = 0
+    cancelled: int = 0
+    _known: set[bytes] = field(default_factory=set)
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        self.requests.append(request)
+        self.running += 1
+        order = random.Random(len(self.requests) if self.shuffle is None else self.shuffle + request.seed)
+        try:
+            for _ in range(1 if self.shuffle is None else order.randrange(1, 20)):
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        if self.fails(len(self.requests)):
+            raise EngineError("the fake engine fails on purpose")
+        return self.answer(request)
+
+    def answer(self, request: GenerateRequest) -> GenerateOutput:
+        """The output, at once."""
+        generator = np.random.default_rng(request.seed)
+        chances = generator.random(request.max_tokens)
+        tokens = generator.integers(2, 2 + self.letters, size=request.max_tokens, dtype=np.int32)
+        tokens[chances < self.end + self.box] = BOX
+        ends = np.flatnonzero(chances < self.end)
+        if len(ends):
+            tokens = tokens[: ends[0] + 1]
+            tokens[-1] = EOS
+        tokens = tokens[: self._stop(request, tokens)]
+        context = np.concatenate([request.context, tokens])
+        return GenerateOutput(
+            tokens=tokens,
+            log_probs=score(context)[len(request.context) :],
+            version=self.version,
+            finish="eos" if tokens[-1] == EOS else "length",
+            cached_tokens=self._cached(request.context, context) if self.caches else 0,
+        )
+
+    def _stop(self, request: GenerateRequest, tokens: np.ndarray) -> int:
+        every = request.check_every
+        if not every:
+            return len(tokens)
+        response = np.concatenate([request.context[request.prompt_tokens :], tokens])
+        above = len(response) - len(tokens)
+        for number, boundary in enumerate(range(every, len(tokens), every), start=1):
+            if self.stop_rule is not None and self.stop_rule(response[: above + boundary]):
+                return boundary
+            if number == self.pause_after:
+                return boundary
+        return len(tokens)
+
+    def _cached(self, context: np.ndarray, whole: np.ndarray) -> int:
+        """Longest prefix of the context, short of its last token, that an earlier request has computed."""
+        cached = len(context) - 1
+        while cached and context[:cached].tobytes() not in self._known:
+            cached -= 1
+        self._known.update(whole[:length].tobytes() for length in range(cached, len(whole)))
+        return cached

@@ -1,0 +1,35 @@
+"""Soft overlong punishment: a reward falls as a response comes near its limit (DAPO, equation 13)."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from treepo.config.learning import LearningConfig
+from treepo.forest import Forest
+from treepo.tree import Tree
+
+
+def overlong_penalty(tokens: int, limit: int, buffer: int, factor: float) -> float:
+    """0 up to `limit - buffer` tokens, then linear down to `-factor` at `limit` and beyond."""
+    return -factor * min(max(tokens - (limit - buffer), 0) / buffer, 1.0)
+
+
+def shape_overlong(tree: Tree, config: LearningConfig, max_response_tokens: int) -> Tree:
+    """The same tree, the penalty added to the reward of each graded leaf; verdicts stay.
+
+    Comes after dynamic sampling, which asks whether answers differ, not whether lengths do. The identity
+    where `overlong_buffer_tokens` is null.
+    """
+    if config.overlong_buffer_tokens is None:
+        return tree
+    forest = Forest.of([tree])
+    tokens_N = forest.levels.down(np.where(forest.depth_N > 0, forest.length_N, 0))
+    leaves = []
+    for leaf, tokens in zip(tree.leaves, tokens_N[forest.leaf_node_L].tolist(), strict=True):
+        if leaf.reward is not None:
+            penalty = overlong_penalty(
+                tokens, max_response_tokens, config.overlong_buffer_tokens, config.overlong_penalty
+            )
+            leaf = replace(leaf, reward=leaf.reward + penalty)  # noqa: PLW2901 - the shaped leaf replaces it
+        leaves.append(leaf)
+    return replace(tree, leaves=tuple(leaves))
