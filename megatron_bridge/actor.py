@@ -27,9 +27,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
+from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.attention import AttentionPlan, plan_attention
+from megatron_bridge.buckets import buckets
 from megatron_bridge.log_prob import token_log_probs
-from megatron_bridge.model import build_model, check_layout, read_architecture
+from megatron_bridge.model import build_model
 from megatron_bridge.transfer import Exporter, load
 from treepo.config.actor import ActorConfig, ParallelConfig
 from treepo.config.learning import LearningConfig
@@ -74,7 +76,7 @@ class MegatronActor:
         with _on_device():
             _join(config.parallel, rank, world_size, store)
             self._groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp"])
-            model = build_model(self._architecture, self._dtype, config).to(self._device)
+            model = build_model(self._architecture, self._dtype, config).to(self._device, self._dtype)
             load(folder, model, self._architecture)
             self._model, self._optimizer = _trainable(model, config, self._dtype)
             self._exporter = Exporter(model, self._architecture, self._dtype, self._device)
@@ -126,7 +128,7 @@ class MegatronActor:
 
     def buckets(self) -> Iterator[Bucket]:
         """The model's tensors under their Hugging Face names: on rank 0 only, but every rank iterates."""
-        return self._exporter.buckets(self._config.bucket_mb << 20)
+        return buckets(self._exporter.tensors(), self._config.bucket_mb << 20)
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder for transformers and SGLang. Raises ModelError where it exists."""
@@ -241,9 +243,7 @@ def create_store(host: str = "127.0.0.1") -> TCPStore:
     """
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
-    return TCPStore(
-        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _on_device() -> AbstractContextManager:

@@ -1,7 +1,6 @@
-"""A Hugging Face config to Megatron-Core's model. GPTModel is used in this file only."""
+"""Megatron-Core's model of an architecture. GPTModel is built in this file only."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import logging
 
 import torch
 from megatron.core import parallel_state
@@ -11,81 +10,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import AutoConfig, PreTrainedConfig
 
+from megatron_bridge.architecture import Architecture
 from megatron_bridge.attention import AttentionPlan, attend
-from megatron_bridge.rotary import inverse_frequency
-from megatron_bridge.weights import FAMILIES, Dimensions, Family, padded_vocabulary
-from treepo.config.actor import ActorConfig, ParallelConfig
-from treepo.errors import ConfigError, ModelError
+from megatron_bridge.weights import padded_vocabulary
+from treepo.config.actor import ActorConfig
 
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What `folder`/config.json says, as far as the actor needs it."""
-
-    family: Family
-    dimensions: Dimensions
-    hidden: int
-    intermediate: int
-    heads: int
-    norm_epsilon: float
-    max_positions: int
-    tied: bool
-    frequency: Tensor  # float32 [head_dim / 2], rotary radians per position
-
-
-def read_architecture(folder: Path) -> Architecture:
-    """Raises ModelError where the model is of no known family or has a feature that is not built."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type not in FAMILIES:
-        raise ModelError(f"{folder}: model_type {config.model_type!r}; known are {', '.join(FAMILIES)}")
-    _check_features(folder, config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Architecture(
-        family=FAMILIES[config.model_type],
-        dimensions=Dimensions(
-            config.num_hidden_layers, config.num_key_value_heads, head_dim, config.vocab_size
-        ),
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=config.num_attention_heads,
-        norm_epsilon=config.rms_norm_eps,
-        max_positions=config.max_position_embeddings,
-        tied=config.tie_word_embeddings,
-        frequency=inverse_frequency(config.rope_parameters, head_dim),
-    )
-
-
-def _check_features(folder: Path, config: PreTrainedConfig) -> None:
-    expected = {
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-    }
-    for name, value in expected.items():
-        if getattr(config, name, value) != value:
-            raise ModelError(f"{folder}: {name} = {getattr(config, name)!r}; only {value!r} is supported")
-
-
-def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raises ConfigError, with the arithmetic, where the model cannot be divided so."""
-    dimensions = architecture.dimensions
-    for name, ranks, what, size in (
-        ("tensor", parallel.tensor, "attention heads", architecture.heads),
-        ("tensor", parallel.tensor, "key-value heads", dimensions.groups),
-        ("tensor", parallel.tensor, "rows of the MLP", architecture.intermediate),
-        ("pipeline", parallel.pipeline, "layers", dimensions.layers),
-    ):
-        if size % ranks:
-            raise ConfigError(
-                f"actor.parallel.{name} = {ranks} does not divide the model's {size} {what} "
-                f"(remainder {size % ranks})"
-            )
+# It announces its successor, HybridModel, each time it is built.
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 class TreeAttention(MegatronModule):

@@ -3,47 +3,20 @@
 Rank 0 receives every shard of the first data-parallel replica and joins it; the other ranks only send.
 """
 
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bridge.model import Architecture, named_parameters
+from megatron_bridge.architecture import Architecture
+from megatron_bridge.folder import Checkpoint, write_folder
+from megatron_bridge.model import named_parameters
 from megatron_bridge.weights import Rule, expand
 from treepo.errors import ModelError
-from treepo.protocols import Bucket
-
-INDEX = "model.safetensors.index.json"
-COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}  # tokenizer, generation config, chat template
-SHARD_BYTES = 4 << 30
-
-
-class Checkpoint:
-    """The safetensors of a Hugging Face folder, read lazily. Raises ModelError for what is missing."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if (folder / INDEX).is_file():
-            self._file_of = orjson.loads((folder / INDEX).read_bytes())["weight_map"]
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise ModelError(f"{folder}: neither model.safetensors nor {INDEX}")
-
-    def read(self, name: str) -> Tensor:
-        if name not in self._file_of:
-            raise ModelError(f"{self.folder}: no tensor {name}")
-        with safe_open(self.folder / self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
 
 
 def load(folder: Path, model: GPTModel, architecture: Architecture) -> None:
@@ -126,77 +99,17 @@ class Exporter:
             shards.append(shard)
         return shards
 
-    def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
-        """`tensors` in buckets of at most `bucket_bytes`, or of one tensor that is larger."""
-        for group in _grouped(self.tensors(), bucket_bytes):
-            yield Bucket(
-                names=tuple(name for name, _ in group),
-                dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in group),
-                shapes=tuple(tuple(tensor.shape) for _, tensor in group),
-                data=torch.cat([_bytes(tensor) for _, tensor in group]).cpu().numpy(),
-            )
-
-    def write(self, source: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        """A Hugging Face folder with these weights, `source`'s tokenizer and config; appears complete or not
-        at all. Raises ModelError where `folder` exists.
+    def write(self, source: Path, folder: Path) -> None:
+        """A Hugging Face folder with these weights and `source`'s other files. Raises ModelError, on every
+        rank, where `folder` exists.
         """
-        if self._rank == 0 and folder.exists():
-            raise ModelError(f"{folder} exists")
-        partial = folder.with_name(f".{folder.name}.partial")
-        file_of: dict[str, str] = {}
-        total = 0
-        for number, group in enumerate(_grouped(self.tensors(), shard_bytes)):
-            partial.mkdir(parents=True, exist_ok=True)
-            shard = {name: tensor.contiguous().cpu() for name, tensor in group}
-            save_file(shard, partial / _shard_name(number), metadata={"format": "pt"})
-            file_of |= dict.fromkeys(shard, _shard_name(number))
-            total += sum(tensor.nbytes for tensor in shard.values())
+        exists = [folder.exists()]
+        torch.distributed.broadcast_object_list(exists, src=0)
+        if exists[0]:
+            raise ModelError(f"{folder} exists: nothing is overwritten")
         if self._rank == 0:
-            _finish(source, partial, file_of, total, self._dtype)
-            partial.rename(folder)
+            write_folder(self.tensors(), source, folder)
+        else:
+            for _ in self.tensors():
+                pass
         torch.distributed.barrier()
-
-
-def _grouped(tensors: Iterable[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors of at most `size` bytes together."""
-    group: list[tuple[str, Tensor]] = []
-    used = 0
-    for name, tensor in tensors:
-        if group and used + tensor.nbytes > size:
-            yield group
-            group, used = [], 0
-        group.append((name, tensor))
-        used += tensor.nbytes
-    if group:
-        yield group
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8).flatten()
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _finish(source: Path, folder: Path, file_of: dict[str, str], total: int, dtype: torch.dtype) -> None:
-    """Name the weight files as transformers does, index them if there are several, add the other files."""
-    shards = sorted(set(file_of.values()))
-    count = len(shards)
-    names = {
-        shard: "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-        for i, shard in enumerate(shards, start=1)
-    }
-    for shard, name in names.items():
-        (folder / shard).rename(folder / name)
-    if count > 1:
-        weight_map = {tensor: names[shard] for tensor, shard in file_of.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
-    for path in source.iterdir():
-        if path.suffix in COPIED and path.name not in ("config.json", INDEX):
-            shutil.copyfile(path, folder / path.name)
-    config = orjson.loads((source / "config.json").read_bytes())
-    name = str(dtype).removeprefix("torch.")
-    config |= dict.fromkeys({"dtype", "torch_dtype"} & config.keys() or {"dtype"}, name)
-    (folder / "config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))

@@ -2,13 +2,14 @@
 
 import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import KVCache
 
 
 class TokenAllocator(TokenToKVPoolAllocator):
     """SGLang hands every out-of-tree allocator a page size; its token allocator takes none."""
 
     def __init__(
-        self, size: int, page_size: int, dtype: torch.dtype, device: str, kvcache: object, need_sort: bool
+        self, size: int, page_size: int, dtype: torch.dtype, device: str, kvcache: KVCache, need_sort: bool
     ) -> None:
         if page_size != 1:
             raise ValueError(f"the CPU platform has pages of one token; page_size = {page_size} is not 1")

@@ -11,7 +11,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 
-class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompatibleMethodOverride] - SGLang's own
     """Torch-native operations, plain KV pools, pages of one token."""
 
     _enum = PlatformEnum.OOT
@@ -20,6 +20,27 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
+
+    def init_backend(self) -> None:
+        """Put our attention and our sampler in the places of SGLang's torch-native ones.
+
+        Under the old names: SGLang chooses torch code over Triton kernels elsewhere by the name.
+        """
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang.srt.layers.sampler import register_sampler_backend
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        from sglang_rollout.cpu_attention import CpuAttention
+        from sglang_rollout.cpu_sampler import SeededSampler, add_seeds
+
+        register_attention_backend("torch_native")(CpuAttention)
+        register_sampler_backend("pytorch", SeededSampler)
+        HookRegistry.register(
+            "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
+            add_seeds,
+            HookType.AFTER,
+        )
+        HookRegistry.apply_hooks()  # SGLang's own call may be behind us; hooks that are in place stay
 
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -39,5 +60,5 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_dispatch_key_name(self) -> str:
         return "native"
 
-    def is_pin_memory_available(self, device: Any = None) -> bool:
+    def is_pin_memory_available(self, device: Any = None) -> bool:  # noqa: ARG002 - SGLang's signature
         return False

@@ -9,12 +9,12 @@ answers, never on the order in which answers come back.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from sglang_rollout.growing_tree import Ask, GrowingTree
+from sglang_rollout.growing_tree import Ask, GrowingTree, longest_response
 from treepo.config.sampling import SamplingConfig
 from treepo.data import Prompt
 from treepo.errors import EngineError
@@ -45,7 +45,7 @@ class Waiting:
 
 @dataclass(slots=True)
 class Stats:
-    """Sums since the driver was made."""
+    """Sums since the driver was made or they were last taken."""
 
     trees: int = 0
     failed_trees: int = 0
@@ -95,7 +95,8 @@ class TreeDriver:
 
     decode: token ids to text, for the stop rules. kv_tokens: tokens that each engine's KV cache holds;
     where given, it bounds the trees that live on an engine so that their prefixes are not evicted.
-    `sampling.max_live_trees` bounds them by number.
+    `sampling.max_live_trees` bounds them by number instead. One driver serves step after step, and knows
+    better each time how large trees become.
     """
 
     def __init__(
@@ -118,11 +119,12 @@ class TreeDriver:
         self._room = asyncio.Event()
         self._waiting: dict[Ask, tuple[str, int, float]] = {}
 
-    async def sample(self, prompts: Iterable[Prompt], step: int) -> AsyncIterator[Tree | FailedTree]:
+    async def sample(self, prompts: Iterable[Prompt], step: int) -> AsyncGenerator[Tree | FailedTree]:
         """Trees in the order in which they are finished, each prompt once; at most one call at a time.
 
-        `prompts` may be lazy: one is taken when an engine has room for it. Closing the iterator
-        (`contextlib.aclosing`) cancels whatever is in flight.
+        `prompts` may be lazy: they are taken one by one as engines have room. Closing the iterator
+        (`contextlib.aclosing`) cancels whatever is in flight. What is raised here, in a group, is a fault;
+        an engine's failures end in a FailedTree.
         """
         results: asyncio.Queue[Tree | FailedTree | None] = asyncio.Queue()
         growing = asyncio.create_task(self._grow_all(prompts, step, results))
@@ -133,6 +135,11 @@ class TreeDriver:
         finally:
             growing.cancel()
             await asyncio.wait([growing])
+
+    def take_stats(self) -> Stats:
+        """The sums since the last call, which start again from 0."""
+        taken, self.stats = self.stats, Stats()
+        return taken
 
     def waiting(self) -> list[Waiting]:
         """Requests in flight, the oldest first."""
@@ -229,7 +236,7 @@ class TreeDriver:
             return True
         # A tree counts for as much as the largest finished so far, or for what it has already; until one
         # is finished, for the most that a tree can have.
-        size = self._largest_tree or self._sampling.width * self._sampling.max_response_tokens
+        size = self._largest_tree or longest_response(self._sampling) * self._sampling.width
         held = sum(len(live.tree.prompt.tokens) + max(size, live.tree.tokens) for live in lane.trees)
         return held + len(prompt.tokens) + size <= self._kv_tokens
 

@@ -74,6 +74,13 @@ class Ask:
         return self.stop is not None or self.length == self.goal
 
 
+def longest_response(config: SamplingConfig) -> int:
+    """Most tokens that a response can have."""
+    if config.mode == "sequential":
+        return config.max_response_tokens
+    return min(config.max_depth * config.segment_tokens, config.max_response_tokens)
+
+
 class GrowingTree:
     """A tree of one prompt. Everything random in it is keyed by (seed, step, prompt id) and a place in it.
 
@@ -103,15 +110,14 @@ class GrowingTree:
 
     def request(self, ask: Ask) -> GenerateRequest:
         """What an engine has to be asked next for `ask`."""
-        wanted = ask.goal - ask.length
-        long = wanted > self._config.segment_tokens and self._rule.can_fire
+        wanted, segment_tokens = ask.goal - ask.length, self._config.segment_tokens
         return GenerateRequest(
             context=ask.context,
             prompt_tokens=len(self.prompt.tokens),
             max_tokens=wanted,
             temperature=self._config.temperature,
             seed=rng.seed(*self._names, "request", ask.number, ask.length),
-            check_every=self._config.segment_tokens if long else 0,
+            check_every=segment_tokens if wanted > segment_tokens else 0,
         )
 
     def receive(self, ask: Ask, output: GenerateOutput) -> int:
@@ -269,11 +275,10 @@ class GrowingTree:
     def _goal(self, length: int, saturated: bool) -> int:
         """Response length up to which a path of `length` tokens asks in one go."""
         config = self._config
-        segments = 1
         if config.mode == "sequential":
             return config.max_response_tokens
-        if saturated:
-            segments = config.max_depth - -(-length // config.segment_tokens)
+        begun = -(-length // config.segment_tokens)
+        segments = config.max_depth - begun if saturated else 1
         return min(length + segments * config.segment_tokens, config.max_response_tokens)
 
     def _generator(self, purpose: str) -> np.random.Generator:

@@ -8,11 +8,12 @@ start. Here only SGLang's own processes are ended, and a death is an error of th
 import asyncio
 import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,21 @@ class Server:
 
             # It would name each signal handler and each dead child at level error; the exception says more.
             logging.getLogger(Engine.__module__).setLevel(logging.CRITICAL)
+            others = set(multiprocessing.active_children())
             try:
                 engine = Engine(**_arguments(model, dtype, config, seed))
-            except (RuntimeError, ValueError, OSError, AssertionError) as error:
-                raise EngineError(f"SGLang does not start on {model}: {error}") from error
+            except BaseException as error:
+                _end([child.pid for child in set(multiprocessing.active_children()) - others if child.pid])
+                if isinstance(error, Exception):  # SGLang raises whatever its modules raise
+                    raise EngineError(f"SGLang does not start on {model}: {error}") from error
+                raise
         atexit.unregister(engine.shutdown)
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must be gone
         self.manager: Any = engine.tokenizer_manager
         self.manager._subprocess_watchdog.stop()
         info: dict[str, Any] = engine._scheduler_init_result.scheduler_infos[0]
         self.capacity = int(info["max_total_num_tokens"])
-        self._children = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
+        self._children: list[int] = engine.get_all_child_pids()
         self._death: asyncio.Future[str] | None = None
         self._watched: list[int] = []
         self._closed = False
@@ -63,15 +68,30 @@ class Server:
             loop = asyncio.get_running_loop()
             self._death = loop.create_future()
             for child in self._children:
-                descriptor = os.pidfd_open(child.pid)
+                descriptor = os.pidfd_open(child)
                 self._watched.append(descriptor)
-                loop.add_reader(descriptor, self._die, f"SGLang's process {child.pid} ended")
+                loop.add_reader(descriptor, self._die, f"SGLang's process {child} ended")
             # In the place of SGLang's auto_create_handle_loop, which takes over SIGTERM and SIGQUIT.
             self.manager.event_loop = loop
             receiver = loop.create_task(self.manager.handle_loop())
             receiver.add_done_callback(self._receiver_done)
             self.manager.asyncio_tasks.add(receiver)
         return self._death
+
+    async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float, what: str) -> T:
+        """`work`'s result. Raises EngineError at the deadline and as soon as SGLang has died."""
+        death = self.death
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((death, task), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+        if death.done():
+            raise EngineError(death.result())
+        if task.done():
+            return task.result()
+        raise EngineError(f"{what} took longer than {seconds:g} s")
 
     def _receiver_done(self, receiver: asyncio.Task[None]) -> None:
         if not receiver.cancelled():
@@ -99,13 +119,7 @@ class Server:
             self._die("closed")
             for task in self.manager.asyncio_tasks:
                 task.cancel()
-        family = [process for child in self._children if child.is_running() for process in _family(child)]
-        for process in family:
-            _signal(process, signal.SIGTERM)
-        _, alive = psutil.wait_procs(family, timeout=_END_SECONDS)
-        for process in alive:
-            _signal(process, signal.SIGKILL)
-        psutil.wait_procs(alive, timeout=_END_SECONDS)
+        _end(self._children)
 
 
 def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict[str, Any]:
@@ -120,6 +134,9 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "max_total_tokens": config.max_total_tokens,
         "mem_fraction_static": config.memory_fraction,
         "disable_overlap_schedule": not gpu,  # there is nothing to overlap with on a CPU
+        "sleep_on_idle": not gpu,  # the trainer computes on the same cores
+        "attention_backend": None if gpu else "torch_native",
+        "disable_cuda_graph": not gpu,
         "weight_version": "0",
         "log_level": config.log_level,
         "custom_sigquit_handler": _child_failed if _in_main_thread() else None,
@@ -130,7 +147,7 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _child_failed(signum: int, frame: object) -> None:  # noqa: ARG001 - a signal handler's signature
+def _child_failed(signum: int, frame: object) -> None:
     """A failing child says so by SIGQUIT before it ends; its end is what `Server.death` reports."""
 
 
@@ -150,8 +167,19 @@ def _start_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    return [process, *process.children(recursive=True)]
+def _end(children: Sequence[int]) -> None:
+    """End these children and theirs, and wait until they have ended."""
+    family: list[psutil.Process] = []
+    for pid in children:
+        if psutil.pid_exists(pid):
+            child = psutil.Process(pid)
+            family += [child, *child.children(recursive=True)]
+    for process in family:
+        _signal(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=_END_SECONDS)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=_END_SECONDS)
 
 
 def _signal(process: psutil.Process, number: int) -> None:

@@ -70,7 +70,12 @@ def shared_payload(bucket: Bucket) -> dict[str, Any]:
             raise EngineError(f"weights: {name} starts at byte {start}, no multiple of its {dtype_name}")
         metadata.append(
             FlattenedTensorMetadata(
-                name=name, shape=torch.Size(shape), dtype=dtype, start_idx=start, end_idx=end, numel=end - start
+                name=name,
+                shape=torch.Size(shape),
+                dtype=dtype,
+                start_idx=start,
+                end_idx=end,
+                numel=end - start,
             )
         )
         start = end

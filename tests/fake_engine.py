@@ -44,7 +44,7 @@ class FakeEngine:
     stop_rule: ends long requests at segment boundaries, as a real engine does; without one it decodes on.
     shuffle: seeds random delays, so that answers come back in another order. fails: says of the n-th
     request whether it fails. pause_after: where not 0, a long request returns after that many boundaries.
-    letters: how many different tokens there are besides EOS and the box.
+    letters: how many different tokens there are besides EOS and the box. caches: keeps a prefix cache.
     """
 
     end: float = 0.0
@@ -52,10 +52,10 @@ class FakeEngine:
     version: int = 0
     stop_rule: Callable[[np.ndarray], bool] | None = None
     shuffle: int | None = None
-    fails: Callable[[int], bool] = lambda _: False
+    fails: Callable[[int, GenerateRequest], bool] = lambda _number, _request: False
     pause_after: int = 0
     letters: int = VOCABULARY - 2
-    caches: bool = True
+    caches: bool = False
     requests: list[GenerateRequest] = field(default_factory=list)
     running: int = 0
     cancelled: int = 0
@@ -73,7 +73,7 @@ class FakeEngine:
             raise
         finally:
             self.running -= 1
-        if self.fails(len(self.requests)):
+        if self.fails(len(self.requests), request):
             raise EngineError("the fake engine fails on purpose")
         return self.answer(request)
 

@@ -80,9 +80,7 @@ def request(context: Sequence[int] | np.ndarray, **settings: Any) -> GenerateReq
 
 def perturbed(model: Qwen2ForCausalLM, scale: float = 0.05) -> dict[str, torch.Tensor]:
     """All of a model's tensors, each with a little noise on it."""
-    return {
-        name: tensor + scale * torch.randn_like(tensor) for name, tensor in model.state_dict().items()
-    }
+    return {name: tensor + scale * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
 
 
 def buckets(tensors: dict[str, torch.Tensor], count: int = 3) -> Iterator[Bucket]:
@@ -109,6 +107,8 @@ def write_model(folder: Path) -> Path:
 
 def start(folder: Path, loop: asyncio.AbstractEventLoop) -> RealEngine:
     rule = SwitchableRule()
-    engine = SGLangEngine(folder, "float32", EngineConfig(max_total_tokens=50_000), seed=0, stop_rule=rule)
+    engine = SGLangEngine(
+        folder, "float32", EngineConfig.model_validate({"max_total_tokens": 50_000}), seed=0, stop_rule=rule
+    )
     reference = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return RealEngine(engine, folder, reference, rule, loop)

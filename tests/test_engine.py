@@ -5,7 +5,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import pytest
 
 from treepo.errors import EngineError
@@ -70,10 +69,7 @@ def test_sampling_follows_the_distribution(real_engine: "RealEngine") -> None:
 
     counts = np.bincount([output.tokens[0] for output in real_engine.run(many())], minlength=VOCABULARY)
     expected = np.exp(
-        [
-            real_engine.log_probs(context, np.array([token]), temperature)[0]
-            for token in range(VOCABULARY)
-        ]
+        [real_engine.log_probs(context, np.array([token]), temperature)[0] for token in range(VOCABULARY)]
     )
     # Total variation of an empirical distribution is at most about sqrt(k / n) / 2 = 0.13 for k = 128.
     assert np.abs(counts / draws - expected).sum() / 2 < 0.13
@@ -164,7 +160,7 @@ def test_a_seed_decides_the_tokens_whatever_runs_beside_it(real_engine: "RealEng
 def test_a_request_that_cannot_be_served_says_why(real_engine: "RealEngine") -> None:
     with pytest.raises(EngineError, match="1024"):
         real_engine.generate([5] * 10, max_tokens=5000)
-    with pytest.raises(EngineError, match="vocabulary|128"):
+    with pytest.raises(EngineError, match="vocabulary of 128"):
         real_engine.generate([500_000])
 
 

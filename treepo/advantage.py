@@ -8,9 +8,9 @@ group, no statistic and no loss.
 
 Where this departs from the paper and its code: groups are nodes of the tree and never windows of 512
 tokens, so a cut inside a segment is its own node; no depth is left out; `spo` scores a child against its
-siblings (the official code's numbers are wrong); a leaf without company has advantage 0 under the group
-baselines. The options of `treepo` beyond the paper: `depth_count: constant`, with which a shared token's
-net weight is exactly the node's value over its ancestors'; `distinct_groups`; `leaf_weights`.
+siblings (the official code's numbers are wrong). Kept from it: the only leaf of a prompt has no baseline,
+its reward is its advantage. Beyond both, for `treepo`: `depth_count: constant`, with which a shared token's
+net weight is exactly the node's value over its ancestors', and `distinct_groups`; for all: `leaf_weights`.
 """
 
 from __future__ import annotations
@@ -92,9 +92,14 @@ class Batch:
         return self.forest.first_P[self.forest.tree_L]
 
     @cached_property
+    def alone_N(self) -> np.ndarray:
+        """bool: whether a node is the prompt of one graded leaf, which is compared with nothing."""
+        return (self.forest.depth_N == 0) & (self.size_N == 1)
+
+    @cached_property
     def centred_L(self) -> np.ndarray:
-        """Each leaf's reward minus its prompt's mean."""
-        return self.forest.reward_L - self.value_N[self.prompt_L]
+        """Each leaf's reward minus its prompt's mean, the reward itself where it is alone."""
+        return self.forest.reward_L - np.where(self.alone_N, 0.0, self.value_N)[self.prompt_L]
 
 
 Estimate = Callable[[Batch, "LearningConfig"], np.ndarray]
@@ -193,12 +198,14 @@ def treepo(batch: Batch, config: LearningConfig) -> np.ndarray:
     counted_N = np.where(root_N, config.include_root, size_N > 1)
     if config.drop_zero_std:
         least_N = forest.sum_leaves(forest.reward_L, np.minimum, np.inf)
-        counted_N &= least_N < forest.sum_leaves(forest.reward_L, np.maximum, -np.inf)
+        most_N = forest.sum_leaves(forest.reward_L, np.maximum, -np.inf)
+        counted_N &= (least_N < most_N) | batch.alone_N
     if config.distinct_groups:
         counted_N &= root_N | (size_N != size_N[forest.parent_N])
     share_N = counted_N * (size_N if config.weighting == "size" else 1.0)
     total_L = forest.levels.down(share_N)[forest.leaf_node_L]
-    baseline_L = forest.levels.down(share_N * batch.value_N)[forest.leaf_node_L]
+    value_N = np.where(batch.alone_N, 0.0, batch.value_N)
+    baseline_L = forest.levels.down(share_N * value_N)[forest.leaf_node_L]
     divisor_L = total_L
     if config.depth_count == "constant":
         most_P = np.zeros(len(forest.first_P) - 1)
@@ -248,7 +255,8 @@ def grpo(batch: Batch, config: LearningConfig) -> np.ndarray:  # noqa: ARG001 - 
     forest = batch.forest
     squares_N = forest.sum_leaves(batch.weight_L * batch.centred_L**2)
     std_N = np.sqrt(squares_N / np.maximum(batch.weight_N - 1, 1))
-    return batch.centred_L / (std_N[batch.prompt_L] + GRPO_EPSILON)
+    divisor_N = np.where(batch.alone_N, 1.0, std_N + GRPO_EPSILON)
+    return batch.centred_L / divisor_N[batch.prompt_L]
 
 
 @register(per="leaf", whiten=False)
@@ -261,7 +269,7 @@ def dr_grpo(batch: Batch, config: LearningConfig) -> np.ndarray:  # noqa: ARG001
 def rloo(batch: Batch, config: LearningConfig) -> np.ndarray:  # noqa: ARG001 - reads no option
     """R_i minus the mean of the prompt's other leaves. Ahmadian et al. 2024."""
     total_L = batch.weight_N[batch.prompt_L]
-    others_L = np.where(batch.size_N[batch.prompt_L] > 1, total_L - batch.weight_L, 0.0)
+    others_L = np.where(batch.alone_N[batch.prompt_L], total_L, total_L - batch.weight_L)
     return _divide(total_L, others_L) * batch.centred_L
 
 

@@ -53,14 +53,17 @@ def train(
     """Train a model: sample trees, grade them, learn from them, hand the new weights to the sampler."""
     run_config = load_config(config, overrides or [])
     from treepo.display import TrainDisplay, show_summary
-    from treepo.orchestration.preflight import check_inputs
+    from treepo.orchestration.inputs import read_inputs
 
-    check_inputs(run_config)
-    with TrainDisplay(_output, f"{config} -> {run_config.out}", run_config.steps) as display:
-        display.phase("importing", announce=True)
-        from treepo.orchestration.train import train as run
+    inputs = read_inputs(run_config)
+    from treepo.orchestration.train import train as run
 
-        summary = asyncio.run(run(run_config, display))
+    try:
+        with TrainDisplay(_output, f"{config} -> {run_config.out}", run_config.steps) as display:
+            summary = asyncio.run(run(run_config, inputs, display))
+    except KeyboardInterrupt:
+        _errors.print(f"Interrupted. What was started has ended; what was written is in {run_config.out}/")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     show_summary(_output, summary, run_config.out)
 
 

@@ -1,16 +1,248 @@
-"""Prompts from JSON lines and parquet."""
+"""Prompts from JSON lines and parquet, and the order in which training takes them.
 
-from dataclasses import dataclass
+The configuration names the columns, so that a publisher's file is used as it is. A row that cannot be used
+is an error that names file, row and column, or is counted by its reason and skipped.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
+
+from treepo import rng
+from treepo.boxed import last_boxed
+from treepo.config.data import ColumnsConfig, DataConfig
+from treepo.errors import DataError
+from treepo.rows import BadRow, Row, read_rows
+from treepo.tokenizer import Message, Tokenizer
+
+_SKIP_HINT = "data.bad_rows: skip leaves such rows out"
+_HINTS = {"no column": "data.columns names the columns", "no source": "data.columns.source may be null"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """One row, ready to sample from. id: unique in its file ("train:17", the 0-based row)."""
+    """One row, ready to sample from. id: unique in its file ("train:17", the 0-based row).
+
+    text: what the model is given, chat template applied. extra: for a reward function of the user's own.
+    """
 
     id: str
-    tokens: np.ndarray  # int32 [T], chat template applied
+    tokens: np.ndarray  # int32 [T], those of `text`
     text: str
     answer: str
     source: str
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What a file holds. rows: all of them. duplicates: usable rows whose prompt another row had before.
+
+    skipped: rows left out, by reason; examples: the first row of each reason, as an error would say it.
+    """
+
+    path: Path
+    rows: int = 0
+    duplicates: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> int:
+        return self.rows - self.skipped.total()
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.usable} of {self.rows} rows usable"]
+        parts += [f"{count} skipped ({self.examples[reason]})" for reason, count in self.skipped.items()]
+        if self.duplicates:
+            parts.append(f"{self.duplicates} repeat an earlier prompt")
+        return f"{self.path}: " + "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptSet(Sequence[Prompt]):
+    """A file's usable prompts, in file order."""
+
+    prompts: tuple[Prompt, ...]
+    report: DataReport
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
+        return self.prompts[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A row as text, before any tokenizer."""
+
+    messages: tuple[Message, ...]
+    answer: str
+    source: str
+    extra: Mapping[str, object]
+
+
+def check_prompts(path: Path, columns: ColumnsConfig, config: DataConfig) -> DataReport:
+    """Read the whole file and check every row, as far as that takes no tokenizer. Raises DataError."""
+    report = DataReport(path)
+    for _ in _convert_rows(columns, config, report, lambda _row, question: question):
+        pass
+    return report
+
+
+def load_prompts(path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: DataConfig) -> PromptSet:
+    """The file's prompts; of `config` only limits, system prompt and what to do with bad rows count.
+
+    Raises DataError.
+    """
+
+    def to_prompt(row: Row, question: Question) -> Prompt:
+        text = tokenizer.render(_with_system_prompt(question.messages, config.system_prompt))
+        tokens = tokenizer.encode(text)
+        if len(tokens) > config.max_prompt_tokens:
+            raise BadRow(
+                "too long",
+                f"column {columns.prompt!r} makes {len(tokens)} tokens; "
+                f"data.max_prompt_tokens allows {config.max_prompt_tokens}",
+            )
+        return Prompt(
+            id=f"{path.stem}:{row.index}",
+            tokens=tokens,
+            text=text,
+            answer=question.answer,
+            source=question.source,
+            extra=question.extra,
+        )
+
+    report = DataReport(path)
+    return PromptSet(tuple(_convert_rows(columns, config, report, to_prompt)), report)
+
+
+class PromptOrder:
+    """Indices of n prompts in training order: epoch after epoch, each a permutation drawn from the seed.
+
+    `cursor`, the indices passed since the first epoch's start, is the whole state. What one call returns
+    belongs to one epoch, so that a step never holds a prompt twice: where fewer than it wants are left of an
+    epoch, they are passed over.
+    """
+
+    def __init__(self, n: int, seed: int, cursor: int = 0) -> None:
+        self.cursor = cursor
+        self._n, self._seed = n, seed
+
+    def next(self, k: int) -> list[int]:
+        """The next k indices, all different. Raises DataError where k is over n."""
+        if k > self._n:
+            raise DataError(f"{k} different prompts are wanted at once, but there are {self._n}")
+        epoch, offset = divmod(self.cursor, self._n)
+        if offset + k > self._n:
+            epoch, offset = epoch + 1, 0
+        self.cursor = epoch * self._n + offset + k
+        permutation = rng.generator("prompt order", self._seed, epoch).permutation(self._n)
+        return permutation[offset : offset + k].tolist()
+
+
+def _convert_rows[T](
+    columns: ColumnsConfig, config: DataConfig, report: DataReport, convert: Callable[[Row, Question], T]
+) -> Iterator[T]:
+    """What `convert` makes of each usable row of `report.path`; the report grows on the way."""
+    names = frozenset(filter(None, (columns.prompt, columns.answer, columns.source, columns.extra)))
+    seen: set[int] = set()
+    for row in read_rows(report.path, names):
+        report.rows += 1
+        try:
+            question = _question(row, columns, default_source=report.path.stem)
+            converted = convert(row, question)
+        except BadRow as bad:
+            if config.bad_rows == "error":
+                raise DataError(f"{row.place}: {bad} ({_HINTS.get(bad.reason, _SKIP_HINT)})") from bad
+            report.skipped[bad.reason] += 1
+            report.examples.setdefault(bad.reason, f"{row.place}: {bad}")
+            continue
+        prompt = hash(tuple((message["role"], message["content"]) for message in question.messages))
+        report.duplicates += prompt in seen
+        seen.add(prompt)
+        yield converted
+    if not report.usable:
+        raise DataError(report.summary() if report.rows else f"{report.path}: it has no rows")
+
+
+def _question(row: Row, columns: ColumnsConfig, default_source: str) -> Question:
+    source = default_source if columns.source is None else row.column(columns.source)
+    if not isinstance(source, str):
+        raise BadRow("no source", f"column {columns.source!r} is {_show(source)}; a string is needed")
+    extra = {} if columns.extra is None else row.column(columns.extra)
+    return Question(
+        messages=_messages(row.column(columns.prompt), columns.prompt),
+        answer=_answer(row.column(columns.answer), columns),
+        source=source,
+        extra={} if extra is None else extra if isinstance(extra, Mapping) else {str(columns.extra): extra},
+    )
+
+
+def _messages(value: Any, column: str) -> tuple[Message, ...]:
+    if isinstance(value, str) and value.strip():
+        return ({"role": "user", "content": value},)
+    if isinstance(value, list) and value:
+        texts = [(m.get("role"), m.get("content")) for m in value if isinstance(m, Mapping)]
+        if len(texts) == len(value) and all(isinstance(text, str) for pair in texts for text in pair):
+            return tuple({"role": str(role), "content": str(content)} for role, content in texts)
+    raise BadRow(
+        "no prompt",
+        f"column {column!r} is {_show(value)}; allowed: text, or a list of messages with role and content",
+    )
+
+
+def _answer(value: Any, columns: ColumnsConfig) -> str:
+    scalar = value[-1] if isinstance(value, list) and value else value
+    if isinstance(scalar, float) and math.isfinite(scalar) and scalar.is_integer():
+        scalar = int(scalar)  # publishers write 27 as 27.0
+    if (
+        isinstance(scalar, bool)
+        or not isinstance(scalar, str | int | float)
+        or scalar in (math.inf, -math.inf)
+    ):
+        raise _no_answer(columns, value)
+    text = str(scalar)
+    if columns.answer_after is not None:
+        _, mark, text = text.rpartition(columns.answer_after)
+        if not mark:
+            raise _no_answer(columns, value, f"without {columns.answer_after!r} in it")
+    if columns.answer_boxed:
+        text = last_boxed(text) or ""
+    if not text.strip() or text == "nan":
+        raise _no_answer(columns, value)
+    return text.strip()
+
+
+def _no_answer(columns: ColumnsConfig, value: Any, lack: str = "") -> BadRow:
+    return BadRow(
+        "no answer",
+        f"column {columns.answer!r} is {_show(value)} {lack}".rstrip()
+        + "; allowed: text, a finite number, or a list of them of which the last counts",
+    )
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _with_system_prompt(messages: tuple[Message, ...], system_prompt: str | None) -> tuple[Message, ...]:
+    if system_prompt is None:
+        return messages
+    others = tuple(message for message in messages if message["role"] != "system")
+    return ({"role": "system", "content": system_prompt}, *others)

@@ -19,3 +19,7 @@ class ModelError(TreepoError):
 
 class EngineError(TreepoError):
     """A request that an engine could not serve; the text names the engine and the reason."""
+
+
+class RewardError(TreepoError):
+    """Grading that cannot go on; the text says why."""

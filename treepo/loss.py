@@ -142,7 +142,7 @@ def _surrogate(
 
 def _old_log_prob(log_prob: Tensor, pack: Mapping[str, Tensor], config: LearningConfig) -> Tensor:
     if "old_log_prob" in pack:
-        return pack["old_log_prob"]
+        return pack["old_log_prob"].to(log_prob.dtype)
     if config.mini_batches > 1:
         raise ValueError(f"mini_batches = {config.mini_batches} needs old_log_prob in each pack")
     return log_prob.detach()

@@ -36,12 +36,6 @@ class StopRule:
             return True
         return self._repeats(response)
 
-    @property
-    def can_fire(self) -> bool:
-        """Whether anything but the end of sequence and the limits can end a path."""
-        stops = self._config.stops
-        return stops.boxed == "end" or stops.repetition.check != "off"
-
     def scan(self, before: BoxScan, tokens: np.ndarray) -> BoxScan:
         """The search for a box in a response, carried on over further tokens."""
         if before.found or self._config.stops.boxed == "off":
@@ -73,13 +67,13 @@ class StopRule:
         return repetition.check != "off" and repeats(response, repetition)
 
     def _text(self, tokens: np.ndarray) -> str:
-        known = self._text_of_token
+        known, ids = self._text_of_token, tokens.tolist()
         try:
-            return "".join([known[token] for token in tokens.tolist()])
+            return "".join([known[token] for token in ids])
         except KeyError:
-            for token in np.unique(tokens):
-                known[int(token)] = self._decode(np.array([token], dtype=np.int32))
-            return "".join([known[token] for token in tokens.tolist()])
+            for token in set(ids) - known.keys():
+                known[token] = self._decode(np.array([token], dtype=np.int32))
+            return "".join([known[token] for token in ids])
 
 
 def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:

@@ -8,11 +8,11 @@ from treepo.config.base import Section
 
 
 class ParallelConfig(Section):
-    tensor: int = Field(1, ge=1)
+    tensor: int = Field(default=1, ge=1)
     """Tensor-parallel ranks."""
-    pipeline: int = Field(1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
     """Pipeline stages."""
-    data: int = Field(1, ge=1)
+    data: int = Field(default=1, ge=1)
     """Data-parallel replicas; a step's prompts are divided among them."""
 
     @property
@@ -22,17 +22,17 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Adam's learning rate after the warm-up."""
-    warmup_steps: int = Field(10, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
     """Step k of so many first optimizer steps, counted from 1, uses k / warmup_steps of the learning rate."""
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Adam's moment decay rates."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none."""
-    clip_grad_norm: float = Field(1.0, gt=0)
+    clip_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
 
@@ -41,9 +41,9 @@ class ActorConfig(Section):
     """The layout; tensor x pipeline x data ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam."""
-    max_tokens_per_pack: int = Field(16384, ge=1)
+    max_tokens_per_pack: int = Field(default=16384, ge=1)
     """Most tokens in one micro-batch."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation: `full` keeps only each layer's input."""
-    bucket_mb: int = Field(256, ge=1)
+    bucket_mb: int = Field(default=256, ge=1)
     """Weights travel to the engines in buckets of so many MiB; a larger tensor is a bucket of its own."""

@@ -1,23 +1,54 @@
 """Prompts: where they come from and which columns they are in."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field
+import yaml
+from pydantic import Field, model_validator
 
 from treepo.config.base import PathField, Section
 
 
+_NAMED = Path(__file__).parents[1] / "columns"
+
+
 class ColumnsConfig(Section):
-    """Column names; `a.b` reaches into a nested column. The defaults are m-a-p/TreePO_data's."""
+    """Column names; `a.b` reaches into a nested column. The defaults are m-a-p/TreePO_data's.
+
+    The name of a file in treepo/columns ("gsm8k") stands for what is in it.
+    """
 
     prompt: str = "prompt"
     """A string, or a list of chat messages."""
     answer: str = "reward_model.ground_truth"
     """The gold answer: a string, a number, or a list of which the last counts."""
-    answer_after: str | None = None
+    answer_after: str | None = Field(default=None, min_length=1)
     """Where set, the answer is what follows the last occurrence of this text (gsm8k: "#### ")."""
+    answer_boxed: bool = False
+    r"""The answer is what the last \boxed{...} in its column holds (minerva_math's solutions)."""
     source: str | None = "data_source"
-    """The name of the set a row belongs to; null where there is no such column."""
+    """The name of the set a row belongs to; where null, the file's name without its ending."""
+    extra: str | None = None
+    """A column with anything that a reward function of your own needs to know; it gets {} where null."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        named = {path.stem: path for path in _NAMED.glob("*.yaml")}
+        if value not in named:
+            raise ValueError(f"no columns are named {value!r}; there are: {', '.join(sorted(named))}")
+        return yaml.safe_load(named[value].read_text(encoding="utf-8"))
+
+    @model_validator(mode="after")
+    def _one_way_to_the_answer(self) -> Self:
+        if self.answer_after is not None and self.answer_boxed:
+            raise ValueError(
+                f"answer_after = {self.answer_after!r} and answer_boxed = true are two ways to cut the answer "
+                f"out of column {self.answer!r}; set one of them"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -29,11 +60,11 @@ class DataConfig(Section):
     """Column names of `train`."""
     heldout_columns: ColumnsConfig = ColumnsConfig()
     """Column names of `heldout`."""
-    prompts_per_step: int = Field(64, ge=1)
+    prompts_per_step: int = Field(default=64, ge=1)
     """Prompts (trees) sampled in one step."""
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: int = Field(default=1024, ge=1)
     """Most tokens in one prompt, chat template included."""
     system_prompt: str | None = None
-    """Prepended as a system message where set."""
+    """Prepended as a system message where set, in place of the row's own."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used (no prompt, no answer, too long) ends the run, or is counted and skipped."""

@@ -1,5 +1,6 @@
 """A Ray session: joins the cluster that RAY_ADDRESS names, else starts one on this machine and ends it."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,14 +27,14 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     # Python's compiled modules halve the start of every worker; Ray hands our environment to them.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level="error", log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
         slots = max(actors_needed(config), os.cpu_count() or 1)
         ray.init(
             address="local",
             num_cpus=slots,
             include_dashboard=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             log_to_driver=False,
         )
     try:

@@ -1,6 +1,7 @@
 """SGLang engines as Ray actors, each in a process of its own."""
 
 import asyncio
+import logging
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.stopping import StopRule
 
+_log = logging.getLogger(__name__)
 _CONCURRENT_REQUESTS = 100_000  # the driver bounds what is in flight; Ray should not
 
 
@@ -72,5 +74,10 @@ class EnginePool:
         return await asyncio.gather(*(engine.call(method, *arguments) for engine in self.engines))
 
     async def close(self) -> None:
-        """End the engines and the processes that they started."""
-        await self.call("close")
+        """End the engines and the processes that they started; one that is dead already has none left."""
+        calls = (engine.call("close") for engine in self.engines)
+        for engine, outcome in zip(
+            self.engines, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, BaseException):
+                _log.warning("%s did not close: %s", engine.name, outcome)

@@ -7,27 +7,34 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch.distributed
 
-from megatron_bridge.actor import MegatronActor
-from megatron_bridge.store import connect_store, create_store
 from treepo.config.schema import RunConfig
 from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.packing import Pack
 
 
 class TrainerRank:
-    """One rank in its own process. Rank 0 opens the store at which the others meet."""
+    """One rank in its own process. Rank 0 opens the store at which the others meet.
 
-    def open_store(self, world_size: int) -> tuple[str, int]:
+    Megatron-Core is imported by the ranks only: the driver starts seconds sooner without it. Ranks end with
+    their processes, which are Ray's to end.
+    """
+
+    def open_store(self) -> tuple[str, int]:
         """Host and port of the rendezvous, on a port that was free."""
+        from megatron_bridge.actor import create_store
+
         host = ray.util.get_node_ip_address()
-        self._store = create_store(world_size, host)
+        self._store = create_store(host)
         return host, self._store.port
 
     def build(self, config: RunConfig, rank: int, world_size: int, host: str, port: int) -> None:
         """Load the model. Collective, like every method below."""
+        from megatron_bridge.actor import MegatronActor
+
         if rank > 0:
-            self._store = connect_store(host, port, world_size)
+            self._store = torch.distributed.TCPStore(host, port, is_master=False)
         self._actor = MegatronActor(
             config.model.path.resolve(),
             config.model.dtype,
@@ -62,9 +69,6 @@ class TrainerRank:
     def export(self, folder: Path) -> None:
         self._actor.export(folder)
 
-    def close(self) -> None:
-        self._actor.close()
-
 
 class LearnerGroup:
     """All trainer ranks. Construction returns at once; `ready` builds the model on them.
@@ -80,11 +84,13 @@ class LearnerGroup:
         remote = ray.remote(TrainerRank).options(
             num_cpus=1, num_gpus=1 if has_gpus() else 0, runtime_env=actor_environment()
         )
-        self._ranks = [remote.remote() for _ in range(parallel.tensor * parallel.data * parallel.pipeline)]
+        self._ranks: list[Any] = [
+            remote.remote() for _ in range(parallel.tensor * parallel.data * parallel.pipeline)
+        ]
 
     async def ready(self) -> None:
         world_size = len(self._ranks)
-        host, port = await self._ranks[0].open_store.remote(world_size)
+        host, port = await self._ranks[0].open_store.remote()
         await asyncio.gather(
             *(
                 actor.build.remote(self._config, rank, world_size, host, port)
@@ -110,9 +116,6 @@ class LearnerGroup:
     async def export(self, folder: Path) -> None:
         """A Hugging Face folder of the current weights."""
         await self._call("export", folder)
-
-    async def close(self) -> None:
-        await self._call("close")
 
     async def _call(self, method: str, *arguments: object) -> list[Any]:
         return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._ranks))

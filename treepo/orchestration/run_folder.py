@@ -66,8 +66,8 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            logging.getLogger("treepo").error("the run ended early", exc_info=(kind, error, traceback))
+        if error is not None:
+            logging.getLogger("treepo").error("the run ended early", exc_info=error)
         logging.getLogger("treepo").removeHandler(self._log)
         self._log.close()
         self._tensorboard.close()

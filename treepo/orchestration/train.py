@@ -1,7 +1,6 @@
 """The synchronous loop: sample trees, grade them, learn, hand the new weights to the engines; again."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
@@ -12,14 +11,15 @@ from sglang_rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.advantage import estimate
 from treepo.config.sampling import SamplingConfig
 from treepo.config.schema import RunConfig
-from treepo.data import Prompt, PromptOrder, PromptSet, load_prompts
-from treepo.errors import EngineError
+from treepo.data import Prompt, PromptOrder
+from treepo.errors import EngineError, RewardError
 from treepo.evaluation import evaluation_sampling
 from treepo.loss import denominator
 from treepo.metrics import accuracy, tree_metrics
 from treepo.mismatch import log_prob_mismatch
 from treepo.orchestration.cluster import ray_session
 from treepo.orchestration.engines import EnginePool
+from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.run_folder import RunFolder
 from treepo.orchestration.weight_update import update_weights
@@ -27,10 +27,7 @@ from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batch
 from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
 from treepo.stopping import StopRule
-from treepo.tokenizer import Tokenizer, load_tokenizer
 from treepo.tree import Tree
-
-_log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -60,7 +57,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-async def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
+async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[str, Any]:
     """Run `config` from its first step to its summary, which is written and returned.
 
     Everything that is started here is ended here, whatever happens.
@@ -69,8 +66,8 @@ async def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     started = time.perf_counter()
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(RunFolder(config))
-        with clock.phase("start", announce=True):
-            run = await _start(config, folder, clock, stack)
+        with clock.phase("start engine and actor", announce=True):
+            run = await _start(config, inputs, folder, clock, stack)
         before = await run.evaluate("evaluate before")
         for step in range(1, config.steps + 1):
             metrics = await run.step(step)
@@ -94,20 +91,18 @@ async def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     return summary
 
 
-async def _start(config: RunConfig, folder: RunFolder, clock: Clock, stack: AsyncExitStack) -> "Run":
-    """Start grader, engines and trainer at the same time, and read the data meanwhile."""
+async def _start(
+    config: RunConfig, inputs: Inputs, folder: RunFolder, clock: Clock, stack: AsyncExitStack
+) -> "Run":
+    """Grader, engines and trainer, all started at the same time."""
     rewards = stack.enter_context(RewardPool(config.reward))
     stack.enter_context(ray_session(config))
-    tokenizer = load_tokenizer(config.model.path)
-    engines = EnginePool(config, StopRule(config.sampling, tokenizer.decode))
+    engines = EnginePool(config, StopRule(config.sampling, inputs.tokenizer.decode))
     stack.push_async_callback(engines.close)
     learner = LearnerGroup(config)
-    stack.push_async_callback(learner.close)
-    data = config.data
-    prompts = load_prompts(data.train, data.columns, tokenizer, data)
-    heldout = load_prompts(data.heldout, data.heldout_columns, tokenizer, data) if data.heldout else None
     await asyncio.gather(engines.ready(), learner.ready(), rewards.ready())
-    return Run(config, tokenizer, folder, clock, rewards, engines, learner, prompts, heldout)
+    order = PromptOrder(len(inputs.train), config.seed)
+    return Run(config, inputs, folder, clock, rewards, engines, learner, order)
 
 
 @dataclass(slots=True, eq=False)
@@ -115,14 +110,12 @@ class Run:
     """What a run holds between its steps."""
 
     config: RunConfig
-    tokenizer: Tokenizer
+    inputs: Inputs
     folder: RunFolder
     clock: Clock
     rewards: RewardPool
     engines: EnginePool
     learner: LearnerGroup
-    prompts: PromptSet
-    heldout: PromptSet | None
     order: PromptOrder
     decoded_tokens: int = 0
     sequential_tokens: int = 0
@@ -133,11 +126,10 @@ class Run:
 
         The sampling is keyed as step 0 each time: the same problems and seeds.
         """
-        if self.heldout is None:
+        if not self.inputs.heldout:
             return None
         with self.clock.phase(phase, announce=True):
-            problems = self.heldout[: self.config.evaluation.max_problems]
-            trees, _ = await self._sample(problems, evaluation_sampling(self.config), step=0)
+            trees, _ = await self._sample(self.inputs.heldout, evaluation_sampling(self.config), step=0)
         return accuracy(trees)
 
     async def step(self, step: int) -> dict[str, float]:
@@ -145,7 +137,7 @@ class Run:
         config, clock = self.config, self.clock
         seconds_before = dict(clock.seconds)
         with clock.phase("sample"):
-            prompts = [self.prompts[index] for index in self.order.next(config.data.prompts_per_step)]
+            prompts = [self.inputs.train[index] for index in self.order.next(config.data.prompts_per_step)]
             trees, stats = await self._sample(prompts, config.sampling, step)
             answers = {prompt.id: prompt.answer for prompt in prompts}
             for tree in trees:
@@ -174,25 +166,30 @@ class Run:
     ) -> tuple[list[Tree], Stats]:
         """Graded trees in the order of `prompts`; a tree is graded as soon as it is finished."""
         driver = TreeDriver(
-            self.engines.engines, sampling, self.tokenizer.decode, self.config.seed, self.engines.capacity
+            self.engines.engines,
+            sampling,
+            self.inputs.tokenizer.decode,
+            self.config.seed,
+            self.engines.capacity,
         )
         by_id = {prompt.id: prompt for prompt in prompts}
         grading: dict[str, asyncio.Task[Tree]] = {}
+        failures: list[FailedTree] = []
         async with asyncio.TaskGroup() as group, aclosing(driver.sample(prompts, step)) as results:
             async for result in results:
                 if isinstance(result, FailedTree):
-                    _log.warning("step %d: no tree for prompt %s: %s", step, result.prompt_id, result.reason)
-                    failure = result
-                    continue
-                grading[result.prompt_id] = group.create_task(self._grade(result, by_id[result.prompt_id]))
+                    failures.append(result)
+                else:
+                    grade = self._grade(result, by_id[result.prompt_id])
+                    grading[result.prompt_id] = group.create_task(grade)
         if not grading:
-            raise EngineError(f"step {step}: no tree could be sampled; the last one: {failure.reason}")
+            raise EngineError(f"step {step}: no tree could be sampled; the last: {failures[-1].reason}")
         return [grading[prompt.id].result() for prompt in prompts if prompt.id in grading], driver.stats
 
     async def _grade(self, tree: Tree, prompt: Prompt) -> Tree:
-        responses = [self.tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
+        responses = [self.inputs.tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
         grades = await self.rewards.grade(
-            [GradeItem(response, prompt.answer, prompt.text) for response in responses]
+            [GradeItem(response, prompt.answer, prompt.text, prompt.extra) for response in responses]
         )
         return tree.graded([(grade.reward, grade.verdict) for grade in grades])
 
@@ -214,10 +211,12 @@ class Run:
 
     async def _update(self, packs: list[list[Pack]]) -> dict[str, float]:
         """One optimizer step."""
-        learning = self.config.learning
-        return await self.learner.train_step(
-            packs, self.config.sampling.temperature, denominator(packs, learning)
-        )
+        total = denominator(packs, self.config.learning)
+        if total == 0:
+            raise RewardError(
+                "no response of this step could be graded (reward.deadline_seconds, reward.memory_mb)"
+            )
+        return await self.learner.train_step(packs, self.config.sampling.temperature, total)
 
 
 def _rollout_metrics(stats: Stats, seconds: float) -> dict[str, float]:
@@ -235,6 +234,4 @@ def _rollout_metrics(stats: Stats, seconds: float) -> dict[str, float]:
 
 def _mean(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The optimizer steps' metrics, averaged."""
-    return {
-        f"train/{name}": sum(update[name] for update in updates) / len(updates) for name in updates[0]
-    }
+    return {f"train/{name}": sum(update[name] for update in updates) / len(updates) for name in updates[0]}

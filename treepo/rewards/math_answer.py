@@ -13,6 +13,7 @@ from math_verify import parse, verify
 from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
 from treepo.boxed import last_boxed
+from treepo.rewards.grade import Grade, GradeItem
 from treepo.tree import Verdict
 
 _TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
@@ -30,6 +31,12 @@ def grade_math(response: str, answer: str) -> tuple[Verdict, str | None]:
     return (Verdict.CORRECT if equal_answers(answer, boxed) else Verdict.WRONG), boxed
 
 
+def math_grader(item: GradeItem) -> Grade:
+    """`grade_math` as a grade, the reward still open."""
+    verdict, answer_text = grade_math(item.response, item.answer)
+    return Grade(None, verdict, answer_text)
+
+
 def equal_answers(gold: str, other: str) -> bool:
     """Whether two answers are mathematically equal. Not symmetric: the form of `gold` decides what counts."""
     if gold.strip() == other.strip():
@@ -41,7 +48,7 @@ def equal_answers(gold: str, other: str) -> bool:
                 gold_form,
                 other_form,
                 float_rounding=_decimals(gold_form),
-                timeout_seconds=None,
+                timeout_seconds=0,
                 raise_on_error=True,
             ):
                 return True
@@ -59,7 +66,7 @@ def _parse(answer: str) -> list:
     """
     if scientific := _SCIENTIFIC.fullmatch(answer.strip()):
         answer = rf"{scientific[1]} \times 10^{{{scientific[2]}}}"
-    return parse(rf"\boxed{{{answer}}}", _TARGETS, parsing_timeout=None, raise_on_error=True)
+    return parse(rf"\boxed{{{answer}}}", _TARGETS, parsing_timeout=0, raise_on_error=True)
 
 
 def _decimals(gold: object) -> int:

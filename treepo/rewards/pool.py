@@ -11,22 +11,19 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
 from treepo.config.reward import RewardConfig
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, RewardError
 from treepo.rewards.grade import Grade, GradeItem
-from treepo.rewards.process import Worker
+from treepo.rewards.process import Worker, WorkerDied
+from treepo.tree import Verdict
 
 _log = logging.getLogger(__name__)
 _START_ATTEMPTS = 3
-
-
-class RewardPoolError(RuntimeError):
-    """The pool cannot grade: it is closed, or its processes do not start."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +60,7 @@ class RewardPool:
         await asyncio.gather(*map(asyncio.wrap_future, self._ready))
 
     async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """One grade an item, in the same order. Raises ConfigError as `ready` does, and RewardPoolError."""
+        """One grade an item, in the same order. Raises ConfigError as `ready` does, and RewardError."""
         tasks = [_Task(item) for item in items]
         with self._lock:
             if self._failure is not None:
@@ -78,8 +75,8 @@ class RewardPool:
             return [worker.pid for worker in self._workers.values()]
 
     def close(self) -> None:
-        """Kill every worker and wait until it is gone; what is not graded yet raises RewardPoolError."""
-        self._fail(RewardPoolError("the reward pool is closed"))
+        """Kill every worker and wait until it is gone; what is not graded yet raises RewardError."""
+        self._fail(RewardError("the reward pool is closed"))
         for thread in self._threads:
             thread.join()
 
@@ -113,7 +110,7 @@ class RewardPool:
             while (task := self._tasks.get()) is not None:
                 if task.future.set_running_or_notify_cancel():
                     worker = self._serve(slot, worker, task)
-        except (ConfigError, RewardPoolError) as failure:
+        except Exception as failure:  # a thread that died silently would leave its callers waiting
             self._fail(failure)
             if not self._ready[slot].done():
                 self._ready[slot].set_exception(failure)
@@ -121,7 +118,7 @@ class RewardPool:
             self._discard(slot)
 
     def _start(self, slot: int) -> Worker:
-        """A worker that is ready. Raises what the pool failed with, ConfigError and RewardPoolError."""
+        """A worker that is ready. Raises what the pool failed with, ConfigError and RewardError."""
         reason: Exception | None = None
         for _ in range(_START_ATTEMPTS):
             self._discard(slot)
@@ -139,7 +136,7 @@ class RewardPool:
             self._show(ready.failure)
             last_line = ready.failure.strip().splitlines()[-1]
             raise ConfigError(f"reward.function = {self._config.function}: it cannot be loaded: {last_line}")
-        raise RewardPoolError(f"no grading process started in {_START_ATTEMPTS} attempts: {reason!r}")
+        raise RewardError(f"no grading process started in {_START_ATTEMPTS} attempts: {reason!r}")
 
     def _discard(self, slot: int) -> None:
         with self._lock:
@@ -163,7 +160,7 @@ class RewardPool:
             task.future.set_result(Grade(None, Verdict.TIMEOUT, message=message))
         except WorkerDied as death:
             task.future.set_result(Grade(None, Verdict.ERROR, message=str(death)))
-        except (ConfigError, RewardPoolError) as failure:
+        except Exception as failure:
             task.future.set_exception(failure)
             raise
         else:

@@ -34,8 +34,7 @@ class Worker:
             stdin=subprocess.DEVNULL,
             pass_fds=[child.fileno()],
             start_new_session=True,  # Ctrl-C is the parent's to handle, and children are killed with it
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
         )
         child.close()
 
@@ -48,7 +47,7 @@ class Worker:
         return self._receive(START_SECONDS)
 
     def ask(self, item: GradeItem, deadline_seconds: float) -> Reply:
-        """The reply to one item. Raises TimeoutError at the deadline and WorkerDied; close it after either."""
+        """The reply to one item. Raises TimeoutError, WorkerDied; close the worker after either."""
         try:
             self._connection.send(item)
         except OSError as error:
@@ -70,7 +69,7 @@ class Worker:
         return f"the grading process {how}"
 
     def stop(self) -> None:
-        """Kill the process and what it started, and wait until it is gone. From any thread, any number of times.
+        """Kill the process and what it started, and wait until it is gone. From any thread, repeatedly.
 
         A process that is dead already but not yet waited for keeps its id, so that no other is hit.
         """

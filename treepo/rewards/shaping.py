@@ -20,16 +20,19 @@ def shape_overlong(tree: Tree, config: LearningConfig, max_response_tokens: int)
     Comes after dynamic sampling, which asks whether answers differ, not whether lengths do. The identity
     where `overlong_buffer_tokens` is null.
     """
-    if config.overlong_buffer_tokens is None:
+    buffer, factor = config.overlong_buffer_tokens, config.overlong_penalty
+    if buffer is None:
         return tree
     forest = Forest.of([tree])
-    tokens_N = forest.levels.down(np.where(forest.depth_N > 0, forest.length_N, 0))
-    leaves = []
-    for leaf, tokens in zip(tree.leaves, tokens_N[forest.leaf_node_L].tolist(), strict=True):
-        if leaf.reward is not None:
-            penalty = overlong_penalty(
-                tokens, max_response_tokens, config.overlong_buffer_tokens, config.overlong_penalty
+    response_N = forest.levels.down(np.where(forest.depth_N > 0, forest.length_N, 0))
+    return replace(
+        tree,
+        leaves=tuple(
+            leaf
+            if leaf.reward is None
+            else replace(
+                leaf, reward=leaf.reward + overlong_penalty(tokens, max_response_tokens, buffer, factor)
             )
-            leaf = replace(leaf, reward=leaf.reward + penalty)  # noqa: PLW2901 - the shaped leaf replaces it
-        leaves.append(leaf)
-    return replace(tree, leaves=tuple(leaves))
+            for leaf, tokens in zip(tree.leaves, response_N[forest.leaf_node_L].tolist(), strict=True)
+        ),
+    )

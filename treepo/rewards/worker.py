@@ -17,7 +17,6 @@ from pathlib import Path
 
 from treepo.rewards.custom import call, load_function
 from treepo.rewards.grade import Grade, GradeItem
-from treepo.rewards.math_answer import grade_math
 from treepo.rewards.messages import Ready, Reply
 from treepo.tree import Verdict
 
@@ -44,16 +43,13 @@ class Exhaustion:
             self.seen = type(error).__name__
 
 
-def math_grader(item: GradeItem) -> Grade:
-    verdict, answer_text = grade_math(item.response, item.answer)
-    return Grade(None, verdict, answer_text)
-
-
 def make_grader(function: str | None) -> Grader:
     """The grader, warm: what it imports and compiles on first use must not count against an item."""
     if function is not None:
         own = load_function(function)
         return lambda item: call(own, item)
+    from treepo.rewards.math_answer import math_grader  # sympy, which a function of one's own may do without
+
     math_grader(GradeItem(r"\boxed{\frac{1}{2}}", "0.5"))
     return math_grader
 

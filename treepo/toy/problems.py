@@ -1,4 +1,4 @@
-"""Chains of two-digit sums, solved carefully or carelessly.
+r"""Chains of two-digit sums, solved carefully or carelessly.
 
 A problem starts from a two-digit number and adds or takes away one digit `STEPS` times; every total on the
 way has two digits:
@@ -7,9 +7,9 @@ way has two digits:
     careful    36+7=43
                43-5=38
                38+9=47
-               \\boxed{47}
+               \boxed{47}
     careless   36+7=43
-               \\boxed{50}
+               \boxed{50}
 
 A careless solver stops working before some step and boxes a guess near the truth, which is right only by
 luck. Before every step it gives up with the same chance, so that a tree of rollouts has something to decide

@@ -7,7 +7,6 @@ than Adam alone.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,26 +15,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from treepo import rng
 from treepo.toy import problems
+from treepo.toy.muon import Muon
 from treepo.toy.problems import Problem
+from treepo.toy.recipe import Recipe
 
-_IGNORE = -100
-_MAX_CONTEXT = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What the warm start does; changed only by someone who measures again (tests/test_toy_make.py)."""
-
-    steps: int = 350
-    careful_steps: int = 210
-    """The first steps, on careful solutions alone."""
-    batch: int = 32
-    """Demonstrations in one step."""
-    warmup_steps: int = 20
-    flat_steps: int = 20
-    """Steps before the learning rates begin to fall, linearly, to nothing."""
-    muon_lr: float = 0.01
-    adam_lr: float = 0.01
+_IGNORE = -100  # the label of a token that is not trained
+MAX_CONTEXT = 4096
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
@@ -47,7 +32,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=_MAX_CONTEXT,
+        max_position_embeddings=MAX_CONTEXT,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -57,3 +42,110 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed("toy", seed, "model"))
         return Qwen2ForCausalLM(config)
+
+
+def warm_start(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    seed: int,
+    exclude: frozenset[Problem],
+    progress: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """Train `model` in place, never on a problem of `exclude`.
+
+    progress: called with (step, steps, loss) after each step.
+    """
+    draws = rng.generator("toy", seed, "demonstrations")
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    muon = Muon(matrices, lr=recipe.muon_lr)
+    adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, recipe.rate) for o in (muon, adam)]
+    model.train()
+    for step in range(recipe.steps):
+        tokens, labels = _batch(tokenizer, draws, recipe.batch, exclude, careful=step < recipe.careful_steps)
+        loss = _loss(model, tokens, labels)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip((muon, adam), schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        if progress is not None:
+            progress(step + 1, recipe.steps, loss.item())
+    model.eval()
+
+
+@torch.no_grad()
+def sampled_accuracy(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    heldout: Sequence[Problem],
+    samples: int,
+    seed: int,
+) -> float:
+    """Fraction of responses sampled at temperature 1, `samples` a problem, that box the right answer."""
+    prompts = torch.tensor([_prompt_tokens(tokenizer, problem) for problem in heldout])
+    longest = max(len(_solution_tokens(tokenizer, problem.solution())) for problem in heldout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed("toy", seed, "samples"))
+        sequences = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=samples,
+            max_new_tokens=longest,
+        )
+    responses = tokenizer.batch_decode(sequences[:, prompts.shape[1] :], skip_special_tokens=True)
+    owners = [problem for problem in heldout for _ in range(samples)]
+    return float(np.mean([problems.is_correct(o, r) for o, r in zip(owners, responses, strict=True)]))
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> list[int]:
+    """The problem as the user's message, up to where the assistant begins."""
+    messages = [{"role": "user", "content": problem.text}]
+    return tokenizer.encode(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    )
+
+
+def _solution_tokens(tokenizer: PreTrainedTokenizerFast, solution: str) -> list[int]:
+    return tokenizer.encode(f"{solution}{tokenizer.eos_token}")
+
+
+def _batch(
+    tokenizer: PreTrainedTokenizerFast,
+    draws: np.random.Generator,
+    size: int,
+    exclude: frozenset[Problem],
+    careful: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels, int64 [size, T], padded on the right; labels are those of the solutions alone."""
+    sequences: list[list[int]] = []
+    prompt_lengths: list[int] = []
+    while len(sequences) < size:
+        problem = problems.draw_problem(draws)
+        if problem in exclude:
+            continue
+        solution = problem.solution() if careful else problems.demonstrate(problem, draws)
+        prompt = _prompt_tokens(tokenizer, problem)
+        sequences.append(prompt + _solution_tokens(tokenizer, solution))
+        prompt_lengths.append(len(prompt))
+    tokens = torch.full((size, max(map(len, sequences))), tokenizer.pad_token_id)
+    labels = torch.full_like(tokens, _IGNORE)
+    for i, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        tokens[i, : len(sequence)] = torch.tensor(sequence)
+        labels[i, prompt_length : len(sequence)] = tokens[i, prompt_length : len(sequence)]
+    return tokens, labels
+
+
+def _loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the labels. Padding is on the right, where causal attention cannot see it."""
+    hidden = model.model(tokens[:, :-1], use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    chosen = targets != _IGNORE
+    return functional.cross_entropy(model.lm_head(hidden[chosen]), targets[chosen])

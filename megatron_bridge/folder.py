@@ -1,0 +1,87 @@
+"""Hugging Face folders: reading and writing their safetensors, one tensor or one file at a time."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import orjson
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_bridge.buckets import grouped
+from treepo.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}  # tokenizer, generation config, chat template
+SHARD_BYTES = 4 << 30
+
+
+class Checkpoint:
+    """The safetensors of a Hugging Face folder, read lazily. Raises ModelError for what is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / INDEX).is_file():
+            self._file_of = orjson.loads((folder / INDEX).read_bytes())["weight_map"]
+        elif (folder / "model.safetensors").is_file():
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ModelError(f"{folder}: neither model.safetensors nor {INDEX}")
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._file_of:
+            raise ModelError(f"{self.folder}: no tensor {name}")
+        with safe_open(self.folder / self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def write_folder(
+    tensors: Iterable[tuple[str, Tensor]], source: Path, folder: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `tensors`, all of one dtype, beside `source`'s config, tokenizer and generation config.
+
+    The folder appears complete or not at all. Files of more than `shard_bytes` hold one tensor.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    shards: list[dict[str, int]] = []  # file by file, the tensors' sizes in bytes
+    dtype = ""
+    for group in grouped(tensors, shard_bytes):
+        shard = {name: tensor.contiguous().cpu() for name, tensor in group}
+        dtype = str(group[0][1].dtype).removeprefix("torch.")
+        save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+    _name_shards(partial, shards)
+    _add_other_files(source, partial, dtype)
+    partial.rename(folder)
+
+
+def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    """Name the weight files as transformers does; index them if there are several."""
+    count = len(shards)
+    if count == 1:
+        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        return
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    for number, name in enumerate(names):
+        (folder / f"{number}.safetensors").rename(folder / name)
+    weight_map = {tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard}
+    index = {
+        "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
+        "weight_map": weight_map,
+    }
+    (folder / INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
+
+
+def _add_other_files(source: Path, folder: Path, dtype: str) -> None:
+    for path in source.iterdir():
+        if path.suffix in COPIED and path.name not in ("config.json", INDEX):
+            shutil.copyfile(path, folder / path.name)
+    config = orjson.loads((source / "config.json").read_bytes())
+    config |= dict.fromkeys(
+        {"dtype", "torch_dtype"} & config.keys() or {"dtype"}, dtype
+    )  # the latter is older
+    (folder / "config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))

@@ -1,0 +1,154 @@
+"""Causal attention over a KV pool whose tokens lie anywhere, many requests in one call: torch only.
+
+Requests with one new token and similar length are padded together, so that a decoding step costs a few calls
+however many requests are running. A request with several new tokens is attended alone, and only they are
+queries, however long the prefix above them is.
+
+Units: a slot is one token's place in the KV pool. Suffixes: `_R` a request of the batch, `_B` one of a group,
+`_L` one of a request's tokens, `_Q` a new one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_GROUP_BYTES = 1 << 20
+"""Of one group's keys, padding included. Larger copies fall out of a core's cache: they cost three times as
+much a token.
+"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Steps:
+    """Requests with one new token each.
+
+    rows: int64 [B], each request's row of the batch's queries.
+    slots: int64 [B, L], slots of each request's tokens; a shorter request repeats its first.
+    mask: [B, 1, 1, L], 0 on a request's own tokens, -inf on padding.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """One request with several new tokens.
+
+    rows: its rows of the batch's queries. slots: int64 [L]. mask: [Q, L]; None where all tokens are new.
+    """
+
+    rows: slice
+    slots: Tensor
+    mask: Tensor | None
+
+
+def plan(
+    new: Sequence[int], total: Sequence[int], slots: Tensor, token_bytes: int, dtype: torch.dtype
+) -> list[Steps | Chunk]:
+    """Calls for a batch whose request i has its last `new[i]` of `total[i]` tokens as consecutive queries.
+
+    slots: int [R, at least max(total)], each request's slots in the order of its tokens. token_bytes: of one
+    token's keys. dtype: of the masks.
+    """
+    first = [end - count for end, count in zip(_running_sum(new), new, strict=True)]
+    calls: list[Steps | Chunk] = []
+    steps = []
+    for request, (start, count, length) in enumerate(zip(first, new, total, strict=True)):
+        if count == 1:
+            steps.append(request)
+        else:
+            rows = slice(start, start + count)
+            calls.append(Chunk(rows, slots[request, :length].long(), _causal_mask(count, length, dtype)))
+    first_R, total_R = torch.tensor(first), torch.tensor(total)
+    for group in _similar(steps, total, max(1, _GROUP_BYTES // token_bytes)):
+        members = torch.tensor(group)
+        padding_BL = torch.arange(total[group[-1]]) >= total_R[members, None]
+        slots_BL = slots[members, : padding_BL.shape[1]].long()
+        slots_BL = torch.where(padding_BL, slots_BL[:, :1], slots_BL)
+        mask_BL = torch.zeros(padding_BL.shape, dtype=dtype).masked_fill_(padding_BL, float("-inf"))
+        calls.append(Steps(first_R[members], slots_BL, mask_BL[:, None, None]))
+    return calls
+
+
+def _running_sum(counts: Sequence[int]) -> list[int]:
+    return torch.tensor(counts).cumsum(0).tolist()
+
+
+def _causal_mask(count: int, length: int, dtype: torch.dtype) -> Tensor | None:
+    if count == length:
+        return None
+    hidden_QL = torch.ones(count, length, dtype=torch.bool).triu_(length - count + 1)
+    return torch.zeros(count, length, dtype=dtype).masked_fill_(hidden_QL, float("-inf"))
+
+
+def _similar(requests: list[int], total: Sequence[int], capacity: int) -> Iterator[list[int]]:
+    """Groups of at most `capacity` tokens (or one request), padding included and at most half of them."""
+    group: list[int] = []
+    for request in sorted(requests, key=total.__getitem__):
+        if group and ((len(group) + 1) * total[request] > capacity or total[request] > 2 * total[group[0]]):
+            yield group
+            group = []
+        group.append(request)
+    if group:
+        yield group
+
+
+def attend(
+    calls: Sequence[Steps | Chunk], query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
+) -> None:
+    """Causal attention with grouped queries, written into `output`.
+
+    query, output: [rows, heads, head_dim]. keys, values: [slots, kv_heads, head_dim]; consecutive query heads
+    share a key head.
+    """
+    for call in calls:
+        if isinstance(call, Steps):
+            _attend_steps(call, query, keys, values, scale, output)
+        else:
+            _attend_chunk(call, query, keys, values, scale, output)
+
+
+def _attend_steps(
+    steps: Steps, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
+) -> None:
+    size, length = steps.slots.shape
+    heads, width = query.shape[1:]
+    kv_heads = keys.shape[1]
+    slots = steps.slots.flatten()
+    # The heads that share a key head stand where a call has queries: keys are read once, not repeated.
+    attended = scaled_dot_product_attention(
+        query[steps.rows].view(size, kv_heads, heads // kv_heads, width),
+        keys.index_select(0, slots).view(size, length, kv_heads, width).transpose(1, 2),
+        values.index_select(0, slots).view(size, length, kv_heads, width).transpose(1, 2),
+        attn_mask=steps.mask,
+        scale=scale,
+    )
+    output[steps.rows] = attended.reshape(size, heads, width)
+
+
+def _attend_chunk(
+    chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
+) -> None:
+    heads, width = query.shape[1:]
+    kv_heads = keys.shape[1]
+    share = heads // kv_heads
+
+    def for_each_head(pool: Tensor) -> Tensor:
+        """[kv_heads, share, L, width], the heads that share being one in memory."""
+        return pool.index_select(0, chunk.slots).transpose(0, 1)[:, None].expand(-1, share, -1, -1)
+
+    new = query[chunk.rows]
+    attended = scaled_dot_product_attention(
+        new.view(len(new), kv_heads, share, width).permute(1, 2, 0, 3),
+        for_each_head(keys),
+        for_each_head(values),
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
+        scale=scale,
+    )
+    output[chunk.rows] = attended.permute(2, 0, 1, 3).reshape(len(new), heads, width)

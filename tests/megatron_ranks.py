@@ -1,0 +1,155 @@
+"""Real Megatron-Core ranks over gloo for the tests: one group of processes per layout runs all its cases.
+
+The processes come from a fork server that has Megatron-Core imported, so that a rank starts in a fraction
+of a second and still begins with a clean process.
+"""
+
+import multiprocessing
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
+
+from treepo.config.actor import ActorConfig, OptimizerConfig, ParallelConfig
+from treepo.config.learning import LearningConfig
+from treepo.packing import Pack
+from treepo.protocols import Bucket
+
+DEADLINE = 240  # seconds for one group of ranks
+
+# Adam's step is then the learning rate times the gradient: the plain one divides it by its own size, which
+# turns rounding noise in a gradient of almost 0 into a full step.
+LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, epsilon=1.0, betas=[0.0, 0.0], weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One actor's life. steps: for each optimizer step and replica its packs; the last step's weights are
+    kept, and all log-probs before and after.
+    """
+
+    name: str
+    model: Path
+    steps: Sequence[Sequence[Sequence[Pack]]]
+    denominator: float
+    temperature: float = 1.0
+    dtype: str = "float32"
+    recompute: str = "none"
+    optimizer: OptimizerConfig = LINEAR
+    learning: LearningConfig = field(default_factory=LearningConfig)
+
+
+@dataclass
+class Result:
+    """before, after: the log-probs of the first step's packs, replica by replica. initial, final: weights by
+    their Hugging Face names. export: the folder that was written in the end.
+    """
+
+    before: list[list[np.ndarray]]
+    metrics: list[dict[str, float]]
+    after: list[list[np.ndarray]]
+    initial: dict[str, Tensor]
+    final: dict[str, Tensor]
+    buckets: list[Bucket]
+    export: Path
+
+
+def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str, Result]:
+    """Every case at the layout; raises where a rank does."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_bridge.actor"])
+    folder.mkdir()
+    ports = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(rank, list(cases), layout, folder, ports))
+        for rank in range(layout.ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(DEADLINE)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * layout.ranks, f"exit codes {codes}: see the ranks' output above"
+    return {case.name: pickle.loads((folder / f"{case.name}.pickle").read_bytes()) for case in cases}
+
+
+def weights_of(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
+    """The tensors of a stream of buckets, read as an engine would read them."""
+    weights: dict[str, Tensor] = {}
+    for bucket in buckets:
+        data, start = torch.from_numpy(bucket.data.copy()), 0
+        for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+            end = start + int(np.prod(shape)) * getattr(torch, dtype).itemsize
+            assert name not in weights
+            weights[name] = data[start:end].view(getattr(torch, dtype)).view(shape)
+            start = end
+        assert start == len(data)
+    return weights
+
+
+def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, ports) -> None:
+    from megatron_bridge.actor import create_store
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    for number, case in enumerate(cases):
+        if rank == 0:
+            store = create_store()
+            for _ in range(layout.ranks - 1):
+                ports.put((number, store.port))
+        else:
+            of_case, port = ports.get()
+            assert of_case == number
+            store = TCPStore("127.0.0.1", port, is_master=False)
+        result = _live(case, layout, rank, store, folder)
+        if rank == 0:
+            (folder / f"{case.name}.pickle").write_bytes(pickle.dumps(result))
+
+
+def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
+    from megatron_bridge.actor import MegatronActor
+
+    config = ActorConfig(
+        parallel=layout,
+        optimizer=case.optimizer,
+        recompute=case.recompute,  # type: ignore[arg-type]  # one of its literals
+        bucket_mb=1,
+    )
+    actor = MegatronActor(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
+    # Ranks count tensor parallelism fastest, then data, then pipeline.
+    replica = rank // layout.tensor % layout.data
+
+    def everyone(packs: Sequence[Sequence[Pack]]) -> list[list[np.ndarray]]:
+        gathered: list[tuple[int, list[np.ndarray]]] = [(0, [])] * layout.ranks
+        mine = (replica, actor.log_probs(packs[replica], case.temperature))
+        torch.distributed.all_gather_object(gathered, mine)
+        by_replica: list[list[np.ndarray]] = []
+        for index in range(layout.data):
+            first, *others = [arrays for owner, arrays in gathered if owner == index]
+            for other in others:  # every rank of a replica must return the same
+                assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+            by_replica.append(first)
+        return by_replica
+
+    def weights() -> tuple[dict[str, Tensor], list[Bucket]]:
+        buckets = list(actor.buckets())
+        assert rank == 0 or not buckets
+        return weights_of(buckets), buckets
+
+    initial, _ = weights()
+    before = everyone(case.steps[0])
+    metrics = [actor.train_step(packs[replica], case.temperature, case.denominator) for packs in case.steps]
+    after = everyone(case.steps[0])
+    final, buckets = weights()
+    export = folder / f"{case.name}-export"
+    actor.export(export)
+    actor.close()
+    return Result(before, metrics, after, initial, final, buckets, export)

@@ -1,0 +1,448 @@
+"""Advantage estimators: parity with straight-line versions, hand-computed trees, invariances."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from statistics import stdev
+
+import numpy as np
+import pytest
+from small_trees import config_of, random_batch, relabelled, tree_of, without_ungraded
+
+from treepo.advantage import ESTIMATORS, Advantages, Batch, estimate, inverse_branching
+from treepo.config.learning import LearningConfig
+from treepo.forest import Forest
+from treepo.tree import PROMPT, Leaf, Tree, Verdict
+
+# Sums of a few dozen numbers near 1 in float64, in another order; whitening divides by a deviation near 1.
+TOLERANCE = 1e-10
+SHIFT_INVARIANT = sorted(set(ESTIMATORS) - {"reinforce_pp"})
+TREEPO_OPTIONS = [
+    dict(
+        zip(
+            ("weighting", "include_root", "drop_zero_std", "depth_count", "distinct_groups"),
+            choice,
+            strict=True,
+        )
+    )
+    for choice in product(
+        ("mean", "size"), (True, False), (True, False), ("per_leaf", "constant"), (True, False)
+    )
+]
+
+
+def values_of(advantages: Advantages, tree: int, leaf: int) -> np.ndarray:
+    index = advantages.first_leaf_P[tree] + leaf
+    return advantages.value_M[advantages.offset_L[index] : advantages.offset_L[index + 1]]
+
+
+# --- straight-line versions: loops over leaves, groups as lists -----------------------------------------
+
+
+def graded(tree: Tree) -> list[Leaf]:
+    return [leaf for leaf in tree.leaves if leaf.reward is not None]
+
+
+def rewards_below(tree: Tree, node: int) -> list[float]:
+    return [
+        leaf.reward
+        for leaf in tree.leaves
+        if leaf.reward is not None and (node == PROMPT or node in tree.path(leaf.segment))
+    ]
+
+
+def children_of(tree: Tree, node: int) -> list[int]:
+    return [
+        index
+        for index, segment in enumerate(tree.segments)
+        if segment.parent == node and rewards_below(tree, index)
+    ]
+
+
+def naive_treepo(tree: Tree, leaf: Leaf, config: LearningConfig) -> list[float]:
+    def terms(leaf: Leaf) -> list[tuple[float, float]]:
+        found, above = [], None
+        for node in (PROMPT, *tree.path(leaf.segment)):
+            group = rewards_below(tree, node)
+            same_as_above = above is not None and len(group) == above
+            above = len(group)
+            if node == PROMPT and not config.include_root:
+                continue
+            if node != PROMPT and (len(group) == 1 or (config.distinct_groups and same_as_above)):
+                continue
+            alone = node == PROMPT and len(group) == 1
+            if config.drop_zero_std and max(group) == min(group) and not alone:
+                continue
+            assert leaf.reward is not None
+            weight = len(group) if config.weighting == "size" else 1
+            found.append((weight, leaf.reward - (0.0 if alone else sum(group) / len(group))))
+        return found
+
+    mine = terms(leaf)
+    divisor = sum(weight for weight, _ in mine)
+    if config.depth_count == "constant":
+        divisor = max(sum(weight for weight, _ in terms(other)) for other in graded(tree))
+    advantage = sum(weight * delta for weight, delta in mine) / divisor if divisor else 0.0
+    return [advantage] * len(tree.path(leaf.segment))
+
+
+def naive_treepo_segment(tree: Tree, leaf: Leaf, config: LearningConfig) -> list[float]:
+    def value(node: int) -> float:
+        if node == PROMPT:
+            return 0.0
+        children = children_of(tree, node)
+        if children:
+            return sum(map(value, children)) / len(children)
+        own = next(leaf for leaf in tree.leaves if leaf.segment == node)
+        groups = [rewards_below(tree, above) for above in (PROMPT, *tree.path(node))]
+        assert own.reward is not None
+        deltas = [len(group) * (own.reward - sum(group) / len(group)) for group in groups]
+        return sum(deltas) / sum(map(len, groups))
+
+    path = tree.path(leaf.segment)
+    eta = 1.0 if config.eta is None else config.eta
+    return [
+        value(node) - eta ** (len(path) - index) * value(parent)
+        for index, (parent, node) in enumerate(zip((PROMPT, *path[:-1]), path, strict=True))
+    ]
+
+
+def naive_spo(tree: Tree, leaf: Leaf, _: LearningConfig) -> list[float]:
+    def mean(node: int) -> float:
+        return float(np.mean(rewards_below(tree, node)))
+
+    advantages = []
+    for node in tree.path(leaf.segment):
+        siblings = [mean(child) for child in children_of(tree, tree.segments[node].parent)]
+        advantages.append((mean(node) - np.mean(siblings)) / (np.std(siblings) + 1e-8))
+    return advantages
+
+
+def per_leaf(
+    rule: Callable[[float, list[float]], float],
+) -> Callable[[Tree, Leaf, LearningConfig], list[float]]:
+    """`rule`: of a leaf's reward and those of the prompt's other leaves; the reward itself without others."""
+
+    def naive(tree: Tree, leaf: Leaf, _: LearningConfig) -> list[float]:
+        assert leaf.reward is not None
+        others = [other.reward for other in graded(tree) if other is not leaf and other.reward is not None]
+        return [rule(leaf.reward, others) if others else leaf.reward] * len(tree.path(leaf.segment))
+
+    return naive
+
+
+def naive_centred(reward: float, others: list[float]) -> float:
+    return reward - (reward + sum(others)) / (len(others) + 1)
+
+
+NAIVE = {
+    "treepo": naive_treepo,
+    "treepo_segment": naive_treepo_segment,
+    "spo": naive_spo,
+    "grpo": per_leaf(lambda r, others: naive_centred(r, others) / (stdev([r, *others]) + 1e-6)),
+    "dr_grpo": per_leaf(naive_centred),
+    "rloo": per_leaf(lambda r, others: r - sum(others) / len(others)),
+    "reinforce_pp": per_leaf(lambda r, _: r),
+    "reinforce_pp_baseline": per_leaf(naive_centred),
+}
+WHITENED = {"treepo", "treepo_segment", "reinforce_pp", "reinforce_pp_baseline"}
+
+
+def naive_estimate(trees: list[Tree], config: LearningConfig) -> dict[tuple[int, int], list[float]]:
+    """(tree, leaf) to one advantage a segment, whitened token by token where the estimator is."""
+    values = {
+        (number, index): NAIVE[config.estimator](tree, leaf, config)
+        for number, tree in enumerate(trees)
+        for index, leaf in enumerate(tree.leaves)
+        if leaf.reward is not None
+    }
+    if config.estimator not in WHITENED:
+        return values
+    tokens = [
+        value
+        for (number, index), advantages in values.items()
+        for value, node in zip(
+            advantages, trees[number].path(trees[number].leaves[index].segment), strict=True
+        )
+        for _ in trees[number].segments[node].tokens
+    ]
+    mean, deviation = np.mean(tokens), math.sqrt(np.var(tokens, ddof=1) + 1e-8)
+    return {key: [(value - mean) / deviation for value in advantages] for key, advantages in values.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"estimator": name} for name in ESTIMATORS if name != "treepo"),
+        {"estimator": "treepo_segment", "eta": 0.7},
+        *TREEPO_OPTIONS,
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_estimator_equals_its_straight_line_version(options: dict[str, object]) -> None:
+    config = config_of(**options)
+    for seed in range(3):
+        trees = random_batch(np.random.default_rng(seed), 4, ungraded=0.2, max_depth=4)
+        advantages = estimate(trees, config)
+        expected = naive_estimate(trees, config)
+        for number, tree in enumerate(trees):
+            for index in range(len(tree.leaves)):
+                values = values_of(advantages, number, index)
+                wanted = expected.get((number, index), [0.0] * len(values))
+                np.testing.assert_allclose(values, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_every_estimator_has_a_straight_line_version() -> None:
+    assert set(ESTIMATORS) == set(NAIVE)
+
+
+# --- by hand -------------------------------------------------------------------------------------------
+
+
+def unwhitened(tree: Tree, **options: object) -> np.ndarray:
+    """What the estimator says before whitening."""
+    config = config_of(**options)
+    forest = Forest.of([tree])
+    batch = Batch(forest, forest.graded_L.astype(float))
+    return ESTIMATORS[config.estimator].function(batch, config)
+
+
+def test_treepo_by_hand() -> None:
+    # prompt -- 0 --+-- 1: +1        group means: prompt -1/3, segment 0: 0
+    #          |    +-- 2: -1        segment 3 has one leaf and is no group
+    #          +--- 3: -1
+    tree = tree_of([-1, 0, 0, -1], [1.0, -1.0, -1.0])
+    mean, inner = -1 / 3, 0.0
+    by_groups = [(2 * 1 - mean - inner) / 2, (-2 - mean - inner) / 2, -1 - mean]
+    np.testing.assert_allclose(unwhitened(tree), by_groups, atol=TOLERANCE)
+    by_size = [(3 * (1 - mean) + 2 * 1) / 5, (3 * (-1 - mean) - 2) / 5, -1 - mean]
+    np.testing.assert_allclose(unwhitened(tree, weighting="size"), by_size, atol=TOLERANCE)
+    constant = [by_groups[0], by_groups[1], (-1 - mean) / 2]
+    np.testing.assert_allclose(unwhitened(tree, depth_count="constant"), constant, atol=TOLERANCE)
+    np.testing.assert_allclose(unwhitened(tree, include_root=False), [1.0, -1.0, 0.0], atol=TOLERANCE)
+
+
+def test_spo_gives_good_siblings_of_a_good_parent_nothing() -> None:
+    tree = tree_of([-1, -1, 0, 0, 1, 1], [1.0, 1.0, -1.0, -1.0])
+    np.testing.assert_allclose(unwhitened(tree, estimator="spo"), [1, 0, 1, 0, -1, 0, -1, 0], atol=1e-6)
+
+
+def test_a_chain_counts_its_one_group_once_if_asked() -> None:
+    # Segments 0 and 1 are one chain: the group {2, 3} is on three nodes, prompt included.
+    tree = tree_of([-1, 0, 1, 1, -1], [1.0, 0.0, 0.0])
+    mean, pair = 1 / 3, 0.5
+    repeated, once = unwhitened(tree), unwhitened(tree, distinct_groups=True)
+    np.testing.assert_allclose(repeated[0], (3 - mean - 2 * pair) / 3, atol=TOLERANCE)
+    np.testing.assert_allclose(once[0], (2 - mean - pair) / 2, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("parents", [[-1], [-1, 0, 1, 2]], ids=["alone", "chain"])
+def test_a_leaf_alone_has_no_baseline(name: str, parents: list[int]) -> None:
+    """Its reward is its advantage; the estimators that compare segments have nothing to compare."""
+    expected = 0.0 if name in ("spo", "treepo_segment") else 0.7
+    values = unwhitened(tree_of(parents, [0.7]), estimator=name)
+    np.testing.assert_allclose(values, expected, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SHIFT_INVARIANT)
+def test_equal_rewards_teach_nothing(name: str) -> None:
+    rng = np.random.default_rng(0)
+    (tree,) = random_batch(rng, 1, least_leaves=2)
+    equal = replace(tree, leaves=tuple(replace(leaf, reward=0.25) for leaf in tree.leaves))
+    # 0.25 and its small multiples are exact in binary, so means are too up to the rounding of a division.
+    assert np.abs(estimate([equal], config_of(estimator=name)).value_M).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_nothing_graded_gives_zeros_and_no_weight(name: str) -> None:
+    advantages = estimate([tree_of([-1, 0, 0], [None, None])], config_of(estimator=name))
+    assert not advantages.value_M.any()
+    assert not advantages.token_weight_L.any()
+
+
+# --- invariances ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("leaf_weights", ["none", "inverse_branching"])
+def test_the_order_of_segments_leaves_and_trees_does_not_matter(name: str, leaf_weights: str) -> None:
+    rng = np.random.default_rng(1)
+    config = config_of(estimator=name, leaf_weights=leaf_weights)
+    trees = random_batch(rng, 4, ungraded=0.1)
+    changed, orders = zip(*(relabelled(tree, rng) for tree in reversed(trees)), strict=True)
+    before, after = estimate(trees, config), estimate(changed, config)
+    for number, order in enumerate(orders):
+        for new, old in enumerate(order):
+            np.testing.assert_allclose(
+                values_of(after, number, new),
+                values_of(before, len(trees) - 1 - number, old),
+                atol=TOLERANCE,
+            )
+
+
+@pytest.mark.parametrize("name", SHIFT_INVARIANT)
+@pytest.mark.parametrize("leaf_weights", ["none", "inverse_branching"])
+def test_a_constant_added_to_a_prompts_rewards_does_not_matter(name: str, leaf_weights: str) -> None:
+    trees = random_batch(np.random.default_rng(2), 4, least_leaves=2)
+    shifted = [
+        tree.graded([(float(leaf.reward or 0) + 3.0 * number, Verdict.CORRECT) for leaf in tree.leaves])
+        for number, tree in enumerate(trees)
+    ]
+    config = config_of(estimator=name, leaf_weights=leaf_weights)
+    np.testing.assert_allclose(
+        # GRPO and SPO divide by (deviation + epsilon): the shift's rounding is all that differs.
+        estimate(shifted, config).value_M,
+        estimate(trees, config).value_M,
+        atol=1e-7,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("leaf_weights", ["none", "inverse_branching"])
+def test_ungraded_leaves_are_as_if_never_sampled(name: str, leaf_weights: str) -> None:
+    config = config_of(estimator=name, leaf_weights=leaf_weights)
+    trees = random_batch(np.random.default_rng(3), 6, ungraded=0.4)
+    pairs = [(tree, pruned) for tree in trees if (pruned := without_ungraded(tree)) is not None]
+    assert any(len(tree.leaves) > len(pruned.leaves) for tree, pruned in pairs)
+    full, alone = (estimate(batch, config) for batch in zip(*pairs, strict=True))
+    for number, (tree, _) in enumerate(pairs):
+        graded_places = [index for index, leaf in enumerate(tree.leaves) if leaf.reward is not None]
+        for new, old in enumerate(graded_places):
+            np.testing.assert_allclose(
+                values_of(full, number, old), values_of(alone, number, new), atol=TOLERANCE
+            )
+    np.testing.assert_allclose(full.leaf_weight_L[full.leaf_weight_L > 0], alone.leaf_weight_L)
+
+
+@pytest.mark.parametrize("name", sorted(WHITENED))
+def test_whitening_spans_the_batchs_trained_tokens(name: str) -> None:
+    trees = random_batch(np.random.default_rng(4), 5, ungraded=0.2)
+    advantages = estimate(trees, config_of(estimator=name))
+    tokens = [
+        value
+        for number, tree in enumerate(trees)
+        for index, leaf in enumerate(tree.leaves)
+        if leaf.reward is not None
+        for value, node in zip(values_of(advantages, number, index), tree.path(leaf.segment), strict=True)
+        for _ in tree.segments[node].tokens
+    ]
+    assert abs(np.mean(tokens)) < TOLERANCE
+    assert np.var(tokens, ddof=1) == pytest.approx(1.0, abs=1e-6)  # epsilon in the divisor
+
+
+def test_part_of_a_batch_keeps_its_values() -> None:
+    trees = random_batch(np.random.default_rng(5), 5)
+    whole = estimate(trees, config_of())
+    part = whole.of_trees(1, 4)
+    for number in range(3):
+        for index in range(len(trees[number + 1].leaves)):
+            np.testing.assert_array_equal(values_of(part, number, index), values_of(whole, number + 1, index))
+    assert len(part.token_weight_L) == sum(len(tree.leaves) for tree in trees[1:4])
+
+
+# --- what the options promise --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["mean", "size"])
+def test_constant_depth_count_weighs_a_shared_token_by_its_value_over_its_ancestors(weighting: str) -> None:
+    """Sum of A over the leaves S of a node = |S| / J x sum over proper ancestors a of (V(node) - V(a)), the
+    ancestors weighted as the groups are: groups at the node and below cancel.
+    """
+    for seed in range(20):
+        (tree,) = random_batch(np.random.default_rng(seed), 1, least_leaves=2)
+        advantage_L = unwhitened(tree, depth_count="constant", weighting=weighting)
+
+        def weight(node: int, tree: Tree = tree) -> float:
+            size = len(rewards_below(tree, node))
+            return (size if weighting == "size" else 1) * (node == PROMPT or size > 1)
+
+        most = max(sum(map(weight, (PROMPT, *tree.path(leaf.segment)))) for leaf in tree.leaves)
+        for node in range(len(tree.segments)):
+            below = [index for index, leaf in enumerate(tree.leaves) if node in tree.path(leaf.segment)]
+            value = np.mean(rewards_below(tree, node))
+            gains = [
+                weight(above) * (value - np.mean(rewards_below(tree, above)))
+                for above in (PROMPT, *tree.path(node)[:-1])
+            ]
+            expected = len(below) / most * sum(gains)
+            assert advantage_L[below].sum() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_inverse_branching_is_the_product_of_shares() -> None:
+    trees = random_batch(np.random.default_rng(6), 4)
+    weights = iter(inverse_branching(Forest.of(trees)).tolist())
+    for tree in trees:
+        for leaf in tree.leaves:
+            nodes = (PROMPT, *tree.path(leaf.segment)[:-1])
+            share = math.prod(1 / len(children_of(tree, node)) for node in nodes)
+            assert next(weights) == pytest.approx(share * len(tree.leaves), rel=TOLERANCE)
+
+
+def sampled_tree(rng: np.random.Generator, width: int) -> Tree:
+    """Paths end with probability 1/2 at each segment, and a path of n segments is right with probability
+    0.9^(n^2): the policy's mean reward is sum over n of 2^-n 0.9^(n^2). Finished paths pass their budget on.
+    """
+    parents: list[int] = []
+    rewards: dict[int, float] = {}
+    active, depth, finished = [(PROMPT, width // 4)], 0, 0
+    while active:
+        depth += 1
+        sampled = [(parent, child) for parent, children in active for child in range(children)]
+        first = len(parents)
+        parents += [parent for parent, _ in sampled]
+        ends = rng.random(len(sampled)) < 0.5
+        for index in np.flatnonzero(ends).tolist():
+            rewards[first + index] = float(rng.random() < 0.9 ** (depth * depth))
+        live = (first + np.flatnonzero(~ends)).tolist()
+        ended, finished = int(ends.sum()), finished + int(ends.sum())
+        budget = max(min(width - finished, 2 * ended + 2 * len(live)), len(live))
+        extra = [budget - budget // len(live) * len(live)] if live else []
+        active = [(node, budget // len(live)) for node in live]
+        if extra:
+            active[-1] = (active[-1][0], active[-1][1] + extra[0])
+    return tree_of(parents, [rewards[index] for index in sorted(rewards)])
+
+
+def test_inverse_branching_undoes_the_bias_of_budget_transfer() -> None:
+    rng = np.random.default_rng(7)
+    trees = [sampled_tree(rng, width=16) for _ in range(1200)]
+    true = sum(0.5**n * 0.9 ** (n * n) for n in range(1, 60))
+    forest = Forest.of(trees)
+    plain = [np.mean(rewards_below(tree, PROMPT)) for tree in trees]
+    weighted = np.bincount(forest.tree_L, inverse_branching(forest) * forest.reward_L) / np.bincount(
+        forest.tree_L
+    )
+    error = np.std(weighted) / math.sqrt(len(trees))
+    assert abs(np.mean(weighted) - true) < 4 * error  # four standard errors, of a fixed seed
+    assert np.mean(plain) < true - 10 * error  # long paths have more leaves than their share
+
+
+@pytest.mark.parametrize("normalisation", ["token_mean", "sequence_mean"])
+def test_token_weights_sum_to_what_the_normalisation_counts(normalisation: str) -> None:
+    trees = random_batch(np.random.default_rng(8), 3, ungraded=0.2)
+    advantages = estimate(trees, config_of(normalisation=normalisation))
+    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
+    for (tree, leaf), weight in zip(leaves, advantages.token_weight_L, strict=True):
+        if leaf.reward is None:
+            assert weight == 0
+        elif normalisation == "token_mean":
+            assert weight == 1
+        else:
+            assert weight * len(tree.response(leaf)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "gpro"}, "estimator = gpro is not one of dr_grpo, grpo"),
+        ({"estimator": "grpo", "weighting": "size"}, "weighting = size with estimator = grpo: only treepo"),
+        ({"eta": 0.5}, "eta = 0.5 with estimator = treepo: only treepo_segment"),
+        ({"normalisation": "constant"}, "normalisation_tokens = None"),
+        ({"normalisation_tokens": 7}, "normalisation_tokens = 7"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(**options)

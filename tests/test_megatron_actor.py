@@ -1,0 +1,299 @@
+"""Real Megatron-Core ranks: against transformers, packed against flat, every layout against one rank."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import megatron_ranks
+import numpy as np
+import pytest
+import torch
+from megatron_ranks import Case, Result
+from random_trees import random_tree
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from treepo import advantage, loss
+from treepo.config.actor import OptimizerConfig, ParallelConfig
+from treepo.config.learning import LearningConfig
+from treepo.packing import Pack, pack_flat, pack_trees
+from treepo.tree import PROMPT, Tree
+
+pytestmark = pytest.mark.slow
+
+VOCABULARY = 127  # odd: padded at every tensor-parallel size
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "initializer_range": 0.15,  # far from a flat distribution
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, head_dim=20, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SIZES, head_dim=10, tie_word_embeddings=True, rope_parameters=LLAMA3),
+}
+LAYOUTS = {
+    "tensor 2": ParallelConfig(tensor=2),
+    "pipeline 2": ParallelConfig(pipeline=2),
+    "data 2": ParallelConfig(data=2),
+    "tensor 2, pipeline 2": ParallelConfig(tensor=2, pipeline=2),
+}
+TEMPERATURE = 0.8
+# Logits of some units in float32, summed in another order: a few 1e-6.
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Batch:
+    trees: list[Tree]
+    packed: list[Pack]
+    flat: list[Pack]
+    denominator: float
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Six trees in packs of unequal lengths, some of them cut; old log-probs make the clips bind."""
+    rng = np.random.default_rng(5)
+    trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(6)]
+    learning = LearningConfig()
+    advantages = advantage.estimate(trees, learning)
+    longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
+    (packed,) = pack_trees(trees, advantages, longest + 10, 1)
+    (flat,) = pack_flat(trees, advantages, longest + 10, 1)
+    assert len(packed) > 3
+    assert len({len(pack) for pack in packed}) > 1
+    packed, flat = ([with_old_log_prob(pack) for pack in packs] for packs in (packed, flat))
+    denominator = loss.denominator([packed], learning)
+    assert denominator == pytest.approx(loss.denominator([flat], learning))
+    return Batch(trees, packed, flat, denominator)
+
+
+def with_old_log_prob(pack: Pack) -> Pack:
+    """Old log-probs that depend on the token of the tree only, so that they are the same in any packing."""
+    old = -4.5 + np.sin(7.0 * pack.token + pack.position)
+    near = np.where(pack.version >= 0, old - 0.1 * np.cos(pack.position), 0.0)
+    return replace(pack, old_log_prob=old.astype(np.float32), rollout_log_prob=near.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random model of each architecture, its norms and biases off their initial values."""
+    root = tmp_path_factory.mktemp("models")
+    for name, config in CONFIGS.items():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(root / name)
+        (root / name / "tokenizer_config.json").write_text("{}")
+    return {name: root / name for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
+    """Every model on one rank, and on the first one the variants that must make no difference."""
+    cases = [standard(name, models[name], [batch.packed], batch.denominator) for name in CONFIGS]
+    qwen2 = cases[0]
+    cases += [replace(case, name=f"{case.name}, one step", steps=case.steps[:1]) for case in cases]
+    cases += [
+        replace(qwen2, name="flat", steps=[[batch.flat]] * 2),
+        replace(qwen2, name="recompute", recompute="full"),
+        replace(qwen2, name="bfloat16", dtype="bfloat16", steps=[[batch.packed]] * 12, optimizer=SMALL_STEPS),
+    ]
+    return megatron_ranks.run(cases, ParallelConfig(), tmp_path_factory.mktemp("ranks") / "one")
+
+
+# Steps of which one is too small to change a bfloat16 weight near 0.15 (spaced by 2^-10), but twelve are not.
+SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0)
+
+
+def standard(name: str, model: Path, replicas: Sequence[Sequence[Pack]], denominator: float) -> Case:
+    """Two steps on the same batch: the second sees what the first did."""
+    return Case(name, model, [replicas] * 2, denominator, TEMPERATURE)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
+def parallel(request, models, batch, tmp_path_factory) -> dict[str, Result]:
+    """Every model at one layout; replicas get unequal numbers of packs, one even none in the second step."""
+    layout: ParallelConfig = request.param
+    cases = []
+    for name in CONFIGS:
+        case = standard(name, models[name], [batch.packed], batch.denominator)
+        if layout.data == 2:
+            case = replace(case, steps=[[batch.packed[:1], batch.packed[1:]], [batch.packed, []]])
+        cases.append(case)
+    cases.append(replace(cases[0], name="recompute", recompute="full"))
+    return megatron_ranks.run(cases, layout, tmp_path_factory.mktemp("ranks") / "group")
+
+
+def reference_log_probs(model: Path, tree: Tree) -> dict[tuple[int, int], float]:
+    """Every token's log-prob by transformers, under its segment and offset; each trajectory by itself."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    values = {}
+    for leaf in tree.leaves:
+        tokens = torch.from_numpy(np.concatenate([tree.prompt, tree.response(leaf)])).long()
+        with torch.no_grad():
+            log_p = (network(tokens[None]).logits[0].float() / TEMPERATURE).log_softmax(-1)
+        path = [(PROMPT, offset) for offset in range(len(tree.prompt))]
+        path += [
+            (s, offset) for s in tree.path(leaf.segment) for offset in range(len(tree.segments[s].tokens))
+        ]
+        for index in range(1, len(tokens)):
+            values[path[index]] = float(log_p[index - 1, tokens[index]])
+    return values
+
+
+def assert_log_probs(packs: Sequence[Pack], log_probs: Sequence[np.ndarray], model: Path, trees) -> None:
+    reference = [reference_log_probs(model, tree) for tree in trees]
+    for pack, values in zip(packs, log_probs, strict=True):
+        assert values.dtype == np.float32
+        expected = [
+            reference[tree][segment, offset] if source >= 0 else 0.0
+            for tree, segment, offset, source in zip(
+                pack.tree, pack.segment, pack.offset, pack.source, strict=True
+            )
+        ]
+        np.testing.assert_allclose(values, expected, **CLOSE)
+
+
+def assert_same_step(ours: Result, reference: Result) -> None:
+    for step, other in zip(ours.metrics, reference.metrics, strict=True):
+        assert step.keys() == other.keys()
+        for key in step.keys() - {"unique_tokens"}:
+            assert step[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
+    assert ours.final.keys() == reference.final.keys()
+    for name, tensor in reference.final.items():
+        torch.testing.assert_close(ours.final[name], tensor, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_log_probs_are_those_of_transformers(name: str, one_rank, models, batch) -> None:
+    assert_log_probs(batch.packed, one_rank[name].before[0], models[name], batch.trees)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_export_is_a_model_for_transformers(name: str, one_rank, models, batch) -> None:
+    """After training: the exported folder gives the log-probs that the actor gives."""
+    result = one_rank[name]
+    assert_log_probs(batch.packed, result.after[0], result.export, batch.trees)
+    assert (result.export / "tokenizer_config.json").is_file()
+    assert (result.export / "generation_config.json").is_file()
+    exported = load_file(result.export / "model.safetensors")
+    assert exported.keys() == load_file(models[name] / "model.safetensors").keys()
+
+
+def test_training_changes_the_weights_and_the_clips_bind(one_rank) -> None:
+    """Else the comparisons below would compare nothing."""
+    result = one_rank["qwen2"]
+    for name, tensor in result.initial.items():
+        assert not torch.equal(tensor, result.final[name]), name
+    metrics = result.metrics[0]
+    assert 0 < metrics["clip_high"] < 0.9
+    assert 0 < metrics["clip_low"] < 0.9
+    assert metrics["grad_norm"] > 0
+
+
+def test_packed_and_flat_are_the_same_step(one_rank) -> None:
+    assert_same_step(one_rank["flat"], one_rank["qwen2"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) -> None:
+    """By autograd through transformers on whole trajectories: divided once, and clipped to norm 1."""
+    network = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
+    for pack in batch.flat:
+        total = torch.zeros(())
+        for start in np.flatnonzero(pack.source < 0):
+            total = total + trajectory_loss(network, pack, slice(start, pack.exit[start]), batch.denominator)
+        total.backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert gradients.keys() == one_rank[name].final.keys()
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    result = one_rank[f"{name}, one step"]
+    assert result.metrics[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    for tensor, gradient in gradients.items():
+        clipped = gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
+        step = clipped / (clipped.abs() + 1.0)  # Adam with betas of 0 and an epsilon of 1
+        torch.testing.assert_close(result.final[tensor], result.initial[tensor] - step, **CLOSE, msg=tensor)
+
+
+def trajectory_loss(network, pack: Pack, tokens: slice, denominator: float) -> torch.Tensor:
+    """The loss of one sequence of a flat pack."""
+    fields = {
+        field.name: torch.from_numpy(value[tokens])
+        for field in dataclasses.fields(pack)
+        if isinstance(value := getattr(pack, field.name), np.ndarray)
+    }
+    token = fields["token"].long()
+    log_p = (network(token[None]).logits[0] / TEMPERATURE).log_softmax(-1)
+    log_prob = torch.cat([torch.zeros(1), log_p[:-1].gather(1, token[1:, None])[:, 0]])
+    return loss.policy_loss(log_prob, fields, LearningConfig(), denominator)[0]
+
+
+def test_recomputation_changes_nothing(one_rank) -> None:
+    assert_same_step(one_rank["recompute"], one_rank["qwen2"])
+
+
+def test_bfloat16_accumulates_steps_in_float32_master_weights(one_rank, models) -> None:
+    result = one_rank["bfloat16"]
+    saved = load_file(models["qwen2"] / "model.safetensors")
+    for name, tensor in result.initial.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, saved[name].bfloat16()), name
+    moved = (result.final["lm_head.weight"] != result.initial["lm_head.weight"]).float().mean()
+    assert moved > 0.3
+    # bfloat16 has 8 bits: logits of a few units are known to about 0.03.
+    for ours, exact in zip(result.before[0], one_rank["qwen2"].before[0], strict=True):
+        np.testing.assert_allclose(ours, exact, atol=0.2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_survive_the_round_trip_bit_for_bit(name: str, parallel, one_rank, models) -> None:
+    saved = load_file(models[name] / "model.safetensors")
+    for result in (parallel[name], one_rank[name]):
+        assert result.initial.keys() == saved.keys()
+        for tensor, weight in saved.items():
+            assert torch.equal(result.initial[tensor], weight), tensor
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_layout_is_one_rank(name: str, parallel, one_rank) -> None:
+    ours, reference = parallel[name], one_rank[name]
+    for attribute in ("before", "after"):
+        values = [array for replica in getattr(ours, attribute) for array in replica]
+        for array, expected in zip(values, getattr(reference, attribute)[0], strict=True):
+            np.testing.assert_allclose(array, expected, **CLOSE)
+    assert_same_step(ours, reference)
+
+
+def test_recomputation_changes_nothing_at_any_layout(parallel, one_rank) -> None:
+    assert_same_step(parallel["recompute"], one_rank["qwen2"])
+
+
+def test_export_of_every_layout_is_equal(parallel) -> None:
+    for name in CONFIGS:
+        exported = load_file(parallel[name].export / "model.safetensors")
+        assert exported.keys() == parallel[name].final.keys()
+        for tensor, weight in exported.items():
+            assert torch.equal(weight, parallel[name].final[tensor])

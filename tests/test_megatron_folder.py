@@ -1,0 +1,82 @@
+"""Hugging Face folders and weight buckets: complete, bounded in size, and all or nothing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_bridge.buckets import buckets
+from megatron_bridge.folder import INDEX, Checkpoint, write_folder
+from treepo.errors import ModelError
+
+
+@pytest.fixture
+def tensors(tiny_model: Path) -> dict[str, Tensor]:
+    with safe_open(tiny_model / "model.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 30_000, 1 << 30])
+def test_a_written_folder_loads_in_transformers(
+    tensors, tiny_model: Path, tmp_path: Path, shard_bytes: int
+) -> None:
+    source, folder = tiny_model, tmp_path / "out"
+    write_folder(iter(tensors.items()), source, folder, shard_bytes)
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    assert ours.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(ours[name], tensor)
+        assert torch.equal(Checkpoint(folder).read(name), tensor)
+    assert (folder / "generation_config.json").is_file()
+    assert (folder / INDEX).is_file() == (shard_bytes < 1 << 30)
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_the_config_says_the_written_dtype(tensors, tiny_model: Path, tmp_path: Path) -> None:
+    halves = ((name, tensor.bfloat16()) for name, tensor in tensors.items())
+    write_folder(halves, tiny_model, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_an_interrupted_export_leaves_no_folder_and_does_not_disturb_the_next(
+    tensors, tiny_model: Path, tmp_path: Path
+) -> None:
+    def interrupted() -> Iterator[tuple[str, Tensor]]:
+        yield from list(tensors.items())[:3]
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(interrupted(), tiny_model, folder, shard_bytes=1)
+    assert not folder.exists()
+    write_folder(iter(tensors.items()), tiny_model, folder)
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_missing_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        Checkpoint(tmp_path)
+    with pytest.raises(ModelError, match=r"no tensor model\.nothing"):
+        Checkpoint(tiny_model).read("model.nothing")
+
+
+@pytest.mark.parametrize("size", [1, 4096, 20_000, 1 << 20])
+def test_buckets_hold_every_byte_once_and_are_bounded(tensors, size: int) -> None:
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    stream = list(buckets(iter(tensors.items()), size))
+    assert [name for bucket in stream for name in bucket.names] == list(tensors)
+    for bucket in stream:
+        assert len(bucket.data) <= size or len(bucket.names) == 1
+        assert len(bucket.data) <= max(size, largest)
+        expected = [tensors[name].numpy().tobytes() for name in bucket.names]
+        assert bucket.data.tobytes() == b"".join(expected)
+        assert bucket.shapes == tuple(tuple(tensors[name].shape) for name in bucket.names)
+        assert bucket.dtypes == ("float32",) * len(bucket.names)

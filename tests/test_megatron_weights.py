@@ -1,0 +1,104 @@
+"""The families' tables: tensor surgery is lossless, complete and what Megatron-Core's layout means."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from megatron_bridge.rotary import cos_sin, inverse_frequency, rotate
+from megatron_bridge.weights import FAMILIES, GATE_UP, QKV, VOCABULARY, Dimensions, expand, padded_vocabulary
+from treepo.errors import ModelError
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 37,  # leaves a remainder at every number of ranks tried
+    "hidden_size": 24,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=10),
+    "llama": LlamaConfig(**SIZES, head_dim=6),
+}
+
+
+def dimensions(config: PreTrainedConfig) -> Dimensions:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Dimensions(config.num_hidden_layers, config.num_key_value_heads, head_dim, config.vocab_size)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_survives_the_round_trip_bit_for_bit(family: str, ranks: int) -> None:
+    config = CONFIGS[family]
+    tensors = AutoModelForCausalLM.from_config(config).state_dict()
+    back: dict[str, Tensor] = {}
+    for rule in expand(FAMILIES[family].rules, config.num_hidden_layers):
+        shards = rule.surgery.split([tensors[name] for name in rule.tensors], ranks, dimensions(config))
+        assert len(shards) == ranks
+        assert len({shard.shape for shard in shards}) == 1
+        back |= zip(rule.tensors, rule.surgery.join(shards, dimensions(config)), strict=True)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_qkv_is_interleaved_by_group() -> None:
+    """Two groups of two query heads, one row each: q0 q1 k0 v0 on one rank, q2 q3 k1 v1 on the other."""
+    query, key, value = torch.arange(4)[:, None], torch.tensor([[10], [11]]), torch.tensor([[20], [21]])
+    first, second = QKV.split([query, key, value], 2, Dimensions(1, 2, 1, 0))
+    assert first.flatten().tolist() == [0, 1, 10, 20]
+    assert second.flatten().tolist() == [2, 3, 11, 21]
+
+
+def test_every_rank_has_its_rows_of_gate_and_up() -> None:
+    gate, up = torch.arange(4)[:, None], torch.arange(10, 14)[:, None]
+    first, second = GATE_UP.split([gate, up], 2, Dimensions(1, 1, 1, 0))
+    assert first.flatten().tolist() == [0, 1, 10, 11]
+    assert second.flatten().tolist() == [2, 3, 12, 13]
+
+
+def test_vocabulary_is_padded_with_zeros() -> None:
+    table = torch.arange(1, 6)[:, None]
+    shards = VOCABULARY.split([table], 4, Dimensions(1, 1, 1, vocabulary=5))
+    assert torch.cat(shards).flatten().tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
+    assert padded_vocabulary(8, 4) == 8
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=["default", "llama3"],
+)
+def test_rotation_is_that_of_transformers(rope: dict[str, Any]) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    config = LlamaConfig(**SIZES, head_dim=16, rope_parameters=rope, max_position_embeddings=4096)
+    position = torch.tensor([0, 1, 2, 63, 64, 65, 1000, 4095])
+    x = torch.randn(len(position), 3, 16)
+    ours = rotate(x, *cos_sin(position, inverse_frequency(rope, 16), torch.float32))
+    cos, sin = LlamaRotaryEmbedding(config)(x, position[None])
+    theirs, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
+    # Angles up to 4095 rad in float32 are known to 2.4e-4 rad; both sides round alike except for the last
+    # bit of the frequency.
+    torch.testing.assert_close(ours, theirs[0].transpose(0, 1), rtol=0, atol=2e-3)
+    torch.testing.assert_close(ours[:6], theirs[0].transpose(0, 1)[:6], rtol=0, atol=2e-5)
+
+
+def test_unknown_scaling_is_refused() -> None:
+    with pytest.raises(ModelError, match="yarn"):
+        inverse_frequency({"rope_type": "yarn", "rope_theta": 1e4}, 8)

@@ -1,0 +1,140 @@
+"""`treepo train` as a user runs it: real Ray, real SGLang, real Megatron-Core, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from tiny import write_tiny_qwen2
+
+from treepo.toy.problems import draw_problems, rows
+from treepo.toy.tokenizer import byte_tokenizer
+from treepo.tree import from_json
+
+TESTS = Path(__file__).parent
+STEPS = 3
+pytestmark = pytest.mark.slow
+
+
+def reward_even_length(prompt: str, response: str, answer: str, extra: object) -> float:  # noqa: ARG001  the signature of every reward
+    """Something that a random model is right about half of the time."""
+    return 1.0 if len(response) % 2 == 0 else -1.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a byte tokenizer, a few problems and a configuration."""
+    folder = tmp_path_factory.mktemp("train")
+    tokenizer = byte_tokenizer(max_tokens=1024)
+    model = write_tiny_qwen2(
+        folder / "model",
+        vocab_size=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tokenizer.save_pretrained(model)
+    with (folder / "train.jsonl").open("w") as file:
+        for row in rows(draw_problems(np.random.default_rng(0), 12), "train"):
+            file.write(json.dumps(row) + "\n")
+    config = {
+        "out": "run",
+        "steps": STEPS,
+        "model": {"path": "model", "dtype": "float32"},
+        "data": {"train": "train.jsonl", "prompts_per_step": 4, "max_prompt_tokens": 256},
+        "reward": {"workers": 1, "function": "test_train:reward_even_length"},
+        "sampling": {"segment_tokens": 8, "max_depth": 4, "max_response_tokens": 32, "width": 4},
+        "learning": {"mini_batches": 2},
+        "actor": {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}, "max_tokens_per_pack": 256},
+        "engine": {"max_total_tokens": 8000},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def _start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from treepo.cli import main; main()", "train", "run.yaml", *overrides],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_three_steps_end_to_end(folder: Path) -> None:
+    process = _start(folder)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    run = folder / "run"
+
+    metrics = _lines(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    # Float32 on both sides; the same tokens through two implementations of two layers.
+    assert all(line["logprob_difference_max"] < 1e-4 for line in metrics)
+    assert all(line["rollout/cached_token_ratio"] > 0.98 for line in metrics)
+    assert all(line["train/grad_norm"] > 0 for line in metrics)
+
+    trees = [from_json(line) for line in (run / "trees.jsonl").read_bytes().splitlines()]
+    assert len(trees) == STEPS * 4
+    assert all(len(tree.leaves) == 4 for tree in trees)
+    steps = [line["step"] for line in _lines(run / "trees.jsonl")]
+    for tree, step in zip(trees, steps, strict=True):
+        assert {segment.version for segment in tree.segments} == {step - 1}
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy_before"] is None
+    assert summary["sequential_tokens"] == sum(tree.total_tokens() for tree in trees)
+    assert summary["max_logprob_difference"] == max(line["logprob_difference_max"] for line in metrics)
+    assert "3/3" in output
+    assert "\x1b" not in output, "plain lines where the output is no terminal"
+    _assert_checkpoint_generates(run / "checkpoint", differs_from=folder / "model")
+
+
+def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, before = (AutoModelForCausalLM.from_pretrained(path) for path in (checkpoint, differs_from))
+    changed = [
+        name
+        for (name, after), old in zip(model.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(after, old)
+    ]
+    assert changed == [name for name, _ in model.named_parameters()]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokens = tokenizer("36 plus 7 = ?", return_tensors="pt")
+    assert model.generate(**tokens, max_new_tokens=4).shape[1] > tokens["input_ids"].shape[1]
+
+
+def test_ctrl_c_leaves_no_process_and_readable_files(folder: Path) -> None:
+    process = _start(folder, "out=interrupted", "steps=1000")
+    metrics = folder / "interrupted" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step was finished"
+        time.sleep(0.5)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    assert descendants
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted" in errors
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(descendants, timeout=10)
+    assert not alive
+    assert _lines(metrics)[0]["step"] == 1
+    for line in (folder / "interrupted" / "trees.jsonl").read_bytes().splitlines():
+        from_json(line)

@@ -1,0 +1,106 @@
+"""A model folder's tokenizer: prompts to token ids, responses to text, and which tokens end a sequence."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treepo.errors import ModelError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokenizer:
+    """hugging_face: the tokenizer of transformers. end_tokens: every id that ends a sequence, ascending."""
+
+    hugging_face: Any
+    end_tokens: tuple[int, ...]
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text that the model is given: the chat template applied and the assistant's turn opened.
+
+        A tokenizer without a chat template (a base model's) gets the plain contents of the messages, one
+        blank line between them.
+        """
+        if self.hugging_face.chat_template is None:
+            return "\n\n".join(message["content"] for message in messages)
+        return self.hugging_face.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [T], the ids of a rendered prompt. A chat template writes its own special tokens."""
+        templated = self.hugging_face.chat_template is not None
+        ids = self.hugging_face(text, add_special_tokens=not templated)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text of a response, special tokens (such as the end token) left out."""
+        return self.hugging_face.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise ModelError for a folder without model configuration or tokenizer. Imports nothing heavy."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; a Hugging Face model folder is needed")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: it has no config.json, so it is no Hugging Face model folder")
+    _read_json(folder / "config.json")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{folder}: it has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder on this disk. Raises ModelError naming the folder and what it lacks."""
+    check_model_folder(folder)
+    from transformers import (
+        AutoTokenizer,
+    )  # not at the top: it takes seconds, and the command line stays light
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its Rust half raises bare Exceptions; all of them mean a broken folder
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason[:300]}") from error
+    return Tokenizer(tokenizer, end_tokens(folder, tokenizer.eos_token_id))
+
+
+def end_tokens(folder: Path, tokenizer_eos: int | None = None) -> tuple[int, ...]:
+    """Every id that ends a sequence by generation_config.json, config.json or the tokenizer, ascending.
+
+    They differ in practice: a chat model's generation_config names its end of turn and its end of text,
+    config.json one of the two. Raises ModelError where none of them names any.
+    """
+    found = set(_ids(tokenizer_eos))
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            config = _read_json(folder / name)
+            found.update(_ids(config.get("eos_token_id")))
+            found.update(_ids(config.get("text_config", {}).get("eos_token_id")))
+    if not found:
+        raise ModelError(
+            f"{folder}: no end token: eos_token_id is in none of generation_config.json, config.json "
+            "and the tokenizer"
+        )
+    return tuple(sorted(found))
+
+
+def _ids(value: int | Iterable[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: a JSON object is needed, not {type(content).__name__}")
+    return content

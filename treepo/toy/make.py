@@ -1,0 +1,136 @@
+"""`treepo toy`: a folder with a small model that half knows how to solve small problems, and the problems.
+
+    out/model           a Hugging Face folder (Qwen2, float32) with its byte-level tokenizer
+    out/train.jsonl     problems in the columns of m-a-p/TreePO_data
+    out/heldout.jsonl   others, which neither the warm start nor train.jsonl contains
+    out/toy.json        written last: what this folder was made from, and the report
+
+The data depend on the seed alone. The model also does, on one machine with one number of threads; elsewhere
+float32 sums round differently.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from treepo import rng
+from treepo.toy.recipe import RECIPE, Recipe
+
+_STAMP = "toy.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ToyReport:
+    """What `make_toy` made. seconds: what making it took; cached: it was there already."""
+
+    model: Path
+    train: Path
+    heldout: Path
+    parameters: int
+    sampled_accuracy: float  # at temperature 1, on the held-out problems
+    seconds: float
+    cached: bool
+
+
+def make_toy(
+    out: Path,
+    seed: int = 0,
+    force: bool = False,
+    progress: Callable[[int, int, float], None] | None = None,
+    recipe: Recipe = RECIPE,
+) -> ToyReport:
+    """Make the toy under `out`, or return at once if it is there; `force` makes it anew.
+
+    progress: called with (step, steps, loss) after each step of the warm start.
+    """
+    fingerprint = _fingerprint(seed, recipe)
+    if not force:
+        report = _read_stamp(out, fingerprint)
+        if report is not None:
+            return report
+    (out / _STAMP).unlink(missing_ok=True)
+    report = _make(out, seed, recipe, progress)
+    _write_stamp(out, fingerprint, report)
+    return report
+
+
+def _make(
+    out: Path, seed: int, recipe: Recipe, progress: Callable[[int, int, float], None] | None
+) -> ToyReport:
+    start = time.monotonic()
+    # Imported here: torch takes seconds to load, and a toy that is there already needs none of it.
+    from treepo.toy import problems, tokenizer, warmstart
+
+    draws = rng.generator("toy", seed, "problems")
+    drawn = problems.draw_problems(draws, recipe.train_problems + recipe.heldout_problems)
+    train, heldout = drawn[: recipe.train_problems], drawn[recipe.train_problems :]
+    out.mkdir(parents=True, exist_ok=True)
+    for split, chosen in (("train", train), ("heldout", heldout)):
+        lines = (orjson.dumps(row) + b"\n" for row in problems.rows(chosen, split))
+        (out / f"{split}.jsonl").write_bytes(b"".join(lines))
+
+    text = tokenizer.byte_tokenizer(warmstart.MAX_CONTEXT)
+    model = warmstart.new_model(text, seed)
+    warmstart.warm_start(model, text, recipe, seed, frozenset(heldout), progress)
+    accuracy = warmstart.sampled_accuracy(model, text, heldout, recipe.measured_samples, seed)
+    model.save_pretrained(out / "model")
+    text.save_pretrained(out / "model")
+    return ToyReport(
+        model=out / "model",
+        train=out / "train.jsonl",
+        heldout=out / "heldout.jsonl",
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        sampled_accuracy=accuracy,
+        seconds=time.monotonic() - start,
+        cached=False,
+    )
+
+
+def _fingerprint(seed: int, recipe: Recipe) -> str:
+    """Identifies what a toy is made from: the seed, the recipe and the text of this package."""
+    digest = hashlib.blake2b(repr((seed, recipe)).encode(), digest_size=16)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(out: Path) -> dict[str, int]:
+    """What a whole toy consists of, as it stands: sizes in bytes by name."""
+    paths = [out / "train.jsonl", out / "heldout.jsonl", *(out / "model").glob("*")]
+    return {str(path.relative_to(out)): path.stat().st_size for path in sorted(paths) if path.is_file()}
+
+
+def _write_stamp(out: Path, fingerprint: str, report: ToyReport) -> None:
+    """Written whole or not at all: a folder without its stamp is made again."""
+    content = {
+        "fingerprint": fingerprint,
+        "files": _files(out),
+        "parameters": report.parameters,
+        "sampled_accuracy": report.sampled_accuracy,
+        "seconds": report.seconds,
+    }
+    partial = out / f"{_STAMP}.partial"
+    partial.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+    partial.replace(out / _STAMP)
+
+
+def _read_stamp(out: Path, fingerprint: str) -> ToyReport | None:
+    """The report of the toy under `out`, or None if it was made from something else or is not whole."""
+    if not (out / _STAMP).is_file():
+        return None
+    content = orjson.loads((out / _STAMP).read_bytes())
+    if content["fingerprint"] != fingerprint or content["files"] != _files(out):
+        return None
+    return ToyReport(
+        model=out / "model",
+        train=out / "train.jsonl",
+        heldout=out / "heldout.jsonl",
+        parameters=content["parameters"],
+        sampled_accuracy=content["sampled_accuracy"],
+        seconds=content["seconds"],
+        cached=True,
+    )
