@@ -6,6 +6,9 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
+
+_HOARD: list[bytearray] = []
 
 
 def length_and_match(
@@ -20,39 +23,42 @@ def length_and_match(
 
 
 def obey(prompt: str, response: str, answer: str, extra: Mapping[str, object]) -> object:  # noqa: ARG001 (the signature of a reward function)
-    """Do what the response says."""
-    word, _, argument = response.partition(" ")
-    match word:
-        case "reward":
-            return float(argument)
-        case "text":
-            return argument
-        case "no_reward":
-            return {"score": 1.0}
-        case "raise":
-            raise LookupError(argument)
-        case "exit":
-            sys.exit(3)
-        case "crash":
-            os._exit(3)
-        case "segfault":
-            os.kill(os.getpid(), 11)
-        case "print":
-            print(argument)  # noqa: T201 (what a user's function may do)
-            return 1.0
-        case "allocate":
-            return float(len(bytearray(int(argument))))
-        case "hoard":
-            _HOARD.append(bytearray(int(argument)))
-            return 1.0
-        case "sleep":
-            time.sleep(float(argument))
-            return 1.0
-        case "spawn":
-            child = subprocess.Popen(["sleep", "600"])
-            Path(argument).write_text(str(child.pid))
-            time.sleep(600)
-    raise AssertionError(response)
+    """Do what the response says: the name of an action and its argument."""
+    action, _, argument = response.partition(" ")
+    return _ACTIONS[action](argument)
 
 
-_HOARD: list[bytearray] = []
+def _raise(argument: str) -> NoReturn:
+    raise LookupError(argument)
+
+
+def _print(argument: str) -> float:
+    print(argument)  # noqa: T201 (what a user's function may do)
+    return 1.0
+
+
+def _hoard(argument: str) -> float:
+    _HOARD.append(bytearray(int(argument)))
+    return 1.0
+
+
+def _spawn(argument: str) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    Path(argument).write_text(str(child.pid))
+    time.sleep(600)
+
+
+_ACTIONS = {
+    "reward": float,
+    "text": str,
+    "no_reward": lambda _: {"score": 1.0},
+    "raise": _raise,
+    "exit": lambda _: sys.exit(3),
+    "crash": lambda _: os._exit(3),
+    "segfault": lambda _: os.kill(os.getpid(), 11),
+    "print": _print,
+    "allocate": lambda size: float(len(bytearray(int(size)))),
+    "hoard": _hoard,
+    "sleep": lambda seconds: time.sleep(float(seconds)),
+    "spawn": _spawn,
+}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_engine import EOS, FakeEngine, decode, prompt_tokens, score
+from sampling_policies import POLICIES, sampling
 
 from sglang_rollout.driver import FailedTree, TreeDriver
 from treepo.config.sampling import SamplingConfig
@@ -17,43 +18,6 @@ from treepo.data import Prompt
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.stopping import StopRule
 from treepo.tree import Finish, Stop, Tree, from_json, to_json
-
-POLICIES: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "initial range": {"initial_branching": "1-7"},
-    "random budget": {"budget": "random", "branching": "1-4"},
-    "token budget": {"budget": "tokens", "tokens_per_step": 30},
-    "token cap": {"cap": "response_tokens", "tree_response_tokens": 150},
-    "low mean": {"allocation": {"policy": "low_mean"}, "branching": 3},
-    "sinusoidal": {
-        "allocation": {
-            "policy": "high_sum", "temperature": 5.0, "schedule": "sinusoidal",
-            "final_temperature": 1.0, "schedule_steps": 9,
-        }
-    },
-    "with eos": {"stops": {"boxed": "with_eos"}},
-    "looping": {
-        "stops": {"repetition": {"check": "first", "window_tokens": 1, "count": 3, "min_distinct": 1}}
-    },
-    "limit": {"max_response_tokens": 29},
-    "min log-prob, unaligned": {"fallback": {"cut": "min_log_prob", "aligned": False}},
-    "block, unaligned": {"fallback": {"cut": "block", "block_tokens": 3, "aligned": False}},
-    "random, unaligned": {"fallback": {"window_tokens": 5, "aligned": False, "order": "longer"}},
-    "from start": {"fallback": {"cut": "from_start", "order": "finished_strict"}},
-    "no fallback": {"fallback": {"cut": "none"}},
-    "sequential": {"mode": "sequential"},
-}  # fmt: skip  # a dictionary a line reads as the table it is
-
-
-def sampling(**values: Any) -> SamplingConfig:
-    small = {
-        "segment_tokens": 8,
-        "max_depth": 5,
-        "max_response_tokens": 40,
-        "width": 12,
-        "retry_seconds": 0.0,
-    }
-    return SamplingConfig.model_validate({**small, **values})
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -1,11 +1,11 @@
 """The driver on the real SGLang engine: contexts re-scored for every policy, caching, seeds."""
 
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from test_driver import POLICIES
+from sampling_policies import POLICIES, sampling
 
 from sglang_rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.config.sampling import SamplingConfig
@@ -23,11 +23,6 @@ END_TOKENS, BOX_TOKEN, VOCABULARY = (1, 2, 3), 4, 128
 
 def decode(tokens: np.ndarray) -> str:
     return "".join("\\boxed{7}" if token == BOX_TOKEN else chr(token + 200) for token in tokens)
-
-
-def sampling(**values: Any) -> SamplingConfig:
-    small = {"segment_tokens": 8, "max_depth": 5, "max_response_tokens": 40, "width": 12}
-    return SamplingConfig.model_validate({**small, **values})
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -18,6 +18,7 @@ from sglang_rollout.growing_tree import GrowingTree
 from treepo.config.sampling import SamplingConfig
 from treepo.data import Prompt
 from treepo.stopping import StopRule
+from treepo.tree import Tree
 
 
 @dataclass
@@ -221,13 +222,17 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
     return seen
 
 
-def grow(config: SamplingConfig, rule: StopRule, engine: FakeEngine, index: int) -> Counter[str]:
+def grow(config: SamplingConfig, rule: StopRule, engine: FakeEngine, index: int) -> GrowingTree:
     tree = GrowingTree(Prompt(str(index), prompt_tokens(index), "", "", ""), config, rule, seed=3, step=0)
     while tree.asks:
         for ask in tree.asks:
             while not ask.complete:
                 tree.receive(ask, engine.answer(tree.request(ask)))
         tree.advance()
+    return tree
+
+
+def summary(tree: GrowingTree, config: SamplingConfig) -> Counter[str]:
     whole = tree.finished()
     seen = Counter(leaf.stop.value for leaf in whole.leaves)
     seen["unique tokens"] = whole.unique_tokens()
@@ -287,7 +292,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 # The few trees find what is plainly wrong, the many what is a little off.
-@pytest.mark.parametrize("trees", [100, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trees", [100, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_trees_are_those_of_the_straight_line_rules(policy: str, trees: int) -> None:
     config = SamplingConfig(**{**SMALL, **POLICIES[policy]})
@@ -295,7 +300,7 @@ def test_trees_are_those_of_the_straight_line_rules(policy: str, trees: int) -> 
     rng = random.Random(policy)
     rule = StopRule(config, decode)
     engine = FakeEngine(chances.end, chances.box, letters=chances.letters - 1)
-    ours = [grow(config, rule, engine, index) for index in range(trees)]
+    ours = [summary(grow(config, rule, engine, index), config) for index in range(trees)]
     theirs = [simulate(config, chances, rng) for _ in range(trees)]
     names = {name for counts in ours + theirs for name in counts}
     for name in sorted(names):
@@ -306,3 +311,33 @@ def test_trees_are_those_of_the_straight_line_rules(policy: str, trees: int) -> 
         assert abs(a.mean() - b.mean()) <= allowed, (
             f"{name}: {a.mean():.4f} and {b.mean():.4f} ± {allowed:.4f}"
         )
+
+
+def share_of_prompt(tree: Tree) -> list[float]:
+    """For each leaf the product of 1 / children down its path: the chance to walk there from the prompt."""
+    children = Counter(segment.parent for segment in tree.segments)
+    return [
+        math.prod(1 / children[tree.segments[index].parent] for index in tree.path(leaf.segment))
+        for leaf in tree.leaves
+    ]
+
+
+def test_budget_transfer_favours_long_responses_and_the_shares_undo_it() -> None:
+    """TreePO's leaves are no sample of the policy's responses; weighted by their share they are one.
+
+    Exactly so without fallback: children are chosen before they are sampled.
+    """
+    chances = Chances(end=0.1, box=0.0)
+    settings = {**SMALL, "max_depth": 20, "max_response_tokens": 120, "fallback": {"cut": "none"}}
+    config = SamplingConfig.model_validate(settings)
+    rule, engine = StopRule(config, decode), FakeEngine(chances.end)
+    trees = [grow(config, rule, engine, index).finished() for index in range(600)]
+    plain, weighted = [], []
+    for tree in trees:
+        short = np.array([len(tree.response(leaf)) <= config.segment_tokens for leaf in tree.leaves])
+        plain.append(short.mean())
+        weighted.append(np.dot(short, share_of_prompt(tree)))
+    truth = 1 - (1 - chances.end) ** config.segment_tokens
+    error = np.std(weighted) / math.sqrt(len(trees))
+    assert np.mean(weighted) == pytest.approx(truth, abs=5 * error)  # five standard errors of a mean
+    assert np.mean(plain) < truth - 0.1

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from treepo.config.reward import RewardConfig
 from treepo.errors import ConfigError, RewardError
 from treepo.rewards.grade import Grade, GradeItem

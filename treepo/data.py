@@ -103,6 +103,11 @@ def check_prompts(path: Path, columns: ColumnsConfig, config: DataConfig) -> Dat
     return report
 
 
+def read_questions(path: Path, columns: ColumnsConfig, config: DataConfig) -> list[Question]:
+    """The usable rows as text. Raises DataError."""
+    return list(_convert_rows(columns, config, DataReport(path), lambda _row, question: question))
+
+
 def load_prompts(path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: DataConfig) -> PromptSet:
     """The file's prompts; of `config` only limits, system prompt and what to do with bad rows count.
 

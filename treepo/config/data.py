@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from treepo.config.base import PathField, Section
 
-
 _NAMED = Path(__file__).parents[1] / "columns"
 
 
@@ -45,8 +44,8 @@ class ColumnsConfig(Section):
     def _one_way_to_the_answer(self) -> Self:
         if self.answer_after is not None and self.answer_boxed:
             raise ValueError(
-                f"answer_after = {self.answer_after!r} and answer_boxed = true are two ways to cut the answer "
-                f"out of column {self.answer!r}; set one of them"
+                f"answer_after = {self.answer_after!r} and answer_boxed = true are two ways to cut the "
+                f"answer out of column {self.answer!r}; set one of them"
             )
         return self
 

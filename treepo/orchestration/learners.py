@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch.distributed
+from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.config.schema import RunConfig
 from treepo.orchestration.cluster import actor_environment, has_gpus
@@ -34,7 +34,7 @@ class TrainerRank:
         from megatron_bridge.actor import MegatronActor
 
         if rank > 0:
-            self._store = torch.distributed.TCPStore(host, port, is_master=False)
+            self._store = TCPStore(host, port, is_master=False)
         self._actor = MegatronActor(
             config.model.path.resolve(),
             config.model.dtype,

@@ -12,6 +12,7 @@ from treepo.advantage import estimate
 from treepo.config.sampling import SamplingConfig
 from treepo.config.schema import RunConfig
 from treepo.data import Prompt, PromptOrder
+from treepo.dynamic_sampling import Dropped, DynamicSampler
 from treepo.errors import EngineError, RewardError
 from treepo.evaluation import evaluation_sampling
 from treepo.loss import denominator
@@ -26,6 +27,7 @@ from treepo.orchestration.weight_update import update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
 from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
+from treepo.rewards.shaping import shape_overlong
 from treepo.stopping import StopRule
 from treepo.tree import Tree
 
@@ -129,49 +131,76 @@ class Run:
         if not self.inputs.heldout:
             return None
         with self.clock.phase(phase, announce=True):
-            trees, _ = await self._sample(self.inputs.heldout, evaluation_sampling(self.config), step=0)
-        return accuracy(trees)
+            driver = self._driver(evaluation_sampling(self.config))
+            return accuracy(await self._sample(driver, self.inputs.heldout, step=0))
 
     async def step(self, step: int) -> dict[str, float]:
         """Sample, grade, learn, update; returns the step's numbers."""
-        config, clock = self.config, self.clock
-        seconds_before = dict(clock.seconds)
-        with clock.phase("sample"):
-            prompts = [self.inputs.train[index] for index in self.order.next(config.data.prompts_per_step)]
-            trees, stats = await self._sample(prompts, config.sampling, step)
-            answers = {prompt.id: prompt.answer for prompt in prompts}
-            for tree in trees:
-                self.folder.write_tree(tree, step, answers[tree.prompt_id])
-        with clock.phase("score"):
-            batches = [await self._score(batch) for batch in self._pack(trees)]
-            mismatch = log_prob_mismatch(replica for batch in batches for replica in batch)
-        with clock.phase("train"):
-            updates = [await self._update(batch) for batch in batches]
-        with clock.phase("update"):
+        seconds_before = dict(self.clock.seconds)
+        driver = self._driver(self.config.sampling)
+        with self.clock.phase("sample"):
+            sampled, batch, dropped = await self._sample_batch(driver, step)
+        with self.clock.phase("score"):
+            mini_batches = [await self._score(packs) for packs in self._pack(batch)]
+            mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
+        with self.clock.phase("train"):
+            updates = [await self._update(packs) for packs in mini_batches]
+        with self.clock.phase("update"):
             await update_weights(self.learner, self.engines, version=step)
-        self.decoded_tokens += stats.decoded_tokens
-        self.sequential_tokens += stats.total_tokens
+        self.decoded_tokens += driver.stats.decoded_tokens
+        self.sequential_tokens += driver.stats.total_tokens
         self.max_difference = max(self.max_difference, mismatch["logprob_difference_max"])
-        seconds = {name: total - seconds_before.get(name, 0.0) for name, total in clock.seconds.items()}
+        seconds = {name: total - seconds_before.get(name, 0.0) for name, total in self.clock.seconds.items()}
         return (
-            tree_metrics(trees)
-            | _rollout_metrics(stats, seconds["sample"])
+            tree_metrics(sampled)
+            | _rollout_metrics(driver.stats, seconds["sample"])
+            | {f"dropped/{reason}": count for reason, count in dropped.items()}
             | mismatch
             | _mean(updates)
             | {f"seconds/{name}": seconds[name] for name in ("sample", "score", "train", "update")}
         )
 
-    async def _sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, step: int
-    ) -> tuple[list[Tree], Stats]:
-        """Graded trees in the order of `prompts`; a tree is graded as soon as it is finished."""
-        driver = TreeDriver(
+    def _driver(self, sampling: SamplingConfig) -> TreeDriver:
+        return TreeDriver(
             self.engines.engines,
             sampling,
             self.inputs.tokenizer.decode,
             self.config.seed,
             self.engines.capacity,
         )
+
+    async def _sample_batch(
+        self, driver: TreeDriver, step: int
+    ) -> tuple[list[Tree], list[Tree], Mapping[Dropped, int]]:
+        """All trees of the step, those to learn from (rewards shaped), and how many were dropped and why."""
+        prompts, learning = self.config.data.prompts_per_step, self.config.learning
+        if learning.dynamic_sampling:
+            # Only this step's trees are sampled by the weights that are trained: none may wait.
+            sampler = DynamicSampler(prompts, learning.max_refills, max_staleness=0)
+            sampler.start(version=step - 1)
+            sampled: list[Tree] = []
+            while missing := sampler.missing():
+                round_trees = await self._sample_and_write(driver, missing, step)
+                sampler.offer(round_trees)
+                sampled += round_trees
+            batch, dropped = sampler.take()
+        else:
+            batch = sampled = await self._sample_and_write(driver, prompts, step)
+            dropped = {}
+        limit = self.config.sampling.max_response_tokens
+        return sampled, [shape_overlong(tree, learning, limit) for tree in batch], dropped
+
+    async def _sample_and_write(self, driver: TreeDriver, number: int, step: int) -> list[Tree]:
+        """Graded trees of the next `number` prompts."""
+        prompts = [self.inputs.train[index] for index in self.order.next(number)]
+        trees = await self._sample(driver, prompts, step)
+        answers = {prompt.id: prompt.answer for prompt in prompts}
+        for tree in trees:
+            self.folder.write_tree(tree, step, answers[tree.prompt_id])
+        return trees
+
+    async def _sample(self, driver: TreeDriver, prompts: Sequence[Prompt], step: int) -> list[Tree]:
+        """Graded trees in the order of `prompts`; a tree is graded as soon as it is finished."""
         by_id = {prompt.id: prompt for prompt in prompts}
         grading: dict[str, asyncio.Task[Tree]] = {}
         failures: list[FailedTree] = []
@@ -184,7 +213,7 @@ class Run:
                     grading[result.prompt_id] = group.create_task(grade)
         if not grading:
             raise EngineError(f"step {step}: no tree could be sampled; the last: {failures[-1].reason}")
-        return [grading[prompt.id].result() for prompt in prompts if prompt.id in grading], driver.stats
+        return [grading[prompt.id].result() for prompt in prompts if prompt.id in grading]
 
     async def _grade(self, tree: Tree, prompt: Prompt) -> Tree:
         responses = [self.inputs.tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
@@ -233,5 +262,6 @@ def _rollout_metrics(stats: Stats, seconds: float) -> dict[str, float]:
 
 
 def _mean(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The optimizer steps' metrics, averaged."""
-    return {f"train/{name}": sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    """The optimizer steps' metrics, averaged; nothing where no step was taken."""
+    names = updates[0] if updates else ()
+    return {f"train/{name}": sum(update[name] for update in updates) / len(updates) for name in names}

@@ -4,6 +4,7 @@ Started by treepo.rewards.process as `python -P -m treepo.rewards.worker FD PARE
 It may be killed at any moment. It ends by itself when the pipe closes or the parent dies.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Self
 
 from treepo.rewards.custom import call, load_function
 from treepo.rewards.grade import Grade, GradeItem
@@ -34,9 +36,16 @@ class Exhaustion:
 
     def __init__(self) -> None:
         self.seen: str | None = None
+
+    def __enter__(self) -> Self:
         sys.monitoring.use_tool_id(_MONITOR, "treepo")
         sys.monitoring.register_callback(_MONITOR, sys.monitoring.events.RAISE, self._on_raise)
         sys.monitoring.set_events(_MONITOR, sys.monitoring.events.RAISE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.monitoring.set_events(_MONITOR, sys.monitoring.events.NO_EVENTS)
+        sys.monitoring.free_tool_id(_MONITOR)
 
     def _on_raise(self, _code: object, _offset: int, error: BaseException) -> None:
         if isinstance(error, MemoryError | RecursionError):
@@ -50,7 +59,7 @@ def make_grader(function: str | None) -> Grader:
         return lambda item: call(own, item)
     from treepo.rewards.math_answer import math_grader  # sympy, which a function of one's own may do without
 
-    math_grader(GradeItem(r"\boxed{\frac{1}{2}}", "0.5"))
+    math_grader(GradeItem(r"\boxed{\frac{1}{2}x}", "0.5x"))
     return math_grader
 
 
@@ -85,16 +94,12 @@ def serve(connection: Connection, grader: Grader, memory_bytes: int) -> None:
     start = address_space()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (start + memory_bytes, start + memory_bytes))
-    exhaustion = Exhaustion()
     connection.send(Ready())
-    while True:
-        try:
-            item = connection.recv()
-        except EOFError:
-            return
-        result, trace = grade(grader, item, exhaustion)
-        retire = address_space() - start > memory_bytes // 2
-        connection.send(Reply(result, trace, retire))
+    with Exhaustion() as exhaustion, contextlib.suppress(EOFError):
+        while True:
+            result, trace = grade(grader, connection.recv(), exhaustion)
+            retire = address_space() - start > memory_bytes // 2
+            connection.send(Reply(result, trace, retire))
 
 
 def main(fd: int, parent: int, memory_mb: int, function: str | None = None) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 
 STEPS = 5
 STEP_BYTES = 8
-GIVE_UP = 0.18
+GIVE_UP = 0.16
 """Chance that a demonstration stops working, before each step."""
 GUESS_RADIUS = 6
 """A guess is uniform within this distance of the answer, the answer included."""

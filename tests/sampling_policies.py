@@ -1,0 +1,45 @@
+"""Every sampling policy, over trees small enough to grow in a moment."""
+
+from typing import Any
+
+from treepo.config.sampling import SamplingConfig
+
+_LOOP = {"check": "first", "window_tokens": 1, "count": 3, "min_distinct": 1}
+_SINUSOIDAL = {
+    "policy": "high_sum",
+    "temperature": 5.0,
+    "schedule": "sinusoidal",
+    "final_temperature": 1.0,
+    "schedule_steps": 9,
+}
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "initial range": {"initial_branching": "1-7"},
+    "random budget": {"budget": "random", "branching": "1-4"},
+    "token budget": {"budget": "tokens", "tokens_per_step": 30},
+    "token cap": {"cap": "response_tokens", "tree_response_tokens": 150},
+    "low mean": {"allocation": {"policy": "low_mean"}, "branching": 3},
+    "sinusoidal": {"allocation": _SINUSOIDAL},
+    "with eos": {"stops": {"boxed": "with_eos"}},
+    "looping": {"stops": {"repetition": _LOOP}},
+    "limit": {"max_response_tokens": 29},
+    "min log-prob, unaligned": {"fallback": {"cut": "min_log_prob", "aligned": False}},
+    "block, unaligned": {"fallback": {"cut": "block", "block_tokens": 3, "aligned": False}},
+    "random, unaligned": {"fallback": {"window_tokens": 5, "aligned": False, "order": "longer"}},
+    "from start": {"fallback": {"cut": "from_start", "order": "finished_strict"}},
+    "no fallback": {"fallback": {"cut": "none"}},
+    "sequential": {"mode": "sequential"},
+}
+
+
+def sampling(**values: Any) -> SamplingConfig:
+    """Twelve leaves of at most five segments of eight tokens, unless `values` say otherwise."""
+    small = {
+        "segment_tokens": 8,
+        "max_depth": 5,
+        "max_response_tokens": 40,
+        "width": 12,
+        "retry_seconds": 0.0,
+    }
+    return SamplingConfig.model_validate({**small, **values})
