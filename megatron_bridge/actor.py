@@ -52,8 +52,11 @@ class _MicroBatch:
 
 
 class MegatronActor:
-    """Raises ConfigError where the layout does not divide the model, ModelError where `folder` cannot be
-    used. `store`: where the ranks meet (`create_store`).
+    """One rank of tensor x data x pipeline, counted in this order, tensor fastest.
+
+    folder: a Hugging Face model. dtype: of parameters and activations; master weights, gradients and
+    softmax are float32. store: where the ranks meet (`create_store`). Raises ConfigError where the layout
+    does not divide the model, ModelError where the folder cannot be used.
     """
 
     def __init__(

@@ -83,8 +83,8 @@ def gather_plan(exit_T: np.ndarray, dtype: torch.dtype) -> GatherPlan:
 
 
 def _group(blocks: list[int], keys: list[np.ndarray], exit_T: np.ndarray, dtype: torch.dtype) -> BlockGroup:
-    """Pads the blocks' keys to the longest. A query without a key (padding of the pack, or past its end)
-    sees one: an empty row has no softmax.
+    """Pads the blocks' keys to the longest. A query past the end of the pack sees one key: an empty row has
+    no softmax.
     """
     length = len(exit_T)
     key = np.full((len(blocks), max(map(len, keys))), length)

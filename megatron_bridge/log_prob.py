@@ -1,7 +1,7 @@
 """Log-probs of given tokens from hidden states, the vocabulary staying sharded over tensor-parallel ranks.
 
-Logits live for one chunk of tokens at a time: their softmax is formed in their own memory, and beyond one
-chunk the backward pass computes them again instead of keeping them.
+Logits live for one chunk of tokens at a time: their softmax is formed in their own memory (or beside them,
+where the entropy is wanted too), and beyond one chunk the backward pass computes them again.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,9 @@ def token_log_probs(
     """
 
     def chunk_log_probs(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return _VocabularyLogProb.apply(project(hidden), target, temperature, vocabulary, group, with_entropy)  # type: ignore[return-value]  # torch leaves `apply` untyped
+        logits = project(hidden)
+        scores = _VocabularyLogProb.apply(logits, target, temperature, vocabulary, group, with_entropy)
+        return scores  # type: ignore[return-value]  # noqa: RET504  # torch leaves `apply` untyped
 
     part = -(-vocabulary // group.size())
     size = max(1, CHUNK_BYTES // (4 * part))
@@ -42,7 +44,8 @@ def token_log_probs(
             checkpoint(chunk_log_probs, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in chunks
         ]
-        log_prob, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))  # type: ignore[arg-type]  # checkpoint is untyped
+        log_prob = torch.cat([result[0] for result in results])  # type: ignore[index]  # checkpoint's result
+        entropy = torch.cat([result[1] for result in results])  # type: ignore[index]  # is left untyped
     return log_prob, entropy if with_entropy else None
 
 
@@ -91,10 +94,13 @@ class _VocabularyLogProb(torch.autograd.Function):
     def backward(ctx, *grads):
         weight, total, entropy, local, outside = ctx.saved_tensors
         grad_log_prob, grad_entropy = grads
-        p = weight / total[:, None] if grad_entropy is not None else weight.div_(total[:, None])
-        grad = torch.zeros_like(p) if grad_log_prob is None else p * -grad_log_prob[:, None]
-        if grad_entropy is not None:
-            grad.sub_((torch.special.xlogy(p, p) + p * entropy[:, None]).mul_(grad_entropy[:, None]))
+        if grad_entropy is None:
+            grad = weight.mul_((-grad_log_prob / total)[:, None])
+        else:
+            p = weight.div_(total[:, None])
+            grad = (torch.special.xlogy(p, p) + p * entropy[:, None]).mul_(-grad_entropy[:, None])
+            if grad_log_prob is not None:
+                grad.sub_(p * grad_log_prob[:, None])
         if grad_log_prob is not None:
             grad.scatter_add_(1, local, grad_log_prob.masked_fill(outside, 0.0)[:, None])
         return (grad.div_(ctx.temperature).to(ctx.dtype), *[None] * 5)

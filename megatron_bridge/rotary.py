@@ -41,5 +41,27 @@ def cos_sin(position_T: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` [T, heads, head_dim] turned by the angles of `cos_sin`."""
+    return _Rotation.apply(x, cos, sin)  # type: ignore[return-value]  # torch leaves `apply` untyped
+
+
+class _Rotation(torch.autograd.Function):
+    """Written without temporaries, keeping no activation: the gradient turns back by the same angles."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sense: int) -> Tensor:
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
     left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    new_left, new_right = turned.chunk(2, dim=-1)
+    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-sense)
+    torch.mul(right, cos, out=new_right).addcmul_(left, sin, value=sense)
+    return turned

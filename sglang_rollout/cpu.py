@@ -6,9 +6,15 @@ updates) runs on any x86 or Arm CPU. The class lives in a module of its own: SGL
 its own modules still load, so nothing of SGLang may be imported here.
 """
 
+import logging
+
 import torch
 
 
 def activate() -> str | None:
     """The platform class, as SGLang wants it named, or None where there is an accelerator."""
-    return None if torch.cuda.is_available() else "sglang_rollout.cpu_platform:CpuPlatform"
+    if torch.cuda.is_available():
+        return None
+    # It warns of a CUDA toolkit without a CUDA device, which here is no news.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return "sglang_rollout.cpu_platform:CpuPlatform"

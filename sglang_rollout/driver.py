@@ -115,7 +115,8 @@ class TreeDriver:
         self._seed = seed
         self._lanes = [_Lane(index, engine) for index, engine in enumerate(engines)]
         self._kv_tokens = kv_tokens
-        self._largest_tree: int | None = None
+        self._largest_tree = 0
+        self._finished_trees = 0
         self._room = asyncio.Event()
         self._waiting: dict[Ask, tuple[str, int, float]] = {}
 
@@ -207,7 +208,7 @@ class TreeDriver:
                 taken = live.tree.receive(ask, output)
             except EngineError as error:
                 self.stats.failed_requests += 1
-                _log.warning("prompt %s: attempt %d of %d: %s", live.tree.prompt.id, attempt, attempts, error)
+                _log.info("prompt %s: attempt %d of %d: %s", live.tree.prompt.id, attempt, attempts, error)
                 if attempt == attempts:
                     raise EngineError(f"{error} (attempt {attempt} of {attempts})") from error
                 await asyncio.sleep(self._sampling.retry_seconds * 2 ** (attempt - 1))
@@ -234,11 +235,18 @@ class TreeDriver:
             return len(lane.trees) < self._sampling.max_live_trees
         if self._kv_tokens is None:
             return True
-        # A tree counts for as much as the largest finished so far, or for what it has already; until one
-        # is finished, for the most that a tree can have.
-        size = self._largest_tree or longest_response(self._sampling) * self._sampling.width
+        size = self._expected_tokens()
         held = sum(len(live.tree.prompt.tokens) + max(size, live.tree.tokens) for live in lane.trees)
         return held + len(prompt.tokens) + size <= self._kv_tokens
+
+    def _expected_tokens(self) -> int:
+        """Response tokens that a tree is given room for: as many as the largest so far had.
+
+        The most that a tree can have counts too, but less with every tree that is finished: the first to
+        finish are the small ones.
+        """
+        most = longest_response(self._sampling) * self._sampling.width
+        return max(self._largest_tree, most // (1 + self._finished_trees))
 
     def _seat(self, live: _Live, lane: _Lane) -> None:
         live.lane = lane
@@ -269,7 +277,8 @@ class TreeDriver:
             stats.continuation_cached_tokens += output.cached_tokens
 
     def _count_tree(self, tree: Tree, growing: GrowingTree) -> None:
-        self._largest_tree = max(self._largest_tree or 0, growing.tokens)
+        self._largest_tree = max(self._largest_tree, growing.tokens)
+        self._finished_trees += 1
         self.stats.trees += 1
         self.stats.leaves += len(tree.leaves)
         self.stats.total_tokens += tree.total_tokens()

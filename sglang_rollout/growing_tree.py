@@ -44,18 +44,18 @@ class Node:
             node = node.parent
         return nodes[::-1]
 
-    def log_probs_above(self) -> np.ndarray:
+    def response_log_probs(self) -> np.ndarray:
         """Log-probs of the response that ends here: float32 [T]."""
         return np.concatenate([node.log_probs for node in self.path()])
 
 
 @dataclass(slots=True, eq=False)
 class Ask:
-    """One path's want of tokens in one round.
+    """What one path needs in one round.
 
-    context: int32 [T], prompt and response so far. goal: response tokens at which the path or its segment
-    is complete. tip: the path's last node, None at the prompt. new: the nodes of this round. stop: why the
-    path ended, None while it has not.
+    number: in the order of asking, unique in the tree. context: int32 [T], prompt and response so far.
+    goal: response tokens at which the path has what it needs. tip: the path's last node, None at the
+    prompt. new: the nodes of this round. stop: why the path ended, None while it has not.
     """
 
     number: int
@@ -169,8 +169,7 @@ class GrowingTree:
     def finished(self) -> Tree:
         """The tree, once it has no asks left."""
         assert not self.asks
-        # A node ends after its parent, so this order is topological. It is stable: no tie depends on timing.
-        nodes = sorted(self._nodes, key=lambda node: node.end)
+        nodes = self._depth_first()
         index_of = {id(node): index for index, node in enumerate(nodes)}
         return Tree(
             prompt_id=self.prompt.id,
@@ -187,6 +186,21 @@ class GrowingTree:
             ),
             leaves=tuple(Leaf(segment=index_of[id(node)], stop=stop) for node, stop in self._leaves),
         )
+
+    def _depth_first(self) -> list[Node]:
+        """Parents before children, a subtree in one piece, siblings in the order of asking.
+
+        So the rest of a segment that was cut is the first child of its upper part.
+        """
+        children: dict[int, list[Node]] = {}
+        for node in self._nodes:
+            children.setdefault(id(node.parent), []).append(node)
+        nodes: list[Node] = []
+        todo = children[id(None)][::-1]
+        while todo:
+            nodes.append(todo.pop())
+            todo += children.get(id(nodes[-1]), [])[::-1]
+        return nodes
 
     def _node(self, parent: Node | None, output: GenerateOutput, piece: slice, finish: Finish) -> Node:
         tokens = output.tokens[piece]
@@ -208,7 +222,7 @@ class GrowingTree:
         )
         factor = branching.branching_factor(config, self._generator("branch"))
         budget = branching.step_budget(config, factor, bound, len(active), finished_now, len(self._leaves))
-        children = branching.allocate(config, budget, active, Node.log_probs_above, self._step)
+        children = branching.allocate(config, budget, active, Node.response_log_probs, self._step)
         self.branchings += sum(count > 1 for count in children)
         return self._ask_below(active, children)
 
@@ -221,7 +235,7 @@ class GrowingTree:
         self.fallbacks += 1
         generator = self._generator("fallback")
         candidates = [
-            fallback.Candidate(stop, node.log_probs_above(), [above.end for above in node.path()])
+            fallback.Candidate(stop, node.response_log_probs(), [above.end for above in node.path()])
             for node, stop in leaves
         ]
         tips: list[Node | None] = []

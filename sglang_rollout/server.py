@@ -26,6 +26,7 @@ from treepo.errors import EngineError
 
 _log = logging.getLogger(__name__)
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
+_CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
 
 
 class Server:
@@ -37,25 +38,12 @@ class Server:
     """
 
     def __init__(self, model: Path, dtype: str, config: EngineConfig, seed: int) -> None:
-        with _start_environment():
-            from sglang.srt.entrypoints.engine import Engine
-
-            # It would name each signal handler and each dead child at level error; the exception says more.
-            logging.getLogger(Engine.__module__).setLevel(logging.CRITICAL)
-            others = set(multiprocessing.active_children())
-            try:
-                engine = Engine(**_arguments(model, dtype, config, seed))
-            except BaseException as error:
-                _end([child.pid for child in set(multiprocessing.active_children()) - others if child.pid])
-                if isinstance(error, Exception):  # SGLang raises whatever its modules raise
-                    raise EngineError(f"SGLang does not start on {model}: {error}") from error
-                raise
-        atexit.unregister(engine.shutdown)
+        with _start_environment(config.log_level):
+            engine = _start(_arguments(model, dtype, config, seed))
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must be gone
         self.manager: Any = engine.tokenizer_manager
         self.manager._subprocess_watchdog.stop()
-        info: dict[str, Any] = engine._scheduler_init_result.scheduler_infos[0]
-        self.capacity = int(info["max_total_num_tokens"])
+        self.capacity = int(engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"])
         self._children: list[int] = engine.get_all_child_pids()
         self._death: asyncio.Future[str] | None = None
         self._watched: list[int] = []
@@ -67,6 +55,9 @@ class Server:
         if self._death is None:
             loop = asyncio.get_running_loop()
             self._death = loop.create_future()
+            if self._closed:
+                self._death.set_result("the engine is closed")
+                return self._death
             for child in self._children:
                 descriptor = os.pidfd_open(child)
                 self._watched.append(descriptor)
@@ -81,17 +72,32 @@ class Server:
     async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float, what: str) -> T:
         """`work`'s result. Raises EngineError at the deadline and as soon as SGLang has died."""
         death = self.death
+        if death.done():
+            work.close()
+            raise EngineError(death.result())
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait((death, task), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not task.done():
                 task.cancel()
-        if death.done():
-            raise EngineError(death.result())
         if task.done():
             return task.result()
+        if death.done():
+            raise EngineError(death.result())
         raise EngineError(f"{what} took longer than {seconds:g} s")
+
+    def close(self) -> None:
+        """End SGLang's processes, and no other. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        if self._death is not None and not self.manager.event_loop.is_closed():
+            self._die("the engine is closed")
+            for task in self.manager.asyncio_tasks:
+                task.cancel()
+        _end(self._children)
 
     def _receiver_done(self, receiver: asyncio.Task[None]) -> None:
         if not receiver.cancelled():
@@ -101,50 +107,53 @@ class Server:
         assert self._death is not None
         if not self._death.done():
             self._death.set_result(reason)
-        self._unwatch()
-
-    def _unwatch(self) -> None:
         for descriptor in self._watched:
             self.manager.event_loop.remove_reader(descriptor)
             os.close(descriptor)
         self._watched = []
 
-    def close(self) -> None:
-        """End SGLang's processes, and no other. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        atexit.unregister(self.close)
-        if self._death is not None and not self.manager.event_loop.is_closed():
-            self._die("closed")
-            for task in self.manager.asyncio_tasks:
-                task.cancel()
-        _end(self._children)
+
+def _start(arguments: dict[str, Any]) -> Any:
+    """A running `sglang.Engine`; where it does not start, nothing that it started is left."""
+    from sglang_rollout.token_engine import TokenEngine
+
+    others = set(multiprocessing.active_children())
+    try:
+        engine = TokenEngine(**arguments)
+    except BaseException as error:
+        started = set(multiprocessing.active_children()) - others
+        _end([child.pid for child in started if child.pid is not None])
+        if isinstance(error, Exception):  # SGLang lets through whatever any of its modules raises
+            raise EngineError(f"SGLang does not start on {arguments['model_path']}: {error}") from error
+        raise
+    atexit.unregister(engine.shutdown)
+    return engine
 
 
 def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict[str, Any]:
     """What this project asks of SGLang; everything else is SGLang's default."""
-    gpu = torch.cuda.is_available()
-    return {
+    arguments = {
         "model_path": str(model),
         "dtype": dtype,
-        "device": "cuda" if gpu else "cpu",
         "random_seed": seed,
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "max_total_tokens": config.max_total_tokens,
         "mem_fraction_static": config.memory_fraction,
-        "disable_overlap_schedule": not gpu,  # there is nothing to overlap with on a CPU
-        "sleep_on_idle": not gpu,  # the trainer computes on the same cores
-        "attention_backend": None if gpu else "torch_native",
-        "disable_cuda_graph": not gpu,
         "weight_version": "0",
         "log_level": config.log_level,
-        "custom_sigquit_handler": _child_failed if _in_main_thread() else None,
     }
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+    if threading.current_thread() is threading.main_thread():
+        arguments["custom_sigquit_handler"] = _child_failed
+    if torch.cuda.is_available():
+        return arguments
+    return arguments | {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "disable_cuda_graph": True,
+        "disable_overlap_schedule": True,  # there is no device to overlap with
+        "sleep_on_idle": True,  # the trainer computes on the same cores
+        "max_total_tokens": config.max_total_tokens or _CPU_TOKENS,
+    }
 
 
 def _child_failed(signum: int, frame: object) -> None:
@@ -152,19 +161,26 @@ def _child_failed(signum: int, frame: object) -> None:
 
 
 @contextmanager
-def _start_environment() -> Iterator[None]:
-    """The environment in which SGLang's processes start, and the silence in which its modules load."""
-    before = dict(os.environ)
+def _start_environment(log_level: str) -> Iterator[None]:
+    """What SGLang's processes inherit, and what its start must not change for the rest of this process."""
+    environment, root = dict(os.environ), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles thousands of modules again
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model is a folder
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for devices that are not here
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.getLogger("sglang").setLevel(log_level.upper())
+    # It would report each signal handler and each dead child as an error; the exceptions say more.
+    logging.getLogger("sglang.srt.entrypoints.engine").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(environment)
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _end(children: Sequence[int]) -> None:

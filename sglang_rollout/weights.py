@@ -1,5 +1,6 @@
 """Buckets of weights into a running SGLang, and what must hold before the new version may serve."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def check_names(arrived: Sequence[str], expected: Sequence[str]) -> None:
         faults.append(f"{len(missing)} missing: {_spelled(missing)}")
     if unexpected := sorted(set(arrived) - set(expected)):
         faults.append(f"{len(unexpected)} unexpected: {_spelled(unexpected)}")
-    if repeated := sorted({name for name in arrived if arrived.count(name) > 1}):
+    if repeated := sorted(name for name, count in Counter(arrived).items() if count > 1):
         faults.append(f"{len(repeated)} repeated: {_spelled(repeated)}")
     if faults:
         raise EngineError(f"weights: of {len(expected)} expected tensors " + "; ".join(faults))

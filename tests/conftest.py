@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from tiny import write_tiny_qwen2
 
 if TYPE_CHECKING:
     from real_engine import RealEngine
+
+
+# The same examples in every run, however slow the machine is.
+settings.register_profile("treepo", deadline=None, derandomize=True)
+settings.load_profile("treepo")
 
 
 @pytest.fixture(scope="session")

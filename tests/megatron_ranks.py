@@ -9,19 +9,22 @@ import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.config.actor import ActorConfig, OptimizerConfig, ParallelConfig
 from treepo.config.learning import LearningConfig
+from treepo.errors import ModelError
 from treepo.packing import Pack
 from treepo.protocols import Bucket
 
-DEADLINE = 240  # seconds for one group of ranks
+DEADLINE = 240  # seconds until some rank of a group must have ended
 
 # Adam's step is then the learning rate times the gradient: the plain one divides it by its own size, which
 # turns rounding noise in a gradient of almost 0 into a full step.
@@ -31,7 +34,7 @@ LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, epsilon=1.0, betas=[
 @dataclass(frozen=True)
 class Case:
     """One actor's life. steps: for each optimizer step and replica its packs; the last step's weights are
-    kept, and all log-probs before and after.
+    kept, and all log-probs before and after. chunk_bytes: of logits at once.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Case:
     recompute: str = "none"
     optimizer: OptimizerConfig = LINEAR
     learning: LearningConfig = field(default_factory=LearningConfig)
+    chunk_bytes: int = 1 << 29
 
 
 @dataclass
@@ -72,11 +76,14 @@ def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(DEADLINE)
-    codes = [process.exitcode for process in processes]
+    running = {process.sentinel: process for process in processes}
+    while running and (ended := wait(list(running), timeout=DEADLINE)):
+        if any(running.pop(int(sentinel)).exitcode for sentinel in ended):  # type: ignore[arg-type]  # all are ints
+            break  # the others would wait for it
     for process in processes:
         process.kill()
+        process.join()
+    codes = [process.exitcode for process in processes]
     assert codes == [0] * layout.ranks, f"exit codes {codes}: see the ranks' output above"
     return {case.name: pickle.loads((folder / f"{case.name}.pickle").read_bytes()) for case in cases}
 
@@ -115,8 +122,10 @@ def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, po
 
 
 def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
+    from megatron_bridge import log_prob
     from megatron_bridge.actor import MegatronActor
 
+    log_prob.CHUNK_BYTES = case.chunk_bytes
     config = ActorConfig(
         parallel=layout,
         optimizer=case.optimizer,
@@ -151,5 +160,7 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
     final, buckets = weights()
     export = folder / f"{case.name}-export"
     actor.export(export)
+    with pytest.raises(ModelError):  # on every rank: none is left waiting for another
+        actor.export(export)
     actor.close()
     return Result(before, metrics, after, initial, final, buckets, export)

@@ -12,7 +12,7 @@ import pytest
 from fake_engine import EOS, FakeEngine, decode, prompt_tokens, score
 from sampling_policies import POLICIES, sampling
 
-from sglang_rollout.driver import FailedTree, TreeDriver
+from sglang_rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.config.sampling import SamplingConfig
 from treepo.data import Prompt
 from treepo.protocols import GenerateOutput, GenerateRequest
@@ -75,8 +75,16 @@ def test_every_tree_of_every_policy(policy: str) -> None:
 
 def test_unaligned_cuts_do_split_segments() -> None:
     trees, _ = grow(sampling(**POLICIES["random, unaligned"]), [FakeEngine(end=0.1)])
-    finishes = Counter(segment.finish for tree in trees.values() for segment in tree.segments)
-    assert finishes[Finish.CUT] > 5
+    cuts = 0
+    for tree in trees.values():
+        parents = [segment.parent for segment in tree.segments]
+        for index, segment in enumerate(tree.segments):
+            if segment.finish is Finish.CUT:
+                cuts += 1
+                assert parents.count(index) > 1
+                rest = parents.index(index)
+                assert len(segment.tokens) + len(tree.segments[rest].tokens) <= 8
+    assert cuts > 5
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -164,7 +172,7 @@ class LiveCounter(FakeEngine):
 def test_live_trees_are_bounded(settings: dict[str, Any], kv_tokens: int | None, most: int) -> None:
     engine = LiveCounter(end=0.0, shuffle=1)
     # Without ends a tree holds (2 + 4 + 8 + 12 + 12) · 8 = 304 tokens under 5 of its prompt. Before the first
-    # is finished one counts for 12 · 40 = 480, so the first has the engine to itself.
+    # is finished a tree counts for 12 · 40 = 480, so the first has the engine to itself.
     grow(sampling(**settings), [engine], count=12, kv_tokens=kv_tokens)
     assert engine.most == most
 
@@ -260,6 +268,37 @@ def test_what_waits_is_known() -> None:
         await asyncio.wait([running])
 
     asyncio.run(look())
+
+
+def test_no_tree_waits_for_another() -> None:
+    others_done = asyncio.Event()
+    slow = prompt_tokens(0)
+
+    class OneSlow(FakeEngine):
+        async def generate(self, request: GenerateRequest) -> GenerateOutput:
+            if np.array_equal(request.context[: request.prompt_tokens], slow):
+                await others_done.wait()
+            return await super().generate(request)
+
+    async def names() -> list[str]:
+        driver = TreeDriver([OneSlow(end=0.04)], sampling(), decode, seed=7)
+        taken = []
+        async with aclosing(driver.sample(prompts(10), 0)) as results:
+            async for result in results:
+                taken.append(result.prompt_id)
+                if len(taken) == 9:
+                    others_done.set()
+        return taken
+
+    assert asyncio.run(names())[-1] == "train:0"
+
+
+def test_statistics_are_taken_once() -> None:
+    _, driver = grow(sampling(), [FakeEngine(end=0.04)], count=5)
+    taken = driver.take_stats()
+    assert (taken.trees, taken.leaves, taken.failed_trees) == (5, 60, 0)
+    assert taken.prompt_tokens > 0
+    assert driver.take_stats() == Stats()
 
 
 def test_sequential_samples_are_independent_of_each_other() -> None:

@@ -292,7 +292,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 # The few trees find what is plainly wrong, the many what is a little off.
-@pytest.mark.parametrize("trees", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trees", [60, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_trees_are_those_of_the_straight_line_rules(policy: str, trees: int) -> None:
     config = SamplingConfig(**{**SMALL, **POLICIES[policy]})

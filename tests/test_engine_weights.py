@@ -122,6 +122,31 @@ def test_an_update_waits_for_running_requests_and_makes_later_ones_wait(real_eng
     assert_agrees(real_engine)
 
 
+def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "RealEngine") -> None:
+    """So that the rest of the path is sampled by the new weights; what came before is of the old ones."""
+    from real_engine import perturbed, request
+
+    engine = real_engine.engine
+    weights = perturbed(real_engine.reference)
+    real_engine.stop_rule.holds = lambda _: False
+
+    async def scenario() -> None:
+        asked = [request(CONTEXT, max_tokens=900, check_every=16, seed=seed) for seed in range(30)]
+        running = [asyncio.ensure_future(engine.generate(one)) for one in asked]
+        await asyncio.sleep(0.2)
+        old = engine.version
+        await engine.begin(old + 1)
+        outputs = [task.result() for task in running]
+        assert {output.version for output in outputs} == {old}
+        stopped = [output for output in outputs if output.finish == "length"]
+        assert stopped
+        assert all(len(output.tokens) % 16 == 0 and len(output.tokens) < 900 for output in stopped)
+
+    real_engine.run(scenario())
+    real_engine.update(weights)
+    assert_agrees(real_engine)
+
+
 def test_an_update_that_was_left_open_is_begun_anew(real_engine: "RealEngine") -> None:
     from real_engine import buckets, perturbed
 

@@ -227,7 +227,7 @@ def test_metrics_by_hand() -> None:
         [math.log(2), 0.0, math.log(0.5), math.log(20), math.log(7)],
         [1, 2, 3, 4, 0],
     )
-    assert float(loss) == pytest.approx((-1.28 + 3 * 0.8 + 4 * 0.5 * 10) / 10)
+    assert loss.item() == pytest.approx((-1.28 + 3 * 0.8 + 4 * 0.5 * 10) / 10)
     assert metrics["clip_high"] == pytest.approx(0.1)
     assert metrics["clip_low"] == pytest.approx(0.3)
     assert metrics["dual_clip"] == pytest.approx(0.4)
@@ -300,7 +300,7 @@ def test_without_old_log_probs_the_policy_is_its_own_old_one() -> None:
     loss, metrics = scene.loss(bare)
     # At ratio 1 the loss is minus the mean advantage, and the gradient is the policy gradient.
     sums = [float((pack.advantage_pos + pack.advantage_neg).sum()) for pack in bare[0]]
-    assert float(loss) == pytest.approx(-sum(sums) / denominator(bare, scene.config), abs=1e-12)
+    assert loss.item() == pytest.approx(-sum(sums) / denominator(bare, scene.config), abs=1e-12)
     assert metrics["ratio_max"] == metrics["ratio_min"] == 1
     assert float(scene.policy.gradient(loss).norm()) > 0
 
@@ -323,7 +323,7 @@ def test_a_blank_pack_adds_nothing() -> None:
     packs = scene.packs(pack_trees, 1000, 1)
     with_blank = [packs[0], [replace(blank_pack(), old_log_prob=np.zeros(1, dtype=np.float32))]]
     alone, together = scene.loss(packs), scene.loss(with_blank)
-    assert float(alone[0]) == float(together[0])
+    assert alone[0].item() == together[0].item()
     assert alone[1] == together[1]
 
 

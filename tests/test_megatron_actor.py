@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from treepo import advantage, loss
 from treepo.config.actor import OptimizerConfig, ParallelConfig
 from treepo.config.learning import LearningConfig
-from treepo.packing import Pack, pack_flat, pack_trees
+from treepo.packing import Pack, pack_flat, pack_trees, padded
 from treepo.tree import PROMPT, Tree
 
 pytestmark = pytest.mark.slow
@@ -118,12 +118,17 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
     cases += [replace(case, name=f"{case.name}, one step", steps=case.steps[:1]) for case in cases]
     cases += [
         replace(qwen2, name="flat", steps=[[batch.flat]] * 2),
+        replace(qwen2, name="padded", steps=[[[padded(pack, len(pack) + 70) for pack in batch.packed]]] * 2),
         replace(qwen2, name="recompute", recompute="full"),
+        replace(qwen2, name="entropy", learning=BONUS),
+        replace(qwen2, name="warm-up", steps=[[batch.packed]] * 5, optimizer=WARM_UP),
         replace(qwen2, name="bfloat16", dtype="bfloat16", steps=[[batch.packed]] * 12, optimizer=SMALL_STEPS),
     ]
     return megatron_ranks.run(cases, ParallelConfig(), tmp_path_factory.mktemp("ranks") / "one")
 
 
+BONUS = LearningConfig(entropy_coefficient=0.1)
+WARM_UP = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
 # Steps of which one is too small to change a bfloat16 weight near 0.15 (spaced by 2^-10), but twelve are not.
 SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0)
 
@@ -143,7 +148,8 @@ def parallel(request, models, batch, tmp_path_factory) -> dict[str, Result]:
         if layout.data == 2:
             case = replace(case, steps=[[batch.packed[:1], batch.packed[1:]], [batch.packed, []]])
         cases.append(case)
-    cases.append(replace(cases[0], name="recompute", recompute="full"))
+    # A few tokens' logits at once, computed again in the backward pass by all ranks together.
+    cases.append(replace(cases[0], name="entropy", learning=BONUS, chunk_bytes=4096, recompute="full"))
     return megatron_ranks.run(cases, layout, tmp_path_factory.mktemp("ranks") / "group")
 
 
@@ -218,11 +224,20 @@ def test_packed_and_flat_are_the_same_step(one_rank) -> None:
     assert_same_step(one_rank["flat"], one_rank["qwen2"])
 
 
+def test_padding_changes_nothing(one_rank) -> None:
+    """More than a block of it, which has nothing to attend to."""
+    assert_same_step(one_rank["padded"], one_rank["qwen2"])
+    for ours, reference in zip(one_rank["padded"].before[0], one_rank["qwen2"].before[0], strict=True):
+        np.testing.assert_allclose(ours[: len(reference)], reference, **CLOSE)
+        assert (ours[len(reference) :] == 0).all()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) -> None:
     """By autograd through transformers on whole trajectories: divided once, and clipped to norm 1."""
     network = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
-    network.get_input_embeddings().padding_idx = None  # it would have no gradient, and the trees use it
+    # The padding token would have no gradient, and the trees use it.
+    network.get_input_embeddings().padding_idx = None  # type: ignore[assignment]  # torch types it as a module
     for pack in batch.flat:
         total = torch.zeros(())
         for start in np.flatnonzero(pack.source < 0):
@@ -254,6 +269,17 @@ def trajectory_loss(network, pack: Pack, tokens: slice, denominator: float) -> t
 
 def test_recomputation_changes_nothing(one_rank) -> None:
     assert_same_step(one_rank["recompute"], one_rank["qwen2"])
+
+
+def test_learning_rate_rises_linearly_and_stays(one_rank) -> None:
+    rates = [metrics["learning_rate"] for metrics in one_rank["warm-up"].metrics]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+def test_the_loss_falls(one_rank) -> None:
+    """With Adam as it is used: the same batch five times."""
+    losses = [metrics["loss"] for metrics in one_rank["warm-up"].metrics]
+    assert losses[-1] < losses[0]
 
 
 def test_bfloat16_accumulates_steps_in_float32_master_weights(one_rank, models) -> None:
@@ -288,8 +314,10 @@ def test_every_layout_is_one_rank(name: str, parallel, one_rank) -> None:
     assert_same_step(ours, reference)
 
 
-def test_recomputation_changes_nothing_at_any_layout(parallel, one_rank) -> None:
-    assert_same_step(parallel["recompute"], one_rank["qwen2"])
+def test_recomputation_and_chunks_change_nothing_at_any_layout(parallel, one_rank) -> None:
+    """With the entropy bonus, whose gradient also crosses the ranks' vocabularies."""
+    assert one_rank["entropy"].metrics[0]["grad_norm"] != one_rank["qwen2"].metrics[0]["grad_norm"]
+    assert_same_step(parallel["entropy"], one_rank["entropy"])
 
 
 def test_export_of_every_layout_is_equal(parallel) -> None:

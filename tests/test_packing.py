@@ -75,6 +75,7 @@ def expected_sums(trees: Sequence[Tree], advantages: Advantages) -> dict[tuple[i
 
 @PACKERS
 def test_every_token_is_trained_once_for_every_leaf_below_it(packer: Packer) -> None:
+    context_tokens = 0
     for trees, advantages in batches():
         expected = {
             (number, segment, offset): sums
@@ -93,6 +94,7 @@ def test_every_token_is_trained_once_for_every_leaf_below_it(packer: Packer) -> 
                     times[key] = times.get(key, 0) + 1
                 else:
                     assert not sums.any()
+                    context_tokens += pack.segment[i] != PROMPT
             assert found.keys() == expected.keys()
             for key, sums in found.items():
                 np.testing.assert_allclose(sums, expected[key], rtol=TOLERANCE, atol=TOLERANCE)
@@ -100,6 +102,7 @@ def test_every_token_is_trained_once_for_every_leaf_below_it(packer: Packer) -> 
                 assert set(times.values()) == {1}
             weights = [pack.leaf_weight for replica in packs for pack in replica]
             assert sum(weights) == pytest.approx(advantages.leaf_weight_L.sum(), rel=TOLERANCE)
+    assert (context_tokens > 0) == (packer is pack_trees)  # some trees were cut
 
 
 @PACKERS
@@ -178,13 +181,13 @@ def test_padding_trains_nothing_and_sees_only_itself(packer: Packer) -> None:
     padded = packer(trees, advantages, budget, 2, capacities=range(8, budget + 8, 8))
     for short, long in zip(chain(*plain), chain(*padded), strict=True):
         assert len(long) % 8 == 0
-        assert 0 <= len(long) - len(short) < 8
+        assert len(long) - len(short) in range(8)
         np.testing.assert_array_equal(long.token[: len(short)], short.token)
         padding = slice(len(short), None)
         np.testing.assert_array_equal(long.exit[padding], np.arange(len(short), len(long)) + 1)
         assert set(long.source[padding]) <= {-1}
         assert set(long.tree[padding]) <= {-1}
-        assert not (long.count_pos[padding].any() or long.count_neg[padding].any())
+        assert not (long.count_pos + long.count_neg)[padding].any()
         assert (long.exit[: len(short)] <= len(short)).all()
         assert long.leaf_weight == short.leaf_weight
 

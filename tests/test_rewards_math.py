@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,11 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is absent")
         (r"\text{Evelyn}", "Evelyn "),
         ("4.5e33", r"4.5 \times 10^{33}"),
         ("4.5e33", r"45 \cdot 10^{32}"),
+        (r"2e-3", "2e - 3"),
+        ("7", "7."),
+        ("-1/3", "-1./3"),
+        ("x+2", "2 + x."),
+        ("1,200", "1200,"),
         ("6.5e-2", "0.065"),
         (r"7.4 \times 10^{-12}", "7.4e-12"),
         ("1e-8", "0.00000001"),
@@ -58,6 +64,8 @@ def test_equal(gold: str, other: str) -> None:
         ("1e-8", "0"),
         ("1e-8", "0.0"),
         ("1e-8", "0.00000002"),
+        ("1e-400", "0.5"),
+        ("10^{400}", "10^{400}+1"),
         ("2", "2.0000009"),
         ("x+1", "x-1"),
         ("5", ""),
@@ -124,43 +132,44 @@ def gold_answers() -> list[str]:
     return answers
 
 
-def verdicts(items: list[GradeItem]) -> list[Verdict]:
-    async def grade_all() -> list[Grade]:
-        with RewardPool(RewardConfig(workers=2, deadline_seconds=30)) as pool:
-            return await pool.grade(items)
-
-    return [result.verdict for result in asyncio.run(grade_all())]
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    with RewardPool(RewardConfig(workers=2, deadline_seconds=30)) as pool:
+        yield pool
 
 
-def unlike(answer: str) -> str:
-    """The same answer in other characters, so that math-verify has to compare."""
-    return f"{{}}{answer}"
+def verdicts(pool: RewardPool, items: list[GradeItem]) -> list[Verdict]:
+    return [result.verdict for result in asyncio.run(pool.grade(items))]
+
+
+def check_gold_answers(pool: RewardPool, answers: list[str]) -> None:
+    """Each is correct as it stands, and where the text differs so that math-verify has to compare."""
+    for response in (r"\boxed{%s}", r"\boxed{\displaystyle %s}"):
+        result = verdicts(pool, [GradeItem(response.replace("%s", answer), answer) for answer in answers])
+        assert [answer for answer, verdict in zip(answers, result, strict=True) if verdict != "correct"] == []
 
 
 @needs_data
-def test_a_sample_of_gold_answers_is_correct() -> None:
-    answers = random.Random(0).sample(gold_answers(), 100)
-    result = verdicts([GradeItem(rf"\boxed{{{answer}}}", answer) for answer in answers])
-    assert [answer for answer, verdict in zip(answers, result, strict=True) if verdict != "correct"] == []
+def test_a_sample_of_gold_answers_is_correct(pool: RewardPool) -> None:
+    check_gold_answers(pool, random.Random(0).sample(gold_answers(), 100))
 
 
 @needs_data
 @pytest.mark.slow
-def test_every_gold_answer_is_correct_against_itself() -> None:
+def test_every_gold_answer_is_correct(pool: RewardPool) -> None:
     answers = gold_answers()
     assert len(answers) == 2336
-    result = verdicts([GradeItem(rf"\boxed{{{answer}}}", answer) for answer in answers])
-    assert [answer for answer, verdict in zip(answers, result, strict=True) if verdict != "correct"] == []
+    check_gold_answers(pool, answers)
 
 
 @needs_data
-def test_agreement_with_another_grader_on_a_models_completions() -> None:
+def test_agreement_with_another_grader_on_a_models_completions(pool: RewardPool) -> None:
     rows = [json.loads(line) for line in (DATA / "graded_completions.jsonl").read_text().splitlines()]
     items = [GradeItem(text, row["ground_truth"]) for row in rows for text in row["completions"]]
     expected = [bool(correct) for row in rows for correct in row["correct"]]
     agreed = [
         (verdict is Verdict.CORRECT) == correct
-        for verdict, correct in zip(verdicts(items), expected, strict=True)
+        for verdict, correct in zip(verdicts(pool, items), expected, strict=True)
     ]
     assert len(agreed) == 160
     assert sum(agreed) >= 159

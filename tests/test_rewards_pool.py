@@ -125,12 +125,13 @@ def test_a_worker_that_has_grown_is_replaced_before_it_fails(obeying_pool: Rewar
 
 
 def test_workers_killed_from_outside_are_replaced_and_lose_no_item() -> None:
-    with RewardPool(RewardConfig(workers=2, deadline_seconds=30)) as pool:
+    config = RewardConfig(function="reward_functions:obey", workers=2, deadline_seconds=30)
+    with RewardPool(config) as pool:
         asyncio.run(pool.ready())
         killed = pool.worker_pids()
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
-        assert [grade.verdict for grade in grades(pool, *[r"\boxed{1}"] * 8)] == [Verdict.CORRECT] * 8
+        assert [grade.reward for grade in grades(pool, *["reward 1"] * 8)] == [1.0] * 8
         assert pool.restarts >= 1
         assert set(pool.worker_pids()) != set(killed)
 

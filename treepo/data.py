@@ -227,7 +227,10 @@ def _answer(value: Any, columns: ColumnsConfig) -> str:
         if not mark:
             raise _no_answer(columns, value, f"without {columns.answer_after!r} in it")
     if columns.answer_boxed:
-        text = last_boxed(text) or ""
+        boxed = last_boxed(text)
+        if boxed is None:
+            raise _no_answer(columns, value, r"without a complete \boxed{...} in it")
+        text = boxed
     if not text.strip() or text == "nan":
         raise _no_answer(columns, value)
     return text.strip()

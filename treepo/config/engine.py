@@ -11,7 +11,7 @@ class EngineConfig(Section):
     count: int = Field(1, ge=1)
     """Engines; each holds the whole model on one device."""
     max_total_tokens: int | None = Field(None, ge=1)
-    """Tokens in the KV cache; by default SGLang derives it from the free memory."""
+    """Tokens in the KV cache; by default what fits into a GPU's free memory, and 131072 on a CPU."""
     memory_fraction: float | None = Field(None, gt=0, lt=1)
     """Share of the device's memory for weights and KV cache together; SGLang's choice by default."""
     start_seconds: float = Field(600, gt=0)

@@ -7,17 +7,22 @@ is what gets killed. math-verify answers "not equal" when a comparison raises; h
 
 import math
 import re
+import sys
 from itertools import product
 
 from math_verify import parse, verify
 from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
+from sympy import Expr
 
 from treepo.boxed import last_boxed
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.tree import Verdict
 
 _TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-_SCIENTIFIC = re.compile(r"(-?\d+(?:\.\d*)?|-?\.\d+)[eE]([+-]?\d+)")
+# 4.5e33 as programs write it, which LaTeX reads as 4.5 times Euler's number times 33.
+_SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\w.^{])")
+# A point that ends a sentence, or a number as in 1./3, and makes LaTeX's grammar refuse all of it.
+_IDLE_POINT = re.compile(r"(?<=\d)\.(?![\d.])|(?<![\\.])[.,]$")
 
 
 def grade_math(response: str, answer: str) -> tuple[Verdict, str | None]:
@@ -60,13 +65,16 @@ def equal_answers(gold: str, other: str) -> bool:
 
 
 def _parse(answer: str) -> list:
-    r"""The forms of an answer that can be compared: a sympy expression if it is one, and its text.
+    """The forms of an answer that can be compared: sympy expressions, if it is one, and its text."""
+    text = _IDLE_POINT.sub("", answer.strip())
+    forms = _parse_latex(text)
+    if (scientific := _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)) != text:
+        forms += _parse_latex(scientific)
+    return forms
 
-    `4.5e33`, as programs write it, would be read as 4.5 times Euler's number times 33.
-    """
-    if scientific := _SCIENTIFIC.fullmatch(answer.strip()):
-        answer = rf"{scientific[1]} \times 10^{{{scientific[2]}}}"
-    return parse(rf"\boxed{{{answer}}}", _TARGETS, parsing_timeout=0, raise_on_error=True)
+
+def _parse_latex(text: str) -> list:
+    return parse(rf"\boxed{{{text}}}", _TARGETS, parsing_timeout=0, raise_on_error=True)
 
 
 def _decimals(gold: object) -> int:
@@ -74,6 +82,6 @@ def _decimals(gold: object) -> int:
 
     That would make 0 of 1e-8, so a tiny gold answer keeps six significant digits.
     """
-    is_number = getattr(gold, "is_number", False) and getattr(gold, "is_real", False)
-    size = abs(float(gold)) if is_number else 1.0  # type: ignore[arg-type]  # sympy numbers convert
-    return 6 if size == 0 or size >= 1e-4 else 6 + math.floor(-math.log10(size))
+    if not (isinstance(gold, Expr) and gold.is_number and gold.is_real) or gold == 0 or abs(gold) >= 1e-4:
+        return 6
+    return 6 + math.floor(-math.log10(max(abs(float(gold)), sys.float_info.min)))

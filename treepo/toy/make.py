@@ -18,6 +18,7 @@ from pathlib import Path
 import orjson
 
 from treepo import rng
+from treepo.errors import ConfigError
 from treepo.toy.recipe import RECIPE, Recipe
 
 _STAMP = "toy.json"
@@ -45,8 +46,11 @@ def make_toy(
 ) -> ToyReport:
     """Make the toy under `out`, or return at once if it is there; `force` makes it anew.
 
-    progress: called with (step, steps, loss) after each step of the warm start.
+    progress: called with (step, steps, loss) after each step of the warm start. Raises ConfigError if `out`
+    is no folder.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: it is a file; the toy needs a folder, there or not yet there")
     fingerprint = _fingerprint(seed, recipe)
     if not force:
         report = _read_stamp(out, fingerprint)
@@ -63,7 +67,8 @@ def _make(
 ) -> ToyReport:
     start = time.monotonic()
     # Imported here: torch takes seconds to load, and a toy that is there already needs none of it.
-    from treepo.toy import problems, tokenizer, warmstart
+    from treepo.toy import problems, warmstart
+    from treepo.toy.byte_tokenizer import byte_tokenizer
 
     draws = rng.generator("toy", seed, "problems")
     drawn = problems.draw_problems(draws, recipe.train_problems + recipe.heldout_problems)
@@ -73,12 +78,12 @@ def _make(
         lines = (orjson.dumps(row) + b"\n" for row in problems.rows(chosen, split))
         (out / f"{split}.jsonl").write_bytes(b"".join(lines))
 
-    text = tokenizer.byte_tokenizer(warmstart.MAX_CONTEXT)
-    model = warmstart.new_model(text, seed)
-    warmstart.warm_start(model, text, recipe, seed, frozenset(heldout), progress)
-    accuracy = warmstart.sampled_accuracy(model, text, heldout, recipe.measured_samples, seed)
+    tokenizer = byte_tokenizer(warmstart.MAX_CONTEXT)
+    model = warmstart.new_model(seed)
+    warmstart.warm_start(model, tokenizer, recipe, seed, frozenset(heldout), progress)
+    accuracy = warmstart.sampled_accuracy(model, tokenizer, heldout, recipe.measured_samples, seed)
     model.save_pretrained(out / "model")
-    text.save_pretrained(out / "model")
+    tokenizer.hugging_face.save_pretrained(out / "model")
     return ToyReport(
         model=out / "model",
         train=out / "train.jsonl",
@@ -123,7 +128,7 @@ def _read_stamp(out: Path, fingerprint: str) -> ToyReport | None:
     if not (out / _STAMP).is_file():
         return None
     content = orjson.loads((out / _STAMP).read_bytes())
-    if content["fingerprint"] != fingerprint or content["files"] != _files(out):
+    if content["fingerprint"] != fingerprint or not content["files"].items() <= _files(out).items():
         return None
     return ToyReport(
         model=out / "model",

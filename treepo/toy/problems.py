@@ -18,21 +18,21 @@ break) are both `STEP_BYTES` long: the operand that a step needs stands at one f
 of two layers learns within a minute.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from treepo.boxed import last_boxed
+
 STEPS = 5
 STEP_BYTES = 8
-GIVE_UP = 0.16
+GIVE_UP = 0.18
 """Chance that a demonstration stops working, before each step."""
 GUESS_RADIUS = 6
 """A guess is uniform within this distance of the answer, the answer included."""
 
 _LOW, _HIGH = 10, 99
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ def demonstrate(problem: Problem, rng: np.random.Generator) -> str:
 
 def is_correct(problem: Problem, response: str) -> bool:
     """Whether the last boxed answer of `response` is the problem's."""
-    boxed = _BOXED.findall(response)
-    return bool(boxed) and boxed[-1].strip() == str(problem.answer)
+    boxed = last_boxed(response)
+    return boxed is not None and boxed.strip() == str(problem.answer)
 
 
 def rows(problems: list[Problem], split: str) -> Iterator[dict[str, object]]:

@@ -7,14 +7,17 @@ than Adam alone.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from treepo import rng
+from treepo.tokenizer import Tokenizer
 from treepo.toy import problems
+from treepo.toy.byte_tokenizer import EOS, EOS_ID, PAD_ID, VOCABULARY
 from treepo.toy.muon import Muon
 from treepo.toy.problems import Problem
 from treepo.toy.recipe import Recipe
@@ -23,10 +26,10 @@ _IGNORE = -100  # the label of a token that is not trained
 MAX_CONTEXT = 4096
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+def new_model(seed: int) -> Qwen2ForCausalLM:
     """About a million random parameters: few layers, because a layer costs an engine more than width does."""
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=640,
         num_hidden_layers=2,
@@ -35,8 +38,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM
         max_position_embeddings=MAX_CONTEXT,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
@@ -46,7 +49,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM
 
 def warm_start(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     recipe: Recipe,
     seed: int,
     exclude: frozenset[Problem],
@@ -80,7 +83,7 @@ def warm_start(
 @torch.no_grad()
 def sampled_accuracy(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     heldout: Sequence[Problem],
     samples: int,
     seed: int,
@@ -88,9 +91,10 @@ def sampled_accuracy(
     """Fraction of responses sampled at temperature 1, `samples` a problem, that box the right answer."""
     prompts = torch.tensor([_prompt_tokens(tokenizer, problem) for problem in heldout])
     longest = max(len(_solution_tokens(tokenizer, problem.solution())) for problem in heldout)
+    generator: Any = model  # transformers types `generate` for a class that no model satisfies
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed("toy", seed, "samples"))
-        sequences = model.generate(
+        sequences = generator.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=True,
@@ -100,25 +104,22 @@ def sampled_accuracy(
             num_return_sequences=samples,
             max_new_tokens=longest,
         )
-    responses = tokenizer.batch_decode(sequences[:, prompts.shape[1] :], skip_special_tokens=True)
+    responses = [tokenizer.decode(tokens) for tokens in sequences[:, prompts.shape[1] :].numpy()]
     owners = [problem for problem in heldout for _ in range(samples)]
     return float(np.mean([problems.is_correct(o, r) for o, r in zip(owners, responses, strict=True)]))
 
 
-def _prompt_tokens(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> list[int]:
+def _prompt_tokens(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """The problem as the user's message, up to where the assistant begins."""
-    messages = [{"role": "user", "content": problem.text}]
-    return tokenizer.encode(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    )
+    return tokenizer.encode(tokenizer.render([{"role": "user", "content": problem.text}])).tolist()
 
 
-def _solution_tokens(tokenizer: PreTrainedTokenizerFast, solution: str) -> list[int]:
-    return tokenizer.encode(f"{solution}{tokenizer.eos_token}")
+def _solution_tokens(tokenizer: Tokenizer, solution: str) -> list[int]:
+    return tokenizer.encode(solution + EOS).tolist()
 
 
 def _batch(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     draws: np.random.Generator,
     size: int,
     exclude: frozenset[Problem],
@@ -135,7 +136,7 @@ def _batch(
         prompt = _prompt_tokens(tokenizer, problem)
         sequences.append(prompt + _solution_tokens(tokenizer, solution))
         prompt_lengths.append(len(prompt))
-    tokens = torch.full((size, max(map(len, sequences))), tokenizer.pad_token_id)
+    tokens = torch.full((size, max(map(len, sequences))), PAD_ID)
     labels = torch.full_like(tokens, _IGNORE)
     for i, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         tokens[i, : len(sequence)] = torch.tensor(sequence)

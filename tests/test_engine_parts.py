@@ -1,0 +1,129 @@
+"""The parts around the SGLang engine that need no engine: the gate, the checks of weights, the end tokens."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sglang_rollout.end_tokens import end_tokens
+from sglang_rollout.gate import Gate
+from sglang_rollout.weights import check_names, check_shapes, checkpoint_shapes
+from treepo.errors import EngineError, ModelError
+from treepo.protocols import Bucket
+
+
+async def settle() -> None:
+    """Let every task run until it waits."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_a_shut_gate_holds_requests_back_until_it_opens_or_refuses() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        log: list[str] = []
+
+        async def request(name: str, end: asyncio.Event) -> None:
+            async with gate.passage():
+                log.append(f"{name} in")
+                await end.wait()
+
+        end = asyncio.Event()
+        first = asyncio.ensure_future(request("first", end))
+        await settle()
+        gate.shut()
+        second = asyncio.ensure_future(request("second", end))
+        emptied = asyncio.ensure_future(gate.empty())
+        await settle()
+        assert log == ["first in"]
+        assert not emptied.done()
+        end.set()
+        await first
+        await emptied
+        assert not second.done()
+        gate.refuse("half a model")
+        with pytest.raises(EngineError, match="half a model"):
+            await second
+        gate.open()
+        await request("third", end)
+        assert log == ["first in", "third in"]
+        await gate.empty()
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_request_leaves_the_gate_empty() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+
+        async def request() -> None:
+            async with gate.passage():
+                await asyncio.Event().wait()
+
+        inside = asyncio.ensure_future(request())
+        await settle()
+        gate.shut()
+        waiting = asyncio.ensure_future(request())
+        await settle()
+        for task in (inside, waiting):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await asyncio.wait_for(gate.empty(), timeout=5)
+
+    asyncio.run(scenario())
+
+
+def test_arrived_names_must_be_the_expected_ones_each_once() -> None:
+    check_names(["b", "a"], ["a", "b"])
+    with pytest.raises(EngineError, match=r"3 expected.* 2 missing: a, c"):
+        check_names(["b"], ["a", "b", "c"])
+    with pytest.raises(EngineError, match=r"1 unexpected: x; 1 repeated: a"):
+        check_names(["a", "x", "a"], ["a"])
+    with pytest.raises(EngineError, match=r"9 missing: 0, 1, 2, 3, 4 and 4 more$"):
+        check_names([], [str(n) for n in range(9)])
+
+
+def test_tensors_must_be_the_models_own(tmp_path: Path) -> None:
+    save_file({"a": np.zeros((2, 3), dtype=np.float32)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": np.zeros(4, dtype=np.float32)}, tmp_path / "model-00002-of-00002.safetensors")
+    shapes = checkpoint_shapes(tmp_path)
+    assert shapes == {"a": (2, 3), "b": (4,)}
+
+    def bucket(name: str, shape: tuple[int, ...]) -> Bucket:
+        return Bucket((name,), ("float32",), (shape,), np.zeros(4 * int(np.prod(shape)), dtype=np.uint8))
+
+    check_shapes(bucket("a", (2, 3)), shapes)
+    with pytest.raises(EngineError, match="no tensor 'c'"):
+        check_shapes(bucket("c", (2, 3)), shapes)
+    with pytest.raises(EngineError, match=r"a has shape \(3, 2\), the model's is \(2, 3\)"):
+        check_shapes(bucket("a", (3, 2)), shapes)
+
+
+def test_a_folder_without_weights_is_a_model_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="safetensors"):
+        checkpoint_shapes(tmp_path)
+
+
+def test_end_tokens_are_those_of_every_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="end-of-sequence"):
+        end_tokens(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert end_tokens(tmp_path) == {7}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert end_tokens(tmp_path) == {7, 9}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert end_tokens(tmp_path) == {7, 9}
+
+
+def test_the_tokenizers_end_token_counts_too(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "<end>": 5}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": 7}))
+    assert end_tokens(tmp_path) == {5, 7}
