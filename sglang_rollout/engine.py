@@ -214,7 +214,7 @@ class SGLangEngine:
         except (ValueError, HTTPException) as error:
             raise EngineError(f"SGLang refused a request of {len(context)} tokens: {error}") from error
         finally:
-            if finish is None:
+            if finish is None and not self._server.death.done():
                 manager.abort_request(request.rid)
 
     async def _load(self, bucket: Bucket) -> None:

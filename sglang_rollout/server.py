@@ -97,6 +97,8 @@ class Server:
             self._die("the engine is closed")
             for task in self.manager.asyncio_tasks:
                 task.cancel()
+        for socket in (self.manager.send_to_scheduler, self.manager.recv_from_detokenizer):
+            socket.close(linger=0)  # or this process would wait at its end until a dead one has read all
         _end(self._children)
 
     def _receiver_done(self, receiver: asyncio.Task[None]) -> None:
@@ -119,7 +121,7 @@ def _start(arguments: dict[str, Any]) -> Any:
 
     others = set(multiprocessing.active_children())
     try:
-        engine = TokenEngine(**arguments)
+        engine: Any = TokenEngine(**arguments)
     except BaseException as error:
         started = set(multiprocessing.active_children()) - others
         _end([child.pid for child in started if child.pid is not None])
@@ -127,6 +129,7 @@ def _start(arguments: dict[str, Any]) -> Any:
             raise EngineError(f"SGLang does not start on {arguments['model_path']}: {error}") from error
         raise
     atexit.unregister(engine.shutdown)
+    engine.send_to_rpc.close(linger=0)  # a second way in, for calls that are not made here
     return engine
 
 

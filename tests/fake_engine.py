@@ -80,8 +80,8 @@ class FakeEngine:
     def answer(self, request: GenerateRequest) -> GenerateOutput:
         """The output, at once."""
         generator = np.random.default_rng(request.seed)
-        chances = generator.random(request.max_tokens)
         tokens = generator.integers(2, 2 + self.letters, size=request.max_tokens, dtype=np.int32)
+        chances = generator.random(request.max_tokens)
         tokens[chances < self.end + self.box] = BOX
         ends = np.flatnonzero(chances < self.end)
         if len(ends):

@@ -13,11 +13,12 @@ from fake_engine import EOS, FakeEngine, decode, prompt_tokens, score
 from sampling_policies import POLICIES, sampling
 
 from sglang_rollout.driver import FailedTree, Stats, TreeDriver
+from treepo.boxed import BoxScan
 from treepo.config.sampling import SamplingConfig
 from treepo.data import Prompt
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.stopping import StopRule
-from treepo.tree import Finish, Stop, Tree, from_json, to_json
+from treepo.tree import PROMPT, Finish, Stop, Tree, from_json, to_json
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -51,6 +52,7 @@ def test_every_tree_of_every_policy(policy: str) -> None:
     config = sampling(**POLICIES[policy])
     letters = 3 if policy == "looping" else 400
     trees, driver = grow(config, [FakeEngine(end=0.04, box=0.02, letters=letters)])
+    rule = StopRule(config, decode)
     for tree in trees.values():
         assert len(tree.leaves) <= config.width
         if config.cap == "trajectories" and config.fallback.cut != "none":
@@ -65,6 +67,8 @@ def test_every_tree_of_every_policy(policy: str) -> None:
             assert not any(ends[:-1])
             assert EOS not in tree.response(leaf)[:-1]
             assert len(tree.response(leaf)) <= config.max_response_tokens
+            box = rule.scan(BoxScan(), tree.response(leaf))
+            assert rule.classify(tree.response(leaf), box, ends[-1]) is leaf.stop
             assert max(len(tree.segments[index].tokens) for index in path) <= config.segment_tokens
         assert to_json(from_json(to_json(tree))) == to_json(tree)
     assert driver.stats.trees == len(trees)
@@ -74,7 +78,7 @@ def test_every_tree_of_every_policy(policy: str) -> None:
 
 
 def test_unaligned_cuts_do_split_segments() -> None:
-    trees, _ = grow(sampling(**POLICIES["random, unaligned"]), [FakeEngine(end=0.1)])
+    trees, _ = grow(sampling(**POLICIES["random, unaligned"]), [FakeEngine(end=0.15)], count=40)
     cuts = 0
     for tree in trees.values():
         parents = [segment.parent for segment in tree.segments]
@@ -96,10 +100,11 @@ def test_a_tree_does_not_depend_on_the_order_of_answers(policy: str) -> None:
     assert same(plain, shuffled)
 
 
-def test_a_rule_in_the_engine_saves_tokens_and_changes_nothing() -> None:
-    config = sampling()
-    without, wasteful = grow(config, [FakeEngine(box=0.03)])
-    within, thrifty = grow(config, [FakeEngine(box=0.03, stop_rule=StopRule(config, decode))])
+@pytest.mark.parametrize("policy", ["paper", "random, unaligned"])
+def test_a_rule_in_the_engine_saves_tokens_and_changes_nothing(policy: str) -> None:
+    config = sampling(**POLICIES[policy])
+    without, wasteful = grow(config, [FakeEngine(end=0.06, box=0.03)])
+    within, thrifty = grow(config, [FakeEngine(end=0.06, box=0.03, stop_rule=StopRule(config, decode))])
     assert same(without, within)
     assert wasteful.stats.dropped_tokens > 0
     assert thrifty.stats.dropped_tokens == 0
@@ -107,7 +112,10 @@ def test_a_rule_in_the_engine_saves_tokens_and_changes_nothing() -> None:
 
 def test_a_path_that_an_engine_hands_back_early_goes_on() -> None:
     trees, driver = grow(sampling(), [FakeEngine(end=0.01, pause_after=1, caches=True)])
-    assert all(len(tree.leaves) == 12 for tree in trees.values())
+    for tree in trees.values():
+        assert len(tree.leaves) == 12
+        whole = [tuple(segment.tokens) for segment in tree.segments if len(segment.tokens) == 8]
+        assert len(set(whole)) == len(whole)  # each with a seed of its own
     assert driver.stats.continuation_cached_tokens == driver.stats.continuation_tokens
 
 
@@ -140,14 +148,14 @@ def test_the_prefix_of_every_continuation_is_cached() -> None:
 
 def test_a_tree_stays_on_its_engine_and_engines_share_the_work() -> None:
     engines = [FakeEngine(end=0.05, shuffle=seed) for seed in range(3)]
-    trees, _ = grow(sampling(max_live_trees=2), engines, count=60)
+    trees, _ = grow(sampling(), engines, count=60)
     of_prompt = {tree.prompt.tobytes(): name for name, tree in trees.items()}
     homes = [
         {of_prompt[request.context[: request.prompt_tokens].tobytes()] for request in engine.requests}
         for engine in engines
     ]
-    assert sum(map(len, homes)) == 60
-    assert min(map(len, homes)) >= 10
+    assert list(map(len, homes)) == [20, 20, 20]
+    assert len(set.union(*homes)) == 60
 
 
 @dataclass
@@ -291,6 +299,28 @@ def test_no_tree_waits_for_another() -> None:
         return taken
 
     assert asyncio.run(names())[-1] == "train:0"
+
+
+def test_the_allocation_s_temperature_is_that_of_the_training_step() -> None:
+    cooling = {
+        "policy": "low_mean",
+        "temperature": 1e6,
+        "schedule": "sinusoidal",
+        "final_temperature": 1e-6,
+        "schedule_steps": 10,
+    }
+    config = sampling(allocation=cooling, initial_branching=3, branching=4)
+
+    def most_grandchildren(step: int) -> int:
+        (tree,) = asyncio.run(collect(TreeDriver([FakeEngine()], config, decode, seed=7), 1, step))
+        assert isinstance(tree, Tree)
+        return Counter(segment.parent for segment in tree.segments if segment.parent != PROMPT).most_common(
+            1
+        )[0][1]
+
+    # Nine children beyond the one that each of three paths has: shared out when hot, one path's when cold.
+    assert most_grandchildren(step=0) == 1 + 3
+    assert most_grandchildren(step=10) == 1 + 9
 
 
 def test_statistics_are_taken_once() -> None:

@@ -4,7 +4,8 @@ Where the output is not a terminal, or is one without cursor movement, only the 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,12 @@ from rich.progress import (
 from rich.table import Table
 
 from treepo.orchestration.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
+from treepo.toy.make import ToyReport
+
+
+def _is_live(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
 
 _PHASES = ("sample", "score", "train", "update")
 _COLUMNS = (
@@ -34,6 +41,44 @@ _COLUMNS = (
 )
 
 
+@contextmanager
+def toy_progress(console: Console) -> Iterator[Callable[[int, int, float], None]]:
+    """Draws `make_toy`'s progress: a bar in a terminal, a line every 50 steps elsewhere."""
+    live = _is_live(console)
+    bar = Progress(
+        TextColumn("supervised warm start"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not live,
+    )
+    task = bar.add_task("", total=None, loss=float("nan"))
+
+    def update(step: int, steps: int, loss: float) -> None:
+        bar.update(task, completed=step, total=steps, loss=loss)
+        if not live and (step % 50 == 0 or step == steps):
+            console.print(f"supervised warm start: step {step}/{steps}, loss {loss:.3f}", highlight=False)
+
+    with bar:
+        yield update
+
+
+def show_toy(console: Console, report: ToyReport) -> None:
+    """What was made, and where it is."""
+    table = Table(title="The toy", title_justify="left", show_header=False, pad_edge=False)
+    table.add_row("model", f"{report.model}/  ({report.parameters / 1e6:.1f}M parameters, Qwen2)")
+    table.add_row("problems", f"{report.train}, {report.heldout}")
+    table.add_row("held-out accuracy, sampled", f"{report.sampled_accuracy:.3f}")
+    table.add_row(
+        "made",
+        "before; `treepo toy --force` makes it again" if report.cached else f"in {report.seconds:.0f} s",
+    )
+    console.print(table)
+
+
 class TrainDisplay:
     """A `Reporter` (treepo.orchestration.train) that draws; a context manager around the run."""
 
@@ -41,7 +86,7 @@ class TrainDisplay:
         self._console = console
         self._title = title
         self._steps = steps
-        self._live = console.is_terminal and not console.is_dumb_terminal
+        self._live = _is_live(console)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<24}"),
@@ -75,9 +120,6 @@ class TrainDisplay:
         self._progress.update(self._task, description=name)
         if announce and not self._live:
             self._line(f"{time.perf_counter() - self._started:6.0f} s  {name}")
-
-    def note(self, text: str) -> None:
-        self._line(text)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._header_shown:

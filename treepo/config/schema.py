@@ -21,18 +21,18 @@ class ModelConfig(Section):
 
 
 class EvaluationConfig(Section):
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     """Sequential samples of each held-out prompt."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
-    max_problems: int | None = Field(None, ge=1)
+    max_problems: int | None = Field(default=None, ge=1)
     """Only the first so many held-out problems; all of them by default."""
 
 
 class RunConfig(Section):
     out: PathField
     """The run folder: config, metrics, trees, checkpoint, log, summary."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of everything random: data order, sampling policy, grading order."""
     steps: int = Field(ge=1)
     """Training steps: each samples `data.prompts_per_step` trees and learns from them."""

@@ -27,7 +27,7 @@ from treepo.boxed import last_boxed
 
 STEPS = 5
 STEP_BYTES = 8
-GIVE_UP = 0.18
+GIVE_UP = 0.19
 """Chance that a demonstration stops working, before each step."""
 GUESS_RADIUS = 6
 """A guess is uniform within this distance of the answer, the answer included."""
