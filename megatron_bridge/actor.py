@@ -32,6 +32,7 @@ from megatron_bridge.attention import AttentionPlan, plan_attention
 from megatron_bridge.buckets import buckets
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.model import build_model
+from megatron_bridge.reference import ReferenceWeights
 from megatron_bridge.transfer import Exporter, load
 from treepo.config.actor import ActorConfig, ParallelConfig
 from treepo.config.learning import LearningConfig
@@ -83,6 +84,7 @@ class MegatronActor:
             load(folder, model, self._architecture)
             self._model, self._optimizer = _trainable(model, config, self._dtype)
             self._exporter = Exporter(model, self._architecture, self._dtype, self._device)
+            self._reference = ReferenceWeights(model) if learning.kl_coefficient else None
 
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
         """For each pack of this rank's replica float32 [T], 0 where `source` is -1."""
@@ -103,6 +105,12 @@ class MegatronActor:
             )
         ends = np.cumsum([len(pack.token) for pack in packs])
         return np.split(flat.cpu().numpy(), ends[:-1])
+
+    def reference_log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
+        """As `log_probs`, under the weights that training began with; for `kl_coefficient` above 0."""
+        assert self._reference is not None, "the actor was built without a reference"
+        with self._reference.in_place():
+            return self.log_probs(packs, temperature)
 
     def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
         """One optimizer step; `packs` are this replica's, and replicas may have unequal numbers of them.

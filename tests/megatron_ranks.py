@@ -52,7 +52,8 @@ class Case:
 @dataclass
 class Result:
     """before, after: the log-probs of the first step's packs, replica by replica. initial, final: weights by
-    their Hugging Face names. export: the folder that was written in the end.
+    their Hugging Face names. export: the folder that was written in the end. reference: the first step's
+    log-probs by the reference model, asked for before `after`; empty without a KL term.
     """
 
     before: list[list[np.ndarray]]
@@ -62,6 +63,7 @@ class Result:
     final: dict[str, Tensor]
     buckets: list[Bucket]
     export: Path
+    reference: list[list[np.ndarray]]
 
 
 def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str, Result]:
@@ -136,9 +138,9 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
     # Ranks count tensor parallelism fastest, then data, then pipeline.
     replica = rank // layout.tensor % layout.data
 
-    def everyone(packs: Sequence[Sequence[Pack]]) -> list[list[np.ndarray]]:
+    def everyone(packs: Sequence[Sequence[Pack]], score=actor.log_probs) -> list[list[np.ndarray]]:
         gathered: list[tuple[int, list[np.ndarray]]] = [(0, [])] * layout.ranks
-        mine = (replica, actor.log_probs(packs[replica], case.temperature))
+        mine = (replica, score(packs[replica], case.temperature))
         torch.distributed.all_gather_object(gathered, mine)
         by_replica: list[list[np.ndarray]] = []
         for index in range(layout.data):
@@ -156,6 +158,7 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
     initial, _ = weights()
     before = everyone(case.steps[0])
     metrics = [actor.train_step(packs[replica], case.temperature, case.denominator) for packs in case.steps]
+    reference = everyone(case.steps[0], actor.reference_log_probs) if case.learning.kl_coefficient else []
     after = everyone(case.steps[0])
     final, buckets = weights()
     export = folder / f"{case.name}-export"
@@ -163,4 +166,4 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
     with pytest.raises(ModelError):  # on every rank: none is left waiting for another
         actor.export(export)
     actor.close()
-    return Result(before, metrics, after, initial, final, buckets, export)
+    return Result(before, metrics, after, initial, final, buckets, export, reference)

@@ -128,6 +128,7 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
 
 
 BONUS = LearningConfig(entropy_coefficient=0.1)
+KL = LearningConfig(kl_coefficient=0.1)
 WARM_UP = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
 # Steps of which one is too small to change a bfloat16 weight near 0.15 (spaced by 2^-10), but twelve are not.
 SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0)
@@ -150,7 +151,16 @@ def parallel(request, models, batch, tmp_path_factory) -> dict[str, Result]:
         cases.append(case)
     # A few tokens' logits at once, computed again in the backward pass by all ranks together.
     cases.append(replace(cases[0], name="entropy", learning=BONUS, chunk_bytes=4096, recompute="full"))
+    cases.append(replace(cases[0], name="kl", learning=KL, steps=with_reference(cases[0].steps)))
     return megatron_ranks.run(cases, layout, tmp_path_factory.mktemp("ranks") / "group")
+
+
+def with_reference(steps: Sequence[Sequence[Sequence[Pack]]]) -> list[list[list[Pack]]]:
+    """Any reference does: that it is the actor's own is what `test_reference_...` looks at."""
+    return [
+        [[replace(pack, reference_log_prob=pack.old_log_prob) for pack in packs] for packs in replicas]
+        for replicas in steps
+    ]
 
 
 def reference_log_probs(model: Path, tree: Tree) -> dict[tuple[int, int], float]:
@@ -326,3 +336,15 @@ def test_export_of_every_layout_is_equal(parallel) -> None:
         assert exported.keys() == parallel[name].final.keys()
         for tensor, weight in exported.items():
             assert torch.equal(weight, parallel[name].final[tensor])
+
+
+def test_reference_is_the_initial_model_and_gives_way_to_the_trained_one(parallel) -> None:
+    result = parallel["kl"]
+    assert result.metrics[0]["reference_kl"] > 0
+    values = [
+        [array for replica in replicas for array in replica]
+        for replicas in (result.before, result.reference, result.after)
+    ]
+    for before, reference, after in zip(*values, strict=True):
+        np.testing.assert_array_equal(reference, before)
+        assert not np.array_equal(after, before)

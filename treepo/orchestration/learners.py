@@ -48,6 +48,9 @@ class TrainerRank:
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
         return self._actor.log_probs(packs, temperature)
 
+    def reference_log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
+        return self._actor.reference_log_probs(packs, temperature)
+
     def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
         return self._actor.train_step(packs, temperature, denominator)
 
@@ -100,8 +103,13 @@ class LearnerGroup:
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         """For every replica's packs: float32 [T], each token's log-prob given its path."""
-        results = await self._call_by_replica("log_probs", packs, temperature)
-        return [results[replica * self._tensor] for replica in range(self._replicas)]
+        return await self._score("log_probs", packs, temperature)
+
+    async def reference_log_probs(
+        self, packs: Sequence[Sequence[Pack]], temperature: float
+    ) -> list[list[np.ndarray]]:
+        """The same under the weights that training began with."""
+        return await self._score("reference_log_probs", packs, temperature)
 
     async def train_step(
         self, packs: Sequence[Sequence[Pack]], temperature: float, denominator: float
@@ -116,6 +124,12 @@ class LearnerGroup:
     async def export(self, folder: Path) -> None:
         """A Hugging Face folder of the current weights."""
         await self._call("export", folder)
+
+    async def _score(
+        self, method: str, packs: Sequence[Sequence[Pack]], temperature: float
+    ) -> list[list[np.ndarray]]:
+        results = await self._call_by_replica(method, packs, temperature)
+        return [results[replica * self._tensor] for replica in range(self._replicas)]
 
     async def _call(self, method: str, *arguments: object) -> list[Any]:
         return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._ranks))

@@ -234,9 +234,13 @@ class Run:
         ]
 
     async def _score(self, packs: list[list[Pack]]) -> list[list[Pack]]:
-        """The packs with the actor's log-probs before any update."""
-        log_probs = await self.learner.log_probs(packs, self.config.sampling.temperature)
-        return attach(packs, "old_log_prob", log_probs)
+        """The packs with the actor's log-probs before any update, and the reference's where KL needs them."""
+        temperature = self.config.sampling.temperature
+        packs = attach(packs, "old_log_prob", await self.learner.log_probs(packs, temperature))
+        if self.config.learning.kl_coefficient:
+            reference = await self.learner.reference_log_probs(packs, temperature)
+            packs = attach(packs, "reference_log_prob", reference)
+        return packs
 
     async def _update(self, packs: list[list[Pack]]) -> dict[str, float]:
         """One optimizer step."""

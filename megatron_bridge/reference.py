@@ -1,0 +1,33 @@
+"""The reference model of the KL term: the initial weights, kept by the host and swapped in to score."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class ReferenceWeights:
+    """This rank's share of the weights that `model` has now. The device never holds a second copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._initial = self._to_host()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the initial weights inside the block, and its own again after it."""
+        current = self._to_host()
+        self._to_model(self._initial)
+        try:
+            yield
+        finally:
+            self._to_model(current)
+
+    def _to_host(self) -> list[torch.Tensor]:
+        return [parameter.detach().to("cpu", copy=True) for parameter in self._model.parameters()]
+
+    def _to_model(self, values: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._model.parameters(), values, strict=True):
+                parameter.copy_(value)
