@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ReferenceWeights:
-    """This rank's share of the weights that `model` has now. The device never holds a second copy."""
+    """The weights that `model` has now, this rank's share. The device never holds a second copy."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from sglang_rollout.end_tokens import end_tokens
 from sglang_rollout.gate import Gate
 from sglang_rollout.server import Server
 from sglang_rollout.weights import check_names, check_shapes, checkpoint_shapes, shared_payload
 from treepo.config.engine import EngineConfig
 from treepo.errors import EngineError
 from treepo.protocols import Bucket, GenerateOutput, GenerateRequest
+from treepo.tokenizer import end_tokens, has_tokenizer, load_tokenizer
 
 StopRule = Callable[[np.ndarray], bool]
 """Whether a response (int32 [T], prompt excluded) needs no further tokens."""
@@ -40,7 +40,7 @@ class SGLangEngine:
     ) -> None:
         self._config = config
         self._stop_rule = stop_rule
-        self._end_tokens = end_tokens(model)
+        self._end_tokens = _end_tokens(model)
         self._shapes = checkpoint_shapes(model)
         self._server = Server(model, dtype, config, seed)
         self._gate = Gate()
@@ -241,3 +241,8 @@ class SGLangEngine:
 def _boundaries(step: int, checked: int, sampled: int) -> range:
     """Multiples of `step` above `checked` and below `sampled`; none where `step` is 0."""
     return range(checked + step, sampled, step) if step else range(0)
+
+
+def _end_tokens(model: Path) -> frozenset[int]:
+    """The tokenizer's count too where the folder has one; an engine needs none, it speaks in ids."""
+    return frozenset(load_tokenizer(model).end_tokens if has_tokenizer(model) else end_tokens(model))

@@ -338,6 +338,6 @@ def test_budget_transfer_favours_long_responses_and_the_shares_undo_it() -> None
         plain.append(short.mean())
         weighted.append(np.dot(short, share_of_prompt(tree)))
     truth = 1 - (1 - chances.end) ** config.segment_tokens
-    error = np.std(weighted) / math.sqrt(len(trees))
+    error = float(np.std(weighted)) / math.sqrt(len(trees))
     assert np.mean(weighted) == pytest.approx(truth, abs=5 * error)  # five standard errors of a mean
     assert np.mean(plain) < truth - 0.1

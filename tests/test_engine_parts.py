@@ -1,14 +1,12 @@
 """The parts around the SGLang engine that need no engine: the gate, the checks of weights, the end tokens."""
 
 import asyncio
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sglang_rollout.end_tokens import end_tokens
 from sglang_rollout.gate import Gate
 from sglang_rollout.weights import check_names, check_shapes, checkpoint_shapes
 from treepo.errors import EngineError, ModelError
@@ -106,24 +104,3 @@ def test_tensors_must_be_the_models_own(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="safetensors"):
         checkpoint_shapes(tmp_path)
-
-
-def test_end_tokens_are_those_of_every_file(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="end-of-sequence"):
-        end_tokens(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert end_tokens(tmp_path) == {7}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert end_tokens(tmp_path) == {7, 9}
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
-    assert end_tokens(tmp_path) == {7, 9}
-
-
-def test_the_tokenizers_end_token_counts_too(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"a": 0, "<end>": 5}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": 7}))
-    assert end_tokens(tmp_path) == {5, 7}

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from tiny import write_tiny_qwen2
 
+from treepo.toy.byte_tokenizer import byte_tokenizer
 from treepo.toy.problems import draw_problems, rows
-from treepo.toy.tokenizer import byte_tokenizer
 from treepo.tree import from_json
 
 TESTS = Path(__file__).parent
@@ -32,7 +32,7 @@ def reward_even_length(prompt: str, response: str, answer: str, extra: object) -
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a byte tokenizer, a few problems and a configuration."""
     folder = tmp_path_factory.mktemp("train")
-    tokenizer = byte_tokenizer(max_tokens=1024)
+    tokenizer = byte_tokenizer(max_tokens=1024).hugging_face
     model = write_tiny_qwen2(
         folder / "model",
         vocab_size=512,
@@ -104,9 +104,9 @@ def test_three_steps_end_to_end(folder: Path) -> None:
 
 def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-    model, before = (AutoModelForCausalLM.from_pretrained(path) for path in (checkpoint, differs_from))
+    model, before = (Qwen2ForCausalLM.from_pretrained(path) for path in (checkpoint, differs_from))
     changed = [
         name
         for (name, after), old in zip(model.named_parameters(), before.parameters(), strict=True)
@@ -115,7 +115,8 @@ def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
     assert changed == [name for name, _ in model.named_parameters()]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokens = tokenizer("36 plus 7 = ?", return_tensors="pt")
-    assert model.generate(**tokens, max_new_tokens=4).shape[1] > tokens["input_ids"].shape[1]
+    generated = model.generate(**tokens, max_new_tokens=4)
+    assert generated.shape[1] > tokens["input_ids"].shape[1]
 
 
 def test_ctrl_c_leaves_no_process_and_readable_files(folder: Path) -> None:

@@ -1,14 +1,15 @@
 """A random model of a few hundred thousand parameters, written as a Hugging Face folder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
-def write_tiny_qwen2(folder: Path, seed: int = 0, **overrides: object) -> Path:
+def write_tiny_qwen2(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """A Qwen2 with grouped queries and biases far from 0; `overrides` are Qwen2Config's."""
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "vocab_size": 128,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -22,7 +23,7 @@ def write_tiny_qwen2(folder: Path, seed: int = 0, **overrides: object) -> Path:
         "bos_token_id": None,
     }
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**(settings | overrides))).to(torch.float32)
+    model = Qwen2ForCausalLM(Qwen2Config(**(settings | overrides), dtype="float32"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

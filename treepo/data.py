@@ -15,7 +15,7 @@ import numpy as np
 
 from treepo import rng
 from treepo.boxed import last_boxed
-from treepo.config.data import ColumnsConfig, DataConfig
+from treepo.config.data import ColumnsConfig, PromptsConfig
 from treepo.errors import DataError
 from treepo.rows import BadRow, Row, read_rows
 from treepo.tokenizer import Message, Tokenizer
@@ -95,7 +95,7 @@ class Question:
     extra: Mapping[str, object]
 
 
-def check_prompts(path: Path, columns: ColumnsConfig, config: DataConfig) -> DataReport:
+def check_prompts(path: Path, columns: ColumnsConfig, config: PromptsConfig) -> DataReport:
     """Read the whole file and check every row, as far as that takes no tokenizer. Raises DataError."""
     report = DataReport(path)
     for _ in _convert_rows(columns, config, report, lambda _row, question: question):
@@ -103,12 +103,12 @@ def check_prompts(path: Path, columns: ColumnsConfig, config: DataConfig) -> Dat
     return report
 
 
-def read_questions(path: Path, columns: ColumnsConfig, config: DataConfig) -> list[Question]:
+def read_questions(path: Path, columns: ColumnsConfig, config: PromptsConfig) -> list[Question]:
     """The usable rows as text. Raises DataError."""
     return list(_convert_rows(columns, config, DataReport(path), lambda _row, question: question))
 
 
-def load_prompts(path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: DataConfig) -> PromptSet:
+def load_prompts(path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: PromptsConfig) -> PromptSet:
     """The file's prompts; of `config` only limits, system prompt and what to do with bad rows count.
 
     Raises DataError.
@@ -161,7 +161,7 @@ class PromptOrder:
 
 
 def _convert_rows[T](
-    columns: ColumnsConfig, config: DataConfig, report: DataReport, convert: Callable[[Row, Question], T]
+    columns: ColumnsConfig, config: PromptsConfig, report: DataReport, convert: Callable[[Row, Question], T]
 ) -> Iterator[T]:
     """What `convert` makes of each usable row of `report.path`; the report grows on the way."""
     names = frozenset(filter(None, (columns.prompt, columns.answer, columns.source, columns.extra)))

@@ -90,14 +90,15 @@ class WeightSink(Protocol):
 
 
 class Learner(Protocol):
-    """The trainer: every method is one collective over its ranks, called with one list of packs a
-    data-parallel rank.
-    """
+    """One rank of the trainer. Every method is collective; `packs` are those of the rank's replica."""
 
-    def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
+    def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
         """For every pack float32 [T]: each token's log-prob given its path, 0 where `source` is -1."""
         ...
 
-    def train_step(self, packs: Sequence[Sequence[Pack]], temperature: float) -> dict[str, float]:
-        """One optimizer step on the given mini-batch; returns the metrics of `treepo.loss` and of the step."""
+    def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
+        """One optimizer step on the loss summed over all replicas' packs and divided by `denominator`.
+
+        Returns the metrics of `treepo.loss` and of the step.
+        """
         ...

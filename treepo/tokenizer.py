@@ -51,16 +51,19 @@ def check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: it has no config.json, so it is no Hugging Face model folder")
     _read_json(folder / "config.json")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise ModelError(f"{folder}: it has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has a tokenizer's files."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder on this disk. Raises ModelError naming the folder and what it lacks."""
     check_model_folder(folder)
-    from transformers import (
-        AutoTokenizer,
-    )  # not at the top: it takes seconds, and the command line stays light
+    from transformers import AutoTokenizer  # here, because it takes seconds: the command line stays light
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -50,20 +50,25 @@ class ColumnsConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class PromptsConfig(Section):
+    """One file of prompts, and what makes a row of any file usable."""
+
     train: PathField
-    """Training prompts: .jsonl or .parquet."""
-    heldout: PathField | None = None
-    """Prompts for evaluation before and after training, in TreePO_data's columns or those of `columns`."""
+    """Prompts to sample from: .jsonl or .parquet."""
     columns: ColumnsConfig = ColumnsConfig()
     """Column names of `train`."""
-    heldout_columns: ColumnsConfig = ColumnsConfig()
-    """Column names of `heldout`."""
-    prompts_per_step: int = Field(default=64, ge=1)
-    """Prompts (trees) sampled in one step."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Most tokens in one prompt, chat template included."""
     system_prompt: str | None = None
     """Prepended as a system message where set, in place of the row's own."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used (no prompt, no answer, too long) ends the run, or is counted and skipped."""
+
+
+class DataConfig(PromptsConfig):
+    heldout: PathField | None = None
+    """Prompts for evaluation before and after training, in the columns of `heldout_columns`."""
+    heldout_columns: ColumnsConfig = ColumnsConfig()
+    """Column names of `heldout`."""
+    prompts_per_step: int = Field(default=64, ge=1)
+    """Prompts (trees) sampled in one step."""

@@ -8,17 +8,17 @@ from treepo.config.base import Section
 
 
 class EngineConfig(Section):
-    count: int = Field(1, ge=1)
+    count: int = Field(default=1, ge=1)
     """Engines; each holds the whole model on one device."""
-    max_total_tokens: int | None = Field(None, ge=1)
+    max_total_tokens: int | None = Field(default=None, ge=1)
     """Tokens in the KV cache; by default what fits into a GPU's free memory, and 131072 on a CPU."""
-    memory_fraction: float | None = Field(None, gt=0, lt=1)
+    memory_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Share of the device's memory for weights and KV cache together; SGLang's choice by default."""
-    start_seconds: float = Field(600, gt=0)
+    start_seconds: float = Field(default=600, gt=0)
     """Deadline for one engine's start."""
-    request_seconds: float = Field(3600, gt=0)
+    request_seconds: float = Field(default=3600, gt=0)
     """Deadline for one request, time in the engine's queue included."""
-    update_seconds: float = Field(600, gt=0)
+    update_seconds: float = Field(default=600, gt=0)
     """Deadline for each step of a weight update: waiting for running requests, one bucket, the commit."""
     log_level: Literal["error", "warning", "info", "debug"] = "error"
     """What SGLang's own processes write to standard error."""

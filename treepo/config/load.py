@@ -1,4 +1,4 @@
-"""YAML and `a.b=c` overrides to a `RunConfig`, or one clear line about each thing that is wrong.
+"""YAML and `a.b=c` overrides to a configuration, or one clear line about each thing that is wrong.
 
 Paths in a configuration are relative to the working directory.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from treepo.config.base import Section
 from treepo.config.schema import RunConfig
 from treepo.errors import ConfigError
 
@@ -28,7 +29,12 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of `path` with `overrides` ("a.b=c", c in YAML) applied in order.
+    """A training run's configuration; see `load_as`."""
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as[Schema: Section](schema: type[Schema], path: Path, overrides: Sequence[str] = ()) -> Schema:
+    """The `schema` in `path` with `overrides` ("a.b=c", c in YAML) applied in order.
 
     Raises ConfigError with one line for each fault: file and line, dotted key, what is allowed.
     """
@@ -41,13 +47,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _override(values, places, override)
     try:
-        return RunConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault, places, path) for fault in error.errors())) from None
+        raise ConfigError("\n".join(_explain(fault, schema, places, path) for fault in error.errors())) from None
 
 
-def dump_config(config: RunConfig) -> str:
-    """The effective configuration as YAML; `load_config` of it gives the same configuration."""
+def dump_config(config: Section) -> str:
+    """The effective configuration as YAML; loading it gives the same configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -102,13 +108,15 @@ def _override_value(text: str, place: str) -> Any:
     return text if value is None and text.strip().lstrip("#") != text.strip() else value
 
 
-def _explain(fault: Mapping[str, Any], places: dict[str, str], path: Path) -> str:
+def _explain(
+    fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], path: Path
+) -> str:
     """One line of pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
     location = [str(part) for part in fault["loc"]]
     dotted = ".".join(location)
     place = _place(location, places) or str(path)
     if fault["type"] == "extra_forbidden":
-        allowed = _keys_of(location[:-1])
+        allowed = _keys_of(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{place}: {dotted}: unknown key; {hint}"
@@ -131,9 +139,9 @@ def _place(location: Sequence[str], places: Mapping[str, str]) -> str | None:
     return places.get(dotted) or next(below, None) or _place(location[:-1], places)
 
 
-def _keys_of(location: Sequence[str]) -> list[str]:
-    """The keys allowed in the section at `location`."""
-    section: type[BaseModel] = RunConfig
+def _keys_of(schema: type[Section], location: Sequence[str]) -> list[str]:
+    """The keys allowed in the section of `schema` at `location`."""
+    section: type[BaseModel] = schema
     for name in location:
         annotation = section.model_fields[name].annotation
         assert isinstance(annotation, type)

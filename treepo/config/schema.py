@@ -54,6 +54,23 @@ class RunConfig(Section):
     """Held-out accuracy before and after."""
 
     @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        prompt, response = self.data.max_prompt_tokens, self.sampling.max_response_tokens
+        pack, buffer = self.actor.max_tokens_per_pack, self.learning.overlong_buffer_tokens
+        if prompt + response > pack:
+            raise ValueError(
+                f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
+                f"{prompt + response} is more than actor.max_tokens_per_pack = {pack}: a pack must hold the "
+                "longest trajectory"
+            )
+        if buffer is not None and buffer > response:
+            raise ValueError(
+                f"learning.overlong_buffer_tokens = {buffer} is more than "
+                f"sampling.max_response_tokens = {response}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _prompts_divide(self) -> Self:
         prompts, ranks = self.data.prompts_per_step, self.actor.parallel.data
         parts = self.learning.mini_batches * ranks

@@ -7,21 +7,13 @@ from contextlib import contextmanager
 
 import ray
 
-from treepo.config.schema import RunConfig
-
-
-def actors_needed(config: RunConfig) -> int:
-    """Engines and trainer ranks: each is one Ray actor."""
-    parallel = config.actor.parallel
-    return config.engine.count + parallel.tensor * parallel.pipeline * parallel.data
-
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
+def ray_session(actors: int) -> Iterator[None]:
     """Ray, for as long as the block runs. Only processes that it started are ended.
 
-    A cluster of our own has a slot for every actor, so that small machines can hold layouts of several
-    ranks; on a cluster that was there before, Ray's own accounting decides.
+    actors: engines and trainer ranks. A cluster of our own has a slot for every one, so that small machines
+    can hold layouts of several ranks; on a cluster that was there before, Ray's own accounting decides.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Python's compiled modules halve the start of every worker; Ray hands our environment to them.
@@ -29,7 +21,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
-        slots = max(actors_needed(config), os.cpu_count() or 1)
+        slots = max(actors, os.cpu_count() or 1)
         ray.init(
             address="local",
             num_cpus=slots,

@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
+from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
 from treepo.errors import EngineError
 from treepo.orchestration.cluster import actor_environment, has_gpus
@@ -29,9 +30,13 @@ class RemoteEngine:
         return await self.call("generate", request)
 
     async def call(self, method: str, *arguments: object) -> Any:
-        """`await` the actor's `method`."""
+        """The result of the actor's `method`; cancelled there when it is cancelled here."""
+        reference = getattr(self.actor, method).remote(*arguments)
         try:
-            return await getattr(self.actor, method).remote(*arguments)
+            return await reference
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
         except RayTaskError as error:
             if isinstance(error.cause, EngineError):
                 raise EngineError(f"{self.name}: {error.cause}") from None
@@ -43,7 +48,7 @@ class RemoteEngine:
 class EnginePool:
     """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded."""
 
-    def __init__(self, config: RunConfig, stop_rule: StopRule) -> None:
+    def __init__(self, config: RunConfig | RolloutConfig, stop_rule: StopRule) -> None:
         resources = {"num_cpus": 1, "num_gpus": 1 if has_gpus() else 0}
         remote = ray.remote(SGLangEngine).options(
             max_concurrency=_CONCURRENT_REQUESTS, runtime_env=actor_environment(), **resources

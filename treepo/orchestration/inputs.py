@@ -59,9 +59,3 @@ def _check_model(config: RunConfig) -> None:
             f"{prompt + response}, but {folder} has {architecture.max_positions} positions "
             "(max_position_embeddings in config.json)"
         )
-    if prompt + response > config.actor.max_tokens_per_pack:
-        raise ConfigError(
-            f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
-            f"{prompt + response}, but actor.max_tokens_per_pack = {config.actor.max_tokens_per_pack}: "
-            "a pack must hold the longest trajectory"
-        )

@@ -98,13 +98,28 @@ async def _start(
 ) -> "Run":
     """Grader, engines and trainer, all started at the same time."""
     rewards = stack.enter_context(RewardPool(config.reward))
-    stack.enter_context(ray_session(config))
+    stack.enter_context(ray_session(config.engine.count + config.actor.parallel.ranks))
     engines = EnginePool(config, StopRule(config.sampling, inputs.tokenizer.decode))
     stack.push_async_callback(engines.close)
     learner = LearnerGroup(config)
     await asyncio.gather(engines.ready(), learner.ready(), rewards.ready())
-    order = PromptOrder(len(inputs.train), config.seed)
-    return Run(config, inputs, folder, clock, rewards, engines, learner, order)
+
+    def driver(sampling: SamplingConfig) -> TreeDriver:
+        decode = inputs.tokenizer.decode
+        return TreeDriver(engines.engines, sampling, decode, config.seed, engines.capacity)
+
+    return Run(
+        config,
+        inputs,
+        folder,
+        clock,
+        rewards,
+        engines,
+        learner,
+        order=PromptOrder(len(inputs.train), config.seed),
+        training=driver(config.sampling),
+        evaluation=driver(evaluation_sampling(config)),
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -119,6 +134,8 @@ class Run:
     engines: EnginePool
     learner: LearnerGroup
     order: PromptOrder
+    training: TreeDriver
+    evaluation: TreeDriver
     decoded_tokens: int = 0
     sequential_tokens: int = 0
     max_difference: float = 0.0
@@ -131,15 +148,14 @@ class Run:
         if not self.inputs.heldout:
             return None
         with self.clock.phase(phase, announce=True):
-            driver = self._driver(evaluation_sampling(self.config))
-            return accuracy(await self._sample(driver, self.inputs.heldout, step=0))
+            return accuracy(await self._sample(self.evaluation, self.inputs.heldout, step=0))
 
     async def step(self, step: int) -> dict[str, float]:
         """Sample, grade, learn, update; returns the step's numbers."""
         seconds_before = dict(self.clock.seconds)
-        driver = self._driver(self.config.sampling)
         with self.clock.phase("sample"):
-            sampled, batch, dropped = await self._sample_batch(driver, step)
+            sampled, batch, dropped = await self._sample_batch(step)
+        stats = self.training.take_stats()
         with self.clock.phase("score"):
             mini_batches = [await self._score(packs) for packs in self._pack(batch)]
             mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
@@ -147,31 +163,20 @@ class Run:
             updates = [await self._update(packs) for packs in mini_batches]
         with self.clock.phase("update"):
             await update_weights(self.learner, self.engines, version=step)
-        self.decoded_tokens += driver.stats.decoded_tokens
-        self.sequential_tokens += driver.stats.total_tokens
+        self.decoded_tokens += stats.decoded_tokens
+        self.sequential_tokens += stats.total_tokens
         self.max_difference = max(self.max_difference, mismatch["logprob_difference_max"])
         seconds = {name: total - seconds_before.get(name, 0.0) for name, total in self.clock.seconds.items()}
         return (
             tree_metrics(sampled)
-            | _rollout_metrics(driver.stats, seconds["sample"])
+            | _rollout_metrics(stats, seconds["sample"])
             | {f"dropped/{reason}": count for reason, count in dropped.items()}
             | mismatch
             | _mean(updates)
             | {f"seconds/{name}": seconds[name] for name in ("sample", "score", "train", "update")}
         )
 
-    def _driver(self, sampling: SamplingConfig) -> TreeDriver:
-        return TreeDriver(
-            self.engines.engines,
-            sampling,
-            self.inputs.tokenizer.decode,
-            self.config.seed,
-            self.engines.capacity,
-        )
-
-    async def _sample_batch(
-        self, driver: TreeDriver, step: int
-    ) -> tuple[list[Tree], list[Tree], Mapping[Dropped, int]]:
+    async def _sample_batch(self, step: int) -> tuple[list[Tree], list[Tree], Mapping[Dropped, int]]:
         """All trees of the step, those to learn from (rewards shaped), and how many were dropped and why."""
         prompts, learning = self.config.data.prompts_per_step, self.config.learning
         if learning.dynamic_sampling:
@@ -180,20 +185,20 @@ class Run:
             sampler.start(version=step - 1)
             sampled: list[Tree] = []
             while missing := sampler.missing():
-                round_trees = await self._sample_and_write(driver, missing, step)
+                round_trees = await self._sample_and_write(missing, step)
                 sampler.offer(round_trees)
                 sampled += round_trees
             batch, dropped = sampler.take()
         else:
-            batch = sampled = await self._sample_and_write(driver, prompts, step)
+            batch = sampled = await self._sample_and_write(prompts, step)
             dropped = {}
         limit = self.config.sampling.max_response_tokens
         return sampled, [shape_overlong(tree, learning, limit) for tree in batch], dropped
 
-    async def _sample_and_write(self, driver: TreeDriver, number: int, step: int) -> list[Tree]:
+    async def _sample_and_write(self, number: int, step: int) -> list[Tree]:
         """Graded trees of the next `number` prompts."""
         prompts = [self.inputs.train[index] for index in self.order.next(number)]
-        trees = await self._sample(driver, prompts, step)
+        trees = await self._sample(self.training, prompts, step)
         answers = {prompt.id: prompt.answer for prompt in prompts}
         for tree in trees:
             self.folder.write_tree(tree, step, answers[tree.prompt_id])
