@@ -15,34 +15,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from full_tree import full_tree
 
 from treepo.advantage import ESTIMATORS, estimate
 from treepo.config.learning import LearningConfig
 from treepo.packing import pack_trees
-from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
+from treepo.tree import Tree
 
-LEAVES, DEPTH, SEGMENT_TOKENS, PROMPT_TOKENS, MAX_TOKENS = 16, 14, 512, 256, 16384
-
-
-def tree(rng: np.random.Generator) -> Tree:
-    """One full tree."""
-    segments: list[Segment] = []
-    level = [PROMPT]
-    for _ in range(DEPTH):
-        level = [parent for parent in level for _ in range(2 if len(level) < LEAVES else 1)]
-        first = len(segments)
-        for parent in level:
-            tokens = rng.integers(0, 150_000, SEGMENT_TOKENS).astype(np.int32)
-            log_probs = -rng.random(SEGMENT_TOKENS, dtype=np.float32)
-            segments.append(Segment(parent, tokens, log_probs, 0, Finish.LENGTH))
-        level = list(range(first, len(segments)))
-    leaves = tuple(Leaf(index, Stop.DEPTH, 0.0, Verdict.WRONG) for index in level)
-    return Tree("p", np.arange(PROMPT_TOKENS, dtype=np.int32), tuple(segments), leaves)
+DEPTH, PROMPT_TOKENS, VOCABULARY, MAX_TOKENS = 14, 256, 150_000, 16384
 
 
 def batch(prompts: int, rng: np.random.Generator) -> list[Tree]:
     """Trees with rewards of their own; tokens repeat, so that a large batch fits the memory."""
-    kinds = [tree(rng) for _ in range(8)]
+    kinds = [full_tree(rng, DEPTH, 2, PROMPT_TOKENS, VOCABULARY) for _ in range(8)]
     trees = []
     for index in range(prompts):
         kind = kinds[index % len(kinds)]

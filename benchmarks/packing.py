@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from full_tree import SEGMENT_TOKENS, WIDTH, full_tree
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_bridge.actor import MegatronActor, create_store
@@ -30,9 +31,8 @@ from treepo.config.actor import ActorConfig
 from treepo.config.learning import LearningConfig
 from treepo.loss import denominator
 from treepo.packing import Pack, pack_flat, pack_trees
-from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
 
-WIDTH, SEGMENT_TOKENS, PROMPT_TOKENS = 16, 512, 128
+PROMPT_TOKENS = 128
 MODEL = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -43,26 +43,6 @@ MODEL = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
-
-
-def tree(leaf_tokens: int, initial_branching: int, rng: np.random.Generator) -> Tree:
-    """Every leaf `leaf_tokens` deep; the last level is full even where doubling would not fill it."""
-    depth = leaf_tokens // SEGMENT_TOKENS
-    segments: list[Segment] = []
-    level = [PROMPT]
-    for number in range(depth):
-        wanted = WIDTH if number == depth - 1 else min(WIDTH, initial_branching * 2**number)
-        parents = [level[index * len(level) // wanted] for index in range(wanted)]
-        first = len(segments)
-        for parent in parents:
-            tokens = rng.integers(0, MODEL["vocab_size"], SEGMENT_TOKENS).astype(np.int32)
-            log_probs = np.full(SEGMENT_TOKENS, -np.log(MODEL["vocab_size"]), dtype=np.float32)
-            segments.append(Segment(parent, tokens, log_probs, 0, Finish.LENGTH))
-        level = list(range(first, len(segments)))
-    leaves = tuple(
-        Leaf(index, Stop.DEPTH, float(rng.choice([-1.0, 1.0])), Verdict.CORRECT) for index in level
-    )
-    return Tree("p", rng.integers(0, 512, PROMPT_TOKENS).astype(np.int32), tuple(segments), leaves)
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -89,7 +69,10 @@ def _status(key: str) -> int:
 
 def measure(actor: MegatronActor, leaf_tokens: int, initial_branching: int, repeats: int) -> dict[str, float]:
     config = LearningConfig()
-    trees = [tree(leaf_tokens, initial_branching, np.random.default_rng(0))]
+    depth = leaf_tokens // SEGMENT_TOKENS
+    trees = [
+        full_tree(np.random.default_rng(0), depth, initial_branching, PROMPT_TOKENS, MODEL["vocab_size"])
+    ]
     advantages = estimate(trees, config)
     total = WIDTH * (PROMPT_TOKENS + leaf_tokens)
     packs = {

@@ -7,7 +7,7 @@ import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -154,12 +154,8 @@ class MegatronActor:
         plan = plan_attention(
             pack.exit, pack.position, self._architecture.frequency, self._dtype, self._device
         )
-        values = {field.name: getattr(pack, field.name) for field in fields(pack)}
-        tensors = {
-            name: torch.from_numpy(value).to(self._device)
-            for name, value in values.items()
-            if isinstance(value, np.ndarray)
-        }
+        # Copies: arrays that come from another process may be read-only, and tensors cannot be.
+        tensors = {name: torch.tensor(column, device=self._device) for name, column in pack.columns().items()}
         return _MicroBatch(tensors, plan, torch.from_numpy(np.flatnonzero(scored)).to(self._device))
 
     def _schedule(

@@ -59,9 +59,9 @@ def plan_attention(
     exit_T: np.ndarray, position_T: np.ndarray, frequency: Tensor, dtype: torch.dtype, device: torch.device
 ) -> AttentionPlan:
     """The plan of one pack. frequency: `rotary.inverse_frequency` of the model."""
-    cos, sin = cos_sin(torch.from_numpy(position_T).to(device), frequency, dtype)
+    cos, sin = cos_sin(torch.tensor(position_T, device=device), frequency, dtype)
     if device.type == "cuda":
-        return AttentionPlan(cos, sin, block_mask(torch.from_numpy(exit_T).to(device)))
+        return AttentionPlan(cos, sin, block_mask(torch.tensor(exit_T, device=device)))
     return AttentionPlan(cos, sin, gather_plan(exit_T, dtype))
 
 

@@ -2,8 +2,8 @@
 
 Each tree is a task of its own (`growing_tree` has its rules). It stays on the engine that holds its
 prefixes, and moves only when that engine keeps failing its requests; a new tree goes to the engine with
-the fewest leaves outstanding. What trees contain depends on (seed, step, prompt id) and on what the engine
-answers, never on the order in which answers come back.
+the fewest leaves outstanding, and to one that fails only where no other has room. What trees contain depends
+on (seed, step, prompt id) and on what the engine answers, never on the order in which answers come back.
 """
 
 import asyncio
@@ -75,12 +75,23 @@ class Stats:
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """An engine, the trees that live on it, and their leaves that are still to come."""
+    """An engine, the trees that live on it, and their leaves that are still to come.
+
+    failures: of its requests, since the last that it answered.
+    """
 
     index: int
     engine: Engine
     trees: "set[_Live]" = field(default_factory=set)
     leaves: int = 0
+    failures: int = 0
+
+    @property
+    def burden(self) -> tuple[int, int]:
+        """The engine with the least of it is chosen. An engine that fails its requests soon has no leaves, so
+        failures come first.
+        """
+        return self.failures, self.leaves
 
 
 @dataclass(slots=True, eq=False)
@@ -115,8 +126,8 @@ class TreeDriver:
         self._seed = seed
         self._lanes = [_Lane(index, engine) for index, engine in enumerate(engines)]
         self._kv_tokens = kv_tokens
-        self._largest_tree = 0
-        self._finished_trees = 0
+        self._tokens = 0.0  # in all trees, a shared token once; earlier calls of `sample` count less
+        self._leaves = 0.0  # ended in them
         self._room = asyncio.Event()
         self._waiting: dict[Ask, tuple[str, int, float]] = {}
 
@@ -127,6 +138,9 @@ class TreeDriver:
         (`contextlib.aclosing`) cancels whatever is in flight. What is raised here, in a group, is a fault;
         an engine's failures end in a FailedTree.
         """
+        for lane in self._lanes:
+            lane.failures = 0  # an engine that failed in the last step may have been replaced
+        self._tokens, self._leaves = self._tokens / 2, self._leaves / 2  # training changes how long they are
         results: asyncio.Queue[Tree | FailedTree | None] = asyncio.Queue()
         growing = asyncio.create_task(self._grow_all(prompts, step, results))
         try:
@@ -192,8 +206,10 @@ class TreeDriver:
         while not ask.complete:
             await self._answer(live, ask)
         if ask.stop is not None:
+            self._leaves += 1
             live.leaves -= 1
             live.lane.leaves -= 1
+            self._room.set()
 
     async def _answer(self, live: _Live, ask: Ask) -> None:
         """One request for `ask`, tried again while it fails, from the second failure on elsewhere."""
@@ -208,6 +224,7 @@ class TreeDriver:
                 taken = live.tree.receive(ask, output)
             except EngineError as error:
                 self.stats.failed_requests += 1
+                lane.failures += 1
                 _log.info("prompt %s: attempt %d of %d: %s", live.tree.prompt.id, attempt, attempts, error)
                 if attempt == attempts:
                     raise EngineError(f"{error} (attempt {attempt} of {attempts})") from error
@@ -215,6 +232,8 @@ class TreeDriver:
                 if attempt > 1 and live.lane is lane:
                     self._move(live)
             else:
+                lane.failures = 0
+                self._tokens += taken
                 self._count_request(request, output, taken, below_prompt)
                 return
             finally:
@@ -224,7 +243,7 @@ class TreeDriver:
         while True:
             lanes = [lane for lane in self._lanes if self._has_room(lane, prompt)]
             if lanes:
-                return min(lanes, key=lambda lane: lane.leaves)
+                return min(lanes, key=lambda lane: lane.burden)
             self._room.clear()
             await self._room.wait()
 
@@ -240,13 +259,16 @@ class TreeDriver:
         return held + len(prompt.tokens) + size <= self._kv_tokens
 
     def _expected_tokens(self) -> int:
-        """Response tokens that a tree is given room for: as many as the largest so far had.
+        """Response tokens that a tree is given room for: those of `width` leaves, at the tokens that a leaf
+        has cost so far.
 
-        The most that a tree can have counts too, but less with every tree that is finished: the first to
-        finish are the small ones.
+        The tokens of paths that have not ended count, so the estimate starts too high and falls: the first
+        to end are the short ones, and the most that a tree can have would leave an engine half empty until
+        its first trees are finished.
         """
-        most = longest_response(self._sampling) * self._sampling.width
-        return max(self._largest_tree, most // (1 + self._finished_trees))
+        width = self._sampling.width
+        most = longest_response(self._sampling) * width
+        return min(most, round(self._tokens / self._leaves * width)) if self._leaves else most
 
     def _seat(self, live: _Live, lane: _Lane) -> None:
         live.lane = lane
@@ -261,7 +283,7 @@ class TreeDriver:
         others = [lane for lane in self._lanes if lane is not live.lane]
         if others:
             self._unseat(live)
-            self._seat(live, min(others, key=lambda lane: lane.leaves))
+            self._seat(live, min(others, key=lambda lane: lane.burden))
 
     def _count_request(
         self, request: GenerateRequest, output: GenerateOutput, taken: int, below_prompt: bool
@@ -277,8 +299,6 @@ class TreeDriver:
             stats.continuation_cached_tokens += output.cached_tokens
 
     def _count_tree(self, tree: Tree, growing: GrowingTree) -> None:
-        self._largest_tree = max(self._largest_tree, growing.tokens)
-        self._finished_trees += 1
         self.stats.trees += 1
         self.stats.leaves += len(tree.leaves)
         self.stats.total_tokens += tree.total_tokens()

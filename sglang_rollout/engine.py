@@ -120,6 +120,12 @@ class SGLangEngine:
     async def _generate(self, request: GenerateRequest) -> GenerateOutput:
         if request.check_every and self._stop_rule is None:
             raise EngineError("check_every needs an engine with a stop rule")
+        if len(request.context) + request.max_tokens > self._server.longest:
+            raise EngineError(
+                f"{request.max_tokens} tokens under a context of {len(request.context)} are asked for; "
+                f"together they may be {self._server.longest} (the model's positions, or its KV cache of "
+                f"{self._server.capacity} tokens, less what SGLang keeps free)"
+            )
         sampling = {
             "max_new_tokens": request.max_tokens,
             "temperature": request.temperature,

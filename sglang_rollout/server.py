@@ -10,11 +10,10 @@ import atexit
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 import warnings
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch
 from treepo.config.engine import EngineConfig
 from treepo.errors import EngineError
 
-_log = logging.getLogger(__name__)
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
 _CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
 
@@ -33,7 +31,8 @@ class Server:
     """One running SGLang. The constructor blocks until the model is loaded.
 
     manager: SGLang's tokenizer manager, through which requests and control messages go.
-    capacity: tokens in the KV cache.
+    capacity: tokens in the KV cache. longest: most tokens of one context and what is sampled below it;
+    SGLang shortens a longer request without a word.
     Raises EngineError where SGLang does not start.
     """
 
@@ -43,8 +42,10 @@ class Server:
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must be gone
         self.manager: Any = engine.tokenizer_manager
         self.manager._subprocess_watchdog.stop()
-        self.capacity = int(engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"])
-        self._children: list[int] = engine.get_all_child_pids()
+        limits = engine._scheduler_init_result.scheduler_infos[0]
+        self.capacity = int(limits["max_total_num_tokens"])
+        self.longest = int(limits["max_req_input_len"])
+        self._children = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
         self._death: asyncio.Future[str] | None = None
         self._watched: list[int] = []
         self._closed = False
@@ -59,9 +60,9 @@ class Server:
                 self._death.set_result("the engine is closed")
                 return self._death
             for child in self._children:
-                descriptor = os.pidfd_open(child)
+                descriptor = os.pidfd_open(child.pid)
                 self._watched.append(descriptor)
-                loop.add_reader(descriptor, self._die, f"SGLang's process {child} ended")
+                loop.add_reader(descriptor, self._die, f"SGLang's process {child.pid} ended")
             # In the place of SGLang's auto_create_handle_loop, which takes over SIGTERM and SIGQUIT.
             self.manager.event_loop = loop
             receiver = loop.create_task(self.manager.handle_loop())
@@ -124,7 +125,7 @@ def _start(arguments: dict[str, Any]) -> Any:
         engine: Any = TokenEngine(**arguments)
     except BaseException as error:
         started = set(multiprocessing.active_children()) - others
-        _end([child.pid for child in started if child.pid is not None])
+        _end([psutil.Process(child.pid) for child in started if child.pid is not None])
         if isinstance(error, Exception):  # SGLang lets through whatever any of its modules raises
             raise EngineError(f"SGLang does not start on {arguments['model_path']}: {error}") from error
         raise
@@ -142,6 +143,7 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "max_total_tokens": config.max_total_tokens,
         "mem_fraction_static": config.memory_fraction,
+        "attention_backend": config.attention_backend,
         "weight_version": "0",
         "log_level": config.log_level,
     }
@@ -186,23 +188,20 @@ def _start_environment(log_level: str) -> Iterator[None]:
         root.setLevel(level)
 
 
-def _end(children: Sequence[int]) -> None:
-    """End these children and theirs, and wait until they have ended."""
+def _end(children: Sequence[psutil.Process]) -> None:
+    """End these children and theirs, and wait until they have ended.
+
+    psutil knows a process by its start too, so that none is hit that has got the id of one that is gone.
+    """
     family: list[psutil.Process] = []
-    for pid in children:
-        if psutil.pid_exists(pid):
-            child = psutil.Process(pid)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
             family += [child, *child.children(recursive=True)]
     for process in family:
-        _signal(process, signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
     _, alive = psutil.wait_procs(family, timeout=_END_SECONDS)
     for process in alive:
-        _signal(process, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(alive, timeout=_END_SECONDS)
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        _log.debug("process %d has already ended", process.pid)

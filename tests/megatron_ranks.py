@@ -7,8 +7,10 @@ of a second and still begins with a clean process.
 import multiprocessing
 import os
 import pickle
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -109,6 +111,7 @@ def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, po
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".*not writable")  # torch's, of memory that it may not write
     for number, case in enumerate(cases):
         if rank == 0:
             store = create_store()
@@ -128,6 +131,9 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
     from megatron_bridge.actor import MegatronActor
 
     log_prob.CHUNK_BYTES = case.chunk_bytes
+    for pack in chain.from_iterable(chain.from_iterable(case.steps)):
+        for column in pack.columns().values():
+            column.flags.writeable = False  # as from Ray's object store
     config = ActorConfig(
         parallel=layout,
         optimizer=case.optimizer,

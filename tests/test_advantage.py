@@ -1,20 +1,25 @@
 """Advantage estimators: parity with straight-line versions, hand-computed trees, invariances."""
 
 import math
+import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 from naive_advantage import NAIVE, WHITENED, children_of, naive_estimate, rewards_below
 from small_trees import config_of, random_batch, relabelled, tree_of, without_ungraded
 
+from treepo import advantage
 from treepo.advantage import ESTIMATORS, Advantages, Batch, estimate, inverse_branching
+from treepo.config.learning import LearningConfig
 from treepo.forest import Forest
-from treepo.tree import PROMPT, Tree, Verdict
+from treepo.tree import PROMPT, Leaf, Tree, Verdict
 
 # Sums of a few dozen numbers near 1 in float64, in another order; whitening divides by a deviation near 1.
 TOLERANCE = 1e-10
+ALGORITHM = Path(__file__).parents[1] / "docs" / "algorithm.md"
 SHIFT_INVARIANT = sorted(set(ESTIMATORS) - {"reinforce_pp"})
 TREEPO_OPTIONS = [
     dict(
@@ -59,6 +64,16 @@ def test_every_estimator_equals_its_straight_line_version(options: dict[str, obj
 
 def test_every_estimator_has_a_straight_line_version() -> None:
     assert set(ESTIMATORS) == set(NAIVE)
+
+
+def test_an_estimator_is_added_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", ALGORITHM.read_text(), re.DOTALL)
+    monkeypatch.setattr(advantage, "ESTIMATORS", ESTIMATORS.copy())
+    exec(example, {**vars(advantage), "LearningConfig": LearningConfig})
+    (name,) = advantage.ESTIMATORS.keys() - ESTIMATORS.keys()
+    forest = Forest.of([tree_of([-1, -1], [1.0, -1.0])])
+    values = advantage.ESTIMATORS[name].function(Batch(forest, np.ones(2)), config_of())
+    np.testing.assert_array_equal(values, [0.0, -2.0])
 
 
 # --- by hand -------------------------------------------------------------------------------------------
@@ -234,6 +249,14 @@ def test_constant_depth_count_weighs_a_shared_token_by_its_value_over_its_ancest
             assert advantage_L[below].sum() == pytest.approx(expected, abs=TOLERANCE)
 
 
+def test_with_the_official_divisor_terms_that_should_cancel_do_not() -> None:
+    # The terms of the groups at segment 0 and below sum to 0 over its leaves, unless each leaf divides them
+    # by a number of its own. Segment 0's value is the prompt's, so nothing else is left of the sum.
+    tree = tree_of([-1, 0, 0, 2, 2, -1, -1], [1.0, -1.0, 0.0, 1.0, -1.0])
+    assert unwhitened(tree, depth_count="constant")[:3].sum() == pytest.approx(0.0, abs=TOLERANCE)
+    assert abs(unwhitened(tree)[:3].sum()) > 0.1
+
+
 def test_inverse_branching_is_the_product_of_shares() -> None:
     trees = random_batch(np.random.default_rng(6), 4)
     weights = iter(inverse_branching(Forest.of(trees)).tolist())
@@ -242,6 +265,62 @@ def test_inverse_branching_is_the_product_of_shares() -> None:
             nodes = (PROMPT, *tree.path(leaf.segment)[:-1])
             share = math.prod(1 / len(children_of(tree, node)) for node in nodes)
             assert next(weights) == pytest.approx(share * len(tree.leaves), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name", ["treepo", "spo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+)
+def test_leaf_weights_enter_every_baseline(name: str) -> None:
+    """By loops: every mean over leaves is weighted, and so is every deviation and the whitening."""
+    for seed in range(5):
+        trees = random_batch(np.random.default_rng(seed), 3, least_leaves=2, max_depth=4)
+        advantages = estimate(trees, config_of(estimator=name, leaf_weights="inverse_branching"))
+        weights = iter(inverse_branching(Forest.of(trees)).tolist())
+        found, expected, token_weights = [], [], []
+        for number, tree in enumerate(trees):
+            weight = {leaf.segment: next(weights) for leaf in tree.leaves}
+            for index, leaf in enumerate(tree.leaves):
+                path = tree.path(leaf.segment)
+                found += values_of(advantages, number, index).tolist()
+                expected += weighted_advantages(name, tree, leaf, weight)
+                token_weights += [weight[leaf.segment] * len(tree.segments[node].tokens) for node in path]
+        if name in WHITENED:
+            mean = np.average(expected, weights=token_weights)
+            squares = np.dot(token_weights, (np.array(expected) - mean) ** 2)
+            expected = (np.array(expected) - mean) / math.sqrt(squares / (sum(token_weights) - 1) + 1e-8)
+        np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def weighted_advantages(name: str, tree: Tree, leaf: Leaf, weight: dict[int, float]) -> list[float]:
+    """One a segment of the leaf's path, before whitening. weight: of each leaf, by its segment."""
+
+    def below(node: int) -> list[Leaf]:
+        return [other for other in tree.leaves if node in (PROMPT, *tree.path(other.segment))]
+
+    def mean(leaves: list[Leaf]) -> float:
+        return float(
+            np.average([x.reward or 0.0 for x in leaves], weights=[weight[x.segment] for x in leaves])
+        )
+
+    path, reward = tree.path(leaf.segment), leaf.reward or 0.0
+    delta = reward - mean(below(PROMPT))
+    if name == "spo":
+        values = []
+        for node in path:
+            siblings = [mean(below(child)) for child in children_of(tree, tree.segments[node].parent)]
+            values.append((mean(below(node)) - np.mean(siblings)) / (np.std(siblings) + 1e-8))
+        return values
+    if name == "treepo":
+        groups = [group for node in (PROMPT, *path) if len(group := below(node)) > 1]
+        delta = np.mean([reward - mean(group) for group in groups])
+    elif name == "grpo":
+        squares = sum(weight[x.segment] * ((x.reward or 0.0) - reward + delta) ** 2 for x in tree.leaves)
+        delta /= math.sqrt(squares / (len(tree.leaves) - 1)) + 1e-6
+    elif name == "rloo":
+        delta = reward - mean([other for other in tree.leaves if other is not leaf])
+    elif name == "reinforce_pp":
+        delta = reward
+    return [float(delta)] * len(path)
 
 
 def sampled_tree(rng: np.random.Generator, width: int) -> Tree:
@@ -300,7 +379,7 @@ def test_token_weights_sum_to_what_the_normalisation_counts(normalisation: str) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "gpro"}, "estimator = gpro is not one of dr_grpo, grpo"),
+        ({"estimator": "gpro"}, r"estimator = gpro is not one of .*\bgrpo\b"),
         ({"estimator": "grpo", "weighting": "size"}, "weighting = size with estimator = grpo: only treepo"),
         ({"eta": 0.5}, "eta = 0.5 with estimator = treepo: only treepo_segment"),
         ({"normalisation": "constant"}, "normalisation_tokens = None"),

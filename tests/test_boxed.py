@@ -15,6 +15,9 @@ from treepo.boxed import BoxScan, last_boxed
         ("no box", None),
         (r"\boxed{5}", "5"),
         (r"\boxed {5}", "5"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{1}, that is \fbox {\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\fbo{5}", None),
         (r"\boxed{}", ""),
         (r"\boxed{1} then \boxed{2}", "2"),
         (r"\boxed{1} then \boxed{2", "1"),
@@ -34,7 +37,9 @@ def test_last_complete_box(text: str, answer: str | None) -> None:
     assert last_boxed(text) == answer
 
 
-TEXTS = st.lists(st.sampled_from(["\\boxed", "\\", "b", "{", "}", " ", "5", "\\{", "\\boxed{", "oxed"]))
+TEXTS = st.lists(
+    st.sampled_from(["\\boxed", "\\", "b", "{", "}", " ", "5", "\\{", "\\boxed{", "oxed", "\\f", "box"])
+)
 
 
 @given(TEXTS, st.lists(st.integers(0, 40)))

@@ -130,6 +130,7 @@ def test_ranges_are_drawn_from_both_ends_included() -> None:
         ({"tree_response_tokens": 9}, "cap = trajectories with tree_response_tokens = 9"),
         ({"cap": "response_tokens", "tree_response_tokens": 7}, "tree_response_tokens = 7 is less than"),
         ({"min_width": 17}, "min_width = 17 is more than width = 16"),
+        ({"min_width": 2}, "min_width = 2 does nothing with cap = trajectories"),
         ({"initial_branching": "2-20"}, "initial_branching = 2-20 is more than width = 16"),
         ({"initial_branching": "4-2"}, "'4-2' is neither"),
         ({"branching": 0}, "0 is neither"),

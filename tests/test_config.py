@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from treepo.config.load import dump_config, load_config
+from treepo.config.base import Section
+from treepo.config.load import dump_config, load_as, load_config
+from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
 from treepo.errors import ConfigError
 
@@ -25,8 +27,9 @@ def write(tmp_path: Path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_loads_and_survives_a_round_trip(path: Path, write) -> None:
-    config = load_config(path)
-    assert load_config(write(dump_config(config))) == config
+    schema: type[Section] = RolloutConfig if path.name == "rollout.yaml" else RunConfig
+    config = load_as(schema, path)
+    assert load_as(schema, write(dump_config(config))) == config
 
 
 def test_overrides_win_in_order_and_read_yaml(write) -> None:
@@ -77,10 +80,11 @@ def _sections(section: type[BaseModel]):
             yield from _sections(field.annotation)
 
 
-def test_every_key_is_documented() -> None:
+@pytest.mark.parametrize("schema", [RunConfig, RolloutConfig])
+def test_every_key_is_documented(schema: type[Section]) -> None:
     undocumented = [
         f"{section.__name__}.{name}"
-        for section in _sections(RunConfig)
+        for section in _sections(schema)
         for name, field in section.model_fields.items()
         if not field.description
     ]

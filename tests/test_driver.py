@@ -51,7 +51,7 @@ def same(one: dict[str, Tree], other: dict[str, Tree]) -> bool:
 def test_every_tree_of_every_policy(policy: str) -> None:
     config = sampling(**POLICIES[policy])
     letters = 3 if policy == "looping" else 400
-    trees, driver = grow(config, [FakeEngine(end=0.04, box=0.02, letters=letters)])
+    trees, driver = grow(config, [FakeEngine(end=0.04, box=0.02, letters=letters)], count=12)
     rule = StopRule(config, decode)
     for tree in trees.values():
         assert len(tree.leaves) <= config.width
@@ -95,8 +95,9 @@ def test_unaligned_cuts_do_split_segments() -> None:
 def test_a_tree_does_not_depend_on_the_order_of_answers(policy: str) -> None:
     config = sampling(**POLICIES[policy])
     model: dict[str, Any] = {"end": 0.04, "box": 0.02, "letters": 5 if policy == "looping" else 400}
-    plain, _ = grow(config, [FakeEngine(**model)])
-    shuffled, _ = grow(config, [FakeEngine(**model, shuffle=seed) for seed in (1, 2, 3)], kv_tokens=1000)
+    plain, _ = grow(config, [FakeEngine(**model)], count=8)
+    engines = [FakeEngine(**model, shuffle=seed) for seed in (1, 2, 3)]
+    shuffled, _ = grow(config, engines, count=8, kv_tokens=1000)
     assert same(plain, shuffled)
 
 
@@ -198,6 +199,13 @@ def test_a_tree_leaves_an_engine_that_keeps_failing() -> None:
     broken, sound = FakeEngine(fails=lambda _number, _request: True), FakeEngine(end=0.04)
     calm, _ = grow(sampling(), [FakeEngine(end=0.04)])
     moved, _ = grow(sampling(), [broken, sound])
+    assert same(calm, moved)
+
+
+def test_one_sound_engine_of_three_is_found() -> None:
+    broken = [FakeEngine(fails=lambda _number, _request: True) for _ in range(2)]
+    calm, _ = grow(sampling(), [FakeEngine(end=0.04)])
+    moved, _ = grow(sampling(), [*broken, FakeEngine(end=0.04)])
     assert same(calm, moved)
 
 

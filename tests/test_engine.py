@@ -158,10 +158,26 @@ def test_a_seed_decides_the_tokens_whatever_runs_beside_it(real_engine: "RealEng
 
 
 def test_a_request_that_cannot_be_served_says_why(real_engine: "RealEngine") -> None:
-    with pytest.raises(EngineError, match="1024"):
+    with pytest.raises(EngineError, match=r"together they may be 10\d\d"):
         real_engine.generate([5] * 10, max_tokens=5000)
     with pytest.raises(EngineError, match="vocabulary of 128"):
         real_engine.generate([500_000])
+
+
+def test_the_longest_request_is_served_in_full_and_no_longer_one_at_all(real_engine: "RealEngine") -> None:
+    """The model has 1024 positions; SGLang would answer a request for all of them with fewer tokens."""
+    context, seeds = np.full(1000, 5, dtype=np.int32), iter(range(1000))
+    longest = real_engine.engine._server.longest
+    assert 1000 < longest <= 1024
+    while True:
+        output = real_engine.generate(context, max_tokens=longest - 1000, seed=next(seeds))
+        if output.finish == "length":
+            break
+    assert len(output.tokens) == longest - 1000
+    last = np.concatenate([context, output.tokens[:-1]])
+    assert len(real_engine.generate(last, max_tokens=1).tokens) == 1
+    with pytest.raises(EngineError, match="asked for"):
+        real_engine.generate(context, max_tokens=longest - 999)
 
 
 def test_a_cancelled_request_leaves_the_engine_usable(real_engine: "RealEngine") -> None:

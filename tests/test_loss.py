@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -42,8 +42,7 @@ def one_thread() -> Iterator[None]:
 
 
 def tensors(pack: Pack) -> dict[str, Tensor]:
-    values = ((field.name, getattr(pack, field.name)) for field in fields(pack))
-    return {name: torch.from_numpy(value) for name, value in values if isinstance(value, np.ndarray)}
+    return {name: torch.from_numpy(column) for name, column in pack.columns().items()}
 
 
 class Scene:
@@ -239,6 +238,33 @@ def test_metrics_by_hand() -> None:
     assert metrics["importance"] == pytest.approx(1)
 
 
+def test_kl_and_entropy_by_hand() -> None:
+    """Two tokens, seen by one leaf and by three; the reference gives them half and three times as much."""
+    one = torch.ones(2, dtype=torch.float64)
+    pack = {
+        "advantage_pos": 0 * one,
+        "advantage_neg": 0 * one,
+        "count_pos": torch.tensor([1.0, 2.0], dtype=torch.float64),
+        "count_neg": torch.tensor([0.0, 1.0], dtype=torch.float64),
+        "old_log_prob": -one,
+        "rollout_log_prob": -one,
+        "reference_log_prob": -one + torch.tensor([0.5, 3.0], dtype=torch.float64).log(),
+    }
+    entropy = torch.tensor([2.0, 0.4], dtype=torch.float64)
+    kl = {
+        "k1": (math.log(2) - 3 * math.log(3)) / 4,
+        "k2": (math.log(2) ** 2 + 3 * math.log(3) ** 2) / 8,
+        "k3": (0.5 - 1 + math.log(2) + 3 * (3 - 1 - math.log(3))) / 4,
+    }
+    for name, expected in kl.items():
+        config = config_of(kl_coefficient=0.1, kl_estimator=name, entropy_coefficient=0.2)
+        loss, metrics = policy_loss(-one, pack, config, 4.0, entropy)
+        summary = summarise({key: float(metric) for key, metric in metrics.items()})
+        assert summary["reference_kl"] == pytest.approx(expected)
+        assert summary["entropy"] == pytest.approx((2 + 3 * 0.4) / 4)
+        assert loss.item() == pytest.approx(0.1 * expected - 0.2 * (2 + 3 * 0.4) / 4)
+
+
 def test_importance_weights_are_capped_by_hand() -> None:
     pack = {
         name: torch.tensor(values, dtype=torch.float64)
@@ -341,3 +367,11 @@ def test_mismatch_counts_a_token_for_every_leaf(packer: Callable[..., list[list[
     measured = log_prob_mismatch(scene.packs(packer, 60, 2))
     assert measured["logprob_difference_mean"] == pytest.approx(np.mean(differences), rel=1e-6)
     assert measured["logprob_difference_max"] == pytest.approx(max(differences), rel=1e-6)
+
+
+def test_a_log_prob_that_is_no_number_is_not_hidden() -> None:
+    scene = Scene(7, {})
+    (packs,) = scene.packs(pack_trees, 1000, 1)
+    old = np.where(packs[0].count_pos + packs[0].count_neg > 0, np.nan, 0).astype(np.float32)
+    measured = log_prob_mismatch([[replace(packs[0], old_log_prob=old), *packs]])
+    assert all(map(math.isnan, measured.values()))

@@ -1,6 +1,5 @@
 """Real Megatron-Core ranks: against transformers, packed against flat, every layout against one rank."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,6 +148,10 @@ def parallel(request, models, batch, tmp_path_factory) -> dict[str, Result]:
         if layout.data == 2:
             case = replace(case, steps=[[batch.packed[:1], batch.packed[1:]], [batch.packed, []]])
         cases.append(case)
+    flat = [[batch.flat[:1], batch.flat[1:]]] * 2 if layout.data == 2 else [[batch.flat]] * 2
+    cases.append(replace(cases[0], name="flat", steps=flat))
+    steps = cases[0].steps[:1] * 12
+    cases.append(replace(cases[0], name="bfloat16", dtype="bfloat16", steps=steps, optimizer=SMALL_STEPS))
     # A few tokens' logits at once, computed again in the backward pass by all ranks together.
     cases.append(replace(cases[0], name="entropy", learning=BONUS, chunk_bytes=4096, recompute="full"))
     cases.append(replace(cases[0], name="kl", learning=KL, steps=with_reference(cases[0].steps)))
@@ -234,6 +237,10 @@ def test_packed_and_flat_are_the_same_step(one_rank) -> None:
     assert_same_step(one_rank["flat"], one_rank["qwen2"])
 
 
+def test_packed_and_flat_are_the_same_step_at_every_layout(parallel) -> None:
+    assert_same_step(parallel["flat"], parallel["qwen2"])
+
+
 def test_padding_changes_nothing(one_rank) -> None:
     """More than a block of it, which has nothing to attend to."""
     assert_same_step(one_rank["padded"], one_rank["qwen2"])
@@ -266,11 +273,7 @@ def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) ->
 
 def trajectory_loss(network, pack: Pack, tokens: slice, denominator: float) -> torch.Tensor:
     """The loss of one sequence of a flat pack."""
-    fields = {
-        field.name: torch.from_numpy(value[tokens])
-        for field in dataclasses.fields(pack)
-        if isinstance(value := getattr(pack, field.name), np.ndarray)
-    }
+    fields = {name: torch.from_numpy(column[tokens]) for name, column in pack.columns().items()}
     token = fields["token"].long()
     log_p = (network(token[None]).logits[0] / TEMPERATURE).log_softmax(-1)
     log_prob = torch.cat([torch.zeros(1), log_p[:-1].gather(1, token[1:, None])[:, 0]])
@@ -303,6 +306,16 @@ def test_bfloat16_accumulates_steps_in_float32_master_weights(one_rank, models) 
     # bfloat16 has 8 bits: logits of a few units are known to about 0.03.
     for ours, exact in zip(result.before[0], one_rank["qwen2"].before[0], strict=True):
         np.testing.assert_allclose(ours, exact, atol=0.2)
+
+
+def test_bfloat16_takes_the_same_course_at_every_layout(parallel, one_rank) -> None:
+    ours, reference = parallel["bfloat16"], one_rank["bfloat16"]
+    for step, other in zip(ours.metrics, reference.metrics, strict=True):
+        # Activations of 8 bits. The gradient's norm jumps where one more token is clipped, the loss does not.
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-2)
+    assert ours.metrics[-1]["loss"] < 0.9 * ours.metrics[0]["loss"]  # which the comparison can see
+    moved = (ours.final["lm_head.weight"] != ours.initial["lm_head.weight"]).float().mean()
+    assert moved > 0.3  # else the master weights were not in float32
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -63,13 +63,13 @@ def test_verdicts_and_rewards_follow_the_configuration() -> None:
 
 def test_many_callers_get_their_own_grades_in_order(math_pool: RewardPool) -> None:
     async def one_caller(first: int) -> None:
-        items = [GradeItem(rf"\boxed{{{first + i}}}", str(first + i // 2 * 2)) for i in range(20)]
+        items = [GradeItem(rf"\boxed{{{first + i}}}", str(first + i // 2 * 2)) for i in range(10)]
         result = await math_pool.grade(items)
-        assert [grade.answer_text for grade in result] == [str(first + i) for i in range(20)]
-        assert [grade.verdict for grade in result] == [Verdict.CORRECT, Verdict.WRONG] * 10
+        assert [grade.answer_text for grade in result] == [str(first + i) for i in range(10)]
+        assert [grade.verdict for grade in result] == [Verdict.CORRECT, Verdict.WRONG] * 5
 
     async def all_callers() -> None:
-        await asyncio.gather(*(one_caller(100 * caller) for caller in range(10)))
+        await asyncio.gather(*(one_caller(100 * caller) for caller in range(8)))
 
     asyncio.run(all_callers())
 
@@ -88,31 +88,31 @@ def test_a_cancelled_caller_leaves_the_pool_usable(obeying_pool: RewardPool) -> 
 
 
 @pytest.mark.parametrize(
-    ("response", "verdict", "said"),
+    ("response", "said"),
     [
-        ("sleep 600", Verdict.TIMEOUT, "not graded within 1.5 s"),
-        ("allocate 1000000000", Verdict.ERROR, "MemoryError"),
-        ("raise my mistake", Verdict.ERROR, "LookupError: my mistake"),
-        ("exit", Verdict.ERROR, "SystemExit: 3"),
-        ("crash", Verdict.ERROR, "exit code 3"),
-        ("segfault", Verdict.ERROR, "SIGSEGV"),
-        ("reward nan", Verdict.ERROR, "not finite"),
-        ("text much", Verdict.ERROR, "'much'"),
-        ("no_reward", Verdict.ERROR, 'no "reward"'),
+        ("allocate 1000000000", "MemoryError"),
+        ("raise my mistake", "LookupError: my mistake"),
+        ("exit", "SystemExit: 3"),
+        ("crash", "exit code 3"),
+        ("segfault", "SIGSEGV"),
+        ("reward nan", "not finite"),
+        ("text much", "'much'"),
+        ("no_reward", 'no "reward"'),
     ],
 )
 def test_what_cannot_be_graded_has_no_reward_and_disturbs_no_neighbour(
-    obeying_pool: RewardPool, response: str, verdict: Verdict, said: str
+    obeying_pool: RewardPool, response: str, said: str
 ) -> None:
     before, bad, after = grades(obeying_pool, "reward 0.25", response, "reward 0.75")
     assert (before.reward, after.reward) == (0.25, 0.75)
-    assert (bad.reward, bad.verdict) == (None, verdict)
+    assert (bad.reward, bad.verdict) == (None, Verdict.ERROR)
     assert said in (bad.message or "")
 
 
 def test_a_missed_deadline_kills_what_the_function_started(obeying_pool: RewardPool, tmp_path: Path) -> None:
-    [grade] = grades(obeying_pool, f"spawn {tmp_path / 'pid'}")
-    assert grade.verdict is Verdict.TIMEOUT
+    before, bad, after = grades(obeying_pool, "reward 0.25", f"spawn {tmp_path / 'pid'}", "reward 0.75")
+    assert (before.reward, after.reward) == (0.25, 0.75)
+    assert bad == Grade(None, Verdict.TIMEOUT, message="not graded within 1.5 s")
     child = int((tmp_path / "pid").read_text())
     wait_until(lambda: not alive(child))
 
@@ -137,11 +137,25 @@ def test_workers_killed_from_outside_are_replaced_and_lose_no_item() -> None:
 
 
 def test_starting_does_not_count_against_the_deadline() -> None:
-    # slow_to_import takes 1 s, twice the deadline.
+    # slow_to_import takes 0.6 s.
     config = RewardConfig(function="slow_to_import:nap_if_asked", workers=1, deadline_seconds=0.5)
     with RewardPool(config) as pool:
         first, second, third = grades(pool, "go on", "nap", "go on")
     assert (first.reward, second.verdict, third.reward) == (1.0, Verdict.TIMEOUT, 1.0)
+
+
+def test_who_stops_waiting_for_the_start_does_not_stop_it() -> None:
+    config = RewardConfig(function="reward_functions:obey", workers=1, deadline_seconds=30)
+
+    async def give_up_and_grade(pool: RewardPool) -> list[Grade]:
+        waiting = asyncio.create_task(pool.ready())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        return await pool.grade([GradeItem("reward 1", "")])
+
+    with RewardPool(config) as pool:
+        assert asyncio.run(give_up_and_grade(pool))[0].reward == 1.0
 
 
 def test_own_function_sees_everything_and_its_terms_come_back() -> None:

@@ -71,6 +71,8 @@ def test_decoding_leaves_the_end_token_out(templated: Tokenizer) -> None:
         ({"eos_token_id": 7}, (1, 7)),
         ({"eos_token_id": [9, 1, 7]}, (1, 7, 9)),
         ({"eos_token_id": None}, (1,)),
+        ({"text_config": None}, (1,)),
+        ({"text_config": {"eos_token_id": 3}}, (1, 3)),
     ],
 )
 def test_every_end_token_counts(

@@ -146,8 +146,7 @@ def estimate(trees: Sequence[Tree], config: LearningConfig) -> Advantages:
     value_M = np.where(token_M > 0, value_M, 0.0)
     if estimator.whiten:
         value_M = whiten(value_M, token_M)
-    response_N = forest.levels.down(np.where(forest.depth_N > 0, forest.length_N, 0))
-    per_token = response_N[forest.leaf_node_L] if config.normalisation == "sequence_mean" else 1.0
+    per_token = forest.response_tokens_L if config.normalisation == "sequence_mean" else 1.0
     return Advantages(
         first_leaf_P=np.searchsorted(forest.tree_L, np.arange(len(trees) + 1)),
         offset_L=forest.path_offset_L,

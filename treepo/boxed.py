@@ -1,15 +1,20 @@
 r"""Boxed answers: `\boxed{...}` in a response, whatever the depth of the braces inside.
 
-`\boxed {5}` counts too; a brace behind a backslash is text, not structure. Only complete boxes count: a
-response that is cut inside its last box has the answer of the box before. The official recipe looks at
-the last segment only and at three levels of braces.
+`\boxed {5}` and `\fbox{5}` count too; a brace behind a backslash is text, not structure. Only complete
+boxes count: a response that is cut inside its last box has the answer of the box before. The official
+recipe looks at the last segment only and at three levels of braces.
 """
 
 import re
 from dataclasses import dataclass
 
-# The second alternative is an end that more text may complete to a box.
-_MARKS = re.compile(r"\\boxed\s*\{|(\\(?:b|bo|box|boxe|boxed\s*)?\Z)|\\.|[{}]", re.DOTALL)
+# `rest` is an end that more text may complete to a box.
+_MARKS = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)"
+    r"|(?P<rest>\\(?:b|bo|box|boxe|boxed\s*|f|fb|fbo|fbox\s*)?\Z)"
+    r"|\\.|[{}]",
+    re.DOTALL,
+)
 
 
 def last_boxed(text: str) -> str | None:
@@ -21,14 +26,14 @@ def last_boxed(text: str) -> str | None:
     last_start, last_end = -1, -1
     open_braces: list[int] = []  # where a box's contents start, -1 for a brace that opens no box
     for mark in _MARKS.finditer(text):
-        if mark[0] == "{":
+        if mark["box"]:
+            open_braces.append(mark.end())
+        elif mark[0] == "{":
             open_braces.append(-1)
         elif mark[0] == "}":
             start = open_braces.pop() if open_braces else -1
             if start > last_start:
                 last_start, last_end = start, mark.start()
-        elif mark[0].endswith("{") and mark[0].startswith(r"\boxed"):
-            open_braces.append(mark.end())
     return None if last_start < 0 else text[last_start:last_end]
 
 
@@ -51,9 +56,9 @@ class BoxScan:
             return self
         depth, rest = self.depth, ""
         for mark in _MARKS.finditer(self.rest + text):
-            if mark[1] is not None:
-                rest = mark[1]
-            elif mark[0].startswith(r"\boxed"):
+            if mark["rest"]:
+                rest = mark["rest"]
+            elif mark["box"]:
                 depth = 1
             elif depth and mark[0] in ("{", "}"):
                 depth += 1 if mark[0] == "{" else -1

@@ -1,7 +1,9 @@
 """The `treepo` command. It parses, checks, calls and shows; nothing heavy is imported before it is needed."""
 
 import asyncio
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from treepo.config.load import load_config
+from treepo.config.load import load_as, load_config
 from treepo.errors import TreepoError
 
 app = typer.Typer(
@@ -21,7 +23,6 @@ app = typer.Typer(
 _output = Console()
 _errors = Console(stderr=True)
 
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
@@ -67,10 +68,51 @@ def train(
     show_summary(_output, summary, run_config.out)
 
 
+@app.command()
+def rollout(
+    config: Annotated[Path, typer.Argument(help="A YAML file, for example examples/rollout.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Sample trees for a file of prompts, without training and without grading: one tree a line."""
+    from treepo.config.rollout import RolloutConfig
+
+    rollout_config = load_as(RolloutConfig, config, overrides or [])
+    from treepo.orchestration.rollout_inputs import read_inputs
+
+    inputs = read_inputs(rollout_config)
+    from treepo.orchestration.rollout import rollout as run
+    from treepo.rollout_display import RolloutDisplay, show_rollout
+
+    try:
+        with RolloutDisplay(_output, f"{config} -> {rollout_config.out}") as display:
+            summary = asyncio.run(run(rollout_config, inputs, display))
+    except KeyboardInterrupt:
+        _errors.print(
+            f"Interrupted. What was started has ended; the trees so far are in {rollout_config.out}/"
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    show_rollout(_output, summary, rollout_config.out)
+
+
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2."""
+    """Entry point: an error that a user can understand is one line."""
+    # The progress bars of libraries would draw over ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    exit_code = 0
     try:
         app()
-    except TreepoError as error:
-        _errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(EXIT_BAD_INPUT)
+    except* TreepoError as group:
+        for error in _single(group):
+            _errors.print(
+                f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
+            )
+            exit_code = max(exit_code, error.exit_code)
+    sys.exit(exit_code)
+
+
+def _single(group: BaseExceptionGroup[TreepoError]) -> Iterator[TreepoError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _single(error)
+        else:
+            yield error

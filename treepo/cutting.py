@@ -31,7 +31,7 @@ def depth_first(forest: Forest) -> np.ndarray:
 def cut_trees(forest: Forest, max_tokens: int) -> Iterator[tuple[np.ndarray, int]]:
     """The batch's pieces: each one's nodes in depth-first order, and how many of the first are context."""
     order = depth_first(forest)
-    above_N = forest.levels.down(forest.length_N) - forest.length_N
+    above_N = forest.path_tokens_N - forest.length_N
     ends = np.searchsorted(forest.tree_N[order], np.arange(len(forest.first_P)))
     for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         nodes = order[start:stop]

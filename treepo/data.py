@@ -108,7 +108,9 @@ def read_questions(path: Path, columns: ColumnsConfig, config: PromptsConfig) ->
     return list(_convert_rows(columns, config, DataReport(path), lambda _row, question: question))
 
 
-def load_prompts(path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: PromptsConfig) -> PromptSet:
+def load_prompts(
+    path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: PromptsConfig
+) -> PromptSet:
     """The file's prompts; of `config` only limits, system prompt and what to do with bad rows count.
 
     Raises DataError.

@@ -1,8 +1,15 @@
-"""The exceptions that a user can cause. The command line shows each as one line and exits with 2."""
+"""The exceptions that a user sees: the command line shows each as one line."""
+
+from typing import ClassVar
 
 
 class TreepoError(Exception):
-    """Base of every error that ends in one clear line; its text names the place and what is allowed."""
+    """Base of every error that ends in one clear line; its text names the place and what is allowed.
+
+    exit_code: of the command that it ends; 2 for what the user gave it, 1 for what broke on the way.
+    """
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(TreepoError):
@@ -20,6 +27,10 @@ class ModelError(TreepoError):
 class EngineError(TreepoError):
     """A request that an engine could not serve; the text names the engine and the reason."""
 
+    exit_code = 1
+
 
 class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
+
+    exit_code = 1

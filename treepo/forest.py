@@ -128,6 +128,16 @@ class Forest:
             node, slot, left = self.parent_N[node[going_on]], slot[going_on] - 1, left[going_on] - 1
         return path_node_M
 
+    @cached_property
+    def path_tokens_N(self) -> np.ndarray:
+        """int64: tokens from the prompt's first to the node's last, along its path."""
+        return self.levels.down(self.length_N)
+
+    @cached_property
+    def response_tokens_L(self) -> np.ndarray:
+        """int64: tokens of each leaf's response, the prompt excluded."""
+        return self.path_tokens_N[self.leaf_node_L] - self.length_N[self.first_P[self.tree_L]]
+
     def sum_leaves(self, values_L: np.ndarray, combine: np.ufunc = np.add, empty: float = 0.0) -> np.ndarray:
         """Each node's sum (or other combination) over the graded leaves below it: [N]."""
         values_N = np.full(len(self.parent_N), empty)

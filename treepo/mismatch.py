@@ -20,5 +20,5 @@ def log_prob_mismatch(packs: Iterable[Iterable[Pack]]) -> dict[str, float]:
         difference = np.abs(pack.old_log_prob - pack.rollout_log_prob, dtype=np.float64) * (count > 0)
         total += float(difference @ count)
         weight += float(count.sum())
-        largest = max(largest, float(difference.max()))
+        largest = float(np.maximum(largest, difference.max()))  # not `max`, which loses NaN
     return {"logprob_difference_mean": total / max(weight, 1.0), "logprob_difference_max": largest}

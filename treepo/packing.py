@@ -56,6 +56,11 @@ class Pack:
     def __len__(self) -> int:
         return len(self.token)
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """The [T] fields that are set, by their names."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+
 
 PADDING = {"tree": -1, "segment": PROMPT, "version": -1, "source": -1}  # everything else is padded with 0
 
@@ -147,12 +152,10 @@ def attach(
 
 def padded(pack: Pack, length: int) -> Pack:
     """`pack` with untrained tokens after it, up to `length`; each sees only itself."""
-    missing = length - len(pack)
-    columns = {}
-    for field in fields(pack):
-        value = getattr(pack, field.name)
-        if isinstance(value, np.ndarray):
-            columns[field.name] = np.pad(value, (0, missing), constant_values=PADDING.get(field.name, 0))
+    columns = {
+        name: np.pad(column, (0, length - len(pack)), constant_values=PADDING.get(name, 0))
+        for name, column in pack.columns().items()
+    }
     columns["exit"][len(pack) :] = np.arange(len(pack), length) + 1
     return replace(pack, **columns)
 
@@ -181,7 +184,7 @@ def blank_pack() -> Pack:
 
 def _checked_forest(trees: Sequence[Tree], max_tokens: int, capacities: Sequence[int]) -> Forest:
     forest = Forest.of(trees)
-    longest = forest.levels.down(forest.length_N)[forest.leaf_node_L].max(initial=0)
+    longest = forest.path_tokens_N.max(initial=0)
     if longest > max_tokens:
         raise ValueError(f"a trajectory has {longest} tokens with its prompt; a pack holds {max_tokens}")
     if capacities and capacities[-1] < max_tokens:
@@ -266,7 +269,7 @@ class _Columns:
 
     def __init__(self, trees: Sequence[Tree], forest: Forest) -> None:
         self._forest = forest
-        self._above_N = forest.levels.down(forest.length_N) - forest.length_N
+        self._above_N = forest.path_tokens_N - forest.length_N
         self._tokens: list[np.ndarray] = []
         self._log_probs: list[np.ndarray] = []
         versions: list[int] = []

@@ -84,7 +84,7 @@ def end_tokens(folder: Path, tokenizer_eos: int | None = None) -> tuple[int, ...
         if (folder / name).is_file():
             config = _read_json(folder / name)
             found.update(_ids(config.get("eos_token_id")))
-            found.update(_ids(config.get("text_config", {}).get("eos_token_id")))
+            found.update(_ids((config.get("text_config") or {}).get("eos_token_id")))
     if not found:
         raise ModelError(
             f"{folder}: no end token: eos_token_id is in none of generation_config.json, config.json "

@@ -1,6 +1,6 @@
 """The Megatron-Core actor: parallel layout, optimizer, micro-batches."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ class OptimizerConfig(Section):
     """Adam's learning rate after the warm-up."""
     warmup_steps: int = Field(default=10, ge=0)
     """Step k of so many first optimizer steps, counted from 1, uses k / warmup_steps of the learning rate."""
-    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Adam's moment decay rates."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""

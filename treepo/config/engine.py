@@ -14,6 +14,9 @@ class EngineConfig(Section):
     """Tokens in the KV cache; by default what fits into a GPU's free memory, and 131072 on a CPU."""
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Share of the device's memory for weights and KV cache together; SGLang's choice by default."""
+    attention_backend: str | None = None
+    """SGLang's attention kernels on a GPU, for example `triton` or `fa3`; its choice by default. A CPU has
+    one kind."""
     start_seconds: float = Field(default=600, gt=0)
     """Deadline for one engine's start."""
     request_seconds: float = Field(default=3600, gt=0)

@@ -49,7 +49,9 @@ def load_as[Schema: Section](schema: type[Schema], path: Path, overrides: Sequen
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault, schema, places, path) for fault in error.errors())) from None
+        raise ConfigError(
+            "\n".join(_explain(fault, schema, places, path) for fault in error.errors())
+        ) from None
 
 
 def dump_config(config: Section) -> str:
@@ -108,9 +110,7 @@ def _override_value(text: str, place: str) -> Any:
     return text if value is None and text.strip().lstrip("#") != text.strip() else value
 
 
-def _explain(
-    fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], path: Path
-) -> str:
+def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], path: Path) -> str:
     """One line of pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
     location = [str(part) for part in fault["loc"]]
     dotted = ".".join(location)

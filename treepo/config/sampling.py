@@ -201,6 +201,10 @@ class SamplingConfig(Section):
             )
         if self.min_width > self.width:
             raise ValueError(f"min_width = {self.min_width} is more than width = {self.width}")
+        if total is None and self.min_width > 1:
+            raise ValueError(
+                f"min_width = {self.min_width} does nothing with cap = {self.cap}; response_tokens is allowed"
+            )
         return self
 
     @model_validator(mode="after")

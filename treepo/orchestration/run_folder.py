@@ -15,12 +15,15 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tensorboard.summary import Writer
 
+from treepo.config.base import Section
 from treepo.config.load import dump_config
 from treepo.config.schema import RunConfig
 from treepo.errors import ConfigError
@@ -37,6 +40,51 @@ CHECKPOINT, TENSORBOARD = "checkpoint", "tensorboard"
 _PREVIOUS = "previous-"
 
 
+def prepare_folder(folder: Path, config: Section) -> None:
+    """Make the folder, move an earlier run's files into `previous-N/`, write the configuration.
+
+    Raises ConfigError where that cannot be done, and for a folder that holds something else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _set_aside_previous(folder)
+        (folder / CONFIG).write_text(dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """What our own packages log while the block runs, and what ended it early."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("treepo", "sglang_rollout")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        logging.getLogger(__name__).exception("the run ended early")
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+
+def _set_aside_previous(folder: Path) -> None:
+    earlier = [entry for entry in folder.iterdir() if entry.name.startswith(_PREVIOUS)]
+    files = [entry for entry in folder.iterdir() if entry not in earlier]
+    if not files:
+        return
+    if folder / CONFIG not in files:
+        raise ConfigError(f"out: {folder} has files in it, but not of a run ({CONFIG} is missing)")
+    aside = folder / f"{_PREVIOUS}{len(earlier) + 1}"
+    aside.mkdir()
+    for entry in files:
+        entry.rename(aside / entry.name)
+
+
 class RunFolder:
     """A context manager. An earlier run's files are moved into `previous-N/`, never overwritten."""
 
@@ -46,18 +94,13 @@ class RunFolder:
         self._config = config
 
     def __enter__(self) -> Self:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._set_aside_previous()
-            (self.path / CONFIG).write_text(dump_config(self._config))
-            self._metrics = (self.path / METRICS).open("w")
-            self._trees = (self.path / TREES).open("wb")
-        except OSError as error:
-            raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
+        prepare_folder(self.path, self._config)
+        self._stack = ExitStack()
+        self._metrics = self._stack.enter_context((self.path / METRICS).open("w"))
+        self._trees = self._stack.enter_context((self.path / TREES).open("wb"))
         self._tensorboard = Writer(str(self.path / TENSORBOARD))
-        self._log = logging.FileHandler(self.path / LOG)
-        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger("treepo").addHandler(self._log)
+        self._stack.callback(self._tensorboard.close)
+        self._stack.enter_context(log_to(self.path / LOG))
         return self
 
     def __exit__(
@@ -66,13 +109,7 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
-            logging.getLogger("treepo").error("the run ended early", exc_info=error)
-        logging.getLogger("treepo").removeHandler(self._log)
-        self._log.close()
-        self._tensorboard.close()
-        self._trees.close()
-        self._metrics.close()
+        self._stack.__exit__(kind, error, traceback)
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's numbers; what is not finite is null in the file, as JSON has no nan."""
@@ -93,15 +130,3 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Written once, by a finished run."""
         (self.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-
-    def _set_aside_previous(self) -> None:
-        earlier = [entry for entry in self.path.iterdir() if entry.name.startswith(_PREVIOUS)]
-        files = [entry for entry in self.path.iterdir() if entry not in earlier]
-        if not files:
-            return
-        if self.path / CONFIG not in files:
-            raise ConfigError(f"out: {self.path} has files in it, but not of a run ({CONFIG} is missing)")
-        aside = self.path / f"{_PREVIOUS}{len(earlier) + 1}"
-        aside.mkdir()
-        for entry in files:
-            entry.rename(aside / entry.name)

@@ -48,6 +48,8 @@ class RewardPool:
         self._traceback_shown = False
         self.restarts = 0
         self._ready: list[Future[None]] = [Future() for _ in range(config.workers)]
+        for ready in self._ready:
+            ready.set_running_or_notify_cancel()  # who stops waiting for it does not cancel it
         self._threads = [
             threading.Thread(target=self._run, args=(slot,), name=f"reward-{slot}", daemon=True)
             for slot in range(config.workers)

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
-
 from treepo.config.learning import LearningConfig
 from treepo.forest import Forest
 from treepo.tree import Tree
@@ -23,8 +21,6 @@ def shape_overlong(tree: Tree, config: LearningConfig, max_response_tokens: int)
     buffer, factor = config.overlong_buffer_tokens, config.overlong_penalty
     if buffer is None:
         return tree
-    forest = Forest.of([tree])
-    response_N = forest.levels.down(np.where(forest.depth_N > 0, forest.length_N, 0))
     return replace(
         tree,
         leaves=tuple(
@@ -33,6 +29,6 @@ def shape_overlong(tree: Tree, config: LearningConfig, max_response_tokens: int)
             else replace(
                 leaf, reward=leaf.reward + overlong_penalty(tokens, max_response_tokens, buffer, factor)
             )
-            for leaf, tokens in zip(tree.leaves, response_N[forest.leaf_node_L].tolist(), strict=True)
+            for leaf, tokens in zip(tree.leaves, Forest.of([tree]).response_tokens_L.tolist(), strict=True)
         ),
     )

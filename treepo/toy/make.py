@@ -5,8 +5,8 @@
     out/heldout.jsonl   others, which neither the warm start nor train.jsonl contains
     out/toy.json        written last: what this folder was made from, and the report
 
-The data depend on the seed alone. The model also does, on one machine with one number of threads; elsewhere
-float32 sums round differently.
+The data depend on the seed alone. The model also does, on one kind of processor; elsewhere float32 sums round
+differently.
 """
 
 import hashlib
@@ -80,8 +80,9 @@ def _make(
 
     tokenizer = byte_tokenizer(warmstart.MAX_CONTEXT)
     model = warmstart.new_model(seed)
-    warmstart.warm_start(model, tokenizer, recipe, seed, frozenset(heldout), progress)
-    accuracy = warmstart.sampled_accuracy(model, tokenizer, heldout, recipe.measured_samples, seed)
+    with warmstart.one_thread():
+        warmstart.warm_start(model, tokenizer, recipe, seed, frozenset(heldout), progress)
+        accuracy = warmstart.sampled_accuracy(model, tokenizer, heldout, recipe.measured_samples, seed)
     model.save_pretrained(out / "model")
     tokenizer.hugging_face.save_pretrained(out / "model")
     return ToyReport(

@@ -20,7 +20,7 @@ class Recipe:
     warmup_steps: int = 20
     """Steps until the learning rates have risen to those below; from there they fall linearly to nothing."""
     muon_lr: float = 0.006
-    adam_lr: float = 0.006
+    adam_lr: float = 0.003
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates at `step`, counted from 0."""

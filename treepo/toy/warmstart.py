@@ -6,7 +6,8 @@ Muon moves the matrices of the layers and Adam the rest; on this task Muon needs
 than Adam alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,17 @@ def new_model(seed: int) -> Qwen2ForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed("toy", seed, "model"))
         return Qwen2ForCausalLM(config)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: the same sums on every machine, and small matrices gain little from a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def warm_start(

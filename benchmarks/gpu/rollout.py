@@ -1,0 +1,156 @@
+"""Sampling on one GPU: trees, the same trees in lock-step, the same leaves one by one.
+
+    python -m benchmarks.gpu.rollout --shapes 0.5b --widths 16    # in the repository's root
+
+Needs one GPU with room for the larger shape (7B in bfloat16: 15 GB of weights, the rest is KV cache), Python
+3.12, torch 2.11.0 for CUDA 13, and SGLang, which needs no network once its wheels are at hand:
+
+    pip download -d wheels -c constraints.txt sglang==0.5.16    # where there is a network
+    pip install --no-index --find-links wheels sglang==0.5.16
+
+(The first fetches every wheel that SGLang depends on, among them torch and transformers; this repository needs
+nothing else to sample, and is used from its sources.)
+Attention is SGLang's Triton backend, which needs no flash-attention kernels. The models are random Qwen2.5
+shapes that this script writes; forced response lengths, see rollout_comparison.py: log-normal, on average
+3.5 of 14 segments of 512 tokens. One JSON line a shape and width, as soon as it is measured; the keys are
+those of benchmarks/rollout.py. `--dry-run` runs the same code in a minute on a CPU, with a tiny shape.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of, write_model
+from sglang_rollout.engine import SGLangEngine
+from treepo.config.engine import EngineConfig
+from treepo.config.sampling import SamplingConfig
+from treepo.stopping import StopRule
+
+SHAPES: dict[str, dict[str, int]] = {
+    "0.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+    },
+    "7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+    },
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+    },
+}
+MEAN_SEGMENTS, SIGMA = 3.5, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What a real and a dry run differ in. prompt_tokens and segment_tokens are lengths in tokens."""
+
+    shapes: list[str]
+    widths: list[int]
+    prompts: int
+    prompt_tokens: int
+    segment_tokens: int
+    max_depth: int
+    dtype: str
+    engine: EngineConfig
+
+    def sampling(self, width: int) -> SamplingConfig:
+        return SamplingConfig(
+            segment_tokens=self.segment_tokens,
+            max_depth=self.max_depth,
+            width=width,
+            max_response_tokens=self.segment_tokens * self.max_depth,
+        )
+
+
+def scale(arguments: argparse.Namespace) -> Scale:
+    if arguments.dry_run:
+        return Scale(
+            shapes=["tiny"],
+            widths=[4],
+            prompts=6,
+            prompt_tokens=16,
+            segment_tokens=8,
+            max_depth=6,
+            dtype="float32",
+            engine=EngineConfig(max_total_tokens=4096),
+        )
+    return Scale(
+        shapes=arguments.shapes,
+        widths=arguments.widths,
+        prompts=64,
+        prompt_tokens=256,
+        segment_tokens=512,
+        max_depth=14,
+        dtype="bfloat16",
+        engine=EngineConfig(attention_backend="triton"),
+    )
+
+
+def measure(shape: str, scale: Scale, repeats: int) -> None:
+    """Start one engine on a random model of this shape and compare on it, width by width."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), scale.dtype, SHAPES[shape])
+        rule = StopRule(scale.sampling(scale.widths[0]), text_of)
+        engine = SGLangEngine(Path(folder), scale.dtype, scale.engine, seed=0, stop_rule=rule)
+        try:
+            asyncio.run(_compare(engine, shape, scale, repeats))
+        finally:
+            engine.close()
+
+
+async def _compare(engine: SGLangEngine, shape: str, scale: Scale, repeats: int) -> None:
+    drawn = prompts(scale.prompts, scale.prompt_tokens, SHAPES[shape]["vocab_size"])
+    lengths = LogNormal(MEAN_SEGMENTS * scale.segment_tokens, SIGMA)
+    for width in scale.widths:
+        record = await Comparison(engine, drawn, scale.sampling(width), lengths).run(repeats)
+        line: dict[str, Any] = {
+            "benchmark": "gpu/rollout",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "shape": shape,
+            **record,
+        }
+        sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=["0.5b", "7b"], default=["0.5b", "7b"])
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device is visible; --dry-run runs on a CPU")
+    wanted = scale(arguments)
+    for shape in wanted.shapes:
+        measure(shape, wanted, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a person sees of `treepo rollout`: a bar in a terminal, a line every tenth elsewhere, a table."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sglang_rollout.driver import Stats
+from treepo.orchestration.rollout import Summary
+from treepo.orchestration.run_folder import CONFIG, LOG, SUMMARY, TREES
+
+_LINES = 10  # where nothing is live
+_FAILURES = 5  # that the table spells out
+
+
+class RolloutDisplay:
+    """A `Reporter` (treepo.orchestration.rollout) that draws; a context manager around the rollout."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._live = console.is_terminal and not console.is_dumb_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("trees  {task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("start engine", total=None, numbers="")
+        self._prompts = 0
+
+    def __enter__(self) -> Self:
+        self._console.print(f"[bold]{self._title}[/bold]", highlight=False)
+        self._progress.start()
+        if not self._live:
+            self._line("start engine")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def sampling(self, prompts: int) -> None:
+        self._prompts = prompts
+        self._progress.update(self._task, description="sample", total=prompts)
+
+    def tree(self, done: int, stats: Stats, seconds: float) -> None:
+        numbers = (
+            f"{stats.leaves} leaves  {stats.decoded_tokens:,} tokens decoded  "
+            f"{stats.decoded_tokens / seconds:.0f} tokens/s"
+        )
+        if stats.failed_trees:
+            numbers += f"  {stats.failed_trees} failed"
+        self._progress.update(self._task, completed=done, numbers=numbers)
+        if not self._live and done * _LINES // self._prompts > (done - 1) * _LINES // self._prompts:
+            self._line(f"{done}/{self._prompts} trees  {numbers}")
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def show_rollout(console: Console, summary: Summary, folder: Path) -> None:
+    """The end of a rollout: what was sampled, what it cost, where it is."""
+    table = Table(title="What was sampled", title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    table.add_row("trees", f"{summary.trees} of {summary.prompts} prompts")
+    table.add_row("leaves", f"{summary.leaves:,}")
+    table.add_row("tokens decoded", f"{summary.decoded_tokens:,}")
+    table.add_row(
+        "the same leaves one by one", f"{summary.total_tokens:,}  ({summary.total_over_unique:.2f}x)"
+    )
+    table.add_row("prefixes found in the cache", f"{summary.cached_token_ratio:.1%}")
+    table.add_row("tokens/s", f"{summary.tokens_per_second:,.0f}")
+    table.add_row("leaves/s", f"{summary.trajectories_per_second:.1f}")
+    table.add_row("seconds", f"{summary.seconds:.1f}")
+    if summary.failed_requests:
+        table.add_row("failed requests", f"{summary.failed_requests} of {summary.requests}")
+    for failure in summary.failures[:_FAILURES]:
+        table.add_row(f"[red]failed: {failure.prompt_id}[/red]", failure.reason)
+    if len(summary.failures) > _FAILURES:
+        table.add_row("[red]failed[/red]", f"and {len(summary.failures) - _FAILURES} more, in {SUMMARY}")
+    console.print(table)
+    written = Table(title=f"Written to {folder}/", title_justify="left", show_header=False, box=None)
+    for name, what in (
+        (TREES, "every tree: segments, log-probs, leaves; not graded"),
+        (SUMMARY, "this summary"),
+        (CONFIG, "the effective configuration"),
+        (LOG, "the log"),
+    ):
+        written.add_row(name, what)
+    console.print(written, soft_wrap=True)
