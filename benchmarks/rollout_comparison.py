@@ -76,7 +76,8 @@ class LogNormal:
         centre = math.log(self.mean) - self.sigma**2 / 2
         longer = _NORMAL.cdf((centre - math.log(above)) / self.sigma) if above else 1.0
         chance = rng.generator("length", seed).uniform(1e-12, 1 - 1e-12) * longer
-        return max(above + 1, round(math.exp(centre - self.sigma * _NORMAL.inv_cdf(chance))))
+        # Rounded up, so that a response is longer than `above` exactly where the log-normal is.
+        return max(above + 1, math.ceil(math.exp(centre - self.sigma * _NORMAL.inv_cdf(chance))))
 
 
 class DrawnEnds:

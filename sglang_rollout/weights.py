@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from treepo.errors import EngineError, ModelError
 from treepo.protocols import Bucket
@@ -22,9 +22,12 @@ def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{model}: no *.safetensors in the folder")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        try:
+            with safe_open(file, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise ModelError(f"{file}: no readable safetensors file: {error}") from error
     return shapes
 
 

@@ -1,6 +1,7 @@
 """Fixtures that many tests share."""
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from tiny import write_tiny_qwen2
 if TYPE_CHECKING:
     from real_engine import RealEngine
 
+# Torch reads it when it is imported: the tests' tensors are small, and threads that wait for each other on a
+# busy machine cost minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples in every run, however slow the machine is.
 settings.register_profile("treepo", deadline=None, derandomize=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,19 @@ def test_a_mistake_is_found_before_anything_starts(
     with pytest.raises(TreepoError) as error:
         read_inputs(load_as(RolloutConfig, Path("rollout.yaml"), [override]))
     assert message in str(error.value)
+
+
+def test_a_damaged_model_is_found_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    config = load_as(
+        RolloutConfig,
+        folder / "rollout.yaml",
+        [f"model.path={model}", f"data.train={folder / 'problems.jsonl'}"],
+    )
+    with pytest.raises(TreepoError, match=r"model\.safetensors: no readable safetensors file"):
+        read_inputs(config)
 
 
 def test_only_the_first_prompts_where_so_many_are_wanted(

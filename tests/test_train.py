@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "out": "run",
         "steps": STEPS,
         "model": {"path": "model", "dtype": "float32"},
-        "data": {"train": "train.jsonl", "prompts_per_step": 4, "max_prompt_tokens": 256},
+        "data": {"train": "train.jsonl", "prompts_per_step": 4, "max_prompt_tokens": 224},
         "reward": {"workers": 1, "function": "test_train:reward_even_length"},
         "sampling": {"segment_tokens": 8, "max_depth": 4, "max_response_tokens": 32, "width": 4},
         "learning": {"mini_batches": 2},

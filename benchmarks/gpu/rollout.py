@@ -8,8 +8,8 @@ Needs one GPU with room for the larger shape (7B in bfloat16: 15 GB of weights, 
     pip download -d wheels -c constraints.txt sglang==0.5.16    # where there is a network
     pip install --no-index --find-links wheels sglang==0.5.16
 
-(The first fetches every wheel that SGLang depends on, among them torch and transformers; this repository needs
-nothing else to sample, and is used from its sources.)
+The first fetches every wheel that SGLang depends on, torch, transformers, numpy, orjson, psutil, pydantic and
+PyYAML among them; this repository needs nothing else to sample, and is used from its sources.
 Attention is SGLang's Triton backend, which needs no flash-attention kernels. The models are random Qwen2.5
 shapes that this script writes; forced response lengths, see rollout_comparison.py: log-normal, on average
 3.5 of 14 segments of 512 tokens. One JSON line a shape and width, as soon as it is measured; the keys are

@@ -125,8 +125,10 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
     if fault["type"] == "model_type":
         return f"{place}: {dotted}: should be a section (keys and values), found {fault['input']!r}"
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    if fault["type"] == "value_error":  # a cross-field rule: its message names its keys
-        return f"{place}: {message}"
+    if (
+        fault["type"] == "value_error"
+    ):  # a cross-field rule: its message names its keys and shows their values
+        return f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"
     return f"{place}: {dotted}: {message}, found {fault['input']!r}"
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_rollout.growing_tree import longest_response
+from sglang_rollout.weights import checkpoint_shapes
 from treepo.config.rollout import RolloutConfig
 from treepo.data import Prompt, check_prompts, load_prompts
-from treepo.errors import ConfigError, ModelError
+from treepo.errors import ConfigError
 from treepo.tokenizer import Tokenizer, check_model_folder, load_tokenizer
 
 
@@ -29,10 +30,9 @@ def read_inputs(config: RolloutConfig) -> Inputs:
 
 
 def _check_model(config: RolloutConfig) -> None:
-    """Any family that SGLang knows may sample, so only the folder is looked at."""
+    """Any family that SGLang knows may sample, so only weights' headers and lengths are looked at."""
     folder = config.model.path
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: it has no weights (no *.safetensors)")
+    checkpoint_shapes(folder)
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     prompt, response = config.data.max_prompt_tokens, longest_response(config.sampling)
     if positions is not None and prompt + response > positions:

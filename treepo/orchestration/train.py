@@ -96,13 +96,14 @@ async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[s
 async def _start(
     config: RunConfig, inputs: Inputs, folder: RunFolder, clock: Clock, stack: AsyncExitStack
 ) -> "Run":
-    """Grader, engines and trainer, all started at the same time."""
+    """The grader, then engines and trainer at the same time."""
     rewards = stack.enter_context(RewardPool(config.reward))
+    await rewards.ready()  # a second, and a reward function that cannot be imported is known before the rest
     stack.enter_context(ray_session(config.engine.count + config.actor.parallel.ranks))
     engines = EnginePool(config, StopRule(config.sampling, inputs.tokenizer.decode))
     stack.push_async_callback(engines.close)
     learner = LearnerGroup(config)
-    await asyncio.gather(engines.ready(), learner.ready(), rewards.ready())
+    await asyncio.gather(engines.ready(), learner.ready())
 
     def driver(sampling: SamplingConfig) -> TreeDriver:
         decode = inputs.tokenizer.decode
@@ -184,20 +185,24 @@ class Run:
             sampler = DynamicSampler(prompts, learning.max_refills, max_staleness=0)
             sampler.start(version=step - 1)
             sampled: list[Tree] = []
+            used: set[int] = set()
             while missing := sampler.missing():
-                round_trees = await self._sample_and_write(missing, step)
+                # Where an epoch ends between two rounds, the next may begin with a prompt of this step.
+                fresh = [index for index in self.order.next(missing) if index not in used]
+                used.update(fresh)
+                round_trees = await self._sample_and_write(fresh, step) if fresh else []
                 sampler.offer(round_trees)
                 sampled += round_trees
             batch, dropped = sampler.take()
         else:
-            batch = sampled = await self._sample_and_write(prompts, step)
+            batch = sampled = await self._sample_and_write(self.order.next(prompts), step)
             dropped = {}
         limit = self.config.sampling.max_response_tokens
         return sampled, [shape_overlong(tree, learning, limit) for tree in batch], dropped
 
-    async def _sample_and_write(self, number: int, step: int) -> list[Tree]:
-        """Graded trees of the next `number` prompts."""
-        prompts = [self.inputs.train[index] for index in self.order.next(number)]
+    async def _sample_and_write(self, indices: Sequence[int], step: int) -> list[Tree]:
+        """Graded trees of the prompts at `indices` of the training data."""
+        prompts = [self.inputs.train[index] for index in indices]
         trees = await self._sample(self.training, prompts, step)
         answers = {prompt.id: prompt.answer for prompt in prompts}
         for tree in trees:
