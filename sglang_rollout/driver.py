@@ -126,8 +126,9 @@ class TreeDriver:
         self._seed = seed
         self._lanes = [_Lane(index, engine) for index, engine in enumerate(engines)]
         self._kv_tokens = kv_tokens
-        self._tokens = 0.0  # in all trees, a shared token once; earlier calls of `sample` count less
-        self._leaves = 0.0  # ended in them
+        self._tokens = 0  # of this call of `sample` in all trees, a shared token once
+        self._leaves = 0  # ended in them
+        self._tokens_per_leaf: float | None = None  # of the last call
         self._room = asyncio.Event()
         self._waiting: dict[Ask, tuple[str, int, float]] = {}
 
@@ -140,7 +141,8 @@ class TreeDriver:
         """
         for lane in self._lanes:
             lane.failures = 0  # an engine that failed in the last step may have been replaced
-        self._tokens, self._leaves = self._tokens / 2, self._leaves / 2  # training changes how long they are
+        self._tokens_per_leaf = self._tokens / self._leaves if self._leaves else self._tokens_per_leaf
+        self._tokens = self._leaves = 0
         results: asyncio.Queue[Tree | FailedTree | None] = asyncio.Queue()
         growing = asyncio.create_task(self._grow_all(prompts, step, results))
         try:
@@ -260,15 +262,18 @@ class TreeDriver:
 
     def _expected_tokens(self) -> int:
         """Response tokens that a tree is given room for: those of `width` leaves, at the tokens that a leaf
-        has cost so far.
+        cost in the last call of `sample`, or in the first call so far.
 
-        The tokens of paths that have not ended count, so the estimate starts too high and falls: the first
-        to end are the short ones, and the most that a tree can have would leave an engine half empty until
-        its first trees are finished.
+        So far, the tokens of paths that have not ended count too: this starts too high and falls, as the
+        first to end are the short ones. The most that a tree can have, which counts until a path has ended,
+        would leave an engine half empty for long.
         """
         width = self._sampling.width
         most = longest_response(self._sampling) * width
-        return min(most, round(self._tokens / self._leaves * width)) if self._leaves else most
+        cost = self._tokens_per_leaf
+        if cost is None:
+            cost = self._tokens / self._leaves if self._leaves else most
+        return min(most, round(cost * width))
 
     def _seat(self, live: _Live, lane: _Lane) -> None:
         live.lane = lane

@@ -161,7 +161,7 @@ class Run:
             mini_batches = [await self._score(packs) for packs in self._pack(batch)]
             mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
         with self.clock.phase("train"):
-            updates = [await self._update(packs) for packs in mini_batches]
+            updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
         with self.clock.phase("update"):
             await update_weights(self.learner, self.engines, version=step)
         self.decoded_tokens += stats.decoded_tokens
@@ -173,6 +173,7 @@ class Run:
             | _rollout_metrics(stats, seconds["sample"])
             | {f"dropped/{reason}": count for reason, count in dropped.items()}
             | mismatch
+            | {"train/optimizer_steps": len(updates)}
             | _mean(updates)
             | {f"seconds/{name}": seconds[name] for name in ("sample", "score", "train", "update")}
         )
@@ -252,13 +253,18 @@ class Run:
             packs = attach(packs, "reference_log_prob", reference)
         return packs
 
-    async def _update(self, packs: list[list[Pack]]) -> dict[str, float]:
-        """One optimizer step."""
-        total = denominator(packs, self.config.learning)
-        if total == 0:
+    def _with_grades(self, mini_batches: Sequence[list[list[Pack]]]) -> list[list[list[Pack]]]:
+        """Those in which some response could be graded: the others have nothing to learn from."""
+        graded = [packs for packs in mini_batches if denominator(packs, self.config.learning) > 0]
+        if mini_batches and not graded:
             raise RewardError(
                 "no response of this step could be graded (reward.deadline_seconds, reward.memory_mb)"
             )
+        return graded
+
+    async def _update(self, packs: list[list[Pack]]) -> dict[str, float]:
+        """One optimizer step."""
+        total = denominator(packs, self.config.learning)
         return await self.learner.train_step(packs, self.config.sampling.temperature, total)
 
 
