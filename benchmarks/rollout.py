@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=0.5, help="of the lengths' logarithm")
     parser.add_argument("--initial-branching", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--kv-tokens", type=int, default=32768)
+    parser.add_argument("--kv-tokens", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ on (seed, step, prompt id) and on what the engine answers, never on the order in
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from treepo.stopping import StopRule
 from treepo.tree import Tree
 
 _log = logging.getLogger(__name__)
+_REMEMBERED_TREES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +98,15 @@ class _Lane:
 
 @dataclass(slots=True, eq=False)
 class _Live:
+    """A tree on an engine. leaves: still to come; held, most_held: most response tokens on its unfinished
+    paths at one time, in its last round and so far.
+    """
+
     tree: GrowingTree
     lane: _Lane
     leaves: int
+    held: int = 0
+    most_held: int = 0
 
 
 class TreeDriver:
@@ -126,9 +134,9 @@ class TreeDriver:
         self._seed = seed
         self._lanes = [_Lane(index, engine) for index, engine in enumerate(engines)]
         self._kv_tokens = kv_tokens
-        self._tokens = 0  # of this call of `sample` in all trees, a shared token once
+        self._tokens = 0  # in all trees, a shared token once
         self._leaves = 0  # ended in them
-        self._tokens_per_leaf: float | None = None  # of the last call
+        self._most_held: deque[int] = deque(maxlen=_REMEMBERED_TREES)  # by the trees that finished last
         self._room = asyncio.Event()
         self._waiting: dict[Ask, tuple[str, int, float]] = {}
 
@@ -141,8 +149,6 @@ class TreeDriver:
         """
         for lane in self._lanes:
             lane.failures = 0  # an engine that failed in the last step may have been replaced
-        self._tokens_per_leaf = self._tokens / self._leaves if self._leaves else self._tokens_per_leaf
-        self._tokens = self._leaves = 0
         results: asyncio.Queue[Tree | FailedTree | None] = asyncio.Queue()
         growing = asyncio.create_task(self._grow_all(prompts, step, results))
         try:
@@ -191,6 +197,8 @@ class TreeDriver:
                 except* EngineError as errors:
                     failure = errors.exceptions[0]
                 else:
+                    live.held = tree.most_held()
+                    live.most_held = max(live.most_held, live.held)
                     tree.advance()
         finally:
             self._unseat(live)
@@ -200,6 +208,7 @@ class TreeDriver:
             _log.warning("prompt %s: tree given up: %s", tree.prompt.id, failure)
             results.put_nowait(FailedTree(tree.prompt.id, str(failure)))
             return
+        self._most_held.append(live.most_held)
         finished = tree.finished()
         self._count_tree(finished, tree)
         results.put_nowait(finished)
@@ -257,23 +266,22 @@ class TreeDriver:
         if self._kv_tokens is None:
             return True
         size = self._expected_tokens()
-        held = sum(len(live.tree.prompt.tokens) + max(size, live.tree.tokens) for live in lane.trees)
+        held = sum(len(live.tree.prompt.tokens) + max(size, live.held) for live in lane.trees)
         return held + len(prompt.tokens) + size <= self._kv_tokens
 
     def _expected_tokens(self) -> int:
-        """Response tokens that a tree is given room for: those of `width` leaves, at the tokens that a leaf
-        cost in the last call of `sample`, or in the first call so far.
+        """Response tokens that a tree is given room for: the most on its unfinished paths at one time, on
+        average over the trees that finished last; what has ended may leave the cache.
 
-        So far, the tokens of paths that have not ended count too: this starts too high and falls, as the
-        first to end are the short ones. The most that a tree can have, which counts until a path has ended,
-        would leave an engine half empty for long.
+        Before any has finished: the tokens of `width` leaves at what a leaf has cost so far. The paths that
+        have not ended count in this, so it starts too high and falls, as the first to end are the short ones.
+        Before any has ended: the most that a tree can have.
         """
+        if self._most_held:
+            return sum(self._most_held) // len(self._most_held)
         width = self._sampling.width
         most = longest_response(self._sampling) * width
-        cost = self._tokens_per_leaf
-        if cost is None:
-            cost = self._tokens / self._leaves if self._leaves else most
-        return min(most, round(cost * width))
+        return min(most, self._tokens * width // self._leaves) if self._leaves else most
 
     def _seat(self, live: _Live, lane: _Lane) -> None:
         live.lane = lane

@@ -11,6 +11,7 @@ segment that a fallback cut count as the one they were.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 
@@ -165,6 +166,24 @@ class GrowingTree:
             self.asks = self._branch(active, len(self._leaves) - finished_before)
         else:
             self.asks = self._fall_back()
+
+    def most_held(self) -> int:
+        """Most response tokens on this round's unfinished paths at one time, a shared one once: what had to
+        stay in a prefix cache, had all paths been decoded at one rate. Called when the round is complete.
+        """
+        grown = sorted(
+            ((sum(len(node.tokens) for node in ask.new), ask) for ask in self.asks), key=itemgetter(0)
+        )
+        seen: set[int] = set()
+        above, most = 0, 0
+        for number, (length, ask) in enumerate(reversed(grown), start=1):
+            node = ask.new[0].parent
+            while node is not None and id(node) not in seen:
+                seen.add(id(node))
+                above += len(node.tokens)
+                node = node.parent
+            most = max(most, above + number * length)
+        return most
 
     def finished(self) -> Tree:
         """The tree, once it has no asks left."""

@@ -31,22 +31,30 @@ def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Pat
 
     async def scenario() -> None:
         real = start(write_model(tmp_path), asyncio.get_running_loop())
-        started = others() - before
-        assert started
-        assert (await real.engine.generate(request([5, 6, 7]))).version == 0
-        running = [asyncio.ensure_future(real.engine.generate(request([5, 6], max_tokens=900)))] * 3
-        await asyncio.sleep(0.1)
-        for child in started:
-            psutil.Process(child).send_signal(signal.SIGKILL)
-        for failed in await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), timeout=30):
-            assert isinstance(failed, EngineError)
-            assert "ended" in str(failed)
-        with pytest.raises(EngineError, match="ended"):
-            await real.engine.generate(request([5, 6]))
-        with pytest.raises(EngineError, match="ended"):
-            await real.engine.begin(1)
-        real.engine.close()
-        real.engine.close()
+        try:
+            started = others() - before
+            assert started
+            assert (await real.engine.generate(request([5, 6, 7]))).version == 0
+            for child in started:
+                psutil.Process(child).send_signal(
+                    signal.SIGSTOP
+                )  # so that nothing can be answered before the end
+            running = [asyncio.ensure_future(real.engine.generate(request([5, 6]))) for _ in range(3)]
+            await asyncio.sleep(0)
+            for child in started:
+                psutil.Process(child).send_signal(signal.SIGKILL)
+            for failed in await asyncio.wait_for(
+                asyncio.gather(*running, return_exceptions=True), timeout=30
+            ):
+                assert isinstance(failed, EngineError)
+                assert "ended" in str(failed)
+            with pytest.raises(EngineError, match="ended"):
+                await real.engine.generate(request([5, 6]))
+            with pytest.raises(EngineError, match="ended"):
+                await real.engine.begin(1)
+        finally:
+            real.engine.close()
+            real.engine.close()
 
     asyncio.run(scenario())
     assert others() == before

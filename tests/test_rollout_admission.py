@@ -1,7 +1,6 @@
 """How many trees the driver lets live at once, when it has to judge by the trees so far."""
 
 import asyncio
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,50 +18,55 @@ KV_TOKENS = 2 * (PROMPT_TOKENS + 12 * 40)
 
 
 @dataclass
-class LiveCounter(FakeEngine):
-    """Remembers, for every request, how many prompts had one running."""
+class CacheCounter(FakeEngine):
+    """Remembers, at the start of every request, how many prompts had one running, and how many tokens lay on
+    the running paths once all of them had come to their end, a shared one once.
+    """
 
-    live: Counter[bytes] = field(default_factory=Counter)
-    counts: list[int] = field(default_factory=list)
+    running_paths: list[np.ndarray] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        name = request.context[: request.prompt_tokens].tobytes()
-        self.live[name] += 1
-        self.counts.append(len(+self.live))
+        path = np.concatenate([request.context, self.answer(request).tokens])
+        self.running_paths.append(path)
+        known = [running.tobytes() for running in self.running_paths]
+        self.prompts.append(len({running[: 4 * PROMPT_TOKENS] for running in known}))
+        self.tokens.append(len({running[:end] for running in known for end in range(4, len(running) + 1, 4)}))
         try:
             return await super().generate(request)
         finally:
-            self.live[name] -= 1
+            self.running_paths = [running for running in self.running_paths if running is not path]
 
 
 async def _grow(driver: TreeDriver, step: int) -> list[Tree]:
-    prompts = [Prompt(str(i), prompt_tokens(i, PROMPT_TOKENS), "", "", "") for i in range(60)]
+    prompts = [Prompt(str(i), prompt_tokens(i, PROMPT_TOKENS), "", "", "") for i in range(30)]
     return [tree async for tree in driver.sample(prompts, step) if isinstance(tree, Tree)]
 
 
-def _driver(engine: LiveCounter) -> TreeDriver:
+def _driver(engine: CacheCounter) -> TreeDriver:
     """One whose engine's cache holds two trees at their largest."""
     return TreeDriver([engine], SAMPLING, str, seed=0, kv_tokens=KV_TOKENS)
 
 
 def test_trees_that_turn_out_small_make_room_for_others() -> None:
-    engine = LiveCounter(end=0.1, shuffle=1)
-    trees = asyncio.run(_grow(_driver(engine), step=1))
-    size = PROMPT_TOKENS + float(np.mean([tree.unique_tokens() for tree in trees]))
-    assert max(engine.counts[: SAMPLING.width // 4]) <= 2
-    # The estimate is a mean that still moves: a quarter over it is what half-grown trees leave free.
-    assert 2 < max(engine.counts) <= 1.25 * KV_TOKENS / size
+    engine = CacheCounter(end=0.1, shuffle=1)
+    asyncio.run(_grow(_driver(engine), step=1))
+    assert max(engine.prompts[: SAMPLING.width // 4]) <= 2
+    assert max(engine.prompts) > 2
+    assert max(engine.tokens) <= KV_TOKENS
 
 
 def test_a_later_step_begins_with_what_the_earlier_ones_showed() -> None:
     async def grow_twice() -> tuple[list[int], list[int]]:
-        engine = LiveCounter(end=0.1, shuffle=1)
+        engine = CacheCounter(end=0.1, shuffle=1)
         driver = _driver(engine)
         await _grow(driver, step=1)
-        first = engine.counts[:20]
-        engine.counts.clear()
+        first = engine.prompts[:20]
+        engine.prompts.clear()
         await _grow(driver, step=2)
-        return first, engine.counts[:20]
+        assert max(engine.tokens) <= KV_TOKENS
+        return first, engine.prompts[:20]
 
     first, later = asyncio.run(grow_twice())
     assert max(later) > max(first)
