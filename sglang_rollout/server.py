@@ -90,6 +90,8 @@ class Server:
 
     def close(self) -> None:
         """End SGLang's processes, and no other. May be called again."""
+        from sglang_rollout.token_engine import close_sockets
+
         if self._closed:
             return
         self._closed = True
@@ -98,8 +100,7 @@ class Server:
             self._die("the engine is closed")
             for task in self.manager.asyncio_tasks:
                 task.cancel()
-        for socket in (self.manager.send_to_scheduler, self.manager.recv_from_detokenizer):
-            socket.close(linger=0)  # or this process would wait at its end until a dead one has read all
+        close_sockets(self.manager)
         _end(self._children)
 
     def _receiver_done(self, receiver: asyncio.Task[None]) -> None:

@@ -3,14 +3,37 @@
 from multiprocessing import Process
 from typing import Any
 
-from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 
 
 class TokenEngine(Engine):
     """Without the detokenizer's process: with `skip_tokenizer_init` nothing is ever sent to it, and starting
     it costs as much time and memory as the imports of a scheduler.
+
+    A start that fails closes the sockets that it opened: left to the garbage collector, their context may be
+    finalized before them, and waits for them for ever.
     """
+
+    def __init__(self, **arguments: Any) -> None:
+        self._manager: Any = None
+        try:
+            super().__init__(**arguments)
+        except BaseException:
+            if self._manager is not None:
+                close_sockets(self._manager)
+            raise
+
+    def init_tokenizer_manager_func(self, *arguments: Any) -> Any:
+        """SGLang's hook for making the tokenizer manager, which opens the sockets."""
+        self._manager, templates = init_tokenizer_manager(*arguments)
+        return self._manager, templates
 
     @classmethod
     def _launch_detokenizer_subprocesses(cls, *_: Any, **__: Any) -> tuple[list[Process], list[str]]:
         return [], []
+
+
+def close_sockets(manager: Any) -> None:
+    """Close a tokenizer manager's sockets, and wait for no reader of what was not read yet."""
+    for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer):
+        socket.close(linger=0)
