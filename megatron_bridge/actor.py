@@ -5,11 +5,12 @@ A plain class: whoever owns the processes makes one per rank, and calls every me
 
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImpor
 from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.attention import AttentionPlan, plan_attention
 from megatron_bridge.buckets import buckets
+from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.log_prob import token_log_probs
+from megatron_bridge.manifest import Manifest
 from megatron_bridge.model import build_model
 from megatron_bridge.reference import ReferenceWeights
 from megatron_bridge.transfer import Exporter, load
@@ -85,6 +88,9 @@ class MegatronActor:
             self._model, self._optimizer = _trainable(model, config, self._dtype)
             self._exporter = Exporter(model, self._architecture, self._dtype, self._device)
             self._reference = ReferenceWeights(model) if learning.kl_coefficient else None
+            self._checkpointer = Checkpointer(
+                [self._model], self._optimizer, folder, config.parallel.model_dump()
+            )
 
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
         """For each pack of this rank's replica float32 [T], 0 where `source` is -1."""
@@ -145,8 +151,27 @@ class MegatronActor:
         """Write a Hugging Face folder for transformers and SGLang. Raises ModelError where it exists."""
         self._exporter.write(self._folder, folder)
 
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Begin to write a training checkpoint (`megatron_bridge.manifest`), with the run's own `run`; return
+        when the state is copied. It is there when `finish_save` returns. Raises CheckpointError.
+        """
+        dtype = str(self._dtype).removeprefix("torch.")
+        layout = self._config.parallel.model_dump()
+        with _on_device():
+            self._checkpointer.save(folder, Manifest(dtype, True, self._step, layout, run))
+
+    def finish_save(self) -> None:
+        """The checkpoint that was begun, if any, is complete. Raises CheckpointError where it cannot be."""
+        self._checkpointer.finish()
+
+    def load(self, folder: Path) -> None:
+        """Go on from a training checkpoint, of any layout; the reference stays. Raises ModelError."""
+        with _on_device():
+            self._step = self._checkpointer.load(folder).optimizer_steps
+
     def close(self) -> None:
         """Leave the process groups; the process may end or make another actor."""
+        self._checkpointer.close()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -277,12 +302,11 @@ def _trainable(
     model: GPTModel, config: ActorConfig, dtype: torch.dtype
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """Wrap the model for gradient accumulation in float32, and make its optimizer: master weights in
-    float32, sharded over the replicas where there are several.
+    float32, sharded over the replicas. It is the same kind for one replica, so that checkpoints are too.
     """
-    sharded = config.parallel.data > 1
     wrapped = DistributedDataParallel(
         model.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded),
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
         model,
     )
     optimizer = config.optimizer
@@ -296,7 +320,7 @@ def _trainable(
         clip_grad=optimizer.clip_grad_norm,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=sharded,
+        use_distributed_optimizer=True,
     )
     return wrapped, get_megatron_optimizer(settings, [wrapped])
 

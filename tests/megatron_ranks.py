@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ DEADLINE = 240  # seconds until some rank of a group must have ended
 # Adam's step is then the learning rate times the gradient: the plain one divides it by its own size, which
 # turns rounding noise in a gradient of almost 0 into a full step.
 LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, epsilon=1.0, betas=[0.0, 0.0], weight_decay=0.0)
+
+Life = tuple[str, Callable[..., Any], Any]
+"""A name, what every rank runs (a module's function of case, layout, rank, store, folder), and its case."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,17 @@ class Result:
 
 def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str, Result]:
     """Every case at the layout; raises where a rank does."""
+    return run_lives([(case.name, _live, case) for case in cases], layout, folder)
+
+
+def run_lives(lives: Sequence[Life], layout: ParallelConfig, folder: Path) -> dict[str, Any]:
+    """What rank 0 returns of each life, by name; raises where a rank does."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_bridge.actor"])
     folder.mkdir()
     ports = context.SimpleQueue()
     processes = [
-        context.Process(target=_rank, args=(rank, list(cases), layout, folder, ports))
+        context.Process(target=_rank, args=(rank, list(lives), layout, folder, ports))
         for rank in range(layout.ranks)
     ]
     for process in processes:
@@ -89,7 +98,7 @@ def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str
         process.join()
     codes = [process.exitcode for process in processes]
     assert codes == [0] * layout.ranks, f"exit codes {codes}: see the ranks' output above"
-    return {case.name: pickle.loads((folder / f"{case.name}.pickle").read_bytes()) for case in cases}
+    return {name: pickle.loads((folder / f"{name}.pickle").read_bytes()) for name, *_ in lives}
 
 
 def weights_of(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
@@ -106,13 +115,13 @@ def weights_of(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
     return weights
 
 
-def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, ports) -> None:
+def _rank(rank: int, lives: list[Life], layout: ParallelConfig, folder: Path, ports) -> None:
     from megatron_bridge.actor import create_store
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*not writable")  # torch's, of memory that it may not write
-    for number, case in enumerate(cases):
+    for number, (name, live, case) in enumerate(lives):
         if rank == 0:
             store = create_store()
             for _ in range(layout.ranks - 1):
@@ -121,9 +130,9 @@ def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, po
             of_case, port = ports.get()
             assert of_case == number
             store = TCPStore("127.0.0.1", port, is_master=False)
-        result = _live(case, layout, rank, store, folder)
+        result = live(case, layout, rank, store, folder)
         if rank == 0:
-            (folder / f"{case.name}.pickle").write_bytes(pickle.dumps(result))
+            (folder / f"{name}.pickle").write_bytes(pickle.dumps(result))
 
 
 def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:

@@ -34,3 +34,9 @@ class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 
     exit_code = 1
+
+
+class CheckpointError(TreepoError):
+    """A checkpoint or model that could not be written; the text names the folder and the reason."""
+
+    exit_code = 1
