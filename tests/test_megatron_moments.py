@@ -14,8 +14,7 @@ def test_rectangles_are_the_run(rows: int, columns: int, data: st.DataObject) ->
     end = data.draw(st.integers(start, matrix.size))
     pieces = list(rectangles(start, end, columns))
     values = [
-        matrix[row : row + height, column : column + width].flatten()
-        for row, column, height, width in pieces
+        matrix[row : row + height, column : column + width].flatten() for row, column, height, width in pieces
     ]
     assert np.concatenate([*values, []]).tolist() == list(range(start, end))
     assert len(pieces) <= 3

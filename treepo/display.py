@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from treepo.orchestration.checkpoints import CHECKPOINTS
+from treepo.orchestration.resume import Resume
 from treepo.orchestration.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
 from treepo.toy.make import ToyReport
 
@@ -141,6 +143,20 @@ class TrainDisplay:
         self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
 
+def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
+    """From where the run goes on, and what is other than before."""
+    if resume is None:
+        console.print(f"{out} has no checkpoint: the run begins", highlight=False, soft_wrap=True)
+        return
+    console.print(
+        f"{resume.checkpoint}: the run goes on after step {resume.state.step}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for change in resume.changes:
+        console.print(f"  {change}", highlight=False, soft_wrap=True, markup=False)
+
+
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
     """The end of a run: what was learned, what it cost, where it is."""
     table = Table(title="What the run came to", title_justify="left", show_header=False, pad_edge=False)
@@ -161,6 +177,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     written = Table(title=f"Written to {folder}/", title_justify="left", show_header=False, box=None)
     for name, what in (
         (f"{CHECKPOINT}/", "the trained model, a Hugging Face folder"),
+        (f"{CHECKPOINTS}/", "what `treepo train --resume` goes on from"),
         (TREES, "every tree: segments, log-probs, versions, rewards"),
         (METRICS, "every step's numbers"),
         (f"{TENSORBOARD}/", f"the same: tensorboard --logdir {folder / TENSORBOARD}"),

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from treepo.config.actor import ActorConfig
 from treepo.config.base import PathField, Section
+from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.data import DataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.learning import LearningConfig
@@ -52,6 +53,8 @@ class RunConfig(Section):
     """The sampler."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out accuracy before and after."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What an interrupted run goes on from."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:

@@ -1,15 +1,17 @@
 """The Megatron-Core actor as Ray actors: one process a rank, every call made on all of them at once."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.config.schema import RunConfig
+from treepo.errors import TreepoError
 from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.packing import Pack
 
@@ -72,6 +74,15 @@ class TrainerRank:
     def export(self, folder: Path) -> None:
         self._actor.export(folder)
 
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self._actor.save(folder, run)
+
+    def finish_save(self) -> None:
+        self._actor.finish_save()
+
+    def load(self, folder: Path) -> None:
+        self._actor.load(folder)
+
 
 class LearnerGroup:
     """All trainer ranks. Construction returns at once; `ready` builds the model on them.
@@ -122,8 +133,20 @@ class LearnerGroup:
         return (await self._call("send_weights", engines))[0]
 
     async def export(self, folder: Path) -> None:
-        """A Hugging Face folder of the current weights."""
+        """A Hugging Face folder of the current weights. Raises CheckpointError, ModelError."""
         await self._call("export", folder)
+
+    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Begin a training checkpoint with the run's own `run` in it. Raises CheckpointError."""
+        await self._call("save", folder, run)
+
+    async def finish_save(self) -> None:
+        """The checkpoint that was begun is there. Raises CheckpointError."""
+        await self._call("finish_save")
+
+    async def load(self, folder: Path) -> None:
+        """Go on from a training checkpoint, of any layout. Raises ModelError."""
+        await self._call("load", folder)
 
     async def _score(
         self, method: str, packs: Sequence[Sequence[Pack]], temperature: float
@@ -132,7 +155,13 @@ class LearnerGroup:
         return [results[replica * self._tensor] for replica in range(self._replicas)]
 
     async def _call(self, method: str, *arguments: object) -> list[Any]:
-        return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._ranks))
+        """A rank's TreepoError is raised as what it is: Ray's own would show where it was raised."""
+        try:
+            return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._ranks))
+        except RayTaskError as error:
+            if isinstance(error.cause, TreepoError):
+                raise error.cause from None
+            raise
 
     async def _call_by_replica(
         self, method: str, packs: Sequence[Sequence[Pack]], *arguments: object
