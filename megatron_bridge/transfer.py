@@ -3,7 +3,7 @@
 Rank 0 receives every shard of the first data-parallel replica and joins it; the other ranks only send.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megatron_bridge.weights import Rule, expand
 from treepo.errors import ModelError
 
 
-def load(folder: Path, model: GPTModel, architecture: Architecture) -> None:
+def load(folder: Path, chunks: Sequence[GPTModel], architecture: Architecture) -> None:
     """Fill this rank's parameters from the folder."""
     checkpoint = Checkpoint(folder)
     rules = {
@@ -30,7 +30,7 @@ def load(folder: Path, model: GPTModel, architecture: Architecture) -> None:
         rules["output_layer.weight"] = embedding  # the last pipeline stage's copy
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in named_parameters(model).items():
+    for name, parameter in named_parameters(chunks).items():
         rule = rules[name]
         tensors = [checkpoint.read(tensor) for tensor in rule.tensors]
         shard = rule.surgery.split(tensors, ranks, architecture.dimensions)[rank]
@@ -55,8 +55,14 @@ class _Owned:
 class Exporter:
     """The model's tensors under their Hugging Face names, on rank 0. Every method is collective."""
 
-    def __init__(self, model: GPTModel, architecture: Architecture, dtype: torch.dtype, device: torch.device):
-        self._parameters = named_parameters(model) if parallel_state.get_data_parallel_rank() == 0 else {}
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        architecture: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._parameters = named_parameters(chunks) if parallel_state.get_data_parallel_rank() == 0 else {}
         self._architecture, self._dtype, self._device = architecture, dtype, device
         self._rank = torch.distributed.get_rank()
         self._rules = expand(architecture.family.rules, architecture.dimensions.layers)
