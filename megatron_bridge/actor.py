@@ -227,7 +227,11 @@ def _join(parallel: ParallelConfig, rank: int, world_size: int, store: Store) ->
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     chunks = parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
-        parallel.tensor, parallel.pipeline, chunks if chunks > 1 else None
+        parallel.tensor,
+        parallel.pipeline,
+        chunks if chunks > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # Megatron-Core insists; nothing random is left
 

@@ -42,13 +42,18 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron-Core's mark
 
 
-def layer_spec(architecture: Architecture) -> ModuleSpec:
-    """A dense layer."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.family.qk_norm)
-    layer = spec.submodules
-    attention = layer.self_attention.submodules  # type: ignore[union-attr]  # a spec's parts are typed as object
+def layer_spec(architecture: Architecture, layer: int) -> ModuleSpec:
+    """What `layer`, counted over the whole model from 0, is made of."""
+    dimensions = architecture.dimensions
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm",
+        qk_layernorm=architecture.family.qk_norm,
+        num_experts=dimensions.experts if layer in dimensions.sparse_layers else None,
+    )
+    parts = spec.submodules
+    attention = parts.self_attention.submodules  # type: ignore[union-attr]  # a spec's parts are typed as object
     attention.core_attention = TreeAttention
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm  # type: ignore[union-attr]  # likewise
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm  # type: ignore[union-attr]  # likewise
     if architecture.family.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.layers import RMSNorm, layer_spec
-from megatron_bridge.weights import padded_vocabulary
+from megatron_bridge.weights import global_name, padded_vocabulary
 from treepo.config.actor import ActorConfig
 
 # It announces its successor, HybridModel, each time it is built.
@@ -33,8 +35,9 @@ def _build_chunk(
     architecture: Architecture, config: TransformerConfig, actor: ActorConfig, chunk: int
 ) -> GPTModel:
     virtual = chunk if actor.parallel.virtual_pipeline > 1 else None
+    first, count = get_transformer_layer_offset(config, virtual), get_num_layers_to_build(config, virtual)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(architecture)] * get_num_layers_to_build(config, virtual),
+        layer_specs=[layer_spec(architecture, first + layer) for layer in range(count)],
         layer_norm=RMSNorm,
     )
     return GPTModel(
@@ -99,18 +102,38 @@ def _transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **recompute,
+        **_experts_config(architecture, actor),
     )
 
 
+def _experts_config(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
+    """No loss balances the experts' load: the gradient is the policy's alone."""
+    dimensions, experts = architecture.dimensions, architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": dimensions.experts,
+        "moe_layer_freq": [int(layer in dimensions.sparse_layers) for layer in range(dimensions.layers)],
+        "moe_ffn_hidden_size": experts.intermediate,
+        "moe_router_topk": experts.per_token,
+        # The softmax of the chosen logits is that of all logits, scaled to sum to 1.
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",  # the choice of experts should not hang on rounding
+        "expert_model_parallel_size": actor.parallel.expert,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, Parameter]:
-    """The parameters of this rank, under names in which layers are counted over the whole model."""
+    """The parameters of this rank, under names that count layers and experts over the whole model."""
     named = {}
     for chunk in chunks:
-        number = {
-            f"decoder.layers.{index}.": f"decoder.layers.{int(layer.layer_number) - 1}."  # type: ignore[arg-type]  # a module's attribute
-            for index, layer in enumerate(chunk.decoder.layers)
-        }
+        layers = [int(layer.layer_number) - 1 for layer in chunk.decoder.layers]  # type: ignore[arg-type]  # a module's attribute
+        first_expert = 0
+        if chunk.config.num_moe_experts:
+            local = chunk.config.num_moe_experts // chunk.config.expert_model_parallel_size
+            first_expert = local * parallel_state.get_expert_model_parallel_rank()
         for name, parameter in chunk.named_parameters():
-            prefix = ".".join(name.split(".")[:3]) + "."
-            named[name.replace(prefix, number.get(prefix, prefix), 1)] = parameter
+            named[global_name(name, layers, first_expert)] = parameter
     return named

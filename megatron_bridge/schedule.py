@@ -1,11 +1,14 @@
 """Packs through the pipeline, in the lengths and numbers that Megatron-Core's schedules take."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
@@ -84,11 +87,17 @@ class Schedule:
         )
 
     def _filled_up(self, packs: Sequence[Pack]) -> list[Pack]:
-        """The packs, and blank ones up to a number that the schedule takes: interleaved stages work on as
-        many micro-batches in turn as there are stages.
+        """The packs, and blank ones up to a number that the schedule takes.
+
+        Replicas that share experts meet in every layer of every micro-batch: they have equally many.
+        Interleaved stages work on as many micro-batches in turn as there are stages.
         """
+        count = torch.tensor(len(packs), device=self._device)
+        if self._parallel.expert > 1:
+            dist.all_reduce(count, dist.ReduceOp.MAX, parallel_state.get_data_parallel_group())
         group = self._parallel.pipeline if len(self._chunks) > 1 else 1
-        return [*packs, *[blank_pack()] * (-len(packs) % group)]
+        wanted = math.ceil(int(count) / group) * group
+        return [*packs, *[blank_pack()] * (wanted - len(packs))]
 
     def _micro_batch(self, pack: Pack, scored: np.ndarray) -> MicroBatch:
         if self._parallel.sequence_parallel:  # every rank has equally many tokens

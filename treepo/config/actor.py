@@ -16,6 +16,8 @@ class ParallelConfig(Section):
     """Pipeline stages."""
     virtual_pipeline: int = Field(default=1, ge=1)
     """Model chunks on each stage; above 1 the stages interleave: fewer idle moments, more messages."""
+    expert: int = Field(default=1, ge=1)
+    """Ranks among which a model's experts are divided; drawn from the tensor and data ranks, it adds none."""
     data: int = Field(default=1, ge=1)
     """Data-parallel replicas; a step's prompts are divided among them."""
 
@@ -28,6 +30,15 @@ class ParallelConfig(Section):
     def ranks(self) -> int:
         """Processes in all, one a device."""
         return self.tensor * self.pipeline * self.data
+
+    @model_validator(mode="after")
+    def _experts_have_ranks(self) -> Self:
+        if self.tensor * self.data % self.expert:
+            raise ValueError(
+                f"tensor x data = {self.tensor} x {self.data} = {self.tensor * self.data} ranks cannot be "
+                f"divided into groups of expert = {self.expert}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _chunks_need_stages(self) -> Self:
