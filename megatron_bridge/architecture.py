@@ -1,6 +1,7 @@
 """What a Hugging Face config says of a model, as far as the actor needs it."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -104,23 +105,46 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Raises ConfigError, with the arithmetic, where the model cannot be divided so."""
     dimensions = architecture.dimensions
-    for name, ranks, what, size in (
-        ("tensor", parallel.tensor, "attention heads", architecture.heads),
-        ("tensor", parallel.tensor, "key-value heads", dimensions.groups),
-        ("tensor", parallel.tensor, "rows of the MLP", architecture.intermediate),
-        ("pipeline", parallel.pipeline, "layers", dimensions.layers),
-    ):
+    stages = "actor.parallel.pipeline"
+    if parallel.virtual_pipeline > 1:
+        stages += f" x virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline}"
+    parts = [
+        ("actor.parallel.tensor", parallel.tensor, "attention heads", architecture.heads),
+        ("actor.parallel.tensor", parallel.tensor, "key-value heads", dimensions.groups),
+        (stages, parallel.pipeline * parallel.virtual_pipeline, "layers", dimensions.layers),
+    ]
+    if len(dimensions.sparse_layers) < dimensions.layers:
+        parts.append(("actor.parallel.tensor", parallel.tensor, "rows of the MLP", architecture.intermediate))
+    if dimensions.experts:
+        parts.append(("actor.parallel.expert", parallel.expert, "experts", dimensions.experts))
+    for name, ranks, what, size in parts:
         if size % ranks:
             raise ConfigError(
-                f"actor.parallel.{name} = {ranks} does not divide the model's {size} {what} "
-                f"(remainder {size % ranks})"
+                f"{name} = {ranks} does not divide the model's {size} {what} (remainder {size % ranks})"
             )
+    if parallel.expert > 1 and not dimensions.experts:
+        raise ConfigError(f"actor.parallel.expert = {parallel.expert}, but the model has no experts")
+    if dimensions.experts and parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"actor.parallel.tensor = {parallel.tensor} with a model that has experts needs "
+            "actor.parallel.sequence = true: Megatron-Core sends each rank's own tokens to the experts"
+        )
+
+
+def check_layers(transformer_impl: str) -> None:
+    """Raises ConfigError where Transformer Engine is asked for and not installed."""
+    if transformer_impl == "te" and find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "actor.transformer_impl = te, but transformer_engine is not installed; auto and local do without"
+        )
 
 
 def check_same_model(folder: Path, model: Path) -> None:
     """Raises ModelError where the weights that belong to `folder`'s config are not such as `model`'s."""
     ours, theirs = read_architecture(model), read_architecture(folder)
-    for name in ("family", "dimensions", "hidden", "intermediate", "heads", "tied"):
+    if ours.family != theirs.family:
+        raise ModelError(f"{folder}: not the model of {model}: it is of another family")
+    for name in ("dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
         expected, found = getattr(ours, name), getattr(theirs, name)
         if expected != found:
             raise ModelError(f"{folder}: not the model of {model}: {name} is {found}, not {expected}")

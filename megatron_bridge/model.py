@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.layers import RMSNorm, layer_spec
+from megatron_bridge.layers import final_norm, layer_spec, use_transformer_engine
 from megatron_bridge.weights import global_name, padded_vocabulary
 from treepo.config.actor import ActorConfig
 
@@ -25,7 +25,7 @@ def build_model(architecture: Architecture, dtype: torch.dtype, actor: ActorConf
     """The part of the model that is this rank's, uninitialised, in as many chunks as its pipeline stage has.
     Parallel state must be initialised.
     """
-    config = _transformer_config(architecture, dtype, actor)
+    config = _transformer_config(architecture, dtype, actor, use_transformer_engine(actor.transformer_impl))
     return [
         _build_chunk(architecture, config, actor, chunk) for chunk in range(actor.parallel.virtual_pipeline)
     ]
@@ -33,7 +33,7 @@ def build_model(architecture: Architecture, dtype: torch.dtype, actor: ActorConf
 
 def outline(architecture: Architecture, dtype: torch.dtype) -> GPTModel:
     """The whole model for one rank, names and shapes without memory. Parallel state must be initialised."""
-    config = _transformer_config(architecture, dtype, ActorConfig())
+    config = _transformer_config(architecture, dtype, ActorConfig(), transformer_engine=False)
     config.use_cpu_initialization = True  # else it would name a device
     with torch.device("meta"):
         return _build_chunk(architecture, config, ActorConfig(), 0).to(dtype=dtype)
@@ -43,10 +43,11 @@ def _build_chunk(
     architecture: Architecture, config: TransformerConfig, actor: ActorConfig, chunk: int
 ) -> GPTModel:
     virtual = chunk if actor.parallel.virtual_pipeline > 1 else None
+    engine = config.transformer_impl == "transformer_engine"
     first, count = get_transformer_layer_offset(config, virtual), get_num_layers_to_build(config, virtual)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(architecture, first + layer) for layer in range(count)],
-        layer_norm=RMSNorm,
+        layer_specs=[layer_spec(architecture, first + layer, engine) for layer in range(count)],
+        layer_norm=final_norm(engine),
     )
     return GPTModel(
         config,
@@ -62,14 +63,19 @@ def _build_chunk(
 
 
 def _transformer_config(
-    architecture: Architecture, dtype: torch.dtype, actor: ActorConfig
+    architecture: Architecture, dtype: torch.dtype, actor: ActorConfig, transformer_engine: bool
 ) -> TransformerConfig:
     chunks = actor.parallel.virtual_pipeline
     recompute = {
         "none": {},
+        "selective": {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["core_attn", "layernorm"],
+        },
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[actor.recompute]
     return TransformerConfig(
+        transformer_impl="transformer_engine" if transformer_engine else "local",
         num_layers=architecture.dimensions.layers,
         hidden_size=architecture.hidden,
         ffn_hidden_size=architecture.intermediate,
@@ -110,11 +116,13 @@ def _transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **recompute,
-        **_experts_config(architecture, actor),
+        **_experts_config(architecture, actor, transformer_engine),
     )
 
 
-def _experts_config(architecture: Architecture, actor: ActorConfig) -> dict[str, Any]:
+def _experts_config(
+    architecture: Architecture, actor: ActorConfig, transformer_engine: bool
+) -> dict[str, Any]:
     """No loss balances the experts' load: the gradient is the policy's alone."""
     dimensions, experts = architecture.dimensions, architecture.experts
     if experts is None:
@@ -123,6 +131,7 @@ def _experts_config(architecture: Architecture, actor: ActorConfig) -> dict[str,
         "num_moe_experts": dimensions.experts,
         "moe_layer_freq": [int(layer in dimensions.sparse_layers) for layer in range(dimensions.layers)],
         "moe_ffn_hidden_size": experts.intermediate,
+        "moe_grouped_gemm": transformer_engine,
         "moe_router_topk": experts.per_token,
         # The softmax of the chosen logits is that of all logits, scaled to sum to 1.
         "moe_router_pre_softmax": not experts.normalised,

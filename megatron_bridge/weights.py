@@ -187,10 +187,20 @@ FAMILIES = {  # by `model_type` of config.json
 }
 
 
+TRANSFORMER_ENGINE_NAMES = (
+    (r"self_attention\.linear_qkv\.layer_norm_weight$", "input_layernorm.weight"),
+    (r"mlp\.linear_fc1\.layer_norm_weight$", "pre_mlp_layernorm.weight"),
+    (r"experts\.(linear_fc[12])\.weight(\d+)$", r"experts.local_experts.\2.\1.weight"),
+)
+"""Its modules fuse a norm with the matrix after it, and hold all of a rank's experts."""
+
+
 def global_name(name: str, layers: Sequence[int], first_expert: int) -> str:
     """A rule's name of the parameter that is `name` in a chunk of the model whose layers are `layers` of the
     whole and whose experts are counted from `first_expert`.
     """
+    for pattern, ours in TRANSFORMER_ENGINE_NAMES:
+        name = re.sub(pattern, ours, name)
     name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda layer: str(layers[int(layer[0])]), name)
     return re.sub(r"(?<=local_experts\.)\d+", lambda expert: str(first_expert + int(expert[0])), name)
 

@@ -42,8 +42,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=10),
     "qwen3_moe": Qwen3MoeConfig(
-        **SIZES,
-        head_dim=10,
+        **{**SIZES, "head_dim": 10},  # its constructor takes it, unnamed
         moe_intermediate_size=12,
         num_experts=3,
         num_experts_per_tok=2,
@@ -74,6 +73,17 @@ def test_rules_have_the_names_of_the_whole_model() -> None:
     """A rank has its layers and experts under numbers of its own."""
     name = "decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.weight"
     assert global_name(name, [4, 6], 8) == "decoder.layers.6.mlp.experts.local_experts.8.linear_fc1.weight"
+    fused = {
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": (
+            "decoder.layers.4.input_layernorm.weight"
+        ),
+        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": "decoder.layers.4.pre_mlp_layernorm.weight",
+        "decoder.layers.1.mlp.experts.linear_fc2.weight11": (
+            "decoder.layers.6.mlp.experts.local_experts.19.linear_fc2.weight"
+        ),
+    }
+    for engines, ours in fused.items():  # Transformer Engine's modules
+        assert global_name(engines, [4, 6], 8) == ours
     for unnumbered in ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight"):
         assert global_name(unnumbered, [4, 6], 8) == unnumbered
 

@@ -45,13 +45,15 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def _check_model(config: RunConfig) -> None:
-    from megatron_bridge.architecture import check_layout, read_architecture  # seconds: torch, transformers
+    # Seconds: torch, transformers.
+    from megatron_bridge.architecture import check_layers, check_layout, read_architecture
 
     folder = config.model.path
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: it has no weights (no *.safetensors)")
     architecture = read_architecture(folder)
     check_layout(architecture, config.actor.parallel)
+    check_layers(config.actor.transformer_impl)
     prompt, response = config.data.max_prompt_tokens, config.sampling.max_response_tokens
     if prompt + response > architecture.max_positions:
         raise ConfigError(
