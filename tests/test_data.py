@@ -261,7 +261,8 @@ def test_order_is_resumable_and_each_step_holds_different_prompts_of_one_epoch(
     order = PromptOrder(n, seed)
     passed: dict[int, list[int]] = {}
     for k in (size for size in sizes if size <= n):
-        resumed = PromptOrder(n, seed, cursor=order.cursor)
+        resumed = PromptOrder(n, seed)
+        resumed.restore(json.loads(json.dumps(order.state())))
         step = order.next(k)
         assert step == resumed.next(k)
         assert order.cursor == resumed.cursor
@@ -279,6 +280,18 @@ def test_an_epoch_holds_every_prompt_and_the_next_one_another_order() -> None:
     # Two of 50! orders are equal with a probability of 1e-64.
     assert epochs[0] != epochs[1] != epochs[2]
     assert PromptOrder(50, seed=2).next(50) != epochs[0]
+
+
+@pytest.mark.parametrize(
+    ("n", "seed", "said"),
+    [
+        (31, 0, "the data has 31 usable prompts, but was 30 when the state was saved"),
+        (30, 1, "the seed is 1, but was 0 when"),
+    ],
+)
+def test_an_order_of_other_data_does_not_go_on(n: int, seed: int, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        PromptOrder(n, seed).restore(PromptOrder(30, seed=0).state())
 
 
 def test_more_prompts_than_there_are() -> None:

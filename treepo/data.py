@@ -141,7 +141,7 @@ def load_prompts(
 class PromptOrder:
     """Indices of n prompts in training order: epoch after epoch, each a permutation drawn from the seed.
 
-    `cursor`, the indices passed since the first epoch's start, is the whole state. What one call returns
+    `cursor`, the indices passed since the first epoch's start, is all that changes. What one call returns
     belongs to one epoch, so that a step never holds a prompt twice: where fewer than it wants are left of an
     epoch, they are passed over.
     """
@@ -149,6 +149,7 @@ class PromptOrder:
     def __init__(self, n: int, seed: int, cursor: int = 0) -> None:
         self.cursor = cursor
         self._n, self._seed = n, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def next(self, k: int) -> list[int]:
         """The next k indices, all different. Raises DataError where k is over n."""
@@ -158,8 +159,25 @@ class PromptOrder:
         if offset + k > self._n:
             epoch, offset = epoch + 1, 0
         self.cursor = epoch * self._n + offset + k
-        permutation = rng.generator("prompt order", self._seed, epoch).permutation(self._n)
-        return permutation[offset : offset + k].tolist()
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = rng.generator("prompt order", self._seed, epoch).permutation(self._n)
+        return self._permutation[offset : offset + k].tolist()
+
+    def state(self) -> dict[str, int]:
+        """Where the order stands, as JSON holds it; for a checkpoint."""
+        return {"prompts": self._n, "seed": self._seed, "cursor": self.cursor}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state`. Raises DataError where it is one of other data or of another seed."""
+        mine = self.state()
+        for name, of in (("prompts", "the data has {} usable prompts"), ("seed", "the seed is {}")):
+            if state[name] != mine[name]:
+                raise DataError(
+                    f"the order of prompts cannot go on: {of.format(mine[name])}, but was {state[name]} "
+                    "when the state was saved"
+                )
+        self.cursor = state["cursor"]
 
 
 def _convert_rows[T](
