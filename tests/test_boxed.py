@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo.boxed import BoxScan, last_boxed
+from treepo.boxed import BoxScan, count_boxes, last_boxed
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,20 @@ from treepo.boxed import BoxScan, last_boxed
 )
 def test_last_complete_box(text: str, answer: str | None) -> None:
     assert last_boxed(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("", 0),
+        (r"\boxed{1}", 1),
+        (r"\boxed{1} \fbox{2}", 2),
+        (r"\boxed{\boxed{1}}", 2),
+        (r"\boxed{} \boxed{1", 0),
+    ],
+)
+def test_complete_boxes_are_counted(text: str, boxes: int) -> None:
+    assert count_boxes(text) == boxes
 
 
 TEXTS = st.lists(

@@ -7,6 +7,7 @@ at three levels of braces.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # `rest` is an end that more text may complete to a box.
@@ -24,7 +25,17 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"so \boxed{\frac{1}{2}}, not \boxed{2")
     '\\frac{1}{2}'
     """
-    last_start, last_end = -1, -1
+    start, end = max(_boxes(text), default=(-1, -1))
+    return None if start < 0 else text[start:end]
+
+
+def count_boxes(text: str) -> int:
+    """Complete boxes, one inside of another counted too."""
+    return sum(1 for _ in _boxes(text))
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of the contents of each complete box, in the order in which they close."""
     open_braces: list[int] = []  # where a box's contents start, -1 for a brace that opens no box
     for mark in _MARKS.finditer(text):
         if mark["box"]:
@@ -33,9 +44,8 @@ def last_boxed(text: str) -> str | None:
             open_braces.append(-1)
         elif mark[0] == "}":
             start = open_braces.pop() if open_braces else -1
-            if start > last_start and not _blank(text, start, mark.start()):
-                last_start, last_end = start, mark.start()
-    return None if last_start < 0 else text[last_start:last_end]
+            if start >= 0 and not _blank(text, start, mark.start()):
+                yield start, mark.start()
 
 
 @dataclass(frozen=True, slots=True)
