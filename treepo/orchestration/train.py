@@ -208,7 +208,7 @@ class Run:
 
     async def _sample_and_write(self, indices: Sequence[int], step: int) -> list[Tree]:
         """Graded trees of the prompts at `indices` of the training data."""
-        prompts = [self.inputs.train[index] for index in indices]
+        prompts = self.inputs.train.take(indices)
         trees = await self._sample(self.training, prompts, step)
         answers = {prompt.id: prompt.answer for prompt in prompts}
         for tree in trees:
