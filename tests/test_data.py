@@ -17,7 +17,7 @@ import treepo
 from treepo.config.data import ColumnsConfig, DataConfig
 from treepo.data import PromptOrder, check_prompts, load_prompts, read_questions
 from treepo.errors import DataError
-from treepo.tokenizer import Message, Tokenizer
+from treepo.tokenizer import Message, RefusedMessagesError, Tokenizer
 
 PLAIN = {"prompt": "question", "answer": "answer", "source": None}
 
@@ -33,6 +33,17 @@ class Utf8Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+
+
+class NoSystemTokenizer(Utf8Tokenizer):
+    """Its chat template takes no system message."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        if messages[0]["role"] == "system":
+            raise RefusedMessagesError(
+                "the chat template refuses the messages (system, user): no system role"
+            )
+        return super().render(messages)
 
 
 def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
@@ -87,6 +98,23 @@ def test_the_system_prompt_replaces_the_rows_own(tmp_path: Path) -> None:
     config = configure(path, {}, system_prompt="Box it.")
     [prompt] = load_prompts(path, config.columns, Utf8Tokenizer(), config)
     assert prompt.text == "[system]Box it.[user]0?"
+
+
+def test_messages_that_the_chat_template_refuses_are_a_bad_row(tmp_path: Path) -> None:
+    user = {"question": "2?", "answer": 2}
+    system = {
+        "question": [{"role": "system", "content": "Think."}, {"role": "user", "content": "1?"}],
+        "answer": 1,
+    }
+    path = write_jsonl(tmp_path / "data.jsonl", [user, system])
+    said = r"column 'question': the chat template refuses the messages \(system, user\): no system role"
+    config = configure(path)
+    with pytest.raises(DataError, match=f"{path}:2: {said}"):
+        load_prompts(path, config.columns, NoSystemTokenizer(), config)
+    config = configure(path, bad_rows="skip")
+    prompts = load_prompts(path, config.columns, NoSystemTokenizer(), config)
+    assert [prompt.id for prompt in prompts] == ["data:0"]
+    assert prompts.report.skipped == {"chat template": 1}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from treepo.boxed import last_boxed
 from treepo.config.data import ColumnsConfig, PromptsConfig
 from treepo.errors import DataError
 from treepo.rows import BadRow, Row, RowFile, open_rows
-from treepo.tokenizer import Message, Tokenizer
+from treepo.tokenizer import Message, RefusedMessagesError, Tokenizer
 
 _READ_AHEAD = 256  # prompts
 _SKIP_HINT = "data.bad_rows: skip leaves such rows out"
@@ -143,7 +143,10 @@ def load_prompts(
     """
 
     def to_prompt(row: Row, question: Question) -> Prompt:
-        text = tokenizer.render(_with_system_prompt(question.messages, config.system_prompt))
+        try:
+            text = tokenizer.render(_with_system_prompt(question.messages, config.system_prompt))
+        except RefusedMessagesError as refusal:
+            raise BadRow("chat template", f"column {columns.prompt!r}: {refusal}") from refusal
         tokens = tokenizer.encode(text)
         if len(tokens) > config.max_prompt_tokens:
             raise BadRow(
