@@ -17,7 +17,7 @@ import treepo
 from treepo.config.data import ColumnsConfig, DataConfig
 from treepo.data import PromptOrder, check_prompts, load_prompts, read_questions
 from treepo.errors import DataError
-from treepo.tokenizer import Message, Tokenizer
+from treepo.tokenizer import Message, RefusedMessagesError, Tokenizer
 
 PLAIN = {"prompt": "question", "answer": "answer", "source": None}
 
@@ -33,6 +33,17 @@ class Utf8Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+
+
+class NoSystemTokenizer(Utf8Tokenizer):
+    """Its chat template takes no system message."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        if messages[0]["role"] == "system":
+            raise RefusedMessagesError(
+                "the chat template refuses the messages (system, user): no system role"
+            )
+        return super().render(messages)
 
 
 def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
@@ -87,6 +98,23 @@ def test_the_system_prompt_replaces_the_rows_own(tmp_path: Path) -> None:
     config = configure(path, {}, system_prompt="Box it.")
     [prompt] = load_prompts(path, config.columns, Utf8Tokenizer(), config)
     assert prompt.text == "[system]Box it.[user]0?"
+
+
+def test_messages_that_the_chat_template_refuses_are_a_bad_row(tmp_path: Path) -> None:
+    user = {"question": "2?", "answer": 2}
+    system = {
+        "question": [{"role": "system", "content": "Think."}, {"role": "user", "content": "1?"}],
+        "answer": 1,
+    }
+    path = write_jsonl(tmp_path / "data.jsonl", [user, system])
+    said = r"column 'question': the chat template refuses the messages \(system, user\): no system role"
+    config = configure(path)
+    with pytest.raises(DataError, match=f"{path}:2: {said}"):
+        load_prompts(path, config.columns, NoSystemTokenizer(), config)
+    config = configure(path, bad_rows="skip")
+    prompts = load_prompts(path, config.columns, NoSystemTokenizer(), config)
+    assert [prompt.id for prompt in prompts] == ["data:0"]
+    assert prompts.report.skipped == {"chat template": 1}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +289,8 @@ def test_order_is_resumable_and_each_step_holds_different_prompts_of_one_epoch(
     order = PromptOrder(n, seed)
     passed: dict[int, list[int]] = {}
     for k in (size for size in sizes if size <= n):
-        resumed = PromptOrder(n, seed, cursor=order.cursor)
+        resumed = PromptOrder(n, seed)
+        resumed.restore(json.loads(json.dumps(order.state())))
         step = order.next(k)
         assert step == resumed.next(k)
         assert order.cursor == resumed.cursor
@@ -279,6 +308,18 @@ def test_an_epoch_holds_every_prompt_and_the_next_one_another_order() -> None:
     # Two of 50! orders are equal with a probability of 1e-64.
     assert epochs[0] != epochs[1] != epochs[2]
     assert PromptOrder(50, seed=2).next(50) != epochs[0]
+
+
+@pytest.mark.parametrize(
+    ("n", "seed", "said"),
+    [
+        (31, 0, "the data has 31 usable prompts, but was 30 when the state was saved"),
+        (30, 1, "the seed is 1, but was 0 when"),
+    ],
+)
+def test_an_order_of_other_data_does_not_go_on(n: int, seed: int, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        PromptOrder(n, seed).restore(PromptOrder(30, seed=0).state())
 
 
 def test_more_prompts_than_there_are() -> None:

@@ -1,6 +1,7 @@
 """The `treepo` command. It parses, checks, calls and shows; nothing heavy is imported before it is needed."""
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -98,6 +99,9 @@ def main() -> None:
     """Entry point: an error that a user can understand is one line."""
     # The progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # A reward function's own traceback is for its author, who sits at the terminal.
+    if logging.lastResort is not None:
+        logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
     exit_code = 0
     try:
         app()

@@ -56,7 +56,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
         prompt, response = self.data.max_prompt_tokens, self.sampling.max_response_tokens
-        pack, buffer = self.actor.max_tokens_per_pack, self.learning.overlong_buffer_tokens
+        pack, buffer = self.actor.max_tokens_per_pack, self.reward.overlong_buffer_tokens
         if prompt + response > pack:
             raise ValueError(
                 f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
@@ -65,7 +65,7 @@ class RunConfig(Section):
             )
         if buffer is not None and buffer > response:
             raise ValueError(
-                f"learning.overlong_buffer_tokens = {buffer} is more than "
+                f"reward.overlong_buffer_tokens = {buffer} is more than "
                 f"sampling.max_response_tokens = {response}"
             )
         return self

@@ -40,7 +40,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     if data.heldout is not None:
         prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data)
         _log.info(prompts.report.summary())
-        heldout = prompts[: config.evaluation.max_problems]
+        heldout = list(prompts[: config.evaluation.max_problems])
     return Inputs(tokenizer, train, heldout)
 
 

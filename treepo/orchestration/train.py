@@ -25,9 +25,10 @@ from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.run_folder import RunFolder
 from treepo.orchestration.weight_update import update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
-from treepo.rewards.grade import GradeItem
-from treepo.rewards.pool import RewardPool
-from treepo.rewards.shaping import shape_overlong
+from treepo.rewards.failures import FailedGrades
+from treepo.rewards.grade import GradeItem, Rewards
+from treepo.rewards.open import open_rewards
+from treepo.rewards.shaping import shaped, with_grades
 from treepo.stopping import StopRule
 from treepo.tree import Tree
 
@@ -97,8 +98,8 @@ async def _start(
     config: RunConfig, inputs: Inputs, folder: RunFolder, clock: Clock, stack: AsyncExitStack
 ) -> "Run":
     """The grader, then engines and trainer at the same time."""
-    rewards = stack.enter_context(RewardPool(config.reward))
-    await rewards.ready()  # a second, and a reward function that cannot be imported is known before the rest
+    # First, because it takes a second to know of a reward function that cannot be imported.
+    rewards = await stack.enter_async_context(open_rewards(config.reward))
     stack.enter_context(ray_session(config.engine.count + config.actor.parallel.ranks))
     engines = EnginePool(config, StopRule(config.sampling, inputs.tokenizer.decode))
     stack.push_async_callback(engines.close)
@@ -120,6 +121,7 @@ async def _start(
         order=PromptOrder(len(inputs.train), config.seed),
         training=driver(config.sampling),
         evaluation=driver(evaluation_sampling(config)),
+        failed_grades=FailedGrades(config.reward.max_failed_share),
     )
 
 
@@ -131,12 +133,13 @@ class Run:
     inputs: Inputs
     folder: RunFolder
     clock: Clock
-    rewards: RewardPool
+    rewards: Rewards
     engines: EnginePool
     learner: LearnerGroup
     order: PromptOrder
     training: TreeDriver
     evaluation: TreeDriver
+    failed_grades: FailedGrades
     decoded_tokens: int = 0
     sequential_tokens: int = 0
     max_difference: float = 0.0
@@ -149,7 +152,9 @@ class Run:
         if not self.inputs.heldout:
             return None
         with self.clock.phase(phase, announce=True):
-            return accuracy(await self._sample(self.evaluation, self.inputs.heldout, step=0))
+            trees = await self._sample(self.evaluation, self.inputs.heldout, step=0)
+            self.failed_grades.check_and_clear(phase)
+            return accuracy(trees)
 
     async def step(self, step: int) -> dict[str, float]:
         """Sample, grade, learn, update; returns the step's numbers."""
@@ -198,12 +203,12 @@ class Run:
         else:
             batch = sampled = await self._sample_and_write(self.order.next(prompts), step)
             dropped = {}
-        limit = self.config.sampling.max_response_tokens
-        return sampled, [shape_overlong(tree, learning, limit) for tree in batch], dropped
+        self.failed_grades.check_and_clear(f"step {step}")
+        return sampled, [shaped(tree) for tree in batch], dropped
 
     async def _sample_and_write(self, indices: Sequence[int], step: int) -> list[Tree]:
         """Graded trees of the prompts at `indices` of the training data."""
-        prompts = [self.inputs.train[index] for index in indices]
+        prompts = self.inputs.train.take(indices)
         trees = await self._sample(self.training, prompts, step)
         answers = {prompt.id: prompt.answer for prompt in prompts}
         for tree in trees:
@@ -231,7 +236,9 @@ class Run:
         grades = await self.rewards.grade(
             [GradeItem(response, prompt.answer, prompt.text, prompt.extra) for response in responses]
         )
-        return tree.graded([(grade.reward, grade.verdict) for grade in grades])
+        self.failed_grades.add(grades)
+        limit = self.config.sampling.max_response_tokens
+        return with_grades(tree, responses, grades, self.config.reward, limit)
 
     def _pack(self, trees: Sequence[Tree]) -> list[list[list[Pack]]]:
         """For each mini-batch, each replica's packs. Advantages are those of the whole batch."""
