@@ -223,9 +223,9 @@ def test_lengths_and_masks_are_compiled_for_once() -> None:
     for number in range(12):
         exit_T, _ = random_forest(rng, 10 + 9 * (number // 2), 60, 0.5)
         mask = block_mask(torch.from_numpy(exit_T))
-        tensors = (torch.randn(len(exit_T), heads, 8) for heads in (4, 2, 2))
+        query, key, value = (attention._in_blocks(torch.randn(len(exit_T), heads, 8)) for heads in (4, 2, 2))
         with torch.set_grad_enabled(number % 2 == 0):
-            compiled(*(attention._in_blocks(x) for x in tensors), mask)
+            compiled(query, key, value, mask)
     # The first length, then all others; without gradients and with them.
     assert 2 <= len(lengths) <= 4
     # The kernels leave out the checks at the end where the length is known to be a multiple of 128.
