@@ -34,3 +34,7 @@ class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 
     exit_code = 1
+
+
+class TransportError(EngineError):
+    """Weights that did not reach an engine; it says nothing of who is at fault."""

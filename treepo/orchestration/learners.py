@@ -11,7 +11,11 @@ from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
 
 from treepo.config.schema import RunConfig
 from treepo.orchestration.cluster import actor_environment, has_gpus
+from treepo.orchestration.remote_sink import RemoteSink
 from treepo.packing import Pack
+from treepo.transport.open import open_sender
+from treepo.transport.send import Outcome, WeightStream
+from treepo.transport.wire import Manifest
 
 
 class TrainerRank:
@@ -33,6 +37,8 @@ class TrainerRank:
         """Load the model. Collective, like every method below."""
         from megatron_bridge.actor import MegatronActor
 
+        self._config, self._rank = config, rank
+        self._stream: WeightStream | None = None
         if rank > 0:
             self._store = TCPStore(host, port, is_master=False)
         self._actor = MegatronActor(
@@ -54,20 +60,20 @@ class TrainerRank:
     def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
         return self._actor.train_step(packs, temperature, denominator)
 
-    def send_weights(self, engines: Sequence[Any]) -> list[str]:
-        """Stream the weights to every engine; the next bucket is gathered while the last one travels.
+    def manifest(self) -> Manifest:
+        return self._actor.manifest()
 
-        Returns the names that were sent (on rank 0; the other ranks only take part in gathering).
-        """
-        names: list[str] = []
-        travelling: list[Any] = []
-        for bucket in self._actor.buckets():
-            ray.get(travelling)
-            names += bucket.names
-            reference = ray.put(bucket)
-            travelling = [engine.load.remote(reference) for engine in engines]
-        ray.get(travelling)
-        return names
+    def send_weights(self, version: int, engines: Sequence[RemoteSink]) -> Outcome | None:
+        """Stream the weights to the engines from rank 0; the others take part in gathering only."""
+        if self._rank > 0:
+            for _ in self._actor.tensors():
+                pass
+            return None
+        if self._stream is None:
+            weights = self._config.weights
+            sender = open_sender(weights, self._config.out, ray.util.get_node_ip_address())
+            self._stream = WeightStream(sender, weights.bucket_mb << 20, weights.deadline_seconds)
+        return self._stream.send(self._actor.tensors(), self._actor.manifest(), version, engines)
 
     def export(self, folder: Path) -> None:
         self._actor.export(folder)
@@ -117,9 +123,13 @@ class LearnerGroup:
         """One optimizer step; `denominator` divides the loss that is summed over all replicas' packs."""
         return (await self._call_by_replica("train_step", packs, temperature, denominator))[0]
 
-    async def send_weights(self, engines: Sequence[Any]) -> list[str]:
-        """Every tensor to every engine; returns the names sent."""
-        return (await self._call("send_weights", engines))[0]
+    async def manifest(self) -> Manifest:
+        """All tensors of the model, as they are sent."""
+        return await self._ranks[0].manifest.remote()
+
+    async def send_weights(self, version: int, engines: Sequence[RemoteSink]) -> Outcome:
+        """Every tensor to every engine, all of which have begun an update to `version`."""
+        return (await self._call("send_weights", version, engines))[0]
 
     async def export(self, folder: Path) -> None:
         """A Hugging Face folder of the current weights."""
