@@ -25,6 +25,8 @@ from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.tokenizer import end_tokens, has_tokenizer, load_tokenizer
 from treepo.transport.wire import Address, Bucket, Manifest
 
+_REPORT_SECONDS = 5.0  # a rank that missed a transport's deadline says so a little after it
+
 StopRule = Callable[[np.ndarray], bool]
 """Whether a response (int32 [T], prompt excluded) needs no further tokens."""
 
@@ -95,14 +97,14 @@ class SGLangEngine:
     async def join(self, address: Address) -> None:
         """Meet the sender of the update. Raises TransportError."""
         self._updating()
-        await self._bounded_update(self._order(Join(address)), "meeting the sender")
+        await self._bounded_update(self._order(Join(address)), "meeting the sender", _REPORT_SECONDS)
 
     async def load(self, bucket: Bucket) -> None:
         """Overwrite some of the weights. Raises EngineError, and refuses to serve, where that fails."""
         update = self._updating()
         try:
             update.arrives(bucket.tensors)
-            await self._bounded_update(self._order(Load(bucket)), "loading weights")
+            await self._bounded_update(self._order(Load(bucket)), "loading weights", _REPORT_SECONDS)
         except EngineError as error:
             self._gate.refuse(f"its weights are incomplete ({error})")
             raise
@@ -139,8 +141,8 @@ class SGLangEngine:
         """End SGLang's processes, and no other. May be called again."""
         self._server.close()
 
-    async def _bounded_update(self, work: Any, what: str) -> None:
-        await self._server.bounded(work, self._config.update_seconds, what)
+    async def _bounded_update(self, work: Any, what: str, more_seconds: float = 0.0) -> None:
+        await self._server.bounded(work, self._config.update_seconds + more_seconds, what)
 
     def _updating(self) -> Update:
         if self._update is None:

@@ -51,8 +51,8 @@ def make_stream(tmp_path: Path) -> Iterator[Callable[..., WeightStream]]:
     made: list[WeightStream] = []
 
     def make(transport: str, seconds: float = SECONDS) -> WeightStream:
-        config = WeightsConfig(transport=transport, deadline_seconds=seconds)  # type: ignore[arg-type]  # one of them
-        made.append(WeightStream(open_sender(config, tmp_path, "127.0.0.1"), BUCKET, seconds))
+        config = WeightsConfig(transport=transport)  # type: ignore[arg-type]  # one of them
+        made.append(WeightStream(open_sender(config, tmp_path, "127.0.0.1", seconds), BUCKET, seconds))
         return made[-1]
 
     yield make

@@ -13,8 +13,6 @@ class WeightsConfig(Section):
     to all engines, on devices of their own (NCCL; gloo on a CPU). `disk`: through a folder that all see."""
     bucket_mb: int = Field(default=256, ge=1)
     """Weights travel in buckets of so many MiB; a larger tensor is a bucket of its own. Two are in memory."""
-    deadline_seconds: float = Field(default=120, gt=0)
-    """For each step of an update: meeting, one bucket. An engine that misses it takes no part."""
     folder: PathField | None = None
     """Of `disk`: where versions are written; `weights/` in the run folder where null."""
     keep: int = Field(default=2, ge=1)

@@ -63,17 +63,17 @@ class TrainerRank:
     def manifest(self) -> Manifest:
         return self._actor.manifest()
 
-    def send_weights(self, version: int, engines: Sequence[RemoteSink]) -> Outcome | None:
+    def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome | None:
         """Stream the weights to the engines from rank 0; the others take part in gathering only."""
         if self._rank > 0:
             for _ in self._actor.tensors():
                 pass
             return None
         if self._stream is None:
-            weights = self._config.weights
-            sender = open_sender(weights, self._config.out, ray.util.get_node_ip_address())
-            self._stream = WeightStream(sender, weights.bucket_mb << 20, weights.deadline_seconds)
-        return self._stream.send(self._actor.tensors(), self._actor.manifest(), version, engines)
+            weights, seconds = self._config.weights, self._config.engine.update_seconds
+            sender = open_sender(weights, self._config.out, ray.util.get_node_ip_address(), seconds)
+            self._stream = WeightStream(sender, weights.bucket_mb << 20, seconds)
+        return self._stream.send(self._actor.tensors(), self._actor.manifest(), version, sinks)
 
     def export(self, folder: Path) -> None:
         self._actor.export(folder)
@@ -127,9 +127,9 @@ class LearnerGroup:
         """All tensors of the model, as they are sent."""
         return await self._ranks[0].manifest.remote()
 
-    async def send_weights(self, version: int, engines: Sequence[RemoteSink]) -> Outcome:
+    async def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome:
         """Every tensor to every engine, all of which have begun an update to `version`."""
-        return (await self._call("send_weights", version, engines))[0]
+        return (await self._call("send_weights", version, sinks))[0]
 
     async def export(self, folder: Path) -> None:
         """A Hugging Face folder of the current weights."""

@@ -7,69 +7,107 @@ they begin anew without it.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from treepo.errors import EngineError
-from treepo.orchestration.engines import RemoteEngine
-from treepo.orchestration.learners import LearnerGroup
+from treepo.transport.send import Outcome, Sink
+from treepo.transport.wire import Manifest
 
 _log = logging.getLogger(__name__)
+_GRACE_SECONDS = 20.0  # an engine's own deadlines come first
 
 
-async def update_weights(
-    learner: LearnerGroup, engines: Sequence[RemoteEngine], version: int
-) -> dict[RemoteEngine, str]:
-    """Every engine serves the learner's weights as `version`, but for those that are returned, with reasons.
+class Trainer(Protocol):
+    """The trainer's side: `treepo.orchestration.learners.LearnerGroup`."""
 
-    Those refuse to serve until a later update succeeds. Raises EngineError where no engine is left, and what
-    the learner raises: no engine serves the new version then.
-    """
-    failed: dict[RemoteEngine, str] = {}
-    manifest = await learner.manifest()
-    live = await _each(engines, "begin", failed, version, manifest)
-    attempts = 1 + len(engines)  # each but the last finds somebody at fault
-    for _ in range(attempts):
-        if not live:
-            break
+    async def manifest(self) -> Manifest: ...
+
+    async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome: ...
+
+
+class Updatable(Protocol):
+    """An engine; `call` reaches the methods of `treepo.protocols.WeightSink`."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def call(self, method: str, *arguments: object) -> Any: ...
+
+    def sink(self) -> Sink:
+        """The same engine as the rank that sends sees it."""
+        ...
+
+
+class Update[E: Updatable]:
+    """One update of some engines. failed: who is left out, and why."""
+
+    def __init__(self, trainer: Trainer, version: int, seconds: float) -> None:
+        self.failed: dict[E, str] = {}
+        self._trainer, self._version = trainer, version
+        self._seconds = seconds + _GRACE_SECONDS
+
+    async def run(self, engines: Sequence[E]) -> list[E]:
+        """Returns those that committed. Raises what the trainer raises: then nobody has."""
+        manifest = await self._trainer.manifest()
+        live = list(engines)
         try:
-            outcome = await learner.send_weights(version, [engine.sink() for engine in live])
+            for _ in range(1 + len(engines)):  # each attempt but the last finds somebody at fault
+                live = await self._each(live, "begin", self._version, manifest)
+                if not live:
+                    return []
+                outcome = await self._trainer.send_weights(self._version, [one.sink() for one in live])
+                self.failed |= {one: outcome.failed[one.name] for one in live if one.name in outcome.failed}
+                live = [one for one in live if one not in self.failed]
+                if outcome.broken is None:
+                    return await self._each(live, "commit")
+                _log.warning(
+                    "weights, version %d: %s; %d begin anew", self._version, outcome.broken, len(live)
+                )
         except BaseException:
-            await asyncio.gather(*(_abandon(engine, "the trainer did not send them all") for engine in live))
+            await self._abandon(live, "the trainer did not send them all")
             raise
-        failed |= {engine: outcome.failed[engine.name] for engine in live if engine.name in outcome.failed}
-        live = [engine for engine in live if engine not in failed]
-        if outcome.broken is None:
-            live = await _each(live, "commit", failed)
-            break
-        _log.warning("weights, version %d: %s; %d engines begin anew", version, outcome.broken, len(live))
-        live = await _each(live, "begin", failed, version, manifest)
-    else:
-        failed |= dict.fromkeys(live, "the transport broke again and again")
-        live = []
-    await asyncio.gather(*(_abandon(engine, reason) for engine, reason in failed.items()))
-    if not live:
-        reasons = "; ".join(f"{engine.name}: {reason}" for engine, reason in failed.items())
+        self.failed |= dict.fromkeys(live, "what the engines share broke again and again")
+        return []
+
+    async def end(self) -> None:
+        """Those that failed may serve what they served, if that is whole."""
+        await self._abandon(self.failed, "it failed in a weight update")
+
+    async def _each(self, engines: Sequence[E], method: str, *arguments: object) -> list[E]:
+        """Call all of them; returns those that succeeded."""
+        outcomes = await asyncio.gather(*(self._call(engine, method, *arguments) for engine in engines))
+        self.failed |= {engine: str(error) for engine, error in zip(engines, outcomes, strict=True) if error}
+        return [engine for engine in engines if engine not in self.failed]
+
+    async def _abandon(self, engines: Iterable[E], reason: str) -> None:
+        for error in await asyncio.gather(*(self._call(engine, "abandon", reason) for engine in engines)):
+            if error is not None:
+                _log.warning("%s", error)
+
+    async def _call(self, engine: E, method: str, *arguments: object) -> EngineError | None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await engine.call(method, *arguments)
+        except TimeoutError:
+            return EngineError(f"{engine.name}: {method}: no answer within {self._seconds:g} s")
+        except EngineError as error:
+            return error
+        return None
+
+
+async def update_weights[E: Updatable](
+    trainer: Trainer, engines: Sequence[E], version: int, seconds: float
+) -> dict[E, str]:
+    """Every engine serves the trainer's weights as `version`, but for those that are returned, with reasons.
+
+    Those serve what they served, if that is whole, or nothing. seconds: deadline of each of an engine's
+    steps. Raises EngineError where no engine took the weights, and what the trainer raises.
+    """
+    update = Update[E](trainer, version, seconds)
+    committed = await update.run(engines)
+    await update.end()
+    if not committed:
+        reasons = "; ".join(f"{engine.name}: {reason}" for engine, reason in update.failed.items())
         raise EngineError(f"no engine took the weights of version {version}: {reasons}")
-    return failed
-
-
-async def _each(
-    engines: Sequence[RemoteEngine], method: str, failed: dict[RemoteEngine, str], *arguments: object
-) -> list[RemoteEngine]:
-    """Call all of them; returns those that succeeded, and adds the others to `failed`."""
-    calls = (engine.call(method, *arguments) for engine in engines)
-    outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    for engine, outcome in zip(engines, outcomes, strict=True):
-        if isinstance(outcome, EngineError):
-            failed[engine] = str(outcome)
-        elif isinstance(outcome, BaseException):
-            raise outcome
-    return [engine for engine in engines if engine not in failed]
-
-
-async def _abandon(engine: RemoteEngine, reason: str) -> None:
-    """Tell an engine, which may be dead."""
-    try:
-        await engine.call("abandon", reason)
-    except EngineError as error:
-        _log.warning("%s", error)
+    return update.failed

@@ -11,13 +11,15 @@ from treepo.transport.disk import DiskSender
 from treepo.transport.wire import Sender
 
 
-def open_sender(config: WeightsConfig, out: Path, host: str) -> Sender:
-    """out: the run folder. host: an address of this machine that the engines reach."""
+def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> Sender:
+    """out: the run folder. host: an address of this machine that the engines reach. seconds: deadline of one
+    step.
+    """
     match config.transport:
         case "colocated":
             return SharedSender()
         case "broadcast":
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return BroadcastSender(device, host, config.deadline_seconds)
+            return BroadcastSender(device, host, seconds)
         case "disk":
             return DiskSender((config.folder or out / "weights").resolve(), config.keep)

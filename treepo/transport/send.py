@@ -16,7 +16,7 @@ from torch import Tensor
 from treepo.errors import EngineError, TransportError
 from treepo.transport.wire import Address, Bucket, Manifest, Sender, TensorInfo, checksum, plan_buckets
 
-_GRACE_SECONDS = 5.0  # an engine reports a deadline that it missed a little after it
+_GRACE_SECONDS = 10.0  # an engine reports a deadline that it missed a little after it
 
 
 class Sink(Protocol):
