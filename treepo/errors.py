@@ -30,6 +30,12 @@ class EngineError(TreepoError):
     exit_code = 1
 
 
+class TrainerError(TreepoError):
+    """A rank of the trainer that is gone; the text names it."""
+
+    exit_code = 1
+
+
 class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 

@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.config.schema import RunConfig
+from treepo.errors import TrainerError
 from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.orchestration.remote_sink import RemoteSink
 from treepo.packing import Pack
 from treepo.transport.open import open_sender
 from treepo.transport.send import Outcome, WeightStream
 from treepo.transport.wire import Manifest
+
+_DEATH_SECONDS = 2.0  # from the first failure to the moment at which we know who died
 
 
 class TrainerRank:
@@ -142,15 +146,35 @@ class LearnerGroup:
         return [results[replica * self._tensor] for replica in range(self._replicas)]
 
     async def _call(self, method: str, *arguments: object) -> list[Any]:
-        return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._ranks))
+        return await self._gather([getattr(rank, method).remote(*arguments) for rank in self._ranks])
+
+    async def _gather(self, calls: Sequence[Any]) -> list[Any]:
+        """The results of a collective call in the order of ranks. Raises TrainerError where a rank dies."""
+        try:
+            return await asyncio.gather(*calls)
+        except (RayActorError, RayTaskError) as error:
+            gone = await self._gone(calls)
+            if not gone:
+                raise
+            raise TrainerError(f"the trainer lost {', '.join(gone)}") from error
+
+    async def _gone(self, calls: Sequence[Any]) -> list[str]:
+        """Which ranks died: those that waited for them only fail in the collective."""
+        ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECONDS, fetch_local=False)
+        outcomes = await asyncio.gather(*ended, return_exceptions=True)
+        return [
+            f"rank {calls.index(call)}"
+            for call, outcome in zip(ended, outcomes, strict=True)
+            if isinstance(outcome, RayActorError)
+        ]
 
     async def _call_by_replica(
         self, method: str, packs: Sequence[Sequence[Pack]], *arguments: object
     ) -> list[Any]:
         references = [ray.put(list(of_replica)) for of_replica in packs]
-        return await asyncio.gather(
-            *(
+        return await self._gather(
+            [
                 getattr(actor, method).remote(references[rank // self._tensor % self._replicas], *arguments)
                 for rank, actor in enumerate(self._ranks)
-            )
+            ]
         )
