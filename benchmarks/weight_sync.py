@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.weight_sync --engine
 
-A model of about 250M parameters in bfloat16 goes through each transport, as in training, to sinks: processes
-that fetch every bucket and verify its checksum, as an engine's ranks do before they load it. Beside it, in the
-same run and the same processes, what the channel itself takes for all bytes at once: `colocated` one copy into
-shared memory that every sink copies out; `broadcast` one gloo broadcast; `disk` one file written, and read by
-every sink. Medians of interleaved repeats. `--engine` adds a real SGLang engine, which loads what it receives.
+A model of about 250M parameters in bfloat16 goes through each transport to sinks, which are processes that
+fetch every bucket and verify its checksum, as an engine's ranks do before they load it. Beside it, in the same
+run and the same processes, what the channel itself takes for all bytes at once: `colocated` one copy into
+shared memory that every sink copies out; `broadcast` one gloo broadcast; `disk` one file written, and read
+by every sink. Medians of interleaved repeats. `--engine` adds a real SGLang engine, which loads what comes.
 """
 
 import argparse
@@ -134,7 +134,8 @@ class Benchmark:
 
     def __init__(self, folder: Path, layers: int, bucket_mb: int) -> None:
         torch.manual_seed(0)
-        config = Qwen2Config(**(MODEL | {"num_hidden_layers": layers}), tie_word_embeddings=False)
+        shape: dict[str, Any] = MODEL | {"num_hidden_layers": layers, "tie_word_embeddings": False}
+        config = Qwen2Config(**shape)
         model = Qwen2ForCausalLM(config).to(getattr(torch, DTYPE))
         model.save_pretrained(folder / "model")
         self.folder, self.bucket_mb = folder, bucket_mb
