@@ -12,6 +12,7 @@ from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
 from treepo.errors import EngineError
 from treepo.orchestration.cluster import actor_environment, has_gpus
+from treepo.orchestration.remote_sink import RemoteSink
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.stopping import StopRule
 
@@ -25,6 +26,10 @@ class RemoteEngine:
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
         self.actor = actor
+
+    def sink(self) -> RemoteSink:
+        """The same engine for the trainer's side of a weight update."""
+        return RemoteSink(self.name, self.actor._actor_id.hex(), 1, self.actor)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         return await self.call("generate", request)
