@@ -25,6 +25,12 @@ from treepo.errors import EngineError
 
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
 _CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
+_RESERVED_TOKENS = 64
+"""KV tokens that SGLang sets aside for what a request may still sample. Its own 4096 suit strangers;
+here the driver gives each tree room. A request that waits for a reserve waits with its prefix unlocked, and
+that is evicted. Too small a reserve costs little: the request that has least is put off, and its tokens are
+prefilled once more.
+"""
 
 
 class Server:
@@ -173,6 +179,7 @@ def _start_environment(log_level: str) -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles thousands of modules again
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model is a folder
+    os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(_RESERVED_TOKENS)
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for devices that are not here
     os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("sglang").setLevel(log_level.upper())

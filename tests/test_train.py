@@ -1,25 +1,15 @@
 """`treepo train` as a user runs it: real Ray, real SGLang, real Megatron-Core, in processes of their own."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import pytest
 import yaml
-from tiny import write_tiny_qwen2
+from command import interrupt_once_written, start, write_model_and_problems
 
-from treepo.toy.byte_tokenizer import byte_tokenizer
-from treepo.toy.problems import draw_problems, rows
 from treepo.tree import from_json
 
-TESTS = Path(__file__).parent
 STEPS = 3
 pytestmark = pytest.mark.slow
 
@@ -33,17 +23,7 @@ def reward_even_length(prompt: str, response: str, answer: str, extra: object) -
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a byte tokenizer, a few problems and a configuration."""
     folder = tmp_path_factory.mktemp("train")
-    tokenizer = byte_tokenizer(max_tokens=1024).hugging_face
-    model = write_tiny_qwen2(
-        folder / "model",
-        vocab_size=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    tokenizer.save_pretrained(model)
-    with (folder / "train.jsonl").open("w") as file:
-        for row in rows(draw_problems(np.random.default_rng(0), 12), "train"):
-            file.write(json.dumps(row) + "\n")
+    write_model_and_problems(folder, folder / "train.jsonl", count=12)
     config = {
         "out": "run",
         "steps": STEPS,
@@ -59,23 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from treepo.cli import main; main()", "train", "run.yaml", *overrides],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_three_steps_end_to_end(folder: Path) -> None:
-    process = _start(folder)
+    process = start(folder, "train", "run.yaml")
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     run = folder / "run"
@@ -122,22 +91,9 @@ def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
 
 
 def test_ctrl_c_leaves_no_process_and_readable_files(folder: Path) -> None:
-    process = _start(folder, "out=interrupted", "steps=1000")
+    process = start(folder, "train", "run.yaml", "out=interrupted", "steps=1000")
     metrics = folder / "interrupted" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no step was finished"
-        time.sleep(0.5)
-    descendants = psutil.Process(process.pid).children(recursive=True)
-    assert descendants
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Interrupted" in errors
-    assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(descendants, timeout=10)
-    assert not alive
+    interrupt_once_written(process, metrics)
     assert _lines(metrics)[0]["step"] == 1
     for line in (folder / "interrupted" / "trees.jsonl").read_bytes().splitlines():
         from_json(line)

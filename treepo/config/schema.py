@@ -63,12 +63,6 @@ class RunConfig(Section):
                 f"{prompt + response} is more than actor.max_tokens_per_pack = {pack}: a pack must hold the "
                 "longest trajectory"
             )
-        kv_tokens = self.engine.max_total_tokens
-        if kv_tokens is not None and prompt + response > kv_tokens:
-            raise ValueError(
-                f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
-                f"{prompt + response} is more than engine.max_total_tokens = {kv_tokens}"
-            )
         if buffer is not None and buffer > response:
             raise ValueError(
                 f"reward.overlong_buffer_tokens = {buffer} is more than "

@@ -53,7 +53,7 @@ class EnginePool:
         remote = ray.remote(SGLangEngine).options(
             max_concurrency=_CONCURRENT_REQUESTS, runtime_env=actor_environment(), **resources
         )
-        self.capacity: int | None = None  # KV tokens of the smallest engine, once `ready`
+        self.capacity: list[int] | None = None  # KV tokens of each engine, once `ready`
         self._deadline = config.engine.start_seconds
         self.engines = [
             RemoteEngine(
@@ -72,7 +72,7 @@ class EnginePool:
     async def ready(self) -> None:
         """Raises EngineError where an engine has not started by `engine.start_seconds`."""
         async with asyncio.timeout(self._deadline):
-            self.capacity = min(await self.call("capacity"))
+            self.capacity = await self.call("capacity")
 
     async def call(self, method: str, *arguments: object) -> list[Any]:
         """The same call on every engine at the same time."""

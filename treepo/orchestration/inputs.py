@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from treepo.config.schema import RunConfig
 from treepo.data import Prompt, PromptSet, check_prompts, load_prompts
-from treepo.errors import ConfigError, ModelError
+from treepo.errors import ConfigError
 from treepo.tokenizer import Tokenizer, check_model_folder, load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -46,16 +46,9 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 def _check_model(config: RunConfig) -> None:
     from megatron_bridge.architecture import check_layout, read_architecture  # seconds: torch, transformers
+    from sglang_rollout.preflight import check_engine
 
-    folder = config.model.path
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: it has no weights (no *.safetensors)")
-    architecture = read_architecture(folder)
-    check_layout(architecture, config.actor.parallel)
+    # Evaluation samples sequentially, so `max_depth` is no bound.
     prompt, response = config.data.max_prompt_tokens, config.sampling.max_response_tokens
-    if prompt + response > architecture.max_positions:
-        raise ConfigError(
-            f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
-            f"{prompt + response}, but {folder} has {architecture.max_positions} positions "
-            "(max_position_embeddings in config.json)"
-        )
+    check_engine(config.model.path, prompt, response, config.engine)
+    check_layout(read_architecture(config.model.path), config.actor.parallel)
