@@ -61,6 +61,7 @@ def log_to(path: Path) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("treepo", "sglang_rollout")]
     for logger in loggers:
         logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     except BaseException:
