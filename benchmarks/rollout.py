@@ -19,7 +19,8 @@ from pathlib import Path
 
 import orjson
 
-from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of, write_model
+from benchmarks.random_model import write_model
+from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig

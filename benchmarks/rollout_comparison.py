@@ -11,16 +11,13 @@ import asyncio
 import math
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sglang_rollout.driver import TreeDriver
 from sglang_rollout.engine import SGLangEngine
@@ -36,20 +33,6 @@ _NORMAL = NormalDist()
 _WARM_UP_PROMPTS = 4
 Ends = Callable[[GenerateRequest], int]
 """Response tokens at which the path of a request ends."""
-
-
-def write_model(folder: Path, dtype: str, shape: Mapping[str, Any]) -> None:
-    """A random Qwen2 whose end token is one beyond its vocabulary: it cannot be sampled."""
-    config = Qwen2Config(
-        **shape,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        pad_token_id=0,
-        eos_token_id=shape["vocab_size"],
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen2ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def prompts(count: int, tokens: int, vocabulary: int) -> list[Prompt]:

@@ -1,9 +1,9 @@
 """Weights between Hugging Face folders, Megatron ranks and engines, one tensor at a time.
 
-Rank 0 receives every shard of the first data-parallel replica and joins it; the other ranks only send.
+Rank 0 receives every shard of the first replica that holds it and joins it; the other ranks only send.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.folder import Checkpoint, write_folder
@@ -19,19 +20,16 @@ from megatron_bridge.weights import Rule, expand
 from treepo.errors import ModelError
 
 
-def load(folder: Path, model: GPTModel, architecture: Architecture) -> None:
+def load(folder: Path, chunks: Sequence[GPTModel], architecture: Architecture) -> None:
     """Fill this rank's parameters from the folder."""
     checkpoint = Checkpoint(folder)
-    rules = {
-        rule.parameter: rule for rule in expand(architecture.family.rules, architecture.dimensions.layers)
-    }
+    rules = {rule.parameter: rule for rule in expand(architecture.family.rules, architecture.dimensions)}
     if architecture.tied:
         embedding = rules["embedding.word_embeddings.weight"]
         rules["output_layer.weight"] = embedding  # the last pipeline stage's copy
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in named_parameters(model).items():
+    for name, parameter in named_parameters(chunks).items():
         rule = rules[name]
+        ranks, rank = (1, 0) if _is_expert(parameter) else _tensor_ranks()
         tensors = [checkpoint.read(tensor) for tensor in rule.tensors]
         shard = rule.surgery.split(tensors, ranks, architecture.dimensions)[rank]
         if shard.shape != parameter.shape:
@@ -43,28 +41,58 @@ def load(folder: Path, model: GPTModel, architecture: Architecture) -> None:
             parameter.copy_(shard)
 
 
+def _tensor_ranks() -> tuple[int, int]:
+    """How many tensor-parallel ranks there are, and which of them this is."""
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+
+
+def _is_expert(parameter: Parameter) -> bool:
+    """Experts are whole on their rank, and reduced among the ranks that hold the same ones."""
+    return not getattr(parameter, "allreduce", True)  # Megatron-Core's mark
+
+
 @dataclass(frozen=True, slots=True)
 class _Owned:
-    """What one rank of the first replica holds: its place in the tensor-parallel group, its shapes."""
+    """What one rank holds that others need not send: its place in the tensor-parallel group, its shapes."""
 
     rank: int
     tensor_rank: int
     shapes: dict[str, torch.Size]
 
 
+def _first_to_hold(parameter: Parameter) -> bool:
+    """Whether this rank is in the first replica of those parameters."""
+    if _is_expert(parameter):
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    return parallel_state.get_data_parallel_rank() == 0
+
+
 class Exporter:
     """The model's tensors under their Hugging Face names, on rank 0. Every method is collective."""
 
-    def __init__(self, model: GPTModel, architecture: Architecture, dtype: torch.dtype, device: torch.device):
-        self._parameters = named_parameters(model) if parallel_state.get_data_parallel_rank() == 0 else {}
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        architecture: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._parameters = {
+            name: parameter
+            for name, parameter in named_parameters(chunks).items()
+            if _first_to_hold(parameter)
+        }
         self._architecture, self._dtype, self._device = architecture, dtype, device
         self._rank = torch.distributed.get_rank()
-        self._rules = expand(architecture.family.rules, architecture.dimensions.layers)
+        self._rules = expand(architecture.family.rules, architecture.dimensions)
         if architecture.tied:
             self._rules = [rule for rule in self._rules if rule.parameter != "output_layer.weight"]
         mine = _Owned(
             self._rank,
-            parallel_state.get_tensor_model_parallel_rank(),
+            _tensor_ranks()[1],
             {name: parameter.shape for name, parameter in self._parameters.items()},
         )
         everyone: list[_Owned] = [mine] * torch.distributed.get_world_size()

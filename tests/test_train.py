@@ -1,12 +1,15 @@
 """`treepo train` as a user runs it: real Ray, real SGLang, real Megatron-Core, in processes of their own."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from command import interrupt_once_written, start, write_model_and_problems
+from safetensors.torch import load_file, save_file
 
 from treepo.tree import from_json
 
@@ -65,6 +68,10 @@ def test_three_steps_end_to_end(folder: Path) -> None:
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["accuracy_before"] is None
+    # A shared segment and two below it for each of four prompts, compared as the steps' tokens are above.
+    assert 4 * 3 <= summary["score_check"]["tokens"] <= 4 * 3 * 8
+    assert 0 < summary["score_check"]["mean"] <= summary["score_check"]["max"] < 1e-4
+    assert "tokens: log-probs differ by" in (run / "log.txt").read_text()
     assert summary["sequential_tokens"] == sum(tree.total_tokens() for tree in trees)
     assert summary["max_logprob_difference"] == max(line["logprob_difference_max"] for line in metrics)
     assert "3/3" in output
@@ -73,7 +80,6 @@ def test_three_steps_end_to_end(folder: Path) -> None:
 
 
 def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
-    import torch
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
     model, before = (Qwen2ForCausalLM.from_pretrained(path) for path in (checkpoint, differs_from))
@@ -88,6 +94,21 @@ def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
     generator: Any = model  # transformers types `generate` for a class that no model satisfies
     generated = generator.generate(**tokens, max_new_tokens=4)
     assert generated.shape[1] > tokens["input_ids"].shape[1]
+
+
+def test_a_folder_with_two_sets_of_weights_is_found_out_before_the_first_step(folder: Path) -> None:
+    """SGLang loads every *.safetensors of a folder without an index, the actor the one that has the name."""
+    twofold = shutil.copytree(folder / "model", folder / "twofold")
+    weights = load_file(twofold / "model.safetensors")
+    older = {name: weight + 0.02 * torch.randn_like(weight) for name, weight in weights.items()}
+    save_file(older, twofold / "older.safetensors", metadata={"format": "pt"})
+    process = start(folder, "train", "run.yaml", "out=stopped", "model.path=twofold")
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 1, errors
+    (line,) = errors.splitlines()
+    assert "disagree on the log-probs" in line
+    assert "stale weights" in line
+    assert not (folder / "stopped" / "metrics.jsonl").read_text()
 
 
 def test_ctrl_c_leaves_no_process_and_readable_files(folder: Path) -> None:

@@ -110,6 +110,9 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     decoded, sequential = summary["decoded_tokens"], summary["sequential_tokens"]
     table.add_row("tokens decoded in training", f"{decoded:,}")
     table.add_row("the same leaves one by one", f"{sequential:,}  ({sequential / decoded:.2f}x)")
+    if summary["score_check"] is not None:
+        mean, largest = summary["score_check"]["mean"], summary["score_check"]["max"]
+        table.add_row("log-prob difference before step 1", f"{mean:.1e}, at most {largest:.1e}")
     table.add_row("largest log-prob difference", f"{summary['max_logprob_difference']:.1e}")
     table.add_section()
     for phase, seconds in summary["phase_seconds"].items():

@@ -30,6 +30,12 @@ class EngineError(TreepoError):
     exit_code = 1
 
 
+class ScoreCheckError(TreepoError):
+    """Actor and engine disagree on log-probs; the text has the figures and the usual suspects."""
+
+    exit_code = 1
+
+
 class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 

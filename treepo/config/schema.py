@@ -11,6 +11,7 @@ from treepo.config.engine import EngineConfig
 from treepo.config.learning import LearningConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
+from treepo.config.score_check import ScoreCheckConfig
 
 
 class ModelConfig(Section):
@@ -52,6 +53,8 @@ class RunConfig(Section):
     """The sampler."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out accuracy before and after."""
+    score_check: ScoreCheckConfig = ScoreCheckConfig()
+    """Whether actor and engines agree, before the first step."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:

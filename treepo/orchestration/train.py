@@ -24,6 +24,7 @@ from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.run_folder import RunFolder
+from treepo.orchestration.score_check import check_scores
 from treepo.orchestration.weight_update import update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
 from treepo.rewards.failures import FailedGrades
@@ -76,6 +77,7 @@ async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[s
             _log.info(report.summary())
         with clock.phase("start engine and actor", announce=True):
             run = await _start(config, inputs, folder, clock, stack)
+        difference = await run.check_scores()
         before = await run.evaluate("evaluate before")
         for step in range(1, config.steps + 1):
             metrics = await run.step(step)
@@ -91,6 +93,7 @@ async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[s
             "steps": config.steps,
             "decoded_tokens": run.decoded_tokens,
             "sequential_tokens": run.sequential_tokens,
+            "score_check": difference,
             "max_logprob_difference": run.max_difference,
             "phase_seconds": clock.seconds,
         }
@@ -148,6 +151,16 @@ class Run:
     decoded_tokens: int = 0
     sequential_tokens: int = 0
     max_difference: float = 0.0
+
+    async def check_scores(self) -> dict[str, float] | None:
+        """How far actor and engines are apart before anything is learned; None where it is not asked for."""
+        if not self.config.score_check.enabled:
+            return None
+        with self.clock.phase("check log-probs", announce=True):
+            decode = self.inputs.tokenizer.decode
+            return await check_scores(
+                self.config, self.inputs.train, decode, self.engines.engines, self.learner
+            )
 
     async def evaluate(self, phase: str) -> float | None:
         """Held-out accuracy of the weights that the engines serve; None without held-out prompts.
