@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,17 @@ def test_messages_that_the_chat_template_refuses_are_a_bad_row(tmp_path: Path) -
 )
 def test_answers_of_every_kind(tmp_path: Path, value: object, expected: str) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"question": "?", "answer": value}])
+    assert answers(path) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(Decimal("12.50"), "12.50"), (Decimal("1E+3"), "1000"), (np.int64(7), "7"), ([1.0, 2.5], "2.5")],
+)
+def test_answers_of_parquets_own_kinds(tmp_path: Path, value: object, expected: str) -> None:
+    path = tmp_path / "data.parquet"
+    table = pyarrow.table({"question": ["?"], "answer": pyarrow.array([value])})
+    pyarrow.parquet.write_table(table, path)
     assert answers(path) == [expected]
 
 

@@ -4,9 +4,9 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.markup import escape
 
 from treepo.config.load import load_as, load_config
 from treepo.errors import TreepoError
+
+if TYPE_CHECKING:
+    from treepo.data import DataReport
 
 app = typer.Typer(
     help="Reinforcement learning for reasoning models whose rollouts are trees.",
@@ -58,6 +61,7 @@ def train(
     from treepo.orchestration.inputs import read_inputs
 
     inputs = read_inputs(run_config)
+    _show_data(inputs.reports)
     from treepo.orchestration.train import train as run
 
     try:
@@ -81,6 +85,7 @@ def rollout(
     from treepo.orchestration.rollout_inputs import read_inputs
 
     inputs = read_inputs(rollout_config)
+    _show_data([inputs.prompts.report])
     from treepo.orchestration.rollout import rollout as run
     from treepo.rollout_display import RolloutDisplay, show_rollout
 
@@ -93,6 +98,12 @@ def rollout(
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_rollout(_output, summary, rollout_config.out)
+
+
+def _show_data(reports: "Iterable[DataReport]") -> None:
+    """What each file holds, a line each."""
+    for report in reports:
+        _output.print(report.summary(), highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

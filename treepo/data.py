@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, overload
 
@@ -286,6 +287,8 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 
 def _answer(value: Any, columns: ColumnsConfig) -> str:
     scalar = value[-1] if isinstance(value, list) and value else value
+    if isinstance(scalar, Decimal):  # a number column of parquet may be
+        scalar = format(scalar, "f")
     if isinstance(scalar, float) and math.isfinite(scalar) and scalar.is_integer():
         scalar = int(scalar)  # publishers write 27 as 27.0
     if (

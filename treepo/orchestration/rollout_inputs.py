@@ -1,19 +1,18 @@
 """Everything that a rollout reads and checks before anything is started, the cheapest checks first."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_rollout.growing_tree import longest_response
 from sglang_rollout.preflight import check_engine
 from treepo.config.rollout import RolloutConfig
-from treepo.data import Prompt, check_prompts, load_prompts
+from treepo.data import PromptSet, check_prompts, load_prompts
 from treepo.tokenizer import Tokenizer, check_model_folder, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     tokenizer: Tokenizer
-    prompts: Sequence[Prompt]
+    prompts: PromptSet
 
 
 def read_inputs(config: RolloutConfig) -> Inputs:

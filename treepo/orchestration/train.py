@@ -1,6 +1,7 @@
 """The synchronous loop: sample trees, grade them, learn, hand the new weights to the engines; again."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
@@ -32,6 +33,8 @@ from treepo.rewards.open import open_rewards
 from treepo.rewards.shaping import shaped, with_grades
 from treepo.stopping import StopRule
 from treepo.tree import Tree
+
+_log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -70,6 +73,8 @@ async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[s
     started = time.perf_counter()
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(RunFolder(config))
+        for report in inputs.reports:
+            _log.info(report.summary())
         with clock.phase("start engine and actor", announce=True):
             run = await _start(config, inputs, folder, clock, stack)
         difference = await run.check_scores()
