@@ -115,3 +115,12 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
                 f"actor.parallel.{name} = {ranks} does not divide the model's {size} {what} "
                 f"(remainder {size % ranks})"
             )
+
+
+def check_same_model(folder: Path, model: Path) -> None:
+    """Raises ModelError where the weights that belong to `folder`'s config are not such as `model`'s."""
+    ours, theirs = read_architecture(model), read_architecture(folder)
+    for name in ("family", "dimensions", "hidden", "intermediate", "heads", "tied"):
+        expected, found = getattr(ours, name), getattr(theirs, name)
+        if expected != found:
+            raise ModelError(f"{folder}: not the model of {model}: {name} is {found}, not {expected}")

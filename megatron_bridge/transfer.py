@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
+from megatron_bridge.collective import FAILURES, raise_everywhere, reason
 from megatron_bridge.folder import Checkpoint, write_folder
 from megatron_bridge.model import named_parameters
 from megatron_bridge.weights import Rule, expand
@@ -160,16 +161,20 @@ class Exporter:
         return owners[:1] if rule.surgery.replicated else owners
 
     def write(self, source: Path, folder: Path) -> None:
-        """A Hugging Face folder with these weights and `source`'s other files. Raises ModelError, on every
-        rank, where `folder` exists.
+        """A Hugging Face folder with these weights and `source`'s other files. Every rank raises ModelError
+        where `folder` exists, and CheckpointError where it cannot be written.
         """
         exists = [folder.exists()]
         torch.distributed.broadcast_object_list(exists, src=0)
         if exists[0]:
             raise ModelError(f"{folder} exists: nothing is overwritten")
+        tensors = self.tensors()
+        failure = ""
         if self._rank == 0:
-            write_folder(self.tensors(), source, folder)
-        else:
-            for _ in self.tensors():
-                pass
-        torch.distributed.barrier()
+            try:
+                write_folder(tensors, source, folder)
+            except FAILURES as error:
+                failure = f"{folder}: {reason(error)}"
+        for _ in tensors:  # on rank 0 what is left: the others send it all the same
+            pass
+        raise_everywhere(failure)

@@ -48,9 +48,9 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> str:
-    """Ctrl-C as soon as there is something in `file`: it must end in one line and leave no process. Returns
-    what was written to standard output.
+def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[str, str]:
+    """Ctrl-C as soon as there is something in `file`: it must end in a line and leave no process. Returns
+    standard output and standard error.
     """
     deadline = time.monotonic() + 300
     while not (file.exists() and file.read_bytes()):
@@ -66,4 +66,4 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> str:
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(descendants, timeout=10)
     assert not alive
-    return output
+    return output, errors

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.table import Table
 
 from treepo.live_display import LiveDisplay, is_live, live_progress, show_written, value_table
+from treepo.orchestration.checkpoints import CHECKPOINTS
+from treepo.orchestration.resume import Resume
 from treepo.orchestration.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
 from treepo.toy.make import ToyReport
 
@@ -101,6 +103,20 @@ class TrainDisplay(LiveDisplay):
         self.progress.update(self._task, completed=step)
 
 
+def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
+    """From where the run goes on, and what is other than before."""
+    if resume is None:
+        console.print(f"{out} has no checkpoint: the run begins", highlight=False, soft_wrap=True)
+        return
+    console.print(
+        f"{resume.checkpoint}: the run goes on after step {resume.state.step}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for change in resume.changes:
+        console.print(f"  {change}", highlight=False, soft_wrap=True, markup=False)
+
+
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
     """The end of a run: what was learned, what it cost, where it is."""
     table = value_table("What the run came to")
@@ -121,6 +137,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     console.print(table)
     files = (
         (f"{CHECKPOINT}/", "the trained model, a Hugging Face folder"),
+        (f"{CHECKPOINTS}/", "what `treepo train --resume` goes on from"),
         (TREES, "every tree: segments, log-probs, versions, rewards"),
         (METRICS, "every step's numbers"),
         (f"{TENSORBOARD}/", f"the same: tensorboard --logdir {folder / TENSORBOARD}"),

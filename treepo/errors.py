@@ -50,3 +50,9 @@ class RewardError(TreepoError):
 
 class TransportError(EngineError):
     """Weights that did not reach an engine; it says nothing of who is at fault."""
+
+
+class CheckpointError(TreepoError):
+    """A checkpoint or model that could not be written; the text names the folder and the reason."""
+
+    exit_code = 1

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from treepo.config.actor import ActorConfig
 from treepo.config.base import PathField, Section
+from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.data import DataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.learning import LearningConfig
@@ -58,6 +59,8 @@ class RunConfig(Section):
     """Held-out accuracy before and after."""
     score_check: ScoreCheckConfig = ScoreCheckConfig()
     """Whether actor and engines agree, before the first step."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What an interrupted run goes on from."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:

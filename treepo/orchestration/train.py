@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sglang_rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.advantage import estimate
@@ -19,10 +18,13 @@ from treepo.evaluation import evaluation_sampling
 from treepo.loss import denominator
 from treepo.metrics import accuracy, tree_metrics
 from treepo.mismatch import log_prob_mismatch
+from treepo.orchestration.checkpoints import Checkpoints, RunState
+from treepo.orchestration.clock import Clock, Reporter
 from treepo.orchestration.cluster import ray_session
 from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
+from treepo.orchestration.resume import Resume, fingerprint
 from treepo.orchestration.run_folder import RunFolder
 from treepo.orchestration.score_check import check_scores
 from treepo.orchestration.weight_update import update_weights
@@ -37,59 +39,39 @@ from treepo.tree import Tree
 _log = logging.getLogger(__name__)
 
 
-class Reporter(Protocol):
-    """Whoever shows the run to a person."""
-
-    def phase(self, name: str, announce: bool = False) -> None:
-        """What the run does from now on; `announce` where it lasts long and comes once."""
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done."""
-
-
-class Clock:
-    """Seconds spent in each phase; tells the reporter which phase it is."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, announce: bool = False) -> Iterator[None]:
-        self._reporter.phase(name, announce)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[str, Any]:
-    """Run `config` from its first step to its summary, which is written and returned.
+async def train(
+    config: RunConfig, inputs: Inputs, reporter: Reporter, resume: Resume | None = None
+) -> dict[str, Any]:
+    """Run `config` from its first step, or from where it goes on, to its summary: written and returned.
 
     Everything that is started here is ended here, whatever happens.
     """
     clock = Clock(reporter)
-    started = time.perf_counter()
     async with AsyncExitStack() as stack:
-        folder = stack.enter_context(RunFolder(config))
+        folder = stack.enter_context(RunFolder(config, resume.state if resume else None))
         for report in inputs.reports:
             _log.info(report.summary())
         with clock.phase("start engine and actor", announce=True):
             run = await _start(config, inputs, folder, clock, stack)
+        if resume is not None:
+            await run.go_on(resume)
         difference = await run.check_scores()
-        before = await run.evaluate("evaluate before")
-        for step in range(1, config.steps + 1):
+        if resume is None:
+            run.accuracy_before = await run.evaluate("evaluate before")
+        for step in range(run.steps_done + 1, config.steps + 1):
             metrics = await run.step(step)
             folder.write_metrics(step, metrics)
             reporter.step(step, metrics)
+            if run.checkpoints.due(step):
+                await run.begin_checkpoint()
+        await run.finish_checkpoint()
         after = await run.evaluate("evaluate after")
-        with clock.phase("write checkpoint"):
+        with clock.phase("write model"):
             await run.learner.export(folder.checkpoint.resolve())
         summary = {
-            "accuracy_before": before,
+            "accuracy_before": run.accuracy_before,
             "accuracy_after": after,
-            "seconds": time.perf_counter() - started,
+            "seconds": clock.total(),
             "steps": config.steps,
             "decoded_tokens": run.decoded_tokens,
             "sequential_tokens": run.sequential_tokens,
@@ -126,10 +108,12 @@ async def _start(
         rewards,
         engines,
         learner,
+        checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, learner),
         order=PromptOrder(len(inputs.train), config.seed),
         training=driver(config.sampling),
         evaluation=driver(evaluation_sampling(config)),
         failed_grades=FailedGrades(config.reward.max_failed_share),
+        data=fingerprint(inputs.train),
     )
 
 
@@ -144,10 +128,14 @@ class Run:
     rewards: Rewards
     engines: EnginePool
     learner: LearnerGroup
+    checkpoints: Checkpoints
     order: PromptOrder
     training: TreeDriver
     evaluation: TreeDriver
     failed_grades: FailedGrades
+    data: str  # fingerprint
+    steps_done: int = 0
+    accuracy_before: float | None = None
     decoded_tokens: int = 0
     sequential_tokens: int = 0
     max_difference: float = 0.0
@@ -174,20 +162,58 @@ class Run:
             self.failed_grades.check_and_clear(phase)
             return accuracy(trees)
 
+    async def go_on(self, resume: Resume) -> None:
+        """Become what the run was at the checkpoint: trainer, engines, order of prompts, counts."""
+        state = resume.state
+        with self.clock.phase(f"go on from {resume.checkpoint.name}", announce=True):
+            await self.learner.load(resume.checkpoint.resolve())
+            await self._update_weights(version=state.step)
+        self.clock.add(state.seconds, state.phase_seconds)
+        self.order.cursor = state.cursor
+        self.steps_done, self.accuracy_before = state.step, state.accuracy_before
+        self.decoded_tokens, self.sequential_tokens = state.decoded_tokens, state.sequential_tokens
+        self.max_difference = state.max_difference
+
+    async def _update_weights(self, version: int) -> None:
+        seconds = self.config.engine.update_seconds
+        await update_weights(self.learner, self.engines.engines, version, seconds)
+
+    async def begin_checkpoint(self) -> None:
+        """Of the step that is done; it is written while the next one is sampled."""
+        with self.clock.phase("write checkpoint"):
+            state = RunState(
+                step=self.steps_done,
+                cursor=self.order.cursor,
+                data=self.data,
+                sizes=self.folder.sizes(),
+                accuracy_before=self.accuracy_before,
+                decoded_tokens=self.decoded_tokens,
+                sequential_tokens=self.sequential_tokens,
+                max_difference=self.max_difference,
+                seconds=self.clock.total(),
+                phase_seconds=self.clock.seconds,
+            )
+            await self.checkpoints.begin(state)
+
+    async def finish_checkpoint(self) -> None:
+        with self.clock.phase("write checkpoint"):
+            await self.checkpoints.finish()
+
     async def step(self, step: int) -> dict[str, float]:
         """Sample, grade, learn, update; returns the step's numbers."""
         seconds_before = dict(self.clock.seconds)
         with self.clock.phase("sample"):
             sampled, batch, dropped = await self._sample_batch(step)
         stats = self.training.take_stats()
+        await self.finish_checkpoint()
         with self.clock.phase("score"):
             mini_batches = [await self._score(packs) for packs in self._pack(batch)]
             mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
         with self.clock.phase("train"):
             updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
         with self.clock.phase("update"):
-            seconds = self.config.engine.update_seconds
-            await update_weights(self.learner, self.engines.engines, version=step, seconds=seconds)
+            await self._update_weights(version=step)
+        self.steps_done = step
         self.decoded_tokens += stats.decoded_tokens
         self.sequential_tokens += stats.total_tokens
         self.max_difference = max(self.max_difference, mismatch["logprob_difference_max"])
