@@ -53,7 +53,7 @@ def live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> 
     packs = case.packs if layout.data == 1 else (case.packs[:1], case.packs[1:])[rank // layout.tensor % 2]
     if case.load is not None:
         actor.load(case.load)
-    start = weights_of(list(actor.buckets()))
+    start = weights_of(actor)
     metrics = []
     for step in range(case.steps + 1):
         if case.save is not None and step == case.save_after:
@@ -63,7 +63,7 @@ def live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> 
     if case.finish:
         actor.finish_save()
     reference = actor.reference_log_probs(packs, 1.0) if case.learning.kl_coefficient else []
-    final = weights_of(list(actor.buckets()))
+    final = weights_of(actor)
     actor.close()
     return Result(start, metrics, reference, final)
 
@@ -120,5 +120,8 @@ def _actor(case: Case, layout: ParallelConfig, rank: int, store):
     for pack in case.packs:
         for column in pack.columns().values():
             column.flags.writeable = False  # as from Ray's object store
-    config = ActorConfig(parallel=layout, optimizer=case.optimizer, bucket_mb=1)
+    config = ActorConfig(
+        parallel=layout,
+        optimizer=case.optimizer,
+    )
     return MegatronActor(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)

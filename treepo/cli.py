@@ -1,12 +1,13 @@
 """The `treepo` command. It parses, checks, calls and shows; nothing heavy is imported before it is needed."""
 
 import asyncio
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from rich.markup import escape
 
 from treepo.config.load import load_as, load_config
 from treepo.errors import TreepoError
+
+if TYPE_CHECKING:
+    from treepo.data import DataReport
 
 app = typer.Typer(
     help="Reinforcement learning for reasoning models whose rollouts are trees.",
@@ -65,6 +69,7 @@ def train(
     from treepo.orchestration.inputs import read_inputs
 
     inputs = read_inputs(run_config)
+    _show_data(inputs.reports)
     from treepo.orchestration.checkpoints import newest
     from treepo.orchestration.resume import find_resume
 
@@ -96,6 +101,7 @@ def rollout(
     from treepo.orchestration.rollout_inputs import read_inputs
 
     inputs = read_inputs(rollout_config)
+    _show_data([inputs.prompts.report])
     from treepo.orchestration.rollout import rollout as run
     from treepo.rollout_display import RolloutDisplay, show_rollout
 
@@ -125,10 +131,19 @@ def convert(
     show_converted(_output, converted, target, time.perf_counter() - started)
 
 
+def _show_data(reports: "Iterable[DataReport]") -> None:
+    """What each file holds, a line each."""
+    for report in reports:
+        _output.print(report.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: an error that a user can understand is one line."""
     # The progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # A reward function's own traceback is for its author, who sits at the terminal.
+    if logging.lastResort is not None:
+        logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
     exit_code = 0
     try:
         app()

@@ -78,5 +78,3 @@ class ActorConfig(Section):
     transformer_impl: Literal["auto", "te", "local"] = "auto"
     """Layers of Transformer Engine (`te`) or of Megatron-Core alone (`local`); `auto`: of the former on CUDA
     where it is installed."""
-    bucket_mb: int = Field(default=256, ge=1)
-    """Weights travel to the engines in buckets of so many MiB; a larger tensor is a bucket of its own."""

@@ -24,6 +24,9 @@ FIXED = (
     "actor.optimizer",
     "evaluation",
     "reward.function",
+    "reward.url",
+    "reward.terms",
+    "reward.overlong_buffer_tokens",
     "reward.correct",
     "reward.wrong",
 )
