@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
-from treepo.config.rollout import RolloutConfig
-from treepo.config.schema import RunConfig
+from treepo.config.engine import EngineConfig
+from treepo.config.schema import ModelConfig
 from treepo.errors import EngineError
 from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.protocols import GenerateOutput, GenerateRequest
@@ -17,6 +17,17 @@ from treepo.stopping import StopRule
 
 _log = logging.getLogger(__name__)
 _CONCURRENT_REQUESTS = 100_000  # the driver bounds what is in flight; Ray should not
+
+
+class ServingConfig(Protocol):
+    """The parts of a command's configuration that engines need."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class RemoteEngine:
@@ -48,7 +59,7 @@ class RemoteEngine:
 class EnginePool:
     """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded."""
 
-    def __init__(self, config: RunConfig | RolloutConfig, stop_rule: StopRule) -> None:
+    def __init__(self, config: ServingConfig, stop_rule: StopRule) -> None:
         resources = {"num_cpus": 1, "num_gpus": 1 if has_gpus() else 0}
         remote = ray.remote(SGLangEngine).options(
             max_concurrency=_CONCURRENT_REQUESTS, runtime_env=actor_environment(), **resources
