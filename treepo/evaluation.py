@@ -176,9 +176,10 @@ def estimate(strata: Sequence[np.ndarray], seed: int) -> Estimate:
     return Estimate(float(sum(values.sum() for values in kept) / total), float(low), float(high), total)
 
 
-def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4, ... up to n."""
-    return [2**exponent for exponent in range(n.bit_length())]
+def sample_counts(n: int) -> list[int]:
+    """The k of pass@k and maj@k: 1, 2, 4, ... up to n, and n."""
+    powers = [2**exponent for exponent in range(n.bit_length())]
+    return powers if powers[-1] == n else [*powers, n]
 
 
 def problem_metrics(problem: ProblemResult, samples: int, seed: int, *, voting: bool) -> dict[str, float]:
@@ -186,7 +187,7 @@ def problem_metrics(problem: ProblemResult, samples: int, seed: int, *, voting: 
 
     samples: the responses that were asked for. voting: whether answers were extracted at all.
     """
-    ks = powers_of_two(samples)
+    ks = sample_counts(samples)
     metrics = {"mean": problem.mean(), "weighted_mean": problem.weighted_mean()}
     metrics |= {f"pass@{k}": problem.pass_at(k) for k in ks}
     if voting:

@@ -17,7 +17,7 @@ from treepo.evaluation import ProblemResult
 from treepo.orchestration.evaluate_inputs import Inputs
 from treepo.orchestration.evaluation_folder import PLOT, REPORT, RESULTS, SAMPLES
 from treepo.orchestration.run_folder import CONFIG, LOG, TREES
-from treepo.report.page import headline_metrics
+from treepo.report.page import headline_metrics, parts
 
 _LINES = 10  # where nothing is live
 _FAILURES = 5  # that the table spells out
@@ -123,15 +123,12 @@ def _scores(results: Mapping[str, Any]) -> Table:
     tree = sampling["mode"] == "tree"
     metrics = headline_metrics(results["overall"]["metrics"], sampling["width"], tree=tree)
     title = "Scores in percent, below them the 95% interval over problems"
-    table = Table(title=title, title_justify="left", pad_edge=False, box=SIMPLE_HEAD)
-    table.add_column("")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
     ungraded = results["overall"]["verdicts"]["timeout"] + results["overall"]["verdicts"]["error"]
     for head in ("problems", *metrics.values(), "tokens", "cut off", *(["ungraded"] if ungraded else [])):
         table.add_column(head, justify="right", no_wrap=True)
-    rows = [*results["benchmarks"]]
-    if len(rows) > 1:
-        rows.append({"name": "all (by size)"} | results["overall"])
-    for index, row in enumerate(rows):
+    for index, row in enumerate(parts(results)):
         if index and index == len(results["benchmarks"]):
             table.add_section()
         verdicts, tokens = row["verdicts"], row["response_tokens"]
@@ -140,7 +137,7 @@ def _scores(results: Mapping[str, Any]) -> Table:
             f"{row['finished']}/{row['problems']}",
             *(_percent(row["metrics"].get(name)) for name in metrics),
             "–" if tokens["mean"] is None else f"{tokens['mean']:.0f}",
-            "–" if tokens["truncated"] is None else f"{tokens['truncated']:.1%}",
+            "–" if tokens["truncated"] is None else f"{tokens['truncated']:.0%}",
             *([str(verdicts["timeout"] + verdicts["error"])] if ungraded else []),
         )
     return table
@@ -179,10 +176,11 @@ def _cost(results: Mapping[str, Any]) -> Table:
 
 def show_comparison(console: Console, first: str, second: str, differences: Sequence[Difference]) -> None:
     """Paired differences as a table."""
-    title = f"{second} against {first}, percent, over the problems that both have"
-    table = Table(title=escape(title), title_justify="left", pad_edge=False)
-    for head in ("", "metric", "problems", escape(first), escape(second), "difference", "95% interval"):
-        table.add_column(head, justify="left" if head in ("", "metric") else "right")
+    console.print(f"A: {escape(first)}\nB: {escape(second)}", highlight=False, soft_wrap=True)
+    title = "Percent, over the problems that both have"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in ("", "metric", "problems", "A", "B", "B - A", "95% interval"):
+        table.add_column(head, justify="left" if head in ("", "metric") else "right", no_wrap=True)
     before = None
     for row in differences:
         if before not in (None, row.benchmark):

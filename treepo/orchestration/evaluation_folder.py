@@ -101,8 +101,11 @@ class EvaluationFolder:
         self._samples.flush()
         line = to_json(
             answered.tree,
-            answer=prompt.answer,
-            answers=[grade.answer_text for grade in answered.grades_L],
+            answer=_unicode(prompt.answer),
+            answers=[
+                None if grade.answer_text is None else _unicode(grade.answer_text)
+                for grade in answered.grades_L
+            ],
             classes=list(answered.classes_L),
             spent=asdict(spent),
         )
@@ -141,11 +144,15 @@ class EvaluationFolder:
                     "now; --force starts anew"
                 )
             self._take(record, tree)
+        self._drop_unfinished(samples)
+
+    def _drop_unfinished(self, samples: Path) -> None:
+        """Keep the samples of finished problems only, each of which must have all of its own."""
         kept: Counter[str] = Counter()
         part = samples.with_name(f"{SAMPLES}{_PART}")
         with samples.open("rb") as file, part.open("wb") as finished:
-            for line in file:
-                name = orjson.loads(line)["problem"]
+            for number, line in enumerate(file, start=1):
+                name = _problem_of(line, f"{samples}:{number}")
                 if name in self.results:
                     finished.write(line)
                     kept[name] += 1
@@ -153,7 +160,7 @@ class EvaluationFolder:
             if kept[name] != len(result.verdicts_L):
                 raise DataError(
                     f"{samples}: {kept[name]} lines of problem {name}, which has {len(result.verdicts_L)} "
-                    f"responses in {trees}; --force starts anew"
+                    f"responses in {TREES}; --force starts anew"
                 )
         part.replace(samples)
 
@@ -210,6 +217,19 @@ def _tree_of(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
         return record, from_json(line)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
+
+
+def _problem_of(line: bytes, place: str) -> str:
+    """Not orjson: it refuses the lone surrogates that a model's text may have."""
+    try:
+        return json.loads(line)["problem"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
+
+
+def _unicode(text: str) -> str:
+    """`text` with a question mark for each lone surrogate, which a tree's line cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -60,18 +60,16 @@ def evaluation_page(
 
 def _subtitle(settings: Mapping[str, Any]) -> str:
     model, sampling = settings["model"], settings["sampling"]
-    how = "tree" if sampling["mode"] == "tree" else "independent"
+    how = "leaves of a tree" if sampling["mode"] == "tree" else "independent samples"
     return (
-        f"{model['path'] or model['url']} · {sampling['width']} {how} samples a problem · temperature "
+        f"{model['path'] or model['url']} · {sampling['width']} {how} for each problem · temperature "
         f"{sampling['temperature']} · up to {sampling['max_response_tokens']} tokens"
     )
 
 
 def _scores(results: Mapping[str, Any]) -> str:
     """The table of benchmarks, as HTML."""
-    rows = [*results["benchmarks"]]
-    if len(rows) > 1:
-        rows.append({"name": "all (by size)"} | results["overall"])
+    rows = parts(results)
     samples, tree = (
         results["settings"]["sampling"]["width"],
         results["settings"]["sampling"]["mode"] == "tree",
@@ -85,25 +83,31 @@ def _scores(results: Mapping[str, Any]) -> str:
 
 def _every_metric(results: Mapping[str, Any]) -> str:
     """The table of all metrics of all benchmarks, as HTML: a row each metric."""
-    parts = [*results["benchmarks"], {"name": "all (by size)"} | results["overall"]]
-    head = "".join(f"<th>{escape(part['name'])}</th>" for part in parts)
+    columns = parts(results)
+    head = "".join(f"<th>{escape(part['name'])}</th>" for part in columns)
     body = "".join(
         f"<tr><th scope='row'>{escape(name.replace('_', ' '))}</th>"
-        + "".join(_estimate_cell(part["metrics"].get(name)) for part in parts)
+        + "".join(_estimate_cell(part["metrics"].get(name)) for part in columns)
         + "</tr>"
         for name in results["overall"]["metrics"]
     )
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def parts(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The benchmarks' scores, and all together where there are several."""
+    benchmarks = results["benchmarks"]
+    together = {"name": "all (by size)"} | results["overall"]
+    return [*benchmarks, together] if len(benchmarks) > 1 else [*benchmarks]
+
+
 def headline_metrics(metrics: Mapping[str, Any], samples: int, *, tree: bool) -> dict[str, str]:
-    """The metrics that a table shows, with their heads: mean, largest pass and maj, the tree's weighting."""
+    """The metrics that a table shows, with their heads: of all samples, and a tree's weighted mean."""
     shown = {"mean": f"mean@{samples}"}
     if tree:
         shown["weighted_mean"] = "weighted"
-    largest = 2 ** (samples.bit_length() - 1)
     if samples > 1:
-        shown |= {f"pass@{largest}": f"pass@{largest}", "majority": f"maj@{samples}"}
+        shown |= {f"pass@{samples}": f"pass@{samples}", "majority": f"maj@{samples}"}
     return {name: label for name, label in shown.items() if name in metrics}
 
 

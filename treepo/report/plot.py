@@ -45,8 +45,9 @@ def curve(results: Mapping[str, Any], name: str) -> Curve:
     for metric, estimate in overall["metrics"].items():
         kind, _, number = metric.partition("@")
         k = int(number or samples)
-        if kind not in points or estimate["value"] is None or (tree and k != samples):
-            continue
+        of_leaves = tree and k != samples
+        if kind not in points or estimate["value"] is None or of_leaves or (kind == "mean" and not tree):
+            continue  # the mean of independent samples is their pass@1
         at = Point(tokens * k / samples, estimate["value"], estimate["low"], estimate["high"])
         points[kind].append(at)
     shape = (
@@ -66,7 +67,7 @@ def accuracy_plot(curves: Sequence[Curve]) -> str:
     for index, one in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
         for kind, series in one.points.items():
-            parts += _series(series, colour, _DASHES[kind], scale)
+            parts += _series(kind, series, colour, scale)
     return _document(parts, height, len(curves))
 
 
@@ -134,6 +135,7 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
         parts.append(
             f"<path class='line' d='M{x} {y}h28' stroke='#64748b' stroke-dasharray='{_DASHES[kind]}'/>"
         )
+        parts.append(_mark(kind, x + 14, y, "#64748b"))
         parts.append(f"<text x='{x + 34}' y='{y + 4}'>{_NAMES[kind]}</text>")
     for index, one in enumerate(curves):
         y = _HEIGHT + 8 + _LEGEND_LINE * (index + 1)
@@ -143,23 +145,33 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
     return parts
 
 
-def _series(series: Sequence[Point], colour: str, dash: str, scale: _Scale) -> list[str]:
+def _mark(kind: str, x: float, y: float, colour: str) -> str:
+    if kind == "maj":
+        return f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4' fill='{colour}'/>"
+    if kind == "pass":
+        return f"<circle class='hollow' cx='{x:.1f}' cy='{y:.1f}' r='3.5' stroke='{colour}'/>"
+    return f"<path d='M{x - 4.5:.1f} {y:.1f}l4.5 -4.5l4.5 4.5l-4.5 4.5z' fill='{colour}'/>"
+
+
+def _series(kind: str, series: Sequence[Point], colour: str, scale: _Scale) -> list[str]:
     places = [(scale.x(point.tokens), scale.y(point.value)) for point in series]
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     parts = (
-        [f"<path class='line' d='M{line}' stroke='{colour}' stroke-dasharray='{dash}'/>"] if series else []
+        [f"<path class='line' d='M{line}' stroke='{colour}' stroke-dasharray='{_DASHES[kind]}'/>"]
+        if series
+        else []
     )
     for point, (x, y) in zip(series, places, strict=True):
         low, high = scale.y(point.low), scale.y(point.high)
         parts.append(f"<path class='interval' d='M{x:.1f} {low:.1f}V{high:.1f}' stroke='{colour}'/>")
-        parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3.5' fill='{colour}'/>")
+        parts.append(_mark(kind, x, y, colour))
     return parts
 
 
 def _document(parts: Sequence[str], height: int, curves: int) -> str:
     style = (
         "text{font:12px system-ui,sans-serif;fill:#64748b}.grid{stroke:#94a3b8;stroke-opacity:.3}"
-        ".line{fill:none;stroke-width:2}.interval{stroke-width:1.5;stroke-opacity:.45}"
+        ".line{fill:none;stroke-width:2}.hollow{fill:#fff;stroke-width:2}.interval{stroke-width:1.5;stroke-opacity:.45}"
     )
     what = f"accuracy against decoded tokens of {curves} evaluation{'s' if curves > 1 else ''}"
     return (

@@ -14,6 +14,7 @@ from treepo.rewards.pool import RewardPool
 from treepo.tree import Verdict
 
 _CORRECT = 0
+_PLAIN = "1"
 _INTEGER = re.compile(r"[+-]?\d+")
 
 Equal = Callable[[str, str], Awaitable[bool | None]]
@@ -39,8 +40,8 @@ def pool_equality(pool: RewardPool) -> Equal:
 async def vote_classes(answers: Sequence[str | None], verdicts: Sequence[Verdict], equal: Equal) -> list[int]:
     """A class number for each answer, `NO_VOTE` for a response without one or that was not graded.
 
-    Two answers whose comparison could not be decided are each compared with no other from then on: each is
-    the same only as its own text.
+    Two answers whose comparison could not be decided count as different; and where one of them cannot be
+    compared with a plain number either, it is compared with no other: it equals its own text only.
     """
     class_of: dict[str, int] = {}
     first_of: dict[int, str] = {}  # the classes that may still be compared with
@@ -77,11 +78,13 @@ async def _find(answer: str, first_of: dict[int, str], equal: Equal) -> int | No
             same = _integer(first) == _integer(answer)  # most answers are: no need to ask a process
         else:
             same = await equal(first, answer)
-        if same is None:
-            del first_of[number]
-            return NO_VOTE
         if same:
             return number
+        if same is None:
+            if await equal(_PLAIN, answer) is None:
+                return NO_VOTE
+            if await equal(_PLAIN, first) is None:
+                del first_of[number]
     return None
 
 
