@@ -1,6 +1,7 @@
 """Votes by mathematical equality."""
 
 import asyncio
+from collections.abc import Sequence
 
 from treepo.config.reward import RewardConfig
 from treepo.evaluation import NO_VOTE
@@ -11,7 +12,7 @@ from treepo.tree import Verdict
 C, W, N, T = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TIMEOUT
 
 
-def classes(answers: list[str | None], verdicts: list[Verdict], equal: Equal) -> list[int]:
+def classes(answers: Sequence[str | None], verdicts: list[Verdict], equal: Equal) -> list[int]:
     return asyncio.run(vote_classes(answers, verdicts, equal))
 
 

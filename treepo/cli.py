@@ -181,7 +181,7 @@ def _compare(folders: list[str], out: Path | None) -> None:
     if len(folders) < 2:
         raise ConfigError(f"--compare: at least two folders are needed, {len(folders)} given")
     from treepo.comparison import compare, read_results
-    from treepo.evaluation_display import show_comparison
+    from treepo.comparison_display import show_comparison
     from treepo.report.plot import accuracy_plot, curve
 
     results = [read_results(Path(folder)) for folder in folders]

@@ -29,7 +29,7 @@ class Difference:
 
 def read_results(path: Path) -> dict[str, Any]:
     """The results of a folder or of its results.json. Raises DataError."""
-    file = path / "results.json" if path.is_dir() else path
+    file = path if path.is_file() else path / "results.json"
     try:
         results = json.loads(file.read_text())
     except OSError as error:

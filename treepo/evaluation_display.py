@@ -1,6 +1,6 @@
 """What a person sees of `treepo eval`: a bar in a terminal, a line every tenth elsewhere, tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,12 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_rollout.driver import Stats
-from treepo.comparison import Difference
 from treepo.evaluation import ProblemResult
 from treepo.orchestration.evaluate_inputs import Inputs
 from treepo.orchestration.evaluation_folder import PLOT, REPORT, RESULTS, SAMPLES
 from treepo.orchestration.run_folder import CONFIG, LOG, TREES
-from treepo.report.page import headline_metrics, parts
+from treepo.report.page import headline_metrics, parts, percent
 
 _LINES = 10  # where nothing is live
 _FAILURES = 5  # that the table spells out
@@ -146,8 +145,8 @@ def _scores(results: Mapping[str, Any]) -> Table:
 def _percent(estimate: Mapping[str, float | None] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return "–"
-    value, low, high = (100 * (estimate[name] or 0.0) for name in ("value", "low", "high"))
-    return f"[bold]{value:.1f}[/bold]\n[dim]{low:.1f}–{high:.1f}[/dim]"
+    value, low, high = (percent(estimate[name] or 0.0) for name in ("value", "low", "high"))
+    return f"[bold]{value}[/bold]\n[dim]{low}–{high}[/dim]"
 
 
 def _cost(results: Mapping[str, Any]) -> Table:
@@ -172,30 +171,3 @@ def _cost(results: Mapping[str, Any]) -> Table:
     if len(failures) > _FAILURES:
         table.add_row("[red]failed[/red]", f"and {len(failures) - _FAILURES} more, in {RESULTS}")
     return table
-
-
-def show_comparison(console: Console, first: str, second: str, differences: Sequence[Difference]) -> None:
-    """Paired differences as a table."""
-    console.print(f"A: {escape(first)}\nB: {escape(second)}", highlight=False, soft_wrap=True)
-    title = "Percent, over the problems that both have"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for head in ("", "metric", "problems", "A", "B", "B - A", "95% interval"):
-        table.add_column(head, justify="left" if head in ("", "metric") else "right", no_wrap=True)
-    before = None
-    for row in differences:
-        if before not in (None, row.benchmark):
-            table.add_section()
-        difference = row.difference
-        clear = difference.low > 0 or difference.high < 0
-        change = f"{100 * difference.value:+.1f}"
-        table.add_row(
-            "" if row.benchmark == before else escape(row.benchmark),
-            row.metric.replace("_", " "),
-            str(difference.problems),
-            f"{100 * row.first:.1f}",
-            f"{100 * row.second:.1f}",
-            f"[bold]{change}[/bold]" if clear else change,
-            f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}",
-        )
-        before = row.benchmark
-    console.print(table)

@@ -123,8 +123,13 @@ def _score_row(row: Mapping[str, Any], metrics: list[str]) -> str:
 def _estimate_cell(estimate: Mapping[str, float | None] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return "<td>–</td>"
-    value, low, high = (100 * (estimate[name] or 0.0) for name in ("value", "low", "high"))
-    return f"<td>{value:.1f}<small>{low:.1f}–{high:.1f}</small></td>"
+    value, low, high = (percent(estimate[name] or 0.0) for name in ("value", "low", "high"))
+    return f"<td>{value}<small>{low}–{high}</small></td>"
+
+
+def percent(share: float) -> str:
+    """With one decimal, which 100 does without."""
+    return "100" if share >= 1 else f"{100 * share:.1f}"
 
 
 def _cost(cost: Mapping[str, float]) -> str:
