@@ -71,19 +71,19 @@ function drawTree(problem, show) {
   return svg;
 }
 
-function completion(problem, boxes, index) {
+function completion(problem, boxes, index, shared) {
   const [segment, verdict, stop, answer] = problem.leaves[index];
   const node = make("details");
   const summary = make("summary", `${index + 1}. `);
   const tokens = boxes[segment].start + boxes[segment].tokens;
   summary.append(make("b", verdict.replace("_", " "), verdict));
-  summary.append(` · ${answer === null ? "no answer extracted" : answer} · ${tokens} tokens · ended by ${stop}`);
+  summary.append(`${answer === null ? "" : ` · ${answer}`} · ${tokens} tokens · ended by ${stop}`);
   node.append(summary);
   node.addEventListener("toggle", () => {
     if (!node.open || node.childElementCount > 1) return;
     const text = make("pre", undefined, "text");
     path(problem, segment).forEach((at) => {
-      text.append(make("span", problem.segments[at][2], boxes[at].rows > 1 ? "" : "alone"));
+      text.append(make("span", problem.segments[at][2], shared && boxes[at].rows === 1 ? "alone" : ""));
     });
     node.append(text);
   });
@@ -106,7 +106,7 @@ function detail(problem) {
     chosen.replaceChildren(make("h3", what), make("pre", text, "text"));
   }));
   cell.append(frame, chosen, make("h3", "responses" + (shared ? " (highlighted: what no other shares)" : "")));
-  problem.leaves.forEach((_, index) => cell.append(completion(problem, boxes, index)));
+  problem.leaves.forEach((_, index) => cell.append(completion(problem, boxes, index, shared)));
   row.append(cell);
   return row;
 }
