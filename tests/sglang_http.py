@@ -8,6 +8,7 @@ import numpy as np
 from aiohttp import web
 from fake_engine import EOS, FakeEngine
 
+from treepo.errors import EngineError
 from treepo.protocols import GenerateRequest
 
 
@@ -43,15 +44,17 @@ class FakeServer:
         if self.status != 200:
             return web.json_response({"error": {"message": "out of\nmemory"}}, status=self.status)
         sampling = body["sampling_params"]
-        output = await self.engine.generate(
-            GenerateRequest(
-                context=np.array(body["input_ids"], dtype=np.int32),
-                prompt_tokens=len(body["input_ids"]),
-                max_tokens=sampling["max_new_tokens"],
-                temperature=sampling["temperature"],
-                seed=sampling["sampling_seed"],
-            )
+        asked = GenerateRequest(
+            context=np.array(body["input_ids"], dtype=np.int32),
+            prompt_tokens=len(body["input_ids"]),
+            max_tokens=sampling["max_new_tokens"],
+            temperature=sampling["temperature"],
+            seed=sampling["sampling_seed"],
         )
+        try:
+            output = await self.engine.generate(asked)
+        except EngineError as error:
+            return web.json_response({"error": {"message": str(error)}}, status=503)
         ended = output.finish == "eos"
         tokens, scores = output.tokens.tolist(), output.log_probs.tolist()
         answer = {

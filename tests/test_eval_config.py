@@ -232,3 +232,11 @@ def test_the_preset_reads_every_benchmark(
         benchmark.config.label for benchmark in inputs.benchmarks
     ]
     assert [benchmark.report.rows for benchmark in inputs.benchmarks] == [30, 40, 1319, 272, 675]
+
+
+@pytest.mark.parametrize(("count", "gpus", "engines"), [(None, 0, 1), (None, 4, 4), (2, 4, 2), (2, 0, 2)])
+def test_there_is_an_engine_for_each_gpu_unless_a_number_is_given(
+    count: int | None, gpus: int, engines: int
+) -> None:
+    config = from_options(f"engine.count={json.dumps(count)}", out="o", model="m", data=[Path("x.jsonl")])
+    assert config.engine.on(gpus).count == engines

@@ -151,6 +151,17 @@ class EvalSamplingConfig(SamplingConfig):
         return self
 
 
+class EvalEngineConfig(EngineConfig):
+    """Engines of the evaluation's own."""
+
+    count: int | None = Field(default=None, ge=1)  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
+    """Engines; each holds the whole model on one device. By default one for each GPU, and one without any."""
+
+    def on(self, gpus: int) -> EngineConfig:
+        """With a number of engines, on a machine or cluster with so many GPUs."""
+        return EngineConfig.model_validate(self.model_dump() | {"count": self.count or max(gpus, 1)})
+
+
 class EvalConfig(Section):
     out: PathField
     """The folder to write to, and to go on from: results, samples, trees, report, config, log."""
@@ -164,7 +175,7 @@ class EvalConfig(Section):
     """How each problem is answered; a schedule stands at its first step."""
     reward: RewardConfig = RewardConfig()
     """Grading."""
-    engine: EngineConfig = EngineConfig()
+    engine: EvalEngineConfig = EvalEngineConfig()
     """The sampler; of a running server only `request_seconds` counts."""
 
 

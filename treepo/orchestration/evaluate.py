@@ -21,7 +21,7 @@ from treepo.data import Prompt
 from treepo.errors import EngineError
 from treepo.evaluation import NO_VOTE, ProblemResult
 from treepo.evaluation_results import results_document
-from treepo.orchestration.cluster import ray_session
+from treepo.orchestration.cluster import gpu_count, ray_session
 from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.evaluate_inputs import Inputs
 from treepo.orchestration.evaluation_folder import PLOT, REPORT, RESULTS, Answered, EvaluationFolder, Spent
@@ -138,11 +138,10 @@ async def _engines(config: EvalConfig, inputs: Inputs) -> AsyncIterator[tuple[Se
             yield [server], inputs.kv_tokens
         return
     assert config.model.path is not None
-    own = _OwnEngines(
-        ModelConfig(path=config.model.path, dtype=config.model.dtype), config.engine, config.seed
-    )
+    model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
     async with AsyncExitStack() as stack:
-        stack.enter_context(ray_session(config.engine.count))
+        stack.enter_context(ray_session(config.engine.count or 1))
+        own = _OwnEngines(model, config.engine.on(gpu_count()), config.seed)
         pool = EnginePool(own, StopRule(sampling, inputs.tokenizer.decode))
         stack.push_async_callback(pool.close)
         await pool.ready()
