@@ -48,8 +48,10 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> None:
-    """Ctrl-C as soon as there is something in `file`: it must end in one line and leave no process."""
+def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> str:
+    """Ctrl-C as soon as there is something in `file`: it must end in one line and leave no process. Returns
+    what was written to standard output.
+    """
     deadline = time.monotonic() + 300
     while not (file.exists() and file.read_bytes()):
         assert process.poll() is None, process.communicate()
@@ -58,9 +60,10 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> None:
     descendants = psutil.Process(process.pid).children(recursive=True)
     assert descendants
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Interrupted" in errors
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(descendants, timeout=10)
     assert not alive
+    return output

@@ -36,7 +36,17 @@ class ScoreCheckError(TreepoError):
     exit_code = 1
 
 
+class TrainerError(TreepoError):
+    """A rank of the trainer that is gone; the text names it."""
+
+    exit_code = 1
+
+
 class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 
     exit_code = 1
+
+
+class TransportError(EngineError):
+    """Weights that did not reach an engine; it says nothing of who is at fault."""

@@ -12,6 +12,7 @@ from treepo.config.learning import LearningConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.config.score_check import ScoreCheckConfig
+from treepo.config.weights import WeightsConfig
 
 
 class ModelConfig(Section):
@@ -51,6 +52,8 @@ class RunConfig(Section):
     """The trainer."""
     engine: EngineConfig = EngineConfig()
     """The sampler."""
+    weights: WeightsConfig = WeightsConfig()
+    """How the trainer's weights reach the engines."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out accuracy before and after."""
     score_check: ScoreCheckConfig = ScoreCheckConfig()

@@ -186,7 +186,8 @@ class Run:
         with self.clock.phase("train"):
             updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
         with self.clock.phase("update"):
-            await update_weights(self.learner, self.engines, version=step)
+            seconds = self.config.engine.update_seconds
+            await update_weights(self.learner, self.engines.engines, version=step, seconds=seconds)
         self.decoded_tokens += stats.decoded_tokens
         self.sequential_tokens += stats.total_tokens
         self.max_difference = max(self.max_difference, mismatch["logprob_difference_max"])
