@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.rollout
 
 Run it in the repository's root. A random model that this script writes; forced response lengths, see
-rollout_comparison.py. One JSON line for each of SETTINGS, or of those that `--only` names; all take twelve
-minutes on a machine that does nothing else. `tree_over_sequential` and `tree_over_lockstep` are ratios of
-trajectories per second by the clock, `total_over_unique` is what the first could be at most, `..._cpu` are
-the same ratios by the CPU time of SGLang's process, which other work on the machine disturbs less.
+rollout_comparison.py. One JSON line for each of SETTINGS, or of those that `--only` names; all take a
+quarter of an hour on a machine that does nothing else. `tree_over_sequential` and `tree_over_lockstep` are
+ratios of trajectories per second by the clock, `total_over_unique` is what the first could be at most,
+`..._cpu` are the same ratios by the CPU time of SGLang's process: other work on the machine disturbs them
+less.
 """
 
 import argparse

@@ -47,7 +47,8 @@ class Lane:
 
 @dataclass(slots=True, eq=False)
 class LiveTree:
-    """A tree on a lane. leaves: still to come. needed: tokens that it counts for on its lane.
+    """A tree on a lane. leaves: still to come. needed: tokens that it counts for on its lane. above: response
+    tokens above its unfinished paths' ends, when one of them or a round last ended.
 
     held: most response tokens on its unfinished paths at one time, while so many leaves were to come.
     """
@@ -57,6 +58,7 @@ class LiveTree:
     leaves: int
     held: np.ndarray
     needed: int = 0
+    above: int = 0
 
 
 class Lanes:
@@ -115,13 +117,13 @@ class Lanes:
         self._leaves += 1
         if not self._finished:
             self._expect(self._guess())
-        self._count(live)
+        self._look(live)
 
     def round_ended(self, live: LiveTree) -> None:
         """Called before the tree advances."""
         for leaves, tokens in live.tree.held():
             live.held[leaves] = max(live.held[leaves], tokens)
-        self._count(live)
+        self._look(live)
 
     def finished(self, live: LiveTree) -> None:
         """The tree has left with all its leaves: later ones are expected to be like it."""
@@ -145,8 +147,12 @@ class Lanes:
             for live in lane.trees:
                 self._count(live)
 
+    def _look(self, live: LiveTree) -> None:
+        live.above = live.tree.above()
+        self._count(live)
+
     def _count(self, live: LiveTree) -> None:
-        response = max(int(self._expected[live.leaves]), live.tree.above())
+        response = max(int(self._expected[live.leaves]), live.above)
         needed = len(live.tree.prompt.tokens) + response
         live.lane.needed += needed - live.needed
         live.needed = needed

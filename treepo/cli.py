@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from treepo.config.load import load_as, load_config
-from treepo.errors import TreepoError
+from treepo.errors import ConfigError, TreepoError
 
 if TYPE_CHECKING:
     from treepo.data import DataReport
@@ -129,6 +129,107 @@ def convert(
     with convert_progress(_output) as progress:
         converted = run(source, target, progress)
     show_converted(_output, converted, target, time.perf_counter() - started)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A YAML file, for example examples/eval-math.yaml."),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model folder, or a running SGLang server's URL.")
+    ] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="A benchmark's file; again for each.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to, and to go on from.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Responses to each problem.")] = None,
+    tree: Annotated[
+        bool | None,
+        typer.Option("--tree/--sequential", help="Sample a tree, or independently (the default)."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens in a response.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Most tokens in a prompt.")] = None,
+    max_problems: Annotated[int | None, typer.Option(help="Only the first so many of each file.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="In place of the rows' own.")] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option("--chat-template/--no-chat-template", help="On where the tokenizer has one."),
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A folder, for a server on another machine.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling and of bootstraps.")] = None,
+    force: Annotated[bool, typer.Option(help="Start anew; what is in the folder is set aside.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare folders instead: treepo eval --compare A B...")
+    ] = False,
+) -> None:
+    """Evaluate a model on benchmarks, or compare two evaluations. The same command goes on after a kill.
+
+    Options stand for keys of the YAML file, which they override: treepo/config/evaluate.py has all of them.
+    """
+    arguments = [*filter(None, [config]), *(overrides or [])]
+    if compare:
+        _compare(arguments, out)
+        return
+    options = {
+        "out": out,
+        "model": model,
+        "data": data or None,
+        "samples": samples,
+        "tree": tree,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_problems": max_problems,
+        "system_prompt": system_prompt,
+        "chat_template": chat_template,
+        "tokenizer": tokenizer,
+        "seed": seed,
+    }
+    _evaluate(arguments, options, force=force)
+
+
+def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> None:
+    from treepo.config.evaluate import EvalConfig, overrides_of
+
+    path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
+    eval_config = load_as(EvalConfig, path, [*overrides_of(options), *arguments])
+    from treepo.orchestration.evaluate_inputs import read_inputs
+
+    inputs = read_inputs(eval_config)
+    from treepo.evaluation_display import EvaluationDisplay, show_evaluation
+    from treepo.orchestration.evaluate import evaluate as run
+
+    source = path or eval_config.model.path or eval_config.model.url
+    try:
+        with EvaluationDisplay(_output, f"{source} -> {eval_config.out}", inputs) as display:
+            results = asyncio.run(run(eval_config, inputs, display, anew=force))
+    except KeyboardInterrupt:
+        _errors.print(
+            f"Interrupted. What was started has ended; the same command goes on from {eval_config.out}/"
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    show_evaluation(_output, results, eval_config.out)
+
+
+def _compare(folders: list[str], out: Path | None) -> None:
+    """Every further folder against the first."""
+    if len(folders) < 2:
+        raise ConfigError(f"--compare: at least two folders are needed, {len(folders)} given")
+    from treepo.comparison import compare, read_results
+    from treepo.comparison_display import show_comparison
+    from treepo.report.plot import accuracy_plot, curve
+
+    results = [read_results(Path(folder)) for folder in folders]
+    for name, other in zip(folders[1:], results[1:], strict=True):
+        show_comparison(_output, folders[0], name, compare(results[0], other))
+    if out is not None:
+        try:
+            out.write_text(accuracy_plot([curve(*pair) for pair in zip(results, folders, strict=True)]))
+        except OSError as error:
+            raise ConfigError(f"--out: {out}: {error.strerror}") from None
+        _output.print(f"accuracy against compute of all of them: {out}", highlight=False)
 
 
 def _show_data(reports: "Iterable[DataReport]") -> None:

@@ -67,9 +67,9 @@ class DataReport:
         parts = [f"{self.usable} of {self.rows} rows usable"]
         parts += [f"{count} skipped ({self.examples[reason]})" for reason, count in self.skipped.items()]
         if self.duplicates:
-            parts.append(f"{self.duplicates} repeat an earlier prompt")
+            parts.append(f"{self.duplicates} repeat{'s' * (self.duplicates == 1)} an earlier prompt")
         if self.blank_lines:
-            parts.append(f"{self.blank_lines} blank lines")
+            parts.append(f"{self.blank_lines} blank line{'s' * (self.blank_lines != 1)}")
         return f"{self.path}: " + "; ".join(parts)
 
 

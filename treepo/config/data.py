@@ -11,6 +11,11 @@ from treepo.config.base import PathField, Section
 _NAMED = Path(__file__).parents[1] / "columns"
 
 
+def shipped_columns() -> dict[str, Path]:
+    """The column maps in treepo/columns by name."""
+    return {path.stem: path for path in _NAMED.glob("*.yaml")}
+
+
 class ColumnsConfig(Section):
     """Column names; `a.b` reaches into a nested column. The defaults are m-a-p/TreePO_data's.
 
@@ -35,7 +40,7 @@ class ColumnsConfig(Section):
     def _by_name(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        named = {path.stem: path for path in _NAMED.glob("*.yaml")}
+        named = shipped_columns()
         if value not in named:
             raise ValueError(f"no columns are named {value!r}; there are: {', '.join(sorted(named))}")
         return yaml.safe_load(named[value].read_text(encoding="utf-8"))

@@ -3,15 +3,14 @@
 import asyncio
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
-from treepo.config.rollout import RolloutConfig
-from treepo.config.schema import RunConfig
+from treepo.config.schema import ModelConfig
 from treepo.errors import EngineError, TreepoError
 from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.orchestration.remote_sink import RemoteSink
@@ -47,6 +46,17 @@ class HostedEngine(SGLangEngine):
             super().close()
 
 
+class ServingConfig(Protocol):
+    """The parts of a command's configuration that engines need."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def seed(self) -> int: ...
+
+
 class RemoteEngine:
     """A `treepo.protocols.Engine` behind a Ray actor; what goes wrong there is an EngineError here."""
 
@@ -80,7 +90,7 @@ class RemoteEngine:
 class EnginePool:
     """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded."""
 
-    def __init__(self, config: RunConfig | RolloutConfig, stop_rule: StopRule) -> None:
+    def __init__(self, config: ServingConfig, stop_rule: StopRule) -> None:
         resources = {"num_cpus": 1, "num_gpus": 1 if has_gpus() else 0}
         remote = ray.remote(HostedEngine).options(
             max_concurrency=_CONCURRENT_REQUESTS, runtime_env=actor_environment(), **resources
