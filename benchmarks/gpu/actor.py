@@ -54,7 +54,7 @@ from benchmarks.full_tree import SEGMENT_TOKENS, WIDTH
 from benchmarks.packed_and_flat import Setting, Work, work
 from benchmarks.random_model import SHAPES, write_model
 from benchmarks.step_flops import every_token, step_flops, token_keys, unique_tokens
-from megatron_bridge import model as model_module
+from megatron_bridge import layers
 from megatron_bridge.actor import MegatronActor, create_store
 from megatron_bridge.attention import AttentionPlan
 from megatron_bridge.rotary import rotate
@@ -84,9 +84,9 @@ class Scale:
 def scale(arguments: argparse.Namespace) -> Scale:
     if arguments.dry_run:
         return Scale({"tiny": SHAPES["tiny"]}, [Setting(1, 8, 32, 8, 2, 1024)], "float32", "none", 1)
-    layers = {"0.5b": SHAPES["0.5b"]["num_hidden_layers"], "7b": arguments.layers}
+    depth = {"0.5b": SHAPES["0.5b"]["num_hidden_layers"], "7b": arguments.layers}
     return Scale(
-        shapes={name: SHAPES[name] | {"num_hidden_layers": layers[name]} for name in arguments.shapes},
+        shapes={name: SHAPES[name] | {"num_hidden_layers": depth[name]} for name in arguments.shapes},
         settings=[
             Setting(
                 prompts=1,
@@ -118,12 +118,12 @@ def flash_attention(trajectory_tokens: int) -> Iterator[None]:
             output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return output.transpose(1, 2).flatten(0, 1)
 
-    of_trees = model_module.attend
-    model_module.attend = attend
+    of_trees = layers.attend
+    layers.attend = attend
     try:
         yield
     finally:
-        model_module.attend = of_trees
+        layers.attend = of_trees
 
 
 def measure(shape: str, sizes: dict[str, int], scale: Scale) -> None:
