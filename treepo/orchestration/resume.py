@@ -1,14 +1,14 @@
 """`treepo train --resume`: from which checkpoint a run goes on, and whether it is still the same run."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from treepo.config.load import load_config
 from treepo.config.schema import RunConfig
-from treepo.data import Prompt
+from treepo.data import PromptSet
 from treepo.errors import ConfigError
 from treepo.orchestration.checkpoints import RunState, newest
 from treepo.orchestration.inputs import Inputs
@@ -59,10 +59,7 @@ def find_resume(config: RunConfig, inputs: Inputs) -> Resume | None:
             f"(another `out` begins a new one)"
         )
     if state.data != fingerprint(inputs.train):
-        raise ConfigError(
-            f"--resume: {config.data.train} is not what it was when {checkpoint} was made: "
-            "other prompts or answers"
-        )
+        raise ConfigError(f"--resume: {config.data.train} is not what it was when {checkpoint} was made")
     if state.step > config.steps or (state.step == config.steps and (config.out / SUMMARY).is_file()):
         raise ConfigError(
             f"--resume: the run in {config.out} has had its steps: {state.step}, and steps = {config.steps}"
@@ -78,13 +75,11 @@ def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
     return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Of everything that training takes from the data, in its order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        for part in (prompt.id, prompt.text, prompt.answer):
-            digest.update(part.encode() + b"\0")
-    return digest.hexdigest()
+def fingerprint(prompts: PromptSet) -> str:
+    """Of the prompts' file, and of how many of its rows are usable."""
+    with prompts.report.path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    return f"{digest.hexdigest()}:{len(prompts)}"
 
 
 def _check_sizes(out: Path, state: RunState) -> None:
