@@ -1,4 +1,4 @@
-"""Real Megatron-Core ranks over gloo for the tests: one group of processes per layout runs all its cases.
+"""Real Megatron-Core ranks over gloo for the tests: one group of processes runs all cases of its size.
 
 The processes come from a fork server that has Megatron-Core imported, so that a rank starts in a fraction
 of a second and still begins with a clean process.
@@ -26,7 +26,7 @@ from treepo.errors import ModelError
 from treepo.packing import Pack
 from treepo.protocols import Bucket
 
-DEADLINE = 240  # seconds until some rank of a group must have ended
+DEADLINE = 600  # seconds until some rank of a group must have ended
 
 # Adam's step is then the learning rate times the gradient: the plain one divides it by its own size, which
 # turns rounding noise in a gradient of almost 0 into a full step.
@@ -36,19 +36,22 @@ LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, epsilon=1.0, betas=[
 @dataclass(frozen=True)
 class Case:
     """One actor's life. steps: for each optimizer step and replica its packs; the last step's weights are
-    kept, and all log-probs before and after. chunk_bytes: of logits at once.
+    kept, and all log-probs before and after. chunk_bytes: of logits at once. spoilt: for each replica packs
+    whose step must fail, before the others, because the gradient is not finite.
     """
 
     name: str
     model: Path
     steps: Sequence[Sequence[Sequence[Pack]]]
     denominator: float
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
     temperature: float = 1.0
     dtype: str = "float32"
     recompute: str = "none"
     optimizer: OptimizerConfig = LINEAR
     learning: LearningConfig = field(default_factory=LearningConfig)
     chunk_bytes: int = 1 << 29
+    spoilt: Sequence[Sequence[Pack]] = ()
 
 
 @dataclass
@@ -68,15 +71,15 @@ class Result:
     reference: list[list[np.ndarray]]
 
 
-def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str, Result]:
-    """Every case at the layout; raises where a rank does."""
+def run(cases: Sequence[Case], folder: Path) -> dict[str, Result]:
+    """Every case; their layouts have equally many ranks. Raises where a rank does."""
+    (ranks,) = {case.layout.ranks for case in cases}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_bridge.actor"])
     folder.mkdir()
     ports = context.SimpleQueue()
     processes = [
-        context.Process(target=_rank, args=(rank, list(cases), layout, folder, ports))
-        for rank in range(layout.ranks)
+        context.Process(target=_rank, args=(rank, list(cases), folder, ports)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -88,7 +91,7 @@ def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str
         process.kill()
         process.join()
     codes = [process.exitcode for process in processes]
-    assert codes == [0] * layout.ranks, f"exit codes {codes}: see the ranks' output above"
+    assert codes == [0] * ranks, f"exit codes {codes}: see the ranks' output above"
     return {case.name: pickle.loads((folder / f"{case.name}.pickle").read_bytes()) for case in cases}
 
 
@@ -106,7 +109,7 @@ def weights_of(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
     return weights
 
 
-def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, ports) -> None:
+def _rank(rank: int, cases: list[Case], folder: Path, ports) -> None:
     from megatron_bridge.actor import create_store
 
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -115,21 +118,22 @@ def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, po
     for number, case in enumerate(cases):
         if rank == 0:
             store = create_store()
-            for _ in range(layout.ranks - 1):
+            for _ in range(case.layout.ranks - 1):
                 ports.put((number, store.port))
         else:
             of_case, port = ports.get()
             assert of_case == number
             store = TCPStore("127.0.0.1", port, is_master=False)
-        result = _live(case, layout, rank, store, folder)
+        result = _live(case, rank, store, folder)
         if rank == 0:
             (folder / f"{case.name}.pickle").write_bytes(pickle.dumps(result))
 
 
-def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
+def _live(case: Case, rank: int, store, folder: Path) -> Result:
     from megatron_bridge import log_prob
     from megatron_bridge.actor import MegatronActor
 
+    layout = case.layout
     log_prob.CHUNK_BYTES = case.chunk_bytes
     for pack in chain.from_iterable(chain.from_iterable(case.steps)):
         for column in pack.columns().values():
@@ -163,13 +167,16 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
 
     initial, _ = weights()
     before = everyone(case.steps[0])
+    if case.spoilt:
+        with pytest.raises(FloatingPointError):  # on every rank: none is left waiting for another
+            actor.train_step(case.spoilt[replica], case.temperature, case.denominator)
     metrics = [actor.train_step(packs[replica], case.temperature, case.denominator) for packs in case.steps]
     reference = everyone(case.steps[0], actor.reference_log_probs) if case.learning.kl_coefficient else []
     after = everyone(case.steps[0])
     final, buckets = weights()
     export = folder / f"{case.name}-export"
     actor.export(export)
-    with pytest.raises(ModelError):  # on every rank: none is left waiting for another
+    with pytest.raises(ModelError):  # likewise
         actor.export(export)
     actor.close()
     return Result(before, metrics, after, initial, final, buckets, export, reference)
