@@ -7,10 +7,11 @@ import megatron_bridge.quiet  # noqa: F401  # isort: skip  # before anything of 
 
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from torch.nn.functional import linear
 
 from megatron_bridge import optimizer
 from megatron_bridge.architecture import check_layout, read_architecture
-from megatron_bridge.buckets import buckets
+from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.log_prob import token_log_probs
+from megatron_bridge.manifest import Manifest as CheckpointManifest
 from megatron_bridge.model import build_model
 from megatron_bridge.reference import ReferenceWeights
 from megatron_bridge.schedule import MicroBatch, Schedule
@@ -34,7 +36,7 @@ from treepo.config.actor import ActorConfig, ParallelConfig
 from treepo.config.learning import LearningConfig
 from treepo.loss import policy_loss, summarise
 from treepo.packing import Pack
-from treepo.protocols import Bucket
+from treepo.transport.wire import Manifest
 
 REDUCTIONS: dict[str, Callable[..., float]] = {"sum": math.fsum, "max": max, "min": min}
 
@@ -73,6 +75,9 @@ class MegatronActor:
             self._model, self._optimizer = optimizer.trainable(chunks, config, self._dtype)
             self._exporter = Exporter(chunks, self._architecture, self._dtype, self._device)
             self._reference = ReferenceWeights(chunks) if learning.kl_coefficient else None
+            self._checkpointer = Checkpointer(
+                self._model, self._optimizer, folder, config.parallel.model_dump()
+            )
         self._schedule = Schedule(self._model, self._architecture, config.parallel, self._dtype, self._device)
 
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
@@ -136,16 +141,39 @@ class MegatronActor:
             self._step += 1
         return summarise(_reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def buckets(self) -> Iterator[Bucket]:
+    def manifest(self) -> Manifest:
+        """All tensors of the model, in the order of `tensors`; the same on every rank."""
+        return self._exporter.manifest()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The model's tensors under their Hugging Face names: on rank 0 only, but every rank iterates."""
-        return buckets(self._exporter.tensors(), self._config.bucket_mb << 20)
+        return self._exporter.tensors()
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder for transformers and SGLang. Raises ModelError where it exists."""
         self._exporter.write(self._folder, folder)
 
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Begin to write a training checkpoint (`megatron_bridge.manifest`), with the run's own `run`; return
+        when the state is copied. It is there when `finish_save` returns. Raises CheckpointError.
+        """
+        dtype = str(self._dtype).removeprefix("torch.")
+        layout = self._config.parallel.model_dump()
+        with _on_device():
+            self._checkpointer.save(folder, CheckpointManifest(dtype, True, self._step, layout, run))
+
+    def finish_save(self) -> None:
+        """The checkpoint that was begun, if any, is complete. Raises CheckpointError where it cannot be."""
+        self._checkpointer.finish()
+
+    def load(self, folder: Path) -> None:
+        """Go on from a training checkpoint, of any layout; the reference stays. Raises ModelError."""
+        with _on_device():
+            self._step = self._checkpointer.load(folder).optimizer_steps
+
     def close(self) -> None:
         """Leave the process groups; the process may end or make another actor."""
+        self._checkpointer.close()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 

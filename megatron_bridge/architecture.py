@@ -137,3 +137,12 @@ def check_layers(transformer_impl: str) -> None:
         raise ConfigError(
             "actor.transformer_impl = te, but transformer_engine is not installed; auto and local do without"
         )
+
+
+def check_same_model(folder: Path, model: Path) -> None:
+    """Raises ModelError where the weights that belong to `folder`'s config are not such as `model`'s."""
+    ours, theirs = read_architecture(model), read_architecture(folder)
+    for name in ("family", "dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
+        expected, found = getattr(ours, name), getattr(theirs, name)
+        if expected != found:
+            raise ModelError(f"{folder}: not the model of {model}: {name} is {found}, not {expected}")

@@ -15,13 +15,12 @@ def trainable(
     chunks: Sequence[GPTModel], config: ActorConfig, dtype: torch.dtype
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Wrap the model's chunks for gradient accumulation in float32, and make their optimizer: master weights
-    in float32, sharded over the replicas where there are several.
+    in float32, sharded over the replicas. It is the same kind for one replica, so that checkpoints are too.
     """
-    sharded = config.parallel.data > 1
     wrapped = [
         DistributedDataParallel(
             chunk.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded),
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
             chunk,
         )
         for chunk in chunks
@@ -37,7 +36,7 @@ def trainable(
         clip_grad=optimizer.clip_grad_norm,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=sharded,
+        use_distributed_optimizer=True,
     )
     return wrapped, get_megatron_optimizer(settings, list(wrapped))
 

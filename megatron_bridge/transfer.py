@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
+from megatron_bridge.collective import FAILURES, raise_everywhere, reason
 from megatron_bridge.folder import Checkpoint, write_folder
 from megatron_bridge.model import named_parameters
 from megatron_bridge.weights import Rule, expand
 from treepo.errors import ModelError
+from treepo.transport.wire import Manifest, TensorInfo
 
 
 def load(folder: Path, chunks: Sequence[GPTModel], architecture: Architecture) -> None:
@@ -99,45 +101,80 @@ class Exporter:
         torch.distributed.all_gather_object(everyone, mine)
         self._owners = sorted(everyone, key=lambda owned: owned.tensor_rank)
 
+    def manifest(self) -> Manifest:
+        """What `tensors` will yield, from the shapes alone; the same on every rank."""
+        return tuple(
+            TensorInfo.of(name, tensor)
+            for rule in self._rules
+            for name, tensor in zip(
+                rule.tensors,
+                rule.surgery.join(
+                    [
+                        torch.empty(owned.shapes[rule.parameter], dtype=self._dtype, device="meta")
+                        for owned in self._owners_of(rule)
+                    ],
+                    self._architecture.dimensions,
+                ),
+                strict=True,
+            )
+        )
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once, in the order of the family's table; nothing on the other ranks."""
         for rule in self._rules:
             shards = self._gather(rule)
             if shards:
-                yield from zip(
-                    rule.tensors, rule.surgery.join(shards, self._architecture.dimensions), strict=True
-                )
+                joined = rule.surgery.join(shards, self._architecture.dimensions)
+                del shards  # before the receiver takes its time
+                yield from zip(rule.tensors, joined, strict=True)
 
     def _gather(self, rule: Rule) -> list[Tensor]:
-        """The rule's shards on rank 0 in tensor-parallel order; on the other ranks an empty list."""
-        owners = [owned for owned in self._owners if rule.parameter in owned.shapes]
-        if rule.surgery.replicated:
-            owners = owners[:1]
+        """The shards on rank 0 in tensor-parallel order, or what they are together where they are stacked. On
+        the other ranks an empty list.
+        """
+        owners = self._owners_of(rule)
         if self._rank != 0:
             if any(owned.rank == self._rank for owned in owners):
                 torch.distributed.send(self._parameters[rule.parameter].detach(), dst=0)
             return []
-        shards = []
-        for owned in owners:
-            if owned.rank == 0:
-                shards.append(self._parameters[rule.parameter].detach())
-                continue
+        if rule.surgery.stacked and len(owners) > 1:
+            rows, *rest = owners[0].shapes[rule.parameter]
+            stack = torch.empty((len(owners), rows, *rest), dtype=self._dtype, device=self._device)
+            for shard, owned in zip(stack, owners, strict=True):
+                self._fetch(rule, owned, shard)
+            return [stack.flatten(0, 1)]
+        return [self._fetch(rule, owned) for owned in owners]
+
+    def _fetch(self, rule: Rule, owned: _Owned, shard: Tensor | None = None) -> Tensor:
+        """One rank's shard, into `shard` where given."""
+        if owned.rank == 0:
+            mine = self._parameters[rule.parameter].detach()
+            return mine if shard is None else shard.copy_(mine)
+        if shard is None:
             shard = torch.empty(owned.shapes[rule.parameter], dtype=self._dtype, device=self._device)
-            torch.distributed.recv(shard, src=owned.rank)
-            shards.append(shard)
-        return shards
+        torch.distributed.recv(shard, src=owned.rank)
+        return shard
+
+    def _owners_of(self, rule: Rule) -> list[_Owned]:
+        """The ranks whose shards are joined, in tensor-parallel order."""
+        owners = [owned for owned in self._owners if rule.parameter in owned.shapes]
+        return owners[:1] if rule.surgery.replicated else owners
 
     def write(self, source: Path, folder: Path) -> None:
-        """A Hugging Face folder with these weights and `source`'s other files. Raises ModelError, on every
-        rank, where `folder` exists.
+        """A Hugging Face folder with these weights and `source`'s other files. Every rank raises ModelError
+        where `folder` exists, and CheckpointError where it cannot be written.
         """
         exists = [folder.exists()]
         torch.distributed.broadcast_object_list(exists, src=0)
         if exists[0]:
             raise ModelError(f"{folder} exists: nothing is overwritten")
+        tensors = self.tensors()
+        failure = ""
         if self._rank == 0:
-            write_folder(self.tensors(), source, folder)
-        else:
-            for _ in self.tensors():
-                pass
-        torch.distributed.barrier()
+            try:
+                write_folder(tensors, source, folder)
+            except FAILURES as error:
+                failure = f"{folder}: {reason(error)}"
+        for _ in tensors:  # on rank 0 what is left: the others send it all the same
+            pass
+        raise_everywhere(failure)

@@ -34,12 +34,14 @@ Join = Callable[[Sequence[Tensor], Dimensions], list[Tensor]]
 class Surgery:
     """split: a rule's Hugging Face tensors to one shard a rank. join: the shards back to the tensors.
 
-    replicated: every rank holds the same tensor; one shard suffices to join.
+    replicated: every rank holds the same tensor; one shard suffices to join. stacked: the shards are the rows
+    of one tensor, and may be joined as that tensor: the largest is then never held twice.
     """
 
     split: Split
     join: Join
     replicated: bool = False
+    stacked: bool = False
 
 
 def _split_qkv(tensors: Sequence[Tensor], ranks: int, dimensions: Dimensions) -> list[Tensor]:
@@ -78,7 +80,8 @@ def _split_vocabulary(tensors: Sequence[Tensor], ranks: int, dimensions: Dimensi
 
 
 def _join_vocabulary(shards: Sequence[Tensor], dimensions: Dimensions) -> list[Tensor]:
-    return [torch.cat(list(shards))[: dimensions.vocabulary]]
+    table = shards[0] if len(shards) == 1 else torch.cat(list(shards))
+    return [table[: dimensions.vocabulary]]
 
 
 WHOLE = Surgery(
@@ -90,7 +93,7 @@ COLUMNS = Surgery(
 )
 QKV = Surgery(_split_qkv, _join_qkv)
 GATE_UP = Surgery(_split_gate_up, _join_gate_up)
-VOCABULARY = Surgery(_split_vocabulary, _join_vocabulary)
+VOCABULARY = Surgery(_split_vocabulary, _join_vocabulary, stacked=True)
 
 
 class Layers(Enum):

@@ -20,19 +20,26 @@ from typing import Any
 import psutil
 import torch
 
+from sglang_rollout.receiver import LOADER
 from treepo.config.engine import EngineConfig
 from treepo.errors import EngineError
 
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
 _CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
+_RESERVED_TOKENS = 64
+"""KV tokens that SGLang sets aside for what a request may still sample. Its own 4096 suit strangers;
+here the driver gives each tree room. A request that waits for a reserve waits with its prefix unlocked, and
+that is evicted. Too small a reserve costs little: the request that has least is put off, and its tokens are
+prefilled once more.
+"""
 
 
 class Server:
     """One running SGLang. The constructor blocks until the model is loaded.
 
     manager: SGLang's tokenizer manager, through which requests and control messages go.
-    capacity: tokens in the KV cache. longest: most tokens of one context and what is sampled below it;
-    SGLang shortens a longer request without a word.
+    ranks: SGLang's processes that hold weights. capacity: tokens in the KV cache. longest: most tokens of one
+    context and what is sampled below it; SGLang shortens a longer request without a word.
     Raises EngineError where SGLang does not start.
     """
 
@@ -45,6 +52,7 @@ class Server:
         limits = engine._scheduler_init_result.scheduler_infos[0]
         self.capacity = int(limits["max_total_num_tokens"])
         self.longest = int(limits["max_req_input_len"])
+        self.ranks = 1  # tensor-parallel
         self._children = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
         self._death: asyncio.Future[str] | None = None
         self._watched: list[int] = []
@@ -146,6 +154,7 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "mem_fraction_static": config.memory_fraction,
         "attention_backend": config.attention_backend,
         "weight_version": "0",
+        "custom_weight_loader": [LOADER],
         "log_level": config.log_level,
     }
     if threading.current_thread() is threading.main_thread():
@@ -173,6 +182,7 @@ def _start_environment(log_level: str) -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles thousands of modules again
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model is a folder
+    os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(_RESERVED_TOKENS)
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for devices that are not here
     os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("sglang").setLevel(log_level.upper())

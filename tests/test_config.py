@@ -6,6 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from treepo.config.base import Section
+from treepo.config.evaluate import EvalConfig
 from treepo.config.load import dump_config, load_as, load_config
 from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
@@ -27,7 +28,11 @@ def write(tmp_path: Path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_loads_and_survives_a_round_trip(path: Path, write) -> None:
-    schema: type[Section] = RolloutConfig if path.name == "rollout.yaml" else RunConfig
+    schema: type[Section] = RunConfig
+    if path.name == "rollout.yaml":
+        schema = RolloutConfig
+    elif path.name.startswith("eval"):
+        schema = EvalConfig
     config = load_as(schema, path)
     assert load_as(schema, write(dump_config(config))) == config
 
@@ -80,7 +85,7 @@ def _sections(section: type[BaseModel]):
             yield from _sections(field.annotation)
 
 
-@pytest.mark.parametrize("schema", [RunConfig, RolloutConfig])
+@pytest.mark.parametrize("schema", [RunConfig, RolloutConfig, EvalConfig])
 def test_every_key_is_documented(schema: type[Section]) -> None:
     undocumented = [
         f"{section.__name__}.{name}"

@@ -1,18 +1,22 @@
 """The `treepo` command. It parses, checks, calls and shows; nothing heavy is imported before it is needed."""
 
 import asyncio
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from treepo.config.load import load_as, load_config
-from treepo.errors import TreepoError
+from treepo.errors import ConfigError, TreepoError
+
+if TYPE_CHECKING:
+    from treepo.data import DataReport
 
 app = typer.Typer(
     help="Reinforcement learning for reasoning models whose rollouts are trees.",
@@ -50,20 +54,36 @@ def toy(
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file, for example examples/quickstart.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint in the run folder; where there is none, begin.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model: sample trees, grade them, learn from them, hand the new weights to the sampler."""
     run_config = load_config(config, overrides or [])
-    from treepo.display import TrainDisplay, show_summary
+    from treepo.display import TrainDisplay, show_resume, show_summary
     from treepo.orchestration.inputs import read_inputs
 
     inputs = read_inputs(run_config)
+    _show_data(inputs.reports)
+    from treepo.orchestration.checkpoints import newest
+    from treepo.orchestration.resume import find_resume
+
+    origin = find_resume(run_config, inputs) if resume else None
+    if resume:
+        show_resume(_output, origin, run_config.out)
     from treepo.orchestration.train import train as run
 
     try:
         with TrainDisplay(_output, f"{config} -> {run_config.out}", run_config.steps) as display:
-            summary = asyncio.run(run(run_config, inputs, display))
+            summary = asyncio.run(run(run_config, inputs, display, origin))
     except KeyboardInterrupt:
         _errors.print(f"Interrupted. What was started has ended; what was written is in {run_config.out}/")
+        if (last := newest(run_config.out)) is not None:
+            _errors.print(f"--resume goes on from step {last[1].step}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_summary(_output, summary, run_config.out)
 
@@ -80,6 +100,7 @@ def rollout(
     from treepo.orchestration.rollout_inputs import read_inputs
 
     inputs = read_inputs(rollout_config)
+    _show_data([inputs.prompts.report])
     from treepo.orchestration.rollout import rollout as run
     from treepo.rollout_display import RolloutDisplay, show_rollout
 
@@ -94,10 +115,120 @@ def rollout(
     show_rollout(_output, summary, rollout_config.out)
 
 
+@app.command(name="eval")
+def evaluate(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A YAML file, for example examples/eval-math.yaml."),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model folder, or a running SGLang server's URL.")
+    ] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="A benchmark's file; again for each.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to, and to go on from.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Responses to each problem.")] = None,
+    tree: Annotated[
+        bool | None,
+        typer.Option("--tree/--sequential", help="Sample a tree, or independently (the default)."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens in a response.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Most tokens in a prompt.")] = None,
+    max_problems: Annotated[int | None, typer.Option(help="Only the first so many of each file.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="In place of the rows' own.")] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option("--chat-template/--no-chat-template", help="On where the tokenizer has one."),
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A folder, for a server on another machine.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling and of bootstraps.")] = None,
+    force: Annotated[bool, typer.Option(help="Start anew; what is in the folder is set aside.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare folders instead: treepo eval --compare A B...")
+    ] = False,
+) -> None:
+    """Evaluate a model on benchmarks, or compare two evaluations. The same command goes on after a kill.
+
+    Options stand for keys of the YAML file, which they override: treepo/config/evaluate.py has all of them.
+    """
+    arguments = [*filter(None, [config]), *(overrides or [])]
+    if compare:
+        _compare(arguments, out)
+        return
+    options = {
+        "out": out,
+        "model": model,
+        "data": data or None,
+        "samples": samples,
+        "tree": tree,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_problems": max_problems,
+        "system_prompt": system_prompt,
+        "chat_template": chat_template,
+        "tokenizer": tokenizer,
+        "seed": seed,
+    }
+    _evaluate(arguments, options, force=force)
+
+
+def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> None:
+    from treepo.config.evaluate import EvalConfig, overrides_of
+
+    path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
+    eval_config = load_as(EvalConfig, path, [*overrides_of(options), *arguments])
+    from treepo.orchestration.evaluate_inputs import read_inputs
+
+    inputs = read_inputs(eval_config)
+    from treepo.evaluation_display import EvaluationDisplay, show_evaluation
+    from treepo.orchestration.evaluate import evaluate as run
+
+    source = path or eval_config.model.path or eval_config.model.url
+    try:
+        with EvaluationDisplay(_output, f"{source} -> {eval_config.out}", inputs) as display:
+            results = asyncio.run(run(eval_config, inputs, display, anew=force))
+    except KeyboardInterrupt:
+        _errors.print(
+            f"Interrupted. What was started has ended; the same command goes on from {eval_config.out}/"
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    show_evaluation(_output, results, eval_config.out)
+
+
+def _compare(folders: list[str], out: Path | None) -> None:
+    """Every further folder against the first."""
+    if len(folders) < 2:
+        raise ConfigError(f"--compare: at least two folders are needed, {len(folders)} given")
+    from treepo.comparison import compare, read_results
+    from treepo.comparison_display import show_comparison
+    from treepo.report.plot import accuracy_plot, curve
+
+    results = [read_results(Path(folder)) for folder in folders]
+    for name, other in zip(folders[1:], results[1:], strict=True):
+        show_comparison(_output, folders[0], name, compare(results[0], other))
+    if out is not None:
+        try:
+            out.write_text(accuracy_plot([curve(*pair) for pair in zip(results, folders, strict=True)]))
+        except OSError as error:
+            raise ConfigError(f"--out: {out}: {error.strerror}") from None
+        _output.print(f"accuracy against compute of all of them: {out}", highlight=False)
+
+
+def _show_data(reports: "Iterable[DataReport]") -> None:
+    """What each file holds, a line each."""
+    for report in reports:
+        _output.print(report.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: an error that a user can understand is one line."""
     # The progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # A reward function's own traceback is for its author, who sits at the terminal.
+    if logging.lastResort is not None:
+        logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
     exit_code = 0
     try:
         app()

@@ -11,6 +11,11 @@ from treepo.config.base import PathField, Section
 _NAMED = Path(__file__).parents[1] / "columns"
 
 
+def shipped_columns() -> dict[str, Path]:
+    """The column maps in treepo/columns by name."""
+    return {path.stem: path for path in _NAMED.glob("*.yaml")}
+
+
 class ColumnsConfig(Section):
     """Column names; `a.b` reaches into a nested column. The defaults are m-a-p/TreePO_data's.
 
@@ -35,7 +40,7 @@ class ColumnsConfig(Section):
     def _by_name(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        named = {path.stem: path for path in _NAMED.glob("*.yaml")}
+        named = shipped_columns()
         if value not in named:
             raise ValueError(f"no columns are named {value!r}; there are: {', '.join(sorted(named))}")
         return yaml.safe_load(named[value].read_text(encoding="utf-8"))
@@ -51,12 +56,8 @@ class ColumnsConfig(Section):
 
 
 class PromptsConfig(Section):
-    """One file of prompts, and what makes a row of any file usable."""
+    """What makes a row of any file usable."""
 
-    train: PathField
-    """Prompts to sample from: .jsonl or .parquet."""
-    columns: ColumnsConfig = ColumnsConfig()
-    """Column names of `train`."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Most tokens in one prompt, chat template included."""
     system_prompt: str | None = None
@@ -65,7 +66,18 @@ class PromptsConfig(Section):
     """A row that cannot be used (no prompt, no answer, too long) ends the run, or is counted and skipped."""
 
 
+class RolloutDataConfig(PromptsConfig):
+    prompts: PathField
+    """Prompts to sample from: .jsonl or .parquet."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column names of `prompts`."""
+
+
 class DataConfig(PromptsConfig):
+    train: PathField
+    """Prompts to sample from: .jsonl or .parquet."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column names of `train`."""
     heldout: PathField | None = None
     """Prompts for evaluation before and after training, in the columns of `heldout_columns`."""
     heldout_columns: ColumnsConfig = ColumnsConfig()

@@ -21,7 +21,7 @@ class EngineConfig(Section):
     """Deadline for one engine's start."""
     request_seconds: float = Field(default=3600, gt=0)
     """Deadline for one request, time in the engine's queue included."""
-    update_seconds: float = Field(default=600, gt=0)
-    """Deadline for each step of a weight update: waiting for running requests, one bucket, the commit."""
+    update_seconds: float = Field(default=120, gt=0)
+    """Deadline for each step of a weight update: running requests to end, one bucket, the commit."""
     log_level: Literal["error", "warning", "info", "debug"] = "error"
     """What SGLang's own processes write to standard error."""

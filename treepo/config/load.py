@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -33,30 +33,37 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_as(RunConfig, path, overrides)
 
 
-def load_as[Schema: Section](schema: type[Schema], path: Path, overrides: Sequence[str] = ()) -> Schema:
-    """The `schema` in `path` with `overrides` ("a.b=c", c in YAML) applied in order.
+def load_as[Schema: Section](
+    schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()
+) -> Schema:
+    """The `schema` in `path` (or in nothing) with `overrides` ("a.b=c", c in YAML) applied in order.
 
     Raises ConfigError with one line for each fault: file and line, dotted key, what is allowed.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: {reason}") from None
-    values, places = _parse(text, path)
+    values, places = ({}, {}) if path is None else _read(path)
     for override in overrides:
         _override(values, places, override)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
+        place = str(path or "command line")
         raise ConfigError(
-            "\n".join(_explain(fault, schema, places, path) for fault in error.errors())
+            "\n".join(_explain(fault, schema, places, place) for fault in error.errors())
         ) from None
 
 
 def dump_config(config: Section) -> str:
     """The effective configuration as YAML; loading it gives the same configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: {reason}") from None
+    return _parse(text, path)
 
 
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -82,8 +89,16 @@ def _locate(node: yaml.MappingNode, prefix: str, path: Path, places: dict[str, s
         if dotted in places:
             raise ConfigError(f"{place}: {dotted}: given twice, first at {places[dotted]}")
         places[dotted] = place
-        if isinstance(value, yaml.MappingNode):
-            _locate(value, f"{dotted}.", path, places)
+        _locate_below(value, dotted, path, places)
+
+
+def _locate_below(value: yaml.Node, dotted: str, path: Path, places: dict[str, str]) -> None:
+    if isinstance(value, yaml.MappingNode):
+        _locate(value, f"{dotted}.", path, places)
+    elif isinstance(value, yaml.SequenceNode):
+        for index, item in enumerate(value.value):
+            places[f"{dotted}.{index}"] = f"{path}:{item.start_mark.line + 1}"
+            _locate_below(item, f"{dotted}.{index}", path, places)
 
 
 def _override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
@@ -110,11 +125,11 @@ def _override_value(text: str, place: str) -> Any:
     return text if value is None and text.strip().lstrip("#") != text.strip() else value
 
 
-def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], path: Path) -> str:
+def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], file: str) -> str:
     """One line of pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
     location = [str(part) for part in fault["loc"]]
     dotted = ".".join(location)
-    place = _place(location, places) or str(path)
+    place = _place(location, places) or file
     if fault["type"] == "extra_forbidden":
         allowed = _keys_of(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
@@ -145,8 +160,14 @@ def _keys_of(schema: type[Section], location: Sequence[str]) -> list[str]:
     """The keys allowed in the section of `schema` at `location`."""
     section: type[BaseModel] = schema
     for name in location:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
+        if name.isdecimal():  # an item of a list, whose section the list's own key has led to
+            continue
+        section = _section_of(section.model_fields[name].annotation)
     return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel]:
+    """The section that a key holds, by itself or in a list."""
+    (section,) = get_args(annotation) or (annotation,)
+    assert issubclass(section, BaseModel)
+    return section

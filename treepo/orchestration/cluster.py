@@ -45,4 +45,9 @@ def actor_environment() -> dict[str, dict[str, str]]:
 
 def has_gpus() -> bool:
     """Whether the cluster has CUDA devices to give to actors."""
-    return ray.cluster_resources().get("GPU", 0) > 0
+    return gpu_count() > 0
+
+
+def gpu_count() -> int:
+    """CUDA devices of the whole cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))

@@ -2,21 +2,59 @@
 
 import asyncio
 import logging
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
-from treepo.config.rollout import RolloutConfig
-from treepo.config.schema import RunConfig
-from treepo.errors import EngineError
+from treepo.config.engine import EngineConfig
+from treepo.config.schema import ModelConfig
+from treepo.errors import EngineError, TreepoError
 from treepo.orchestration.cluster import actor_environment, has_gpus
+from treepo.orchestration.remote_sink import RemoteSink
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.stopping import StopRule
 
 _log = logging.getLogger(__name__)
 _CONCURRENT_REQUESTS = 100_000  # the driver bounds what is in flight; Ray should not
+
+
+class HostedEngine(SGLangEngine):
+    """An engine that says why it did not start when it is asked: of an actor whose constructor fails, Ray
+    keeps a traceback and not the error.
+    """
+
+    def __init__(
+        self, model: Path, dtype: str, config: EngineConfig, *, seed: int, stop_rule: StopRule | None = None
+    ) -> None:
+        self._failure: TreepoError | None = None
+        try:
+            super().__init__(model, dtype, config, seed=seed, stop_rule=stop_rule)
+        except TreepoError as error:
+            self._failure = error
+
+    def capacity(self) -> int:
+        """Tokens in the KV cache. Raises what ended the start."""
+        if self._failure is not None:
+            raise self._failure
+        return super().capacity()
+
+    def close(self) -> None:
+        if self._failure is None:
+            super().close()
+
+
+class ServingConfig(Protocol):
+    """The parts of a command's configuration that engines need."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class RemoteEngine:
@@ -25,6 +63,10 @@ class RemoteEngine:
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
         self.actor = actor
+
+    def sink(self) -> RemoteSink:
+        """The same engine for the trainer's side of a weight update."""
+        return RemoteSink(self.name, self.actor._actor_id.hex(), 1, self.actor)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         return await self.call("generate", request)
@@ -38,22 +80,22 @@ class RemoteEngine:
             ray.cancel(reference)
             raise
         except RayTaskError as error:
-            if isinstance(error.cause, EngineError):
-                raise EngineError(f"{self.name}: {error.cause}") from None
+            if isinstance(error.cause, TreepoError):
+                raise type(error.cause)(f"{self.name}: {error.cause}") from None
             raise
         except RayActorError as error:
-            raise EngineError(f"{self.name} died: {error}") from error
+            raise EngineError(f"{self.name} died: {' '.join(str(error).split())}") from error
 
 
 class EnginePool:
     """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded."""
 
-    def __init__(self, config: RunConfig | RolloutConfig, stop_rule: StopRule) -> None:
+    def __init__(self, config: ServingConfig, stop_rule: StopRule) -> None:
         resources = {"num_cpus": 1, "num_gpus": 1 if has_gpus() else 0}
-        remote = ray.remote(SGLangEngine).options(
+        remote = ray.remote(HostedEngine).options(
             max_concurrency=_CONCURRENT_REQUESTS, runtime_env=actor_environment(), **resources
         )
-        self.capacity: int | None = None  # KV tokens of the smallest engine, once `ready`
+        self.capacity: list[int] | None = None  # KV tokens of each engine, once `ready`
         self._deadline = config.engine.start_seconds
         self.engines = [
             RemoteEngine(
@@ -70,9 +112,16 @@ class EnginePool:
         ]
 
     async def ready(self) -> None:
-        """Raises EngineError where an engine has not started by `engine.start_seconds`."""
-        async with asyncio.timeout(self._deadline):
-            self.capacity = min(await self.call("capacity"))
+        """Raises EngineError or ModelError, naming the engine, where one does not start, and EngineError
+        where one has not started by `engine.start_seconds`.
+        """
+        try:
+            async with asyncio.timeout(self._deadline):
+                self.capacity = await self.call("capacity")
+        except TimeoutError:
+            raise EngineError(
+                f"not all engines have started within engine.start_seconds = {self._deadline:g}"
+            ) from None
 
     async def call(self, method: str, *arguments: object) -> list[Any]:
         """The same call on every engine at the same time."""

@@ -1,0 +1,130 @@
+"""A running SGLang server as an engine: its HTTP interface, tokens in, tokens out.
+
+It may be any SGLang server of this or a near version, with or without a tokenizer of its own; nothing of it
+is changed. A request of many segments is asked for segment by segment, so that the driver's stop rules see
+each boundary; the server's prefix cache makes the repeated context cheap. A failure is an EngineError, and
+the driver tries again.
+"""
+
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import numpy as np
+
+from treepo.errors import EngineError
+from treepo.protocols import GenerateOutput, GenerateRequest
+
+_CONNECT_SECONDS = 10.0
+_INFO_SECONDS = 60.0
+_SHOWN = 200  # characters of a server's own words in an error
+
+
+class ServerEngine:
+    """Implements `treepo.protocols.Engine`; a context manager, to be used on one loop.
+
+    end_tokens: ids that end a sequence. boundaries: whether any stop rule looks at segment boundaries; where
+    not, a request is never divided.
+    """
+
+    def __init__(
+        self, url: str, end_tokens: tuple[int, ...], request_seconds: float, *, boundaries: bool
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._end_tokens = end_tokens
+        self._boundaries = boundaries
+        self._timeout = aiohttp.ClientTimeout(total=request_seconds, connect=_CONNECT_SECONDS)
+        self._weights: object = None  # the weight version of the first answer
+
+    async def __aenter__(self) -> Self:
+        # The driver bounds what is in flight.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        """Sample; at most up to the request's next boundary. Raises EngineError."""
+        wanted = request.max_tokens
+        if self._boundaries and request.check_every:
+            wanted = min(wanted, request.check_every)
+        body = {
+            "input_ids": request.context.tolist(),
+            "sampling_params": {
+                "max_new_tokens": wanted,
+                "temperature": request.temperature,
+                "stop_token_ids": list(self._end_tokens),
+                "sampling_seed": request.seed,
+            },
+            "return_logprob": True,
+            "logprob_start_len": -1,
+        }
+        answer = await _answer(
+            self._session.post(f"{self._url}/generate", json=body, timeout=self._timeout), self._url
+        )
+        return self._output(answer, wanted)
+
+    def _output(self, answer: Any, wanted: int) -> GenerateOutput:
+        try:
+            meta = answer["meta_info"]
+            finish = meta["finish_reason"]["type"]
+            scored = meta["output_token_logprobs"]
+            tokens = np.array([token for _, token, *_ in scored], dtype=np.int32)
+            log_probs = np.array([score for score, *_ in scored], dtype=np.float32)
+            weights, cached = meta.get("weight_version"), int(meta["cached_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"{self._url}: not an answer of SGLang's /generate: {error!r}") from error
+        if finish == "abort":
+            raise EngineError(
+                f"{self._url}: the server ended a request: {meta['finish_reason'].get('message')}"
+            )
+        if not np.isfinite(log_probs).all():
+            raise EngineError(f"{self._url}: a log-prob that is not finite: the weights may have diverged")
+        self._weights = self._weights or weights
+        if weights != self._weights:
+            raise EngineError(
+                f"{self._url}: its weights changed from version {self._weights} to {weights} meanwhile"
+            )
+        ended = len(tokens) > 0 and int(tokens[-1]) in self._end_tokens
+        if not ended and len(tokens) < wanted:
+            raise EngineError(
+                f"{self._url}: asked for {wanted} tokens it stopped after {len(tokens)} ({finish}), and not "
+                f"at an end token of {list(self._end_tokens)}"
+            )
+        return GenerateOutput(
+            tokens=tokens,
+            log_probs=log_probs,
+            version=int(weights) if str(weights).isdecimal() else 0,
+            finish="eos" if ended else "length",
+            cached_tokens=cached,
+        )
+
+
+async def server_facts(url: str) -> dict[str, Any]:
+    """What the server says of its model and of itself (/model_info and /server_info). Raises EngineError."""
+    timeout = aiohttp.ClientTimeout(total=_INFO_SECONDS, connect=_CONNECT_SECONDS)
+    facts: dict[str, Any] = {}
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        for page in ("model_info", "server_info"):
+            answer = await _answer(session.get(f"{url.rstrip('/')}/{page}"), url)
+            if not isinstance(answer, dict):
+                raise EngineError(f"{url}: /{page} is no JSON object: it is no SGLang server")
+            facts |= answer
+    return facts
+
+
+async def _answer(response: Any, url: str) -> Any:
+    """The JSON of a response that is under way. Raises EngineError."""
+    try:
+        async with response as reply:
+            if reply.status != 200:
+                text = " ".join((await reply.text(errors="replace")).split())[:_SHOWN]
+                raise EngineError(f"{url}: {reply.status} {reply.reason}: {text}")
+            return await reply.json(content_type=None)
+    except TimeoutError as error:
+        raise EngineError(f"{url}: no answer in time") from error
+    except (aiohttp.ClientError, ValueError) as error:
+        raise EngineError(f"{url}: {error}") from error

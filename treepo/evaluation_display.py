@@ -1,0 +1,173 @@
+"""What a person sees of `treepo eval`: a bar in a terminal, a line every tenth elsewhere, tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sglang_rollout.driver import Stats
+from treepo.evaluation import ProblemResult
+from treepo.orchestration.evaluate_inputs import Inputs
+from treepo.orchestration.evaluation_folder import PLOT, REPORT, RESULTS, SAMPLES
+from treepo.orchestration.run_folder import CONFIG, LOG, TREES
+from treepo.report.page import headline_metrics, parts, percent
+
+_LINES = 10  # where nothing is live
+_FAILURES = 5  # that the table spells out
+
+
+class EvaluationDisplay:
+    """A `Reporter` (treepo.orchestration.evaluate) that draws; a context manager around the evaluation."""
+
+    def __init__(self, console: Console, title: str, inputs: Inputs) -> None:
+        self._console = console
+        self._title = title
+        self._inputs = inputs
+        self._live = console.is_terminal and not console.is_dumb_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("problems  {task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("read", total=None, numbers="")
+        self._problems = self._done = 0
+        self._results: list[ProblemResult] = []
+        self._failed = 0
+
+    def __enter__(self) -> Self:
+        self._console.print(f"[bold]{escape(self._title)}[/bold]", highlight=False)
+        for benchmark in self._inputs.benchmarks:
+            config, report = benchmark.config, benchmark.report
+            of_file = f" of {report.usable}" if len(benchmark.prompts) < report.usable else ""
+            map_name = f", columns of the shipped map `{config.shipped_map}`" if config.shipped_map else ""
+            self._line(f"{config.label}: {len(benchmark.prompts)}{of_file} problems{map_name}")
+            if report.skipped or report.duplicates:
+                self._line(f"  {report.summary()}")
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def starting(self) -> None:
+        self._progress.update(self._task, description="start engine")
+        if not self._live:
+            self._line("start engine")
+
+    def sampling(self, problems: int, finished: int) -> None:
+        self._problems, self._done = problems, finished
+        self._progress.update(self._task, description="sample", total=problems, completed=finished)
+        if finished:
+            self._line(f"{finished} of {problems} problems were finished before")
+
+    def problem(self, result: ProblemResult | None, stats: Stats, seconds: float) -> None:
+        self._done += 1
+        if result is None:
+            self._failed += 1
+        else:
+            self._results.append(result)
+        graded = sum(done.graded for done in self._results)
+        right = sum(done.correct for done in self._results)
+        numbers = f"{right / graded:.1%} right  " if graded else ""
+        numbers += f"{stats.decoded_tokens:,} tokens decoded  {stats.decoded_tokens / seconds:.0f} tokens/s"
+        if self._failed:
+            numbers += f"  {self._failed} failed"
+        self._progress.update(self._task, completed=self._done, numbers=numbers)
+        if (
+            not self._live
+            and self._done * _LINES // self._problems > (self._done - 1) * _LINES // self._problems
+        ):
+            self._line(f"{self._done}/{self._problems} problems  {numbers}")
+
+    def _line(self, text: str) -> None:
+        self._console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) -> None:
+    """The end of an evaluation: scores with their intervals, cost, where it is."""
+    console.print(_scores(results))
+    console.print(_cost(results))
+    written = Table(title=f"Written to {folder}/", title_justify="left", show_header=False, box=None)
+    for name, what in (
+        (REPORT, "to look at: open it in a browser, no network needed"),
+        (RESULTS, "every number, with all settings"),
+        (SAMPLES, "every response: verdict, extracted answer, text"),
+        (TREES, "every problem's tree, with log-probs and verdicts"),
+        (PLOT, "accuracy against compute"),
+        (CONFIG, "the effective configuration"),
+        (LOG, "the log"),
+    ):
+        written.add_row(name, what)
+    console.print(written, soft_wrap=True)
+
+
+def _scores(results: Mapping[str, Any]) -> Table:
+    sampling = results["settings"]["sampling"]
+    tree = sampling["mode"] == "tree"
+    metrics = headline_metrics(results["overall"]["metrics"], sampling["width"], tree=tree)
+    title = "Scores in percent, below them the 95% interval over problems"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    ungraded = results["overall"]["verdicts"]["timeout"] + results["overall"]["verdicts"]["error"]
+    for head in ("problems", *metrics.values(), "tokens", "cut off", *(["ungraded"] if ungraded else [])):
+        table.add_column(head, justify="right", no_wrap=True)
+    for index, row in enumerate(parts(results)):
+        if index and index == len(results["benchmarks"]):
+            table.add_section()
+        verdicts, tokens = row["verdicts"], row["response_tokens"]
+        table.add_row(
+            escape(row["name"]),
+            f"{row['finished']}/{row['problems']}",
+            *(_percent(row["metrics"].get(name)) for name in metrics),
+            "–" if tokens["mean"] is None else f"{tokens['mean']:.0f}",
+            "–" if tokens["truncated"] is None else f"{tokens['truncated']:.0%}",
+            *([str(verdicts["timeout"] + verdicts["error"])] if ungraded else []),
+        )
+    return table
+
+
+def _percent(estimate: Mapping[str, float | None] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    value, low, high = (percent(estimate[name] or 0.0) for name in ("value", "low", "high"))
+    return f"[bold]{value}[/bold]\n[dim]{low}–{high}[/dim]"
+
+
+def _cost(results: Mapping[str, Any]) -> Table:
+    cost, tokens = results["cost"], results["overall"]["tokens"]
+    table = Table(title="What it took", title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    table.add_row("tokens decoded", f"{cost['decoded_tokens']:,}")
+    if tokens["total"] > tokens["unique"]:
+        ratio = tokens["total"] / tokens["unique"]
+        table.add_row("the same responses one by one", f"{tokens['total']:,}  ({ratio:.2f}x)")
+    table.add_row("tokens prefilled", f"{cost['prefilled_tokens']:,}")
+    table.add_row("tokens/s", f"{cost['tokens_per_second']:,.0f}")
+    table.add_row("responses/s", f"{cost['trajectories_per_second']:.1f}")
+    table.add_row("seconds of sampling", f"{cost['seconds']:.1f}")
+    table.add_row("device-seconds", f"{cost['device_seconds']:.1f}")
+    if cost["failed_requests"]:
+        table.add_row("failed requests", f"{cost['failed_requests']} of {cost['requests']}")
+    failures = results["failures"]
+    for name, reason in list(failures.items())[:_FAILURES]:
+        table.add_row(f"[red]failed: {escape(name)}[/red]", escape(reason))
+    if len(failures) > _FAILURES:
+        table.add_row("[red]failed[/red]", f"and {len(failures) - _FAILURES} more, in {RESULTS}")
+    return table

@@ -1,0 +1,94 @@
+r"""Which answers of one problem are the same answer: mathematical equality, decided in the grading processes.
+
+All correct answers are one class, since each of them equals the gold answer; so a class is correct or wrong
+as a whole. Wrong answers are compared with the first answer of each class so far.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+
+from treepo.boxed import last_boxed
+from treepo.evaluation import NO_VOTE
+from treepo.rewards.grade import GradeItem
+from treepo.rewards.pool import RewardPool
+from treepo.tree import Verdict
+
+_CORRECT = 0
+_PLAIN = "1"
+_INTEGER = re.compile(r"[+-]?\d+")
+
+Equal = Callable[[str, str], Awaitable[bool | None]]
+"""Whether two answers are equal; None where that could not be decided."""
+
+
+def pool_equality(pool: RewardPool) -> Equal:
+    """Equality by math-verify in the pool's processes, under their deadline and memory limit.
+
+    The pool must grade mathematics: a reward function of the user's own compares nothing.
+    """
+
+    async def equal(first: str, second: str) -> bool | None:
+        response = rf"\boxed{{{second}}}"
+        if last_boxed(response) != second:  # it has a box of its own inside
+            return None
+        (grade,) = await pool.grade([GradeItem(response, first)])
+        return grade.verdict is Verdict.CORRECT if grade.verdict.graded else None
+
+    return equal
+
+
+async def vote_classes(answers: Sequence[str | None], verdicts: Sequence[Verdict], equal: Equal) -> list[int]:
+    """A class number for each answer, `NO_VOTE` for a response without one or that was not graded.
+
+    Two answers whose comparison could not be decided count as different; and where one of them cannot be
+    compared with a plain number either, it is compared with no other: it equals its own text only.
+    """
+    class_of: dict[str, int] = {}
+    first_of: dict[int, str] = {}  # the classes that may still be compared with
+    for answer in dict.fromkeys(_wrong(answers, verdicts)):
+        number = await _find(answer, first_of, equal)
+        if number is None:
+            number = len(class_of) + 1
+            first_of[number] = answer
+        elif number == NO_VOTE:
+            number = len(class_of) + 1
+        class_of[answer] = number
+    return [
+        _CORRECT
+        if verdict is Verdict.CORRECT
+        else class_of[answer.strip()]
+        if verdict is Verdict.WRONG and answer is not None
+        else NO_VOTE
+        for answer, verdict in zip(answers, verdicts, strict=True)
+    ]
+
+
+def _wrong(answers: Sequence[str | None], verdicts: Sequence[Verdict]) -> list[str]:
+    return [
+        answer.strip()
+        for answer, verdict in zip(answers, verdicts, strict=True)
+        if verdict is Verdict.WRONG and answer is not None
+    ]
+
+
+async def _find(answer: str, first_of: dict[int, str], equal: Equal) -> int | None:
+    """The class of `answer`, None where it is a new one, `NO_VOTE` where it can be compared with none."""
+    for number, first in list(first_of.items()):
+        if _INTEGER.fullmatch(first) and _INTEGER.fullmatch(answer):
+            same = _integer(first) == _integer(answer)  # most answers are: no need to ask a process
+        else:
+            same = await equal(first, answer)
+        if same:
+            return number
+        if same is None:
+            if await equal(_PLAIN, answer) is None:
+                return NO_VOTE
+            if await equal(_PLAIN, first) is None:
+                del first_of[number]
+    return None
+
+
+def _integer(text: str) -> tuple[bool, str]:
+    """Sign and digits: int() refuses more than a few thousand of them."""
+    digits = text.lstrip("+-").lstrip("0")
+    return text.startswith("-") and bool(digits), digits
