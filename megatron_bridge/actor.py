@@ -3,6 +3,8 @@
 A plain class: whoever owns the processes makes one per rank, and calls every method on all ranks at once.
 """
 
+import megatron_bridge.quiet  # noqa: F401  # isort: skip  # before anything of Megatron-Core
+
 import math
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence

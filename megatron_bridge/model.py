@@ -1,6 +1,5 @@
 """Megatron-Core's model of an architecture. GPTModel is built in this file only."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +15,6 @@ from megatron_bridge.architecture import Architecture
 from megatron_bridge.layers import final_norm, layer_spec, use_transformer_engine
 from megatron_bridge.weights import global_name, padded_vocabulary
 from treepo.config.actor import ActorConfig
-
-# It announces its successor, HybridModel, each time it is built.
-logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 def build_model(architecture: Architecture, dtype: torch.dtype, actor: ActorConfig) -> list[GPTModel]:
@@ -68,10 +64,8 @@ def _transformer_config(
     chunks = actor.parallel.virtual_pipeline
     recompute = {
         "none": {},
-        "selective": {
-            "recompute_granularity": "selective",
-            "recompute_modules": ["core_attn", "layernorm"],
-        },
+        # Of the modules on Megatron-Core's list the one that does without Transformer Engine.
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[actor.recompute]
     return TransformerConfig(

@@ -1,4 +1,4 @@
-"""Real Megatron-Core ranks over gloo for the tests: one group of processes per layout runs all its cases.
+"""Real Megatron-Core ranks over gloo for the tests: one group of processes runs all cases of its size.
 
 The processes come from a fork server that has Megatron-Core imported, so that a rank starts in a fraction
 of a second and still begins with a clean process.
@@ -27,7 +27,7 @@ from treepo.errors import ModelError
 from treepo.packing import Pack
 from treepo.transport.wire import TensorInfo
 
-DEADLINE = 240  # seconds until some rank of a group must have ended
+DEADLINE = 600  # seconds until some rank of a group must have ended
 
 # Adam's step is then the learning rate times the gradient: the plain one divides it by its own size, which
 # turns rounding noise in a gradient of almost 0 into a full step.
@@ -40,19 +40,22 @@ Life = tuple[str, Callable[..., Any], Any]
 @dataclass(frozen=True)
 class Case:
     """One actor's life. steps: for each optimizer step and replica its packs; the last step's weights are
-    kept, and all log-probs before and after. chunk_bytes: of logits at once.
+    kept, and all log-probs before and after. chunk_bytes: of logits at once. spoilt: for each replica packs
+    whose step must fail, before the others, because the gradient is not finite.
     """
 
     name: str
     model: Path
     steps: Sequence[Sequence[Sequence[Pack]]]
     denominator: float
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
     temperature: float = 1.0
     dtype: str = "float32"
     recompute: str = "none"
     optimizer: OptimizerConfig = LINEAR
     learning: LearningConfig = field(default_factory=LearningConfig)
     chunk_bytes: int = 1 << 29
+    spoilt: Sequence[Sequence[Pack]] = ()
 
 
 @dataclass
@@ -71,9 +74,10 @@ class Result:
     reference: list[list[np.ndarray]]
 
 
-def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str, Result]:
-    """Every case at the layout; raises where a rank does."""
-    return run_lives([(case.name, _live, case) for case in cases], layout, folder)
+def run(cases: Sequence[Case], folder: Path) -> dict[str, Result]:
+    """Every case at its own layout, all of equally many ranks; raises where a rank does."""
+    assert len({case.layout.ranks for case in cases}) == 1
+    return run_lives([(case.name, _live, case) for case in cases], cases[0].layout, folder)
 
 
 def run_lives(lives: Sequence[Life], layout: ParallelConfig, folder: Path) -> dict[str, Any]:
@@ -128,10 +132,11 @@ def _rank(rank: int, lives: list[Life], layout: ParallelConfig, folder: Path, po
             (folder / f"{name}.pickle").write_bytes(pickle.dumps(result))
 
 
-def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
+def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Result:
     from megatron_bridge import log_prob
     from megatron_bridge.actor import MegatronActor
 
+    layout = case.layout
     log_prob.CHUNK_BYTES = case.chunk_bytes
     for pack in chain.from_iterable(chain.from_iterable(case.steps)):
         for column in pack.columns().values():
@@ -159,13 +164,16 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
 
     initial = weights_of(actor)
     before = everyone(case.steps[0])
+    if case.spoilt:
+        with pytest.raises(FloatingPointError):  # on every rank: none is left waiting for another
+            actor.train_step(case.spoilt[replica], case.temperature, case.denominator)
     metrics = [actor.train_step(packs[replica], case.temperature, case.denominator) for packs in case.steps]
     reference = everyone(case.steps[0], actor.reference_log_probs) if case.learning.kl_coefficient else []
     after = everyone(case.steps[0])
     final = weights_of(actor)
     export = folder / f"{case.name}-export"
     actor.export(export)
-    with pytest.raises(ModelError):  # on every rank: none is left waiting for another
+    with pytest.raises(ModelError):  # likewise
         actor.export(export)
     actor.close()
     return Result(before, metrics, after, initial, final, export, reference)

@@ -73,8 +73,8 @@ class ActorConfig(Section):
     max_tokens_per_pack: int = Field(default=16384, ge=1)
     """Most tokens in one micro-batch."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again: none, those of norms and attention (`selective`), or
-    all of a layer but its input (`full`)."""
+    """Activations that the backward pass computes again: none, those in attention (`selective`), or all of
+    a layer but its input (`full`)."""
     transformer_impl: Literal["auto", "te", "local"] = "auto"
     """Layers of Transformer Engine (`te`) or of Megatron-Core alone (`local`); `auto`: of the former on CUDA
     where it is installed."""
