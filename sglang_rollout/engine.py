@@ -7,6 +7,7 @@ is served until `commit` has verified what arrived; where that fails, requests a
 update succeeds.
 """
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -22,6 +23,8 @@ from treepo.config.engine import EngineConfig
 from treepo.errors import EngineError
 from treepo.protocols import Bucket, GenerateOutput, GenerateRequest
 from treepo.tokenizer import end_tokens, has_tokenizer, load_tokenizer
+
+_LOOK_SECONDS = 0.2  # between two looks at whether SGLang has answered anything
 
 StopRule = Callable[[np.ndarray], bool]
 """Whether a response (int32 [T], prompt excluded) needs no further tokens."""
@@ -72,6 +75,17 @@ class SGLangEngine:
         return await self._server.bounded(
             self._score(tokens), self._config.request_seconds, "a request for log-probs"
         )
+
+    async def died(self) -> str:
+        """Why this engine can answer nothing any more, as soon as that is so."""
+        return await asyncio.shield(self._server.death)
+
+    async def show_life(self) -> None:
+        """Ask for one token; returns as soon as SGLang has answered anything at all: who is busy is alive.
+
+        Raises EngineError where it refuses, and DeadEngineError as soon as it has died.
+        """
+        await self._server.bounded(self._show_life(), self._config.request_seconds, "a sign of life")
 
     async def begin(self, version: int) -> None:
         """Stop serving: later requests wait, running ones end. Begins anew where an update was left open."""
@@ -181,6 +195,23 @@ class SGLangEngine:
             output = await anext(answers)
         scores = [score for score, _, _ in output["meta_info"]["input_token_logprobs"][1:]]
         return np.asarray(scores, dtype=np.float32)
+
+    async def _show_life(self) -> None:
+        manager = self._server.manager
+        before = manager.last_receive_tstamp
+        probe = asyncio.ensure_future(self._one_token())
+        try:
+            while not probe.done() and manager.last_receive_tstamp == before:
+                await asyncio.wait((probe,), timeout=_LOOK_SECONDS)
+            if probe.done():
+                probe.result()
+        finally:
+            probe.cancel()
+
+    async def _one_token(self) -> None:
+        token = np.zeros(1, dtype=np.int32)  # every vocabulary has it
+        async with aclosing(self._answers(token, {"max_new_tokens": 1})) as answers:
+            await anext(answers)
 
     async def _answers(
         self,

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from treepo.config.engine import EngineConfig
-from treepo.errors import EngineError
+from treepo.errors import DeadEngineError, EngineError
 
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
 _CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
@@ -71,11 +71,11 @@ class Server:
         return self._death
 
     async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float, what: str) -> T:
-        """`work`'s result. Raises EngineError at the deadline and as soon as SGLang has died."""
+        """`work`'s result. Raises EngineError at the deadline, DeadEngineError as soon as SGLang has died."""
         death = self.death
         if death.done():
             work.close()
-            raise EngineError(death.result())
+            raise DeadEngineError(death.result())
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait((death, task), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -85,7 +85,7 @@ class Server:
         if task.done():
             return task.result()
         if death.done():
-            raise EngineError(death.result())
+            raise DeadEngineError(death.result())
         raise EngineError(f"{what} took longer than {seconds:g} s")
 
     def close(self) -> None:

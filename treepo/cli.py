@@ -102,10 +102,9 @@ def main() -> None:
     try:
         app()
     except* TreepoError as group:
-        for error in _single(group):
-            _errors.print(
-                f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
-            )
+        # What many tasks wait for fails in all of them: that is said once.
+        for text, error in {str(error): error for error in _single(group)}.items():
+            _errors.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
             exit_code = max(exit_code, error.exit_code)
     sys.exit(exit_code)
 

@@ -30,6 +30,16 @@ class EngineError(TreepoError):
     exit_code = 1
 
 
+class DeadEngineError(EngineError):
+    """An engine that can answer nothing any more."""
+
+
+class NoEngineError(TreepoError):
+    """No engine is left to sample with; the text says what became of each."""
+
+    exit_code = 1
+
+
 class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 

@@ -23,5 +23,10 @@ class EngineConfig(Section):
     """Deadline for one request, time in the engine's queue included."""
     update_seconds: float = Field(default=600, gt=0)
     """Deadline for each step of a weight update: waiting for running requests, one bucket, the commit."""
+    health_seconds: float = Field(default=60, gt=0)
+    """An engine whose requests have all waited for so long is asked for one token, and restarted where
+    it then answers nothing at all within as long again."""
+    max_restarts: int = Field(default=8, ge=0)
+    """Restarts of lost engines in one run; an engine that is lost after that is not replaced."""
     log_level: Literal["error", "warning", "info", "debug"] = "error"
     """What SGLang's own processes write to standard error."""

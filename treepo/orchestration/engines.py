@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from functools import partial
 from typing import Any
 
 import ray
@@ -10,24 +11,26 @@ from ray.exceptions import RayActorError, RayTaskError
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
-from treepo.errors import EngineError
+from treepo.errors import DeadEngineError, EngineError
 from treepo.orchestration.cluster import actor_environment, has_gpus
-from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.orchestration.fleet import Fleet
 from treepo.stopping import StopRule
 
 _log = logging.getLogger(__name__)
 _CONCURRENT_REQUESTS = 100_000  # the driver bounds what is in flight; Ray should not
+_END_SECONDS = 30  # for an engine to end its processes; then its actor is killed, and they end with it
 
 
 class RemoteEngine:
-    """A `treepo.protocols.Engine` behind a Ray actor; what goes wrong there is an EngineError here."""
+    """An engine behind a Ray actor; what goes wrong there is an EngineError here."""
 
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
         self.actor = actor
 
-    async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        return await self.call("generate", request)
+    async def start(self) -> int:
+        """Wait until the model is loaded; returns the tokens that the KV cache holds."""
+        return await self.call("capacity")
 
     async def call(self, method: str, *arguments: object) -> Any:
         """The result of the actor's `method`; cancelled there when it is cancelled here."""
@@ -39,50 +42,48 @@ class RemoteEngine:
             raise
         except RayTaskError as error:
             if isinstance(error.cause, EngineError):
-                raise EngineError(f"{self.name}: {error.cause}") from None
+                raise type(error.cause)(f"{self.name}: {error.cause}") from None
             raise
         except RayActorError as error:
-            raise EngineError(f"{self.name} died: {error}") from error
+            raise DeadEngineError(f"{self.name} died: {_last_line(error)}") from error
+
+    async def end(self) -> None:
+        """End SGLang's processes, then the actor, which takes with it what is left of them."""
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await self.call("close")
+        except DeadEngineError:
+            pass  # the actor is what has died
+        except (TimeoutError, RayTaskError) as error:
+            _log.warning("%s did not close and is killed: %r", self.name, error)
+        finally:
+            ray.kill(self.actor)
 
 
-class EnginePool:
+class EnginePool(Fleet):
     """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded."""
 
     def __init__(self, config: RunConfig | RolloutConfig, stop_rule: StopRule) -> None:
-        resources = {"num_cpus": 1, "num_gpus": 1 if has_gpus() else 0}
-        remote = ray.remote(SGLangEngine).options(
-            max_concurrency=_CONCURRENT_REQUESTS, runtime_env=actor_environment(), **resources
-        )
-        self.capacity: int | None = None  # KV tokens of the smallest engine, once `ready`
-        self._deadline = config.engine.start_seconds
-        self.engines = [
-            RemoteEngine(
-                f"engine {index}",
-                remote.remote(
-                    config.model.path.resolve(),
-                    config.model.dtype,
-                    config.engine,
-                    seed=config.seed + index,
-                    stop_rule=stop_rule,
-                ),
-            )
-            for index in range(config.engine.count)
-        ]
+        super().__init__(partial(_launch, config, stop_rule), config.engine)
 
-    async def ready(self) -> None:
-        """Raises EngineError where an engine has not started by `engine.start_seconds`."""
-        async with asyncio.timeout(self._deadline):
-            self.capacity = min(await self.call("capacity"))
 
-    async def call(self, method: str, *arguments: object) -> list[Any]:
-        """The same call on every engine at the same time."""
-        return await asyncio.gather(*(engine.call(method, *arguments) for engine in self.engines))
+def _launch(config: RunConfig | RolloutConfig, stop_rule: StopRule, index: int) -> RemoteEngine:
+    remote = ray.remote(SGLangEngine).options(
+        max_concurrency=_CONCURRENT_REQUESTS,
+        runtime_env=actor_environment(),
+        num_cpus=1,
+        num_gpus=1 if has_gpus() else 0,
+    )
+    actor = remote.remote(
+        config.model.path.resolve(),
+        config.model.dtype,
+        config.engine,
+        seed=config.seed + index,
+        stop_rule=stop_rule,
+    )
+    return RemoteEngine(f"engine {index}", actor)
 
-    async def close(self) -> None:
-        """End the engines and the processes that they started; one that is dead already has none left."""
-        calls = (engine.call("close") for engine in self.engines)
-        for engine, outcome in zip(
-            self.engines, await asyncio.gather(*calls, return_exceptions=True), strict=True
-        ):
-            if isinstance(outcome, BaseException):
-                _log.warning("%s did not close: %s", engine.name, outcome)
+
+def _last_line(error: RayActorError) -> str:
+    """Ray's own text is a page."""
+    return str(error).strip().splitlines()[-1].strip()

@@ -23,6 +23,7 @@ from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.run_folder import RunFolder
+from treepo.orchestration.supervised_engine import SupervisedEngine
 from treepo.orchestration.weight_update import update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
 from treepo.rewards.grade import GradeItem
@@ -109,7 +110,7 @@ async def _start(
         decode = inputs.tokenizer.decode
         return TreeDriver(engines.engines, sampling, decode, config.seed, engines.capacity)
 
-    return Run(
+    run = Run(
         config,
         inputs,
         folder,
@@ -121,6 +122,8 @@ async def _start(
         training=driver(config.sampling),
         evaluation=driver(evaluation_sampling(config)),
     )
+    engines.restore = run.restore
+    return run
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +143,12 @@ class Run:
     decoded_tokens: int = 0
     sequential_tokens: int = 0
     max_difference: float = 0.0
+    version: int = 0
+
+    async def restore(self, engine: SupervisedEngine) -> None:
+        """Give a restarted engine, which has the model folder's weights, those that the others serve."""
+        if self.version > 0:
+            await update_weights(self.learner, [engine], self.version)
 
     async def evaluate(self, phase: str) -> float | None:
         """Held-out accuracy of the weights that the engines serve; None without held-out prompts.
@@ -160,10 +169,12 @@ class Run:
         with self.clock.phase("score"):
             mini_batches = [await self._score(packs) for packs in self._pack(batch)]
             mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
-        with self.clock.phase("train"):
-            updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
-        with self.clock.phase("update"):
-            await update_weights(self.learner, self.engines, version=step)
+        async with self.engines.weights:
+            with self.clock.phase("train"):
+                updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
+            with self.clock.phase("update"):
+                await update_weights(self.learner, self.engines.serving(), version=step)
+            self.version = step
         self.decoded_tokens += stats.decoded_tokens
         self.sequential_tokens += stats.total_tokens
         self.max_difference = max(self.max_difference, mismatch["logprob_difference_max"])
