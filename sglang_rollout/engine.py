@@ -258,9 +258,11 @@ class SGLangEngine:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         from sglang.srt.utils import MultiprocessingSerializer
 
-        payload: Any = MultiprocessingSerializer.serialize(shared_payload(bucket))
+        payload = shared_payload(bucket)
+        # One for each rank: what is serialized can be opened once, the bytes in it are shared.
+        ranks: list[Any] = [MultiprocessingSerializer.serialize(payload) for _ in range(self._config.tensor)]
         update = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=[payload],
+            serialized_named_tensors=ranks,
             load_format="flattened_bucket",
             flush_cache=False,
         )

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from sglang_rollout.cpu_groups import rank_environment
 from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError
 
@@ -37,7 +38,7 @@ class Server:
     """
 
     def __init__(self, model: Path, dtype: str, config: EngineConfig, seed: int) -> None:
-        with _start_environment(config.log_level):
+        with _start_environment(config):
             engine = _start(_arguments(model, dtype, config, seed))
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must be gone
         self.manager: Any = engine.tokenizer_manager
@@ -141,6 +142,7 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "model_path": str(model),
         "dtype": dtype,
         "random_seed": seed,
+        "tp_size": config.tensor,
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "max_total_tokens": config.max_total_tokens,
         "mem_fraction_static": config.memory_fraction,
@@ -167,7 +169,7 @@ def _child_failed(signum: int, frame: object) -> None:
 
 
 @contextmanager
-def _start_environment(log_level: str) -> Iterator[None]:
+def _start_environment(config: EngineConfig) -> Iterator[None]:
     """What SGLang's processes inherit, and what its start must not change for the rest of this process."""
     environment, root = dict(os.environ), logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -175,7 +177,9 @@ def _start_environment(log_level: str) -> Iterator[None]:
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model is a folder
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for devices that are not here
     os.environ["TQDM_DISABLE"] = "1"
-    logging.getLogger("sglang").setLevel(log_level.upper())
+    if config.tensor > 1 and not torch.cuda.is_available():
+        os.environ.update(rank_environment(config.tensor))
+    logging.getLogger("sglang").setLevel(config.log_level.upper())
     # It would report each signal handler and each dead child as an error; the exceptions say more.
     logging.getLogger("sglang.srt.entrypoints.engine").setLevel(logging.CRITICAL)
     try:

@@ -9,7 +9,9 @@ from treepo.config.base import Section
 
 class EngineConfig(Section):
     count: int = Field(default=1, ge=1)
-    """Engines; each holds the whole model on one device."""
+    """Engines; each holds the whole model."""
+    tensor: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks of one engine, each on a device of its own; an engine's are on one node."""
     max_total_tokens: int | None = Field(default=None, ge=1)
     """Tokens in the KV cache; by default what fits into a GPU's free memory, and 131072 on a CPU."""
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)

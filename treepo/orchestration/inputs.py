@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sglang_rollout.tensor_parallel import check_tensor
 from treepo.config.schema import RunConfig
 from treepo.data import Prompt, PromptSet, check_prompts, load_prompts
 from treepo.errors import ConfigError, ModelError
@@ -52,6 +53,7 @@ def _check_model(config: RunConfig) -> None:
         raise ModelError(f"{folder}: it has no weights (no *.safetensors)")
     architecture = read_architecture(folder)
     check_layout(architecture, config.actor.parallel)
+    check_tensor(folder, config.engine.tensor)
     prompt, response = config.data.max_prompt_tokens, config.sampling.max_response_tokens
     if prompt + response > architecture.max_positions:
         raise ConfigError(

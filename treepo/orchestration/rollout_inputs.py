@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_rollout.growing_tree import longest_response
+from sglang_rollout.tensor_parallel import check_tensor
 from sglang_rollout.weights import checkpoint_shapes
 from treepo.config.rollout import RolloutConfig
 from treepo.data import Prompt, check_prompts, load_prompts
@@ -33,6 +34,7 @@ def _check_model(config: RolloutConfig) -> None:
     """Any family that SGLang knows may sample, so only weights' headers and lengths are looked at."""
     folder = config.model.path
     checkpoint_shapes(folder)
+    check_tensor(folder, config.engine.tensor)
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     prompt, response = config.data.max_prompt_tokens, longest_response(config.sampling)
     if positions is not None and prompt + response > positions:
