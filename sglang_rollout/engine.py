@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,18 +34,26 @@ class SGLangEngine:
     """Implements `treepo.protocols.Engine` and `WeightSink`.
 
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16").
-    stop_rule: what `GenerateRequest.check_every` asks at its boundaries.
+    stop_rule: what `GenerateRequest.check_every` asks at its boundaries. shares_device: whether others will
+    need its device's memory at times (`release_memory`).
     Raises EngineError or ModelError where SGLang does not start on the folder.
     """
 
     def __init__(
-        self, model: Path, dtype: str, config: EngineConfig, *, seed: int, stop_rule: StopRule | None = None
+        self,
+        model: Path,
+        dtype: str,
+        config: EngineConfig,
+        *,
+        seed: int,
+        stop_rule: StopRule | None = None,
+        shares_device: bool = False,
     ) -> None:
         self._config = config
         self._stop_rule = stop_rule
         self._end_tokens = _end_tokens(model)
         self._shapes = checkpoint_shapes(model)
-        self._server = Server(model, dtype, config, seed)
+        self._server = Server(model, dtype, config, seed, shares_device)
         self._gate = Gate()
         self._version = 0
         self._next_version: int | None = None
@@ -118,6 +126,26 @@ class SGLangEngine:
         self._version, self._next_version = version, None
         self._gate.open()
         return version
+
+    async def release_memory(self) -> None:
+        """Give the device's memory to others until `restore_memory`; no request may run or come meanwhile.
+
+        The weights are kept in the host's memory. Only of an engine that shares its device.
+        """
+        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+        manager = self._server.manager
+        await self._bounded_update(self._flush(), "flushing the prefix cache")
+        release = manager.release_memory_occupation(ReleaseMemoryOccupationReqInput())
+        await self._bounded_update(release, "releasing memory")
+
+    async def restore_memory(self, part: Literal["weights", "cache"]) -> None:
+        """Take back what `release_memory` gave away: weights first; the cache when others need less again."""
+        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+        tags = {"weights": ["weights"], "cache": ["kv_cache", "cuda_graph"]}[part]
+        resume = self._server.manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
+        await self._bounded_update(resume, "restoring memory")
 
     def close(self) -> None:
         """End SGLang's processes, and no other. May be called again."""

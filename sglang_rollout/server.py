@@ -25,6 +25,9 @@ from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError
 
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
+# Memory can be given away and taken back; the weights are kept in the host's memory meanwhile, so that an
+# engine that misses an update still has those of a version.
+_SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
 _CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
 
 
@@ -37,9 +40,12 @@ class Server:
     Raises EngineError where SGLang does not start.
     """
 
-    def __init__(self, model: Path, dtype: str, config: EngineConfig, seed: int) -> None:
+    def __init__(
+        self, model: Path, dtype: str, config: EngineConfig, seed: int, shares_device: bool = False
+    ) -> None:
+        arguments = _arguments(model, dtype, config, seed) | (_SHARES_DEVICE if shares_device else {})
         with _start_environment(config):
-            engine = _start(_arguments(model, dtype, config, seed))
+            engine = _start(arguments)
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must be gone
         self.manager: Any = engine.tokenizer_manager
         self.manager._subprocess_watchdog.stop()

@@ -16,7 +16,7 @@ class FakeProcess:
 
     start_error: what its start fails with. slow: it has started once `loaded` is set. dies_at: the request
     (from 1) that ends it. hangs_at: from which on it answers nothing. lively: whether it shows life though
-    it answers no request.
+    it answers no request. clings: whether it keeps its memory. memory: what it has.
     """
 
     name: str
@@ -26,9 +26,11 @@ class FakeProcess:
     dies_at: int | None = None
     hangs_at: int | None = None
     lively: bool = False
+    clings: bool = False
     probes: int = 0
     ended: int = 0
     actor: Any = None
+    memory: set[str] = field(default_factory=lambda: {"weights", "cache"})
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     _death: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -51,6 +53,8 @@ class FakeProcess:
             "show_life": self._show_life,
             "generate": self._generate,
             "version": self._version,
+            "release_memory": self._release,
+            "restore_memory": self._restore,
         }
         if self._death.is_set():
             raise DeadEngineError(f"{self.name} is dead")
@@ -66,6 +70,14 @@ class FakeProcess:
 
     async def _version(self) -> int:
         return self.engine.version
+
+    async def _release(self) -> None:
+        if self.clings:
+            raise EngineError("it does not release its memory")
+        self.memory = set()
+
+    async def _restore(self, part: str) -> None:
+        self.memory.add(part)
 
     async def _show_life(self) -> None:
         self.probes += 1

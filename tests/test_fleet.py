@@ -42,13 +42,17 @@ class Fakes:
 
 
 def run(
-    scenario: Callable[[Fleet, Fakes], Any], fakes: Fakes | None = None, count: int = 1, **settings: Any
+    scenario: Callable[[Fleet, Fakes], Any],
+    fakes: Fakes | None = None,
+    count: int = 1,
+    shares_device: bool = False,
+    **settings: Any,
 ) -> None:
     """The scenario on a fleet that is ready; every process that was made is ended afterwards."""
 
     async def main() -> None:
         launch = fakes or Fakes()
-        fleet = Fleet(launch, EngineConfig.model_validate({"count": count} | settings))
+        fleet = Fleet(launch, EngineConfig.model_validate({"count": count} | settings), shares_device)
         try:
             await fleet.ready()
             async with asyncio.timeout(20):
@@ -222,6 +226,37 @@ def test_weights_that_cannot_be_restored_cost_a_restart_and_another_fault_ends_w
         with pytest.raises(ValueError, match="a fault of ours"):
             await fleet.engines[0].generate(REQUEST)
         assert len(fakes.made[0]) == 3
+
+    run(scenario)
+
+
+def test_shared_memory_is_the_trainer_s_while_it_computes() -> None:
+    """An engine that does not let go of it is ended at once, and its successor starts only afterwards."""
+    fakes = Fakes(lambda index, number: {"clings": index == 0 and not number})
+
+    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+        async with fleet.resting():
+            await until(lambda: fakes.made[0][-1].ended == 1 or len(fakes.made[0]) == 2)
+            for _ in range(50):
+                await asyncio.sleep(0)
+            assert not fakes.made[1][0].memory
+            assert fleet.engines[0].state is not State.SERVING
+            await fleet.restore_memory("weights")
+            assert fakes.made[1][0].memory == {"weights"}
+            assert len(fakes.made[0]) == 1
+        assert fakes.made[1][0].memory == {"weights", "cache"}
+        await until(serves(fleet.engines[0]))
+        assert fakes.made[0][1].memory == {"weights", "cache"}
+
+    run(scenario, fakes, 2, shares_device=True)
+
+
+def test_memory_that_is_not_shared_is_left_alone() -> None:
+    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+        async with fleet.resting():
+            assert fleet.weights.locked()
+            await fleet.restore_memory("weights")
+            assert fakes.made[0][0].memory == {"weights", "cache"}
 
     run(scenario)
 

@@ -40,6 +40,10 @@ class NoEngineError(TreepoError):
     exit_code = 1
 
 
+class PlacementError(TreepoError):
+    """A layout that the cluster cannot hold; the text says what is needed and what is there."""
+
+
 class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 

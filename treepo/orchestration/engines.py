@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ from sglang_rollout.engine import SGLangEngine
 from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
 from treepo.errors import DeadEngineError, EngineError
-from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.orchestration.fleet import Fleet
+from treepo.orchestration.seats import engines_alone
 from treepo.stopping import StopRule
 
 _log = logging.getLogger(__name__)
@@ -61,25 +62,39 @@ class RemoteEngine:
 
 
 class EnginePool(Fleet):
-    """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded."""
+    """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded.
 
-    def __init__(self, config: RunConfig | RolloutConfig, stop_rule: StopRule) -> None:
-        super().__init__(partial(_launch, config, stop_rule), config.engine)
+    seats: Ray's options for each engine's actor; None where nothing trains beside the engines. shares_device:
+    whether the trainer uses the same devices.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | RolloutConfig,
+        stop_rule: StopRule,
+        seats: Sequence[dict[str, Any]] | None = None,
+        shares_device: bool = False,
+    ) -> None:
+        seats = engines_alone(config.engine) if seats is None else seats
+        launch = partial(_launch, config, stop_rule, seats, shares_device)
+        super().__init__(launch, config.engine, shares_device)
 
 
-def _launch(config: RunConfig | RolloutConfig, stop_rule: StopRule, index: int) -> RemoteEngine:
-    remote = ray.remote(SGLangEngine).options(
-        max_concurrency=_CONCURRENT_REQUESTS,
-        runtime_env=actor_environment(),
-        num_cpus=1,
-        num_gpus=1 if has_gpus() else 0,
-    )
+def _launch(
+    config: RunConfig | RolloutConfig,
+    stop_rule: StopRule,
+    seats: Sequence[dict[str, Any]],
+    shares_device: bool,
+    index: int,
+) -> RemoteEngine:
+    remote = ray.remote(SGLangEngine).options(max_concurrency=_CONCURRENT_REQUESTS, **seats[index])
     actor = remote.remote(
         config.model.path.resolve(),
         config.model.dtype,
         config.engine,
         seed=config.seed + index,
         stop_rule=stop_rule,
+        shares_device=shares_device,
     )
     return RemoteEngine(f"engine {index}", actor)
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError, NoEngineError
@@ -21,9 +22,14 @@ class Fleet:
     weights: to be held from the first change of the trainer's weights until the engines serve the new ones;
         a restarted engine is given weights, and admitted, only while nobody else holds it.
     restore: gives one engine the weights that the others serve; None where those are the model folder's.
+    shares_device: whether the trainer uses the same memory; a successor is then started while the weights
+        rest too, for it would take what the trainer needs.
     """
 
-    def __init__(self, launch: Callable[[int], EngineProcess], config: EngineConfig) -> None:
+    def __init__(
+        self, launch: Callable[[int], EngineProcess], config: EngineConfig, shares_device: bool = False
+    ) -> None:
+        self.shares_device = shares_device
         self.capacity: int | None = None
         self.weights = asyncio.Lock()
         self.restore: Callable[[SupervisedEngine], Awaitable[None]] | None = None
@@ -52,6 +58,34 @@ class Fleet:
     async def call(self, method: str, *arguments: object) -> list[Any]:
         """The same call on every engine that serves, at the same time."""
         return await asyncio.gather(*(engine.call(method, *arguments) for engine in self.serving()))
+
+    @asynccontextmanager
+    async def resting(self) -> AsyncIterator[None]:
+        """While the trainer computes: no restarted engine is given weights. Where devices are shared, the
+        engines' memory is the trainer's meanwhile; their weights' part is to be restored before an update.
+        """
+        async with self.weights:
+            if self.shares_device:
+                await self._each("release_memory")
+            yield
+            await self.restore_memory("cache")
+
+    async def restore_memory(self, part: Literal["weights", "cache"]) -> None:
+        """Of every engine that serves; nothing is to be done where devices are not shared."""
+        if self.shares_device:
+            await self._each("restore_memory", part)
+
+    async def _each(self, method: str, *arguments: object) -> None:
+        """Call every engine that serves; one that fails is replaced."""
+        engines = self.serving()
+        calls = (engine.call(method, *arguments) for engine in engines)
+        for engine, outcome in zip(
+            engines, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, EngineError):
+                engine.fail(str(outcome))
+            elif isinstance(outcome, BaseException):
+                raise outcome
 
     async def close(self) -> None:
         """End the engines and the processes that they started."""

@@ -9,6 +9,7 @@ often that may happen is bounded over the whole run.
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -132,14 +133,19 @@ class SupervisedEngine:
                 self.fail(str(error))
 
     async def _start_successor(self) -> None:
-        self.process = self._launch()
-        self._lost = self._loop.create_future()
-        self._heard = self._loop.time()
-        self._enter(State.STARTING)
-        await self._fleet.start(self.process)
-        async with self._fleet.weights:
-            if self._fleet.restore is not None:
-                await self._fleet.restore(self)
+        fleet = self._fleet
+        async with AsyncExitStack() as stack:
+            if fleet.shares_device:
+                await stack.enter_async_context(fleet.weights)
+            self.process = self._launch()
+            self._lost = self._loop.create_future()
+            self._heard = self._loop.time()
+            self._enter(State.STARTING)
+            await fleet.start(self.process)
+            if not fleet.shares_device:
+                await stack.enter_async_context(fleet.weights)
+            if fleet.restore is not None:
+                await fleet.restore(self)
             self.serve()
         _log.warning("%s serves again", self.name)
 

@@ -23,6 +23,7 @@ from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.run_folder import RunFolder
+from treepo.orchestration.seats import reserve, run_layout
 from treepo.orchestration.supervised_engine import SupervisedEngine
 from treepo.orchestration.weight_update import update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
@@ -97,14 +98,11 @@ async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[s
 async def _start(
     config: RunConfig, inputs: Inputs, folder: RunFolder, clock: Clock, stack: AsyncExitStack
 ) -> "Run":
-    """The grader, then engines and trainer at the same time."""
+    """The grader, then engines and trainer."""
     rewards = stack.enter_context(RewardPool(config.reward))
     await rewards.ready()  # a second, and a reward function that cannot be imported is known before the rest
     stack.enter_context(ray_session(config.engine.count + config.actor.parallel.ranks))
-    engines = EnginePool(config, StopRule(config.sampling, inputs.tokenizer.decode))
-    stack.push_async_callback(engines.close)
-    learner = LearnerGroup(config)
-    await asyncio.gather(engines.ready(), learner.ready())
+    engines, learner = await _start_processes(config, inputs, stack)
 
     def driver(sampling: SamplingConfig) -> TreeDriver:
         decode = inputs.tokenizer.decode
@@ -124,6 +122,28 @@ async def _start(
     )
     engines.restore = run.restore
     return run
+
+
+async def _start_processes(
+    config: RunConfig, inputs: Inputs, stack: AsyncExitStack
+) -> tuple[EnginePool, LearnerGroup]:
+    """Engines and trainer at the same time; where they share devices, the engines' caches take what the
+    trainer leaves.
+    """
+    seats = await reserve(run_layout(config), config.engine.start_seconds)
+    learner = LearnerGroup(config, seats.ranks)
+    devices: list[str] = []
+    if seats.shared:
+        await learner.ready()
+        devices = await learner.devices()
+    stop_rule = StopRule(config.sampling, inputs.tokenizer.decode)
+    engines = EnginePool(config, stop_rule, seats.for_engines(devices), seats.shared)
+    stack.push_async_callback(engines.close)
+    if seats.shared:
+        await engines.ready()
+    else:
+        await asyncio.gather(engines.ready(), learner.ready())
+    return engines, learner
 
 
 @dataclass(slots=True, eq=False)
@@ -166,13 +186,14 @@ class Run:
         with self.clock.phase("sample"):
             sampled, batch, dropped = await self._sample_batch(step)
         stats = self.training.take_stats()
-        with self.clock.phase("score"):
-            mini_batches = [await self._score(packs) for packs in self._pack(batch)]
-            mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
-        async with self.engines.weights:
+        async with self.engines.resting():
+            with self.clock.phase("score"):
+                mini_batches = [await self._score(packs) for packs in self._pack(batch)]
+                mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
             with self.clock.phase("train"):
                 updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
             with self.clock.phase("update"):
+                await self.engines.restore_memory("weights")
                 await update_weights(self.learner, self.engines.serving(), version=step)
             self.version = step
         self.decoded_tokens += stats.decoded_tokens
