@@ -1,6 +1,7 @@
 """Engines that die, hang and fail to start: what is lost (nothing), who serves then, and when it is over."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
@@ -17,6 +18,7 @@ from treepo.data import Prompt
 from treepo.errors import DeadEngineError, EngineError, NoEngineError
 from treepo.orchestration.fleet import Fleet
 from treepo.orchestration.supervised_engine import State, SupervisedEngine
+from treepo.orchestration.watchdog import watched
 from treepo.protocols import GenerateRequest
 from treepo.tree import Tree, to_json
 
@@ -259,6 +261,32 @@ def test_memory_that_is_not_shared_is_left_alone() -> None:
             assert fakes.made[0][0].memory == {"weights", "cache"}
 
     run(scenario)
+
+
+def test_a_stall_says_who_owes_what(caplog: pytest.LogCaptureFixture) -> None:
+    fakes = Fakes(lambda index, number: {"slow": True} if number else {"hangs_at": 1, "lively": index == 0})
+    messages: list[str] = []
+
+    async def scenario(fleet: Fleet, _: Fakes) -> None:
+        driver = TreeDriver(fleet.engines, sampling(initial_branching=2), decode, seed=7)
+        prompts = [Prompt(f"train:{i}", prompt_tokens(i), "", "", "") for i in range(2)]
+        async with watched(driver, fleet.engines, 0.01), aclosing(driver.sample(prompts, 0)) as results:
+            sampling_trees = asyncio.ensure_future(anext(results))
+            await until(lambda: any(engine._outstanding for engine in fleet.engines))
+            fleet.engines[1].fail("its memory is full")
+            while not any("memory" in text and "train:0" in text for text in caplog.messages):
+                await asyncio.sleep(0.005)
+            messages.extend(caplog.messages)
+            sampling_trees.cancel()
+            await asyncio.wait((sampling_trees,))
+
+    run(scenario, fakes, 2)
+    stall = next(text for text in messages if "nothing was answered for 0.01 s" in text)
+    assert re.search(
+        r"engine 0 is serving and owes \d answers, the oldest to request 0 of prompt train:0", stall
+    )
+    lost = next(text for text in messages if "memory" in text and "train:0" in text)
+    assert re.search(r"engine 1 is \w+ \(it was lost: its memory is full\) and owes ", lost)
 
 
 def test_a_call_goes_to_those_who_serve() -> None:

@@ -1,6 +1,7 @@
 """The `treepo` command. It parses, checks, calls and shows; nothing heavy is imported before it is needed."""
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.markup import escape
 
 from treepo.config.load import load_as, load_config
@@ -98,6 +100,7 @@ def main() -> None:
     """Entry point: an error that a user can understand is one line."""
     # The progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _show_warnings()
     exit_code = 0
     try:
         app()
@@ -107,6 +110,14 @@ def main() -> None:
             _errors.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
             exit_code = max(exit_code, error.exit_code)
     sys.exit(exit_code)
+
+
+def _show_warnings() -> None:
+    """On the terminal too, whatever else happens to the log; what ends a run is shown as an error instead."""
+    warnings = RichHandler(logging.WARNING, _errors, show_time=False, show_path=False)
+    warnings.addFilter(lambda record: record.exc_info is None)
+    for package in ("treepo", "sglang_rollout"):
+        logging.getLogger(package).addHandler(warnings)
 
 
 def _single(group: BaseExceptionGroup[TreepoError]) -> Iterator[TreepoError]:

@@ -28,6 +28,8 @@ class EngineConfig(Section):
     health_seconds: float = Field(default=60, gt=0)
     """An engine whose requests have all waited for so long is asked for one token, and restarted where
     it then answers nothing at all within as long again."""
+    stall_seconds: float = Field(default=300, gt=0)
+    """Where no engine has answered any request for so long, the log says who waits for what."""
     max_restarts: int = Field(default=8, ge=0)
     """Restarts of lost engines in one run; an engine that is lost after that is not replaced."""
     log_level: Literal["error", "warning", "info", "debug"] = "error"

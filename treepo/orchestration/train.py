@@ -25,6 +25,7 @@ from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.run_folder import RunFolder
 from treepo.orchestration.seats import reserve, run_layout
 from treepo.orchestration.supervised_engine import SupervisedEngine
+from treepo.orchestration.watchdog import watched
 from treepo.orchestration.weight_update import update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
 from treepo.rewards.grade import GradeItem
@@ -247,7 +248,11 @@ class Run:
         by_id = {prompt.id: prompt for prompt in prompts}
         grading: dict[str, asyncio.Task[Tree]] = {}
         failures: list[FailedTree] = []
-        async with asyncio.TaskGroup() as group, aclosing(driver.sample(prompts, step)) as results:
+        async with (
+            asyncio.TaskGroup() as group,
+            watched(driver, self.engines.engines, self.config.engine.stall_seconds),
+            aclosing(driver.sample(prompts, step)) as results,
+        ):
             async for result in results:
                 if isinstance(result, FailedTree):
                     failures.append(result)
