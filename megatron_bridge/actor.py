@@ -29,7 +29,6 @@ from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImpor
 
 from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.attention import AttentionPlan, plan_attention
-from megatron_bridge.buckets import buckets
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.model import build_model
 from megatron_bridge.reference import ReferenceWeights
@@ -38,7 +37,7 @@ from treepo.config.actor import ActorConfig, ParallelConfig
 from treepo.config.learning import LearningConfig
 from treepo.loss import policy_loss, summarise
 from treepo.packing import Pack
-from treepo.protocols import Bucket
+from treepo.transport.wire import Manifest
 
 REDUCTIONS: dict[str, Callable[..., float]] = {"sum": math.fsum, "max": max, "min": min}
 
@@ -137,9 +136,13 @@ class MegatronActor:
             raise FloatingPointError(f"optimizer step {self._step}: the gradient's norm is {grad_norm}")
         return summarise(_reduced(metrics)) | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
 
-    def buckets(self) -> Iterator[Bucket]:
+    def manifest(self) -> Manifest:
+        """All tensors of the model, in the order of `tensors`; the same on every rank."""
+        return self._exporter.manifest()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The model's tensors under their Hugging Face names: on rank 0 only, but every rank iterates."""
-        return buckets(self._exporter.tensors(), self._config.bucket_mb << 20)
+        return self._exporter.tensors()
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder for transformers and SGLang. Raises ModelError where it exists."""

@@ -17,6 +17,7 @@ from megatron_bridge.folder import Checkpoint, write_folder
 from megatron_bridge.model import named_parameters
 from megatron_bridge.weights import Rule, expand
 from treepo.errors import ModelError
+from treepo.transport.wire import Manifest, TensorInfo
 
 
 def load(folder: Path, model: GPTModel, architecture: Architecture) -> None:
@@ -71,6 +72,24 @@ class Exporter:
         torch.distributed.all_gather_object(everyone, mine)
         self._owners = sorted(everyone, key=lambda owned: owned.tensor_rank)
 
+    def manifest(self) -> Manifest:
+        """What `tensors` will yield, from the shapes alone; the same on every rank."""
+        return tuple(
+            TensorInfo.of(name, tensor)
+            for rule in self._rules
+            for name, tensor in zip(
+                rule.tensors,
+                rule.surgery.join(
+                    [
+                        torch.empty(owned.shapes[rule.parameter], dtype=self._dtype, device="meta")
+                        for owned in self._owners_of(rule)
+                    ],
+                    self._architecture.dimensions,
+                ),
+                strict=True,
+            )
+        )
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once, in the order of the family's table; nothing on the other ranks."""
         for rule in self._rules:
@@ -82,9 +101,7 @@ class Exporter:
 
     def _gather(self, rule: Rule) -> list[Tensor]:
         """The rule's shards on rank 0 in tensor-parallel order; on the other ranks an empty list."""
-        owners = [owned for owned in self._owners if rule.parameter in owned.shapes]
-        if rule.surgery.replicated:
-            owners = owners[:1]
+        owners = self._owners_of(rule)
         if self._rank != 0:
             if any(owned.rank == self._rank for owned in owners):
                 torch.distributed.send(self._parameters[rule.parameter].detach(), dst=0)
@@ -98,6 +115,11 @@ class Exporter:
             torch.distributed.recv(shard, src=owned.rank)
             shards.append(shard)
         return shards
+
+    def _owners_of(self, rule: Rule) -> list[_Owned]:
+        """The ranks whose shards are joined, in tensor-parallel order."""
+        owners = [owned for owned in self._owners if rule.parameter in owned.shapes]
+        return owners[:1] if rule.surgery.replicated else owners
 
     def write(self, source: Path, folder: Path) -> None:
         """A Hugging Face folder with these weights and `source`'s other files. Raises ModelError, on every

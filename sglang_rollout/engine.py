@@ -9,7 +9,7 @@ update succeeds.
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,16 @@ from typing import Any, Literal
 import numpy as np
 
 from sglang_rollout.gate import Gate
+from sglang_rollout.receiver import LOADER, Action, End, Join, Load, Receipts
 from sglang_rollout.server import Server
-from sglang_rollout.weights import check_names, check_shapes, checkpoint_shapes, shared_payload
+from sglang_rollout.weights import Update, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
 from treepo.errors import EngineError
-from treepo.protocols import Bucket, GenerateOutput, GenerateRequest
+from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.tokenizer import end_tokens, has_tokenizer, load_tokenizer
+from treepo.transport.wire import Address, Bucket, Manifest
+
+_REPORT_SECONDS = 5.0  # a rank that missed a transport's deadline says so a little after it
 
 _LOOK_SECONDS = 0.2  # between two looks at whether SGLang has answered anything
 
@@ -56,8 +60,8 @@ class SGLangEngine:
         self._server = Server(model, dtype, config, seed, shares_device)
         self._gate = Gate()
         self._version = 0
-        self._next_version: int | None = None
-        self._arrived: list[str] = []
+        self._update: Update | None = None
+        self._dirty = False  # some weights are of no version
 
     @property
     def version(self) -> int:
@@ -95,37 +99,65 @@ class SGLangEngine:
         """
         await self._server.bounded(self._show_life(), self._config.request_seconds, "a sign of life")
 
-    async def begin(self, version: int) -> None:
-        """Stop serving: later requests wait, running ones end. Begins anew where an update was left open."""
+    async def begin(self, version: int, manifest: Manifest) -> None:
+        """Stop serving: later requests wait, running ones end. Begins anew where an update was left open.
+
+        Raises EngineError, and goes on serving what it served, where the manifest does not fit the model or
+        running requests do not end in time.
+        """
+        check_manifest(manifest, self._shapes)
         self._gate.shut()
-        self._next_version = version
-        self._arrived = []
-        await self._bounded_update(self._gate.empty(), "waiting for running requests")
+        try:
+            await self._bounded_update(self._gate.empty(), "waiting for running requests")
+        except EngineError as error:
+            self.abandon(str(error))
+            raise
+        # An earlier update that was left open may have overwritten weights already.
+        self._dirty = self._dirty or (self._update is not None and self._update.touched)
+        self._update = Update(version, manifest)
+
+    async def join(self, address: Address) -> None:
+        """Meet the sender of the update. Raises TransportError."""
+        self._updating()
+        await self._bounded_update(self._order(Join(address)), "meeting the sender", _REPORT_SECONDS)
 
     async def load(self, bucket: Bucket) -> None:
         """Overwrite some of the weights. Raises EngineError, and refuses to serve, where that fails."""
-        self._updating_to()
+        update = self._updating()
         try:
-            check_shapes(bucket, self._shapes)
-            await self._bounded_update(self._load(bucket), "loading weights")
+            update.arrives(bucket.tensors)
+            await self._bounded_update(self._order(Load(bucket)), "loading weights", _REPORT_SECONDS)
         except EngineError as error:
             self._gate.refuse(f"its weights are incomplete ({error})")
             raise
-        self._arrived += bucket.names
 
-    async def commit(self, names: Sequence[str]) -> int:
-        """Serve the new version if exactly `names` arrived; else refuse to serve and raise EngineError."""
-        version = self._updating_to()
+    async def commit(self) -> int:
+        """Serve the new version and return it, if every tensor arrived; else refuse and raise EngineError."""
+        update = self._updating()
         try:
-            check_names(self._arrived, names)
-            await self._bounded_update(self._flush(), "flushing the prefix cache")
+            update.check_complete()
+            await self._bounded_update(self._order(End()), "ending the update")
+            await self.clear_cache()
         except EngineError as error:
             self._gate.refuse(f"its weights are incomplete ({error})")
             raise
-        self._server.manager.server_args.override("treepo", weight_version=str(version))
-        self._version, self._next_version = version, None
+        self._server.manager.server_args.override("treepo", weight_version=str(update.version))
+        self._version, self._update, self._dirty = update.version, None, False
         self._gate.open()
-        return version
+        return update.version
+
+    def abandon(self, reason: str) -> None:
+        """End an update that will not be completed: serve the old version if it is whole, else refuse."""
+        self._dirty = self._dirty or (self._update is not None and self._update.touched)
+        self._update = None
+        if self._dirty:
+            self._gate.refuse(f"its weights are incomplete ({reason})")
+        else:
+            self._gate.open()
+
+    async def clear_cache(self) -> None:
+        """Forget every cached prefix; none may be in use."""
+        await self._bounded_update(self._flush(), "flushing the prefix cache")
 
     async def release_memory(self) -> None:
         """Give the device's memory to others until `restore_memory`; no request may run or come meanwhile.
@@ -151,13 +183,13 @@ class SGLangEngine:
         """End SGLang's processes, and no other. May be called again."""
         self._server.close()
 
-    async def _bounded_update(self, work: Any, what: str) -> None:
-        await self._server.bounded(work, self._config.update_seconds, what)
+    async def _bounded_update(self, work: Any, what: str, more_seconds: float = 0.0) -> None:
+        await self._server.bounded(work, self._config.update_seconds + more_seconds, what)
 
-    def _updating_to(self) -> int:
-        if self._next_version is None:
+    def _updating(self) -> Update:
+        if self._update is None:
             raise EngineError("no weight update has begun")
-        return self._next_version
+        return self._update
 
     async def _generate(self, request: GenerateRequest) -> GenerateOutput:
         if request.check_every and self._stop_rule is None:
@@ -282,21 +314,25 @@ class SGLangEngine:
             if finish is None and not self._server.death.done():
                 manager.abort_request(request.rid)
 
-    async def _load(self, bucket: Bucket) -> None:
+    async def _order(self, action: Action) -> None:
+        """Have every rank of SGLang do something about weights. Raises what a rank failed with."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         from sglang.srt.utils import MultiprocessingSerializer
 
-        payload = shared_payload(bucket)
-        # One for each rank: what is serialized can be opened once, the bytes in it are shared.
-        ranks: list[Any] = [MultiprocessingSerializer.serialize(payload) for _ in range(self._config.tensor)]
-        update = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=ranks,
-            load_format="flattened_bucket",
-            flush_cache=False,
-        )
-        success, message = await self._server.manager.update_weights_from_tensor(update)
-        if not success:
-            raise EngineError(f"SGLang did not load weights: {message}")
+        receipts = Receipts(self._server.ranks)
+        try:
+            order = [("order", receipts.order(action))]
+            # One for each rank: shared memory that a message names can be taken once.
+            payloads: Any = [MultiprocessingSerializer.serialize(order) for _ in range(self._server.ranks)]
+            request = UpdateWeightsFromTensorReqInput(
+                serialized_named_tensors=payloads, load_format=LOADER, flush_cache=False
+            )
+            success, message = await self._server.manager.update_weights_from_tensor(request)
+            if not success:
+                raise EngineError(f"SGLang did not load weights: {message}")
+            receipts.check()
+        finally:
+            receipts.close()
 
     async def _flush(self) -> None:
         """Old prefixes cannot be matched any more; free their memory."""

@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from sglang_rollout.cpu_groups import rank_environment
+from sglang_rollout.receiver import LOADER
 from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError
 
@@ -35,8 +36,8 @@ class Server:
     """One running SGLang. The constructor blocks until the model is loaded.
 
     manager: SGLang's tokenizer manager, through which requests and control messages go.
-    capacity: tokens in the KV cache. longest: most tokens of one context and what is sampled below it;
-    SGLang shortens a longer request without a word.
+    ranks: SGLang's processes that hold weights. capacity: tokens in the KV cache. longest: most tokens of one
+    context and what is sampled below it; SGLang shortens a longer request without a word.
     Raises EngineError where SGLang does not start.
     """
 
@@ -52,6 +53,7 @@ class Server:
         limits = engine._scheduler_init_result.scheduler_infos[0]
         self.capacity = int(limits["max_total_num_tokens"])
         self.longest = int(limits["max_req_input_len"])
+        self.ranks = config.tensor
         self._children = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
         self._death: asyncio.Future[str] | None = None
         self._watched: list[int] = []
@@ -154,6 +156,7 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "mem_fraction_static": config.memory_fraction,
         "attention_backend": config.attention_backend,
         "weight_version": "0",
+        "custom_weight_loader": [LOADER],
         "log_level": config.log_level,
     }
     if threading.current_thread() is threading.main_thread():

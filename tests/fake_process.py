@@ -29,7 +29,6 @@ class FakeProcess:
     clings: bool = False
     probes: int = 0
     ended: int = 0
-    actor: Any = None
     memory: set[str] = field(default_factory=lambda: {"weights", "cache"})
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     _death: asyncio.Event = field(default_factory=asyncio.Event)
@@ -59,6 +58,9 @@ class FakeProcess:
         if self._death.is_set():
             raise DeadEngineError(f"{self.name} is dead")
         return await calls[method](*arguments)
+
+    def sink(self) -> Any:
+        raise AssertionError("no weights are sent to it")
 
     async def end(self) -> None:
         self.ended += 1

@@ -24,7 +24,7 @@ from treepo.config.actor import ActorConfig, OptimizerConfig, ParallelConfig
 from treepo.config.learning import LearningConfig
 from treepo.errors import ModelError
 from treepo.packing import Pack
-from treepo.protocols import Bucket
+from treepo.transport.wire import TensorInfo
 
 DEADLINE = 240  # seconds until some rank of a group must have ended
 
@@ -63,7 +63,6 @@ class Result:
     after: list[list[np.ndarray]]
     initial: dict[str, Tensor]
     final: dict[str, Tensor]
-    buckets: list[Bucket]
     export: Path
     reference: list[list[np.ndarray]]
 
@@ -90,20 +89,6 @@ def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str
     codes = [process.exitcode for process in processes]
     assert codes == [0] * layout.ranks, f"exit codes {codes}: see the ranks' output above"
     return {case.name: pickle.loads((folder / f"{case.name}.pickle").read_bytes()) for case in cases}
-
-
-def weights_of(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
-    """The tensors of a stream of buckets, read as an engine would read them."""
-    weights: dict[str, Tensor] = {}
-    for bucket in buckets:
-        data, start = torch.from_numpy(bucket.data.copy()), 0
-        for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
-            end = start + int(np.prod(shape)) * getattr(torch, dtype).itemsize
-            assert name not in weights
-            weights[name] = data[start:end].view(getattr(torch, dtype)).view(shape)
-            start = end
-        assert start == len(data)
-    return weights
 
 
 def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, ports) -> None:
@@ -138,7 +123,6 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
         parallel=layout,
         optimizer=case.optimizer,
         recompute=case.recompute,  # type: ignore[arg-type]  # one of its literals
-        bucket_mb=1,
     )
     actor = MegatronActor(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
     # Ranks count tensor parallelism fastest, then data, then pipeline.
@@ -156,20 +140,21 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
             by_replica.append(first)
         return by_replica
 
-    def weights() -> tuple[dict[str, Tensor], list[Bucket]]:
-        buckets = list(actor.buckets())
-        assert rank == 0 or not buckets
-        return weights_of(buckets), buckets
+    def weights() -> dict[str, Tensor]:
+        named = [(name, tensor.clone()) for name, tensor in actor.tensors()]
+        infos = tuple(TensorInfo.of(name, tensor) for name, tensor in named)
+        assert infos == (actor.manifest() if rank == 0 else ())
+        return dict(named)
 
-    initial, _ = weights()
+    initial = weights()
     before = everyone(case.steps[0])
     metrics = [actor.train_step(packs[replica], case.temperature, case.denominator) for packs in case.steps]
     reference = everyone(case.steps[0], actor.reference_log_probs) if case.learning.kl_coefficient else []
     after = everyone(case.steps[0])
-    final, buckets = weights()
+    final = weights()
     export = folder / f"{case.name}-export"
     actor.export(export)
     with pytest.raises(ModelError):  # on every rank: none is left waiting for another
         actor.export(export)
     actor.close()
-    return Result(before, metrics, after, initial, final, buckets, export, reference)
+    return Result(before, metrics, after, initial, final, export, reference)

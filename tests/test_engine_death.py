@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ import numpy as np
 import psutil
 import pytest
 from sampling_policies import sampling
+from torch import Tensor
 
 from sglang_rollout.driver import TreeDriver
 from treepo.config.rollout import RolloutConfig
+from treepo.config.weights import WeightsConfig
 from treepo.data import Prompt
 from treepo.stopping import StopRule
+from treepo.transport.open import open_sender
+from treepo.transport.send import Outcome, WeightStream
+from treepo.transport.wire import Manifest, TensorInfo
 from treepo.tree import Tree
 
 pytestmark = pytest.mark.slow
@@ -24,6 +30,21 @@ TREES = 24
 
 def decode(tokens: np.ndarray) -> str:
     return "".join("\\boxed{7}" if token == 4 else chr(token + 200) for token in tokens)
+
+
+class FakeTrainer:
+    """Has some weights, and sends them as the trainer's first rank does."""
+
+    def __init__(self, weights: dict[str, Tensor], folder: Path) -> None:
+        self._weights = weights
+        self._stream = WeightStream(open_sender(WeightsConfig(), folder, "127.0.0.1", 60), 1 << 18, 60)
+
+    async def manifest(self) -> Manifest:
+        return tuple(TensorInfo.of(name, tensor) for name, tensor in self._weights.items())
+
+    async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
+        tensors, manifest = iter(self._weights.items()), await self.manifest()
+        return await asyncio.to_thread(self._stream.send, tensors, manifest, version, sinks)
 
 
 async def _pids(actor: Any) -> tuple[int, list[int]]:
@@ -44,12 +65,13 @@ async def _kill_while_it_answers(driver: TreeDriver, engine: int, pid: int, stop
 
 def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
-    from real_engine import buckets, perturbed, write_model
+    from real_engine import perturbed, write_model
     from transformers import Qwen2ForCausalLM
 
     from treepo.orchestration.cluster import ray_session
     from treepo.orchestration.engines import EnginePool
-    from treepo.orchestration.supervised_engine import State, SupervisedEngine
+    from treepo.orchestration.supervised_engine import State
+    from treepo.orchestration.weight_update import hand_over, update_weights
 
     config = RolloutConfig.model_validate(
         {
@@ -63,20 +85,15 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
     torch.manual_seed(0)
     weights = perturbed(Qwen2ForCausalLM.from_pretrained(config.model.path, dtype=torch.float32))
 
-    async def update(engine: SupervisedEngine) -> None:
-        await engine.call("begin", 1)
-        for bucket in buckets(weights):
-            await engine.call("load", bucket)
-        await engine.call("commit", list(weights))
+    trainer = FakeTrainer(weights, tmp_path)
 
     async def scenario() -> None:
         pool = EnginePool(config, StopRule(policy, decode))
         try:
             await pool.ready()
-            pool.restore = update
+            pool.restore = lambda process: update_weights(trainer, [process], 1, 60)
             first, second = pool.engines
-            for engine in pool.engines:
-                await update(engine)
+            await hand_over(trainer, pool, 1, 60)
             driver = TreeDriver(pool.engines, policy, decode, seed=3, kv_tokens=pool.capacity)
             (_, one), (actor, other) = [await _pids(engine.process.actor) for engine in pool.engines]
             trees = await _sample(driver, lambda: _kill_both(driver, first, one, actor, other))

@@ -22,7 +22,7 @@ def others() -> set[int]:
 
 
 def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Path) -> None:
-    from real_engine import request, start, write_model
+    from real_engine import manifest, request, start, write_model
 
     stranger = multiprocessing.get_context("spawn").Process(target=signal.pause)
     stranger.start()
@@ -58,7 +58,7 @@ def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Pat
             with pytest.raises(EngineError, match="ended"):
                 await real.engine.generate(request([5, 6]))
             with pytest.raises(EngineError, match="ended"):
-                await real.engine.begin(1)
+                await real.engine.begin(1, manifest(real.reference.state_dict()))
         finally:
             real.engine.close()
             real.engine.close()

@@ -22,6 +22,7 @@ from treepo.orchestration.watchdog import watched
 from treepo.protocols import GenerateRequest
 from treepo.tree import Tree, to_json
 
+type FakeFleet = Fleet[FakeProcess]
 REQUEST = GenerateRequest(np.array([5, 6], np.int32), 2, 4, 1.0, 0)
 
 
@@ -44,7 +45,7 @@ class Fakes:
 
 
 def run(
-    scenario: Callable[[Fleet, Fakes], Any],
+    scenario: Callable[[FakeFleet, Fakes], Any],
     fakes: Fakes | None = None,
     count: int = 1,
     shares_device: bool = False,
@@ -71,11 +72,11 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def serves(engine: SupervisedEngine) -> Callable[[], bool]:
+def serves(engine: SupervisedEngine[FakeProcess]) -> Callable[[], bool]:
     return lambda: engine.state is State.SERVING
 
 
-async def trees(fleet: Fleet, count: int) -> list[str]:
+async def trees(fleet: FakeFleet, count: int) -> list[str]:
     """Sampled by the fleet, as lines; none may have failed."""
     prompts = [Prompt(f"train:{i}", prompt_tokens(i), "", "", "") for i in range(count)]
     driver = TreeDriver(fleet.engines, sampling(retry_seconds=0.0, attempts=12), decode, seed=7)
@@ -88,7 +89,7 @@ async def trees(fleet: Fleet, count: int) -> list[str]:
 def undisturbed(count: int) -> list[str]:
     found: list[str] = []
 
-    async def scenario(fleet: Fleet, _: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, _: Fakes) -> None:
         found.extend(await trees(fleet, count))
 
     run(scenario)
@@ -102,7 +103,7 @@ def test_deaths_lose_no_tree_and_change_none(engines: int) -> None:
     """
     fakes = Fakes(lambda index, number: {"dies_at": 7 + 11 * index + 5 * number if number < 2 else None})
 
-    async def scenario(fleet: Fleet, _: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, _: Fakes) -> None:
         assert await trees(fleet, 12) == undisturbed_trees
 
     undisturbed_trees = undisturbed(12)
@@ -115,7 +116,7 @@ def test_a_request_waits_for_the_successor_only_where_no_other_engine_serves() -
         lambda index, number: {"hangs_at": 1} if number == 0 and index == 0 else {"slow": number > 0}
     )
 
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         first, second = fleet.engines
         lost = asyncio.ensure_future(first.generate(REQUEST))
         await until(lambda: first._outstanding == 1)
@@ -140,14 +141,14 @@ def test_a_request_waits_for_the_successor_only_where_no_other_engine_serves() -
 
 
 def test_a_restarted_engine_serves_only_after_it_has_the_weights_and_nobody_changes_them_meanwhile() -> None:
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         version = 3
         given: list[int] = []
 
-        async def restore(engine: SupervisedEngine) -> None:
+        async def restore(process: FakeProcess) -> None:
             assert fleet.weights.locked()
             assert engine.state is State.STARTING
-            engine.process.engine.version = version  # type: ignore[attr-defined]  # a fake's
+            process.engine.version = version
             given.append(version)
 
         fleet.restore = restore
@@ -170,7 +171,7 @@ def test_silence_is_death_but_work_is_not() -> None:
     """Both engines answer no request; one shows life when asked, and is left alone."""
     fakes = Fakes(lambda index, number: {"hangs_at": 1, "lively": index == 1} if not number else {})
 
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         silent, busy = fleet.engines
         working = asyncio.ensure_future(busy.generate(REQUEST))
         with pytest.raises(DeadEngineError, match="no sign of life"):
@@ -186,7 +187,7 @@ def test_silence_is_death_but_work_is_not() -> None:
 
 
 def test_nobody_who_has_no_request_is_asked_for_a_sign_of_life() -> None:
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         await fleet.engines[0].generate(REQUEST)
         await asyncio.sleep(0.05)
         assert not fakes.made[0][0].probes
@@ -197,7 +198,7 @@ def test_nobody_who_has_no_request_is_asked_for_a_sign_of_life() -> None:
 def test_restarts_are_bounded_over_the_run_and_the_rest_goes_on() -> None:
     fakes = Fakes(lambda index, number: {"start_error": "no memory"} if index == 0 and number else {})
 
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         first, second = fleet.engines
         fakes.made[0][0].die()
         await until(lambda: first.state is State.GIVEN_UP)
@@ -216,10 +217,10 @@ def test_restarts_are_bounded_over_the_run_and_the_rest_goes_on() -> None:
 
 
 def test_weights_that_cannot_be_restored_cost_a_restart_and_another_fault_ends_what_waits() -> None:
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         errors: list[Exception] = [EngineError("refused"), ValueError("a fault of ours")]
 
-        async def restore(_: SupervisedEngine) -> None:
+        async def restore(_: FakeProcess) -> None:
             raise errors.pop(0)
 
         fleet.restore = restore
@@ -236,7 +237,7 @@ def test_shared_memory_is_the_trainer_s_while_it_computes() -> None:
     """An engine that does not let go of it is ended at once, and its successor starts only afterwards."""
     fakes = Fakes(lambda index, number: {"clings": index == 0 and not number})
 
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         async with fleet.resting():
             await until(lambda: fakes.made[0][-1].ended == 1 or len(fakes.made[0]) == 2)
             for _ in range(50):
@@ -254,7 +255,7 @@ def test_shared_memory_is_the_trainer_s_while_it_computes() -> None:
 
 
 def test_memory_that_is_not_shared_is_left_alone() -> None:
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         async with fleet.resting():
             assert fleet.weights.locked()
             await fleet.restore_memory("weights")
@@ -267,7 +268,7 @@ def test_a_stall_says_who_owes_what(caplog: pytest.LogCaptureFixture) -> None:
     fakes = Fakes(lambda index, number: {"slow": True} if number else {"hangs_at": 1, "lively": index == 0})
     messages: list[str] = []
 
-    async def scenario(fleet: Fleet, _: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, _: Fakes) -> None:
         driver = TreeDriver(fleet.engines, sampling(initial_branching=2), decode, seed=7)
         prompts = [Prompt(f"train:{i}", prompt_tokens(i), "", "", "") for i in range(2)]
         async with watched(driver, fleet.engines, 0.01), aclosing(driver.sample(prompts, 0)) as results:
@@ -290,7 +291,7 @@ def test_a_stall_says_who_owes_what(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_call_goes_to_those_who_serve() -> None:
-    async def scenario(fleet: Fleet, fakes: Fakes) -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
         fakes.made[0][0].engine.version = 1
         assert await fleet.call("version") == [1, 0]
         fleet.engines[0].fail("lost")

@@ -40,6 +40,12 @@ class NoEngineError(TreepoError):
     exit_code = 1
 
 
+class TrainerError(TreepoError):
+    """A rank of the trainer that is gone; the text names it."""
+
+    exit_code = 1
+
+
 class PlacementError(TreepoError):
     """A layout that the cluster cannot hold; the text says what is needed and what is there."""
 
@@ -48,3 +54,7 @@ class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 
     exit_code = 1
+
+
+class TransportError(EngineError):
+    """Weights that did not reach an engine; it says nothing of who is at fault."""

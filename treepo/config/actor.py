@@ -45,5 +45,3 @@ class ActorConfig(Section):
     """Most tokens in one micro-batch."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation: `full` keeps only each layer's input."""
-    bucket_mb: int = Field(default=256, ge=1)
-    """Weights travel to the engines in buckets of so many MiB; a larger tensor is a bucket of its own."""

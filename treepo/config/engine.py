@@ -23,8 +23,8 @@ class EngineConfig(Section):
     """Deadline for one engine's start."""
     request_seconds: float = Field(default=3600, gt=0)
     """Deadline for one request, time in the engine's queue included."""
-    update_seconds: float = Field(default=600, gt=0)
-    """Deadline for each step of a weight update: waiting for running requests, one bucket, the commit."""
+    update_seconds: float = Field(default=120, gt=0)
+    """Deadline for each step of a weight update: running requests to end, one bucket, the commit."""
     health_seconds: float = Field(default=60, gt=0)
     """An engine whose requests have all waited for so long is asked for one token, and restarted where
     it then answers nothing at all within as long again."""

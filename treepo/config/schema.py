@@ -11,6 +11,7 @@ from treepo.config.engine import EngineConfig
 from treepo.config.learning import LearningConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
+from treepo.config.weights import WeightsConfig
 
 
 class ModelConfig(Section):
@@ -53,6 +54,8 @@ class RunConfig(Section):
     Without GPUs there is no difference."""
     engine: EngineConfig = EngineConfig()
     """The sampler."""
+    weights: WeightsConfig = WeightsConfig()
+    """How the trainer's weights reach the engines."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out accuracy before and after."""
 

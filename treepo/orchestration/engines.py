@@ -14,6 +14,7 @@ from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
 from treepo.errors import DeadEngineError, EngineError
 from treepo.orchestration.fleet import Fleet
+from treepo.orchestration.remote_sink import RemoteSink
 from treepo.orchestration.seats import engines_alone
 from treepo.stopping import StopRule
 
@@ -23,15 +24,20 @@ _END_SECONDS = 30  # for an engine to end its processes; then its actor is kille
 
 
 class RemoteEngine:
-    """An engine behind a Ray actor; what goes wrong there is an EngineError here."""
+    """An engine behind a Ray actor; what goes wrong there is an EngineError here. ranks: tensor-parallel."""
 
-    def __init__(self, name: str, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any, ranks: int) -> None:
         self.name = name
         self.actor = actor
+        self._ranks = ranks
 
     async def start(self) -> int:
         """Wait until the model is loaded; returns the tokens that the KV cache holds."""
         return await self.call("capacity")
+
+    def sink(self) -> RemoteSink:
+        """The same engine for the trainer's side of a weight update."""
+        return RemoteSink(self.name, self.actor._actor_id.hex(), self._ranks, self.actor)
 
     async def call(self, method: str, *arguments: object) -> Any:
         """The result of the actor's `method`; cancelled there when it is cancelled here."""
@@ -61,7 +67,7 @@ class RemoteEngine:
             ray.kill(self.actor)
 
 
-class EnginePool(Fleet):
+class EnginePool(Fleet[RemoteEngine]):
     """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded.
 
     seats: Ray's options for each engine's actor; None where nothing trains beside the engines. shares_device:
@@ -96,7 +102,7 @@ def _launch(
         stop_rule=stop_rule,
         shares_device=shares_device,
     )
-    return RemoteEngine(f"engine {index}", actor)
+    return RemoteEngine(f"engine {index}", actor, config.engine.tensor)
 
 
 def _last_line(error: RayActorError) -> str:

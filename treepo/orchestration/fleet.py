@@ -14,25 +14,23 @@ from treepo.orchestration.supervised_engine import EngineProcess, State, Supervi
 _log = logging.getLogger(__name__)
 
 
-class Fleet:
+class Fleet[P: EngineProcess]:
     """Made on a running loop; returns at once, `ready` waits for the models to be loaded.
 
     launch: starts the process of the engine with an index, and returns at once.
     capacity: KV tokens of the smallest engine, once `ready`.
     weights: to be held from the first change of the trainer's weights until the engines serve the new ones;
         a restarted engine is given weights, and admitted, only while nobody else holds it.
-    restore: gives one engine the weights that the others serve; None where those are the model folder's.
+    restore: gives one process the weights that the others serve; None where those are the model folder's.
     shares_device: whether the trainer uses the same memory; a successor is then started while the weights
         rest too, for it would take what the trainer needs.
     """
 
-    def __init__(
-        self, launch: Callable[[int], EngineProcess], config: EngineConfig, shares_device: bool = False
-    ) -> None:
+    def __init__(self, launch: Callable[[int], P], config: EngineConfig, shares_device: bool = False) -> None:
         self.shares_device = shares_device
         self.capacity: int | None = None
         self.weights = asyncio.Lock()
-        self.restore: Callable[[SupervisedEngine], Awaitable[None]] | None = None
+        self.restore: Callable[[P], Awaitable[object]] | None = None
         self.restarts = 0
         self._config = config
         self._changed = asyncio.Event()
@@ -52,7 +50,7 @@ class Fleet:
             supervisor.add_done_callback(self._supervisor_done)
             self._supervisors.append(supervisor)
 
-    def serving(self) -> list[SupervisedEngine]:
+    def serving(self) -> list[SupervisedEngine[P]]:
         return [engine for engine in self.engines if engine.state is State.SERVING]
 
     async def call(self, method: str, *arguments: object) -> list[Any]:
@@ -94,7 +92,7 @@ class Fleet:
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         await asyncio.gather(*(engine.process.end() for engine in self.engines))
 
-    async def start(self, process: EngineProcess) -> int:
+    async def start(self, process: P) -> int:
         """Its KV tokens. Raises EngineError at the deadline."""
         seconds = self._config.start_seconds
         try:
@@ -103,7 +101,7 @@ class Fleet:
         except TimeoutError:
             raise EngineError(f"{process.name} has not started after {seconds:g} s") from None
 
-    async def until_serving(self, engine: SupervisedEngine) -> None:
+    async def until_serving(self, engine: SupervisedEngine[P]) -> None:
         """Raises DeadEngineError as soon as another engine serves: what was asked can be asked there.
 
         Raises NoEngineError where every engine is given up.

@@ -118,9 +118,11 @@ def _parts(count: int, size: int) -> list[range]:
 
 def _refusal(layout: Layout, nodes: Sequence[Node], bundles: Sequence[Bundle]) -> str:
     """What is needed, what is there, node by node."""
-    wanted = [f"{layout.engines} engines of {layout.tensor} (engine.count, engine.tensor)"]
+    wanted: list[str] = []
     if layout.ranks:
-        wanted.insert(0, f"{layout.ranks} trainer ranks in groups of {layout.group} (actor.parallel)")
+        wanted.append(f"{layout.ranks} trainer ranks in groups of {layout.group} (actor.parallel)")
+    if layout.engines:
+        wanted.append(f"{layout.engines} engines of {layout.tensor} (engine.count, engine.tensor)")
     gpus, cpus = sum(bundle.gpus for bundle in bundles), sum(bundle.cpus for bundle in bundles)
     need = f"{gpus} GPUs and {cpus} CPUs" if gpus else f"{cpus} CPUs"
     largest = max(bundle.gpus for bundle in bundles)

@@ -9,6 +9,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from treepo.config.actor import ParallelConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.schema import RunConfig
 from treepo.errors import PlacementError
@@ -101,11 +102,18 @@ def engines_alone(config: EngineConfig) -> list[dict[str, Any]]:
 
     Raises PlacementError where the cluster cannot hold them.
     """
-    nodes = cluster_nodes()
-    bundles = plan(Layout("split", 0, 1, config.count, config.tensor), nodes)
-    return [
-        {"num_cpus": 1, "num_gpus": bundle.gpus, "runtime_env": actor_environment()} for bundle, _ in bundles
-    ]
+    bundles = plan(Layout("split", 0, 1, config.count, config.tensor), cluster_nodes())
+    return [_unreserved(bundle.gpus) for bundle, _ in bundles]
+
+
+def trainer_alone(parallel: ParallelConfig) -> list[dict[str, Any]]:
+    """The same for trainer ranks."""
+    bundles = plan(Layout("split", parallel.ranks, parallel.tensor, 0, 1), cluster_nodes())
+    return [_unreserved(min(bundle.gpus, 1)) for bundle, _ in bundles for _ in bundle.ranks]
+
+
+def _unreserved(gpus: int) -> dict[str, Any]:
+    return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": actor_environment()}
 
 
 def _resources(bundle: Bundle) -> dict[str, float]:

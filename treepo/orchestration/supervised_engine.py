@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from treepo.errors import DeadEngineError, EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.transport.send import Sink
 
 if TYPE_CHECKING:
     from treepo.orchestration.fleet import Fleet
@@ -23,13 +24,9 @@ _log = logging.getLogger(__name__)
 
 
 class EngineProcess(Protocol):
-    """What starts, serves and ends: an engine without a successor.
-
-    actor: the handle through which another process calls it.
-    """
+    """What starts, serves and ends: an engine without a successor."""
 
     name: str
-    actor: Any
 
     async def start(self) -> int:
         """Wait until the model is loaded; returns the tokens that the KV cache holds."""
@@ -37,6 +34,10 @@ class EngineProcess(Protocol):
 
     async def call(self, method: str, *arguments: object) -> Any:
         """The result of the engine's `method`. Raises DeadEngineError where the engine can answer no more."""
+        ...
+
+    def sink(self) -> Sink:
+        """The same engine as the rank that sends weights sees it."""
         ...
 
     async def end(self) -> None:
@@ -51,13 +52,13 @@ class State(Enum):
     GIVEN_UP = "given up"
 
 
-class SupervisedEngine:
+class SupervisedEngine[P: EngineProcess]:
     """Implements `treepo.protocols.Engine`. Made on a running loop.
 
     process: what serves, or will. reason: why the last one was lost; empty where none was.
     """
 
-    def __init__(self, fleet: "Fleet", launch: Callable[[], EngineProcess], health_seconds: float) -> None:
+    def __init__(self, fleet: "Fleet[P]", launch: Callable[[], P], health_seconds: float) -> None:
         self.state = State.STARTING
         self.reason = ""
         self.process = launch()
@@ -99,14 +100,20 @@ class SupervisedEngine:
                 return answer.result()
         except DeadEngineError as error:
             if process is self.process:
-                self.fail(str(error))
+                self._lose(str(error))
             raise
         finally:
             answer.cancel()
         raise DeadEngineError(f"{self.name}: {lost.result()}")
 
     def fail(self, reason: str) -> None:
-        """Its process is lost: nothing more is asked of its process, and a successor is started."""
+        """Nothing more is asked of the process that serves, and a successor is started; nothing changes where
+        none serves.
+        """
+        if self.state is State.SERVING:
+            self._lose(reason)
+
+    def _lose(self, reason: str) -> None:
         if not self._lost.done():
             self._lost.set_result(reason)
             self.reason = reason
@@ -130,7 +137,7 @@ class SupervisedEngine:
             try:
                 await self._start_successor()
             except EngineError as error:
-                self.fail(str(error))
+                self._lose(str(error))
 
     async def _start_successor(self) -> None:
         fleet = self._fleet
@@ -145,7 +152,7 @@ class SupervisedEngine:
             if not fleet.shares_device:
                 await stack.enter_async_context(fleet.weights)
             if fleet.restore is not None:
-                await fleet.restore(self)
+                await fleet.restore(self.process)
             self.serve()
         _log.warning("%s serves again", self.name)
 
@@ -159,7 +166,7 @@ class SupervisedEngine:
                     continue
                 await asyncio.wait((died, self._lost), timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if died.done():
-                    self.fail(_reason(died))
+                    self._lose(_reason(died))
         finally:
             died.cancel()
 
@@ -176,9 +183,9 @@ class SupervisedEngine:
             async with asyncio.timeout(self._health_seconds):
                 await self.process.call("show_life")
         except TimeoutError:
-            self.fail(f"no sign of life for {2 * self._health_seconds:g} s")
+            self._lose(f"no sign of life for {2 * self._health_seconds:g} s")
         except EngineError as error:
-            self.fail(str(error))
+            self._lose(str(error))
         else:
             self._heard = self._loop.time()
 

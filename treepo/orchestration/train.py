@@ -19,14 +19,13 @@ from treepo.loss import denominator
 from treepo.metrics import accuracy, tree_metrics
 from treepo.mismatch import log_prob_mismatch
 from treepo.orchestration.cluster import ray_session
-from treepo.orchestration.engines import EnginePool
+from treepo.orchestration.engines import EnginePool, RemoteEngine
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.run_folder import RunFolder
 from treepo.orchestration.seats import reserve, run_layout
-from treepo.orchestration.supervised_engine import SupervisedEngine
 from treepo.orchestration.watchdog import watched
-from treepo.orchestration.weight_update import update_weights
+from treepo.orchestration.weight_update import hand_over, update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
 from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
@@ -166,10 +165,10 @@ class Run:
     max_difference: float = 0.0
     version: int = 0
 
-    async def restore(self, engine: SupervisedEngine) -> None:
+    async def restore(self, process: RemoteEngine) -> None:
         """Give a restarted engine, which has the model folder's weights, those that the others serve."""
         if self.version > 0:
-            await update_weights(self.learner, [engine], self.version)
+            await update_weights(self.learner, [process], self.version, self.config.engine.update_seconds)
 
     async def evaluate(self, phase: str) -> float | None:
         """Held-out accuracy of the weights that the engines serve; None without held-out prompts.
@@ -194,8 +193,7 @@ class Run:
             with self.clock.phase("train"):
                 updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
             with self.clock.phase("update"):
-                await self.engines.restore_memory("weights")
-                await update_weights(self.learner, self.engines.serving(), version=step)
+                await hand_over(self.learner, self.engines, step, self.config.engine.update_seconds)
             self.version = step
         self.decoded_tokens += stats.decoded_tokens
         self.sequential_tokens += stats.total_tokens

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from sglang_rollout.driver import TreeDriver, Waiting
 from treepo.orchestration.supervised_engine import State, SupervisedEngine
@@ -13,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def watched(
-    driver: TreeDriver, engines: Sequence[SupervisedEngine], seconds: float
+    driver: TreeDriver, engines: Sequence[SupervisedEngine[Any]], seconds: float
 ) -> AsyncIterator[None]:
     """While the body samples: a warning whenever the driver's engines answered nothing for `seconds`."""
     watch = asyncio.create_task(_watch(driver, engines, seconds))
@@ -24,7 +25,7 @@ async def watched(
         await asyncio.wait((watch,))
 
 
-async def _watch(driver: TreeDriver, engines: Sequence[SupervisedEngine], seconds: float) -> None:
+async def _watch(driver: TreeDriver, engines: Sequence[SupervisedEngine[Any]], seconds: float) -> None:
     while True:
         before = driver.stats.requests, driver.stats.failed_requests
         await asyncio.sleep(seconds)
@@ -32,7 +33,7 @@ async def _watch(driver: TreeDriver, engines: Sequence[SupervisedEngine], second
             _log.warning("nothing was answered for %g s: %s", seconds, describe(driver.waiting(), engines))
 
 
-def describe(waiting: Sequence[Waiting], engines: Sequence[SupervisedEngine]) -> str:
+def describe(waiting: Sequence[Waiting], engines: Sequence[SupervisedEngine[Any]]) -> str:
     """Each engine's state and what it owes, the oldest by name."""
     return "; ".join(
         f"{_state(engine)} {_owes([one for one in waiting if one.engine == index])}"
@@ -40,7 +41,7 @@ def describe(waiting: Sequence[Waiting], engines: Sequence[SupervisedEngine]) ->
     )
 
 
-def _state(engine: SupervisedEngine) -> str:
+def _state(engine: SupervisedEngine[Any]) -> str:
     if engine.state is State.SERVING:
         return f"{engine.name} is serving and"
     return f"{engine.name} is {engine.state.value} (it was lost: {engine.reason}) and"
