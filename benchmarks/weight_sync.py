@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.weight_sync --engine
 
 A model of about 250M parameters in bfloat16 goes through each transport to sinks, which are processes that
-fetch every bucket and verify its checksum, as an engine's ranks do before they load it. Beside it, in
-the same run and the same processes, what the channel itself takes for all bytes at once: `colocated` one copy into
-shared memory that every sink copies out; `broadcast` one gloo broadcast; `disk` one file written, and read
-by every sink. Medians of interleaved repeats. `--engine` adds a real SGLang engine, which loads what comes.
+fetch every bucket and verify its checksum, as an engine's ranks do before they load it. Beside it, in the
+same run and processes, what the channel itself takes for all bytes at once: `colocated` one copy into shared
+memory that every sink copies out; `broadcast` one gloo broadcast; `disk` one file written, and read by every
+sink. Medians of interleaved repeats. `--engine` adds a real SGLang engine, which loads what comes.
 """
 
 import argparse

@@ -13,6 +13,15 @@ from treepo.errors import ConfigError, ModelError
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """What stands in place of the MLP in an architecture's sparse layers (`Dimensions` says which)."""
+
+    intermediate: int
+    per_token: int
+    normalised: bool  # a token's experts' probabilities are scaled to sum to 1
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """What `folder`/config.json says, as far as the actor needs it."""
 
@@ -25,6 +34,7 @@ class Architecture:
     max_positions: int
     tied: bool
     frequency: Tensor  # float32 [head_dim / 2], rotary radians per position
+    experts: Experts | None = None
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -35,11 +45,17 @@ def read_architecture(folder: Path) -> Architecture:
     if config.model_type not in FAMILIES:
         raise ModelError(f"{folder}: model_type {config.model_type!r}; known are {', '.join(FAMILIES)}")
     _check_features(folder, config)
+    sparse_layers = _sparse_layers(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Architecture(
         family=FAMILIES[config.model_type],
         dimensions=Dimensions(
-            config.num_hidden_layers, config.num_key_value_heads, head_dim, config.vocab_size
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            head_dim,
+            config.vocab_size,
+            config.num_experts if sparse_layers else 0,
+            sparse_layers,
         ),
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
@@ -48,7 +64,28 @@ def read_architecture(folder: Path) -> Architecture:
         max_positions=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
         frequency=inverse_frequency(config.rope_parameters, head_dim),
+        experts=_experts(folder, config) if sparse_layers else None,
     )
+
+
+def _sparse_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers with experts, as transformers' decoder layers decide it."""
+    if not getattr(config, "num_experts", 0):
+        return ()
+    return tuple(
+        layer
+        for layer in range(config.num_hidden_layers)
+        if layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+    )
+
+
+def _experts(folder: Path, config: PreTrainedConfig) -> Experts:
+    if config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        raise ModelError(
+            f"{folder}: num_experts_per_tok = 1 with norm_topk_prob = true is not supported: the one "
+            "probability is always 1, and the router learns nothing"
+        )
+    return Experts(config.moe_intermediate_size, config.num_experts_per_tok, config.norm_topk_prob)
 
 
 def _check_features(folder: Path, config: PreTrainedConfig) -> None:
@@ -78,3 +115,12 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
                 f"actor.parallel.{name} = {ranks} does not divide the model's {size} {what} "
                 f"(remainder {size % ranks})"
             )
+
+
+def check_same_model(folder: Path, model: Path) -> None:
+    """Raises ModelError where the weights that belong to `folder`'s config are not such as `model`'s."""
+    ours, theirs = read_architecture(model), read_architecture(folder)
+    for name in ("family", "dimensions", "hidden", "intermediate", "heads", "tied"):
+        expected, found = getattr(ours, name), getattr(theirs, name)
+        if expected != found:
+            raise ModelError(f"{folder}: not the model of {model}: {name} is {found}, not {expected}")

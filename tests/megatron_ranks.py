@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ DEADLINE = 240  # seconds until some rank of a group must have ended
 # Adam's step is then the learning rate times the gradient: the plain one divides it by its own size, which
 # turns rounding noise in a gradient of almost 0 into a full step.
 LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, epsilon=1.0, betas=[0.0, 0.0], weight_decay=0.0)
+
+Life = tuple[str, Callable[..., Any], Any]
+"""A name, what every rank runs (a module's function of case, layout, rank, store, folder), and its case."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,17 @@ class Result:
 
 def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str, Result]:
     """Every case at the layout; raises where a rank does."""
+    return run_lives([(case.name, _live, case) for case in cases], layout, folder)
+
+
+def run_lives(lives: Sequence[Life], layout: ParallelConfig, folder: Path) -> dict[str, Any]:
+    """What rank 0 returns of each life, by name; raises where a rank does."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_bridge.actor"])
     folder.mkdir()
     ports = context.SimpleQueue()
     processes = [
-        context.Process(target=_rank, args=(rank, list(cases), layout, folder, ports))
+        context.Process(target=_rank, args=(rank, list(lives), layout, folder, ports))
         for rank in range(layout.ranks)
     ]
     for process in processes:
@@ -88,16 +97,24 @@ def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str
         process.join()
     codes = [process.exitcode for process in processes]
     assert codes == [0] * layout.ranks, f"exit codes {codes}: see the ranks' output above"
-    return {case.name: pickle.loads((folder / f"{case.name}.pickle").read_bytes()) for case in cases}
+    return {name: pickle.loads((folder / f"{name}.pickle").read_bytes()) for name, *_ in lives}
 
 
-def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, ports) -> None:
+def weights_of(actor) -> dict[str, Tensor]:
+    """What would be sent to engines, by its Hugging Face names: on rank 0, and as it is announced."""
+    named = [(name, tensor.clone()) for name, tensor in actor.tensors()]
+    infos = tuple(TensorInfo.of(name, tensor) for name, tensor in named)
+    assert infos == (actor.manifest() if torch.distributed.get_rank() == 0 else ())
+    return dict(named)
+
+
+def _rank(rank: int, lives: list[Life], layout: ParallelConfig, folder: Path, ports) -> None:
     from megatron_bridge.actor import create_store
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*not writable")  # torch's, of memory that it may not write
-    for number, case in enumerate(cases):
+    for number, (name, live, case) in enumerate(lives):
         if rank == 0:
             store = create_store()
             for _ in range(layout.ranks - 1):
@@ -106,9 +123,9 @@ def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, po
             of_case, port = ports.get()
             assert of_case == number
             store = TCPStore("127.0.0.1", port, is_master=False)
-        result = _live(case, layout, rank, store, folder)
+        result = live(case, layout, rank, store, folder)
         if rank == 0:
-            (folder / f"{case.name}.pickle").write_bytes(pickle.dumps(result))
+            (folder / f"{name}.pickle").write_bytes(pickle.dumps(result))
 
 
 def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
@@ -140,18 +157,12 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
             by_replica.append(first)
         return by_replica
 
-    def weights() -> dict[str, Tensor]:
-        named = [(name, tensor.clone()) for name, tensor in actor.tensors()]
-        infos = tuple(TensorInfo.of(name, tensor) for name, tensor in named)
-        assert infos == (actor.manifest() if rank == 0 else ())
-        return dict(named)
-
-    initial = weights()
+    initial = weights_of(actor)
     before = everyone(case.steps[0])
     metrics = [actor.train_step(packs[replica], case.temperature, case.denominator) for packs in case.steps]
     reference = everyone(case.steps[0], actor.reference_log_probs) if case.learning.kl_coefficient else []
     after = everyone(case.steps[0])
-    final = weights()
+    final = weights_of(actor)
     export = folder / f"{case.name}-export"
     actor.export(export)
     with pytest.raises(ModelError):  # on every rank: none is left waiting for another

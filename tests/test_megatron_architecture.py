@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_layout_that_does_not_divide_shows_the_arithmetic(
-    tiny_model: Path, layout: dict[str, int], arithmetic: str
+    tiny_model: Path, layout: dict[str, Any], arithmetic: str
 ) -> None:
     with pytest.raises(ConfigError, match=arithmetic):
         check_layout(read_architecture(tiny_model), ParallelConfig(**layout))

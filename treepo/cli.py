@@ -4,9 +4,9 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.markup import escape
 
 from treepo.config.load import load_as, load_config
 from treepo.errors import TreepoError
+
+if TYPE_CHECKING:
+    from treepo.data import DataReport
 
 app = typer.Typer(
     help="Reinforcement learning for reasoning models whose rollouts are trees.",
@@ -52,20 +55,36 @@ def toy(
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file, for example examples/quickstart.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint in the run folder; where there is none, begin.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model: sample trees, grade them, learn from them, hand the new weights to the sampler."""
     run_config = load_config(config, overrides or [])
-    from treepo.display import TrainDisplay, show_summary
+    from treepo.display import TrainDisplay, show_resume, show_summary
     from treepo.orchestration.inputs import read_inputs
 
     inputs = read_inputs(run_config)
+    _show_data(inputs.reports)
+    from treepo.orchestration.checkpoints import newest
+    from treepo.orchestration.resume import find_resume
+
+    origin = find_resume(run_config, inputs) if resume else None
+    if resume:
+        show_resume(_output, origin, run_config.out)
     from treepo.orchestration.train import train as run
 
     try:
         with TrainDisplay(_output, f"{config} -> {run_config.out}", run_config.steps) as display:
-            summary = asyncio.run(run(run_config, inputs, display))
+            summary = asyncio.run(run(run_config, inputs, display, origin))
     except KeyboardInterrupt:
         _errors.print(f"Interrupted. What was started has ended; what was written is in {run_config.out}/")
+        if (last := newest(run_config.out)) is not None:
+            _errors.print(f"--resume goes on from step {last[1].step}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_summary(_output, summary, run_config.out)
 
@@ -82,6 +101,7 @@ def rollout(
     from treepo.orchestration.rollout_inputs import read_inputs
 
     inputs = read_inputs(rollout_config)
+    _show_data([inputs.prompts.report])
     from treepo.orchestration.rollout import rollout as run
     from treepo.rollout_display import RolloutDisplay, show_rollout
 
@@ -96,11 +116,20 @@ def rollout(
     show_rollout(_output, summary, rollout_config.out)
 
 
+def _show_data(reports: "Iterable[DataReport]") -> None:
+    """What each file holds, a line each."""
+    for report in reports:
+        _output.print(report.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: an error that a user can understand is one line."""
     # The progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()
+    # A reward function's own traceback is for its author, who sits at the terminal.
+    if logging.lastResort is not None:
+        logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
     exit_code = 0
     try:
         app()

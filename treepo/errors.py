@@ -40,6 +40,12 @@ class NoEngineError(TreepoError):
     exit_code = 1
 
 
+class ScoreCheckError(TreepoError):
+    """Actor and engine disagree on log-probs; the text has the figures and the usual suspects."""
+
+    exit_code = 1
+
+
 class TrainerError(TreepoError):
     """A rank of the trainer that is gone; the text names it."""
 
@@ -58,3 +64,9 @@ class RewardError(TreepoError):
 
 class TransportError(EngineError):
     """Weights that did not reach an engine; it says nothing of who is at fault."""
+
+
+class CheckpointError(TreepoError):
+    """A checkpoint or model that could not be written; the text names the folder and the reason."""
+
+    exit_code = 1

@@ -4,15 +4,17 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
+from treepo.config.engine import EngineConfig
 from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
-from treepo.errors import DeadEngineError, EngineError
+from treepo.errors import DeadEngineError, TreepoError
 from treepo.orchestration.fleet import Fleet
 from treepo.orchestration.remote_sink import RemoteSink
 from treepo.orchestration.seats import engines_alone
@@ -21,6 +23,29 @@ from treepo.stopping import StopRule
 _log = logging.getLogger(__name__)
 _CONCURRENT_REQUESTS = 100_000  # the driver bounds what is in flight; Ray should not
 _END_SECONDS = 30  # for an engine to end its processes; then its actor is killed, and they end with it
+
+
+class HostedEngine(SGLangEngine):
+    """An engine that says why it did not start when it is asked: of an actor whose constructor fails, Ray
+    keeps a traceback and not the error.
+    """
+
+    def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
+        self._failure: TreepoError | None = None
+        try:
+            super().__init__(model, dtype, config, **settings)
+        except TreepoError as error:
+            self._failure = error
+
+    def capacity(self) -> int:
+        """Tokens in the KV cache. Raises what ended the start."""
+        if self._failure is not None:
+            raise self._failure
+        return super().capacity()
+
+    def close(self) -> None:
+        if self._failure is None:
+            super().close()
 
 
 class RemoteEngine:
@@ -48,11 +73,11 @@ class RemoteEngine:
             ray.cancel(reference)
             raise
         except RayTaskError as error:
-            if isinstance(error.cause, EngineError):
+            if isinstance(error.cause, TreepoError):
                 raise type(error.cause)(f"{self.name}: {error.cause}") from None
             raise
         except RayActorError as error:
-            raise DeadEngineError(f"{self.name} died: {_last_line(error)}") from error
+            raise DeadEngineError(f"{self.name} died: {' '.join(str(error).split())}") from error
 
     async def end(self) -> None:
         """End SGLang's processes, then the actor, which takes with it what is left of them."""
@@ -93,7 +118,7 @@ def _launch(
     shares_device: bool,
     index: int,
 ) -> RemoteEngine:
-    remote = ray.remote(SGLangEngine).options(max_concurrency=_CONCURRENT_REQUESTS, **seats[index])
+    remote = ray.remote(HostedEngine).options(max_concurrency=_CONCURRENT_REQUESTS, **seats[index])
     actor = remote.remote(
         config.model.path.resolve(),
         config.model.dtype,
@@ -103,8 +128,3 @@ def _launch(
         shares_device=shares_device,
     )
     return RemoteEngine(f"engine {index}", actor, config.engine.tensor)
-
-
-def _last_line(error: RayActorError) -> str:
-    """Ray's own text is a page."""
-    return str(error).strip().splitlines()[-1].strip()

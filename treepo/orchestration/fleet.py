@@ -18,7 +18,7 @@ class Fleet[P: EngineProcess]:
     """Made on a running loop; returns at once, `ready` waits for the models to be loaded.
 
     launch: starts the process of the engine with an index, and returns at once.
-    capacity: KV tokens of the smallest engine, once `ready`.
+    capacity: KV tokens of each engine, once `ready`.
     weights: to be held from the first change of the trainer's weights until the engines serve the new ones;
         a restarted engine is given weights, and admitted, only while nobody else holds it.
     restore: gives one process the weights that the others serve; None where those are the model folder's.
@@ -28,7 +28,7 @@ class Fleet[P: EngineProcess]:
 
     def __init__(self, launch: Callable[[int], P], config: EngineConfig, shares_device: bool = False) -> None:
         self.shares_device = shares_device
-        self.capacity: int | None = None
+        self.capacity: list[int] | None = None
         self.weights = asyncio.Lock()
         self.restore: Callable[[P], Awaitable[object]] | None = None
         self.restarts = 0
@@ -43,7 +43,7 @@ class Fleet[P: EngineProcess]:
 
     async def ready(self) -> None:
         """Raises EngineError where an engine has not started by `engine.start_seconds`."""
-        self.capacity = min(await asyncio.gather(*(self.start(engine.process) for engine in self.engines)))
+        self.capacity = await asyncio.gather(*(self.start(engine.process) for engine in self.engines))
         for engine in self.engines:
             engine.serve()
             supervisor = asyncio.create_task(engine.supervise())

@@ -1,7 +1,7 @@
 """The Megatron-Core actor as Ray actors: one process a rank, every call made on all of them at once."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.config.schema import RunConfig
-from treepo.errors import TrainerError
+from treepo.errors import TrainerError, TreepoError
 from treepo.orchestration.remote_sink import RemoteSink
 from treepo.orchestration.seats import trainer_alone
 from treepo.packing import Pack
@@ -87,6 +87,15 @@ class TrainerRank:
     def export(self, folder: Path) -> None:
         self._actor.export(folder)
 
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self._actor.save(folder, run)
+
+    def finish_save(self) -> None:
+        self._actor.finish_save()
+
+    def load(self, folder: Path) -> None:
+        self._actor.load(folder)
+
 
 class LearnerGroup:
     """All trainer ranks. Construction returns at once; `ready` builds the model on them.
@@ -143,8 +152,20 @@ class LearnerGroup:
         return (await self._call("send_weights", version, sinks))[0]
 
     async def export(self, folder: Path) -> None:
-        """A Hugging Face folder of the current weights."""
+        """A Hugging Face folder of the current weights. Raises CheckpointError, ModelError."""
         await self._call("export", folder)
+
+    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Begin a training checkpoint with the run's own `run` in it. Raises CheckpointError."""
+        await self._call("save", folder, run)
+
+    async def finish_save(self) -> None:
+        """The checkpoint that was begun is there. Raises CheckpointError."""
+        await self._call("finish_save")
+
+    async def load(self, folder: Path) -> None:
+        """Go on from a training checkpoint, of any layout. Raises ModelError."""
+        await self._call("load", folder)
 
     async def _score(
         self, method: str, packs: Sequence[Sequence[Pack]], temperature: float
@@ -156,14 +177,18 @@ class LearnerGroup:
         return await self._gather([getattr(rank, method).remote(*arguments) for rank in self._ranks])
 
     async def _gather(self, calls: Sequence[Any]) -> list[Any]:
-        """The results of a collective call in the order of ranks. Raises TrainerError where a rank dies."""
+        """The results of a collective call in the order of ranks. Raises TrainerError where a rank dies, and
+        a rank's TreepoError as what it is: Ray's own would show where it was raised.
+        """
         try:
             return await asyncio.gather(*calls)
         except (RayActorError, RayTaskError) as error:
             gone = await self._gone(calls)
-            if not gone:
-                raise
-            raise TrainerError(f"the trainer lost {', '.join(gone)}") from error
+            if gone:
+                raise TrainerError(f"the trainer lost {', '.join(gone)}") from error
+            if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
+                raise error.cause from None
+            raise
 
     async def _gone(self, calls: Sequence[Any]) -> list[str]:
         """Which ranks died: those that waited for them only fail in the collective."""

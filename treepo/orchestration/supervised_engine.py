@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from treepo.errors import DeadEngineError, EngineError
+from treepo.errors import DeadEngineError, EngineError, ModelError
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.transport.send import Sink
 
@@ -62,6 +62,7 @@ class SupervisedEngine[P: EngineProcess]:
         self.state = State.STARTING
         self.reason = ""
         self.process = launch()
+        self.name = self.process.name
         self._fleet = fleet
         self._launch = launch
         self._health_seconds = health_seconds
@@ -69,10 +70,6 @@ class SupervisedEngine[P: EngineProcess]:
         self._lost: asyncio.Future[str] = self._loop.create_future()
         self._outstanding = 0
         self._heard = 0.0  # the loop's time of the last answer, or of the first request after a rest
-
-    @property
-    def name(self) -> str:
-        return self.process.name
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         """Raises DeadEngineError at once while this engine is lost and another serves; waits where none
@@ -136,7 +133,7 @@ class SupervisedEngine[P: EngineProcess]:
             _log.warning("%s is restarted: %s", self.name, self.reason)
             try:
                 await self._start_successor()
-            except EngineError as error:
+            except (EngineError, ModelError) as error:
                 self._lose(str(error))
 
     async def _start_successor(self) -> None:
