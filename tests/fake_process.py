@@ -16,7 +16,8 @@ class FakeProcess:
 
     start_error: what its start fails with. slow: it has started once `loaded` is set. dies_at: the request
     (from 1) that ends it. hangs_at: from which on it answers nothing. lively: whether it shows life though
-    it answers no request. clings: whether it keeps its memory. memory: what it has.
+    it answers no request. clings: whether it keeps its memory. refuses: whether it takes no weights. memory:
+    what it has.
     """
 
     name: str
@@ -27,7 +28,9 @@ class FakeProcess:
     hangs_at: int | None = None
     lively: bool = False
     clings: bool = False
+    refuses: bool = False
     probes: int = 0
+    _begun: int = 0
     ended: int = 0
     memory: set[str] = field(default_factory=lambda: {"weights", "cache"})
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
@@ -52,6 +55,9 @@ class FakeProcess:
             "show_life": self._show_life,
             "generate": self._generate,
             "version": self._version,
+            "begin": self._begin,
+            "commit": self._commit,
+            "abandon": self._abandon,
             "release_memory": self._release,
             "restore_memory": self._restore,
         }
@@ -60,7 +66,8 @@ class FakeProcess:
         return await calls[method](*arguments)
 
     def sink(self) -> Any:
-        raise AssertionError("no weights are sent to it")
+        """What FakeTrainer (test_fleet.py) sends to."""
+        return self
 
     async def end(self) -> None:
         self.ended += 1
@@ -72,6 +79,17 @@ class FakeProcess:
 
     async def _version(self) -> int:
         return self.engine.version
+
+    async def _begin(self, version: int, _manifest: Any) -> None:
+        self._begun = version
+
+    async def _commit(self) -> None:
+        if self.refuses:
+            raise EngineError(f"{self.name} refuses the weights")
+        self.engine.version = self._begun
+
+    async def _abandon(self, _reason: str) -> None:
+        pass
 
     async def _release(self) -> None:
         if self.clings:

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -19,7 +19,9 @@ from treepo.errors import DeadEngineError, EngineError, NoEngineError
 from treepo.orchestration.fleet import Fleet
 from treepo.orchestration.supervised_engine import State, SupervisedEngine
 from treepo.orchestration.watchdog import watched
+from treepo.orchestration.weight_update import hand_over, update_weights
 from treepo.protocols import GenerateRequest
+from treepo.transport.send import Outcome
 from treepo.tree import Tree, to_json
 
 type FakeFleet = Fleet[FakeProcess]
@@ -229,6 +231,58 @@ def test_weights_that_cannot_be_restored_cost_a_restart_and_another_fault_ends_w
         with pytest.raises(ValueError, match="a fault of ours"):
             await fleet.engines[0].generate(REQUEST)
         assert len(fakes.made[0]) == 3
+
+    run(scenario)
+
+
+class FakeTrainer:
+    """Sends nothing, in good order; somebody may die meanwhile."""
+
+    def __init__(self, happens: Callable[[], None] = lambda: None) -> None:
+        self._happens = happens
+
+    async def manifest(self) -> tuple[()]:
+        return ()
+
+    async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
+        del version, sinks
+        self._happens()
+        return Outcome()
+
+
+@pytest.mark.parametrize("lost", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("dies", [False, True])
+def test_who_does_not_take_an_update_is_replaced_by_one_that_has_it(
+    lost: tuple[int, ...], dies: bool
+) -> None:
+    """By refusing it or by dying in it, one of two engines or both: the run goes on with the new weights."""
+    fakes = Fakes(lambda index, number: {"refuses": not dies and index in lost and not number})
+
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
+        async def restore(process: FakeProcess) -> None:
+            await update_weights(FakeTrainer(), [process], 5, 10)
+
+        def happens() -> None:
+            for index in lost if dies else ():
+                fakes.made[index][0].die()
+
+        fleet.restore = restore
+        async with fleet.weights:
+            await hand_over(FakeTrainer(happens), fleet, 5, 10)
+        await until(lambda: all(serves(engine)() for engine in fleet.engines))
+        assert await fleet.call("version") == [5, 5]
+        assert [len(fakes.made[index]) for index in (0, 1)] == [1 + (index in lost) for index in (0, 1)]
+
+    run(scenario, fakes, 2)
+
+
+def test_an_update_that_nobody_is_there_for_is_the_successor_s() -> None:
+    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
+        async with fleet.weights:
+            fakes.made[0][0].die()
+            await until(lambda: not fleet.serving())
+            await hand_over(FakeTrainer(), fleet, 5, 10)
+            assert not fleet.serving()
 
     run(scenario)
 

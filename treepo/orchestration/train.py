@@ -13,7 +13,7 @@ from treepo.config.sampling import SamplingConfig
 from treepo.config.schema import RunConfig
 from treepo.data import Prompt, PromptOrder
 from treepo.dynamic_sampling import Dropped, DynamicSampler
-from treepo.errors import EngineError, RewardError
+from treepo.errors import EngineError, PlacementError, RewardError
 from treepo.evaluation import evaluation_sampling
 from treepo.loss import denominator
 from treepo.metrics import accuracy, tree_metrics
@@ -128,6 +128,11 @@ async def _start_processes(
     learner = LearnerGroup(config, seats.ranks)
     devices: list[str] = []
     if seats.shared:
+        if config.weights.transport == "broadcast":
+            raise PlacementError(
+                "placement = colocated with weights.transport = broadcast: NCCL takes one process a GPU; "
+                "colocated and disk are allowed"
+            )
         await learner.ready()
         devices = await learner.devices()
     stop_rule = StopRule(config.sampling, inputs.tokenizer.decode)
