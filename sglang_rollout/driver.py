@@ -18,7 +18,7 @@ from sglang_rollout.growing_tree import Ask, GrowingTree
 from sglang_rollout.lanes import Lane, Lanes, LiveTree
 from treepo.config.sampling import SamplingConfig
 from treepo.data import Prompt
-from treepo.errors import EngineError
+from treepo.errors import DeadEngineError, EngineError
 from treepo.protocols import Engine, GenerateOutput, GenerateRequest
 from treepo.stopping import StopRule
 from treepo.tree import Tree
@@ -181,7 +181,9 @@ class TreeDriver:
             self._room.set()
 
     async def _answer(self, live: LiveTree, ask: Ask) -> None:
-        """One request for `ask`, tried again while it fails, from the second failure on elsewhere."""
+        """One request for `ask`, tried again while it fails: elsewhere from the second failure on, and as
+        soon as the engine is dead.
+        """
         request = live.tree.request(ask)
         below_prompt = ask.tip is None
         attempts = self._sampling.attempts
@@ -198,7 +200,8 @@ class TreeDriver:
                 if attempt == attempts:
                     raise EngineError(f"{error} (attempt {attempt} of {attempts})") from error
                 await asyncio.sleep(self._sampling.retry_seconds * 2 ** (attempt - 1))
-                if attempt > 1 and live.lane is lane:
+                dead = isinstance(error, DeadEngineError)
+                if (dead or attempt > 1) and live.lane is lane:
                     self._lanes.move(live)
             else:
                 lane.failures = 0

@@ -7,11 +7,12 @@ is served until `commit` has verified what arrived; where that fails, requests a
 update succeeds.
 """
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from treepo.transport.wire import Address, Bucket, Manifest
 
 _REPORT_SECONDS = 5.0  # a rank that missed a transport's deadline says so a little after it
 
+_LOOK_SECONDS = 0.2  # between two looks at whether SGLang has answered anything
+
 StopRule = Callable[[np.ndarray], bool]
 """Whether a response (int32 [T], prompt excluded) needs no further tokens."""
 
@@ -35,18 +38,26 @@ class SGLangEngine:
     """Implements `treepo.protocols.Engine` and `WeightSink`.
 
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16").
-    stop_rule: what `GenerateRequest.check_every` asks at its boundaries.
+    stop_rule: what `GenerateRequest.check_every` asks at its boundaries. shares_device: whether others will
+    need its device's memory at times (`release_memory`).
     Raises EngineError or ModelError where SGLang does not start on the folder.
     """
 
     def __init__(
-        self, model: Path, dtype: str, config: EngineConfig, *, seed: int, stop_rule: StopRule | None = None
+        self,
+        model: Path,
+        dtype: str,
+        config: EngineConfig,
+        *,
+        seed: int,
+        stop_rule: StopRule | None = None,
+        shares_device: bool = False,
     ) -> None:
         self._config = config
         self._stop_rule = stop_rule
         self._end_tokens = _end_tokens(model)
         self._shapes = checkpoint_shapes(model)
-        self._server = Server(model, dtype, config, seed)
+        self._server = Server(model, dtype, config, seed, shares_device)
         self._gate = Gate()
         self._version = 0
         self._update: Update | None = None
@@ -76,6 +87,17 @@ class SGLangEngine:
         return await self._server.bounded(
             self._score(tokens), self._config.request_seconds, "a request for log-probs"
         )
+
+    async def died(self) -> str:
+        """Why this engine can answer nothing any more, as soon as that is so."""
+        return await asyncio.shield(self._server.death)
+
+    async def show_life(self) -> None:
+        """Ask for one token; returns as soon as SGLang has answered anything at all: who is busy is alive.
+
+        Raises EngineError where it refuses, and DeadEngineError as soon as it has died.
+        """
+        await self._server.bounded(self._show_life(), self._config.request_seconds, "a sign of life")
 
     async def begin(self, version: int, manifest: Manifest) -> None:
         """Stop serving: later requests wait, running ones end. Begins anew where an update was left open.
@@ -136,6 +158,26 @@ class SGLangEngine:
     async def clear_cache(self) -> None:
         """Forget every cached prefix; none may be in use."""
         await self._bounded_update(self._flush(), "flushing the prefix cache")
+
+    async def release_memory(self) -> None:
+        """Give the device's memory to others until `restore_memory`; no request may run or come meanwhile.
+
+        The weights are kept in the host's memory. Only of an engine that shares its device.
+        """
+        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+        manager = self._server.manager
+        await self._bounded_update(self._flush(), "flushing the prefix cache")
+        release = manager.release_memory_occupation(ReleaseMemoryOccupationReqInput())
+        await self._bounded_update(release, "releasing memory")
+
+    async def restore_memory(self, part: Literal["weights", "cache"]) -> None:
+        """Take back what `release_memory` gave away: weights first; the cache when others need less again."""
+        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+        tags = {"weights": ["weights"], "cache": ["kv_cache", "cuda_graph"]}[part]
+        resume = self._server.manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
+        await self._bounded_update(resume, "restoring memory")
 
     def close(self) -> None:
         """End SGLang's processes, and no other. May be called again."""
@@ -213,6 +255,23 @@ class SGLangEngine:
             output = await anext(answers)
         scores = [score for score, _, _ in output["meta_info"]["input_token_logprobs"][1:]]
         return np.asarray(scores, dtype=np.float32)
+
+    async def _show_life(self) -> None:
+        manager = self._server.manager
+        before = manager.last_receive_tstamp
+        probe = asyncio.ensure_future(self._one_token())
+        try:
+            while not probe.done() and manager.last_receive_tstamp == before:
+                await asyncio.wait((probe,), timeout=_LOOK_SECONDS)
+            if probe.done():
+                probe.result()
+        finally:
+            probe.cancel()
+
+    async def _one_token(self) -> None:
+        token = np.zeros(1, dtype=np.int32)  # every vocabulary has it
+        async with aclosing(self._answers(token, {"max_new_tokens": 1})) as answers:
+            await anext(answers)
 
     async def _answers(
         self,

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from sglang_rollout.tensor_parallel import check_tensor
 from sglang_rollout.weights import checkpoint_shapes
 from treepo.config.engine import EngineConfig
 from treepo.errors import ConfigError
@@ -18,6 +19,7 @@ def check_engine(folder: Path, prompt: int, response: int, engine: EngineConfig)
     or ConfigError.
     """
     checkpoint_shapes(folder)
+    check_tensor(folder, engine.tensor)
     positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     total = prompt + response
     for limit, name in (

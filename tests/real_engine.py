@@ -112,10 +112,10 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, loop: asyncio.AbstractEventLoop) -> RealEngine:
+def start(folder: Path, loop: asyncio.AbstractEventLoop, **settings: Any) -> RealEngine:
+    """settings: of `EngineConfig`."""
     rule = SwitchableRule()
-    engine = SGLangEngine(
-        folder, "float32", EngineConfig.model_validate({"max_total_tokens": 50_000}), seed=0, stop_rule=rule
-    )
+    config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
+    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule)
     reference = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return RealEngine(engine, folder, reference, rule, loop)

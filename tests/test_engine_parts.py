@@ -1,6 +1,7 @@
 """The parts around the SGLang engine that need no engine: the gate, the checks of weights, the end tokens."""
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from sglang_rollout.gate import Gate
+from sglang_rollout.tensor_parallel import check_tensor
 from sglang_rollout.weights import check_manifest, check_names, checkpoint_shapes
-from treepo.errors import EngineError, ModelError
+from treepo.errors import ConfigError, EngineError, ModelError
 from treepo.transport.wire import TensorInfo
 
 
@@ -99,6 +101,23 @@ def test_a_manifest_must_be_the_models_own(tmp_path: Path) -> None:
         check_manifest((a,), shapes)
     with pytest.raises(EngineError, match=r"a has shape \(3, 2\), the model's is \(2, 3\)"):
         check_manifest((replace(a, shape=(3, 2)), b), shapes)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "fit"),
+    [(28, 4, [1, 2, 4]), (64, 8, [1, 2, 4, 8, 16]), (14, 2, [1, 2, 14]), (12, None, [1, 2, 3, 4, 6, 12])],
+)
+def test_a_model_is_divided_only_among_equal_ranks(
+    tmp_path: Path, heads: int, groups: int | None, fit: list[int]
+) -> None:
+    config = {"num_attention_heads": heads} | ({"num_key_value_heads": groups} if groups else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for tensor in range(1, 17):
+        if tensor in fit:
+            check_tensor(tmp_path, tensor)
+        else:
+            with pytest.raises(ConfigError, match=f"engine.tensor = {tensor}: .* {heads} attention heads"):
+                check_tensor(tmp_path, tensor)
 
 
 def test_a_folder_without_weights_is_a_model_error(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class FailingActor:
 
 
 def raised_by(error: Exception) -> BaseException:
-    engine = RemoteEngine("engine 3", FailingActor(error))
+    engine = RemoteEngine("engine 3", FailingActor(error), ranks=1)
     with pytest.raises((TreepoError, RayTaskError)) as raised:
         asyncio.run(engine.call("capacity"))
     return raised.value

@@ -53,7 +53,7 @@ def config_of(folder: Path) -> RunConfig:
                 "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0},
                 "max_tokens_per_pack": 512,
             },
-            "engine": {"count": 2, "max_total_tokens": 4096, "update_seconds": 60},
+            "engine": {"count": 2, "max_total_tokens": 4096, "update_seconds": 60, "max_restarts": 0},
             "weights": {"bucket_mb": 1},
         }
     )
@@ -89,7 +89,7 @@ async def assert_serve(
     expected = await chain_log_probs(learner, TOKENS)
     assert np.abs(expected - old).max() > 10 * TOLERANCE
     for engine in engines:
-        assert (await engine.generate(REQUEST)).version == version
+        assert (await engine.call("generate", REQUEST)).version == version
         np.testing.assert_allclose(await engine.call("score", TOKENS), expected, atol=TOLERANCE)
 
 
@@ -148,7 +148,7 @@ async def _scenario(folder: Path) -> None:
         stack.push_async_callback(pool.close)
         learner = LearnerGroup(config)
         await asyncio.gather(pool.ready(), learner.ready())
-        engines = pool.engines
+        engines = [engine.process for engine in pool.engines]
         for version, transport in enumerate(TRANSPORTS, start=1):
             await use_transport(learner, transport)
             old = await chain_log_probs(learner, TOKENS)
@@ -169,7 +169,7 @@ async def _scenario(folder: Path) -> None:
         with pytest.raises(TrainerError, match="rank 0"):
             await update_weights(learner, engines[:1], 5, 60)
         with pytest.raises(EngineError, match="incomplete"):
-            await engines[0].generate(REQUEST)
+            await engines[0].call("generate", REQUEST)
         assert not (folder / "run" / "weights" / ".partial").exists()
 
 

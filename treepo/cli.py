@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.markup import escape
 
 from treepo.config.load import load_as, load_config
@@ -242,6 +243,7 @@ def main() -> None:
     """Entry point: an error that a user can understand is one line."""
     # The progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _show_warnings()
     # A reward function's own traceback is for its author, who sits at the terminal.
     if logging.lastResort is not None:
         logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
@@ -249,12 +251,19 @@ def main() -> None:
     try:
         app()
     except* TreepoError as group:
-        for error in _single(group):
-            _errors.print(
-                f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
-            )
+        # What many tasks wait for fails in all of them: that is said once.
+        for text, error in {str(error): error for error in _single(group)}.items():
+            _errors.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
             exit_code = max(exit_code, error.exit_code)
     sys.exit(exit_code)
+
+
+def _show_warnings() -> None:
+    """On the terminal too, whatever else happens to the log; what ends a run is shown as an error instead."""
+    warnings = RichHandler(logging.WARNING, _errors, show_time=False, show_path=False)
+    warnings.addFilter(lambda record: record.exc_info is None)
+    for package in ("treepo", "sglang_rollout"):
+        logging.getLogger(package).addHandler(warnings)
 
 
 def _single(group: BaseExceptionGroup[TreepoError]) -> Iterator[TreepoError]:

@@ -30,6 +30,16 @@ class EngineError(TreepoError):
     exit_code = 1
 
 
+class DeadEngineError(EngineError):
+    """An engine that can answer nothing any more."""
+
+
+class NoEngineError(TreepoError):
+    """No engine is left to sample with; the text says what became of each."""
+
+    exit_code = 1
+
+
 class ScoreCheckError(TreepoError):
     """Actor and engine disagree on log-probs; the text has the figures and the usual suspects."""
 
@@ -40,6 +50,10 @@ class TrainerError(TreepoError):
     """A rank of the trainer that is gone; the text names it."""
 
     exit_code = 1
+
+
+class PlacementError(TreepoError):
+    """A layout that the cluster cannot hold; the text says what is needed and what is there."""
 
 
 class RewardError(TreepoError):

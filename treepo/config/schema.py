@@ -51,6 +51,9 @@ class RunConfig(Section):
     """Advantages and loss."""
     actor: ActorConfig = ActorConfig()
     """The trainer."""
+    placement: Literal["colocated", "split"] = "colocated"
+    """`colocated`: the engines run on the trainer's GPUs, and take turns with it; `split`: on their own.
+    Without GPUs there is no difference."""
     engine: EngineConfig = EngineConfig()
     """The sampler."""
     weights: WeightsConfig = WeightsConfig()

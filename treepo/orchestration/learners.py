@@ -12,8 +12,8 @@ from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
 
 from treepo.config.schema import RunConfig
 from treepo.errors import TrainerError, TreepoError
-from treepo.orchestration.cluster import actor_environment, has_gpus
 from treepo.orchestration.remote_sink import RemoteSink
+from treepo.orchestration.seats import trainer_alone
 from treepo.packing import Pack
 from treepo.transport.open import open_sender
 from treepo.transport.send import Outcome, WeightStream
@@ -28,6 +28,11 @@ class TrainerRank:
     Megatron-Core is imported by the ranks only: the driver starts seconds sooner without it. Ranks end with
     their processes, which are Ray's to end.
     """
+
+    def device(self) -> str:
+        """What Ray calls this rank's GPU on its node."""
+        (device,) = ray.get_gpu_ids()
+        return str(device)
 
     def open_store(self) -> tuple[str, int]:
         """Host and port of the rendezvous, on a port that was free."""
@@ -96,19 +101,17 @@ class LearnerGroup:
     """All trainer ranks. Construction returns at once; `ready` builds the model on them.
 
     Ranks are numbered by Megatron's order: tensor parallel fastest, then data, then pipeline; packs go to
-    a rank by its data-parallel index.
+    a rank by its data-parallel index. seats: Ray's options for each rank's actor; None where nothing was
+    reserved.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, seats: Sequence[dict[str, Any]] | None = None) -> None:
         parallel = config.actor.parallel
         self._config = config
         self._tensor, self._replicas = parallel.tensor, parallel.data
-        remote = ray.remote(TrainerRank).options(
-            num_cpus=1, num_gpus=1 if has_gpus() else 0, runtime_env=actor_environment()
-        )
-        self._ranks: list[Any] = [
-            remote.remote() for _ in range(parallel.tensor * parallel.data * parallel.pipeline)
-        ]
+        seats = trainer_alone(parallel) if seats is None else seats
+        remote: Any = ray.remote(TrainerRank)
+        self._ranks: list[Any] = [remote.options(**seat).remote() for seat in seats]
 
     async def ready(self) -> None:
         world_size = len(self._ranks)
@@ -119,6 +122,10 @@ class LearnerGroup:
                 for rank, actor in enumerate(self._ranks)
             )
         )
+
+    async def devices(self) -> list[str]:
+        """The GPU of every rank, as Ray numbers those of its node."""
+        return await self._call("device")
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         """For every replica's packs: float32 [T], each token's log-prob given its path."""

@@ -13,7 +13,7 @@ from treepo.config.sampling import SamplingConfig
 from treepo.config.schema import RunConfig
 from treepo.data import Prompt, PromptOrder
 from treepo.dynamic_sampling import Dropped, DynamicSampler
-from treepo.errors import EngineError, RewardError
+from treepo.errors import EngineError, PlacementError, RewardError
 from treepo.evaluation import evaluation_sampling
 from treepo.loss import denominator
 from treepo.metrics import accuracy, tree_metrics
@@ -21,13 +21,15 @@ from treepo.mismatch import log_prob_mismatch
 from treepo.orchestration.checkpoints import Checkpoints, RunState
 from treepo.orchestration.clock import Clock, Reporter
 from treepo.orchestration.cluster import ray_session
-from treepo.orchestration.engines import EnginePool
+from treepo.orchestration.engines import EnginePool, RemoteEngine
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
 from treepo.orchestration.resume import Resume
 from treepo.orchestration.run_folder import RunFolder
 from treepo.orchestration.score_check import check_scores
-from treepo.orchestration.weight_update import update_weights
+from treepo.orchestration.seats import reserve, run_layout
+from treepo.orchestration.watchdog import watched
+from treepo.orchestration.weight_update import hand_over, update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
@@ -87,20 +89,17 @@ async def train(
 async def _start(
     config: RunConfig, inputs: Inputs, folder: RunFolder, clock: Clock, stack: AsyncExitStack
 ) -> "Run":
-    """The grader, then engines and trainer at the same time."""
+    """The grader, then engines and trainer."""
     # First, because it takes a second to know of a reward function that cannot be imported.
     rewards = await stack.enter_async_context(open_rewards(config.reward))
     stack.enter_context(ray_session(config.engine.count + config.actor.parallel.ranks))
-    engines = EnginePool(config, StopRule(config.sampling, inputs.tokenizer.decode))
-    stack.push_async_callback(engines.close)
-    learner = LearnerGroup(config)
-    await asyncio.gather(engines.ready(), learner.ready())
+    engines, learner = await _start_processes(config, inputs, stack)
 
     def driver(sampling: SamplingConfig) -> TreeDriver:
         decode = inputs.tokenizer.decode
         return TreeDriver(engines.engines, sampling, decode, config.seed, engines.capacity)
 
-    return Run(
+    run = Run(
         config,
         inputs,
         folder,
@@ -114,6 +113,35 @@ async def _start(
         evaluation=driver(evaluation_sampling(config)),
         failed_grades=FailedGrades(config.reward.max_failed_share),
     )
+    engines.restore = run.restore
+    return run
+
+
+async def _start_processes(
+    config: RunConfig, inputs: Inputs, stack: AsyncExitStack
+) -> tuple[EnginePool, LearnerGroup]:
+    """Engines and trainer at the same time; where they share devices, the engines' caches take what the
+    trainer leaves.
+    """
+    seats = await reserve(run_layout(config), config.engine.start_seconds)
+    learner = LearnerGroup(config, seats.ranks)
+    devices: list[str] = []
+    if seats.shared:
+        if config.weights.transport == "broadcast":
+            raise PlacementError(
+                "placement = colocated with weights.transport = broadcast: NCCL takes one process a GPU; "
+                "colocated and disk are allowed"
+            )
+        await learner.ready()
+        devices = await learner.devices()
+    stop_rule = StopRule(config.sampling, inputs.tokenizer.decode)
+    engines = EnginePool(config, stop_rule, seats.for_engines(devices), seats.shared)
+    stack.push_async_callback(engines.close)
+    if seats.shared:
+        await engines.ready()
+    else:
+        await asyncio.gather(engines.ready(), learner.ready())
+    return engines, learner
 
 
 @dataclass(slots=True, eq=False)
@@ -137,6 +165,12 @@ class Run:
     decoded_tokens: int = 0
     sequential_tokens: int = 0
     max_difference: float = 0.0
+
+    async def restore(self, process: RemoteEngine) -> None:
+        """Give a restarted engine, which has the model folder's weights, those that the others serve."""
+        if self.steps_done > 0:
+            seconds = self.config.engine.update_seconds
+            await update_weights(self.learner, [process], self.steps_done, seconds)
 
     async def check_scores(self) -> dict[str, float] | None:
         """How far actor and engines are apart before anything is learned; None where it is not asked for."""
@@ -165,16 +199,17 @@ class Run:
         state = resume.state
         with self.clock.phase(f"go on from {resume.checkpoint.name}", announce=True):
             await self.learner.load(resume.checkpoint.resolve())
-            await self._update_weights(version=state.step)
+            async with self.engines.weights:
+                await self._hand_over(version=state.step)
+                self.steps_done = state.step
         self.clock.add(state.seconds, state.phase_seconds)
         self.order.cursor = state.cursor
-        self.steps_done, self.accuracy_before = state.step, state.accuracy_before
+        self.accuracy_before = state.accuracy_before
         self.decoded_tokens, self.sequential_tokens = state.decoded_tokens, state.sequential_tokens
         self.max_difference = state.max_difference
 
-    async def _update_weights(self, version: int) -> None:
-        seconds = self.config.engine.update_seconds
-        await update_weights(self.learner, self.engines.engines, version, seconds)
+    async def _hand_over(self, version: int) -> None:
+        await hand_over(self.learner, self.engines, version, self.config.engine.update_seconds)
 
     async def begin_checkpoint(self) -> None:
         """Of the step that is done; it is written while the next one is sampled."""
@@ -204,14 +239,16 @@ class Run:
             sampled, batch, dropped = await self._sample_batch(step)
         stats = self.training.take_stats()
         await self.finish_checkpoint()
-        with self.clock.phase("score"):
-            mini_batches = [await self._score(packs) for packs in self._pack(batch)]
-            mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
-        with self.clock.phase("train"):
-            updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
-        with self.clock.phase("update"):
-            await self._update_weights(version=step)
-        self.steps_done = step
+        async with self.engines.resting():
+            with self.clock.phase("score"):
+                mini_batches = [await self._score(packs) for packs in self._pack(batch)]
+                mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
+            with self.clock.phase("train"):
+                updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
+            with self.clock.phase("update"):
+                await self.engines.restore_memory("weights")
+                await self._hand_over(version=step)
+            self.steps_done = step
         self.decoded_tokens += stats.decoded_tokens
         self.sequential_tokens += stats.total_tokens
         self.max_difference = max(self.max_difference, mismatch["logprob_difference_max"])
@@ -263,7 +300,11 @@ class Run:
         by_id = {prompt.id: prompt for prompt in prompts}
         grading: dict[str, asyncio.Task[Tree]] = {}
         failures: list[FailedTree] = []
-        async with asyncio.TaskGroup() as group, aclosing(driver.sample(prompts, step)) as results:
+        async with (
+            asyncio.TaskGroup() as group,
+            watched(driver, self.engines.engines, self.config.engine.stall_seconds),
+            aclosing(driver.sample(prompts, step)) as results,
+        ):
             async for result in results:
                 if isinstance(result, FailedTree):
                     failures.append(result)

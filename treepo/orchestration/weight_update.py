@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from treepo.errors import EngineError
+from treepo.orchestration.fleet import Fleet
+from treepo.orchestration.supervised_engine import EngineProcess
 from treepo.transport.send import Outcome, Sink
 from treepo.transport.wire import Manifest
 
@@ -111,3 +113,19 @@ async def update_weights[E: Updatable](
         reasons = "; ".join(f"{engine.name}: {reason}" for engine, reason in update.failed.items())
         raise EngineError(f"no engine took the weights of version {version}: {reasons}")
     return update.failed
+
+
+async def hand_over[P: EngineProcess](
+    trainer: Trainer, fleet: Fleet[P], version: int, seconds: float
+) -> None:
+    """Every engine of the fleet that serves gets the weights; one that does not take them is replaced.
+
+    Where none serves, or none takes them, their successors will. Raises what the trainer raises.
+    """
+    served = {engine.process: engine for engine in fleet.serving()}
+    try:
+        failed = await update_weights(trainer, list(served), version, seconds) if served else {}
+    except EngineError as error:
+        failed = dict.fromkeys(served, str(error))
+    for process, reason in failed.items():
+        served[process].fail(reason)
