@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,15 @@ from megatron_bridge.manifest import Manifest
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.load import load_config
 from treepo.config.schema import RunConfig
-from treepo.data import DataReport
+from treepo.data import DataReport, PromptSet
 from treepo.errors import ConfigError
 from treepo.orchestration.checkpoints import Checkpoints, RunState, newest
 from treepo.orchestration.inputs import Inputs
-from treepo.orchestration.resume import find_resume, fingerprint
+from treepo.orchestration.resume import find_resume
 from treepo.orchestration.run_folder import RunFolder
 from treepo.tree import from_json
 
-
-class FakePrompts(list[int]):
-    """As many as the file has lines; only the file counts."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(range(len(path.read_text().splitlines())))
-        self.report = DataReport(path)
+DATA = "fingerprint of the data"
 
 
 class FakeSaver:
@@ -51,18 +45,18 @@ class FakeSaver:
 
 
 def state_after(step: int, sizes: Mapping[str, int] | None = None) -> RunState:
-    return RunState(step, 4 * step, "some data", sizes or {}, 0.25, 100, 150, 1e-6, 60.0, {"sample": 7})
+    return RunState(step, 4 * step, DATA, sizes or {}, 0.25, 100, 150, 1e-6, 60.0, {"sample": 7})
 
 
-def inputs(config: RunConfig) -> Inputs:
-    return Inputs(None, FakePrompts(config.data.train), ())  # type: ignore[arg-type]  # no tokenizer is needed
+def inputs(data: str = DATA) -> Inputs:
+    report = DataReport(Path("train.jsonl"), fingerprint=data)
+    return Inputs(None, PromptSet(report, None, np.empty((0, 2)), None), ())  # type: ignore[arg-type]  # nothing is read
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    path, data = tmp_path / "run.yaml", tmp_path / "train.jsonl"
-    data.write_text("1 + 1?\n2 + 2?\n")
-    values = {"out": str(tmp_path / "run"), "steps": 9, "model": {"path": "m"}, "data": {"train": str(data)}}
+    path = tmp_path / "run.yaml"
+    values = {"out": str(tmp_path / "run"), "steps": 9, "model": {"path": "m"}, "data": {"train": "t.jsonl"}}
     path.write_text(yaml.safe_dump(values))
     return load_config(path)
 
@@ -72,8 +66,7 @@ def write_run(config: RunConfig, steps: int, saved: int) -> None:
     checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeSaver())
     with RunFolder(config) as folder:
         write_steps(folder, range(1, saved + 1))
-        data = fingerprint(inputs(config).train)
-        asyncio.run(checkpoints.begin(replace(state_after(saved, folder.sizes()), data=data)))
+        asyncio.run(checkpoints.begin(state_after(saved, folder.sizes())))
         asyncio.run(checkpoints.finish())
         write_steps(folder, range(saved + 1, steps + 1))
 
@@ -115,7 +108,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(config: RunConfig, tmp_path:
     (config.out / "checkpoints" / ".step-00004.partial").mkdir()
     with (config.out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "ti')
-    resume = find_resume(config, inputs(config))
+    resume = find_resume(config, inputs())
     assert resume is not None
     assert resume.state.step == 2
     with RunFolder(config, resume.state) as folder:
@@ -147,8 +140,8 @@ def test_a_finished_run_goes_on_where_it_gets_more_steps(config: RunConfig) -> N
     (config.out / "summary.json").write_text("{}")
     (config.out / "checkpoint").mkdir()
     with pytest.raises(ConfigError, match="has had its steps: 2, and steps = 2"):
-        find_resume(short, inputs(short))
-    resume = find_resume(config, inputs(config))
+        find_resume(short, inputs())
+    resume = find_resume(config, inputs())
     assert resume is not None
     assert resume.changes == ("steps = 2, now 9",)
     with RunFolder(config, resume.state):
@@ -159,10 +152,10 @@ def test_a_finished_run_goes_on_where_it_gets_more_steps(config: RunConfig) -> N
 
 
 def test_a_run_without_a_checkpoint_begins(config: RunConfig) -> None:
-    assert find_resume(config, inputs(config)) is None
+    assert find_resume(config, inputs()) is None
     with RunFolder(config) as folder:
         write_steps(folder, range(1, 3))
-    assert find_resume(config, inputs(config)) is None
+    assert find_resume(config, inputs()) is None
 
 
 @pytest.mark.parametrize(
@@ -174,7 +167,7 @@ def test_a_run_without_a_checkpoint_begins(config: RunConfig) -> None:
             {"actor": {"optimizer": {"learning_rate": 1e-3}}},
             "actor.optimizer.learning_rate = 1e-06, now 0.001",
         ),
-        ({"data": {"max_prompt_tokens": 9}}, "data.max_prompt_tokens = 1024, now 9"),
+        ({"data": {"train": "other.jsonl"}}, "data.train = 't.jsonl', now 'other.jsonl'"),
     ],
 )
 def test_another_run_is_refused(config: RunConfig, changed: dict[str, Any], line: str) -> None:
@@ -183,7 +176,7 @@ def test_another_run_is_refused(config: RunConfig, changed: dict[str, Any], line
     for section, value in changed.items():
         values[section] = merged(values[section], value)
     with pytest.raises(ConfigError) as error:
-        find_resume(RunConfig.model_validate(values), inputs(config))
+        find_resume(RunConfig.model_validate(values), inputs())
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -199,24 +192,22 @@ def test_layout_and_engines_may_change(config: RunConfig) -> None:
     values = config.model_dump()
     values["actor"]["parallel"]["tensor"] = 2
     values["engine"]["count"] = 3
-    resume = find_resume(RunConfig.model_validate(values), inputs(config))
+    resume = find_resume(RunConfig.model_validate(values), inputs())
     assert resume is not None
     assert resume.changes == ("actor.parallel.tensor = 1, now 2", "engine.count = 1, now 3")
 
 
 def test_other_data_is_refused(config: RunConfig) -> None:
     write_run(config, steps=3, saved=2)
-    for text in ("1 + 1?\n", "2 + 2?\n1 + 1?\n", "1 + 1?\n2 + 3?\n"):
-        config.data.train.write_text(text)
-        with pytest.raises(ConfigError, match="is not what it was"):
-            find_resume(config, inputs(config))
+    with pytest.raises(ConfigError, match="other prompts or answers"):
+        find_resume(config, inputs("of other data"))
 
 
 def test_a_file_that_lost_lines_is_refused(config: RunConfig) -> None:
     write_run(config, steps=3, saved=2)
     (config.out / "trees.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"trees\.jsonl has 0 bytes, but had \d+ after step 2"):
-        find_resume(config, inputs(config))
+        find_resume(config, inputs())
 
 
 def test_the_state_survives_its_file() -> None:

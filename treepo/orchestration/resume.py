@@ -1,6 +1,5 @@
 """`treepo train --resume`: from which checkpoint a run goes on, and whether it is still the same run."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 from treepo.config.load import load_config
 from treepo.config.schema import RunConfig
-from treepo.data import PromptSet
 from treepo.errors import ConfigError
 from treepo.orchestration.checkpoints import RunState, newest
 from treepo.orchestration.inputs import Inputs
@@ -58,8 +56,11 @@ def find_resume(config: RunConfig, inputs: Inputs) -> Resume | None:
             f"--resume: {config.out / CONFIG} has {'; '.join(refused)}; a run goes on as it began "
             f"(another `out` begins a new one)"
         )
-    if state.data != fingerprint(inputs.train):
-        raise ConfigError(f"--resume: {config.data.train} is not what it was when {checkpoint} was made")
+    if state.data != inputs.train.report.fingerprint:
+        raise ConfigError(
+            f"--resume: {config.data.train} is not what it was when {checkpoint} was made: "
+            "other prompts or answers"
+        )
     if state.step > config.steps or (state.step == config.steps and (config.out / SUMMARY).is_file()):
         raise ConfigError(
             f"--resume: the run in {config.out} has had its steps: {state.step}, and steps = {config.steps}"
@@ -73,13 +74,6 @@ def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
     before, now = (dict(_flat(each.model_dump(mode="json"))) for each in (saved, config))
     keys = [key for key in before | now if key != "out" and before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}
-
-
-def fingerprint(prompts: PromptSet) -> str:
-    """Of the prompts' file, and of how many of its rows are usable."""
-    with prompts.report.path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-    return f"{digest.hexdigest()}:{len(prompts)}"
 
 
 def _check_sizes(out: Path, state: RunState) -> None:
