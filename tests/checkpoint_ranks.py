@@ -34,6 +34,7 @@ class Case:
     steps: int = 2
     save: Path | None = None
     save_after: int = 0
+    experts: bool = False  # whether the model has any to divide
     finish: bool = True  # else the ranks end as if they were killed
 
 
@@ -87,6 +88,11 @@ def fail(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> 
     return said
 
 
+def dense(layout: ParallelConfig) -> ParallelConfig:
+    """The same for a model without experts."""
+    return layout.model_copy(update={"expert": 1})
+
+
 def _save(actor, folder: Path) -> None:
     actor.save(folder, {})
     actor.finish_save()
@@ -120,8 +126,6 @@ def _actor(case: Case, layout: ParallelConfig, rank: int, store):
     for pack in case.packs:
         for column in pack.columns().values():
             column.flags.writeable = False  # as from Ray's object store
-    config = ActorConfig(
-        parallel=layout,
-        optimizer=case.optimizer,
-    )
+    parallel = layout if case.experts else dense(layout)
+    config = ActorConfig(parallel=parallel, optimizer=case.optimizer)
     return MegatronActor(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
