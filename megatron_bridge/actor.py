@@ -8,7 +8,6 @@ import megatron_bridge.quiet  # noqa: F401  # isort: skip  # before anything of 
 import math
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch.nn.functional import linear
 from megatron_bridge import optimizer
 from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.checkpoint import Checkpointer
+from megatron_bridge.device import on_device as _on_device
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.manifest import Manifest as CheckpointManifest
 from megatron_bridge.model import build_model
@@ -237,16 +237,6 @@ def create_store(host: str = "127.0.0.1") -> TCPStore:
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-
-
-def _on_device() -> AbstractContextManager:
-    """To be entered around Megatron-Core: without CUDA, its CUDA calls are served by the CPU."""
-    if torch.cuda.is_available():
-        return nullcontext()
-    from megatron_bridge import cpu  # it replaces functions of torch.cuda: not where there is CUDA
-
-    cpu.install()
-    return cpu.CudaAsCpu()
 
 
 def _join(parallel: ParallelConfig, rank: int, world_size: int, store: Store) -> None:

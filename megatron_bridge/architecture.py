@@ -142,7 +142,9 @@ def check_layers(transformer_impl: str) -> None:
 def check_same_model(folder: Path, model: Path) -> None:
     """Raises ModelError where the weights that belong to `folder`'s config are not such as `model`'s."""
     ours, theirs = read_architecture(model), read_architecture(folder)
-    for name in ("family", "dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
+    if ours.family != theirs.family:
+        raise ModelError(f"{folder}: not the model of {model}: it is of another family")
+    for name in ("dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
         expected, found = getattr(ours, name), getattr(theirs, name)
         if expected != found:
             raise ModelError(f"{folder}: not the model of {model}: {name} is {found}, not {expected}")

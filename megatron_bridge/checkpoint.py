@@ -9,10 +9,11 @@ would write from a forked process, which its threads and Ray's make unsafe, and 
 """
 
 import errno
+import io
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -54,7 +55,12 @@ from treepo.errors import CheckpointError, ModelError
 _LONGEST_WRITE = timedelta(hours=6)
 _EXTRA = "_extra_state"  # of Transformer Engine's layers, for 8-bit training alone
 # One tensor a parameter, not one of all layers or all experts.
-KEYS = {"singleton_local_shards": True}
+_KEYS = {"singleton_local_shards": True}
+
+
+# Megatron-Core asks for it when it loads; what it would hold is in the manifest.
+_COMMON = ShardedObject("common_state", {}, (1,), (0,))
+COMMON_STATE = _COMMON.unique_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +103,7 @@ class Checkpointer:
         for sharded in nested_values([state["model"], state["optimizer"]]):
             sharded.data = sharded.data.detach().to("cpu", copy=True)  # because training goes on
         tensors: Any = save_preprocess(state, validate_access_integrity=False)[0]
-        # Megatron-Core asks for it; what it would hold is in the manifest.
-        tensors["common_state"] = ShardedObject("common_state", {}, (1,), (0,), replica_id=dist.get_rank())
+        tensors["common_state"] = replace(_COMMON, replica_id=dist.get_rank())
         flat, *_ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
         done = self._thread.submit(_write, partial_folder(folder), mcore_to_pyt_state_dict(flat), self._group)
         self._writing = _Writing(folder, done)
@@ -155,7 +160,7 @@ class Checkpointer:
 
     def _weights(self) -> dict[int, dict[str, Any]]:
         """Each chunk's parameters, as sharded tensors that share its memory."""
-        return {index: _parameters(chunk) for index, chunk in enumerate(self._chunks)}
+        return {index: sharded_parameters(chunk.module) for index, chunk in enumerate(self._chunks)}
 
 
 def _generators() -> ShardedObject:
@@ -169,10 +174,22 @@ def _tracker() -> Any:
     return tensor_parallel.get_cuda_rng_tracker()
 
 
-def _parameters(chunk: DistributedDataParallel) -> dict[str, Any]:
-    module: Any = chunk.module  # torch types a module's attributes as tensors
-    state = module.sharded_state_dict(metadata=KEYS)
+def sharded_parameters(module: Any) -> dict[str, Any]:
+    """A model chunk's parameters, as sharded tensors that share its memory."""
+    state = module.sharded_state_dict(metadata=_KEYS)
     return {name: sharded for name, sharded in state.items() if not name.endswith(_EXTRA)}
+
+
+def declare_format(folder: Path) -> None:
+    """Without its file Megatron-Core does not take the folder for a checkpoint."""
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def common_state() -> io.BytesIO:
+    """What a checkpoint holds as COMMON_STATE."""
+    data = io.BytesIO()
+    torch.save([_COMMON.data], data)
+    return data
 
 
 def _begin(folder: Path, model: Path, manifest: Manifest) -> None:
@@ -184,7 +201,7 @@ def _begin(folder: Path, model: Path, manifest: Manifest) -> None:
         (partial / HUGGING_FACE).mkdir()
         add_other_files(model, partial / HUGGING_FACE, manifest.dtype)
         manifest.write(partial)
-        save_config(CheckpointingConfig("torch_dist", 1), str(partial / ACTOR))
+        declare_format(partial / ACTOR)
     except OSError:
         discard_folder(folder)
         raise

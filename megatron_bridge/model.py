@@ -27,6 +27,14 @@ def build_model(architecture: Architecture, dtype: torch.dtype, actor: ActorConf
     ]
 
 
+def outline(architecture: Architecture, dtype: torch.dtype) -> GPTModel:
+    """The whole model for one rank, names and shapes without memory. Parallel state must be initialised."""
+    config = _transformer_config(architecture, dtype, ActorConfig(), transformer_engine=False)
+    config.use_cpu_initialization = True  # else it would name a device
+    with torch.device("meta"):
+        return _build_chunk(architecture, config, ActorConfig(), 0).to(dtype=dtype)
+
+
 def _build_chunk(
     architecture: Architecture, config: TransformerConfig, actor: ActorConfig, chunk: int
 ) -> GPTModel:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import treepo
-from treepo.config.data import ColumnsConfig, DataConfig
+from treepo.config.data import ColumnsConfig, DataConfig, PromptsConfig
 from treepo.data import PromptOrder, check_prompts, load_prompts, read_questions
 from treepo.errors import DataError
 from treepo.tokenizer import Message, RefusedMessagesError, Tokenizer
@@ -337,3 +337,18 @@ def test_an_order_of_other_data_does_not_go_on(n: int, seed: int, said: str) -> 
 def test_more_prompts_than_there_are() -> None:
     with pytest.raises(DataError, match="64 different prompts are wanted at once, but there are 30"):
         PromptOrder(30, seed=0).next(64)
+
+
+def test_the_fingerprint_is_of_prompts_answers_and_their_order(tmp_path: Path) -> None:
+    rows = [{"q": f"{i} + 1?", "a": i + 1, "other": i} for i in range(4)]
+    columns = ColumnsConfig(prompt="q", answer="a", source=None)
+
+    def fingerprint(rows: list[dict[str, Any]]) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return check_prompts(path, columns, PromptsConfig()).fingerprint
+
+    same = fingerprint(rows)
+    assert fingerprint([row | {"other": 9} for row in rows]) == same
+    for changed in (rows[:3], rows[::-1], [rows[0] | {"a": 7}, *rows[1:]], [rows[0] | {"q": "?"}, *rows[1:]]):
+        assert fingerprint(changed) != same

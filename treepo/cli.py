@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +114,21 @@ def rollout(
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_rollout(_output, summary, rollout_config.out)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A training checkpoint, or a Hugging Face folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write: of the other kind.")],
+) -> None:
+    """Turn a training checkpoint into a Hugging Face folder, or the other way round."""
+    from megatron_bridge.convert import convert as run
+    from treepo.convert_display import convert_progress, show_converted
+
+    started = time.perf_counter()
+    with convert_progress(_output) as progress:
+        converted = run(source, target, progress)
+    show_converted(_output, converted, target, time.perf_counter() - started)
 
 
 @app.command(name="eval")

@@ -5,6 +5,8 @@ is an error that names file, row and column, or is counted by its reason and ski
 than memory: what is kept of it is where its usable rows are.
 """
 
+import hashlib
+import json
 import math
 from array import array
 from collections import Counter
@@ -46,6 +48,7 @@ class Prompt:
 @dataclass(slots=True)
 class DataReport:
     """What a file holds. rows: all of them. duplicates: usable rows whose prompt another row had before.
+    fingerprint: of the usable rows' prompts and answers, in their order.
 
     blank_lines: neither rows nor errors. skipped: rows left out, by reason; examples: the first row of each
     reason, as an error would say it.
@@ -55,6 +58,7 @@ class DataReport:
     rows: int = 0
     duplicates: int = 0
     blank_lines: int = 0
+    fingerprint: str = ""
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
@@ -240,6 +244,7 @@ def _convert_rows[T](
 ) -> Iterator[T]:
     """What `convert` makes of each usable row; the report grows on the way and is complete at the end."""
     prompts = array("q")  # hashes
+    digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         report.rows += 1
         try:
@@ -252,9 +257,11 @@ def _convert_rows[T](
             report.examples.setdefault(bad.reason, f"{row.place}: {bad}")
             continue
         prompts.append(hash(tuple((message["role"], message["content"]) for message in question.messages)))
+        digest.update(json.dumps((row.index, question.messages, question.answer)).encode())
         yield converted
     report.duplicates = len(prompts) - len(np.unique(np.frombuffer(prompts, dtype=np.int64)))
     report.blank_lines = rows.blank_lines
+    report.fingerprint = digest.hexdigest()
     if not report.usable:
         raise DataError(report.summary() if report.rows else f"{report.path}: it has no rows")
 

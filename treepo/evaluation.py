@@ -25,6 +25,7 @@ RESAMPLES = 1000
 LEVEL = 0.95
 """Of the intervals."""
 NO_VOTE = -1
+_RESAMPLES_AT_ONCE = 100  # a divisor of RESAMPLES; all at once would be gigabytes for a large benchmark
 TRUNCATED = (Stop.LIMIT, Stop.DEPTH)
 
 
@@ -156,24 +157,56 @@ class Estimate:
 
 
 def estimate(strata: Sequence[np.ndarray], seed: int) -> Estimate:
-    """The mean over all problems of all strata (benchmarks), weighted by size; values that are nan are left
-    out.
+    """The mean over all problems of all strata (benchmarks), weighted by size: of float64 [P] each.
 
-    The interval is the percentile bootstrap over problems, a problem's responses kept together, each
-    benchmark resampled to its own size.
+    Values that are nan are left out. The interval is the percentile bootstrap over problems, a problem's
+    responses kept together, each benchmark resampled to its own size.
     """
-    kept = [values[~np.isnan(values)] for values in strata]
-    total = sum(map(len, kept))
-    if not total:
-        return Estimate(math.nan, math.nan, math.nan, 0)
+    (only,) = _estimates([values[:, None] for values in strata], seed)
+    return only
+
+
+def estimates(metrics_P: Sequence[Sequence[Mapping[str, float]]], seed: int) -> dict[str, Estimate]:
+    """Each metric's `estimate` over the problems of one or more benchmarks."""
+    names = next((list(problem) for benchmark in metrics_P for problem in benchmark), [])
+    if not names:
+        return {}
+    strata = [
+        np.array([[problem[name] for name in names] for problem in benchmark]).reshape(-1, len(names))
+        for benchmark in metrics_P
+    ]
+    return dict(zip(names, _estimates(strata, seed), strict=True))
+
+
+def _estimates(strata: Sequence[np.ndarray], seed: int) -> list[Estimate]:
+    """Of several metrics, with the same resamples for all of them: float64 [P, M] for each benchmark."""
     generator = rng.generator("interval", seed)
-    sums = np.zeros(RESAMPLES)
-    for values in kept:
-        if len(values):
-            for draw in range(RESAMPLES):  # one row at a time: all at once is gigabytes for a large benchmark
-                sums[draw] += values[generator.integers(len(values), size=len(values))].sum()
-    low, high = np.quantile(sums / total, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(sum(values.sum() for values in kept) / total), float(low), float(high), total)
+    metrics = strata[0].shape[1]
+    total, drawn, drawn_count = 0.0, np.zeros((RESAMPLES, metrics)), np.zeros((RESAMPLES, metrics))
+    count = np.zeros(metrics, dtype=np.int64)
+    for values in strata:
+        known, problems = ~np.isnan(values), len(values)
+        values = np.where(known, values, 0.0)
+        total, count = total + values.sum(axis=0), count + known.sum(axis=0)
+        for draw in range(0, RESAMPLES if problems else 0, _RESAMPLES_AT_ONCE):
+            rows = slice(draw, draw + _RESAMPLES_AT_ONCE)
+            times = generator.multinomial(problems, np.full(problems, 1 / problems), _RESAMPLES_AT_ONCE)
+            drawn[rows] += times @ values
+            drawn_count[rows] += times @ known
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan, as the mean of nothing should be
+        mean, resampled = total / count, drawn / drawn_count
+    return [
+        Estimate(float(mean[metric]), *_interval(resampled[:, metric]), int(count[metric]))
+        for metric in range(metrics)
+    ]
+
+
+def _interval(resampled: np.ndarray) -> tuple[float, float]:
+    known = resampled[~np.isnan(resampled)]
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def sample_counts(n: int) -> list[int]:
@@ -194,15 +227,6 @@ def problem_metrics(problem: ProblemResult, samples: int, seed: int, *, voting: 
         metrics |= {"majority": problem.majority(), "majority_bootstrap": problem.majority_bootstrap(seed)}
         metrics |= {f"maj@{k}": problem.majority_at(k, seed) for k in ks if k > 1}
     return metrics
-
-
-def estimates(metrics_P: Sequence[Sequence[Mapping[str, float]]], seed: int) -> dict[str, Estimate]:
-    """Each metric's estimate over the problems of one or more benchmarks."""
-    names = next((list(problem) for benchmark in metrics_P for problem in benchmark), [])
-    return {
-        name: estimate([np.array([problem[name] for problem in benchmark]) for benchmark in metrics_P], seed)
-        for name in names
-    }
 
 
 def length_metrics(problems: Sequence[ProblemResult]) -> dict[str, float | None]:

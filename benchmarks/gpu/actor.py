@@ -84,9 +84,9 @@ class Scale:
 def scale(arguments: argparse.Namespace) -> Scale:
     if arguments.dry_run:
         return Scale({"tiny": SHAPES["tiny"]}, [Setting(1, 8, 32, 8, 2, 1024)], "float32", "none", 1)
-    layers = {"0.5b": SHAPES["0.5b"]["num_hidden_layers"], "7b": arguments.layers}
+    depth = {"0.5b": SHAPES["0.5b"]["num_hidden_layers"], "7b": arguments.layers}
     return Scale(
-        shapes={name: SHAPES[name] | {"num_hidden_layers": layers[name]} for name in arguments.shapes},
+        shapes={name: SHAPES[name] | {"num_hidden_layers": depth[name]} for name in arguments.shapes},
         settings=[
             Setting(
                 prompts=1,

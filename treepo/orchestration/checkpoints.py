@@ -22,8 +22,8 @@ _NAME = re.compile(r"step-(\d+)")
 class RunState:
     """What a run goes on from, besides the trainer's own state.
 
-    cursor: of the order of prompts. data: fingerprint of the prompts. sizes: bytes of the files that grow, by
-    name, as they were after the step. The rest as in the run's summary, up to the step.
+    cursor: of the order of prompts. data: fingerprint of the prompts' file. sizes: bytes of the files that
+    grow, by name, as they were after the step. The rest as in the run's summary, up to the step.
     """
 
     step: int

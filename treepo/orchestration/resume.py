@@ -1,14 +1,12 @@
 """`treepo train --resume`: from which checkpoint a run goes on, and whether it is still the same run."""
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from treepo.config.load import load_config
 from treepo.config.schema import RunConfig
-from treepo.data import Prompt
 from treepo.errors import ConfigError
 from treepo.orchestration.checkpoints import RunState, newest
 from treepo.orchestration.inputs import Inputs
@@ -26,6 +24,7 @@ FIXED = (
     "reward.function",
     "reward.url",
     "reward.terms",
+    "reward.overlong_buffer_tokens",
     "reward.correct",
     "reward.wrong",
 )
@@ -57,7 +56,7 @@ def find_resume(config: RunConfig, inputs: Inputs) -> Resume | None:
             f"--resume: {config.out / CONFIG} has {'; '.join(refused)}; a run goes on as it began "
             f"(another `out` begins a new one)"
         )
-    if state.data != fingerprint(inputs.train):
+    if state.data != inputs.train.report.fingerprint:
         raise ConfigError(
             f"--resume: {config.data.train} is not what it was when {checkpoint} was made: "
             "other prompts or answers"
@@ -75,15 +74,6 @@ def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
     before, now = (dict(_flat(each.model_dump(mode="json"))) for each in (saved, config))
     keys = [key for key in before | now if key != "out" and before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}
-
-
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Of everything that training takes from the data, in its order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        for part in (prompt.id, prompt.text, prompt.answer):
-            digest.update(part.encode() + b"\0")
-    return digest.hexdigest()
 
 
 def _check_sizes(out: Path, state: RunState) -> None:

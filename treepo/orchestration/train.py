@@ -24,7 +24,7 @@ from treepo.orchestration.cluster import ray_session
 from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
-from treepo.orchestration.resume import Resume, fingerprint
+from treepo.orchestration.resume import Resume
 from treepo.orchestration.run_folder import RunFolder
 from treepo.orchestration.score_check import check_scores
 from treepo.orchestration.weight_update import update_weights
@@ -113,7 +113,6 @@ async def _start(
         training=driver(config.sampling),
         evaluation=driver(evaluation_sampling(config)),
         failed_grades=FailedGrades(config.reward.max_failed_share),
-        data=fingerprint(inputs.train),
     )
 
 
@@ -133,7 +132,6 @@ class Run:
     training: TreeDriver
     evaluation: TreeDriver
     failed_grades: FailedGrades
-    data: str  # fingerprint
     steps_done: int = 0
     accuracy_before: float | None = None
     decoded_tokens: int = 0
@@ -184,7 +182,7 @@ class Run:
             state = RunState(
                 step=self.steps_done,
                 cursor=self.order.cursor,
-                data=self.data,
+                data=self.inputs.train.report.fingerprint,
                 sizes=self.folder.sizes(),
                 accuracy_before=self.accuracy_before,
                 decoded_tokens=self.decoded_tokens,

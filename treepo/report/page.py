@@ -84,12 +84,15 @@ def _scores(results: Mapping[str, Any]) -> str:
 def _every_metric(results: Mapping[str, Any]) -> str:
     """The table of all metrics of all benchmarks, as HTML: a row each metric."""
     columns = parts(results)
+    sequential = results["settings"]["sampling"]["mode"] == "sequential"
+    hidden = {"weighted_mean"} if sequential else set()  # the mean once more
     head = "".join(f"<th>{escape(part['name'])}</th>" for part in columns)
     body = "".join(
         f"<tr><th scope='row'>{escape(name.replace('_', ' '))}</th>"
         + "".join(_estimate_cell(part["metrics"].get(name)) for part in columns)
         + "</tr>"
         for name in results["overall"]["metrics"]
+        if name not in hidden
     )
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
