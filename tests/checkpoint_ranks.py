@@ -120,8 +120,9 @@ def _actor(case: Case, layout: ParallelConfig, rank: int, store):
     for pack in case.packs:
         for column in pack.columns().values():
             column.flags.writeable = False  # as from Ray's object store
+    has_experts = case.model.name == "experts"  # the other model has none to divide
     config = ActorConfig(
-        parallel=layout,
+        parallel=layout if has_experts else layout.model_copy(update={"expert": 1}),
         optimizer=case.optimizer,
     )
     return MegatronActor(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
