@@ -66,7 +66,7 @@ async def evaluate(
     be sampled at all.
     """
     prompts = inputs.prompts
-    folder = EvaluationFolder(config, prompts, anew=anew)
+    folder = EvaluationFolder(config, prompts, inputs.model, anew=anew)
     with folder:
         failures: dict[str, str] = {}
         if len(folder.results) < len(prompts):

@@ -38,6 +38,7 @@ from treepo.tree import Tree, from_json, to_json
 
 SAMPLES, RESULTS, REPORT, PLOT = "samples.jsonl", "results.json", "report.html", "accuracy.svg"
 _MAY_CHANGE = frozenset({"out", "engine"})
+_KEYS = ("model", "answer", "answers", "classes", "spent")  # of a line of trees.jsonl, beside the tree's own
 _PART = ".part"
 
 
@@ -68,14 +69,19 @@ class Answered:
 class EvaluationFolder:
     """A context manager. results: of the finished problems, by id. spent: the last word of each session."""
 
-    def __init__(self, config: EvalConfig, prompts: Mapping[str, Prompt], *, anew: bool = False) -> None:
-        """Raises ConfigError where the folder holds another evaluation or something else, and `anew` is not
-        set: then its files are moved into `previous-N/`.
+    def __init__(
+        self, config: EvalConfig, prompts: Mapping[str, Prompt], model: str, *, anew: bool = False
+    ) -> None:
+        """model: tells one model from another, whatever its path.
+
+        Raises ConfigError where the folder holds another evaluation or something else, and `anew` is not set:
+        then its files are moved into `previous-N/`.
         """
         self.path = config.out
         self.results: dict[str, ProblemResult] = {}
         self.spent: dict[int, Spent] = {}
         self._prompts = prompts
+        self._model = model
         if anew or not (config.out / CONFIG).is_file():
             prepare_folder(config.out, config)
         else:
@@ -101,6 +107,7 @@ class EvaluationFolder:
         self._samples.flush()
         line = to_json(
             answered.tree,
+            model=self._model,
             answer=_unicode(prompt.answer),
             answers=[
                 None if grade.answer_text is None else _unicode(grade.answer_text)
@@ -142,6 +149,11 @@ class EvaluationFolder:
                 raise ConfigError(
                     f"out: {trees} has problem {tree.prompt_id} with another prompt than the data give it "
                     "now; --force starts anew"
+                )
+            if record["model"] != self._model:
+                raise ConfigError(
+                    f"out: {self.path} holds an evaluation of other weights than the model has now; --force "
+                    "starts anew, its files set aside"
                 )
             self._take(record, tree)
         self._drop_unfinished(samples)
@@ -213,8 +225,10 @@ def _sample_lines(answered: Answered, prompt: Prompt) -> Iterator[str]:
 
 def _tree_of(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
     try:
-        record = orjson.loads(line)
-        return record, from_json(line)
+        record, tree = orjson.loads(line), from_json(line)
+        for key in _KEYS:
+            record[key]
+        return record, tree
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
 
