@@ -95,7 +95,7 @@ def test_another_configuration_is_refused_and_its_first_key_named(out: Path) -> 
         EvaluationFolder(config_of(str(out), 4), PROMPTS, "m")
     with pytest.raises(ConfigError, match=r"data\.benchmarks\.1\.path = None, not c\.jsonl"):
         EvaluationFolder(config_of(str(out), 3, ("b", "c")), PROMPTS, "m")
-    faster = config_of(str(out), 3, engine={"count": 4})
+    faster = config_of(str(out), 3, engine={"count": 4}, reward={"workers": 9})
     assert list(EvaluationFolder(faster, PROMPTS, "m").results) == ["b:0"], "how it is served may change"
 
 
@@ -110,9 +110,10 @@ def test_to_start_anew_sets_the_old_files_aside(out: Path) -> None:
 def test_changed_problems_are_refused(out: Path) -> None:
     config = config_of(str(out), 3)
     write(EvaluationFolder(config, PROMPTS, "m"), range(2))
-    changed = PROMPTS | {"b:1": replace(PROMPTS["b:1"], tokens=np.array([9], dtype=np.int32))}
-    with pytest.raises(ConfigError, match="problem b:1 with another prompt"):
-        EvaluationFolder(config, changed, "m")
+    for change in ({"tokens": np.array([9], dtype=np.int32)}, {"answer": "3"}):
+        changed = PROMPTS | {"b:1": replace(PROMPTS["b:1"], **change)}
+        with pytest.raises(ConfigError, match="problem b:1 with another prompt or answer"):
+            EvaluationFolder(config, changed, "m")
 
 
 def test_damaged_files_are_named_with_their_line(out: Path) -> None:

@@ -37,7 +37,7 @@ from treepo.rewards.grade import Grade
 from treepo.tree import Tree, from_json, to_json
 
 SAMPLES, RESULTS, REPORT, PLOT = "samples.jsonl", "results.json", "report.html", "accuracy.svg"
-_MAY_CHANGE = frozenset({"out", "engine"})
+_MAY_CHANGE = ("out", "engine.", "reward.workers")  # keys, by how they begin: what is computed stays
 _KEYS = ("model", "answer", "answers", "classes", "spent")  # of a line of trees.jsonl, beside the tree's own
 _PART = ".part"
 
@@ -145,10 +145,14 @@ class EvaluationFolder:
             _cut_torn_line(path)
         for record, tree in self.problems():
             prompt = self._prompts.get(tree.prompt_id)
-            if prompt is None or prompt.tokens.tobytes() != tree.prompt.tobytes():
+            if (
+                prompt is None
+                or prompt.tokens.tobytes() != tree.prompt.tobytes()
+                or _unicode(prompt.answer) != record["answer"]
+            ):
                 raise ConfigError(
-                    f"out: {trees} has problem {tree.prompt_id} with another prompt than the data give it "
-                    "now; --force starts anew"
+                    f"out: {trees} has problem {tree.prompt_id} with another prompt or answer than the data "
+                    "give it now; --force starts anew"
                 )
             if record["model"] != self._model:
                 raise ConfigError(
@@ -274,7 +278,7 @@ def _check_same(config: EvalConfig) -> None:
         ) from None
     was, now = (_flat(settings.model_dump(mode="json")) for settings in (before, config))
     for key in dict.fromkeys([*now, *was]):
-        if was.get(key) != now.get(key) and key.partition(".")[0] not in _MAY_CHANGE:
+        if was.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
             raise ConfigError(
                 f"out: {config.out} holds an evaluation with {key} = {was.get(key)}, not {now.get(key)}; "
                 "--force starts anew, its files set aside"
