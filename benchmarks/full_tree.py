@@ -8,7 +8,12 @@ WIDTH, SEGMENT_TOKENS = 16, 512
 
 
 def full_tree(
-    rng: np.random.Generator, depth: int, initial_branching: int, prompt_tokens: int, vocabulary: int
+    rng: np.random.Generator,
+    depth: int,
+    initial_branching: int,
+    prompt_tokens: int,
+    vocabulary: int,
+    segment_tokens: int = SEGMENT_TOKENS,
 ) -> Tree:
     """`depth` segments above each of 16 leaves: the last level is full even where doubling would not fill it.
     Tokens are random and rewards +1 or -1; the engine's log-probs are those of a uniform distribution.
@@ -20,8 +25,8 @@ def full_tree(
         parents = [level[index * len(level) // wanted] for index in range(wanted)]
         first = len(segments)
         for parent in parents:
-            tokens = rng.integers(0, vocabulary, SEGMENT_TOKENS, dtype=np.int32)
-            log_probs = np.full(SEGMENT_TOKENS, -np.log(vocabulary), dtype=np.float32)
+            tokens = rng.integers(0, vocabulary, segment_tokens, dtype=np.int32)
+            log_probs = np.full(segment_tokens, -np.log(vocabulary), dtype=np.float32)
             segments.append(Segment(parent, tokens, log_probs, 0, Finish.LENGTH))
         level = list(range(first, len(segments)))
     leaves = tuple(

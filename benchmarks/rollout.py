@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.rollout
 
 Run it in the repository's root. A random model that this script writes; forced response lengths, see
-rollout_comparison.py. One JSON line for each mean length (in segments of 64 tokens) and initial branching.
-`tree_over_sequential` and `tree_over_lockstep` are ratios of trajectories per second by the clock,
-`total_over_unique` is what the first could be at most, `..._cpu` are the same ratios by the CPU time of
-SGLang's process, which other work on the machine disturbs less.
+rollout_comparison.py. One JSON line for each of SETTINGS, or of those that `--only` names; all take a
+quarter of an hour on a machine that does nothing else. `tree_over_sequential` and `tree_over_lockstep` are
+ratios of trajectories per second by the clock, `total_over_unique` is what the first could be at most,
+`..._cpu` are the same ratios by the CPU time of SGLang's process: other work on the machine disturbs them
+less.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
-from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of, write_model
+from benchmarks.random_model import write_model
+from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
@@ -35,6 +38,33 @@ MODEL = {
     "max_position_embeddings": 4096,
 }
 PROMPT_TOKENS, SEGMENT_TOKENS, MAX_DEPTH = 64, 64, 14
+KV_TOKENS = 12288
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the ways are compared on. mean: of the lengths, in segments; sigma: of their logarithm."""
+
+    mean: float
+    initial_branching: int
+    sigma: float = 0.5
+    prompts: int = 12
+    sequential: bool = True
+
+    @property
+    def lengths(self) -> LogNormal:
+        return LogNormal(self.mean * SEGMENT_TOKENS, self.sigma)
+
+
+SETTINGS = {
+    "mean3-initial2": Setting(mean=3, initial_branching=2),
+    "mean3-initial8": Setting(mean=3, initial_branching=8),
+    "mean4-initial2": Setting(mean=4, initial_branching=2),
+    "mean4-initial8": Setting(mean=4, initial_branching=8),
+    # These two are about lock-step; one by one costs time and tells nothing new.
+    "long-tails": Setting(mean=3, initial_branching=2, sigma=1.0, sequential=False),
+    "many-prompts": Setting(mean=3, initial_branching=2, prompts=32, sequential=False),
+}
 
 
 def sampling(initial_branching: int) -> SamplingConfig:
@@ -47,19 +77,17 @@ def sampling(initial_branching: int) -> SamplingConfig:
     )
 
 
-def settings(arguments: argparse.Namespace) -> Iterator[tuple[LogNormal, SamplingConfig]]:
-    for segments in arguments.mean_segments:
-        for initial_branching in arguments.initial_branching:
-            yield LogNormal(segments * SEGMENT_TOKENS, arguments.sigma), sampling(initial_branching)
-
-
-async def compare(engine: SGLangEngine, arguments: argparse.Namespace) -> None:
-    drawn = prompts(arguments.prompts, PROMPT_TOKENS, MODEL["vocab_size"])
-    for lengths, config in settings(arguments):
-        record = await Comparison(engine, drawn, config, lengths).run(arguments.repeats)
+async def compare(engine: SGLangEngine, names: Sequence[str], repeats: int) -> None:
+    for name in names:
+        setting = SETTINGS[name]
+        drawn = prompts(setting.prompts, PROMPT_TOKENS, MODEL["vocab_size"])
+        comparison = Comparison(
+            engine, drawn, sampling(setting.initial_branching), setting.lengths, setting.sequential
+        )
         line = {
             "benchmark": "rollout",
-            **record,
+            "setting": name,
+            **await comparison.run(repeats),
             "model": MODEL,
             "threads": os.environ.get("OMP_NUM_THREADS"),
         }
@@ -69,11 +97,8 @@ async def compare(engine: SGLangEngine, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--mean-segments", type=float, nargs="+", default=[3.0, 4.0])
-    parser.add_argument("--sigma", type=float, default=0.5, help="of the lengths' logarithm")
-    parser.add_argument("--initial-branching", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--kv-tokens", type=int, default=16384)
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--kv-tokens", type=int, default=KV_TOKENS)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +111,7 @@ def main() -> None:
             stop_rule=StopRule(sampling(initial_branching=2), text_of),
         )
         try:
-            asyncio.run(compare(engine, arguments))
+            asyncio.run(compare(engine, arguments.only, arguments.repeats))
         finally:
             engine.close()
 

@@ -13,14 +13,11 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sglang_rollout.driver import TreeDriver
 from sglang_rollout.engine import SGLangEngine
@@ -33,23 +30,9 @@ from treepo.stopping import StopRule
 from treepo.tree import Tree
 
 _NORMAL = NormalDist()
-_WARM_UP_PROMPTS = 4
+_WARM_UP_TREES = 64  # as many as a driver remembers
 Ends = Callable[[GenerateRequest], int]
 """Response tokens at which the path of a request ends."""
-
-
-def write_model(folder: Path, dtype: str, shape: Mapping[str, Any]) -> None:
-    """A random Qwen2 whose end token is one beyond its vocabulary: it cannot be sampled."""
-    config = Qwen2Config(
-        **shape,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        pad_token_id=0,
-        eos_token_id=shape["vocab_size"],
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen2ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def prompts(count: int, tokens: int, vocabulary: int) -> list[Prompt]:
@@ -108,18 +91,27 @@ class ReplayedEnds:
         return next(self._ends[request.context.tobytes()])
 
 
+class InstantEngine:
+    """Answers at once, with tokens that only the request's seed decides."""
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        tokens = np.random.default_rng(request.seed).integers(0, 2**16, request.max_tokens, dtype=np.int32)
+        log_probs = np.zeros(request.max_tokens, dtype=np.float32)
+        return GenerateOutput(tokens, log_probs, version=0, finish="length", cached_tokens=0)
+
+
 class ForcedLengths:
     """An engine whose paths end where `ends` says."""
 
     def __init__(self, engine: Engine, ends: Ends) -> None:
-        self._engine = engine
+        self.engine = engine
         self._ends = ends
         self.decoded_tokens = 0
         self.prefilled_tokens = 0
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         left = self._ends(request) - (len(request.context) - request.prompt_tokens)
-        output = await self._engine.generate(replace(request, max_tokens=min(request.max_tokens, left)))
+        output = await self.engine.generate(replace(request, max_tokens=min(request.max_tokens, left)))
         self.decoded_tokens += len(output.tokens)
         self.prefilled_tokens += len(request.context) - output.cached_tokens
         return replace(output, finish="eos") if len(output.tokens) == left else output
@@ -171,12 +163,18 @@ class Measured:
 class Comparison:
     """The three ways on one engine with the same prompts and the same sampling.
 
-    Each driver serves all repeats, as it serves the steps of a training, after a first one that is not
-    measured: it then knows how large its trees become.
+    Each driver serves all repeats, as it serves the steps of a training, and has grown trees before on an
+    engine that answers at once: it knows how large they become. sequential: whether leaves are also sampled
+    one by one.
     """
 
     def __init__(
-        self, engine: SGLangEngine, prompts: Sequence[Prompt], sampling: SamplingConfig, lengths: LogNormal
+        self,
+        engine: SGLangEngine,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        lengths: LogNormal,
+        sequential: bool = True,
     ) -> None:
         self._engine, self._prompts, self._sampling, self._lengths = engine, prompts, sampling, lengths
         drawn, self._replayed = DrawnEnds(lengths), ReplayedEnds()
@@ -186,26 +184,22 @@ class Comparison:
         kv_tokens = engine.capacity()
         self._tree = TreeDriver([self._tree_engine], sampling, text_of, seed=0, kv_tokens=kv_tokens)
         one_by_one = sampling.model_copy(update={"mode": "sequential"})
-        self._sequential = TreeDriver(
-            [self._sequential_engine], one_by_one, text_of, seed=0, kv_tokens=kv_tokens
+        self._sequential = (
+            TreeDriver([self._sequential_engine], one_by_one, text_of, seed=0, kv_tokens=kv_tokens)
+            if sequential
+            else None
         )
 
     async def run(self, repeats: int) -> dict[str, Any]:
         """Medians over repeats in which the ways alternate; every repeat grows other trees."""
-        await self._repeat(0, self._prompts[:_WARM_UP_PROMPTS])
-        self._tree.take_stats()
+        await self._warm_up()
         runs = [await self._repeat(step, self._prompts) for step in range(1, repeats + 1)]
         ways = {name: [run[name] for run in runs] for name in runs[0]}
         stats = self._tree.take_stats()
-        over_sequential = _ratio(ways, "sequential", lambda way: way.seconds)
         return {
-            "tree_over_sequential": over_sequential,
-            "tree_over_lockstep": _ratio(ways, "lockstep", lambda way: way.seconds),
+            **_ratios(ways),
             "total_over_unique": stats.total_over_unique,
-            "share_of_ceiling": over_sequential / stats.total_over_unique,
             "cached_token_ratio": stats.cached_token_ratio,
-            "tree_over_sequential_cpu": _ratio(ways, "sequential", lambda way: way.engine_cpu_seconds),
-            "tree_over_lockstep_cpu": _ratio(ways, "lockstep", lambda way: way.engine_cpu_seconds),
             "response_tokens": stats.total_tokens / stats.leaves,
             **{name: _medians(measured) for name, measured in ways.items()},
             "lengths": asdict(self._lengths),
@@ -218,6 +212,23 @@ class Comparison:
             "repeats": repeats,
         }
 
+    async def _warm_up(self) -> None:
+        """What the drivers must know of their trees, and one prompt on the real engine."""
+        forced, real = self._tree_engine, self._engine
+        forced.engine = InstantEngine()
+        trees = await _collect(self._tree, self._warm_up_prompts(), step=0)
+        forced.engine = real
+        if self._sequential is not None:
+            self._replayed.replay(trees)
+            self._sequential_engine.engine = InstantEngine()
+            await _collect(self._sequential, self._warm_up_prompts(), step=0)
+            self._sequential_engine.engine = real
+        await self._repeat(0, self._prompts[:1])
+        self._tree.take_stats()
+
+    def _warm_up_prompts(self) -> list[Prompt]:
+        return prompts(_WARM_UP_TREES, len(self._prompts[0].tokens), 2**16)
+
     async def _repeat(self, step: int, prompts: Sequence[Prompt]) -> dict[str, Measured]:
         tree = await self._measure(self._tree_engine, _collect(self._tree, prompts, step))
         lockstep = await self._measure(
@@ -225,15 +236,15 @@ class Comparison:
             grow_in_lockstep(self._lockstep_engine, prompts, self._sampling, seed=0, step=step),
         )
         assert _total(lockstep.trees) == _total(tree.trees), "not the same trees"
+        if self._sequential is None:
+            return {"tree": tree, "lockstep": lockstep}
         self._replayed.replay(tree.trees)
         sequential = await self._measure(self._sequential_engine, _collect(self._sequential, prompts, step))
         assert sequential.decoded_tokens == _total(tree.trees), "not the same leaves"
         return {"tree": tree, "lockstep": lockstep, "sequential": sequential}
 
     async def _measure(self, engine: ForcedLengths, work: Awaitable[list[Tree]]) -> Measured:
-        # An update of nothing: it empties the prefix cache.
-        await self._engine.begin(self._engine.version + 1)
-        await self._engine.commit([])
+        await self._engine.clear_cache()
         decoded, prefilled = engine.decoded_tokens, engine.prefilled_tokens
         start, cpu_start, engine_start = time.perf_counter(), time.process_time(), _children_cpu_seconds()
         trees = await work
@@ -264,10 +275,20 @@ def _children_cpu_seconds() -> float:
     return sum(time.user + time.system for time in times)
 
 
-def _ratio(ways: dict[str, list[Measured]], other: str, cost: Callable[[Measured], float]) -> float:
+def _ratios(ways: Mapping[str, Sequence[Measured]]) -> dict[str, float]:
+    """The tree's trajectories per second over each other way's, by the clock and by SGLang's CPU time."""
+    ratios: dict[str, float] = {}
+    for other in sorted(ways.keys() - {"tree"}):
+        ratios[f"tree_over_{other}"] = _ratio(ways["tree"], ways[other], lambda way: way.seconds)
+        ratios[f"tree_over_{other}_cpu"] = _ratio(
+            ways["tree"], ways[other], lambda way: way.engine_cpu_seconds
+        )
+    return ratios
+
+
+def _ratio(trees: Sequence[Measured], others: Sequence[Measured], cost: Callable[[Measured], float]) -> float:
     """The other way's cost over the tree's, the median over repeats: trajectories are the same in both."""
-    pairs = zip(ways["tree"], ways[other], strict=True)
-    return statistics.median(cost(slow) / cost(tree) for tree, slow in pairs)
+    return statistics.median(cost(other) / cost(tree) for tree, other in zip(trees, others, strict=True))
 
 
 def _medians(runs: Sequence[Measured]) -> dict[str, float]:

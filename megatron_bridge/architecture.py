@@ -1,6 +1,7 @@
 """What a Hugging Face config says of a model, as far as the actor needs it."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +11,15 @@ from megatron_bridge.rotary import inverse_frequency
 from megatron_bridge.weights import FAMILIES, Dimensions, Family
 from treepo.config.actor import ParallelConfig
 from treepo.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What stands in place of the MLP in an architecture's sparse layers (`Dimensions` says which)."""
+
+    intermediate: int
+    per_token: int
+    normalised: bool  # a token's experts' probabilities are scaled to sum to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +35,7 @@ class Architecture:
     max_positions: int
     tied: bool
     frequency: Tensor  # float32 [head_dim / 2], rotary radians per position
+    experts: Experts | None = None
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -35,11 +46,17 @@ def read_architecture(folder: Path) -> Architecture:
     if config.model_type not in FAMILIES:
         raise ModelError(f"{folder}: model_type {config.model_type!r}; known are {', '.join(FAMILIES)}")
     _check_features(folder, config)
+    sparse_layers = _sparse_layers(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Architecture(
         family=FAMILIES[config.model_type],
         dimensions=Dimensions(
-            config.num_hidden_layers, config.num_key_value_heads, head_dim, config.vocab_size
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            head_dim,
+            config.vocab_size,
+            config.num_experts if sparse_layers else 0,
+            sparse_layers,
         ),
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
@@ -48,7 +65,28 @@ def read_architecture(folder: Path) -> Architecture:
         max_positions=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
         frequency=inverse_frequency(config.rope_parameters, head_dim),
+        experts=_experts(folder, config) if sparse_layers else None,
     )
+
+
+def _sparse_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers with experts, as transformers' decoder layers decide it."""
+    if not getattr(config, "num_experts", 0):
+        return ()
+    return tuple(
+        layer
+        for layer in range(config.num_hidden_layers)
+        if layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+    )
+
+
+def _experts(folder: Path, config: PreTrainedConfig) -> Experts:
+    if config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        raise ModelError(
+            f"{folder}: num_experts_per_tok = 1 with norm_topk_prob = true is not supported: the one "
+            "probability is always 1, and the router learns nothing"
+        )
+    return Experts(config.moe_intermediate_size, config.num_experts_per_tok, config.norm_topk_prob)
 
 
 def _check_features(folder: Path, config: PreTrainedConfig) -> None:
@@ -67,14 +105,46 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Raises ConfigError, with the arithmetic, where the model cannot be divided so."""
     dimensions = architecture.dimensions
-    for name, ranks, what, size in (
-        ("tensor", parallel.tensor, "attention heads", architecture.heads),
-        ("tensor", parallel.tensor, "key-value heads", dimensions.groups),
-        ("tensor", parallel.tensor, "rows of the MLP", architecture.intermediate),
-        ("pipeline", parallel.pipeline, "layers", dimensions.layers),
-    ):
+    stages = "actor.parallel.pipeline"
+    if parallel.virtual_pipeline > 1:
+        stages += f" x virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline}"
+    parts = [
+        ("actor.parallel.tensor", parallel.tensor, "attention heads", architecture.heads),
+        ("actor.parallel.tensor", parallel.tensor, "key-value heads", dimensions.groups),
+        (stages, parallel.pipeline * parallel.virtual_pipeline, "layers", dimensions.layers),
+    ]
+    if len(dimensions.sparse_layers) < dimensions.layers:
+        parts.append(("actor.parallel.tensor", parallel.tensor, "rows of the MLP", architecture.intermediate))
+    if dimensions.experts:
+        parts.append(("actor.parallel.expert", parallel.expert, "experts", dimensions.experts))
+    for name, ranks, what, size in parts:
         if size % ranks:
             raise ConfigError(
-                f"actor.parallel.{name} = {ranks} does not divide the model's {size} {what} "
-                f"(remainder {size % ranks})"
+                f"{name} = {ranks} does not divide the model's {size} {what} (remainder {size % ranks})"
             )
+    if parallel.expert > 1 and not dimensions.experts:
+        raise ConfigError(f"actor.parallel.expert = {parallel.expert}, but the model has no experts")
+    if dimensions.experts and parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"actor.parallel.tensor = {parallel.tensor} with a model that has experts needs "
+            "actor.parallel.sequence = true: Megatron-Core sends each rank's own tokens to the experts"
+        )
+
+
+def check_layers(transformer_impl: str) -> None:
+    """Raises ConfigError where Transformer Engine is asked for and not installed."""
+    if transformer_impl == "te" and find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "actor.transformer_impl = te, but transformer_engine is not installed; auto and local do without"
+        )
+
+
+def check_same_model(folder: Path, model: Path) -> None:
+    """Raises ModelError where the weights that belong to `folder`'s config are not such as `model`'s."""
+    ours, theirs = read_architecture(model), read_architecture(folder)
+    if ours.family != theirs.family:
+        raise ModelError(f"{folder}: not the model of {model}: it is of another family")
+    for name in ("dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
+        expected, found = getattr(ours, name), getattr(theirs, name)
+        if expected != found:
+            raise ModelError(f"{folder}: not the model of {model}: {name} is {found}, not {expected}")

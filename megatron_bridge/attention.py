@@ -10,6 +10,7 @@ ancestor of i >= a that lies before a is open at a too. So the cost follows the 
 allows, not T^2, whatever the lengths of the segments.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -120,12 +121,14 @@ def attend_gathered(query: Tensor, key: Tensor, value: Tensor, plan: GatherPlan)
 
 def block_mask(exit_T: Tensor) -> BlockMask:
     """FlexAttention's mask from `exit` alone: which blocks have an allowed pair follows from the largest
-    exit in a block of keys, which are allowed throughout from the smallest.
+    exit in a block of keys, which are allowed throughout from the smallest. It is [blocks, blocks] and never
+    [T, T]. Past the end it has tokens that see themselves alone, up to a whole number of blocks.
     """
-    length = len(exit_T)
-    padded = pad(exit_T, (0, -length % CUDA_BLOCK))
-    exit_B = padded.view(-1, CUDA_BLOCK)
-    start_B = torch.arange(0, len(padded), CUDA_BLOCK, device=exit_T.device)
+    length, rest = len(exit_T), -len(exit_T) % CUDA_BLOCK
+    past_end = torch.arange(length + 1, length + rest + 1, dtype=exit_T.dtype, device=exit_T.device)
+    exits = torch.cat([exit_T, past_end])
+    exit_B = exits.view(-1, CUDA_BLOCK)
+    start_B = torch.arange(0, len(exits), CUDA_BLOCK, device=exit_T.device)
     below = start_B[None, :] < start_B[:, None]  # [query block, key block]: the keys lie before the queries
     some = (below & (exit_B.amax(1)[None, :] > start_B[:, None])) | torch.eye(
         len(start_B), dtype=torch.bool, device=exit_T.device
@@ -133,14 +136,14 @@ def block_mask(exit_T: Tensor) -> BlockMask:
     full = below & (exit_B.amin(1)[None, :] >= start_B[:, None] + CUDA_BLOCK)
 
     def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < padded[key])
+        return (key <= query) & (query < exits[key])
 
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~full),
         *_ordered(full),
         BLOCK_SIZE=CUDA_BLOCK,
         mask_mod=mask_mod,
-        seq_lengths=(length, length),
+        seq_lengths=(len(exits), len(exits)),
     )
 
 
@@ -151,9 +154,38 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(-1, dtype=torch.int32), index.to(torch.int32)
 
 
+def attend_sparse(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """Attention by FlexAttention. query: [T, heads, D]; key and value: [T, groups, D]. Returns
+    [T, heads, D].
+    """
+    blocks = (_in_blocks(x) for x in (query, key, value))
+    return _compiled_attend_blocks()(*blocks, mask).flatten(0, 1)[: len(query)]
+
+
+def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """The part that is compiled: [blocks, CUDA_BLOCK, heads or groups, D] to [blocks, CUDA_BLOCK, heads, D].
+
+    Cut into blocks outside, so that the compiler knows the length to be a multiple of CUDA_BLOCK where it
+    does not know the length: only then do the kernels leave out the checks at the end.
+    """
+    query, key, value = (x.flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
+    output = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    return output[0].transpose(0, 1).unflatten(0, (-1, CUDA_BLOCK))  # type: ignore[union-attr]  # no aux asked for
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """[T, heads, D] to [blocks, CUDA_BLOCK, heads, D], padded with 0, always contiguous: each kind of strides
+    would be compiled anew.
+    """
+    rest = -len(x) % CUDA_BLOCK
+    x = pad(x, (0, 0, 0, 0, 0, rest)) if rest else x.contiguous()
+    return x.unflatten(0, (-1, CUDA_BLOCK))
+
+
 @cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention)
+def _compiled_attend_blocks() -> Callable[..., Tensor]:
+    # Lengths are compiled in once, then left open. Whole, or an error: not compiled it would be T x T.
+    return torch.compile(attend_blocks, fullgraph=True)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
@@ -163,6 +195,4 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
     if isinstance(plan.mask, GatherPlan):
         return attend_gathered(query, key, value, plan.mask)
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    output = _compiled_flex_attention()(query, key, value, block_mask=plan.mask, enable_gqa=True)
-    return output[0].transpose(0, 1)
+    return attend_sparse(query, key, value, plan.mask)

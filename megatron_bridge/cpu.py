@@ -7,6 +7,7 @@ around every call into Megatron-Core (the mode belongs to a thread, and an actor
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -31,9 +32,16 @@ class CudaAsCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """The one stream of a machine without any."""
+    """The one stream of a machine without any, and its events."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
 
     def wait_stream(self, *_: object) -> None: ...
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None: ...
 
     def __enter__(self) -> "_Stream":
         return self
@@ -44,11 +52,20 @@ class _Stream:
 def _nothing(*_: object, **__: object) -> None: ...
 
 
+def _as_moved_to_cpu(tensor: object, as_numpy: bool = False, **_: object) -> object:
+    """What the experts' token dispatcher makes of numbers that it fetches from the device: it asks first
+    whether they are on one.
+    """
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 def install() -> None:
     """Replace what Megatron-Core calls in `torch.cuda`. May be called again."""
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_moved_to_cpu  # type: ignore[assignment]  # as typed loosely
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment]  # passed on as a device only
     torch.cuda.synchronize = _nothing
-    torch.cuda.current_stream = lambda *_: _Stream()  # type: ignore[assignment]  # used as a context only
+    torch.cuda.Stream = _Stream  # type: ignore[assignment]  # nothing is overlapped
+    torch.cuda.stream = torch.cuda.current_stream = lambda *_: _Stream()  # type: ignore[assignment]  # likewise
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]  # its result is not used
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda._lazy_call = _nothing

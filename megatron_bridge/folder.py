@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_bridge.buckets import grouped
+from megatron_bridge.new_folder import new_folder
 from treepo.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -44,19 +45,22 @@ def write_folder(
 
     The folder appears complete or not at all. Files of more than `shard_bytes` hold one tensor.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
+    with new_folder(folder) as partial:
+        dtype = _write_shards(tensors, partial, shard_bytes)
+        add_other_files(source, partial, dtype)
+
+
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> str:
+    """Returns the tensors' dtype."""
     shards: list[dict[str, int]] = []  # file by file, the tensors' sizes in bytes
     dtype = ""
     for group in grouped(tensors, shard_bytes):
         shard = {name: tensor.contiguous().cpu() for name, tensor in group}
         dtype = str(group[0][1].dtype).removeprefix("torch.")
-        save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        save_file(shard, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
-    _name_shards(partial, shards)
-    _add_other_files(source, partial, dtype)
-    partial.rename(folder)
+    _name_shards(folder, shards)
+    return dtype
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
@@ -76,7 +80,8 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
     (folder / INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
 
 
-def _add_other_files(source: Path, folder: Path, dtype: str) -> None:
+def add_other_files(source: Path, folder: Path, dtype: str) -> None:
+    """Copy `source`'s config, tokenizer, generation config and chat template; the config says `dtype`."""
     for path in source.iterdir():
         if path.suffix in COPIED and path.name not in ("config.json", INDEX):
             shutil.copyfile(path, folder / path.name)

@@ -1,71 +1,75 @@
 """Megatron-Core's model of an architecture. GPTModel is built in this file only."""
 
-import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.attention import AttentionPlan, attend
-from megatron_bridge.weights import padded_vocabulary
+from megatron_bridge.layers import final_norm, layer_spec, use_transformer_engine
+from megatron_bridge.weights import global_name, padded_vocabulary
 from treepo.config.actor import ActorConfig
 
-# It announces its successor, HybridModel, each time it is built.
-logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+
+def build_model(architecture: Architecture, dtype: torch.dtype, actor: ActorConfig) -> list[GPTModel]:
+    """The part of the model that is this rank's, uninitialised, in as many chunks as its pipeline stage has.
+    Parallel state must be initialised.
+    """
+    config = _transformer_config(architecture, dtype, actor, use_transformer_engine(actor.transformer_impl))
+    return [
+        _build_chunk(architecture, config, actor, chunk) for chunk in range(actor.parallel.virtual_pipeline)
+    ]
 
 
-class TreeAttention(MegatronModule):
-    """Megatron-Core's `core_attention`; the micro-batch's plan reaches it as `attention_bias`."""
-
-    def __init__(self, config: TransformerConfig, **_: object) -> None:
-        super().__init__(config)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: None,
-        *,
-        attention_bias: AttentionPlan,
-        **_: object,
-    ) -> Tensor:
-        """query: [T, 1, heads, D]; key and value: [T, 1, groups, D]. Returns [T, 1, heads * D]."""
-        del attention_mask
-        return attend(query[:, 0], key[:, 0], value[:, 0], attention_bias).flatten(1)[:, None]
+def outline(architecture: Architecture, dtype: torch.dtype) -> GPTModel:
+    """The whole model for one rank, names and shapes without memory. Parallel state must be initialised."""
+    config = _transformer_config(architecture, dtype, ActorConfig(), transformer_engine=False)
+    config.use_cpu_initialization = True  # else it would name a device
+    with torch.device("meta"):
+        return _build_chunk(architecture, config, ActorConfig(), 0).to(dtype=dtype)
 
 
-def build_model(architecture: Architecture, dtype: torch.dtype, actor: ActorConfig) -> GPTModel:
-    """The part of the model that is this rank's, uninitialised. Parallel state must be initialised."""
-    family = architecture.family
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=family.qk_norm)
-    spec.submodules.self_attention.submodules.core_attention = TreeAttention  # type: ignore[union-attr]  # a spec's parts are typed as object
+def _build_chunk(
+    architecture: Architecture, config: TransformerConfig, actor: ActorConfig, chunk: int
+) -> GPTModel:
+    virtual = chunk if actor.parallel.virtual_pipeline > 1 else None
+    engine = config.transformer_impl == "transformer_engine"
+    first, count = get_transformer_layer_offset(config, virtual), get_num_layers_to_build(config, virtual)
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer_spec(architecture, first + layer, engine) for layer in range(count)],
+        layer_norm=final_norm(engine),
+    )
     return GPTModel(
-        _transformer_config(architecture, dtype, actor),
-        spec,
+        config,
+        block,  # type: ignore[arg-type]  # a block's parts serve as well as a layer's
         vocab_size=padded_vocabulary(architecture.dimensions.vocabulary, actor.parallel.tensor),
         max_sequence_length=architecture.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual),
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="none",  # the core attention rotates by the pack's positions
+        vp_stage=virtual,
     )
 
 
 def _transformer_config(
-    architecture: Architecture, dtype: torch.dtype, actor: ActorConfig
+    architecture: Architecture, dtype: torch.dtype, actor: ActorConfig, transformer_engine: bool
 ) -> TransformerConfig:
+    chunks = actor.parallel.virtual_pipeline
     recompute = {
         "none": {},
+        # Of the modules on Megatron-Core's list the one that does without Transformer Engine.
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[actor.recompute]
     return TransformerConfig(
+        transformer_impl="transformer_engine" if transformer_engine else "local",
         num_layers=architecture.dimensions.layers,
         hidden_size=architecture.hidden,
         ffn_hidden_size=architecture.intermediate,
@@ -82,7 +86,13 @@ def _transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=actor.parallel.tensor,
+        sequence_parallel=actor.parallel.sequence_parallel,
         pipeline_model_parallel_size=actor.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        # Interleaved stages send to both neighbours at once. Of two stages these are the same rank: only this
+        # way of sending tells them apart.
+        overlap_p2p_comm=chunks > 1,
+        batch_p2p_comm=chunks == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -100,17 +110,41 @@ def _transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **recompute,
+        **_experts_config(architecture, actor, transformer_engine),
     )
 
 
-def named_parameters(model: GPTModel) -> dict[str, Parameter]:
-    """The parameters of this rank, under names in which layers are counted over all pipeline stages."""
-    number = {
-        f"decoder.layers.{index}.": f"decoder.layers.{int(layer.layer_number) - 1}."  # type: ignore[arg-type]  # a module's attribute
-        for index, layer in enumerate(model.decoder.layers)
+def _experts_config(
+    architecture: Architecture, actor: ActorConfig, transformer_engine: bool
+) -> dict[str, Any]:
+    """No loss balances the experts' load: the gradient is the policy's alone."""
+    dimensions, experts = architecture.dimensions, architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": dimensions.experts,
+        "moe_layer_freq": [int(layer in dimensions.sparse_layers) for layer in range(dimensions.layers)],
+        "moe_ffn_hidden_size": experts.intermediate,
+        "moe_grouped_gemm": transformer_engine,
+        "moe_router_topk": experts.per_token,
+        # The softmax of the chosen logits is that of all logits, scaled to sum to 1.
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",  # the choice of experts should not hang on rounding
+        "expert_model_parallel_size": actor.parallel.expert,
+        "expert_tensor_parallel_size": 1,
     }
+
+
+def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, Parameter]:
+    """The parameters of this rank, under names that count layers and experts over the whole model."""
     named = {}
-    for name, parameter in model.named_parameters():
-        prefix = ".".join(name.split(".")[:3]) + "."
-        named[name.replace(prefix, number.get(prefix, prefix), 1)] = parameter
+    for chunk in chunks:
+        layers = [int(layer.layer_number) - 1 for layer in chunk.decoder.layers]  # type: ignore[arg-type]  # a module's attribute
+        first_expert = 0
+        if chunk.config.num_moe_experts:
+            local = chunk.config.num_moe_experts // chunk.config.expert_model_parallel_size
+            first_expert = local * parallel_state.get_expert_model_parallel_rank()
+        for name, parameter in chunk.named_parameters():
+            named[global_name(name, layers, first_expert)] = parameter
     return named

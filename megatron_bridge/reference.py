@@ -1,6 +1,6 @@
 """The reference model of the KL term: the initial weights, kept by the host and swapped in to score."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,10 +8,10 @@ from torch import nn
 
 
 class ReferenceWeights:
-    """The weights that `model` has now, this rank's share. The device never holds a second copy."""
+    """The weights that `chunks` have now, this rank's share. The device never holds a second copy."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, chunks: Iterable[nn.Module]) -> None:
+        self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         self._initial = self._to_host()
 
     @contextmanager
@@ -25,9 +25,9 @@ class ReferenceWeights:
             self._to_model(current)
 
     def _to_host(self) -> list[torch.Tensor]:
-        return [parameter.detach().to("cpu", copy=True) for parameter in self._model.parameters()]
+        return [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
 
     def _to_model(self, values: list[torch.Tensor]) -> None:
         with torch.no_grad():
-            for parameter, value in zip(self._model.parameters(), values, strict=True):
+            for parameter, value in zip(self._parameters, values, strict=True):
                 parameter.copy_(value)

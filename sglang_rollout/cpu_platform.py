@@ -31,6 +31,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
         from sglang_rollout.cpu_attention import CpuAttention
+        from sglang_rollout.cpu_groups import gloo_only
         from sglang_rollout.cpu_sampler import SeededSampler, add_seeds
 
         register_attention_backend("torch_native")(CpuAttention)
@@ -39,6 +40,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
             "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
             add_seeds,
             HookType.AFTER,
+        )
+        HookRegistry.register(
+            "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__", gloo_only, HookType.BEFORE
         )
         HookRegistry.apply_hooks()  # SGLang's own call may be behind us; hooks that are in place stay
 

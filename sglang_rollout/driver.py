@@ -9,22 +9,21 @@ on (seed, step, prompt id) and on what the engine answers, never on the order in
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_rollout.growing_tree import Ask, GrowingTree, longest_response
+from sglang_rollout.growing_tree import Ask, GrowingTree
+from sglang_rollout.lanes import Lane, Lanes, LiveTree
 from treepo.config.sampling import SamplingConfig
 from treepo.data import Prompt
-from treepo.errors import EngineError
+from treepo.errors import DeadEngineError, EngineError
 from treepo.protocols import Engine, GenerateOutput, GenerateRequest
 from treepo.stopping import StopRule
 from treepo.tree import Tree
 
 _log = logging.getLogger(__name__)
-_REMEMBERED_TREES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,47 +74,13 @@ class Stats:
         return self.total_tokens / max(self.decoded_tokens - self.dropped_tokens, 1)
 
 
-@dataclass(slots=True, eq=False)
-class _Lane:
-    """An engine, the trees that live on it, and their leaves that are still to come.
-
-    failures: of its requests, since the last that it answered.
-    """
-
-    index: int
-    engine: Engine
-    trees: "set[_Live]" = field(default_factory=set)
-    leaves: int = 0
-    failures: int = 0
-
-    @property
-    def burden(self) -> tuple[int, int]:
-        """The engine with the least of it is chosen. An engine that fails its requests soon has no leaves, so
-        failures come first.
-        """
-        return self.failures, self.leaves
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A tree on an engine. leaves: still to come; held, most_held: most response tokens on its unfinished
-    paths at one time, in its last round and so far.
-    """
-
-    tree: GrowingTree
-    lane: _Lane
-    leaves: int
-    held: int = 0
-    most_held: int = 0
-
-
 class TreeDriver:
     """Samples trees (or, in `sequential` mode, independent responses) for prompts.
 
-    decode: token ids to text, for the stop rules. kv_tokens: tokens that each engine's KV cache holds;
-    where given, it bounds the trees that live on an engine so that their prefixes are not evicted.
-    `sampling.max_live_trees` bounds them by number instead. One driver serves step after step, and knows
-    better each time how large trees become.
+    decode: token ids to text, for the stop rules. kv_tokens: tokens that every engine's KV cache holds, or
+    each one's in a sequence; where given, they bound the trees that live on an engine so that their prefixes
+    are not evicted. `sampling.max_live_trees` bounds them by number instead. One driver serves step after
+    step, and knows better each time how large trees become.
     """
 
     def __init__(
@@ -124,7 +89,7 @@ class TreeDriver:
         sampling: SamplingConfig,
         decode: Callable[[np.ndarray], str],
         seed: int,
-        kv_tokens: int | None = None,
+        kv_tokens: int | Sequence[int] | None = None,
     ) -> None:
         if not engines:
             raise ValueError("a driver needs at least one engine")
@@ -132,11 +97,9 @@ class TreeDriver:
         self._sampling = sampling
         self._rule = StopRule(sampling, decode)
         self._seed = seed
-        self._lanes = [_Lane(index, engine) for index, engine in enumerate(engines)]
-        self._kv_tokens = kv_tokens
-        self._tokens = 0  # in all trees, a shared token once
-        self._leaves = 0  # ended in them
-        self._most_held: deque[int] = deque(maxlen=_REMEMBERED_TREES)  # by the trees that finished last
+        self._lanes = Lanes(
+            engines, sampling, [kv_tokens] * len(engines) if isinstance(kv_tokens, int) else kv_tokens
+        )
         self._room = asyncio.Event()
         self._waiting: dict[Ask, tuple[str, int, float]] = {}
 
@@ -147,7 +110,7 @@ class TreeDriver:
         (`contextlib.aclosing`) cancels whatever is in flight. What is raised here, in a group, is a fault;
         an engine's failures end in a FailedTree.
         """
-        for lane in self._lanes:
+        for lane in self._lanes.lanes:
             lane.failures = 0  # an engine that failed in the last step may have been replaced
         results: asyncio.Queue[Tree | FailedTree | None] = asyncio.Queue()
         growing = asyncio.create_task(self._grow_all(prompts, step, results))
@@ -180,13 +143,11 @@ class TreeDriver:
                 for prompt in prompts:
                     lane = await self._lane_with_room(prompt)
                     tree = GrowingTree(prompt, self._sampling, self._rule, self._seed, step)
-                    live = _Live(tree, lane, self._sampling.width)
-                    self._seat(live, lane)
-                    group.create_task(self._grow(live, results))
+                    group.create_task(self._grow(self._lanes.seat(tree, lane), results))
         finally:
             results.put_nowait(None)
 
-    async def _grow(self, live: _Live, results: asyncio.Queue[Tree | FailedTree | None]) -> None:
+    async def _grow(self, live: LiveTree, results: asyncio.Queue[Tree | FailedTree | None]) -> None:
         tree, failure = live.tree, None
         try:
             while tree.asks and failure is None:
@@ -197,33 +158,32 @@ class TreeDriver:
                 except* EngineError as errors:
                     failure = errors.exceptions[0]
                 else:
-                    live.held = tree.most_held()
-                    live.most_held = max(live.most_held, live.held)
+                    self._lanes.round_ended(live)
                     tree.advance()
         finally:
-            self._unseat(live)
+            self._lanes.leave(live)
             self._room.set()
         if failure is not None:
             self.stats.failed_trees += 1
             _log.warning("prompt %s: tree given up: %s", tree.prompt.id, failure)
             results.put_nowait(FailedTree(tree.prompt.id, str(failure)))
             return
-        self._most_held.append(live.most_held)
+        self._lanes.finished(live)
         finished = tree.finished()
         self._count_tree(finished, tree)
         results.put_nowait(finished)
 
-    async def _complete(self, live: _Live, ask: Ask) -> None:
+    async def _complete(self, live: LiveTree, ask: Ask) -> None:
         while not ask.complete:
             await self._answer(live, ask)
         if ask.stop is not None:
-            self._leaves += 1
-            live.leaves -= 1
-            live.lane.leaves -= 1
+            self._lanes.leaf_ended(live)
             self._room.set()
 
-    async def _answer(self, live: _Live, ask: Ask) -> None:
-        """One request for `ask`, tried again while it fails, from the second failure on elsewhere."""
+    async def _answer(self, live: LiveTree, ask: Ask) -> None:
+        """One request for `ask`, tried again while it fails: elsewhere from the second failure on, and as
+        soon as the engine is dead.
+        """
         request = live.tree.request(ask)
         below_prompt = ask.tip is None
         attempts = self._sampling.attempts
@@ -240,63 +200,22 @@ class TreeDriver:
                 if attempt == attempts:
                     raise EngineError(f"{error} (attempt {attempt} of {attempts})") from error
                 await asyncio.sleep(self._sampling.retry_seconds * 2 ** (attempt - 1))
-                if attempt > 1 and live.lane is lane:
-                    self._move(live)
+                dead = isinstance(error, DeadEngineError)
+                if (dead or attempt > 1) and live.lane is lane:
+                    self._lanes.move(live)
             else:
                 lane.failures = 0
-                self._tokens += taken
+                self._lanes.took(taken)
                 self._count_request(request, output, taken, below_prompt)
                 return
             finally:
                 del self._waiting[ask]
 
-    async def _lane_with_room(self, prompt: Prompt) -> _Lane:
-        while True:
-            lanes = [lane for lane in self._lanes if self._has_room(lane, prompt)]
-            if lanes:
-                return min(lanes, key=lambda lane: lane.burden)
+    async def _lane_with_room(self, prompt: Prompt) -> Lane:
+        while (lane := self._lanes.with_room(len(prompt.tokens))) is None:
             self._room.clear()
             await self._room.wait()
-
-    def _has_room(self, lane: _Lane, prompt: Prompt) -> bool:
-        if not lane.trees:
-            return True
-        if self._sampling.max_live_trees is not None:
-            return len(lane.trees) < self._sampling.max_live_trees
-        if self._kv_tokens is None:
-            return True
-        size = self._expected_tokens()
-        held = sum(len(live.tree.prompt.tokens) + max(size, live.held) for live in lane.trees)
-        return held + len(prompt.tokens) + size <= self._kv_tokens
-
-    def _expected_tokens(self) -> int:
-        """Response tokens that a tree is given room for: the most on its unfinished paths at one time, on
-        average over the trees that finished last; what has ended may leave the cache.
-
-        Before any has finished: the tokens of `width` leaves at what a leaf has cost so far. The paths that
-        have not ended count in this, so it starts too high and falls, as the first to end are the short ones.
-        Before any has ended: the most that a tree can have.
-        """
-        if self._most_held:
-            return sum(self._most_held) // len(self._most_held)
-        width = self._sampling.width
-        most = longest_response(self._sampling) * width
-        return min(most, self._tokens * width // self._leaves) if self._leaves else most
-
-    def _seat(self, live: _Live, lane: _Lane) -> None:
-        live.lane = lane
-        lane.trees.add(live)
-        lane.leaves += live.leaves
-
-    def _unseat(self, live: _Live) -> None:
-        live.lane.trees.remove(live)
-        live.lane.leaves -= live.leaves
-
-    def _move(self, live: _Live) -> None:
-        others = [lane for lane in self._lanes if lane is not live.lane]
-        if others:
-            self._unseat(live)
-            self._seat(live, min(others, key=lambda lane: lane.burden))
+        return lane
 
     def _count_request(
         self, request: GenerateRequest, output: GenerateOutput, taken: int, below_prompt: bool

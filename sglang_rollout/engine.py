@@ -7,21 +7,28 @@ is served until `commit` has verified what arrived; where that fails, requests a
 update succeeds.
 """
 
+import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from sglang_rollout.gate import Gate
+from sglang_rollout.receiver import LOADER, Action, End, Join, Load, Receipts
 from sglang_rollout.server import Server
-from sglang_rollout.weights import check_names, check_shapes, checkpoint_shapes, shared_payload
+from sglang_rollout.weights import Update, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
 from treepo.errors import EngineError
-from treepo.protocols import Bucket, GenerateOutput, GenerateRequest
+from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.tokenizer import end_tokens, has_tokenizer, load_tokenizer
+from treepo.transport.wire import Address, Bucket, Manifest
+
+_REPORT_SECONDS = 5.0  # a rank that missed a transport's deadline says so a little after it
+
+_LOOK_SECONDS = 0.2  # between two looks at whether SGLang has answered anything
 
 StopRule = Callable[[np.ndarray], bool]
 """Whether a response (int32 [T], prompt excluded) needs no further tokens."""
@@ -31,22 +38,30 @@ class SGLangEngine:
     """Implements `treepo.protocols.Engine` and `WeightSink`.
 
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16").
-    stop_rule: what `GenerateRequest.check_every` asks at its boundaries.
+    stop_rule: what `GenerateRequest.check_every` asks at its boundaries. shares_device: whether others will
+    need its device's memory at times (`release_memory`).
     Raises EngineError or ModelError where SGLang does not start on the folder.
     """
 
     def __init__(
-        self, model: Path, dtype: str, config: EngineConfig, *, seed: int, stop_rule: StopRule | None = None
+        self,
+        model: Path,
+        dtype: str,
+        config: EngineConfig,
+        *,
+        seed: int,
+        stop_rule: StopRule | None = None,
+        shares_device: bool = False,
     ) -> None:
         self._config = config
         self._stop_rule = stop_rule
         self._end_tokens = _end_tokens(model)
         self._shapes = checkpoint_shapes(model)
-        self._server = Server(model, dtype, config, seed)
+        self._server = Server(model, dtype, config, seed, shares_device)
         self._gate = Gate()
         self._version = 0
-        self._next_version: int | None = None
-        self._arrived: list[str] = []
+        self._update: Update | None = None
+        self._dirty = False  # some weights are of no version
 
     @property
     def version(self) -> int:
@@ -73,49 +88,108 @@ class SGLangEngine:
             self._score(tokens), self._config.request_seconds, "a request for log-probs"
         )
 
-    async def begin(self, version: int) -> None:
-        """Stop serving: later requests wait, running ones end. Begins anew where an update was left open."""
+    async def died(self) -> str:
+        """Why this engine can answer nothing any more, as soon as that is so."""
+        return await asyncio.shield(self._server.death)
+
+    async def show_life(self) -> None:
+        """Ask for one token; returns as soon as SGLang has answered anything at all: who is busy is alive.
+
+        Raises EngineError where it refuses, and DeadEngineError as soon as it has died.
+        """
+        await self._server.bounded(self._show_life(), self._config.request_seconds, "a sign of life")
+
+    async def begin(self, version: int, manifest: Manifest) -> None:
+        """Stop serving: later requests wait, running ones end. Begins anew where an update was left open.
+
+        Raises EngineError, and goes on serving what it served, where the manifest does not fit the model or
+        running requests do not end in time.
+        """
+        check_manifest(manifest, self._shapes)
         self._gate.shut()
-        self._next_version = version
-        self._arrived = []
-        await self._bounded_update(self._gate.empty(), "waiting for running requests")
+        try:
+            await self._bounded_update(self._gate.empty(), "waiting for running requests")
+        except EngineError as error:
+            self.abandon(str(error))
+            raise
+        # An earlier update that was left open may have overwritten weights already.
+        self._dirty = self._dirty or (self._update is not None and self._update.touched)
+        self._update = Update(version, manifest)
+
+    async def join(self, address: Address) -> None:
+        """Meet the sender of the update. Raises TransportError."""
+        self._updating()
+        await self._bounded_update(self._order(Join(address)), "meeting the sender", _REPORT_SECONDS)
 
     async def load(self, bucket: Bucket) -> None:
         """Overwrite some of the weights. Raises EngineError, and refuses to serve, where that fails."""
-        self._updating_to()
+        update = self._updating()
         try:
-            check_shapes(bucket, self._shapes)
-            await self._bounded_update(self._load(bucket), "loading weights")
+            update.arrives(bucket.tensors)
+            await self._bounded_update(self._order(Load(bucket)), "loading weights", _REPORT_SECONDS)
         except EngineError as error:
             self._gate.refuse(f"its weights are incomplete ({error})")
             raise
-        self._arrived += bucket.names
 
-    async def commit(self, names: Sequence[str]) -> int:
-        """Serve the new version if exactly `names` arrived; else refuse to serve and raise EngineError."""
-        version = self._updating_to()
+    async def commit(self) -> int:
+        """Serve the new version and return it, if every tensor arrived; else refuse and raise EngineError."""
+        update = self._updating()
         try:
-            check_names(self._arrived, names)
-            await self._bounded_update(self._flush(), "flushing the prefix cache")
+            update.check_complete()
+            await self._bounded_update(self._order(End()), "ending the update")
+            await self.clear_cache()
         except EngineError as error:
             self._gate.refuse(f"its weights are incomplete ({error})")
             raise
-        self._server.manager.server_args.override("treepo", weight_version=str(version))
-        self._version, self._next_version = version, None
+        self._server.manager.server_args.override("treepo", weight_version=str(update.version))
+        self._version, self._update, self._dirty = update.version, None, False
         self._gate.open()
-        return version
+        return update.version
+
+    def abandon(self, reason: str) -> None:
+        """End an update that will not be completed: serve the old version if it is whole, else refuse."""
+        self._dirty = self._dirty or (self._update is not None and self._update.touched)
+        self._update = None
+        if self._dirty:
+            self._gate.refuse(f"its weights are incomplete ({reason})")
+        else:
+            self._gate.open()
+
+    async def clear_cache(self) -> None:
+        """Forget every cached prefix; none may be in use."""
+        await self._bounded_update(self._flush(), "flushing the prefix cache")
+
+    async def release_memory(self) -> None:
+        """Give the device's memory to others until `restore_memory`; no request may run or come meanwhile.
+
+        The weights are kept in the host's memory. Only of an engine that shares its device.
+        """
+        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+        manager = self._server.manager
+        await self._bounded_update(self._flush(), "flushing the prefix cache")
+        release = manager.release_memory_occupation(ReleaseMemoryOccupationReqInput())
+        await self._bounded_update(release, "releasing memory")
+
+    async def restore_memory(self, part: Literal["weights", "cache"]) -> None:
+        """Take back what `release_memory` gave away: weights first; the cache when others need less again."""
+        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+        tags = {"weights": ["weights"], "cache": ["kv_cache", "cuda_graph"]}[part]
+        resume = self._server.manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
+        await self._bounded_update(resume, "restoring memory")
 
     def close(self) -> None:
         """End SGLang's processes, and no other. May be called again."""
         self._server.close()
 
-    async def _bounded_update(self, work: Any, what: str) -> None:
-        await self._server.bounded(work, self._config.update_seconds, what)
+    async def _bounded_update(self, work: Any, what: str, more_seconds: float = 0.0) -> None:
+        await self._server.bounded(work, self._config.update_seconds + more_seconds, what)
 
-    def _updating_to(self) -> int:
-        if self._next_version is None:
+    def _updating(self) -> Update:
+        if self._update is None:
             raise EngineError("no weight update has begun")
-        return self._next_version
+        return self._update
 
     async def _generate(self, request: GenerateRequest) -> GenerateOutput:
         if request.check_every and self._stop_rule is None:
@@ -182,6 +256,23 @@ class SGLangEngine:
         scores = [score for score, _, _ in output["meta_info"]["input_token_logprobs"][1:]]
         return np.asarray(scores, dtype=np.float32)
 
+    async def _show_life(self) -> None:
+        manager = self._server.manager
+        before = manager.last_receive_tstamp
+        probe = asyncio.ensure_future(self._one_token())
+        try:
+            while not probe.done() and manager.last_receive_tstamp == before:
+                await asyncio.wait((probe,), timeout=_LOOK_SECONDS)
+            if probe.done():
+                probe.result()
+        finally:
+            probe.cancel()
+
+    async def _one_token(self) -> None:
+        token = np.zeros(1, dtype=np.int32)  # every vocabulary has it
+        async with aclosing(self._answers(token, {"max_new_tokens": 1})) as answers:
+            await anext(answers)
+
     async def _answers(
         self,
         context: np.ndarray,
@@ -223,19 +314,25 @@ class SGLangEngine:
             if finish is None and not self._server.death.done():
                 manager.abort_request(request.rid)
 
-    async def _load(self, bucket: Bucket) -> None:
+    async def _order(self, action: Action) -> None:
+        """Have every rank of SGLang do something about weights. Raises what a rank failed with."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         from sglang.srt.utils import MultiprocessingSerializer
 
-        payload: Any = MultiprocessingSerializer.serialize(shared_payload(bucket))
-        update = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=[payload],
-            load_format="flattened_bucket",
-            flush_cache=False,
-        )
-        success, message = await self._server.manager.update_weights_from_tensor(update)
-        if not success:
-            raise EngineError(f"SGLang did not load weights: {message}")
+        receipts = Receipts(self._server.ranks)
+        try:
+            order = [("order", receipts.order(action))]
+            # One for each rank: shared memory that a message names can be taken once.
+            payloads: Any = [MultiprocessingSerializer.serialize(order) for _ in range(self._server.ranks)]
+            request = UpdateWeightsFromTensorReqInput(
+                serialized_named_tensors=payloads, load_format=LOADER, flush_cache=False
+            )
+            success, message = await self._server.manager.update_weights_from_tensor(request)
+            if not success:
+                raise EngineError(f"SGLang did not load weights: {message}")
+            receipts.check()
+        finally:
+            receipts.close()
 
     async def _flush(self) -> None:
         """Old prefixes cannot be matched any more; free their memory."""

@@ -75,6 +75,16 @@ class Ask:
         return self.stop is not None or self.length == self.goal
 
 
+def _unseen(node: Node | None, seen: set[int]) -> int:
+    """Tokens of the node and its ancestors that are not in `seen` yet, where they are added."""
+    tokens = 0
+    while node is not None and id(node) not in seen:
+        seen.add(id(node))
+        tokens += len(node.tokens)
+        node = node.parent
+    return tokens
+
+
 def longest_response(config: SamplingConfig) -> int:
     """Most tokens that a response can have."""
     if config.mode == "sequential":
@@ -167,23 +177,28 @@ class GrowingTree:
         else:
             self.asks = self._fall_back()
 
-    def most_held(self) -> int:
-        """Most response tokens on this round's unfinished paths at one time, a shared one once: what had to
-        stay in a prefix cache, had all paths been decoded at one rate. Called when the round is complete.
+    def held(self) -> list[tuple[int, int]]:
+        """For the end of each of this round's paths: leaves to come, and response tokens on the unfinished
+        paths, a shared one once. These had to stay in a prefix cache, had all been decoded at one rate.
+        Called when the round is complete.
         """
         grown = sorted(
             ((sum(len(node.tokens) for node in ask.new), ask) for ask in self.asks), key=itemgetter(0)
         )
+        leaves = self._config.width - len(self._leaves) - sum(ask.stop is not None for ask in self.asks)
         seen: set[int] = set()
-        above, most = 0, 0
+        above = 0
+        held: list[tuple[int, int]] = []
         for number, (length, ask) in enumerate(reversed(grown), start=1):
-            node = ask.new[0].parent
-            while node is not None and id(node) not in seen:
-                seen.add(id(node))
-                above += len(node.tokens)
-                node = node.parent
-            most = max(most, above + number * length)
-        return most
+            above += _unseen(ask.new[0].parent, seen)
+            leaves += ask.stop is not None
+            held.append((leaves, above + number * length))
+        return held
+
+    def above(self) -> int:
+        """Response tokens above the ends of the paths that have not ended, a shared one once."""
+        seen: set[int] = set()
+        return sum(_unseen(ask.tip, seen) for ask in self.asks if ask.stop is None)
 
     def finished(self) -> Tree:
         """The tree, once it has no asks left."""

@@ -20,31 +20,46 @@ from typing import Any
 import psutil
 import torch
 
+from sglang_rollout.cpu_groups import rank_environment
+from sglang_rollout.receiver import LOADER
 from treepo.config.engine import EngineConfig
-from treepo.errors import EngineError
+from treepo.errors import DeadEngineError, EngineError
 
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
+# Memory can be given away and taken back; the weights are kept in the host's memory meanwhile, so that an
+# engine that misses an update still has those of a version.
+_SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
 _CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
+_RESERVED_TOKENS = 64
+"""KV tokens that SGLang sets aside for what a request may still sample. Its own 4096 suit strangers;
+here the driver gives each tree room. A request that waits for a reserve waits with its prefix unlocked, and
+that is evicted. Too small a reserve costs little: the request that has least is put off, and its tokens are
+prefilled once more.
+"""
 
 
 class Server:
     """One running SGLang. The constructor blocks until the model is loaded.
 
     manager: SGLang's tokenizer manager, through which requests and control messages go.
-    capacity: tokens in the KV cache. longest: most tokens of one context and what is sampled below it;
-    SGLang shortens a longer request without a word.
+    ranks: SGLang's processes that hold weights. capacity: tokens in the KV cache. longest: most tokens of one
+    context and what is sampled below it; SGLang shortens a longer request without a word.
     Raises EngineError where SGLang does not start.
     """
 
-    def __init__(self, model: Path, dtype: str, config: EngineConfig, seed: int) -> None:
-        with _start_environment(config.log_level):
-            engine = _start(_arguments(model, dtype, config, seed))
+    def __init__(
+        self, model: Path, dtype: str, config: EngineConfig, seed: int, shares_device: bool = False
+    ) -> None:
+        arguments = _arguments(model, dtype, config, seed) | (_SHARES_DEVICE if shares_device else {})
+        with _start_environment(config):
+            engine = _start(arguments)
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must be gone
         self.manager: Any = engine.tokenizer_manager
         self.manager._subprocess_watchdog.stop()
         limits = engine._scheduler_init_result.scheduler_infos[0]
         self.capacity = int(limits["max_total_num_tokens"])
         self.longest = int(limits["max_req_input_len"])
+        self.ranks = config.tensor
         self._children = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
         self._death: asyncio.Future[str] | None = None
         self._watched: list[int] = []
@@ -71,11 +86,11 @@ class Server:
         return self._death
 
     async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float, what: str) -> T:
-        """`work`'s result. Raises EngineError at the deadline and as soon as SGLang has died."""
+        """`work`'s result. Raises EngineError at the deadline, DeadEngineError as soon as SGLang has died."""
         death = self.death
         if death.done():
             work.close()
-            raise EngineError(death.result())
+            raise DeadEngineError(death.result())
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait((death, task), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -85,7 +100,7 @@ class Server:
         if task.done():
             return task.result()
         if death.done():
-            raise EngineError(death.result())
+            raise DeadEngineError(death.result())
         raise EngineError(f"{what} took longer than {seconds:g} s")
 
     def close(self) -> None:
@@ -141,11 +156,13 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "model_path": str(model),
         "dtype": dtype,
         "random_seed": seed,
+        "tp_size": config.tensor,
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "max_total_tokens": config.max_total_tokens,
         "mem_fraction_static": config.memory_fraction,
         "attention_backend": config.attention_backend,
         "weight_version": "0",
+        "custom_weight_loader": [LOADER],
         "log_level": config.log_level,
     }
     if threading.current_thread() is threading.main_thread():
@@ -167,15 +184,18 @@ def _child_failed(signum: int, frame: object) -> None:
 
 
 @contextmanager
-def _start_environment(log_level: str) -> Iterator[None]:
+def _start_environment(config: EngineConfig) -> Iterator[None]:
     """What SGLang's processes inherit, and what its start must not change for the rest of this process."""
     environment, root = dict(os.environ), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles thousands of modules again
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model is a folder
+    os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(_RESERVED_TOKENS)
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for devices that are not here
     os.environ["TQDM_DISABLE"] = "1"
-    logging.getLogger("sglang").setLevel(log_level.upper())
+    if config.tensor > 1 and not torch.cuda.is_available():
+        os.environ.update(rank_environment(config.tensor))
+    logging.getLogger("sglang").setLevel(config.log_level.upper())
     # It would report each signal handler and each dead child as an error; the exceptions say more.
     logging.getLogger("sglang.srt.entrypoints.engine").setLevel(logging.CRITICAL)
     try:

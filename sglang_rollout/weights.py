@@ -1,22 +1,27 @@
-"""Buckets of weights into a running SGLang, and what must hold before the new version may serve."""
+"""A weight update as one engine sees it: what must arrive, what has, and how SGLang is told.
+
+A transaction: nothing is served from `begin` to `commit`. What was announced is checked against the model
+before the first byte comes, every bucket by its checksum, and the commit needs every tensor once.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
+import orjson
 from safetensors import SafetensorError, safe_open
 
 from treepo.errors import EngineError, ModelError
-from treepo.protocols import Bucket
+from treepo.transport.wire import Manifest
 
 _NAMED = 5  # names that an error message spells out
+_OUTPUT = "lm_head.weight"
 
 
 def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model folder, from its safetensors' headers."""
+    """Name and shape of every tensor of a model folder, from its safetensors' headers. The output layer that
+    some folders repeat although it is tied to the embedding is left out.
+    """
     files = sorted(model.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{model}: no *.safetensors in the folder")
@@ -28,31 +33,34 @@ def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
             raise ModelError(f"{file}: no readable safetensors file: {error}") from error
+    if orjson.loads((model / "config.json").read_bytes()).get("tie_word_embeddings"):
+        shapes.pop(_OUTPUT, None)
     return shapes
 
 
-def check_shapes(bucket: Bucket, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises EngineError for a tensor that the model does not have: SGLang skips an unknown name silently,
-    and a wrong shape ends its process.
+def check_manifest(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises EngineError unless the manifest names exactly the model's tensors, in their shapes: SGLang skips
+    an unknown name silently, and a wrong shape is found only after half of the weights are overwritten.
     """
-    for name, shape in zip(bucket.names, bucket.shapes, strict=True):
-        if name not in shapes:
-            raise EngineError(f"weights: the model has no tensor {name!r}")
-        if tuple(shape) != shapes[name]:
-            raise EngineError(f"weights: {name} has shape {tuple(shape)}, the model's is {shapes[name]}")
+    check_names([tensor.name for tensor in manifest], shapes, "the model's")
+    for tensor in manifest:
+        if tensor.shape != shapes[tensor.name]:
+            raise EngineError(
+                f"weights: {tensor.name} has shape {tensor.shape}, the model's is {shapes[tensor.name]}"
+            )
 
 
-def check_names(arrived: Sequence[str], expected: Sequence[str]) -> None:
-    """Raises EngineError unless exactly the expected tensors arrived, each once."""
-    faults = []
-    if missing := sorted(set(expected) - set(arrived)):
+def check_names(arrived: Sequence[str], expected: Iterable[str], whose: str) -> None:
+    """Raises EngineError unless exactly the expected tensors are there, each once."""
+    wanted, faults = set(expected), []
+    if missing := sorted(wanted - set(arrived)):
         faults.append(f"{len(missing)} missing: {_spelled(missing)}")
-    if unexpected := sorted(set(arrived) - set(expected)):
+    if unexpected := sorted(set(arrived) - wanted):
         faults.append(f"{len(unexpected)} unexpected: {_spelled(unexpected)}")
     if repeated := sorted(name for name, count in Counter(arrived).items() if count > 1):
         faults.append(f"{len(repeated)} repeated: {_spelled(repeated)}")
     if faults:
-        raise EngineError(f"weights: of {len(expected)} expected tensors " + "; ".join(faults))
+        raise EngineError(f"weights: of {whose} {len(wanted)} tensors " + "; ".join(faults))
 
 
 def _spelled(names: Sequence[str]) -> str:
@@ -60,29 +68,26 @@ def _spelled(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def shared_payload(bucket: Bucket) -> dict[str, Any]:
-    """SGLang's `flattened_bucket`, its bytes in shared memory: the one copy on this side."""
-    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
+class Update:
+    """One update under way. manifest: what it consists of."""
 
-    shared = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(bucket.data.nbytes))
-    np.copyto(shared.numpy(), bucket.data)
-    metadata, start = [], 0
-    for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
-        dtype = getattr(torch, dtype_name)
-        end = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if start % dtype.itemsize:
-            raise EngineError(f"weights: {name} starts at byte {start}, no multiple of its {dtype_name}")
-        metadata.append(
-            FlattenedTensorMetadata(
-                name=name,
-                shape=torch.Size(shape),
-                dtype=dtype,
-                start_idx=start,
-                end_idx=end,
-                numel=end - start,
+    def __init__(self, version: int, manifest: Manifest) -> None:
+        self.version, self._manifest = version, manifest
+        self._arrived: list[str] = []
+
+    @property
+    def touched(self) -> bool:
+        """Whether some of the old weights may be gone."""
+        return bool(self._arrived)
+
+    def arrives(self, tensors: Manifest) -> None:
+        """Tensors are about to be loaded. Raises EngineError for one that was not announced so."""
+        if unknown := set(tensors) - set(self._manifest):
+            raise EngineError(
+                f"weights: {_spelled(sorted(tensor.name for tensor in unknown))}: not as announced"
             )
-        )
-        start = end
-    if start != bucket.data.nbytes:
-        raise EngineError(f"weights: a bucket of {bucket.data.nbytes} bytes names tensors of {start} bytes")
-    return {"flattened_tensor": shared, "metadata": metadata}
+        self._arrived += [tensor.name for tensor in tensors]
+
+    def check_complete(self) -> None:
+        """Raises EngineError unless every tensor has arrived once."""
+        check_names(self._arrived, [tensor.name for tensor in self._manifest], "the announced")

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import settings
 from tiny import write_tiny_qwen2
 
 if TYPE_CHECKING:
     from real_engine import RealEngine
 
-# Torch reads it when it is imported: the tests' tensors are small, and threads that wait for each other on a
-# busy machine cost minutes.
+# The tests' tensors are small, and threads that wait for each other on a busy machine cost minutes. The
+# variable is for processes that tests start: in this one torch is imported already, and has read it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # The same examples in every run, however slow the machine is.
 settings.register_profile("treepo", deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""Real Megatron-Core ranks over gloo for the tests: one group of processes per layout runs all its cases.
+"""Real Megatron-Core ranks over gloo for the tests: one group of processes runs all cases of its size.
 
 The processes come from a fork server that has Megatron-Core imported, so that a rank starts in a fraction
 of a second and still begins with a clean process.
@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,31 +25,37 @@ from treepo.config.actor import ActorConfig, OptimizerConfig, ParallelConfig
 from treepo.config.learning import LearningConfig
 from treepo.errors import ModelError
 from treepo.packing import Pack
-from treepo.protocols import Bucket
+from treepo.transport.wire import TensorInfo
 
-DEADLINE = 240  # seconds until some rank of a group must have ended
+DEADLINE = 600  # seconds until some rank of a group must have ended
 
 # Adam's step is then the learning rate times the gradient: the plain one divides it by its own size, which
 # turns rounding noise in a gradient of almost 0 into a full step.
 LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, epsilon=1.0, betas=[0.0, 0.0], weight_decay=0.0)
 
+Life = tuple[str, Callable[..., Any], Any]
+"""A name, what every rank runs (a module's function of case, layout, rank, store, folder), and its case."""
+
 
 @dataclass(frozen=True)
 class Case:
     """One actor's life. steps: for each optimizer step and replica its packs; the last step's weights are
-    kept, and all log-probs before and after. chunk_bytes: of logits at once.
+    kept, and all log-probs before and after. chunk_bytes: of logits at once. spoilt: for each replica packs
+    whose step must fail, before the others, because the gradient is not finite.
     """
 
     name: str
     model: Path
     steps: Sequence[Sequence[Sequence[Pack]]]
     denominator: float
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
     temperature: float = 1.0
     dtype: str = "float32"
     recompute: str = "none"
     optimizer: OptimizerConfig = LINEAR
     learning: LearningConfig = field(default_factory=LearningConfig)
     chunk_bytes: int = 1 << 29
+    spoilt: Sequence[Sequence[Pack]] = ()
 
 
 @dataclass
@@ -63,19 +70,24 @@ class Result:
     after: list[list[np.ndarray]]
     initial: dict[str, Tensor]
     final: dict[str, Tensor]
-    buckets: list[Bucket]
     export: Path
     reference: list[list[np.ndarray]]
 
 
-def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str, Result]:
-    """Every case at the layout; raises where a rank does."""
+def run(cases: Sequence[Case], folder: Path) -> dict[str, Result]:
+    """Every case at its own layout, all of equally many ranks; raises where a rank does."""
+    assert len({case.layout.ranks for case in cases}) == 1
+    return run_lives([(case.name, _live, case) for case in cases], cases[0].layout, folder)
+
+
+def run_lives(lives: Sequence[Life], layout: ParallelConfig, folder: Path) -> dict[str, Any]:
+    """What rank 0 returns of each life, by name; raises where a rank does."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_bridge.actor"])
     folder.mkdir()
     ports = context.SimpleQueue()
     processes = [
-        context.Process(target=_rank, args=(rank, list(cases), layout, folder, ports))
+        context.Process(target=_rank, args=(rank, list(lives), layout, folder, ports))
         for rank in range(layout.ranks)
     ]
     for process in processes:
@@ -89,30 +101,24 @@ def run(cases: Sequence[Case], layout: ParallelConfig, folder: Path) -> dict[str
         process.join()
     codes = [process.exitcode for process in processes]
     assert codes == [0] * layout.ranks, f"exit codes {codes}: see the ranks' output above"
-    return {case.name: pickle.loads((folder / f"{case.name}.pickle").read_bytes()) for case in cases}
+    return {name: pickle.loads((folder / f"{name}.pickle").read_bytes()) for name, *_ in lives}
 
 
-def weights_of(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
-    """The tensors of a stream of buckets, read as an engine would read them."""
-    weights: dict[str, Tensor] = {}
-    for bucket in buckets:
-        data, start = torch.from_numpy(bucket.data.copy()), 0
-        for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
-            end = start + int(np.prod(shape)) * getattr(torch, dtype).itemsize
-            assert name not in weights
-            weights[name] = data[start:end].view(getattr(torch, dtype)).view(shape)
-            start = end
-        assert start == len(data)
-    return weights
+def weights_of(actor) -> dict[str, Tensor]:
+    """What would be sent to engines, by its Hugging Face names: on rank 0, and as it is announced."""
+    named = [(name, tensor.clone()) for name, tensor in actor.tensors()]
+    infos = tuple(TensorInfo.of(name, tensor) for name, tensor in named)
+    assert infos == (actor.manifest() if torch.distributed.get_rank() == 0 else ())
+    return dict(named)
 
 
-def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, ports) -> None:
+def _rank(rank: int, lives: list[Life], layout: ParallelConfig, folder: Path, ports) -> None:
     from megatron_bridge.actor import create_store
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*not writable")  # torch's, of memory that it may not write
-    for number, case in enumerate(cases):
+    for number, (name, live, case) in enumerate(lives):
         if rank == 0:
             store = create_store()
             for _ in range(layout.ranks - 1):
@@ -121,15 +127,16 @@ def _rank(rank: int, cases: list[Case], layout: ParallelConfig, folder: Path, po
             of_case, port = ports.get()
             assert of_case == number
             store = TCPStore("127.0.0.1", port, is_master=False)
-        result = _live(case, layout, rank, store, folder)
+        result = live(case, layout, rank, store, folder)
         if rank == 0:
-            (folder / f"{case.name}.pickle").write_bytes(pickle.dumps(result))
+            (folder / f"{name}.pickle").write_bytes(pickle.dumps(result))
 
 
-def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
+def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Result:
     from megatron_bridge import log_prob
     from megatron_bridge.actor import MegatronActor
 
+    layout = case.layout
     log_prob.CHUNK_BYTES = case.chunk_bytes
     for pack in chain.from_iterable(chain.from_iterable(case.steps)):
         for column in pack.columns().values():
@@ -138,7 +145,6 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
         parallel=layout,
         optimizer=case.optimizer,
         recompute=case.recompute,  # type: ignore[arg-type]  # one of its literals
-        bucket_mb=1,
     )
     actor = MegatronActor(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
     # Ranks count tensor parallelism fastest, then data, then pipeline.
@@ -156,20 +162,18 @@ def _live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) ->
             by_replica.append(first)
         return by_replica
 
-    def weights() -> tuple[dict[str, Tensor], list[Bucket]]:
-        buckets = list(actor.buckets())
-        assert rank == 0 or not buckets
-        return weights_of(buckets), buckets
-
-    initial, _ = weights()
+    initial = weights_of(actor)
     before = everyone(case.steps[0])
+    if case.spoilt:
+        with pytest.raises(FloatingPointError):  # on every rank: none is left waiting for another
+            actor.train_step(case.spoilt[replica], case.temperature, case.denominator)
     metrics = [actor.train_step(packs[replica], case.temperature, case.denominator) for packs in case.steps]
     reference = everyone(case.steps[0], actor.reference_log_probs) if case.learning.kl_coefficient else []
     after = everyone(case.steps[0])
-    final, buckets = weights()
+    final = weights_of(actor)
     export = folder / f"{case.name}-export"
     actor.export(export)
-    with pytest.raises(ModelError):  # on every rank: none is left waiting for another
+    with pytest.raises(ModelError):  # likewise
         actor.export(export)
     actor.close()
-    return Result(before, metrics, after, initial, final, buckets, export, reference)
+    return Result(before, metrics, after, initial, final, export, reference)

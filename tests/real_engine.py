@@ -13,7 +13,9 @@ from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
-from treepo.protocols import Bucket, GenerateOutput, GenerateRequest
+from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.transport.colocated import SharedSender
+from treepo.transport.wire import Bucket, Manifest, TensorInfo, checksum, views
 
 END_TOKENS = (1, 2, 3)
 VOCABULARY = 128
@@ -50,14 +52,7 @@ class RealEngine:
 
     def update(self, changed: dict[str, torch.Tensor]) -> int:
         """Commit `changed` as the next version, to the engine and to the reference."""
-
-        async def transaction() -> int:
-            await self.engine.begin(self.engine.version + 1)
-            for bucket in buckets(changed):
-                await self.engine.load(bucket)
-            return await self.engine.commit(list(changed))
-
-        version = self.run(transaction())
+        version = self.run(update(self.engine, changed))
         self.reference.load_state_dict(changed, strict=False)
         return version
 
@@ -83,17 +78,29 @@ def perturbed(model: Qwen2ForCausalLM, scale: float = 0.05) -> dict[str, torch.T
     return {name: tensor + scale * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
 
 
-def buckets(tensors: dict[str, torch.Tensor], count: int = 3) -> Iterator[Bucket]:
-    """The tensors in `count` flattened buckets."""
-    names = list(tensors)
-    for part in range(count):
-        chosen = names[part::count]
-        yield Bucket(
-            names=tuple(chosen),
-            dtypes=tuple(str(tensors[name].dtype).removeprefix("torch.") for name in chosen),
-            shapes=tuple(tuple(tensors[name].shape) for name in chosen),
-            data=np.concatenate([tensors[name].flatten().view(torch.uint8).numpy() for name in chosen]),
-        )
+def manifest(tensors: dict[str, torch.Tensor]) -> Manifest:
+    return tuple(TensorInfo.of(name, tensor) for name, tensor in tensors.items())
+
+
+async def update(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> int:
+    """The whole transaction, bucket after bucket from this process's memory."""
+    await engine.begin(engine.version + 1, manifest(tensors))
+    sender = SharedSender()
+    await engine.join(sender.addresses([1])[0])
+    for bucket in buckets(sender, tensors):
+        await engine.load(bucket)
+    sender.end(engine.version + 1)
+    return await engine.commit()
+
+
+def buckets(sender: SharedSender, tensors: dict[str, torch.Tensor], count: int = 3) -> Iterator[Bucket]:
+    """The tensors in `count` buckets of shared memory."""
+    for part, chosen in enumerate(np.array_split(np.array(list(tensors)), count)):
+        infos = manifest({str(name): tensors[str(name)] for name in chosen})
+        flat = sender.buffer(part, sum(info.nbytes for info in infos))
+        for name, view in views(flat, infos):
+            view.copy_(tensors[name])
+        yield Bucket(infos, checksum(flat), sender.start(part, flat, infos))
 
 
 def write_model(folder: Path) -> Path:
@@ -105,10 +112,10 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, loop: asyncio.AbstractEventLoop) -> RealEngine:
+def start(folder: Path, loop: asyncio.AbstractEventLoop, **settings: Any) -> RealEngine:
+    """settings: of `EngineConfig`."""
     rule = SwitchableRule()
-    engine = SGLangEngine(
-        folder, "float32", EngineConfig.model_validate({"max_total_tokens": 50_000}), seed=0, stop_rule=rule
-    )
+    config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
+    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule)
     reference = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return RealEngine(engine, folder, reference, rule, loop)

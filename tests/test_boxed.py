@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo.boxed import BoxScan, last_boxed
+from treepo.boxed import BoxScan, count_boxes, last_boxed
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,13 @@ from treepo.boxed import BoxScan, last_boxed
         (r"\fbox{5}", "5"),
         (r"\boxed{1}, that is \fbox {\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\fbo{5}", None),
-        (r"\boxed{}", ""),
+        (r"\boxed{}", None),
+        (r"I will answer in \boxed{ }.", None),
+        (r"\boxed{5}, which I put in \boxed {}", "5"),
+        (r"\boxed{\boxed{ }}", r"\boxed{ }"),
+        (r"\boxed{\boxed{}", None),
+        (r"\boxed{{}}", "{}"),
+        (r"\boxed{\,}", r"\,"),
         (r"\boxed{1} then \boxed{2}", "2"),
         (r"\boxed{1} then \boxed{2", "1"),
         (r"\boxed{\frac{\sqrt{\binom{a}{b}}}{2}}", r"\frac{\sqrt{\binom{a}{b}}}{2}"),
@@ -37,8 +43,39 @@ def test_last_complete_box(text: str, answer: str | None) -> None:
     assert last_boxed(text) == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("", 0),
+        (r"\boxed{1}", 1),
+        (r"\boxed{1} \fbox{2}", 2),
+        (r"\boxed{\boxed{1}}", 2),
+        (r"\boxed{} \boxed{1", 0),
+    ],
+)
+def test_complete_boxes_are_counted(text: str, boxes: int) -> None:
+    assert count_boxes(text) == boxes
+
+
 TEXTS = st.lists(
-    st.sampled_from(["\\boxed", "\\", "b", "{", "}", " ", "5", "\\{", "\\boxed{", "oxed", "\\f", "box"])
+    st.sampled_from(
+        [
+            "\\boxed",
+            "\\",
+            "b",
+            "{",
+            "}",
+            " ",
+            "5",
+            "\\{",
+            "\\boxed{",
+            "oxed",
+            "\\f",
+            "box",
+            "\\boxed{}",
+            "\u00a0",
+        ]
+    )
 )
 
 

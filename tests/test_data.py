@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import treepo
-from treepo.config.data import ColumnsConfig, DataConfig
+from treepo.config.data import ColumnsConfig, DataConfig, PromptsConfig
 from treepo.data import PromptOrder, check_prompts, load_prompts, read_questions
 from treepo.errors import DataError
-from treepo.tokenizer import Message, Tokenizer
+from treepo.tokenizer import Message, RefusedMessagesError, Tokenizer
 
 PLAIN = {"prompt": "question", "answer": "answer", "source": None}
 
@@ -33,6 +34,17 @@ class Utf8Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+
+
+class NoSystemTokenizer(Utf8Tokenizer):
+    """Its chat template takes no system message."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        if messages[0]["role"] == "system":
+            raise RefusedMessagesError(
+                "the chat template refuses the messages (system, user): no system role"
+            )
+        return super().render(messages)
 
 
 def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
@@ -89,6 +101,23 @@ def test_the_system_prompt_replaces_the_rows_own(tmp_path: Path) -> None:
     assert prompt.text == "[system]Box it.[user]0?"
 
 
+def test_messages_that_the_chat_template_refuses_are_a_bad_row(tmp_path: Path) -> None:
+    user = {"question": "2?", "answer": 2}
+    system = {
+        "question": [{"role": "system", "content": "Think."}, {"role": "user", "content": "1?"}],
+        "answer": 1,
+    }
+    path = write_jsonl(tmp_path / "data.jsonl", [user, system])
+    said = r"column 'question': the chat template refuses the messages \(system, user\): no system role"
+    config = configure(path)
+    with pytest.raises(DataError, match=f"{path}:2: {said}"):
+        load_prompts(path, config.columns, NoSystemTokenizer(), config)
+    config = configure(path, bad_rows="skip")
+    prompts = load_prompts(path, config.columns, NoSystemTokenizer(), config)
+    assert [prompt.id for prompt in prompts] == ["data:0"]
+    assert prompts.report.skipped == {"chat template": 1}
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -105,6 +134,17 @@ def test_the_system_prompt_replaces_the_rows_own(tmp_path: Path) -> None:
 )
 def test_answers_of_every_kind(tmp_path: Path, value: object, expected: str) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"question": "?", "answer": value}])
+    assert answers(path) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(Decimal("12.50"), "12.50"), (Decimal("1E+3"), "1000"), (np.int64(7), "7"), ([1.0, 2.5], "2.5")],
+)
+def test_answers_of_parquets_own_kinds(tmp_path: Path, value: object, expected: str) -> None:
+    path = tmp_path / "data.parquet"
+    table = pyarrow.table({"question": ["?"], "answer": pyarrow.array([value])})
+    pyarrow.parquet.write_table(table, path)
     assert answers(path) == [expected]
 
 
@@ -261,7 +301,8 @@ def test_order_is_resumable_and_each_step_holds_different_prompts_of_one_epoch(
     order = PromptOrder(n, seed)
     passed: dict[int, list[int]] = {}
     for k in (size for size in sizes if size <= n):
-        resumed = PromptOrder(n, seed, cursor=order.cursor)
+        resumed = PromptOrder(n, seed)
+        resumed.restore(json.loads(json.dumps(order.state())))
         step = order.next(k)
         assert step == resumed.next(k)
         assert order.cursor == resumed.cursor
@@ -281,6 +322,33 @@ def test_an_epoch_holds_every_prompt_and_the_next_one_another_order() -> None:
     assert PromptOrder(50, seed=2).next(50) != epochs[0]
 
 
+@pytest.mark.parametrize(
+    ("n", "seed", "said"),
+    [
+        (31, 0, "the data has 31 usable prompts, but was 30 when the state was saved"),
+        (30, 1, "the seed is 1, but was 0 when"),
+    ],
+)
+def test_an_order_of_other_data_does_not_go_on(n: int, seed: int, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        PromptOrder(n, seed).restore(PromptOrder(30, seed=0).state())
+
+
 def test_more_prompts_than_there_are() -> None:
     with pytest.raises(DataError, match="64 different prompts are wanted at once, but there are 30"):
         PromptOrder(30, seed=0).next(64)
+
+
+def test_the_fingerprint_is_of_prompts_answers_and_their_order(tmp_path: Path) -> None:
+    rows = [{"q": f"{i} + 1?", "a": i + 1, "other": i} for i in range(4)]
+    columns = ColumnsConfig(prompt="q", answer="a", source=None)
+
+    def fingerprint(rows: list[dict[str, Any]]) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return check_prompts(path, columns, PromptsConfig()).fingerprint
+
+    same = fingerprint(rows)
+    assert fingerprint([row | {"other": 9} for row in rows]) == same
+    for changed in (rows[:3], rows[::-1], [rows[0] | {"a": 7}, *rows[1:]], [rows[0] | {"q": "?"}, *rows[1:]]):
+        assert fingerprint(changed) != same

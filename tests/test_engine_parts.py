@@ -1,6 +1,8 @@
 """The parts around the SGLang engine that need no engine: the gate, the checks of weights, the end tokens."""
 
 import asyncio
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from sglang_rollout.gate import Gate
-from sglang_rollout.weights import check_names, check_shapes, checkpoint_shapes
-from treepo.errors import EngineError, ModelError
-from treepo.protocols import Bucket
+from sglang_rollout.tensor_parallel import check_tensor
+from sglang_rollout.weights import check_manifest, check_names, checkpoint_shapes
+from treepo.errors import ConfigError, EngineError, ModelError
+from treepo.transport.wire import TensorInfo
 
 
 async def settle() -> None:
@@ -76,29 +79,45 @@ def test_a_cancelled_request_leaves_the_gate_empty() -> None:
 
 
 def test_arrived_names_must_be_the_expected_ones_each_once() -> None:
-    check_names(["b", "a"], ["a", "b"])
-    with pytest.raises(EngineError, match=r"3 expected.* 2 missing: a, c"):
-        check_names(["b"], ["a", "b", "c"])
+    check_names(["b", "a"], ["a", "b"], "the model's")
+    with pytest.raises(EngineError, match=r"the model's 3 tensors .*2 missing: a, c"):
+        check_names(["b"], ["a", "b", "c"], "the model's")
     with pytest.raises(EngineError, match=r"1 unexpected: x; 1 repeated: a"):
-        check_names(["a", "x", "a"], ["a"])
+        check_names(["a", "x", "a"], ["a"], "the model's")
     with pytest.raises(EngineError, match=r"9 missing: 0, 1, 2, 3, 4 and 4 more$"):
-        check_names([], [str(n) for n in range(9)])
+        check_names([], [str(n) for n in range(9)], "the model's")
 
 
-def test_tensors_must_be_the_models_own(tmp_path: Path) -> None:
+def test_a_manifest_must_be_the_models_own(tmp_path: Path) -> None:
     save_file({"a": np.zeros((2, 3), dtype=np.float32)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"b": np.zeros(4, dtype=np.float32)}, tmp_path / "model-00002-of-00002.safetensors")
+    save_file({"lm_head.weight": np.zeros(4, dtype=np.float32)}, tmp_path / "model-3.safetensors")
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
     shapes = checkpoint_shapes(tmp_path)
-    assert shapes == {"a": (2, 3), "b": (4,)}
-
-    def bucket(name: str, shape: tuple[int, ...]) -> Bucket:
-        return Bucket((name,), ("float32",), (shape,), np.zeros(4 * int(np.prod(shape)), dtype=np.uint8))
-
-    check_shapes(bucket("a", (2, 3)), shapes)
-    with pytest.raises(EngineError, match="no tensor 'c'"):
-        check_shapes(bucket("c", (2, 3)), shapes)
+    assert shapes == {"a": (2, 3), "b": (4,)}, "a tied output layer is no tensor of its own"
+    a, b = TensorInfo("a", "float32", (2, 3)), TensorInfo("b", "float32", (4,))
+    check_manifest((b, a), shapes)
+    with pytest.raises(EngineError, match="1 missing: b"):
+        check_manifest((a,), shapes)
     with pytest.raises(EngineError, match=r"a has shape \(3, 2\), the model's is \(2, 3\)"):
-        check_shapes(bucket("a", (3, 2)), shapes)
+        check_manifest((replace(a, shape=(3, 2)), b), shapes)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "fit"),
+    [(28, 4, [1, 2, 4]), (64, 8, [1, 2, 4, 8, 16]), (14, 2, [1, 2, 14]), (12, None, [1, 2, 3, 4, 6, 12])],
+)
+def test_a_model_is_divided_only_among_equal_ranks(
+    tmp_path: Path, heads: int, groups: int | None, fit: list[int]
+) -> None:
+    config = {"num_attention_heads": heads} | ({"num_key_value_heads": groups} if groups else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for tensor in range(1, 17):
+        if tensor in fit:
+            check_tensor(tmp_path, tensor)
+        else:
+            with pytest.raises(ConfigError, match=f"engine.tensor = {tensor}: .* {heads} attention heads"):
+                check_tensor(tmp_path, tensor)
 
 
 def test_a_folder_without_weights_is_a_model_error(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from treepo.config.engine import EngineConfig
-from treepo.errors import EngineError
+from treepo.errors import DeadEngineError, EngineError
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def others() -> set[int]:
 
 
 def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Path) -> None:
-    from real_engine import request, start, write_model
+    from real_engine import manifest, request, start, write_model
 
     stranger = multiprocessing.get_context("spawn").Process(target=signal.pause)
     stranger.start()
@@ -35,23 +35,30 @@ def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Pat
             started = others() - before
             assert started
             assert (await real.engine.generate(request([5, 6, 7]))).version == 0
+            await real.engine.show_life()
+            died = asyncio.ensure_future(real.engine.died())
             for child in started:
                 psutil.Process(child).send_signal(
                     signal.SIGSTOP
                 )  # so that nothing can be answered before the end
             running = [asyncio.ensure_future(real.engine.generate(request([5, 6]))) for _ in range(3)]
-            await asyncio.sleep(0)
+            with pytest.raises(TimeoutError):  # halted, not dead: nothing is answered
+                await asyncio.wait_for(real.engine.show_life(), timeout=1)
+            assert not died.done()
             for child in started:
                 psutil.Process(child).send_signal(signal.SIGKILL)
             for failed in await asyncio.wait_for(
                 asyncio.gather(*running, return_exceptions=True), timeout=30
             ):
-                assert isinstance(failed, EngineError)
+                assert isinstance(failed, DeadEngineError)
                 assert "ended" in str(failed)
+            assert "ended" in await died
+            with pytest.raises(DeadEngineError, match="ended"):
+                await real.engine.show_life()
             with pytest.raises(EngineError, match="ended"):
                 await real.engine.generate(request([5, 6]))
             with pytest.raises(EngineError, match="ended"):
-                await real.engine.begin(1)
+                await real.engine.begin(1, manifest(real.reference.state_dict()))
         finally:
             real.engine.close()
             real.engine.close()

@@ -1,13 +1,13 @@
 """Weight updates of the real SGLang engine: a transaction that is seen whole or not at all."""
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 
-from treepo.errors import EngineError
+from treepo.errors import EngineError, TransportError
 
 if TYPE_CHECKING:
     from real_engine import RealEngine
@@ -40,62 +40,86 @@ def test_an_update_is_visible_and_old_prefixes_are_not(real_engine: "RealEngine"
     assert_agrees(real_engine)
 
 
-@pytest.mark.parametrize("fault", ["missing", "unexpected", "repeated"])
-def test_a_commit_of_other_tensors_than_arrived_refuses_to_serve(
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "repeated", "shape"])
+def test_an_update_that_does_not_fit_the_model_is_refused_before_it_begins(
     real_engine: "RealEngine", fault: str
 ) -> None:
-    from real_engine import buckets, perturbed
+    """The engine serves on what it served: nothing was overwritten."""
+    from real_engine import manifest, perturbed
 
-    weights = perturbed(real_engine.reference)
-    names = list(weights)
-    version = real_engine.engine.version
-
-    async def update() -> None:
-        await real_engine.engine.begin(version + 1)
-        for bucket in buckets(weights):
-            await real_engine.engine.load(bucket)
-        if fault == "repeated":
-            await real_engine.engine.load(next(buckets(weights)))
-        expected = {"missing": [*names, "model.absent"], "unexpected": names[1:], "repeated": names}[fault]
-        await real_engine.engine.commit(expected)
-
-    with pytest.raises(EngineError, match=f"{fault}: .*{'absent' if fault == 'missing' else 'model'}"):
-        real_engine.run(update())
-    with pytest.raises(EngineError, match="refuses to serve"):
-        real_engine.generate(CONTEXT)
-    assert real_engine.engine.version == version
-
-    real_engine.update(perturbed(real_engine.reference))
+    good = manifest(perturbed(real_engine.reference))
+    bad = {
+        "missing": good[1:],
+        "unexpected": (*good, replace(good[0], name="model.nonsense")),
+        "repeated": (*good, good[0]),
+        "shape": (replace(good[0], shape=(3, 5)), *good[1:]),
+    }[fault]
+    with pytest.raises(EngineError, match=fault):
+        real_engine.run(real_engine.engine.begin(real_engine.engine.version + 1, bad))
     assert_agrees(real_engine)
 
 
-@pytest.mark.parametrize("fault", ["no tensor", "shape", "bytes"])
-def test_a_bucket_that_does_not_fit_the_model_refuses_to_serve(real_engine: "RealEngine", fault: str) -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize("fault", ["checksum", "not as announced", "missing", "repeated"])
+def test_weights_that_did_not_arrive_whole_are_not_served(real_engine: "RealEngine", fault: str) -> None:
+    from real_engine import buckets, manifest, perturbed
 
-    from real_engine import buckets, perturbed
+    from treepo.transport.colocated import SharedSender
 
-    good = next(buckets(perturbed(real_engine.reference)))
-    bad = {
-        "no tensor": replace(good, names=("model.nonsense", *good.names[1:])),
-        "shape": replace(good, shapes=((3, 5), *good.shapes[1:])),
-        "bytes": replace(good, data=good.data[:-4]),
-    }[fault]
+    engine, weights = real_engine.engine, perturbed(real_engine.reference)
+    version = engine.version
 
     async def update() -> None:
-        await real_engine.engine.begin(real_engine.engine.version + 1)
-        await real_engine.engine.load(bad)
+        await engine.begin(version + 1, manifest(weights))
+        sender = SharedSender()
+        await engine.join(sender.addresses([1])[0])
+        for number, bucket in enumerate(buckets(sender, weights)):
+            if number == 0 and fault == "checksum":
+                bucket = replace(bucket, checksum=bucket.checksum + 1)
+            if number == 0 and fault == "not as announced":
+                bucket = replace(bucket, tensors=(replace(bucket.tensors[0], name="x"), *bucket.tensors[1:]))
+            if number == 0 and fault == "repeated":
+                await engine.load(bucket)
+            if not (number == 1 and fault == "missing"):
+                await engine.load(bucket)
+        await engine.commit()
 
     with pytest.raises(EngineError, match=fault):
         real_engine.run(update())
     with pytest.raises(EngineError, match="refuses to serve"):
         real_engine.generate(CONTEXT)
+    engine.abandon("a fault")
+    if fault == "not as announced":  # nothing of the old version was overwritten
+        assert_agrees(real_engine)
+    else:
+        with pytest.raises(EngineError, match="refuses to serve"):
+            real_engine.generate(CONTEXT)
+    assert engine.version == version
+
     real_engine.update(perturbed(real_engine.reference))
     assert_agrees(real_engine)
 
 
+def test_a_sender_that_is_not_there_is_no_fault_of_the_weights(real_engine: "RealEngine") -> None:
+    """And the engine, of whose weights nothing is lost, serves them on when the update is given up."""
+    from real_engine import manifest, perturbed
+
+    from treepo.transport.broadcast import BroadcastAddress
+
+    engine = real_engine.engine
+    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=1, size=2, seconds=0.5)
+
+    async def update() -> None:
+        await engine.begin(engine.version + 1, manifest(perturbed(real_engine.reference)))
+        await engine.join(nobody)
+
+    with pytest.raises(TransportError):
+        real_engine.run(update())
+    engine.abandon("nobody sends")
+    assert_agrees(real_engine)
+
+
 def test_an_update_waits_for_running_requests_and_makes_later_ones_wait(real_engine: "RealEngine") -> None:
-    from real_engine import buckets, perturbed, request
+    from real_engine import manifest, perturbed, request, update
 
     engine = real_engine.engine
     old = engine.version
@@ -106,13 +130,10 @@ def test_an_update_waits_for_running_requests_and_makes_later_ones_wait(real_eng
         running = [asyncio.ensure_future(engine.generate(asked)) for _ in range(8)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)  # a task has started after one turn of the loop, the request after another
-        await engine.begin(old + 1)
+        await engine.begin(old + 1, manifest(weights))
         assert all(task.done() for task in running)
         late = asyncio.ensure_future(engine.generate(request(CONTEXT)))
-        for bucket in buckets(weights):
-            await engine.load(bucket)
-        assert not late.done()
-        await engine.commit(list(weights))
+        await update(engine, weights)
         assert {task.result().version for task in running} == {old}
         return (await late).version, old
 
@@ -124,7 +145,7 @@ def test_an_update_waits_for_running_requests_and_makes_later_ones_wait(real_eng
 
 def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "RealEngine") -> None:
     """So that the rest of the path is sampled by the new weights; what came before is of the old ones."""
-    from real_engine import perturbed, request
+    from real_engine import manifest, perturbed, request
 
     engine = real_engine.engine
     weights = perturbed(real_engine.reference)
@@ -135,7 +156,7 @@ def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "Rea
         running = [asyncio.ensure_future(engine.generate(one)) for one in asked]
         await asyncio.sleep(0.2)
         old = engine.version
-        await engine.begin(old + 1)
+        await engine.begin(old + 1, manifest(weights))
         outputs = [task.result() for task in running]
         assert {output.version for output in outputs} == {old}
         stopped = [output for output in outputs if output.finish == "length"]
@@ -148,13 +169,17 @@ def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "Rea
 
 
 def test_an_update_that_was_left_open_is_begun_anew(real_engine: "RealEngine") -> None:
-    from real_engine import buckets, perturbed
+    from real_engine import buckets, manifest, perturbed
 
-    weights = perturbed(real_engine.reference)
+    from treepo.transport.colocated import SharedSender
+
+    engine, weights = real_engine.engine, perturbed(real_engine.reference)
 
     async def abandon() -> None:
-        await real_engine.engine.begin(real_engine.engine.version + 1)
-        await real_engine.engine.load(next(buckets(weights)))
+        await engine.begin(engine.version + 1, manifest(weights))
+        sender = SharedSender()
+        await engine.join(sender.addresses([1])[0])
+        await engine.load(next(buckets(sender, weights)))
 
     real_engine.run(abandon())
     real_engine.update(weights)
@@ -162,10 +187,10 @@ def test_an_update_that_was_left_open_is_begun_anew(real_engine: "RealEngine") -
 
 
 def test_no_commit_and_no_load_without_begin(real_engine: "RealEngine") -> None:
-    from real_engine import buckets
+    from treepo.transport.disk import DiskAddress
 
     with pytest.raises(EngineError, match="begun"):
-        real_engine.run(real_engine.engine.commit([]))
+        real_engine.run(real_engine.engine.commit())
     with pytest.raises(EngineError, match="begun"):
-        real_engine.run(real_engine.engine.load(next(buckets({"x": torch.zeros(3)}, count=1))))
+        real_engine.run(real_engine.engine.join(DiskAddress()))
     assert_agrees(real_engine)

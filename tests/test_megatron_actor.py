@@ -1,6 +1,6 @@
 """Real Megatron-Core ranks: against transformers, packed against flat, every layout against one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,14 @@ import torch
 from megatron_ranks import Case, Result
 from random_trees import random_tree
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from treepo import advantage, loss
 from treepo.config.actor import OptimizerConfig, ParallelConfig
@@ -44,18 +51,63 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+DEEP: dict[str, Any] = SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 4}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, head_dim=20, tie_word_embeddings=False),
-    "llama": LlamaConfig(**SIZES, head_dim=10, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "llama": LlamaConfig(**DEEP, head_dim=10, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "qwen3_moe": Qwen3MoeConfig(
+        **{**DEEP, "head_dim": 20},  # its constructor takes it, unnamed
+        tie_word_embeddings=False,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe, unscaled": Qwen3MoeConfig(
+        **{**SIZES, "head_dim": 20},
+        tie_word_embeddings=False,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        decoder_sparse_step=2,
+    ),
 }
 LAYOUTS = {
     "tensor 2": ParallelConfig(tensor=2),
+    "tensor 2, sequence whole": ParallelConfig(tensor=2, sequence=False),
+    "tensor 2, expert 2": ParallelConfig(tensor=2, expert=2),
     "pipeline 2": ParallelConfig(pipeline=2),
+    "pipeline 2, interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "data 2": ParallelConfig(data=2),
+    "data 2, expert 2": ParallelConfig(data=2, expert=2),
+    "tensor 4": ParallelConfig(tensor=4),
     "tensor 2, pipeline 2": ParallelConfig(tensor=2, pipeline=2),
+    "tensor 2, pipeline 2, interleaved": ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2),
+    "tensor 2, data 2": ParallelConfig(tensor=2, data=2),
+    "pipeline 2, data 2, expert 2": ParallelConfig(pipeline=2, data=2, expert=2),
 }
+# Every layout with models that exercise it, every model at several layouts.
+MODELS = {
+    "tensor 2": ["qwen2", "qwen2-tied", "qwen3", "qwen3_moe"],
+    "tensor 2, sequence whole": ["qwen3", "llama"],
+    "tensor 2, expert 2": ["qwen3_moe"],
+    "pipeline 2": ["qwen2", "qwen2-tied"],
+    "pipeline 2, interleaved": ["llama", "qwen3_moe"],
+    "data 2": ["qwen2", "qwen3"],
+    "data 2, expert 2": ["qwen3_moe", "qwen3_moe, unscaled"],
+    "tensor 4": ["llama"],
+    "tensor 2, pipeline 2": ["qwen2", "qwen2-tied", "qwen3"],
+    "tensor 2, pipeline 2, interleaved": ["llama"],
+    "tensor 2, data 2": ["qwen3"],
+    "pipeline 2, data 2, expert 2": ["qwen3_moe"],
+}
+PAIRS = [(layout, model) for layout, models in MODELS.items() for model in models]
+RECOMPUTE = {"tensor 2, expert 2": "selective", "pipeline 2, data 2, expert 2": "full"}
+VARIANTS = ["data 2", "tensor 2, pipeline 2"]  # where the first model is also trained in other ways
 TEMPERATURE = 0.8
 # Logits of some units in float32, summed in another order: a few 1e-6.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -118,12 +170,14 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
     cases += [
         replace(qwen2, name="flat", steps=[[batch.flat]] * 2),
         replace(qwen2, name="padded", steps=[[[padded(pack, len(pack) + 70) for pack in batch.packed]]] * 2),
-        replace(qwen2, name="recompute", recompute="full"),
+        replace(qwen2, name="full", recompute="full"),
+        replace(qwen2, name="selective", recompute="selective"),
+        replace(qwen2, name="spoilt", spoilt=[spoilt(batch.packed)]),
         replace(qwen2, name="entropy", learning=BONUS),
         replace(qwen2, name="warm-up", steps=[[batch.packed]] * 5, optimizer=WARM_UP),
         replace(qwen2, name="bfloat16", dtype="bfloat16", steps=[[batch.packed]] * 12, optimizer=SMALL_STEPS),
     ]
-    return megatron_ranks.run(cases, ParallelConfig(), tmp_path_factory.mktemp("ranks") / "one")
+    return megatron_ranks.run(cases, tmp_path_factory.mktemp("ranks") / "one")
 
 
 BONUS = LearningConfig(entropy_coefficient=0.1)
@@ -135,27 +189,60 @@ SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0
 
 def standard(name: str, model: Path, replicas: Sequence[Sequence[Pack]], denominator: float) -> Case:
     """Two steps on the same batch: the second sees what the first did."""
-    return Case(name, model, [replicas] * 2, denominator, TEMPERATURE)
+    return Case(name, model, [replicas] * 2, denominator, temperature=TEMPERATURE)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
-def parallel(request, models, batch, tmp_path_factory) -> dict[str, Result]:
-    """Every model at one layout; replicas get unequal numbers of packs, one even none in the second step."""
-    layout: ParallelConfig = request.param
+def spoilt(packs: Sequence[Pack]) -> list[Pack]:
+    """The packs with a gradient that is no number."""
+    first, *others = packs
+    return [replace(first, advantage_pos=np.full(len(first), np.nan)), *others]
+
+
+@pytest.fixture(scope="module")
+def parallel(models, batch, tmp_path_factory) -> dict[str, Result]:
+    """Results by "layout: model" and "layout: variant"; all layouts of a number of ranks share processes.
+
+    Replicas get unequal numbers of packs, one even none in the second step.
+    """
+    cases = [case for layout in LAYOUTS for case in cases_at(layout, models, batch)]
+    root = tmp_path_factory.mktemp("ranks")
+    results: dict[str, Result] = {}
+    for ranks in (2, 4):
+        group = [case for case in cases if case.layout.ranks == ranks]
+        results |= megatron_ranks.run(group, root / str(ranks))
+    return results
+
+
+def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
+    layout = LAYOUTS[name]
+
+    def steps(packs: list[Pack]) -> list[list[list[Pack]]]:
+        return [[packs[:1], packs[1:]], [packs, []]] if layout.data == 2 else [[packs]] * 2
+
     cases = []
-    for name in CONFIGS:
-        case = standard(name, models[name], [batch.packed], batch.denominator)
-        if layout.data == 2:
-            case = replace(case, steps=[[batch.packed[:1], batch.packed[1:]], [batch.packed, []]])
-        cases.append(case)
-    flat = [[batch.flat[:1], batch.flat[1:]]] * 2 if layout.data == 2 else [[batch.flat]] * 2
-    cases.append(replace(cases[0], name="flat", steps=flat))
-    steps = cases[0].steps[:1] * 12
-    cases.append(replace(cases[0], name="bfloat16", dtype="bfloat16", steps=steps, optimizer=SMALL_STEPS))
-    # A few tokens' logits at once, computed again in the backward pass by all ranks together.
-    cases.append(replace(cases[0], name="entropy", learning=BONUS, chunk_bytes=4096, recompute="full"))
-    cases.append(replace(cases[0], name="kl", learning=KL, steps=with_reference(cases[0].steps)))
-    return megatron_ranks.run(cases, layout, tmp_path_factory.mktemp("ranks") / "group")
+    for model in MODELS[name]:
+        case = standard(f"{name}: {model}", models[model], [], batch.denominator)
+        recompute = RECOMPUTE.get(name, "none")
+        cases.append(replace(case, layout=layout, steps=steps(batch.packed), recompute=recompute))
+    if name not in VARIANTS:
+        return cases
+    # Nothing may be left of a step that fails: the same results as without it.
+    cases[0] = replace(cases[0], spoilt=[spoilt(batch.packed), batch.packed][: layout.data])
+    plain = replace(cases[0], spoilt=())
+    return [
+        *cases,
+        replace(plain, name=f"{name}: flat", steps=steps(batch.flat)),
+        replace(
+            plain,
+            name=f"{name}: bfloat16",
+            dtype="bfloat16",
+            steps=plain.steps[:1] * 12,
+            optimizer=SMALL_STEPS,
+        ),
+        # A few tokens' logits at once, computed again in the backward pass by all ranks together.
+        replace(plain, name=f"{name}: entropy", learning=BONUS, chunk_bytes=4096, recompute="full"),
+        replace(plain, name=f"{name}: kl", learning=KL, steps=with_reference(plain.steps)),
+    ]
 
 
 def with_reference(steps: Sequence[Sequence[Sequence[Pack]]]) -> list[list[list[Pack]]]:
@@ -237,8 +324,9 @@ def test_packed_and_flat_are_the_same_step(one_rank) -> None:
     assert_same_step(one_rank["flat"], one_rank["qwen2"])
 
 
-def test_packed_and_flat_are_the_same_step_at_every_layout(parallel) -> None:
-    assert_same_step(parallel["flat"], parallel["qwen2"])
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_packed_and_flat_are_the_same_step_at_every_layout(layout: str, parallel) -> None:
+    assert_same_step(parallel[f"{layout}: flat"], parallel[f"{layout}: qwen2"])
 
 
 def test_padding_changes_nothing(one_rank) -> None:
@@ -260,7 +348,7 @@ def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) ->
         for start in np.flatnonzero(pack.source < 0):
             total = total + trajectory_loss(network, pack, slice(start, pack.exit[start]), batch.denominator)
         total.backward()
-    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    gradients = dict(saved_gradients(network))
     assert gradients.keys() == one_rank[name].final.keys()
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
     result = one_rank[f"{name}, one step"]
@@ -269,6 +357,22 @@ def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) ->
         clipped = gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
         step = clipped / (clipped.abs() + 1.0)  # Adam with betas of 0 and an epsilon of 1
         torch.testing.assert_close(result.final[tensor], result.initial[tensor] - step, **CLOSE, msg=tensor)
+
+
+SAVED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def saved_gradients(network) -> Iterator[tuple[str, torch.Tensor]]:
+    """By the names that the tensors are saved under: transformers' experts are fused while they compute."""
+    for name, parameter in network.named_parameters():
+        layer, fused, part = name.partition("experts.")
+        if not fused:
+            yield name, parameter.grad
+            continue
+        names = SAVED[part]
+        for expert, gradient in enumerate(parameter.grad):
+            for saved, tensor in zip(names, gradient.chunk(len(names)), strict=True):
+                yield f"{layer}experts.{expert}.{saved}.weight", tensor
 
 
 def trajectory_loss(network, pack: Pack, tokens: slice, denominator: float) -> torch.Tensor:
@@ -280,8 +384,13 @@ def trajectory_loss(network, pack: Pack, tokens: slice, denominator: float) -> t
     return loss.policy_loss(log_prob, fields, LearningConfig(), denominator)[0]
 
 
-def test_recomputation_changes_nothing(one_rank) -> None:
-    assert_same_step(one_rank["recompute"], one_rank["qwen2"])
+@pytest.mark.parametrize("variant", ["full", "selective"])
+def test_recomputation_changes_nothing(variant: str, one_rank) -> None:
+    assert_same_step(one_rank[variant], one_rank["qwen2"])
+
+
+def test_a_step_that_fails_changes_nothing(one_rank) -> None:
+    assert_same_step(one_rank["spoilt"], one_rank["qwen2"])
 
 
 def test_learning_rate_rises_linearly_and_stays(one_rank) -> None:
@@ -308,8 +417,9 @@ def test_bfloat16_accumulates_steps_in_float32_master_weights(one_rank, models) 
         np.testing.assert_allclose(ours, exact, atol=0.2)
 
 
-def test_bfloat16_takes_the_same_course_at_every_layout(parallel, one_rank) -> None:
-    ours, reference = parallel["bfloat16"], one_rank["bfloat16"]
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_bfloat16_takes_the_same_course_at_every_layout(layout: str, parallel, one_rank) -> None:
+    ours, reference = parallel[f"{layout}: bfloat16"], one_rank["bfloat16"]
     for step, other in zip(ours.metrics, reference.metrics, strict=True):
         # Activations of 8 bits. The gradient's norm jumps where one more token is clipped, the loss does not.
         assert step["loss"] == pytest.approx(other["loss"], rel=1e-2)
@@ -318,18 +428,20 @@ def test_bfloat16_takes_the_same_course_at_every_layout(parallel, one_rank) -> N
     assert moved > 0.3  # else the master weights were not in float32
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_weights_survive_the_round_trip_bit_for_bit(name: str, parallel, one_rank, models) -> None:
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_weights_survive_the_round_trip_bit_for_bit(
+    layout: str, name: str, parallel, one_rank, models
+) -> None:
     saved = load_file(models[name] / "model.safetensors")
-    for result in (parallel[name], one_rank[name]):
+    for result in (parallel[f"{layout}: {name}"], one_rank[name]):
         assert result.initial.keys() == saved.keys()
         for tensor, weight in saved.items():
             assert torch.equal(result.initial[tensor], weight), tensor
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_layout_is_one_rank(name: str, parallel, one_rank) -> None:
-    ours, reference = parallel[name], one_rank[name]
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_every_layout_is_one_rank(layout: str, name: str, parallel, one_rank) -> None:
+    ours, reference = parallel[f"{layout}: {name}"], one_rank[name]
     for attribute in ("before", "after"):
         values = [array for replica in getattr(ours, attribute) for array in replica]
         for array, expected in zip(values, getattr(reference, attribute)[0], strict=True):
@@ -337,22 +449,25 @@ def test_every_layout_is_one_rank(name: str, parallel, one_rank) -> None:
     assert_same_step(ours, reference)
 
 
-def test_recomputation_and_chunks_change_nothing_at_any_layout(parallel, one_rank) -> None:
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_recomputation_and_chunks_change_nothing_at_any_layout(layout: str, parallel, one_rank) -> None:
     """With the entropy bonus, whose gradient also crosses the ranks' vocabularies."""
     assert one_rank["entropy"].metrics[0]["grad_norm"] != one_rank["qwen2"].metrics[0]["grad_norm"]
-    assert_same_step(parallel["entropy"], one_rank["entropy"])
+    assert_same_step(parallel[f"{layout}: entropy"], one_rank["entropy"])
 
 
-def test_export_of_every_layout_is_equal(parallel) -> None:
-    for name in CONFIGS:
-        exported = load_file(parallel[name].export / "model.safetensors")
-        assert exported.keys() == parallel[name].final.keys()
-        for tensor, weight in exported.items():
-            assert torch.equal(weight, parallel[name].final[tensor])
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_export_is_what_the_engines_get(layout: str, name: str, parallel) -> None:
+    result = parallel[f"{layout}: {name}"]
+    exported = load_file(result.export / "model.safetensors")
+    assert exported.keys() == result.final.keys()
+    for tensor, weight in exported.items():
+        assert torch.equal(weight, result.final[tensor])
 
 
-def test_reference_is_the_initial_model_and_gives_way_to_the_trained_one(parallel) -> None:
-    result = parallel["kl"]
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_reference_is_the_initial_model_and_gives_way_to_the_trained_one(layout: str, parallel) -> None:
+    result = parallel[f"{layout}: kl"]
     assert result.metrics[0]["reference_kl"] > 0
     values = [
         [array for replica in replicas for array in replica]

@@ -1,9 +1,15 @@
 """Tree attention: the plans agree with the dense mask on random forests."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_bridge import attention
 from megatron_bridge.attention import attend, block_mask, plan_attention
@@ -134,38 +140,94 @@ def test_queries_past_the_end_leave_gradients_finite() -> None:
 
 
 @pytest.mark.parametrize("shape", FORESTS.values(), ids=FORESTS.keys())
-def test_block_mask_has_every_block_with_an_allowed_pair(shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that FlexAttention skips have no allowed pair; blocks that it does not mask have all pairs."""
+@pytest.mark.parametrize("seed", range(3))
+def test_the_block_mask_is_the_one_that_torch_makes_from_all_pairs(
+    shape, seed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "CUDA_BLOCK", 16)
-    exit_T, _ = random_forest(np.random.default_rng(1), *shape)
-    mask = block_mask(torch.from_numpy(exit_T))
-    pairs = torch.nn.functional.pad(dense(exit_T), (0, -len(exit_T) % 16, 0, -len(exit_T) % 16))
-    blocks = pairs.unflatten(1, (-1, 16)).unflatten(0, (-1, 16)).transpose(1, 2).flatten(2)
-    partial = torch.zeros(blocks.shape[:2], dtype=torch.bool)
-    full = torch.zeros(blocks.shape[:2], dtype=torch.bool)
-    assert mask.full_kv_num_blocks is not None
-    assert mask.full_kv_indices is not None
-    for row in range(len(partial)):
-        partial[row, mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]].long()] = True
-        full[row, mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].long()] = True
-    assert not (partial & full).any()
-    assert torch.equal(partial | full, blocks.any(-1))
-    assert blocks.all(-1)[full].all()
-    assert full.sum() == blocks.all(-1).sum() - blocks.all(-1).diagonal().sum()
+    exit_T, _ = random_forest(np.random.default_rng(seed), *shape)
+    ours = block_mask(torch.from_numpy(exit_T))
+    length = len(exit_T) + -len(exit_T) % 16
+    every = torch.eye(length, dtype=torch.bool)  # past the end, tokens see themselves
+    every[: len(exit_T), : len(exit_T)] = dense(exit_T)
+    index = torch.arange(length)
+    allowed: Any = ours.mask_mod  # torch types it as one of two signatures
+    assert torch.equal(allowed(index, index, index[:, None], index[None]), every)
+    theirs = create_block_mask(
+        lambda _batch, _head, query, key: every[query, key], 1, 1, length, length, "cpu", BLOCK_SIZE=16
+    )
+    assert ours.shape == theirs.shape
+    # Of every query block the key blocks, and of every key block the query blocks for the backward pass.
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        assert torch.equal(_chosen(ours, kind), _chosen(theirs, kind))
+
+
+def _chosen(mask: BlockMask, kind: str) -> Tensor:
+    """The blocks of one of a mask's four lists, as a boolean matrix."""
+    counts, indices = getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0]
+    chosen = torch.zeros(indices.shape, dtype=torch.bool)
+    for row, count in enumerate(counts.tolist()):
+        chosen[row, indices[row, :count].long()] = True
+        assert len(set(indices[row, :count].tolist())) == count
+    return chosen
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the GPU's kernel is generated from, run by torch operation by operation, gradients included."""
+    monkeypatch.setattr(attention, "_compiled_attend_blocks", lambda: attention.attend_blocks)
+    # Torch refuses gradients on a CPU because its compiled kernel there has none; this one has.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("shape", [(60, 9, 0.6), (3, 200, 0.3)])
-def test_flex_attention_under_the_block_mask_is_the_dense_mask(shape) -> None:
-    """Not compiled here, but by the same mask function and block lists that the CUDA kernel gets."""
-    exit_T, _ = random_forest(np.random.default_rng(2), *shape)
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("shape", FORESTS.values(), ids=FORESTS.keys())
+def test_on_cuda_values_and_gradients_are_those_of_the_cpu_and_of_the_dense_mask(shape) -> None:
+    """Seven query heads on each of two groups; lengths that no block divides."""
+    exit_T, position_T = random_forest(np.random.default_rng(2), *shape)
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, len(exit_T), 8, dtype=torch.float64) for heads in (4, 2, 2))
-    ours = attention.flex_attention(
-        query, key, value, block_mask=block_mask(torch.from_numpy(exit_T)), enable_gqa=True
+    query, key, value = inputs = [
+        torch.randn(len(exit_T), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (14, 2, 2)
+    ]
+    weight = torch.randn(len(exit_T), 14, 8, dtype=torch.float64)
+    plan = plan_attention(exit_T, position_T, frequency(8), torch.float64, CPU)
+    on_cuda = replace(plan, mask=block_mask(torch.from_numpy(exit_T)))
+    sparse, gathered, reference = (
+        [output, *torch.autograd.grad((output * weight).sum(), inputs)]
+        for output in (
+            attend(query, key, value, on_cuda),
+            attend(query, key, value, plan),
+            attend_densely(query, key, value, exit_T, position_T),
+        )
     )
-    reference = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=dense(exit_T), enable_gqa=True
-    )
-    # FlexAttention computes softmax in float32 or better; the rest is float64.
-    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-6)
+    for ours, cpu, exact in zip(sparse, gathered, reference, strict=True):
+        # As above; torch's own gradient of FlexAttention is float64 here too.
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours, cpu, rtol=0, atol=1e-12)
+
+
+def test_lengths_and_masks_are_compiled_for_once() -> None:
+    """A run sees as many lengths as micro-batches, and torch compiles for eight kinds of input at most."""
+    torch._dynamo.reset()
+    lengths = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object):
+        (call,) = (node for node in graph.graph.nodes if node.target is torch.ops.higher_order.flex_attention)
+        query: Any = call.args[0]  # a node
+        lengths.append(query.meta["example_value"].shape[2])
+        return graph.forward
+
+    compiled = torch.compile(attention.attend_blocks, backend=backend, fullgraph=True)
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        exit_T, _ = random_forest(rng, 10 + 9 * (number // 2), 60, 0.5)
+        mask = block_mask(torch.from_numpy(exit_T))
+        query, key, value = (attention._in_blocks(torch.randn(len(exit_T), heads, 8)) for heads in (4, 2, 2))
+        with torch.set_grad_enabled(number % 2 == 0):
+            compiled(query, key, value, mask)
+    # The first length, then all others; without gradients and with them.
+    assert 2 <= len(lengths) <= 4
+    # The kernels leave out the checks at the end where the length is known to be a multiple of 128.
+    assert all(statically_known_true(length % 128 == 0) for length in lengths)
+    assert any(isinstance(length, torch.SymInt) for length in lengths)

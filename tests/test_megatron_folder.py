@@ -10,7 +10,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bridge.buckets import buckets
 from megatron_bridge.folder import INDEX, Checkpoint, write_folder
 from treepo.errors import ModelError
 
@@ -66,17 +65,3 @@ def test_missing_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:
         Checkpoint(tmp_path)
     with pytest.raises(ModelError, match=r"no tensor model\.nothing"):
         Checkpoint(tiny_model).read("model.nothing")
-
-
-@pytest.mark.parametrize("size", [1, 4096, 20_000, 1 << 20])
-def test_buckets_hold_every_byte_once_and_are_bounded(tensors, size: int) -> None:
-    largest = max(tensor.nbytes for tensor in tensors.values())
-    stream = list(buckets(iter(tensors.items()), size))
-    assert [name for bucket in stream for name in bucket.names] == list(tensors)
-    for bucket in stream:
-        assert len(bucket.data) <= size or len(bucket.names) == 1
-        assert len(bucket.data) <= max(size, largest)
-        expected = [tensors[name].numpy().tobytes() for name in bucket.names]
-        assert bucket.data.tobytes() == b"".join(expected)
-        assert bucket.shapes == tuple(tuple(tensors[name].shape) for name in bucket.names)
-        assert bucket.dtypes == ("float32",) * len(bucket.names)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.rewards import draw_items, grade_all
 from treepo.config.data import DataConfig
 from treepo.config.reward import RewardConfig
 from treepo.data import read_questions
@@ -83,6 +84,9 @@ def test_not_equal(gold: str, other: str) -> None:
         (r"first \boxed{1}, no: \boxed{2}", (Verdict.CORRECT, "2")),
         (r"\boxed{\frac{4}{\frac{2}{1}}}", (Verdict.CORRECT, r"\frac{4}{\frac{2}{1}}")),
         (r"\boxed {2}", (Verdict.CORRECT, "2")),
+        (r"\fbox{2}", (Verdict.CORRECT, "2")),
+        (r"\fbox {\frac{4}{2}}", (Verdict.CORRECT, r"\frac{4}{2}")),
+        (r"\boxed{2}, as asked in \boxed{}", (Verdict.CORRECT, "2")),
         (r"\boxed{2} but then \boxed{3}", (Verdict.WRONG, "3")),
         ("the answer is 2", (Verdict.NO_ANSWER, None)),
         (r"\boxed{ }", (Verdict.NO_ANSWER, None)),
@@ -173,3 +177,10 @@ def test_agreement_with_another_grader_on_a_models_completions(pool: RewardPool)
     ]
     assert len(agreed) == 160
     assert sum(agreed) >= 159
+
+
+def test_the_benchmark_counts_its_own_grades() -> None:
+    """Its items are half right, half wrong, of every kind; it asserts the verdicts itself."""
+    with RewardPool(RewardConfig(workers=1, deadline_seconds=60)) as pool:
+        cost = asyncio.run(grade_all(pool, draw_items(20)))
+    assert min(cost.seconds, cost.own_seconds) > 0

@@ -12,14 +12,7 @@ import numpy as np
 import pytest
 from fake_engine import FakeEngine
 
-from sglang_rollout.driver import TreeDriver
-from treepo.config.sampling import SamplingConfig
-from treepo.tree import PROMPT, Tree
-
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # the benchmarks are run from there and not installed
-
-from benchmarks.rollout_comparison import (  # noqa: E402 - found once the path is set
+from benchmarks.rollout_comparison import (
     DrawnEnds,
     ForcedLengths,
     LogNormal,
@@ -28,7 +21,11 @@ from benchmarks.rollout_comparison import (  # noqa: E402 - found once the path 
     prompts,
     text_of,
 )
+from sglang_rollout.driver import TreeDriver
+from treepo.config.sampling import SamplingConfig
+from treepo.tree import PROMPT, Tree
 
+ROOT = Path(__file__).parent.parent
 LENGTHS = LogNormal(mean=28.0, sigma=0.5)
 SAMPLING = SamplingConfig(segment_tokens=8, max_depth=14, width=16, max_response_tokens=112)
 

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from treepo.errors import ModelError
-from treepo.tokenizer import Tokenizer, check_model_folder, end_tokens, load_tokenizer
+from treepo.tokenizer import RefusedMessagesError, Tokenizer, check_model_folder, end_tokens, load_tokenizer
 
 TEMPLATE = (
     "{%- for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -53,6 +53,32 @@ def test_chat_template_opens_the_assistants_turn(templated: Tokenizer) -> None:
 def test_without_a_template_a_prompt_is_its_plain_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_folder(tmp_path, template=None))
     assert tokenizer.render(MESSAGES) == "Be brief.\n\n1 + 1?"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ messages[0].nothing.at_all }}", "'dict object' has no attribute 'nothing'"),
+        ("{{ messages[5].content }}", "list object has no element 5"),
+        ("{{ bos_tokens() }}", "'bos_tokens' is undefined"),
+    ],
+)
+def test_messages_that_a_template_refuses(tmp_path: Path, template: str, said: str) -> None:
+    tokenizer = load_tokenizer(write_folder(tmp_path, template))
+    with pytest.raises(RefusedMessagesError) as raised:
+        tokenizer.render(MESSAGES)
+    assert str(raised.value).startswith("the chat template refuses the messages (system, user): ")
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_that_is_not_valid(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_folder(tmp_path, "{% for m in messages %}\n{{ m.content }"))
+    with pytest.raises(ModelError, match=f"{tmp_path}: its chat template is not valid: line 2: ") as raised:
+        tokenizer.render(MESSAGES)
+    assert not isinstance(raised.value, RefusedMessagesError)
 
 
 @pytest.mark.parametrize("text", ["", "two", "½ ≠ 🧮", " two\n\n lines ", "\\boxed{\\frac{1}{2}}", "\0"])

@@ -1,10 +1,17 @@
-"""A random model of a few hundred thousand parameters, written as a Hugging Face folder."""
+"""Random models of a few hundred thousand parameters, written as Hugging Face folders."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 
 def write_tiny_qwen2(folder: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -22,8 +29,35 @@ def write_tiny_qwen2(folder: Path, seed: int = 0, **overrides: Any) -> Path:
         "pad_token_id": 0,
         "bos_token_id": None,
     }
+    return _write(Qwen2ForCausalLM, Qwen2Config(**(settings | overrides), dtype="float32"), folder, seed)
+
+
+def write_tiny_qwen3_moe(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A Qwen3-MoE whose second layer is dense; `overrides` are Qwen3MoeConfig's."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    config = Qwen3MoeConfig(**(settings | overrides), dtype="float32")
+    return _write(Qwen3MoeForCausalLM, config, folder, seed)
+
+
+def _write(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**(settings | overrides), dtype="float32"))
+    model = kind(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -1,11 +1,13 @@
 r"""Boxed answers: `\boxed{...}` in a response, whatever the depth of the braces inside.
 
 `\boxed {5}` and `\fbox{5}` count too; a brace behind a backslash is text, not structure. Only complete
-boxes count: a response that is cut inside its last box has the answer of the box before. The official
-recipe looks at the last segment only and at three levels of braces.
+boxes count: a response that is cut inside its last box has the answer of the box before. A box with nothing
+in it ("I will put the answer in \boxed{}") is none. The official recipe looks at the last segment only and
+at three levels of braces.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # `rest` is an end that more text may complete to a box.
@@ -23,7 +25,17 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"so \boxed{\frac{1}{2}}, not \boxed{2")
     '\\frac{1}{2}'
     """
-    last_start, last_end = -1, -1
+    start, end = max(_boxes(text), default=(-1, -1))
+    return None if start < 0 else text[start:end]
+
+
+def count_boxes(text: str) -> int:
+    """Complete boxes, one inside of another counted too."""
+    return sum(1 for _ in _boxes(text))
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of the contents of each complete box, in the order in which they close."""
     open_braces: list[int] = []  # where a box's contents start, -1 for a brace that opens no box
     for mark in _MARKS.finditer(text):
         if mark["box"]:
@@ -32,36 +44,52 @@ def last_boxed(text: str) -> str | None:
             open_braces.append(-1)
         elif mark[0] == "}":
             start = open_braces.pop() if open_braces else -1
-            if start > last_start:
-                last_start, last_end = start, mark.start()
-    return None if last_start < 0 else text[last_start:last_end]
+            if start >= 0 and not _blank(text, start, mark.start()):
+                yield start, mark.start()
 
 
 @dataclass(frozen=True, slots=True)
 class BoxScan:
     r"""What has to be remembered of a text to go on looking for its first complete box.
 
-    depth: braces open since the innermost box was opened, that one included; 0 outside of a box. The
-    innermost box closes first, so no other brace matters. rest: an end that more text may complete to a
-    box ("\box").
+    depths: for each open box, outermost first, the braces open in it, its own included, those of the boxes
+    inside it not. blank: nothing but space so far in the innermost of them. rest: an end that more text may
+    complete to a box ("\box").
     """
 
     found: bool = False
-    depth: int = 0
+    depths: tuple[int, ...] = ()
+    blank: bool = False
     rest: str = ""
 
     def extend(self, text: str) -> "BoxScan":
         """The scan of the text so far with `text` after it."""
-        if self.found or not (self.depth or self.rest or "\\" in text):
+        if self.found or not (self.depths or self.rest or "\\" in text):
             return self
-        depth, rest = self.depth, ""
-        for mark in _MARKS.finditer(self.rest + text):
+        text = self.rest + text
+        depths, blank, rest, end = list(self.depths), self.blank, "", 0
+        for mark in _MARKS.finditer(text):
+            blank = blank and _blank(text, end, mark.start())
+            end = mark.end()
             if mark["rest"]:
                 rest = mark["rest"]
             elif mark["box"]:
-                depth = 1
-            elif depth and mark[0] in ("{", "}"):
-                depth += 1 if mark[0] == "{" else -1
-                if depth == 0:
-                    return BoxScan(found=True)
-        return BoxScan(depth=depth, rest=rest)
+                depths.append(1)
+                blank = True
+            elif mark[0] == "}" and depths:
+                depths[-1] -= 1
+                if depths[-1] == 0:
+                    if not blank:
+                        return BoxScan(found=True)
+                    depths.pop()
+                blank = False
+            else:
+                blank = False
+                if mark[0] == "{" and depths:
+                    depths[-1] += 1
+        return BoxScan(depths=tuple(depths), blank=blank and _blank(text, end, len(text)), rest=rest)
+
+
+def _blank(text: str, start: int, end: int) -> bool:
+    """Whether there is nothing but space between two places. Ends at the first thing it finds."""
+    return all(text[at].isspace() for at in range(start, end))

@@ -1,33 +1,20 @@
-"""What a person sees of a run: a line a step, a live status below it in a terminal, a table at the end.
-
-Where the output is not a terminal, or is one without cursor movement, only the lines are left.
-"""
+"""What a person sees of a run: a line a step, a live status below it in a terminal, a table at the end."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from treepo.live_display import LiveDisplay, is_live, live_progress, show_written, value_table
+from treepo.orchestration.checkpoints import CHECKPOINTS
+from treepo.orchestration.resume import Resume
 from treepo.orchestration.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
 from treepo.toy.make import ToyReport
-
-
-def _is_live(console: Console) -> bool:
-    return console.is_terminal and not console.is_dumb_terminal
-
 
 _PHASES = ("sample", "score", "train", "update")
 _COLUMNS = (
@@ -44,22 +31,18 @@ _COLUMNS = (
 @contextmanager
 def toy_progress(console: Console) -> Iterator[Callable[[int, int, float], None]]:
     """Draws `make_toy`'s progress: a bar in a terminal, a line every 50 steps elsewhere."""
-    live = _is_live(console)
-    bar = Progress(
+    bar = live_progress(
+        console,
         TextColumn("supervised warm start"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not live,
     )
     task = bar.add_task("", total=None, loss=float("nan"))
 
     def update(step: int, steps: int, loss: float) -> None:
         bar.update(task, completed=step, total=steps, loss=loss)
-        if not live and (step % 50 == 0 or step == steps):
+        if not is_live(console) and (step % 50 == 0 or step == steps):
             console.print(f"supervised warm start: step {step}/{steps}, loss {loss:.3f}", highlight=False)
 
     with bar:
@@ -79,51 +62,33 @@ def show_toy(console: Console, report: ToyReport) -> None:
     console.print(table)
 
 
-class TrainDisplay:
+class TrainDisplay(LiveDisplay):
     """A `Reporter` (treepo.orchestration.train) that draws; a context manager around the run."""
 
     def __init__(self, console: Console, title: str, steps: int) -> None:
-        self._console = console
-        self._title = title
-        self._steps = steps
-        self._live = _is_live(console)
-        self._progress = Progress(
+        super().__init__(
+            console,
+            title,
             SpinnerColumn(),
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("steps"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not self._live,
         )
-        self._task = self._progress.add_task("starting", total=steps)
+        self._steps = steps
+        self._task = self.progress.add_task("starting", total=steps)
         self._header_shown = False
         self._started = time.perf_counter()
 
-    def __enter__(self) -> Self:
-        self._console.print(f"[bold]{self._title}[/bold]", highlight=False)
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
     def phase(self, name: str, announce: bool = False) -> None:
         """`announce` marks a phase that lasts long and comes once: worth a line where nothing is live."""
-        self._progress.update(self._task, description=name)
-        if announce and not self._live:
-            self._line(f"{time.perf_counter() - self._started:6.0f} s  {name}")
+        self.progress.update(self._task, description=name)
+        if announce and not self.live:
+            self.line(f"{time.perf_counter() - self._started:6.0f} s  {name}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._header_shown:
-            self._line("".join(f"{name:>{width}}" for name, width in _COLUMNS), style="bold")
+            self.line("".join(f"{name:>{width}}" for name, width in _COLUMNS), style="bold")
             self._header_shown = True
         values = (
             f"{step}/{self._steps}",
@@ -134,39 +99,50 @@ class TrainDisplay:
             f"{metrics['logprob_difference_max']:.1e}",
             *(f"{metrics[f'seconds/{phase}']:.1f} s" for phase in _PHASES),
         )
-        self._line("".join(f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True)))
-        self._progress.update(self._task, completed=step)
+        self.line("".join(f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True)))
+        self.progress.update(self._task, completed=step)
 
-    def _line(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, style=style, highlight=False, soft_wrap=True)
+
+def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
+    """From where the run goes on, and what is other than before."""
+    if resume is None:
+        console.print(f"{out} has no checkpoint: the run begins", highlight=False, soft_wrap=True)
+        return
+    console.print(
+        f"{resume.checkpoint}: the run goes on after step {resume.state.step}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for change in resume.changes:
+        console.print(f"  {change}", highlight=False, soft_wrap=True, markup=False)
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
     """The end of a run: what was learned, what it cost, where it is."""
-    table = Table(title="What the run came to", title_justify="left", show_header=False, pad_edge=False)
-    table.add_column(justify="left")
-    table.add_column(justify="right")
+    table = value_table("What the run came to")
     if summary["accuracy_before"] is not None:
         table.add_row("held-out accuracy before", f"{summary['accuracy_before']:.3f}")
         table.add_row("held-out accuracy after", f"[bold]{summary['accuracy_after']:.3f}[/bold]")
     decoded, sequential = summary["decoded_tokens"], summary["sequential_tokens"]
     table.add_row("tokens decoded in training", f"{decoded:,}")
     table.add_row("the same leaves one by one", f"{sequential:,}  ({sequential / decoded:.2f}x)")
+    if summary["score_check"] is not None:
+        mean, largest = summary["score_check"]["mean"], summary["score_check"]["max"]
+        table.add_row("log-prob difference before step 1", f"{mean:.1e}, at most {largest:.1e}")
     table.add_row("largest log-prob difference", f"{summary['max_logprob_difference']:.1e}")
     table.add_section()
     for phase, seconds in summary["phase_seconds"].items():
         table.add_row(phase, f"{seconds:.1f} s")
     table.add_row("[bold]all[/bold]", f"[bold]{summary['seconds']:.1f} s[/bold]")
     console.print(table)
-    written = Table(title=f"Written to {folder}/", title_justify="left", show_header=False, box=None)
-    for name, what in (
+    files = (
         (f"{CHECKPOINT}/", "the trained model, a Hugging Face folder"),
+        (f"{CHECKPOINTS}/", "what `treepo train --resume` goes on from"),
         (TREES, "every tree: segments, log-probs, versions, rewards"),
         (METRICS, "every step's numbers"),
         (f"{TENSORBOARD}/", f"the same: tensorboard --logdir {folder / TENSORBOARD}"),
         (SUMMARY, "this summary"),
         (CONFIG, "the effective configuration"),
         (LOG, "the log"),
-    ):
-        written.add_row(name, what)
-    console.print(written, soft_wrap=True)
+    )
+    show_written(console, folder, files)

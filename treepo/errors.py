@@ -30,7 +30,43 @@ class EngineError(TreepoError):
     exit_code = 1
 
 
+class DeadEngineError(EngineError):
+    """An engine that can answer nothing any more."""
+
+
+class NoEngineError(TreepoError):
+    """No engine is left to sample with; the text says what became of each."""
+
+    exit_code = 1
+
+
+class ScoreCheckError(TreepoError):
+    """Actor and engine disagree on log-probs; the text has the figures and the usual suspects."""
+
+    exit_code = 1
+
+
+class TrainerError(TreepoError):
+    """A rank of the trainer that is gone; the text names it."""
+
+    exit_code = 1
+
+
+class PlacementError(TreepoError):
+    """A layout that the cluster cannot hold; the text says what is needed and what is there."""
+
+
 class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
+
+    exit_code = 1
+
+
+class TransportError(EngineError):
+    """Weights that did not reach an engine; it says nothing of who is at fault."""
+
+
+class CheckpointError(TreepoError):
+    """A checkpoint or model that could not be written; the text names the folder and the reason."""
 
     exit_code = 1

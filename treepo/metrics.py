@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treepo.tree import Stop, Tree, Verdict
+from treepo.tree import Leaf, Stop, Tree, Verdict
 
 
 def accuracy(trees: Sequence[Tree]) -> float:
@@ -19,6 +19,8 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
     rewards = [leaf.reward for _, leaf in leaves if leaf.reward is not None]
     unique, total = sum(map(Tree.unique_tokens, trees)), sum(map(Tree.total_tokens, trees))
     shares = {f"stop/{stop}": sum(leaf.stop is stop for _, leaf in leaves) / len(leaves) for stop in Stop}
+    for verdict in Verdict:
+        shares[f"verdict/{verdict}"] = sum(leaf.verdict is verdict for _, leaf in leaves) / len(leaves)
     ungraded = sum(leaf.verdict is None or not leaf.verdict.graded for _, leaf in leaves)
     return {
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
@@ -31,4 +33,20 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         "tokens_total": total,
         "total_over_unique": total / unique,
         **shares,
+        **reward_metrics([leaf for _, leaf in leaves]),
     }
+
+
+def reward_metrics(leaves: Sequence[Leaf]) -> dict[str, float]:
+    """Means over the graded leaves that have them: each term of the reward, weight included, each further
+    number that the grader returned; and the reward with its terms, where there are any.
+    """
+    means: dict[str, list[float]] = {}
+    for leaf in leaves:
+        for name, value in leaf.terms.items():
+            means.setdefault(f"term/{name}", []).append(value)
+        for name, value in leaf.numbers.items():
+            means.setdefault(f"grader/{name}", []).append(value)
+        if leaf.terms and leaf.reward is not None:
+            means.setdefault("reward_with_terms", []).append(leaf.reward + sum(leaf.terms.values()))
+    return {name: float(np.mean(values)) for name, values in means.items()}

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from treepo.packing import Pack
+from treepo.transport.wire import Address, Bucket, Manifest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,37 +57,33 @@ class Engine(Protocol):
     async def generate(self, request: GenerateRequest) -> GenerateOutput: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Bucket:
-    """Some of a model's tensors, under their Hugging Face names, flattened into one array of bytes.
-
-    data: uint8 [bytes]; tensor i has shape `shapes[i]`, torch dtype `dtypes[i]` ("float32"), and follows
-    tensor i - 1 without padding.
-    """
-
-    names: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    data: np.ndarray
-
-
 class WeightSource(Protocol):
-    """The trainer's side of a weight update."""
+    """The trainer's side of a weight update. Both are the same on every rank, and collective."""
 
-    def buckets(self) -> Iterator[Bucket]:
-        """All tensors of the model, each exactly once. Collective: every trainer rank iterates."""
+    def manifest(self) -> Manifest:
+        """All tensors of the model, in the order of `tensors`."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each of them under its Hugging Face name, on rank 0; nothing on the others, which must iterate."""
         ...
 
 
 class WeightSink(Protocol):
-    """An engine's side of a weight update. Between `begin` and `commit` the engine serves nothing."""
+    """An engine's side. Between `begin` and `commit` or `abandon` it serves nothing."""
 
-    async def begin(self, version: int) -> None: ...
+    async def begin(self, version: int, manifest: Manifest) -> None: ...
+
+    async def join(self, address: Address) -> None: ...
 
     async def load(self, bucket: Bucket) -> None: ...
 
-    async def commit(self, names: Sequence[str]) -> int:
-        """Verify that exactly `names` arrived; serve the new version from here on and return it."""
+    async def commit(self) -> int:
+        """Verify that everything arrived; serve the new version from here on and return it."""
+        ...
+
+    def abandon(self, reason: str) -> None:
+        """There will be no commit: serve the old version if it is whole, else nothing."""
         ...
 
 

@@ -1,14 +1,13 @@
 """What a person sees of `treepo rollout`: a bar in a terminal, a line every tenth elsewhere, a table."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from sglang_rollout.driver import Stats
+from treepo.live_display import LiveDisplay, show_written, value_table
 from treepo.orchestration.rollout import Summary
 from treepo.orchestration.run_folder import CONFIG, LOG, SUMMARY, TREES
 
@@ -16,44 +15,30 @@ _LINES = 10  # where nothing is live
 _FAILURES = 5  # that the table spells out
 
 
-class RolloutDisplay:
+class RolloutDisplay(LiveDisplay):
     """A `Reporter` (treepo.orchestration.rollout) that draws; a context manager around the rollout."""
 
     def __init__(self, console: Console, title: str) -> None:
-        self._console = console
-        self._title = title
-        self._live = console.is_terminal and not console.is_dumb_terminal
-        self._progress = Progress(
+        super().__init__(
+            console,
+            title,
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("trees  {task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not self._live,
         )
-        self._task = self._progress.add_task("start engine", total=None, numbers="")
+        self._task = self.progress.add_task("start engine", total=None, numbers="")
         self._prompts = 0
 
     def __enter__(self) -> Self:
-        self._console.print(f"[bold]{self._title}[/bold]", highlight=False)
-        self._progress.start()
-        if not self._live:
-            self._line("start engine")
+        super().__enter__()
+        if not self.live:
+            self.line("start engine")
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
     def sampling(self, prompts: int) -> None:
         self._prompts = prompts
-        self._progress.update(self._task, description="sample", total=prompts)
+        self.progress.update(self._task, description="sample", total=prompts)
 
     def tree(self, done: int, stats: Stats, seconds: float) -> None:
         numbers = (
@@ -62,19 +47,14 @@ class RolloutDisplay:
         )
         if stats.failed_trees:
             numbers += f"  {stats.failed_trees} failed"
-        self._progress.update(self._task, completed=done, numbers=numbers)
-        if not self._live and done * _LINES // self._prompts > (done - 1) * _LINES // self._prompts:
-            self._line(f"{done}/{self._prompts} trees  {numbers}")
-
-    def _line(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self.progress.update(self._task, completed=done, numbers=numbers)
+        if not self.live and done * _LINES // self._prompts > (done - 1) * _LINES // self._prompts:
+            self.line(f"{done}/{self._prompts} trees  {numbers}")
 
 
 def show_rollout(console: Console, summary: Summary, folder: Path) -> None:
     """The end of a rollout: what was sampled, what it cost, where it is."""
-    table = Table(title="What was sampled", title_justify="left", show_header=False, pad_edge=False)
-    table.add_column(justify="left")
-    table.add_column(justify="right")
+    table = value_table("What was sampled")
     table.add_row("trees", f"{summary.trees} of {summary.prompts} prompts")
     table.add_row("leaves", f"{summary.leaves:,}")
     table.add_row("tokens decoded", f"{summary.decoded_tokens:,}")
@@ -92,12 +72,10 @@ def show_rollout(console: Console, summary: Summary, folder: Path) -> None:
     if len(summary.failures) > _FAILURES:
         table.add_row("[red]failed[/red]", f"and {len(summary.failures) - _FAILURES} more, in {SUMMARY}")
     console.print(table)
-    written = Table(title=f"Written to {folder}/", title_justify="left", show_header=False, box=None)
-    for name, what in (
+    files = (
         (TREES, "every tree: segments, log-probs, leaves; not graded"),
         (SUMMARY, "this summary"),
         (CONFIG, "the effective configuration"),
         (LOG, "the log"),
-    ):
-        written.add_row(name, what)
-    console.print(written, soft_wrap=True)
+    )
+    show_written(console, folder, files)

@@ -14,6 +14,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 Message = Mapping[str, str]
 
 
+class RefusedMessagesError(ModelError):
+    """Messages that the model's chat template does not take, such as a system message."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokenizer:
     """hugging_face: the tokenizer of transformers. end_tokens: every id that ends a sequence, ascending."""
@@ -25,13 +29,28 @@ class Tokenizer:
         """The text that the model is given: the chat template applied and the assistant's turn opened.
 
         A tokenizer without a chat template (a base model's) gets the plain contents of the messages, one
-        blank line between them.
+        blank line between them. Raises RefusedMessagesError for messages that the template does not take, and
+        ModelError for a template that takes none.
         """
         if self.hugging_face.chat_template is None:
             return "\n\n".join(message["content"] for message in messages)
-        return self.hugging_face.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+        from jinja2 import TemplateError, TemplateSyntaxError  # only where there is a template to apply
+
+        try:
+            return self.hugging_face.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateSyntaxError as error:
+            raise ModelError(
+                f"{self.hugging_face.name_or_path}: its chat template is not valid: line {error.lineno}: "
+                f"{error.message}"
+            ) from error
+        # What Python raises for a template that adds, looks up or calls something that is not there.
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise RefusedMessagesError(
+                f"the chat template refuses the messages ({roles}): {' '.join(str(error).split())}"
+            ) from error
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [T], the ids of a rendered prompt. A chat template writes its own special tokens."""

@@ -12,7 +12,8 @@ trajectories. Every childless segment is a leaf and every leaf is childless.
 Suffixes: `_S` one value a segment, `_L` one value a leaf, `_T` one value a token.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -70,12 +71,17 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """The end of one trajectory. `reward` is None until it is graded, and stays None if it cannot be."""
+    """The end of one trajectory. `reward` is None until it is graded, and stays None if it cannot be.
+
+    terms: what is added to the reward before training, by name. numbers: what the grader returned besides.
+    """
 
     segment: int
     stop: Stop
     reward: float | None = None
     verdict: Verdict | None = None
+    terms: Mapping[str, float] = field(default_factory=dict, hash=False)
+    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,7 +159,14 @@ def to_json(tree: Tree, **extra: object) -> bytes:
             for segment in tree.segments
         ],
         "leaves": [
-            {"segment": leaf.segment, "stop": leaf.stop, "reward": leaf.reward, "verdict": leaf.verdict}
+            {
+                "segment": leaf.segment,
+                "stop": leaf.stop,
+                "reward": leaf.reward,
+                "verdict": leaf.verdict,
+                "terms": leaf.terms,
+                "numbers": leaf.numbers,
+            }
             for leaf in tree.leaves
         ],
     }
@@ -161,7 +174,7 @@ def to_json(tree: Tree, **extra: object) -> bytes:
 
 
 def from_json(line: bytes | str) -> Tree:
-    """The tree of one line that `to_json` wrote; further keys are ignored."""
+    """The tree of one line that `to_json` wrote; further keys are ignored, terms and numbers may lack."""
     record = orjson.loads(line)
     return Tree(
         prompt_id=record["prompt_id"],
@@ -182,6 +195,8 @@ def from_json(line: bytes | str) -> Tree:
                 stop=Stop(leaf["stop"]),
                 reward=leaf["reward"],
                 verdict=None if leaf["verdict"] is None else Verdict(leaf["verdict"]),
+                terms=leaf.get("terms", {}),
+                numbers=leaf.get("numbers", {}),
             )
             for leaf in record["leaves"]
         ),

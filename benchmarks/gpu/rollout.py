@@ -27,41 +27,13 @@ from typing import Any
 import orjson
 import torch
 
-from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of, write_model
+from benchmarks.random_model import SHAPES, write_model
+from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.stopping import StopRule
 
-SHAPES: dict[str, dict[str, int]] = {
-    "0.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-    },
-    "7b": {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-    },
-    "tiny": {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-    },
-}
 MEAN_SEGMENTS, SIGMA = 3.5, 0.5
 
 

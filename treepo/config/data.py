@@ -56,12 +56,8 @@ class ColumnsConfig(Section):
 
 
 class PromptsConfig(Section):
-    """One file of prompts, and what makes a row of any file usable."""
+    """What makes a row of any file usable."""
 
-    train: PathField
-    """Prompts to sample from: .jsonl or .parquet."""
-    columns: ColumnsConfig = ColumnsConfig()
-    """Column names of `train`."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Most tokens in one prompt, chat template included."""
     system_prompt: str | None = None
@@ -70,7 +66,18 @@ class PromptsConfig(Section):
     """A row that cannot be used (no prompt, no answer, too long) ends the run, or is counted and skipped."""
 
 
+class RolloutDataConfig(PromptsConfig):
+    prompts: PathField
+    """Prompts to sample from: .jsonl or .parquet."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column names of `prompts`."""
+
+
 class DataConfig(PromptsConfig):
+    train: PathField
+    """Prompts to sample from: .jsonl or .parquet."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column names of `train`."""
     heldout: PathField | None = None
     """Prompts for evaluation before and after training, in the columns of `heldout_columns`."""
     heldout_columns: ColumnsConfig = ColumnsConfig()

@@ -104,11 +104,9 @@ class BenchmarksConfig(Section):
                 )
         return benchmarks
 
-    def prompts(self, benchmark: BenchmarkConfig) -> PromptsConfig:
-        """What `treepo.data` is to read of one benchmark."""
+    def prompts(self) -> PromptsConfig:
+        """What makes a row of any benchmark usable."""
         return PromptsConfig(
-            train=benchmark.path,
-            columns=benchmark.columns,
             max_prompt_tokens=self.max_prompt_tokens,
             system_prompt=self.system_prompt,
             bad_rows=self.bad_rows,
@@ -177,6 +175,11 @@ class EvalConfig(Section):
     """Grading."""
     engine: EvalEngineConfig = EvalEngineConfig()
     """The sampler; of a running server only `request_seconds` counts."""
+
+
+def grades_mathematics(reward: RewardConfig) -> bool:
+    """Whether math-verify grades, so that there are extracted answers to vote with."""
+    return reward.function is None and reward.url is None
 
 
 _KEYS = {

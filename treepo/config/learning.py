@@ -1,4 +1,4 @@
-"""The learning rule: advantage estimator, loss, mini-batches, dynamic sampling, overlong shaping."""
+"""The learning rule: advantage estimator, loss, mini-batches, dynamic sampling."""
 
 from typing import Literal, Self
 
@@ -51,10 +51,6 @@ class LearningConfig(Section):
     """Whether prompts whose leaves all have the same reward are replaced by further prompts."""
     max_refills: int = Field(default=2, ge=0)
     """Rounds of further prompts for one batch; it is trained short if they do not suffice."""
-    overlong_buffer_tokens: int | None = Field(default=None, ge=1)
-    """Where set, a reward falls linearly over the last so many tokens below max_response_tokens."""
-    overlong_penalty: float = Field(default=1.0, gt=0)
-    """By how much it has fallen at max_response_tokens."""
     packing: Literal["tree", "flat"] = "tree"
     """`tree` trains a shared token once; `flat` trains one trajectory at a time. The two agree."""
 

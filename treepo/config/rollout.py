@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from treepo.config.base import PathField, Section
-from treepo.config.data import PromptsConfig
+from treepo.config.data import RolloutDataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.config.schema import ModelConfig
@@ -18,7 +18,7 @@ class RolloutConfig(Section):
     """Only the first so many usable prompts; all of them by default."""
     model: ModelConfig
     """The model that samples; its dtype is the engine's."""
-    data: PromptsConfig
+    data: RolloutDataConfig
     """Prompts."""
     sampling: SamplingConfig = SamplingConfig()
     """How trees are sampled; a schedule stands at its first step."""

@@ -6,11 +6,14 @@ from pydantic import Field, model_validator
 
 from treepo.config.actor import ActorConfig
 from treepo.config.base import PathField, Section
+from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.data import DataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.learning import LearningConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
+from treepo.config.score_check import ScoreCheckConfig
+from treepo.config.weights import WeightsConfig
 
 
 class ModelConfig(Section):
@@ -48,30 +51,33 @@ class RunConfig(Section):
     """Advantages and loss."""
     actor: ActorConfig = ActorConfig()
     """The trainer."""
+    placement: Literal["colocated", "split"] = "colocated"
+    """`colocated`: the engines run on the trainer's GPUs, and take turns with it; `split`: on their own.
+    Without GPUs there is no difference."""
     engine: EngineConfig = EngineConfig()
     """The sampler."""
+    weights: WeightsConfig = WeightsConfig()
+    """How the trainer's weights reach the engines."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out accuracy before and after."""
+    score_check: ScoreCheckConfig = ScoreCheckConfig()
+    """Whether actor and engines agree, before the first step."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What an interrupted run goes on from."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
         prompt, response = self.data.max_prompt_tokens, self.sampling.max_response_tokens
-        pack, buffer = self.actor.max_tokens_per_pack, self.learning.overlong_buffer_tokens
+        pack, buffer = self.actor.max_tokens_per_pack, self.reward.overlong_buffer_tokens
         if prompt + response > pack:
             raise ValueError(
                 f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
                 f"{prompt + response} is more than actor.max_tokens_per_pack = {pack}: a pack must hold the "
                 "longest trajectory"
             )
-        kv_tokens = self.engine.max_total_tokens
-        if kv_tokens is not None and prompt + response > kv_tokens:
-            raise ValueError(
-                f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
-                f"{prompt + response} is more than engine.max_total_tokens = {kv_tokens}"
-            )
         if buffer is not None and buffer > response:
             raise ValueError(
-                f"learning.overlong_buffer_tokens = {buffer} is more than "
+                f"reward.overlong_buffer_tokens = {buffer} is more than "
                 f"sampling.max_response_tokens = {response}"
             )
         return self

@@ -35,17 +35,13 @@ def ray_session(actors: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def actor_environment() -> dict[str, dict[str, str]]:
-    """Ray's runtime environment for an actor that computes.
+def actor_environment(**more: str) -> dict[str, dict[str, str]]:
+    """Ray's runtime environment for an actor that computes; `more` variables are set in it too.
 
     Ray would give it one thread; engine and trainer take turns, so each may use every core.
     """
-    return {"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}}
-
-
-def has_gpus() -> bool:
-    """Whether the cluster has CUDA devices to give to actors."""
-    return gpu_count() > 0
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    return {"env_vars": {"OMP_NUM_THREADS": threads} | more}
 
 
 def gpu_count() -> int:

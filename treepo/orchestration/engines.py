@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -10,13 +13,38 @@ from ray.exceptions import RayActorError, RayTaskError
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.schema import ModelConfig
-from treepo.errors import EngineError
-from treepo.orchestration.cluster import actor_environment, has_gpus
-from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.errors import DeadEngineError, TreepoError
+from treepo.orchestration.fleet import Fleet
+from treepo.orchestration.remote_sink import RemoteSink
+from treepo.orchestration.seats import engines_alone
 from treepo.stopping import StopRule
 
 _log = logging.getLogger(__name__)
 _CONCURRENT_REQUESTS = 100_000  # the driver bounds what is in flight; Ray should not
+_END_SECONDS = 30  # for an engine to end its processes; then its actor is killed, and they end with it
+
+
+class HostedEngine(SGLangEngine):
+    """An engine that says why it did not start when it is asked: of an actor whose constructor fails, Ray
+    keeps a traceback and not the error.
+    """
+
+    def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
+        self._failure: TreepoError | None = None
+        try:
+            super().__init__(model, dtype, config, **settings)
+        except TreepoError as error:
+            self._failure = error
+
+    def capacity(self) -> int:
+        """Tokens in the KV cache. Raises what ended the start."""
+        if self._failure is not None:
+            raise self._failure
+        return super().capacity()
+
+    def close(self) -> None:
+        if self._failure is None:
+            super().close()
 
 
 class ServingConfig(Protocol):
@@ -31,14 +59,20 @@ class ServingConfig(Protocol):
 
 
 class RemoteEngine:
-    """A `treepo.protocols.Engine` behind a Ray actor; what goes wrong there is an EngineError here."""
+    """An engine behind a Ray actor; what goes wrong there is an EngineError here. ranks: tensor-parallel."""
 
-    def __init__(self, name: str, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any, ranks: int) -> None:
         self.name = name
         self.actor = actor
+        self._ranks = ranks
 
-    async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        return await self.call("generate", request)
+    async def start(self) -> int:
+        """Wait until the model is loaded; returns the tokens that the KV cache holds."""
+        return await self.call("capacity")
+
+    def sink(self) -> RemoteSink:
+        """The same engine for the trainer's side of a weight update."""
+        return RemoteSink(self.name, self.actor._actor_id.hex(), self._ranks, self.actor)
 
     async def call(self, method: str, *arguments: object) -> Any:
         """The result of the actor's `method`; cancelled there when it is cancelled here."""
@@ -49,51 +83,58 @@ class RemoteEngine:
             ray.cancel(reference)
             raise
         except RayTaskError as error:
-            if isinstance(error.cause, EngineError):
-                raise EngineError(f"{self.name}: {error.cause}") from None
+            if isinstance(error.cause, TreepoError):
+                raise type(error.cause)(f"{self.name}: {error.cause}") from None
             raise
         except RayActorError as error:
-            raise EngineError(f"{self.name} died: {error}") from error
+            raise DeadEngineError(f"{self.name} died: {' '.join(str(error).split())}") from error
+
+    async def end(self) -> None:
+        """End SGLang's processes, then the actor, which takes with it what is left of them."""
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await self.call("close")
+        except DeadEngineError:
+            pass  # the actor is what has died
+        except (TimeoutError, RayTaskError) as error:
+            _log.warning("%s did not close and is killed: %r", self.name, error)
+        finally:
+            ray.kill(self.actor)
 
 
-class EnginePool:
-    """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded."""
+class EnginePool(Fleet[RemoteEngine]):
+    """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded.
 
-    def __init__(self, config: ServingConfig, stop_rule: StopRule) -> None:
-        resources = {"num_cpus": 1, "num_gpus": 1 if has_gpus() else 0}
-        remote = ray.remote(SGLangEngine).options(
-            max_concurrency=_CONCURRENT_REQUESTS, runtime_env=actor_environment(), **resources
-        )
-        self.capacity: int | None = None  # KV tokens of the smallest engine, once `ready`
-        self._deadline = config.engine.start_seconds
-        self.engines = [
-            RemoteEngine(
-                f"engine {index}",
-                remote.remote(
-                    config.model.path.resolve(),
-                    config.model.dtype,
-                    config.engine,
-                    seed=config.seed + index,
-                    stop_rule=stop_rule,
-                ),
-            )
-            for index in range(config.engine.count)
-        ]
+    seats: Ray's options for each engine's actor; None where nothing trains beside the engines. shares_device:
+    whether the trainer uses the same devices.
+    """
 
-    async def ready(self) -> None:
-        """Raises EngineError where an engine has not started by `engine.start_seconds`."""
-        async with asyncio.timeout(self._deadline):
-            self.capacity = min(await self.call("capacity"))
+    def __init__(
+        self,
+        config: ServingConfig,
+        stop_rule: StopRule,
+        seats: Sequence[dict[str, Any]] | None = None,
+        shares_device: bool = False,
+    ) -> None:
+        seats = engines_alone(config.engine) if seats is None else seats
+        launch = partial(_launch, config, stop_rule, seats, shares_device)
+        super().__init__(launch, config.engine, shares_device)
 
-    async def call(self, method: str, *arguments: object) -> list[Any]:
-        """The same call on every engine at the same time."""
-        return await asyncio.gather(*(engine.call(method, *arguments) for engine in self.engines))
 
-    async def close(self) -> None:
-        """End the engines and the processes that they started; one that is dead already has none left."""
-        calls = (engine.call("close") for engine in self.engines)
-        for engine, outcome in zip(
-            self.engines, await asyncio.gather(*calls, return_exceptions=True), strict=True
-        ):
-            if isinstance(outcome, BaseException):
-                _log.warning("%s did not close: %s", engine.name, outcome)
+def _launch(
+    config: ServingConfig,
+    stop_rule: StopRule,
+    seats: Sequence[dict[str, Any]],
+    shares_device: bool,
+    index: int,
+) -> RemoteEngine:
+    remote = ray.remote(HostedEngine).options(max_concurrency=_CONCURRENT_REQUESTS, **seats[index])
+    actor = remote.remote(
+        config.model.path.resolve(),
+        config.model.dtype,
+        config.engine,
+        seed=config.seed + index,
+        stop_rule=stop_rule,
+        shares_device=shares_device,
+    )
+    return RemoteEngine(f"engine {index}", actor, config.engine.tensor)

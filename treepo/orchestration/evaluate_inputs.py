@@ -46,7 +46,7 @@ def read_inputs(config: EvalConfig) -> Inputs:
     if config.model.path is not None:
         check_model_folder(config.model.path)
     for benchmark in config.data.benchmarks:
-        check_prompts(benchmark.path, benchmark.columns, config.data.prompts(benchmark))
+        check_prompts(benchmark.path, benchmark.columns, config.data.prompts())
     if config.model.path is not None:
         folder, facts = config.model.path, {}
         checkpoint_shapes(folder)
@@ -67,7 +67,7 @@ def read_inputs(config: EvalConfig) -> Inputs:
 
 
 def _benchmark(config: EvalConfig, benchmark: BenchmarkConfig, tokenizer: Tokenizer) -> Benchmark:
-    loaded = load_prompts(benchmark.path, benchmark.columns, tokenizer, config.data.prompts(benchmark))
+    loaded = load_prompts(benchmark.path, benchmark.columns, tokenizer, config.data.prompts())
     wanted = loaded[: benchmark.max_problems or config.data.max_problems]
     prompts = (replace(prompt, id=f"{benchmark.label}:{prompt.id.rpartition(':')[2]}") for prompt in wanted)
     return Benchmark(benchmark, tuple(prompts), loaded.report)

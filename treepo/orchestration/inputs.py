@@ -1,24 +1,22 @@
 """Everything that a run reads and checks before anything is started, the cheapest checks first."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treepo.config.schema import RunConfig
-from treepo.data import Prompt, PromptSet, check_prompts, load_prompts
-from treepo.errors import ConfigError, ModelError
+from treepo.data import DataReport, Prompt, PromptSet, check_prompts, load_prompts
+from treepo.errors import ConfigError
 from treepo.tokenizer import Tokenizer, check_model_folder, load_tokenizer
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """heldout: empty where the configuration names none."""
+    """heldout: empty where the configuration names none. reports: what the files hold."""
 
     tokenizer: Tokenizer
     train: PromptSet
     heldout: Sequence[Prompt]
+    reports: Sequence[DataReport] = ()
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -31,7 +29,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     _check_model(config)
     tokenizer = load_tokenizer(config.model.path)
     train = load_prompts(data.train, data.columns, tokenizer, data)
-    _log.info(train.report.summary())
+    reports = [train.report]
     if len(train) < data.prompts_per_step:
         raise ConfigError(
             f"data.prompts_per_step = {data.prompts_per_step}, but {data.train} has {len(train)} usable rows"
@@ -39,23 +37,18 @@ def read_inputs(config: RunConfig) -> Inputs:
     heldout: Sequence[Prompt] = ()
     if data.heldout is not None:
         prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data)
-        _log.info(prompts.report.summary())
-        heldout = prompts[: config.evaluation.max_problems]
-    return Inputs(tokenizer, train, heldout)
+        reports.append(prompts.report)
+        heldout = list(prompts[: config.evaluation.max_problems])
+    return Inputs(tokenizer, train, heldout, reports)
 
 
 def _check_model(config: RunConfig) -> None:
-    from megatron_bridge.architecture import check_layout, read_architecture  # seconds: torch, transformers
+    # Seconds: torch, transformers.
+    from megatron_bridge.architecture import check_layers, check_layout, read_architecture
+    from sglang_rollout.preflight import check_engine
 
-    folder = config.model.path
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: it has no weights (no *.safetensors)")
-    architecture = read_architecture(folder)
-    check_layout(architecture, config.actor.parallel)
+    # Evaluation samples sequentially, so `max_depth` is no bound.
     prompt, response = config.data.max_prompt_tokens, config.sampling.max_response_tokens
-    if prompt + response > architecture.max_positions:
-        raise ConfigError(
-            f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
-            f"{prompt + response}, but {folder} has {architecture.max_positions} positions "
-            "(max_position_embeddings in config.json)"
-        )
+    check_engine(config.model.path, prompt, response, config.engine)
+    check_layout(read_architecture(config.model.path), config.actor.parallel)
+    check_layers(config.actor.transformer_impl)

@@ -1,17 +1,25 @@
 """The Megatron-Core actor as Ray actors: one process a rank, every call made on all of them at once."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.config.schema import RunConfig
-from treepo.orchestration.cluster import actor_environment, has_gpus
+from treepo.errors import TrainerError, TreepoError
+from treepo.orchestration.remote_sink import RemoteSink
+from treepo.orchestration.seats import trainer_alone
 from treepo.packing import Pack
+from treepo.transport.open import open_sender
+from treepo.transport.send import Outcome, WeightStream
+from treepo.transport.wire import Manifest
+
+_DEATH_SECONDS = 2.0  # from the first failure to the moment at which we know who died
 
 
 class TrainerRank:
@@ -20,6 +28,11 @@ class TrainerRank:
     Megatron-Core is imported by the ranks only: the driver starts seconds sooner without it. Ranks end with
     their processes, which are Ray's to end.
     """
+
+    def device(self) -> str:
+        """What Ray calls this rank's GPU on its node."""
+        (device,) = ray.get_gpu_ids()
+        return str(device)
 
     def open_store(self) -> tuple[str, int]:
         """Host and port of the rendezvous, on a port that was free."""
@@ -33,6 +46,8 @@ class TrainerRank:
         """Load the model. Collective, like every method below."""
         from megatron_bridge.actor import MegatronActor
 
+        self._config, self._rank = config, rank
+        self._stream: WeightStream | None = None
         if rank > 0:
             self._store = TCPStore(host, port, is_master=False)
         self._actor = MegatronActor(
@@ -54,42 +69,49 @@ class TrainerRank:
     def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
         return self._actor.train_step(packs, temperature, denominator)
 
-    def send_weights(self, engines: Sequence[Any]) -> list[str]:
-        """Stream the weights to every engine; the next bucket is gathered while the last one travels.
+    def manifest(self) -> Manifest:
+        return self._actor.manifest()
 
-        Returns the names that were sent (on rank 0; the other ranks only take part in gathering).
-        """
-        names: list[str] = []
-        travelling: list[Any] = []
-        for bucket in self._actor.buckets():
-            ray.get(travelling)
-            names += bucket.names
-            reference = ray.put(bucket)
-            travelling = [engine.load.remote(reference) for engine in engines]
-        ray.get(travelling)
-        return names
+    def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome | None:
+        """Stream the weights to the engines from rank 0; the others take part in gathering only."""
+        if self._rank > 0:
+            for _ in self._actor.tensors():
+                pass
+            return None
+        if self._stream is None:
+            weights, seconds = self._config.weights, self._config.engine.update_seconds
+            sender = open_sender(weights, self._config.out, ray.util.get_node_ip_address(), seconds)
+            self._stream = WeightStream(sender, weights.bucket_mb << 20, seconds)
+        return self._stream.send(self._actor.tensors(), self._actor.manifest(), version, sinks)
 
     def export(self, folder: Path) -> None:
         self._actor.export(folder)
+
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self._actor.save(folder, run)
+
+    def finish_save(self) -> None:
+        self._actor.finish_save()
+
+    def load(self, folder: Path) -> None:
+        self._actor.load(folder)
 
 
 class LearnerGroup:
     """All trainer ranks. Construction returns at once; `ready` builds the model on them.
 
     Ranks are numbered by Megatron's order: tensor parallel fastest, then data, then pipeline; packs go to
-    a rank by its data-parallel index.
+    a rank by its data-parallel index. seats: Ray's options for each rank's actor; None where nothing was
+    reserved.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, seats: Sequence[dict[str, Any]] | None = None) -> None:
         parallel = config.actor.parallel
         self._config = config
         self._tensor, self._replicas = parallel.tensor, parallel.data
-        remote = ray.remote(TrainerRank).options(
-            num_cpus=1, num_gpus=1 if has_gpus() else 0, runtime_env=actor_environment()
-        )
-        self._ranks: list[Any] = [
-            remote.remote() for _ in range(parallel.tensor * parallel.data * parallel.pipeline)
-        ]
+        seats = trainer_alone(parallel) if seats is None else seats
+        remote: Any = ray.remote(TrainerRank)
+        self._ranks: list[Any] = [remote.options(**seat).remote() for seat in seats]
 
     async def ready(self) -> None:
         world_size = len(self._ranks)
@@ -100,6 +122,10 @@ class LearnerGroup:
                 for rank, actor in enumerate(self._ranks)
             )
         )
+
+    async def devices(self) -> list[str]:
+        """The GPU of every rank, as Ray numbers those of its node."""
+        return await self._call("device")
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         """For every replica's packs: float32 [T], each token's log-prob given its path."""
@@ -117,13 +143,29 @@ class LearnerGroup:
         """One optimizer step; `denominator` divides the loss that is summed over all replicas' packs."""
         return (await self._call_by_replica("train_step", packs, temperature, denominator))[0]
 
-    async def send_weights(self, engines: Sequence[Any]) -> list[str]:
-        """Every tensor to every engine; returns the names sent."""
-        return (await self._call("send_weights", engines))[0]
+    async def manifest(self) -> Manifest:
+        """All tensors of the model, as they are sent."""
+        return await self._ranks[0].manifest.remote()
+
+    async def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome:
+        """Every tensor to every engine, all of which have begun an update to `version`."""
+        return (await self._call("send_weights", version, sinks))[0]
 
     async def export(self, folder: Path) -> None:
-        """A Hugging Face folder of the current weights."""
+        """A Hugging Face folder of the current weights. Raises CheckpointError, ModelError."""
         await self._call("export", folder)
+
+    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Begin a training checkpoint with the run's own `run` in it. Raises CheckpointError."""
+        await self._call("save", folder, run)
+
+    async def finish_save(self) -> None:
+        """The checkpoint that was begun is there. Raises CheckpointError."""
+        await self._call("finish_save")
+
+    async def load(self, folder: Path) -> None:
+        """Go on from a training checkpoint, of any layout. Raises ModelError."""
+        await self._call("load", folder)
 
     async def _score(
         self, method: str, packs: Sequence[Sequence[Pack]], temperature: float
@@ -132,15 +174,39 @@ class LearnerGroup:
         return [results[replica * self._tensor] for replica in range(self._replicas)]
 
     async def _call(self, method: str, *arguments: object) -> list[Any]:
-        return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._ranks))
+        return await self._gather([getattr(rank, method).remote(*arguments) for rank in self._ranks])
+
+    async def _gather(self, calls: Sequence[Any]) -> list[Any]:
+        """The results of a collective call in the order of ranks. Raises TrainerError where a rank dies, and
+        a rank's TreepoError as what it is: Ray's own would show where it was raised.
+        """
+        try:
+            return await asyncio.gather(*calls)
+        except (RayActorError, RayTaskError) as error:
+            gone = await self._gone(calls)
+            if gone:
+                raise TrainerError(f"the trainer lost {', '.join(gone)}") from error
+            if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
+                raise error.cause from None
+            raise
+
+    async def _gone(self, calls: Sequence[Any]) -> list[str]:
+        """Which ranks died: those that waited for them only fail in the collective."""
+        ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECONDS, fetch_local=False)
+        outcomes = await asyncio.gather(*ended, return_exceptions=True)
+        return [
+            f"rank {calls.index(call)}"
+            for call, outcome in zip(ended, outcomes, strict=True)
+            if isinstance(outcome, RayActorError)
+        ]
 
     async def _call_by_replica(
         self, method: str, packs: Sequence[Sequence[Pack]], *arguments: object
     ) -> list[Any]:
         references = [ray.put(list(of_replica)) for of_replica in packs]
-        return await asyncio.gather(
-            *(
+        return await self._gather(
+            [
                 getattr(actor, method).remote(references[rank // self._tensor % self._replicas], *arguments)
                 for rank, actor in enumerate(self._ranks)
-            )
+            ]
         )

@@ -21,6 +21,7 @@ from treepo.orchestration.cluster import ray_session
 from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.rollout_inputs import Inputs
 from treepo.orchestration.run_folder import LOG, SUMMARY, TREES, log_to, prepare_folder
+from treepo.orchestration.watchdog import watched
 from treepo.stopping import StopRule
 from treepo.tree import to_json
 
@@ -73,7 +74,8 @@ async def rollout(config: RolloutConfig, inputs: Inputs, reporter: Reporter) -> 
         stack.push_async_callback(engines.close)
         await engines.ready()
         driver = TreeDriver(engines.engines, config.sampling, decode, config.seed, engines.capacity)
-        summary = await _sample(driver, inputs.prompts, trees, reporter)
+        async with watched(driver, engines.engines, config.engine.stall_seconds):
+            summary = await _sample(driver, inputs.prompts, trees, reporter)
     (config.out / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 

@@ -4,18 +4,22 @@
     metrics.jsonl    one line a step
     trees.jsonl      one tree a line (treepo.tree.to_json), with its step and the prompt's gold answer
     tensorboard/     the same numbers as metrics.jsonl
+    checkpoints/     training checkpoints, from which --resume goes on (treepo.orchestration.checkpoints)
     checkpoint/      a Hugging Face folder of the trained model
     summary.json     what the run came to
     log.txt          what it said on the way
 
-Lines are flushed as they are written, so what a killed run has written stays readable.
+Lines are flushed as they are written, so what a killed run has written stays readable. A run that goes on
+from a checkpoint cuts them back to what they were then: no step and no tree is there twice.
 """
 
 import json
 import logging
 import math
+import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +31,7 @@ from treepo.config.base import Section
 from treepo.config.load import dump_config
 from treepo.config.schema import RunConfig
 from treepo.errors import ConfigError
+from treepo.orchestration.checkpoints import RunState, discard_leftovers
 from treepo.tree import Tree, to_json
 
 CONFIG, METRICS, TREES, SUMMARY, LOG = (
@@ -59,49 +64,83 @@ def log_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("treepo", "sglang_rollout")]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
+        logger.setLevel(logging.INFO)  # on the screen nothing below a warning appears all the same
     try:
         yield
     except BaseException:
         logging.getLogger(__name__).exception("the run ended early")
         raise
     finally:
-        for logger in loggers:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
+            logger.setLevel(level)
         handler.close()
 
 
 def _set_aside_previous(folder: Path) -> None:
-    earlier = [entry for entry in folder.iterdir() if entry.name.startswith(_PREVIOUS)]
-    files = [entry for entry in folder.iterdir() if entry not in earlier]
+    files = [entry for entry in folder.iterdir() if not entry.name.startswith(_PREVIOUS)]
+    if files and folder / CONFIG not in files:
+        raise ConfigError(f"out: {folder} has files in it, but not of a run ({CONFIG} is missing)")
+    _set_aside(folder, files)
+
+
+def _set_aside(folder: Path, files: Sequence[Path]) -> None:
+    """Move them into the next `previous-N/`, where there are any."""
     if not files:
         return
-    if folder / CONFIG not in files:
-        raise ConfigError(f"out: {folder} has files in it, but not of a run ({CONFIG} is missing)")
-    aside = folder / f"{_PREVIOUS}{len(earlier) + 1}"
+    earlier = sum(entry.name.startswith(_PREVIOUS) for entry in folder.iterdir())
+    aside = folder / f"{_PREVIOUS}{earlier + 1}"
     aside.mkdir()
     for entry in files:
         entry.rename(aside / entry.name)
 
 
-class RunFolder:
-    """A context manager. An earlier run's files are moved into `previous-N/`, never overwritten."""
+def _go_back(folder: Path, state: RunState, config: Section) -> None:
+    """Make the folder what it was after `state.step`; an end that the run had come to is set aside."""
+    try:
+        discard_leftovers(folder)
+        _set_aside(folder, [folder / name for name in (CHECKPOINT, SUMMARY) if (folder / name).exists()])
+        for name, size in state.sizes.items():
+            os.truncate(folder / name, size)
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # it is written again from the metrics
+        (folder / CONFIG).write_text(dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
 
-    def __init__(self, config: RunConfig) -> None:
+
+class RunFolder:
+    """A context manager. An earlier run's files are moved into `previous-N/`, never overwritten; with a
+    `state` the run in the folder goes on from there.
+    """
+
+    def __init__(self, config: RunConfig, state: RunState | None = None) -> None:
         self.path = config.out
         self.checkpoint = config.out / CHECKPOINT
-        self._config = config
+        self._config, self._state = config, state
 
     def __enter__(self) -> Self:
-        prepare_folder(self.path, self._config)
+        if self._state is None:
+            prepare_folder(self.path, self._config)
+        else:
+            _go_back(self.path, self._state, self._config)
         self._stack = ExitStack()
-        self._metrics = self._stack.enter_context((self.path / METRICS).open("w"))
-        self._trees = self._stack.enter_context((self.path / TREES).open("wb"))
+        self._metrics = self._stack.enter_context((self.path / METRICS).open("ab"))
+        self._trees = self._stack.enter_context((self.path / TREES).open("ab"))
         self._tensorboard = Writer(str(self.path / TENSORBOARD))
         self._stack.callback(self._tensorboard.close)
         self._stack.enter_context(log_to(self.path / LOG))
+        for line in (self.path / METRICS).read_bytes().splitlines():
+            self._plot(json.loads(line))
         return self
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that grow, all of them on the disk."""
+        for file in (self._metrics, self._trees):
+            os.fsync(file.fileno())
+        return {METRICS: self._metrics.tell(), TREES: self._trees.tell()}
 
     def __exit__(
         self,
@@ -116,10 +155,16 @@ class RunFolder:
         record = {"step": step, "time": time.time()} | {
             name: value if math.isfinite(value) else None for name, value in metrics.items()
         }
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(json.dumps(record).encode() + b"\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._plot(record)
+
+    def _plot(self, record: dict[str, float | None]) -> None:
+        step, wall_time = record.pop("step"), record.pop("time")
+        for name, value in record.items():
+            self._tensorboard.add_scalar(
+                name, math.nan if value is None else value, step, wall_time=wall_time
+            )
         self._tensorboard.flush()
 
     def write_tree(self, tree: Tree, step: int, answer: str) -> None:

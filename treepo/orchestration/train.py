@@ -1,11 +1,11 @@
 """The synchronous loop: sample trees, grade them, learn, hand the new weights to the engines; again."""
 
 import asyncio
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, contextmanager
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sglang_rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.advantage import estimate
@@ -13,78 +13,71 @@ from treepo.config.sampling import SamplingConfig
 from treepo.config.schema import RunConfig
 from treepo.data import Prompt, PromptOrder
 from treepo.dynamic_sampling import Dropped, DynamicSampler
-from treepo.errors import EngineError, RewardError
+from treepo.errors import EngineError, PlacementError, RewardError
 from treepo.evaluation import evaluation_sampling
 from treepo.loss import denominator
 from treepo.metrics import accuracy, tree_metrics
 from treepo.mismatch import log_prob_mismatch
+from treepo.orchestration.checkpoints import Checkpoints, RunState
+from treepo.orchestration.clock import Clock, Reporter
 from treepo.orchestration.cluster import ray_session
-from treepo.orchestration.engines import EnginePool
+from treepo.orchestration.engines import EnginePool, RemoteEngine
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
+from treepo.orchestration.resume import Resume
 from treepo.orchestration.run_folder import RunFolder
-from treepo.orchestration.weight_update import update_weights
+from treepo.orchestration.score_check import check_scores
+from treepo.orchestration.seats import reserve, run_layout
+from treepo.orchestration.watchdog import watched
+from treepo.orchestration.weight_update import hand_over, update_weights
 from treepo.packing import Pack, attach, pack_flat, pack_trees, split_mini_batches
-from treepo.rewards.grade import GradeItem
-from treepo.rewards.pool import RewardPool
-from treepo.rewards.shaping import shape_overlong
+from treepo.rewards.failures import FailedGrades
+from treepo.rewards.grade import GradeItem, Rewards
+from treepo.rewards.open import open_rewards
+from treepo.rewards.shaping import shaped, with_grades
 from treepo.stopping import StopRule
 from treepo.tree import Tree
 
-
-class Reporter(Protocol):
-    """Whoever shows the run to a person."""
-
-    def phase(self, name: str, announce: bool = False) -> None:
-        """What the run does from now on; `announce` where it lasts long and comes once."""
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done."""
+_log = logging.getLogger(__name__)
 
 
-class Clock:
-    """Seconds spent in each phase; tells the reporter which phase it is."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, announce: bool = False) -> Iterator[None]:
-        self._reporter.phase(name, announce)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[str, Any]:
-    """Run `config` from its first step to its summary, which is written and returned.
+async def train(
+    config: RunConfig, inputs: Inputs, reporter: Reporter, resume: Resume | None = None
+) -> dict[str, Any]:
+    """Run `config` from its first step, or from where it goes on, to its summary: written and returned.
 
     Everything that is started here is ended here, whatever happens.
     """
     clock = Clock(reporter)
-    started = time.perf_counter()
     async with AsyncExitStack() as stack:
-        folder = stack.enter_context(RunFolder(config))
+        folder = stack.enter_context(RunFolder(config, resume.state if resume else None))
+        for report in inputs.reports:
+            _log.info(report.summary())
         with clock.phase("start engine and actor", announce=True):
             run = await _start(config, inputs, folder, clock, stack)
-        before = await run.evaluate("evaluate before")
-        for step in range(1, config.steps + 1):
+        if resume is not None:
+            await run.go_on(resume)
+        difference = await run.check_scores()
+        if resume is None:
+            run.accuracy_before = await run.evaluate("evaluate before")
+        for step in range(run.steps_done + 1, config.steps + 1):
             metrics = await run.step(step)
             folder.write_metrics(step, metrics)
             reporter.step(step, metrics)
+            if run.checkpoints.due(step):
+                await run.begin_checkpoint()
+        await run.finish_checkpoint()
         after = await run.evaluate("evaluate after")
-        with clock.phase("write checkpoint"):
+        with clock.phase("write model"):
             await run.learner.export(folder.checkpoint.resolve())
         summary = {
-            "accuracy_before": before,
+            "accuracy_before": run.accuracy_before,
             "accuracy_after": after,
-            "seconds": time.perf_counter() - started,
+            "seconds": clock.total(),
             "steps": config.steps,
             "decoded_tokens": run.decoded_tokens,
             "sequential_tokens": run.sequential_tokens,
+            "score_check": difference,
             "max_logprob_difference": run.max_difference,
             "phase_seconds": clock.seconds,
         }
@@ -96,20 +89,17 @@ async def train(config: RunConfig, inputs: Inputs, reporter: Reporter) -> dict[s
 async def _start(
     config: RunConfig, inputs: Inputs, folder: RunFolder, clock: Clock, stack: AsyncExitStack
 ) -> "Run":
-    """The grader, then engines and trainer at the same time."""
-    rewards = stack.enter_context(RewardPool(config.reward))
-    await rewards.ready()  # a second, and a reward function that cannot be imported is known before the rest
+    """The grader, then engines and trainer."""
+    # First, because it takes a second to know of a reward function that cannot be imported.
+    rewards = await stack.enter_async_context(open_rewards(config.reward))
     stack.enter_context(ray_session(config.engine.count + config.actor.parallel.ranks))
-    engines = EnginePool(config, StopRule(config.sampling, inputs.tokenizer.decode))
-    stack.push_async_callback(engines.close)
-    learner = LearnerGroup(config)
-    await asyncio.gather(engines.ready(), learner.ready())
+    engines, learner = await _start_processes(config, inputs, stack)
 
     def driver(sampling: SamplingConfig) -> TreeDriver:
         decode = inputs.tokenizer.decode
         return TreeDriver(engines.engines, sampling, decode, config.seed, engines.capacity)
 
-    return Run(
+    run = Run(
         config,
         inputs,
         folder,
@@ -117,10 +107,41 @@ async def _start(
         rewards,
         engines,
         learner,
+        checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, learner),
         order=PromptOrder(len(inputs.train), config.seed),
         training=driver(config.sampling),
         evaluation=driver(evaluation_sampling(config)),
+        failed_grades=FailedGrades(config.reward.max_failed_share),
     )
+    engines.restore = run.restore
+    return run
+
+
+async def _start_processes(
+    config: RunConfig, inputs: Inputs, stack: AsyncExitStack
+) -> tuple[EnginePool, LearnerGroup]:
+    """Engines and trainer at the same time; where they share devices, the engines' caches take what the
+    trainer leaves.
+    """
+    seats = await reserve(run_layout(config), config.engine.start_seconds)
+    learner = LearnerGroup(config, seats.ranks)
+    devices: list[str] = []
+    if seats.shared:
+        if config.weights.transport == "broadcast":
+            raise PlacementError(
+                "placement = colocated with weights.transport = broadcast: NCCL takes one process a GPU; "
+                "colocated and disk are allowed"
+            )
+        await learner.ready()
+        devices = await learner.devices()
+    stop_rule = StopRule(config.sampling, inputs.tokenizer.decode)
+    engines = EnginePool(config, stop_rule, seats.for_engines(devices), seats.shared)
+    stack.push_async_callback(engines.close)
+    if seats.shared:
+        await engines.ready()
+    else:
+        await asyncio.gather(engines.ready(), learner.ready())
+    return engines, learner
 
 
 @dataclass(slots=True, eq=False)
@@ -131,15 +152,35 @@ class Run:
     inputs: Inputs
     folder: RunFolder
     clock: Clock
-    rewards: RewardPool
+    rewards: Rewards
     engines: EnginePool
     learner: LearnerGroup
+    checkpoints: Checkpoints
     order: PromptOrder
     training: TreeDriver
     evaluation: TreeDriver
+    failed_grades: FailedGrades
+    steps_done: int = 0
+    accuracy_before: float | None = None
     decoded_tokens: int = 0
     sequential_tokens: int = 0
     max_difference: float = 0.0
+
+    async def restore(self, process: RemoteEngine) -> None:
+        """Give a restarted engine, which has the model folder's weights, those that the others serve."""
+        if self.steps_done > 0:
+            seconds = self.config.engine.update_seconds
+            await update_weights(self.learner, [process], self.steps_done, seconds)
+
+    async def check_scores(self) -> dict[str, float] | None:
+        """How far actor and engines are apart before anything is learned; None where it is not asked for."""
+        if not self.config.score_check.enabled:
+            return None
+        with self.clock.phase("check log-probs", announce=True):
+            decode = self.inputs.tokenizer.decode
+            return await check_scores(
+                self.config, self.inputs.train, decode, self.engines.engines, self.learner
+            )
 
     async def evaluate(self, phase: str) -> float | None:
         """Held-out accuracy of the weights that the engines serve; None without held-out prompts.
@@ -149,7 +190,47 @@ class Run:
         if not self.inputs.heldout:
             return None
         with self.clock.phase(phase, announce=True):
-            return accuracy(await self._sample(self.evaluation, self.inputs.heldout, step=0))
+            trees = await self._sample(self.evaluation, self.inputs.heldout, step=0)
+            self.failed_grades.check_and_clear(phase)
+            return accuracy(trees)
+
+    async def go_on(self, resume: Resume) -> None:
+        """Become what the run was at the checkpoint: trainer, engines, order of prompts, counts."""
+        state = resume.state
+        with self.clock.phase(f"go on from {resume.checkpoint.name}", announce=True):
+            await self.learner.load(resume.checkpoint.resolve())
+            async with self.engines.weights:
+                await self._hand_over(version=state.step)
+                self.steps_done = state.step
+        self.clock.add(state.seconds, state.phase_seconds)
+        self.order.cursor = state.cursor
+        self.accuracy_before = state.accuracy_before
+        self.decoded_tokens, self.sequential_tokens = state.decoded_tokens, state.sequential_tokens
+        self.max_difference = state.max_difference
+
+    async def _hand_over(self, version: int) -> None:
+        await hand_over(self.learner, self.engines, version, self.config.engine.update_seconds)
+
+    async def begin_checkpoint(self) -> None:
+        """Of the step that is done; it is written while the next one is sampled."""
+        with self.clock.phase("write checkpoint"):
+            state = RunState(
+                step=self.steps_done,
+                cursor=self.order.cursor,
+                data=self.inputs.train.report.fingerprint,
+                sizes=self.folder.sizes(),
+                accuracy_before=self.accuracy_before,
+                decoded_tokens=self.decoded_tokens,
+                sequential_tokens=self.sequential_tokens,
+                max_difference=self.max_difference,
+                seconds=self.clock.total(),
+                phase_seconds=self.clock.seconds,
+            )
+            await self.checkpoints.begin(state)
+
+    async def finish_checkpoint(self) -> None:
+        with self.clock.phase("write checkpoint"):
+            await self.checkpoints.finish()
 
     async def step(self, step: int) -> dict[str, float]:
         """Sample, grade, learn, update; returns the step's numbers."""
@@ -157,13 +238,17 @@ class Run:
         with self.clock.phase("sample"):
             sampled, batch, dropped = await self._sample_batch(step)
         stats = self.training.take_stats()
-        with self.clock.phase("score"):
-            mini_batches = [await self._score(packs) for packs in self._pack(batch)]
-            mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
-        with self.clock.phase("train"):
-            updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
-        with self.clock.phase("update"):
-            await update_weights(self.learner, self.engines, version=step)
+        await self.finish_checkpoint()
+        async with self.engines.resting():
+            with self.clock.phase("score"):
+                mini_batches = [await self._score(packs) for packs in self._pack(batch)]
+                mismatch = log_prob_mismatch(replica for packs in mini_batches for replica in packs)
+            with self.clock.phase("train"):
+                updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
+            with self.clock.phase("update"):
+                await self.engines.restore_memory("weights")
+                await self._hand_over(version=step)
+            self.steps_done = step
         self.decoded_tokens += stats.decoded_tokens
         self.sequential_tokens += stats.total_tokens
         self.max_difference = max(self.max_difference, mismatch["logprob_difference_max"])
@@ -198,12 +283,12 @@ class Run:
         else:
             batch = sampled = await self._sample_and_write(self.order.next(prompts), step)
             dropped = {}
-        limit = self.config.sampling.max_response_tokens
-        return sampled, [shape_overlong(tree, learning, limit) for tree in batch], dropped
+        self.failed_grades.check_and_clear(f"step {step}")
+        return sampled, [shaped(tree) for tree in batch], dropped
 
     async def _sample_and_write(self, indices: Sequence[int], step: int) -> list[Tree]:
         """Graded trees of the prompts at `indices` of the training data."""
-        prompts = [self.inputs.train[index] for index in indices]
+        prompts = self.inputs.train.take(indices)
         trees = await self._sample(self.training, prompts, step)
         answers = {prompt.id: prompt.answer for prompt in prompts}
         for tree in trees:
@@ -215,7 +300,11 @@ class Run:
         by_id = {prompt.id: prompt for prompt in prompts}
         grading: dict[str, asyncio.Task[Tree]] = {}
         failures: list[FailedTree] = []
-        async with asyncio.TaskGroup() as group, aclosing(driver.sample(prompts, step)) as results:
+        async with (
+            asyncio.TaskGroup() as group,
+            watched(driver, self.engines.engines, self.config.engine.stall_seconds),
+            aclosing(driver.sample(prompts, step)) as results,
+        ):
             async for result in results:
                 if isinstance(result, FailedTree):
                     failures.append(result)
@@ -231,7 +320,9 @@ class Run:
         grades = await self.rewards.grade(
             [GradeItem(response, prompt.answer, prompt.text, prompt.extra) for response in responses]
         )
-        return tree.graded([(grade.reward, grade.verdict) for grade in grades])
+        self.failed_grades.add(grades)
+        limit = self.config.sampling.max_response_tokens
+        return with_grades(tree, responses, grades, self.config.reward, limit)
 
     def _pack(self, trees: Sequence[Tree]) -> list[list[list[Pack]]]:
         """For each mini-batch, each replica's packs. Advantages are those of the whole batch."""

@@ -30,7 +30,11 @@ def load_function(name: str) -> RewardFunction:
 
 def call(function: RewardFunction, item: GradeItem) -> Grade:
     """The grade that the function gives. Raises ValueError for a result that is no reward."""
-    result = function(item.prompt, item.response, item.answer, item.extra)
+    return grade_of(function(item.prompt, item.response, item.answer, item.extra))
+
+
+def grade_of(result: object) -> Grade:
+    """The grade that a number, or a dict of numbers, stands for. Raises ValueError."""
     numbers = result if isinstance(result, Mapping) else {"reward": result}
     if "reward" not in numbers:
         raise ValueError(f'the dict that it returned has no "reward", only {sorted(map(str, numbers))}')
@@ -43,8 +47,8 @@ def call(function: RewardFunction, item: GradeItem) -> Grade:
 def _number(name: object, value: object) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]  # numpy and torch scalars convert too
-    except TypeError as error:
-        raise ValueError(f"it returned {name} = {value!r}, which is no number") from error
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"it returned {name} = {value!r:.60}, which is no number") from error
     if not math.isfinite(number):
         raise ValueError(f"it returned {name} = {number}, which is not finite")
     return number

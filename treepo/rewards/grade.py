@@ -1,7 +1,8 @@
 """What is graded, and what a grader says of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from treepo.tree import Verdict
 
@@ -29,3 +30,11 @@ class Grade:
     answer_text: str | None = None
     message: str | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
+
+
+class Rewards(Protocol):
+    """Whoever grades: processes of this machine (RewardPool) or an endpoint (HttpRewards)."""
+
+    async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
+        """One grade an item, in the same order. Raises ConfigError or RewardError where none is possible."""
+        ...

@@ -31,7 +31,7 @@ def grade_math(response: str, answer: str) -> tuple[Verdict, str | None]:
     Raises whatever math-verify raises when it can neither accept nor refuse the answer.
     """
     boxed = last_boxed(response)
-    if boxed is None or not boxed.strip():
+    if boxed is None:
         return Verdict.NO_ANSWER, None
     return (Verdict.CORRECT if equal_answers(answer, boxed) else Verdict.WRONG), boxed
 

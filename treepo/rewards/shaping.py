@@ -1,34 +1,55 @@
-"""Soft overlong punishment: a reward falls as a response comes near its limit (DAPO, equation 13)."""
+"""From grades to rewards on a tree: the grader's first, the terms beside it, in the end their sum."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from treepo.config.learning import LearningConfig
-from treepo.forest import Forest
-from treepo.tree import Tree
+import numpy as np
+
+from treepo.config.reward import RewardConfig
+from treepo.rewards.grade import Grade
+from treepo.rewards.terms import TERMS, Responses
+from treepo.tree import Tree, Verdict
 
 
-def overlong_penalty(tokens: int, limit: int, buffer: int, factor: float) -> float:
-    """0 up to `limit - buffer` tokens, then linear down to `-factor` at `limit` and beyond."""
-    return -factor * min(max(tokens - (limit - buffer), 0) / buffer, 1.0)
+def with_grades(
+    tree: Tree, texts: Sequence[str], grades: Sequence[Grade], config: RewardConfig, max_response_tokens: int
+) -> Tree:
+    """The tree with the grader's reward, verdict and numbers on each leaf, and the terms' values.
 
-
-def shape_overlong(tree: Tree, config: LearningConfig, max_response_tokens: int) -> Tree:
-    """The same tree, the penalty added to the reward of each graded leaf; verdicts stay.
-
-    Comes after dynamic sampling, which asks whether answers differ, not whether lengths do. The identity
-    where `overlong_buffer_tokens` is null.
+    texts, grades: one a leaf, in the order of `leaves`. A leaf that could not be graded has no terms and
+    counts in none. The reward is still the grader's alone; `shaped` adds the terms.
     """
-    buffer, factor = config.overlong_buffer_tokens, config.overlong_penalty
-    if buffer is None:
+    leaves = [
+        replace(leaf, reward=grade.reward, verdict=grade.verdict, numbers=grade.terms)
+        for leaf, grade in zip(tree.leaves, grades, strict=True)
+    ]
+    graded = [at for at, leaf in enumerate(leaves) if leaf.reward is not None]
+    if config.terms and graded:
+        responses = Responses(
+            text_L=tuple(texts[at] for at in graded),
+            tokens_L=np.array([len(tree.response(leaves[at])) for at in graded]),
+            correct_L=np.array([leaves[at].verdict is Verdict.CORRECT for at in graded]),
+            limit=max_response_tokens,
+        )
+        value_L_of = {name: weight * TERMS[name](responses, config) for name, weight in config.terms.items()}
+        for place, at in enumerate(graded):
+            terms = {name: float(value_L[place]) for name, value_L in value_L_of.items()}
+            leaves[at] = replace(leaves[at], terms=terms)
+    return replace(tree, leaves=tuple(leaves))
+
+
+def shaped(tree: Tree) -> Tree:
+    """The same tree, its terms added to the reward of each graded leaf; verdicts stay.
+
+    Comes after dynamic sampling, which asks whether answers differ, not whether lengths do. The tree itself
+    where no leaf has terms.
+    """
+    if not any(leaf.terms for leaf in tree.leaves):
         return tree
     return replace(
         tree,
         leaves=tuple(
-            leaf
-            if leaf.reward is None
-            else replace(
-                leaf, reward=leaf.reward + overlong_penalty(tokens, max_response_tokens, buffer, factor)
-            )
-            for leaf, tokens in zip(tree.leaves, Forest.of([tree]).response_tokens_L.tolist(), strict=True)
+            leaf if leaf.reward is None else replace(leaf, reward=leaf.reward + sum(leaf.terms.values()))
+            for leaf in tree.leaves
         ),
     )

@@ -70,10 +70,18 @@ def grade(grader: Grader, item: GradeItem, exhaustion: Exhaustion) -> tuple[Grad
         result = grader(item)
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}"
-        return Grade(None, Verdict.ERROR, message=message), traceback.format_exc()
+        return Grade(None, Verdict.ERROR, message=message), _own_traceback(error)
     if exhaustion.seen and result.verdict is Verdict.WRONG and result.reward is None:
         return Grade(None, Verdict.ERROR, result.answer_text, f"{exhaustion.seen} while comparing"), None
     return result, None
+
+
+def _own_traceback(error: BaseException) -> str:
+    """The traceback from the first frame on that is not ours; all of it where every frame is."""
+    trace = error.__traceback__
+    while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(error.with_traceback(trace or error.__traceback__)))
 
 
 def address_space() -> int:

@@ -1,0 +1,19 @@
+"""How the trainer's weights reach the engines."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from treepo.config.base import PathField, Section
+
+
+class WeightsConfig(Section):
+    transport: Literal["colocated", "broadcast", "disk"] = "colocated"
+    """`colocated`: through memory that trainer and engines share, on one machine. `broadcast`: one collective
+    to all engines, on devices of their own (NCCL; gloo on a CPU). `disk`: through a folder that all see."""
+    bucket_mb: int = Field(default=256, ge=1)
+    """Weights travel in buckets of so many MiB; a larger tensor is a bucket of its own. Two are in memory."""
+    folder: PathField | None = None
+    """Of `disk`: where versions are written; `weights/` in the run folder where null."""
+    keep: int = Field(default=2, ge=1)
+    """Of `disk`: so many of the newest versions stay."""

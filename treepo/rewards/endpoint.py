@@ -1,0 +1,157 @@
+"""Grading by an HTTP endpoint of the user's own (a reward model, a sandbox), batch by batch.
+
+    POST reward.url    {"items": [{"prompt": ..., "response": ..., "answer": ..., "extra": {...}}, ...]}
+    200                {"grades": [0.5, {"reward": 1, "correct": true, "style": 0.2}, null, ...]}
+
+One grade an item, in order: a number, or an object as a reward function returns it (treepo.rewards.custom),
+or null for an item that the endpoint could not grade. At the start an empty list of items is sent, to see
+that somebody answers. Whatever has no usable grade in the end is a verdict `timeout` or `error`, masked from
+training.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from itertools import batched
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from treepo.config.reward import RewardConfig
+from treepo.errors import ConfigError
+from treepo.rewards.custom import grade_of
+from treepo.rewards.grade import Grade, GradeItem
+from treepo.tree import Verdict
+
+_log = logging.getLogger(__name__)
+_FIRST_WAIT_SECONDS = 0.5  # doubled after each further attempt
+_WORTH_ANOTHER_ATTEMPT = (408, 425, 429)  # and everything from 500 up
+
+
+class BadReply(Exception):  # noqa: N818 (not the user's last word: it becomes a grade or a ConfigError)
+    """A reply without usable grades. transient: another attempt may succeed."""
+
+    def __init__(self, message: str, verdict: Verdict = Verdict.ERROR, transient: bool = False) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+        self.transient = transient
+
+
+class HttpRewards:
+    """A context manager; `config.workers` requests at a time. Belongs to the event loop that enters it."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        assert config.url is not None
+        self._url = config.url
+        self._config = config
+        self._slots = asyncio.Semaphore(config.workers)
+        self._shown: set[str] = set()
+
+    async def __aenter__(self) -> Self:
+        # The slots bound the connections, so that waiting for one never counts against the deadline.
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._config.deadline_seconds),
+            connector=aiohttp.TCPConnector(limit=0),
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def ready(self) -> None:
+        """Raises ConfigError where the endpoint does not answer an empty batch."""
+        try:
+            await self._request([])
+        except BadReply as bad:
+            raise ConfigError(f"reward.url = {self._url}: {bad}") from bad
+
+    async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
+        """One grade an item, in the same order. Raises ConfigError for an item that JSON cannot hold."""
+        parts = batched(items, self._config.batch_size)
+        return [grade for part in await asyncio.gather(*map(self._grade_batch, parts)) for grade in part]
+
+    async def _grade_batch(self, items: Sequence[GradeItem]) -> list[Grade]:
+        try:
+            grades = await self._request(items)
+        except BadReply as bad:
+            grades = [Grade(None, bad.verdict, message=str(bad))] * len(items)
+        for grade in grades:
+            if grade.message is not None:
+                self._show(grade.message)
+        return grades
+
+    async def _request(self, items: Sequence[GradeItem]) -> list[Grade]:
+        """The grades of one batch, after as many attempts as it takes. Raises BadReply."""
+        body, attempt = _encode(items), 1
+        while True:
+            try:
+                return _decode(await self._post(body), len(items))
+            except BadReply as bad:
+                if not bad.transient or attempt == self._config.attempts:
+                    raise
+            await asyncio.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+            attempt += 1
+
+    async def _post(self, body: bytes) -> bytes:
+        """The body of a reply with status 200. Raises BadReply."""
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._slots, self._session.post(self._url, data=body, headers=headers) as response:
+                content = await response.read()
+        except TimeoutError as error:
+            message = f"no reply within {self._config.deadline_seconds:g} s"
+            raise BadReply(message, Verdict.TIMEOUT, transient=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise BadReply(f"no reply: {error or type(error).__name__}", transient=True) from error
+        if response.status != 200:
+            transient = response.status >= 500 or response.status in _WORTH_ANOTHER_ATTEMPT
+            said = " ".join(content[:200].decode(errors="replace").split())
+            raise BadReply(f"HTTP {response.status}: {said}", transient=transient)
+        return content
+
+    def _show(self, message: str) -> None:
+        """Log a failure, the first of its kind only: an endpoint that fails does so on every batch."""
+        kind = message.partition(":")[0]
+        if kind not in self._shown:
+            self._shown.add(kind)
+            _log.error("%s: %s (shown once; such responses are masked from training)", self._url, message)
+
+
+def _encode(items: Sequence[GradeItem]) -> bytes:
+    records = [
+        {"prompt": item.prompt, "response": item.response, "answer": item.answer, "extra": dict(item.extra)}
+        for item in items
+    ]
+    try:
+        return json.dumps({"items": records}, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"data.columns.extra holds what JSON cannot: {error}; reward.url needs it"
+        ) from error
+
+
+def _decode(content: bytes, count: int) -> list[Grade]:
+    """The grades in a reply about `count` items. Raises BadReply."""
+    try:
+        reply = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadReply(f"its reply is not JSON: {error}") from error
+    grades = reply.get("grades") if isinstance(reply, dict) else None
+    if not isinstance(grades, list):
+        raise BadReply('its reply is no object with a list "grades"')
+    if len(grades) != count:
+        raise BadReply(f"it returned {len(grades)} grades for {count} responses")
+    return [_grade(value) for value in grades]
+
+
+def _grade(value: object) -> Grade:
+    if value is None:
+        return Grade(None, Verdict.ERROR, message="it returned null, no grade, for a response")
+    try:
+        return grade_of(value)
+    except ValueError as error:
+        return Grade(None, Verdict.ERROR, message=str(error))

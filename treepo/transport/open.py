@@ -1,0 +1,25 @@
+"""The sender that a configuration names."""
+
+from pathlib import Path
+
+import torch
+
+from treepo.config.weights import WeightsConfig
+from treepo.transport.broadcast import BroadcastSender
+from treepo.transport.colocated import SharedSender
+from treepo.transport.disk import DiskSender
+from treepo.transport.wire import Sender
+
+
+def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> Sender:
+    """out: the run folder. host: an address of this machine that the engines reach. seconds: deadline of one
+    step.
+    """
+    match config.transport:
+        case "colocated":
+            return SharedSender()
+        case "broadcast":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return BroadcastSender(device, host, seconds)
+        case "disk":
+            return DiskSender((config.folder or out / "weights").resolve(), config.keep)
