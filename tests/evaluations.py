@@ -80,4 +80,4 @@ def document(config: EvalConfig, answers: dict[str, list[tuple[Prompt, Answered]
         for name, problems in answers.items()
     }
     counts = {name: len(problems) for name, problems in finished.items()}
-    return results_document(config.model_dump(mode="json"), finished, counts, {}, COST)
+    return results_document(config.model_dump(mode="json"), True, finished, counts, {}, COST)

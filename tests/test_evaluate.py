@@ -13,7 +13,7 @@ from tiny import write_tiny_qwen2
 
 from sglang_rollout.driver import Stats
 from treepo.config.evaluate import EvalConfig
-from treepo.errors import EngineError
+from treepo.errors import EngineError, RewardError
 from treepo.evaluation import ProblemResult
 from treepo.orchestration.evaluate import evaluate
 from treepo.orchestration.evaluate_inputs import read_inputs
@@ -86,7 +86,7 @@ def settings(folder: Path, out: Path, url: str, **changes: Any) -> EvalConfig:
     )
 
 
-Outcome = dict[str, Any] | EngineError
+Outcome = dict[str, Any] | EngineError | RewardError
 
 
 def evaluations(folder: Path, out: Path, *engines: FakeEngine, **changes: Any) -> list[tuple[Outcome, Seen]]:
@@ -102,7 +102,7 @@ def evaluations(folder: Path, out: Path, *engines: FakeEngine, **changes: Any) -
                 seen = Seen()
                 try:
                     done.append((await evaluate(config, inputs, seen), seen))
-                except EngineError as error:
+                except (EngineError, RewardError) as error:
                     done.append((error, seen))
         finally:
             await server.close()
@@ -159,7 +159,7 @@ def test_the_files_agree_with_each_other_and_with_the_grader(folder: Path, tmp_p
 
 def test_without_any_answer_the_command_fails_and_nothing_is_lost(folder: Path, tmp_path: Path) -> None:
     (failed, _), (results, seen) = evaluations(folder, tmp_path, Answering(silent="01234567"), Answering())
-    assert "no problem could be sampled; the last: " in str(failed)
+    assert "no problem could be finished; the last: " in str(failed)
     assert isinstance(results, dict)
     assert seen.starts == ["starting", f"0/{PROBLEMS}"]
 
@@ -175,3 +175,20 @@ def test_a_reward_of_the_users_own_has_no_votes(folder: Path, tmp_path: Path) ->
     assert samples[0]["terms"]["response_length"] == len(samples[0]["text"])
     assert not [name for name in results["overall"]["metrics"] if name.startswith("maj")]
     assert "report.html" in {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.2, True), (1.0, False)])
+def test_a_problem_that_could_not_be_graded_is_not_finished(
+    folder: Path, tmp_path: Path, share: float, stops: bool
+) -> None:
+    """`obey` raises LookupError for what is no action, so no response is graded."""
+    own = {"workers": 1, "function": "reward_functions:obey", "max_failed_share": share}
+    ((failed, seen),) = evaluations(folder, tmp_path, Answering(), reward=own)
+    assert isinstance(failed, RewardError if stops else EngineError)
+    assert (
+        f"{PROBLEMS * SAMPLES} of {PROBLEMS * SAMPLES}" in str(failed)
+        if stops
+        else "could be graded" in str(failed)
+    )
+    assert seen.results == [None] * PROBLEMS
+    assert lines(tmp_path / "samples.jsonl") == []

@@ -41,13 +41,13 @@ def out(tmp_path: Path) -> Path:
 
 def test_what_is_finished_is_found_again(out: Path) -> None:
     config = config_of(str(out), 3)
-    first = EvaluationFolder(config, PROMPTS)
+    first = EvaluationFolder(config, PROMPTS, "m")
     write(first, range(3))
-    again = EvaluationFolder(config, PROMPTS)
+    again = EvaluationFolder(config, PROMPTS, "m")
     assert again.results == first.results
     assert list(again.results) == ["b:0", "b:1", "b:2"]
     write(again, range(3, 5), session=1)
-    last = EvaluationFolder(config, PROMPTS)
+    last = EvaluationFolder(config, PROMPTS, "m")
     assert list(last.results) == list(PROMPTS)
     assert last.spent == {0: spent(0, 2.0), 1: spent(1, 4.0)}
     assert [(row["problem"], row["sample"]) for row in lines(out / "samples.jsonl")] == [
@@ -60,7 +60,7 @@ def test_what_is_finished_is_found_again(out: Path) -> None:
 def test_wherever_a_kill_cuts_a_file_only_whole_problems_are_left(out: Path, name: str) -> None:
     """The samples of a problem are written before its tree, so a cut of one file is a cut of the other."""
     config = config_of(str(out), 3)
-    write(EvaluationFolder(config, PROMPTS), range(3))
+    write(EvaluationFolder(config, PROMPTS, "m"), range(3))
     whole = {file: (out / file).read_bytes() for file in ("trees.jsonl", "samples.jsonl")}
     ends = [index + 1 for index, byte in enumerate(whole["trees.jsonl"]) if byte == ord("\n")]
     starts = [
@@ -78,7 +78,7 @@ def test_wherever_a_kill_cuts_a_file_only_whole_problems_are_left(out: Path, nam
     for trees, samples in cuts:
         (out / "trees.jsonl").write_bytes(whole["trees.jsonl"][:trees])
         (out / "samples.jsonl").write_bytes(whole["samples.jsonl"][:samples])
-        again = EvaluationFolder(config, PROMPTS)
+        again = EvaluationFolder(config, PROMPTS, "m")
         finished = sum(end <= trees for end in ends)
         assert list(again.results) == [f"b:{index}" for index in range(finished)]
         assert [row["problem"] for row in lines(out / "samples.jsonl")] == [
@@ -90,44 +90,45 @@ def test_wherever_a_kill_cuts_a_file_only_whole_problems_are_left(out: Path, nam
 
 
 def test_another_configuration_is_refused_and_its_first_key_named(out: Path) -> None:
-    write(EvaluationFolder(config_of(str(out), 3), PROMPTS), range(1))
+    write(EvaluationFolder(config_of(str(out), 3), PROMPTS, "m"), range(1))
     with pytest.raises(ConfigError, match=r"with sampling\.width = 3, not 4; --force"):
-        EvaluationFolder(config_of(str(out), 4), PROMPTS)
+        EvaluationFolder(config_of(str(out), 4), PROMPTS, "m")
     with pytest.raises(ConfigError, match=r"data\.benchmarks\.1\.path = None, not c\.jsonl"):
-        EvaluationFolder(config_of(str(out), 3, ("b", "c")), PROMPTS)
-    faster = config_of(str(out), 3, engine={"count": 4})
-    assert list(EvaluationFolder(faster, PROMPTS).results) == ["b:0"], "how it is served may change"
+        EvaluationFolder(config_of(str(out), 3, ("b", "c")), PROMPTS, "m")
+    faster = config_of(str(out), 3, engine={"count": 4}, reward={"workers": 9})
+    assert list(EvaluationFolder(faster, PROMPTS, "m").results) == ["b:0"], "how it is served may change"
 
 
 def test_to_start_anew_sets_the_old_files_aside(out: Path) -> None:
-    write(EvaluationFolder(config_of(str(out), 3), PROMPTS), range(1))
+    write(EvaluationFolder(config_of(str(out), 3), PROMPTS, "m"), range(1))
     before = (out / "trees.jsonl").read_bytes()
-    anew = EvaluationFolder(config_of(str(out), 4), PROMPTS, anew=True)
+    anew = EvaluationFolder(config_of(str(out), 4), PROMPTS, "m", anew=True)
     assert not anew.results
     assert (out / "previous-1" / "trees.jsonl").read_bytes() == before
 
 
 def test_changed_problems_are_refused(out: Path) -> None:
     config = config_of(str(out), 3)
-    write(EvaluationFolder(config, PROMPTS), range(2))
-    changed = PROMPTS | {"b:1": replace(PROMPTS["b:1"], tokens=np.array([9], dtype=np.int32))}
-    with pytest.raises(ConfigError, match="problem b:1 with another prompt"):
-        EvaluationFolder(config, changed)
+    write(EvaluationFolder(config, PROMPTS, "m"), range(2))
+    for change in ({"tokens": np.array([9], dtype=np.int32)}, {"answer": "3"}):
+        changed = PROMPTS | {"b:1": replace(PROMPTS["b:1"], **change)}
+        with pytest.raises(ConfigError, match="problem b:1 with another prompt or answer"):
+            EvaluationFolder(config, changed, "m")
 
 
 def test_damaged_files_are_named_with_their_line(out: Path) -> None:
     config = config_of(str(out), 3)
-    write(EvaluationFolder(config, PROMPTS), range(3))
+    write(EvaluationFolder(config, PROMPTS, "m"), range(3))
     trees, samples = out / "trees.jsonl", out / "samples.jsonl"
     whole = samples.read_bytes()
     samples.write_bytes(b"".join(whole.splitlines(keepends=True)[1:]))
     with pytest.raises(DataError, match=r"samples\.jsonl: 2 lines of problem b:0, which has 3"):
-        EvaluationFolder(config, PROMPTS)
+        EvaluationFolder(config, PROMPTS, "m")
     samples.write_bytes(whole)
     rows = trees.read_bytes().splitlines(keepends=True)
     trees.write_bytes(rows[0] + b"{}\n" + rows[2])
     with pytest.raises(DataError, match=r"trees\.jsonl:2: not a line of an evaluation"):
-        EvaluationFolder(config, PROMPTS)
+        EvaluationFolder(config, PROMPTS, "m")
 
 
 @pytest.mark.parametrize("content", [None, "steps: 3\n"])
@@ -137,5 +138,12 @@ def test_a_folder_of_something_else_is_not_touched(out: Path, content: str | Non
     if content is not None:
         (out / "config.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"but not of a run|holds no evaluation"):
-        EvaluationFolder(config_of(str(out), 3), PROMPTS)
+        EvaluationFolder(config_of(str(out), 3), PROMPTS, "m")
     assert (out / "thesis.tex").read_text() == "x"
+
+
+def test_other_weights_are_refused(out: Path) -> None:
+    config = config_of(str(out), 3)
+    write(EvaluationFolder(config, PROMPTS, "m"), range(1))
+    with pytest.raises(ConfigError, match="other weights than the model has now"):
+        EvaluationFolder(config, PROMPTS, "n")

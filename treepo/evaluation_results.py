@@ -24,18 +24,18 @@ SCHEMA = 1
 
 def results_document(
     settings: Mapping[str, Any],
+    voting: bool,
     benchmarks: Mapping[str, Sequence[ProblemResult]],
     problems: Mapping[str, int],
     failures: Mapping[str, str],
     cost: Mapping[str, float],
 ) -> dict[str, Any]:
-    """settings: the whole configuration. benchmarks: finished problems by benchmark, in order.
+    """settings: the whole configuration. voting: whether answers were extracted.
 
-    problems: how many each benchmark has. failures: the reason, by the id of a problem that could not be
-    sampled. cost: of all sessions together.
+    benchmarks: finished problems by benchmark, in order. problems: how many each benchmark has. failures: the
+    reason, by the id of a problem that could not be finished. cost: of all sessions together.
     """
     samples, seed = settings["sampling"]["width"], settings["seed"]
-    voting = settings["reward"]["function"] is None
     metrics = {
         name: [problem_metrics(problem, samples, seed, voting=voting) for problem in finished]
         for name, finished in benchmarks.items()

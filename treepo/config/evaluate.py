@@ -177,6 +177,11 @@ class EvalConfig(Section):
     """The sampler; of a running server only `request_seconds` counts."""
 
 
+def grades_mathematics(reward: RewardConfig) -> bool:
+    """Whether math-verify grades, so that there are extracted answers to vote with."""
+    return reward.function is None and reward.url is None
+
+
 _KEYS = {
     "out": "out",
     "seed": "seed",

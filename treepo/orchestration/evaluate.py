@@ -9,13 +9,13 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sglang_rollout.driver import FailedTree, Stats, TreeDriver
 from sglang_rollout.remote import ServerEngine
 from treepo.config.engine import EngineConfig
-from treepo.config.evaluate import EvalConfig
+from treepo.config.evaluate import EvalConfig, grades_mathematics
 from treepo.config.schema import ModelConfig
 from treepo.data import Prompt
 from treepo.errors import EngineError
@@ -28,6 +28,7 @@ from treepo.orchestration.evaluation_folder import PLOT, REPORT, RESULTS, Answer
 from treepo.protocols import Engine
 from treepo.report.page import evaluation_page
 from treepo.report.plot import accuracy_plot, curve
+from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.open import open_rewards
 from treepo.rewards.pool import RewardPool
@@ -64,17 +65,17 @@ async def evaluate(
     """Answer every problem that is not finished; write and return the results.
 
     Everything that is started here is ended here, whatever happens. Raises EngineError where no problem could
-    be sampled at all.
+    be finished at all, and RewardError where too many responses could not be graded.
     """
     prompts = inputs.prompts
-    folder = EvaluationFolder(config, prompts, anew=anew)
+    folder = EvaluationFolder(config, prompts, inputs.model, anew=anew)
     with folder:
         failures: dict[str, str] = {}
         if len(folder.results) < len(prompts):
             reporter.starting()
             failures = await _sample(config, inputs, folder, reporter)
         if not folder.results:
-            raise EngineError(f"no problem could be sampled; the last: {list(failures.values())[-1]}")
+            raise EngineError(f"no problem could be finished; the last: {list(failures.values())[-1]}")
         finished = {
             benchmark.config.label: [
                 folder.results[prompt.id] for prompt in benchmark.prompts if prompt.id in folder.results
@@ -83,6 +84,7 @@ async def evaluate(
         }
         results = results_document(
             config.model_dump(mode="json"),
+            grades_mathematics(config.reward),
             finished,
             {benchmark.config.label: len(benchmark.prompts) for benchmark in inputs.benchmarks},
             failures,
@@ -117,14 +119,18 @@ async def _sample(
     """Sample and grade what is not finished; returns the reasons of what failed."""
     async with AsyncExitStack() as stack:
         rewards = await stack.enter_async_context(open_rewards(config.reward))
-        # Votes are counted by math-verify whoever grades.
-        voters = (
-            rewards if isinstance(rewards, RewardPool) else stack.enter_context(RewardPool(config.reward))
-        )
-        await voters.ready()
         engines, kv_tokens = await stack.enter_async_context(_engines(config, inputs))
         driver = TreeDriver(engines, config.sampling, inputs.tokenizer.decode, config.seed, kv_tokens)
-        session = _Session(config, inputs, folder, reporter, rewards, voters, driver, len(engines))
+        session = _Session(
+            config,
+            inputs,
+            folder,
+            reporter,
+            rewards,
+            driver,
+            len(engines),
+            FailedGrades(config.reward.max_failed_share),
+        )
         return await session.run()
 
 
@@ -164,9 +170,10 @@ class _Session:
     folder: EvaluationFolder
     reporter: Reporter
     rewards: Rewards
-    voters: RewardPool
     driver: TreeDriver
     engines: int
+    failed: FailedGrades
+    failures: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
 
     async def run(self) -> dict[str, str]:
@@ -175,15 +182,19 @@ class _Session:
         self.reporter.sampling(len(prompts), len(prompts) - len(pending))
         self.started = time.perf_counter()
         number = max(self.folder.spent, default=-1) + 1
-        failures: dict[str, str] = {}
         async with asyncio.TaskGroup() as group, aclosing(self.driver.sample(pending, step=0)) as results:
             async for result in results:
                 if isinstance(result, FailedTree):
-                    failures[result.prompt_id] = result.reason
-                    self._report(None)
+                    self._fail(result.prompt_id, result.reason)
                 else:
                     group.create_task(self._finish(result, prompts[result.prompt_id], number))
-        return failures
+        self.failed.check_and_clear("this evaluation")
+        return self.failures
+
+    def _fail(self, problem: str, reason: str) -> None:
+        """Nothing of the problem is written, so that the next command tries it again."""
+        self.failures[problem] = reason
+        self._report(None)
 
     async def _finish(self, tree: Tree, prompt: Prompt, session: int) -> None:
         """Grade, vote, write."""
@@ -192,11 +203,16 @@ class _Session:
             [GradeItem(text, prompt.answer, prompt.text, prompt.extra) for text in texts]
         )
         verdicts = [grade.verdict for grade in grades]
-        if self.config.reward.function is None:
+        self.failed.add(grades)
+        if not any(verdict.graded for verdict in verdicts):
+            self._fail(prompt.id, f"none of its responses could be graded: {grades[0].message}")
+            return
+        if grades_mathematics(self.config.reward):
+            assert isinstance(self.rewards, RewardPool)
             answers = [grade.answer_text for grade in grades]
-            classes = await vote_classes(answers, verdicts, pool_equality(self.voters))
+            classes = await vote_classes(answers, verdicts, pool_equality(self.rewards))
         else:
-            classes = [NO_VOTE] * len(texts)  # a function of the user's own extracts no answer
+            classes = [NO_VOTE] * len(texts)  # a grader of the user's own extracts no answer
         graded = tree.graded([(grade.reward, grade.verdict) for grade in grades])
         answered = Answered(graded, texts, grades, classes)
         self._report(self.folder.write(answered, self._spent(session)))

@@ -13,6 +13,7 @@ from sglang_rollout.weights import checkpoint_shapes
 from treepo.config.evaluate import BenchmarkConfig, EvalConfig
 from treepo.data import DataReport, Prompt, check_prompts, load_prompts
 from treepo.errors import ConfigError
+from treepo.fingerprint import model_fingerprint
 from treepo.tokenizer import Tokenizer, check_model_folder, load_tokenizer
 
 
@@ -27,10 +28,11 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """kv_tokens: of the server, where it tells."""
+    """model: tells one model from another, whatever its path. kv_tokens: of the server, where it tells."""
 
     tokenizer: Tokenizer
     benchmarks: tuple[Benchmark, ...]
+    model: str
     kv_tokens: int | None = None
 
     @property
@@ -48,18 +50,20 @@ def read_inputs(config: EvalConfig) -> Inputs:
     if config.model.path is not None:
         folder, facts = config.model.path, {}
         checkpoint_shapes(folder)
+        model = model_fingerprint(folder)
         positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     else:
         assert config.model.url is not None
         facts = asyncio.run(server_facts(config.model.url))
         folder = config.model.tokenizer or _tokenizer_folder(config.model.url, facts)
         positions = facts.get("max_req_input_len")
+        model = f"{facts.get('model_path')} {facts.get('weight_version')}"
     _check_lengths(config, positions)
     tokenizer = load_tokenizer(folder)
     if not config.data.chat_template:
         tokenizer.hugging_face.chat_template = None
     benchmarks = tuple(_benchmark(config, benchmark, tokenizer) for benchmark in config.data.benchmarks)
-    return Inputs(tokenizer, benchmarks, facts.get("max_total_num_tokens"))
+    return Inputs(tokenizer, benchmarks, model, facts.get("max_total_num_tokens"))
 
 
 def _benchmark(config: EvalConfig, benchmark: BenchmarkConfig, tokenizer: Tokenizer) -> Benchmark:

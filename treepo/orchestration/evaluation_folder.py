@@ -37,7 +37,8 @@ from treepo.rewards.grade import Grade
 from treepo.tree import Tree, from_json, to_json
 
 SAMPLES, RESULTS, REPORT, PLOT = "samples.jsonl", "results.json", "report.html", "accuracy.svg"
-_MAY_CHANGE = frozenset({"out", "engine"})
+_MAY_CHANGE = ("out", "engine.", "reward.workers")  # keys, by how they begin: what is computed stays
+_KEYS = ("model", "answer", "answers", "classes", "spent")  # of a line of trees.jsonl, beside the tree's own
 _PART = ".part"
 
 
@@ -68,14 +69,19 @@ class Answered:
 class EvaluationFolder:
     """A context manager. results: of the finished problems, by id. spent: the last word of each session."""
 
-    def __init__(self, config: EvalConfig, prompts: Mapping[str, Prompt], *, anew: bool = False) -> None:
-        """Raises ConfigError where the folder holds another evaluation or something else, and `anew` is not
-        set: then its files are moved into `previous-N/`.
+    def __init__(
+        self, config: EvalConfig, prompts: Mapping[str, Prompt], model: str, *, anew: bool = False
+    ) -> None:
+        """model: tells one model from another, whatever its path.
+
+        Raises ConfigError where the folder holds another evaluation or something else, and `anew` is not set:
+        then its files are moved into `previous-N/`.
         """
         self.path = config.out
         self.results: dict[str, ProblemResult] = {}
         self.spent: dict[int, Spent] = {}
         self._prompts = prompts
+        self._model = model
         if anew or not (config.out / CONFIG).is_file():
             prepare_folder(config.out, config)
         else:
@@ -101,6 +107,7 @@ class EvaluationFolder:
         self._samples.flush()
         line = to_json(
             answered.tree,
+            model=self._model,
             answer=_unicode(prompt.answer),
             answers=[
                 None if grade.answer_text is None else _unicode(grade.answer_text)
@@ -138,10 +145,19 @@ class EvaluationFolder:
             _cut_torn_line(path)
         for record, tree in self.problems():
             prompt = self._prompts.get(tree.prompt_id)
-            if prompt is None or prompt.tokens.tobytes() != tree.prompt.tobytes():
+            if (
+                prompt is None
+                or prompt.tokens.tobytes() != tree.prompt.tobytes()
+                or _unicode(prompt.answer) != record["answer"]
+            ):
                 raise ConfigError(
-                    f"out: {trees} has problem {tree.prompt_id} with another prompt than the data give it "
-                    "now; --force starts anew"
+                    f"out: {trees} has problem {tree.prompt_id} with another prompt or answer than the data "
+                    "give it now; --force starts anew"
+                )
+            if record["model"] != self._model:
+                raise ConfigError(
+                    f"out: {self.path} holds an evaluation of other weights than the model has now; --force "
+                    "starts anew, its files set aside"
                 )
             self._take(record, tree)
         self._drop_unfinished(samples)
@@ -213,8 +229,10 @@ def _sample_lines(answered: Answered, prompt: Prompt) -> Iterator[str]:
 
 def _tree_of(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
     try:
-        record = orjson.loads(line)
-        return record, from_json(line)
+        record, tree = orjson.loads(line), from_json(line)
+        for key in _KEYS:
+            record[key]
+        return record, tree
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
 
@@ -260,7 +278,7 @@ def _check_same(config: EvalConfig) -> None:
         ) from None
     was, now = (_flat(settings.model_dump(mode="json")) for settings in (before, config))
     for key in dict.fromkeys([*now, *was]):
-        if was.get(key) != now.get(key) and key.partition(".")[0] not in _MAY_CHANGE:
+        if was.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
             raise ConfigError(
                 f"out: {config.out} holds an evaluation with {key} = {was.get(key)}, not {now.get(key)}; "
                 "--force starts anew, its files set aside"
