@@ -77,7 +77,7 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
         {
             "out": "unused",
             "model": {"path": str(write_model(tmp_path)), "dtype": "float32"},
-            "data": {"train": "unused.jsonl"},
+            "data": {"prompts": "unused.jsonl"},
             "engine": {"count": 2, "max_total_tokens": 20_000, "max_restarts": 2},
         }
     )

@@ -153,11 +153,12 @@ class EvalEngineConfig(EngineConfig):
     """Engines of the evaluation's own."""
 
     count: int | None = Field(default=None, ge=1)  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
-    """Engines; each holds the whole model on one device. By default one for each GPU, and one without any."""
+    """Engines; each holds the whole model. By default as many as the GPUs hold, and one without any."""
 
     def on(self, gpus: int) -> EngineConfig:
         """With a number of engines, on a machine or cluster with so many GPUs."""
-        return EngineConfig.model_validate(self.model_dump() | {"count": self.count or max(gpus, 1)})
+        count = self.count or max(gpus // self.tensor, 1)
+        return EngineConfig.model_validate(self.model_dump() | {"count": count})
 
 
 class EvalConfig(Section):
