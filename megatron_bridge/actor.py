@@ -27,7 +27,7 @@ from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.device import on_device as _on_device
 from megatron_bridge.log_prob import token_log_probs
-from megatron_bridge.manifest import Manifest as CheckpointManifest
+from megatron_bridge.manifest import CheckpointManifest
 from megatron_bridge.model import build_model
 from megatron_bridge.reference import ReferenceWeights
 from megatron_bridge.schedule import MicroBatch, Schedule

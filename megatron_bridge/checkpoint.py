@@ -44,7 +44,7 @@ from megatron_bridge.folder import add_other_files
 from megatron_bridge.manifest import (
     ACTOR,
     HUGGING_FACE,
-    Manifest,
+    CheckpointManifest,
     read_manifest,
 )
 from megatron_bridge.moments import set_steps, sharded_moments
@@ -91,7 +91,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: _Writing | None = None
 
-    def save(self, folder: Path, manifest: Manifest) -> None:
+    def save(self, folder: Path, manifest: CheckpointManifest) -> None:
         """Begin a checkpoint: return once the state is copied. `finish` ends it; one is written at a time.
 
         Raises CheckpointError where the folder cannot be made, or the checkpoint before could not be written.
@@ -124,7 +124,7 @@ class Checkpointer:
             raise CheckpointError(f"{what}: {failure}")
         on_first_rank(lambda: commit_folder(writing.folder), what)
 
-    def load(self, folder: Path) -> Manifest:
+    def load(self, folder: Path) -> CheckpointManifest:
         """Fill model, optimizer and, at the same layout, generators. Weights alone leave an optimizer that
         has taken no step. Raises ModelError where the folder is no checkpoint of this model.
         """
@@ -192,7 +192,7 @@ def common_state() -> io.BytesIO:
     return data
 
 
-def _begin(folder: Path, model: Path, manifest: Manifest) -> None:
+def _begin(folder: Path, model: Path, manifest: CheckpointManifest) -> None:
     if folder.exists():
         raise FileExistsError(errno.EEXIST, "it exists, and nothing is overwritten", str(folder))
     partial = start_folder(folder)

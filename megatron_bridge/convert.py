@@ -15,7 +15,7 @@ from megatron_bridge.architecture import Architecture, read_architecture
 from megatron_bridge.checkpoint import declare_format
 from megatron_bridge.collective import FAILURES, reason
 from megatron_bridge.folder import INDEX, SHARD_BYTES, Checkpoint, add_other_files, write_folder
-from megatron_bridge.manifest import ACTOR, HUGGING_FACE, Manifest, is_checkpoint, read_manifest
+from megatron_bridge.manifest import ACTOR, HUGGING_FACE, CheckpointManifest, is_checkpoint, read_manifest
 from megatron_bridge.new_folder import new_folder
 from megatron_bridge.stored import Stored, TensorReader, stored_parameters, write_tensors
 from megatron_bridge.weights import Rule, expand
@@ -114,7 +114,7 @@ def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Co
         (partial / HUGGING_FACE).mkdir()
         name = str(dtype).removeprefix("torch.")
         add_other_files(source, partial / HUGGING_FACE, name)
-        Manifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
+        CheckpointManifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
         declare_format(partial / ACTOR)
         shapes = {key: (stored.shape, dtype) for key, (_, stored, _) in places.items()}
         write_tensors(partial / ACTOR, shapes, make)

@@ -21,7 +21,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class CheckpointManifest:
     """dtype: of the weights. optimizer_steps: taken so far. layout: tensor, pipeline and the like of the
     ranks that wrote it, empty for weights alone. run: what `treepo train` wants back.
     """
@@ -42,7 +42,7 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """Raises ModelError where the folder is no training checkpoint of this version."""
     if not is_checkpoint(folder):
         raise ModelError(f"{folder}: no training checkpoint (it has no {MANIFEST})")
@@ -51,6 +51,6 @@ def read_manifest(folder: Path) -> Manifest:
         version = content.pop("format")
         if version != _FORMAT:
             raise ModelError(f"{folder / MANIFEST}: format {version}; this version reads {_FORMAT}")
-        return Manifest(**content)
+        return CheckpointManifest(**content)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{folder / MANIFEST}: not readable: {error}") from None

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from random_trees import random_tree
 
-from megatron_bridge.manifest import Manifest
+from megatron_bridge.manifest import CheckpointManifest
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.load import load_config
 from treepo.config.schema import RunConfig
@@ -36,7 +36,7 @@ class FakeSaver:
     async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True)
-        Manifest("float32", True, run["step"], {}, run).write(partial)
+        CheckpointManifest("float32", True, run["step"], {}, run).write(partial)
         self._pending = partial, folder
 
     async def finish_save(self) -> None:

@@ -63,7 +63,7 @@ def show_toy(console: Console, report: ToyReport) -> None:
 
 
 class TrainDisplay(LiveDisplay):
-    """A `Reporter` (treepo.orchestration.train) that draws; a context manager around the run."""
+    """A `Reporter` (treepo.orchestration.clock) that draws; a context manager around the run."""
 
     def __init__(self, console: Console, title: str, steps: int) -> None:
         super().__init__(
