@@ -44,7 +44,7 @@ def toy(
     force: Annotated[bool, typer.Option(help="Make it again even if it is there.")] = False,
 ) -> None:
     """Make a small model and arithmetic problems that it gets right about two times in five."""
-    from treepo.display import show_toy, toy_progress
+    from treepo.display.train import show_toy, toy_progress
     from treepo.toy.make import make_toy
 
     with toy_progress(_output) as progress:
@@ -66,7 +66,7 @@ def train(
 ) -> None:
     """Train a model: sample trees, grade them, learn from them, hand the new weights to the sampler."""
     run_config = load_config(config, overrides or [])
-    from treepo.display import TrainDisplay, show_resume, show_summary
+    from treepo.display.train import TrainDisplay, show_resume, show_summary
     from treepo.orchestration.inputs import read_inputs
 
     inputs = read_inputs(run_config)
@@ -103,8 +103,8 @@ def rollout(
 
     inputs = read_inputs(rollout_config)
     _show_data([inputs.prompts.report])
+    from treepo.display.rollout import RolloutDisplay, show_rollout
     from treepo.orchestration.rollout import rollout as run
-    from treepo.rollout_display import RolloutDisplay, show_rollout
 
     try:
         with RolloutDisplay(_output, f"{config} -> {rollout_config.out}") as display:
@@ -124,7 +124,7 @@ def convert(
 ) -> None:
     """Turn a training checkpoint into a Hugging Face folder, or the other way round."""
     from megatron_bridge.convert import convert as run
-    from treepo.convert_display import convert_progress, show_converted
+    from treepo.display.conversion import convert_progress, show_converted
 
     started = time.perf_counter()
     with convert_progress(_output) as progress:
@@ -199,7 +199,7 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
     from treepo.orchestration.evaluate_inputs import read_inputs
 
     inputs = read_inputs(eval_config)
-    from treepo.evaluation_display import EvaluationDisplay, show_evaluation
+    from treepo.display.evaluation import EvaluationDisplay, show_evaluation
     from treepo.orchestration.evaluate import evaluate as run
 
     source = path or eval_config.model.path or eval_config.model.url
@@ -219,7 +219,7 @@ def _compare(folders: list[str], out: Path | None) -> None:
     if len(folders) < 2:
         raise ConfigError(f"--compare: at least two folders are needed, {len(folders)} given")
     from treepo.comparison import compare, read_results
-    from treepo.comparison_display import show_comparison
+    from treepo.display.comparison import show_comparison
     from treepo.report.plot import accuracy_plot, curve
 
     results = [read_results(Path(folder)) for folder in folders]

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from sglang_rollout.driver import Stats
-from treepo.live_display import LiveDisplay, show_written, value_table
+from treepo.display.live import LiveDisplay, show_written, value_table
 from treepo.orchestration.rollout import Summary
 from treepo.orchestration.run_folder import CONFIG, LOG, SUMMARY, TREES
 

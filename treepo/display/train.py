@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from treepo.live_display import LiveDisplay, is_live, live_progress, show_written, value_table
+from treepo.display.live import LiveDisplay, is_live, live_progress, show_written, value_table
 from treepo.orchestration.checkpoints import CHECKPOINTS
 from treepo.orchestration.resume import Resume
 from treepo.orchestration.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
