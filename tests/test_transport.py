@@ -16,7 +16,7 @@ from weight_sinks import FakeSink
 
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError
-from treepo.transport.colocated import SharedSender
+from treepo.transport.colocated import SharedBytes, SharedSender
 from treepo.transport.open import open_sender
 from treepo.transport.send import Outcome, WeightStream
 from treepo.transport.wire import Bucket, Manifest, Sender, TensorInfo, checksum, plan_buckets, views
@@ -149,22 +149,43 @@ def test_where_every_engine_fails_the_tensors_are_still_read(transport, make_str
     assert next(source, None) is None
 
 
-def test_two_buckets_and_one_tensor_are_all_that_is_held(make_stream, make_sinks) -> None:
-    """The tensors that are joined for the update are dropped one by one, whatever a bucket's size."""
+@pytest.mark.parametrize("largest", [100, 5 * BUCKET])
+def test_two_buckets_and_one_tensor_are_all_that_is_held(
+    make_stream, make_sinks, monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    """Tensors that are joined for the update are dropped one by one; what is held at one time is counted."""
     stream, sinks = make_stream("colocated"), make_sinks(1)
-    infos = tuple(TensorInfo(f"t{index}", "float32", (100,)) for index in range(200))
+    sizes = [400] * 100 + [largest] + [400] * 100
+    infos = tuple(TensorInfo(f"t{index}", "uint8", (size,)) for index, size in enumerate(sizes))
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    in_buffers = most = 0
+
+    class Counted(SharedBytes):
+        def __init__(self, nbytes: int) -> None:
+            nonlocal in_buffers
+            super().__init__(nbytes)
+            in_buffers += nbytes
+
+        def close(self) -> None:
+            nonlocal in_buffers
+            super().close()
+            in_buffers -= len(self.bytes)
 
     def joined() -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
         for info in infos:
             assert len(alive) <= 1, "the tensor before the last is still held"
-            tensor = torch.zeros(info.shape)
+            tensor = torch.zeros(info.shape, dtype=torch.uint8)
             alive.add(tensor)
+            most = max(most, in_buffers + len(tensor))
             yield info.name, tensor
             del tensor
 
+    monkeypatch.setattr("treepo.transport.colocated.SharedBytes", Counted)
     stream.send(joined(), infos, 1, sinks)
     assert len(sinks[0].received[0]) == len(infos)
+    assert most <= BUCKET + max(BUCKET, largest) + largest
+    assert in_buffers == 0
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=40), st.integers(1, 5000))
