@@ -44,6 +44,7 @@ MODEL: dict[str, Any] = {
     "num_hidden_layers": 10,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
+    "eos_token_id": 1,
 }
 
 
