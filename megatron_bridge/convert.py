@@ -4,6 +4,8 @@ What is in memory at once is one file of what is written (`folder.SHARD_BYTES`, 
 it; `stored.FILE_BYTES`) and the tensors of one parameter.
 """
 
+import megatron_bridge.quiet  # noqa: F401  # isort: skip  # before anything of Megatron-Core
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
