@@ -15,7 +15,7 @@ from torch import Tensor
 from weight_sinks import FakeSink
 
 from treepo.config.weights import WeightsConfig
-from treepo.errors import EngineError
+from treepo.errors import EngineError, TransportError
 from treepo.transport.colocated import SharedBytes, SharedSender
 from treepo.transport.open import open_sender
 from treepo.transport.send import Outcome, WeightStream
@@ -227,6 +227,18 @@ def test_a_torn_bucket_is_not_loaded(make_stream, make_sinks, monkeypatch: pytes
     monkeypatch.setattr(SharedSender, "start", torn)
     outcome = send(make_stream("colocated"), random_model(0), make_sinks(1))
     assert outcome.failed == {"engine 0": "checksum"}
+
+
+def test_a_folder_that_cannot_be_written_is_one_error_and_all_tensors_are_read(
+    tmp_path: Path, make_stream, make_sinks
+) -> None:
+    """The trainer's other ranks would wait for ever."""
+    stream, sinks = make_stream("disk"), make_sinks(1)
+    (tmp_path / "weights").write_text("a file where the folder should be")
+    source = iter((model := random_model(0)).items())
+    with pytest.raises(TransportError, match=r"weights of version 1: .*weights"):
+        stream.send(source, manifest_of(model), 1, sinks)
+    assert next(source, None) is None
 
 
 def test_a_version_on_disk_is_complete_or_not_there(tmp_path: Path, make_stream, make_sinks) -> None:

@@ -73,11 +73,28 @@ class WeightStream:
         send theirs without knowing.
 
         An engine that fails is left out from then on. Where all share one collective, one failure breaks it:
-        then nothing more is sent, and those that are not at fault must begin anew.
+        then nothing more is sent, and those that are not at fault must begin anew. Raises TransportError
+        where the transport's folder cannot be written.
         """
+        source = iter(tensors)
+        try:
+            outcome = self._send(source, manifest, version, sinks)
+        except BaseException as error:
+            self.close()
+            for _ in source:
+                pass
+            if isinstance(error, OSError):  # a disk that is full, a folder that may not be written
+                raise TransportError(f"weights of version {version}: {error}") from error
+            raise
+        assert next(source, None) is None, "more tensors than the manifest names"
+        return outcome
+
+    def _send(
+        self, source: Iterator[tuple[str, Tensor]], manifest: Manifest, version: int, sinks: Sequence[Sink]
+    ) -> Outcome:
         outcome, live = Outcome(), {sink.name: sink for sink in sinks}
         self._join(live, outcome)
-        source, travelling = iter(tensors), {}
+        travelling: Mapping[str, Future[None]] = {}
         for index, planned in enumerate(plan_buckets(manifest, self._size)):
             flat = self._sender.buffer(index, sum(tensor.nbytes for tensor in planned))
             _fill(flat, planned, source)
@@ -89,7 +106,6 @@ class WeightStream:
             bucket = Bucket(planned, checksum(flat), place)
             travelling = {name: sink.load(bucket) for name, sink in live.items()}
         self._settle(travelling, live, outcome)
-        assert next(source, None) is None, "more tensors than the manifest names"
         if live and not outcome.broken:
             self._sender.end(version)
         else:
