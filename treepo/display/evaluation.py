@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from sglang_rollout.driver import Stats
+from treepo.display.live import LiveDisplay, show_written
 from treepo.evaluation import ProblemResult
 from treepo.orchestration.evaluate_inputs import Inputs
 from treepo.orchestration.evaluation_folder import PLOT, REPORT, RESULTS, SAMPLES
@@ -22,31 +22,26 @@ _LINES = 10  # where nothing is live
 _FAILURES = 5  # that the table spells out
 
 
-class EvaluationDisplay:
+class EvaluationDisplay(LiveDisplay):
     """A `Reporter` (treepo.orchestration.evaluate) that draws; a context manager around the evaluation."""
 
     def __init__(self, console: Console, title: str, inputs: Inputs) -> None:
-        self._console = console
-        self._title = title
-        self._inputs = inputs
-        self._live = console.is_terminal and not console.is_dumb_terminal
-        self._progress = Progress(
+        super().__init__(
+            console,
+            escape(title),
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("problems  {task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not self._live,
         )
-        self._task = self._progress.add_task("read", total=None, numbers="")
+        self._inputs = inputs
+        self._task = self.progress.add_task("read", total=None, numbers="")
         self._problems = self._done = 0
         self._results: list[ProblemResult] = []
         self._failed = 0
 
     def __enter__(self) -> Self:
-        self._console.print(f"[bold]{escape(self._title)}[/bold]", highlight=False)
+        super().__enter__()
         for benchmark in self._inputs.benchmarks:
             config, report = benchmark.config, benchmark.report
             of_file = f" of {report.usable}" if len(benchmark.prompts) < report.usable else ""
@@ -54,25 +49,16 @@ class EvaluationDisplay:
             self._line(f"{config.label}: {len(benchmark.prompts)}{of_file} problems{map_name}")
             if report.skipped or report.duplicates:
                 self._line(f"  {report.summary()}")
-        self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
     def starting(self) -> None:
-        self._progress.update(self._task, description="start engine")
-        if not self._live:
+        self.progress.update(self._task, description="start engine")
+        if not self.live:
             self._line("start engine")
 
     def sampling(self, problems: int, finished: int) -> None:
         self._problems, self._done = problems, finished
-        self._progress.update(self._task, description="sample", total=problems, completed=finished)
+        self.progress.update(self._task, description="sample", total=problems, completed=finished)
         if finished:
             self._line(f"{finished} of {problems} problems were finished before")
 
@@ -88,23 +74,22 @@ class EvaluationDisplay:
         numbers += f"{stats.decoded_tokens:,} tokens decoded  {stats.decoded_tokens / seconds:.0f} tokens/s"
         if self._failed:
             numbers += f"  {self._failed} failed"
-        self._progress.update(self._task, completed=self._done, numbers=numbers)
+        self.progress.update(self._task, completed=self._done, numbers=numbers)
         if (
-            not self._live
+            not self.live
             and self._done * _LINES // self._problems > (self._done - 1) * _LINES // self._problems
         ):
             self._line(f"{self._done}/{self._problems} problems  {numbers}")
 
     def _line(self, text: str) -> None:
-        self._console.print(escape(text), highlight=False, soft_wrap=True)
+        self.line(escape(text))
 
 
 def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) -> None:
     """The end of an evaluation: scores with their intervals, cost, where it is."""
     console.print(_scores(results))
     console.print(_cost(results))
-    written = Table(title=f"Written to {folder}/", title_justify="left", show_header=False, box=None)
-    for name, what in (
+    files = (
         (REPORT, "to look at: open it in a browser, no network needed"),
         (RESULTS, "every number, with all settings"),
         (SAMPLES, "every response: verdict, extracted answer, text"),
@@ -112,9 +97,8 @@ def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) 
         (PLOT, "accuracy against compute"),
         (CONFIG, "the effective configuration"),
         (LOG, "the log"),
-    ):
-        written.add_row(name, what)
-    console.print(written, soft_wrap=True)
+    )
+    show_written(console, folder, files)
 
 
 def _scores(results: Mapping[str, Any]) -> Table:
