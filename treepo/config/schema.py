@@ -10,6 +10,7 @@ from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.data import DataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.learning import LearningConfig
+from treepo.config.plan import PlanConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.config.score_check import ScoreCheckConfig
@@ -64,6 +65,8 @@ class RunConfig(Section):
     """Whether actor and engines agree, before the first step."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What an interrupted run goes on from."""
+    plan: PlanConfig = PlanConfig()
+    """What `treepo plan` assumes; training reads nothing of it."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:

@@ -1,0 +1,20 @@
+"""Memory as a plan shows it: named parts, each with the arithmetic behind it. Units: bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one process holds at its fullest. owner: as the user knows it ("trainer, pipeline stage 0").
+
+    parts: bytes by name, in the order of showing. notes: by part's name, the arithmetic in a few words.
+    """
+
+    owner: str
+    parts: Mapping[str, float]
+    notes: Mapping[str, str]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
