@@ -141,6 +141,11 @@ class MegatronActor:
             self._step += 1
         return summarise(_reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
+    def release_cache(self) -> None:
+        """Give the device's memory back that torch keeps for later; what is in use stays."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def manifest(self) -> Manifest:
         """All tensors of the model, in the order of `tensors`; the same on every rank."""
         return self._exporter.manifest()

@@ -81,6 +81,12 @@ def shares_devices(layout: Layout, nodes: Sequence[Node]) -> bool:
     return layout.placement == "colocated" and layout.ranks > 0 and _on_gpus(nodes)
 
 
+def on_one_machine(placed: Sequence[tuple[Bundle, Node]]) -> bool:
+    """Whether every engine is on the node of the trainer's rank 0."""
+    first = {node.id for bundle, node in placed if 0 in bundle.ranks}
+    return {node.id for bundle, node in placed if bundle.engines} <= first
+
+
 def _on_gpus(nodes: Sequence[Node]) -> bool:
     return any(node.gpus for node in nodes)
 
