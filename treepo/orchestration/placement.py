@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from treepo.config.schema import RunConfig
 from treepo.errors import PlacementError
 
 Placement = Literal["colocated", "split"]
@@ -53,6 +54,12 @@ class Bundle:
     @property
     def cpus(self) -> int:
         return len(self.ranks) + len(self.engines)
+
+
+def run_layout(config: RunConfig) -> Layout:
+    """Of a training run."""
+    parallel, engine = config.actor.parallel, config.engine
+    return Layout(config.placement, parallel.ranks, parallel.tensor, engine.count, engine.tensor)
 
 
 def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:

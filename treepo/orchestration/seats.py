@@ -11,7 +11,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from treepo.config.actor import ParallelConfig
 from treepo.config.engine import EngineConfig
-from treepo.config.schema import RunConfig
 from treepo.errors import PlacementError
 from treepo.orchestration.cluster import actor_environment
 from treepo.orchestration.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
@@ -91,12 +90,6 @@ async def reserve(layout: Layout, seconds: float) -> Seats:
         for engine in bundle.engines:
             engines[engine] = place | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
     return Seats(shared, on_one_machine(placed), tuple(ranks), tuple(engines), layout.tensor)
-
-
-def run_layout(config: RunConfig) -> Layout:
-    """Of a training run."""
-    parallel, engine = config.actor.parallel, config.engine
-    return Layout(config.placement, parallel.ranks, parallel.tensor, engine.count, engine.tensor)
 
 
 def engines_alone(config: EngineConfig) -> list[dict[str, Any]]:

@@ -17,10 +17,11 @@ from treepo.orchestration.cluster import ray_session
 from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
+from treepo.orchestration.placement import run_layout
 from treepo.orchestration.resume import Resume
 from treepo.orchestration.run import Run
 from treepo.orchestration.run_folder import RunFolder
-from treepo.orchestration.seats import reserve, run_layout
+from treepo.orchestration.seats import reserve
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.open import open_rewards
 from treepo.stopping import StopRule
