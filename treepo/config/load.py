@@ -1,13 +1,16 @@
 """YAML and `a.b=c` overrides to a configuration, or one clear line about each thing that is wrong.
 
-Paths in a configuration are relative to the working directory.
+A file may build on another: `extends: other.yaml`, relative to the file that says it. Sections are merged key
+by key; everything else, lists and an empty `{}` included, takes the place of what the other file says.
+
+All other paths in a configuration are relative to the working directory.
 """
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,9 +21,17 @@ from treepo.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-6 is a number, as everybody expects (YAML 1.1 wants 1.0e-6)."""
+    """Safe YAML as everybody expects it: unlike in YAML 1.1, 1e-6 is a number and `off` a word."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -57,13 +68,46 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(path: Path, said_in: str = "", above: Sequence[Path] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of `path` and of what it extends, and where each dotted key stands ("file:line").
+
+    said_in: where `path` is named, if a file names it. above: the files that led here.
+    """
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: {reason}") from None
-    return _parse(text, path)
+        raise ConfigError(f"{said_in}{path}: {reason}") from None
+    values, places = _parse(text, path)
+    if "extends" not in values:
+        return values, places
+    name, said_in = values.pop("extends"), f"{places.pop('extends')}: extends: "
+    if not isinstance(name, str):
+        raise ConfigError(f"{said_in}should be the path of a YAML file, found {name!r}")
+    other, above = path.parent / name, [*above, path.resolve()]
+    if other.resolve() in above:
+        raise ConfigError(f"{said_in}{other} extends itself, {_circle(above, other.resolve())}")
+    merged, base_places = _read(other, said_in, above)
+    replaced = tuple(_merge(merged, values))
+    kept = {key: line for key, line in base_places.items() if not f"{key}.".startswith(replaced)}
+    return merged, kept | places
+
+
+def _circle(above: Sequence[Path], repeated: Path) -> str:
+    through = [file.name for file in above[above.index(repeated) + 1 :]]
+    return f"by way of {', '.join(through)}" if through else "directly"
+
+
+def _merge(values: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lay `new` over `values`, in place; yields each dotted key that is replaced as a whole, with a dot."""
+    for key, value in new.items():
+        dotted = f"{prefix}{key}."
+        old = values.get(key)
+        if value and isinstance(value, dict) and isinstance(old, dict):
+            yield from _merge(old, value, dotted)
+        else:
+            values[key] = value
+            yield dotted
 
 
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -131,7 +175,7 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
     dotted = ".".join(location)
     place = _place(location, places) or file
     if fault["type"] == "extra_forbidden":
-        allowed = _keys_of(schema, location[:-1])
+        allowed = _keys_of(schema, location[:-1]) + (["extends"] if len(location) == 1 else [])
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{place}: {dotted}: unknown key; {hint}"
