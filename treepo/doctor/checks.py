@@ -62,6 +62,6 @@ CHECKS = (
         "NCCL_P2P_DISABLE=1 tell which link is at fault",
         long=True,
     ),
-    Check("engine", "treepo.doctor.engine:engine", 300, _NOT_ITSELF, long=True),
-    Check("trainer", "treepo.doctor.trainer:trainer", 180, _NOT_ITSELF, long=True),
+    Check("engine", "treepo.doctor.engine:engine", 600, _NOT_ITSELF, long=True),
+    Check("trainer", "treepo.doctor.trainer:trainer", 300, _NOT_ITSELF, long=True),
 )

@@ -40,8 +40,7 @@ def devices() -> Outcome:
 
 
 def judge_devices(found: Sequence[Device], built_for: Sequence[str], driver: str) -> Outcome:
-    """built_for: torch's architectures, such as sm_80; of one major version a later minor one will do."""
-    architectures = [tuple(map(int, _split(name))) for name in built_for if name.startswith("sm_")]
+    """built_for: torch's architectures, such as sm_80 and compute_120."""
     kinds = {device: found.count(device) for device in found}
     text = ", ".join(
         f"{count} x {device.name} ({device.memory / (1 << 30):.0f} GiB, "
@@ -49,11 +48,7 @@ def judge_devices(found: Sequence[Device], built_for: Sequence[str], driver: str
         for device, count in kinds.items()
     )
     unfit = [
-        device.name
-        for device in kinds
-        if not any(
-            major == device.capability[0] and minor <= device.capability[1] for major, minor in architectures
-        )
+        device.name for device in kinds if not any(_serves(name, device.capability) for name in built_for)
     ]
     if unfit:
         return failed(
@@ -63,9 +58,14 @@ def judge_devices(found: Sequence[Device], built_for: Sequence[str], driver: str
     return passed(f"{text}, driver {driver}")
 
 
-def _split(architecture: str) -> tuple[str, str]:
-    digits = "".join(character for character in architecture.removeprefix("sm_") if character.isdigit())
-    return digits[:-1], digits[-1]
+def _serves(architecture: str, capability: tuple[int, int]) -> bool:
+    """Machine code (sm_80) runs on later minor versions of its major one, an intermediate (compute_80) is
+    compiled for any later one.
+    """
+    kind, _, version = architecture.partition("_")
+    digits = version.rstrip("abcdefghijklmnopqrstuvwxyz")
+    least = int(digits[:-1]), int(digits[-1])
+    return least <= capability and (kind == "compute" or least[0] == capability[0])
 
 
 def _why_not() -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _KV_TOKENS = 4096
 _NEW_TOKENS = 8
 _BUCKET = 1 << 20
-_SECONDS = 60.0
+_SECONDS = 240.0  # a GPU may compile kernels at its first request
 _WEIGHTS = (
     "the engine computes something else than transformers does with the same weights: check the versions"
 )
@@ -47,23 +47,25 @@ class LocalSink:
 def engine() -> Outcome:
     from sglang_rollout.engine import SGLangEngine
     from treepo.config.engine import EngineConfig
-    from treepo.doctor.toy_model import Toy
+    from treepo.doctor.toy_model import Toy, dtype_here
 
-    toy = Toy(Path(mkdtemp()))
+    toy = Toy(Path(mkdtemp()), dtype_here())
     config = EngineConfig(max_total_tokens=_KV_TOKENS, update_seconds=_SECONDS, request_seconds=_SECONDS)
     serving = SGLangEngine(toy.folder, toy.dtype, config, seed=0)
     try:
-        return asyncio.run(_use(serving, toy))
+        return asyncio.run(exercise(serving, toy))
     finally:
         serving.close()
 
 
-async def _use(engine: "SGLangEngine", toy: "Toy") -> Outcome:
+async def exercise(engine: "SGLangEngine", toy: "Toy") -> Outcome:
+    """Sample from it, change its weights, and compare its log-probs with transformers' each time."""
+    from treepo.doctor.toy_model import difference
     from treepo.protocols import GenerateRequest
 
     request = GenerateRequest(toy.tokens, len(toy.tokens), _NEW_TOKENS, temperature=1.0, seed=0)
     sampled = await engine.generate(request)
-    before = toy.difference(await engine.score(toy.tokens), toy.log_probs(toy.tokens))
+    before = difference(await engine.score(toy.tokens), toy.log_probs(toy.tokens))
     if before > toy.tolerance:
         return failed(
             f"log-probs differ from transformers' by {before:.2g}, at most {toy.tolerance:g}", _WEIGHTS
@@ -73,7 +75,7 @@ async def _use(engine: "SGLangEngine", toy: "Toy") -> Outcome:
         return failed(f"a weight update did not arrive: {broken}", "")
     again = await engine.generate(request)
     scores = await engine.score(toy.tokens)
-    after = toy.difference(scores, toy.log_probs(toy.tokens, new=True))
+    after = difference(scores, toy.log_probs(toy.tokens, new=True))
     if after > toy.tolerance or again.version != 1:
         return failed(
             f"after a weight update to version 1 it serves version {again.version}, and log-probs "

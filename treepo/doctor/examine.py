@@ -60,7 +60,7 @@ def _examine(check: Check, folder: Path) -> tuple[Outcome, tuple[str, ...]]:
     except subprocess.TimeoutExpired:
         return failed(f"no answer within {check.seconds:g} s", check.remedy), _last_lines(log)
     finally:
-        _end(process)
+        end_family(process)
     if code or not answer.is_file():
         return failed(_ending(code), check.remedy), _last_lines(log)
     outcome = from_document(orjson.loads(answer.read_bytes()))
@@ -75,7 +75,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return environment
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_family(process: subprocess.Popen[bytes]) -> None:
     """End the process and what it started, if it has not ended by itself."""
     if process.poll() is not None:
         return

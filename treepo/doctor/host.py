@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from treepo.doctor.cgroup import cgroup_room
 from treepo.doctor.outcome import Outcome, skipped, verdict
 
 _GIB = 1 << 30
@@ -15,13 +16,6 @@ _OPEN_FILES = 8192  # what Ray asks for; Ray and SGLang raise the soft limit to 
 _LOCKED_MEMORY = _GIB
 _MEMORY = 4 * _GIB  # what training and sampling a toy on a CPU takes, Ray included
 _DISK = 2 * _GIB
-_CGROUP_LIMITS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
 
 
 def shared_memory() -> Outcome:
@@ -76,12 +70,9 @@ def judge_locked_memory(soft: int, adapters: list[str]) -> Outcome:
 
 
 def memory() -> Outcome:
-    """Host memory that is free now, within the limit of a container."""
-    available = psutil.virtual_memory().available
-    for most, used in _CGROUP_LIMITS:
-        if most.is_file() and (text := most.read_text().strip()) != "max":
-            available = min(available, int(text) - int(used.read_text()))
-    return judge_memory(available, psutil.virtual_memory().total)
+    """Host memory that is free now, within the limits of the container or job."""
+    host = psutil.virtual_memory()
+    return judge_memory(min([host.available, *cgroup_room()]), host.total)
 
 
 def judge_memory(available: int, total: int) -> Outcome:

@@ -27,10 +27,10 @@ def trainer() -> Outcome:
     from treepo import advantage, loss
     from treepo.config.actor import ActorConfig, OptimizerConfig
     from treepo.config.learning import LearningConfig
-    from treepo.doctor.toy_model import Toy
+    from treepo.doctor.toy_model import Toy, difference, dtype_here
     from treepo.packing import pack_trees
 
-    toy, learning = Toy(Path(mkdtemp())), LearningConfig()
+    toy, learning = Toy(Path(mkdtemp()), dtype_here()), LearningConfig()
     tree = two_answers(toy.tokens)
     (packs,) = pack_trees([tree], advantage.estimate([tree], learning), _TOKENS, 1)
     optimizer = OptimizerConfig(learning_rate=_LEARNING_RATE, warmup_steps=0)
@@ -40,10 +40,10 @@ def trainer() -> Outcome:
     (before,) = actor.log_probs(packs, 1.0)
     paths = [np.concatenate([tree.prompt, segment.tokens]) for segment in tree.segments]
     expected = np.concatenate([toy.log_probs(path)[_PROMPT - 1 :] for path in paths])
-    difference = toy.difference(before[_PROMPT:], expected)
-    if difference > toy.tolerance:
+    error = difference(before[_PROMPT:], expected)
+    if error > toy.tolerance:
         return failed(
-            f"log-probs differ from transformers' by {difference:.2g}, at most {toy.tolerance:g}", _DIFFERS
+            f"log-probs differ from transformers' by {error:.2g}, at most {toy.tolerance:g}", _DIFFERS
         )
     trained = [replace(packs[0], old_log_prob=before)]
     metrics = actor.train_step(trained, 1.0, loss.denominator([trained], learning))
@@ -51,7 +51,7 @@ def trainer() -> Outcome:
     actor.close()
     good, bad = ((after - before)[_PROMPT:].reshape(2, _RESPONSE)).mean(1)
     found = (
-        f"log-probs differ from transformers' by {difference:.1g} ({toy.dtype}); one step of gradient norm "
+        f"log-probs differ from transformers' by {error:.1g} ({toy.dtype}); one step of gradient norm "
         f"{metrics['grad_norm']:.2g} moved the good answer's by {good:+.2g} a token, "
         f"the bad one's by {bad:+.2g}"
     )
