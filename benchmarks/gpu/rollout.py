@@ -12,8 +12,9 @@ The first fetches every wheel that SGLang depends on, torch, transformers, numpy
 PyYAML among them; this repository needs nothing else to sample, and is used from its sources.
 Attention is SGLang's Triton backend, which needs no flash-attention kernels. The models are random Qwen2.5
 shapes that this script writes; forced response lengths, see treepo/planning/lengths.py: log-normal, on
-average 3.5 of 14 segments of 512 tokens. One JSON line a shape and width, as soon as it is measured; the keys are
-those of benchmarks/rollout.py. `--dry-run` runs the same code in a minute on a CPU, with a tiny shape.
+average 3.5 of 14 segments of 512 tokens. One JSON line a shape and width, as soon as it is measured; the
+keys are those of benchmarks/rollout.py. `--dry-run` runs the same code in a minute on a CPU, with a tiny
+shape.
 """
 
 import argparse
