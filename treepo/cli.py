@@ -118,6 +118,32 @@ def rollout(
 
 
 @app.command()
+def plan(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file for training, for example examples/models/qwen3-8b.yaml.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """What a training run will need and how long its steps take, worked out without a GPU or the weights.
+
+    Exit code 2 where it does not fit; the nearest layouts that do are named.
+    """
+    run_config = load_config(config, overrides or [])
+    from treepo.display.plan import plan_progress, show_plan
+    from treepo.planning import plan as planning
+
+    with plan_progress(_errors) as doing:
+        made = planning.make_plan(run_config, doing)
+    if as_json:
+        _output.print_json(data=planning.as_json(made))
+    else:
+        show_plan(_output, str(config), made)
+    if made.fit.problem is not None:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A training checkpoint, or a Hugging Face folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write: of the other kind.")],
