@@ -271,12 +271,12 @@ def doctor(
     Exit code 1 where a check failed. On every node of a job: srun --label treepo doctor
     """
     import socket
-    from importlib.metadata import version
 
     from treepo.display.doctor import show_report, watch
     from treepo.doctor.checks import CHECKS
     from treepo.doctor.examine import examine_all
     from treepo.doctor.outcome import Report
+    from treepo.doctor.software import installed_version
 
     started = time.perf_counter()
     console = _errors if json else _output
@@ -285,7 +285,7 @@ def doctor(
     except KeyboardInterrupt:
         _errors.print("Interrupted. What was started has ended.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    report = Report(socket.gethostname(), version("treepo"), results)
+    report = Report(socket.gethostname(), installed_version("treepo"), results)
     if json:
         _output.print_json(data=report.as_json())
     else:
