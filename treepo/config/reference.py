@@ -109,9 +109,14 @@ def _row(
     else:
         registered = _REGISTERED.get((section.__name__, key))
         value = _value(schema) + (f": {_words(sorted(registered))}" if registered else "")
-        default = "" if field.is_required() else f"`{json.dumps(schema['default'])}`"
+        default = "" if field.is_required() else f"`{_default(schema['default'])}`"
     default = "required" if field.is_required() else default
     return f"| `{key}` | {value} | {default} | {_in_cell(_one_line(field.description or ''))} |"
+
+
+def _default(value: Any) -> str:
+    """As it would be written in YAML."""
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _departures(default: Any) -> str:
