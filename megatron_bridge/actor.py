@@ -26,6 +26,7 @@ from megatron_bridge import optimizer
 from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.device import on_device as _on_device
+from megatron_bridge.groups import form_groups
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.manifest import CheckpointManifest
 from megatron_bridge.model import build_model
@@ -141,6 +142,11 @@ class MegatronActor:
             self._step += 1
         return summarise(_reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
+    def release_cache(self) -> None:
+        """Give the device's memory back that torch keeps for later; what is in use stays."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def manifest(self) -> Manifest:
         """All tensors of the model, in the order of `tensors`; the same on every rank."""
         return self._exporter.manifest()
@@ -245,15 +251,7 @@ def _join(parallel: ParallelConfig, rank: int, world_size: int, store: Store) ->
         torch.cuda.set_device(rank % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    chunks = parallel.virtual_pipeline
-    parallel_state.initialize_model_parallel(
-        parallel.tensor,
-        parallel.pipeline,
-        chunks if chunks > 1 else None,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(0)  # Megatron-Core insists; nothing random is left
+    form_groups(parallel)
 
 
 def _reduced(metrics: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -29,10 +29,21 @@ def build_model(architecture: Architecture, dtype: torch.dtype, actor: ActorConf
 
 def outline(architecture: Architecture, dtype: torch.dtype) -> GPTModel:
     """The whole model for one rank, names and shapes without memory. Parallel state must be initialised."""
-    config = _transformer_config(architecture, dtype, ActorConfig(), transformer_engine=False)
+    (model,) = outlines(architecture, dtype, ActorConfig())
+    return model
+
+
+def outlines(architecture: Architecture, dtype: torch.dtype, actor: ActorConfig) -> list[GPTModel]:
+    """What `build_model` makes of Megatron-Core's own layers: names and shapes without memory, anywhere.
+    Transformer Engine's have the same parameters. Parallel state must be initialised.
+    """
+    config = _transformer_config(architecture, dtype, actor, transformer_engine=False)
     config.use_cpu_initialization = True  # else it would name a device
     with torch.device("meta"):
-        return _build_chunk(architecture, config, ActorConfig(), 0).to(dtype=dtype)
+        return [
+            _build_chunk(architecture, config, actor, chunk).to(dtype=dtype)
+            for chunk in range(actor.parallel.virtual_pipeline)
+        ]
 
 
 def _build_chunk(

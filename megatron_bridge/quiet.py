@@ -10,6 +10,7 @@ MESSAGES = (
     r".*Apex (is|are) not installed",  # torch's own norm and optimizer are what we use
     "full scope is deprecated",  # of CUDA graphs, which we do not set
     "MimoModelConfig is experimental",  # imported by the optimizer, not used
+    "`sequence_parallel` is set to `True`, but tensor",  # said of experts, which are whole on their rank
 )
 LOGGERS = (
     "megatron.core.models.gpt.gpt_model",  # announces its successor, HybridModel

@@ -106,7 +106,7 @@ def test_a_sender_that_is_not_there_is_no_fault_of_the_weights(real_engine: "Rea
     from treepo.transport.broadcast import BroadcastAddress
 
     engine = real_engine.engine
-    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=1, size=2, seconds=0.5)
+    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=1, size=2, seconds=0.5, through_host=True)
 
     async def update() -> None:
         await engine.begin(engine.version + 1, manifest(perturbed(real_engine.reference)))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo.errors import PlacementError
-from treepo.orchestration.placement import Bundle, Layout, Node, plan, shares_devices
+from treepo.orchestration.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
 
 
 def cluster(*gpus: int, cpus: int = 1000) -> list[Node]:
@@ -129,3 +129,19 @@ def test_a_refusal_shows_the_arithmetic() -> None:
         r"fit into the cluster: 10.0.0.0 has 16 GPUs and 1000 CPUs; 10.0.0.1 has 7 GPUs",
     ):
         plan(Layout("split", 8, 4, 2, 8), cluster(16, 7))
+
+
+@pytest.mark.parametrize(
+    ("layout", "nodes", "expected"),
+    [
+        (Layout("colocated", 8, 4, 2, 4), cluster(8), True),
+        (Layout("colocated", 16, 4, 4, 4), cluster(8, 8), False),
+        (Layout("colocated", 16, 4, 2, 4), cluster(8, 8), True),  # the other node's ranks have no engine
+        (Layout("split", 4, 4, 1, 4), cluster(8), True),
+        (Layout("split", 8, 8, 1, 8), cluster(8, 8), False),
+    ],
+)
+def test_who_shares_a_machine_with_the_rank_that_sends(
+    layout: Layout, nodes: Sequence[Node], expected: bool
+) -> None:
+    assert on_one_machine(plan(layout, nodes)) is expected

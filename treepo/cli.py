@@ -233,6 +233,40 @@ def _compare(folders: list[str], out: Path | None) -> None:
         _output.print(f"accuracy against compute of all of them: {out}", highlight=False)
 
 
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="One JSON document instead of lines.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Without collectives, engine and trainer: seconds.")
+    ] = False,
+) -> None:
+    """Check this machine: versions, devices, limits, network, and a real engine and trainer on a toy.
+
+    Exit code 1 where a check failed. On every node of a job: srun --label treepo doctor
+    """
+    import socket
+    from importlib.metadata import version
+
+    from treepo.display.doctor import show_report, watch
+    from treepo.doctor.checks import CHECKS
+    from treepo.doctor.examine import examine_all
+    from treepo.doctor.outcome import Report
+
+    started = time.perf_counter()
+    console = _errors if json else _output
+    try:
+        results = watch(console, examine_all(CHECKS, quick), lines=not json)
+    except KeyboardInterrupt:
+        _errors.print("Interrupted. What was started has ended.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    report = Report(socket.gethostname(), version("treepo"), results)
+    if json:
+        _output.print_json(data=report.as_json())
+    else:
+        show_report(_output, report, time.perf_counter() - started)
+    raise typer.Exit(report.exit_code)
+
+
 def _show_data(reports: "Iterable[DataReport]") -> None:
     """What each file holds, a line each."""
     for report in reports:

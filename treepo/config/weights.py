@@ -8,9 +8,11 @@ from treepo.config.base import PathField, Section
 
 
 class WeightsConfig(Section):
-    transport: Literal["colocated", "broadcast", "disk"] = "colocated"
+    transport: Literal["colocated", "broadcast", "host_broadcast", "disk"] = "colocated"
     """`colocated`: through memory that trainer and engines share, on one machine. `broadcast`: one collective
-    to all engines, on devices of their own (NCCL; gloo on a CPU). `disk`: through a folder that all see."""
+    to all engines, on devices of their own (NCCL; gloo on a CPU). `host_broadcast`: the same through the
+    hosts' memory (gloo), for engines on the trainer's devices on several machines. `disk`: through a folder
+    that all see."""
     bucket_mb: int = Field(default=256, ge=1)
     """Weights travel in buckets of so many MiB; a larger tensor is a bucket of its own. Two are in memory."""
     folder: PathField | None = None

@@ -84,6 +84,9 @@ class TrainerRank:
             self._stream = WeightStream(sender, weights.bucket_mb << 20, seconds)
         return self._stream.send(self._actor.tensors(), self._actor.manifest(), version, sinks)
 
+    def release_cache(self) -> None:
+        self._actor.release_cache()
+
     def export(self, folder: Path) -> None:
         self._actor.export(folder)
 
@@ -150,6 +153,10 @@ class LearnerGroup:
     async def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome:
         """Every tensor to every engine, all of which have begun an update to `version`."""
         return (await self._call("send_weights", version, sinks))[0]
+
+    async def release_cache(self) -> None:
+        """Device memory that holds nothing any more is free for other processes."""
+        await self._call("release_cache")
 
     async def export(self, folder: Path) -> None:
         """A Hugging Face folder of the current weights. Raises CheckpointError, ModelError."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from treepo.config.schema import RunConfig
 from treepo.errors import PlacementError
 
 Placement = Literal["colocated", "split"]
@@ -55,6 +56,12 @@ class Bundle:
         return len(self.ranks) + len(self.engines)
 
 
+def run_layout(config: RunConfig) -> Layout:
+    """Of a training run."""
+    parallel, engine = config.actor.parallel, config.engine
+    return Layout(config.placement, parallel.ranks, parallel.tensor, engine.count, engine.tensor)
+
+
 def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:
     """A place for every rank and engine, each in one bundle. Raises PlacementError with the arithmetic.
 
@@ -79,6 +86,12 @@ def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:
 def shares_devices(layout: Layout, nodes: Sequence[Node]) -> bool:
     """Whether engines use the memory of the trainer's devices."""
     return layout.placement == "colocated" and layout.ranks > 0 and _on_gpus(nodes)
+
+
+def on_one_machine(placed: Sequence[tuple[Bundle, Node]]) -> bool:
+    """Whether every engine is on the node of the trainer's rank 0."""
+    first = {node.id for bundle, node in placed if 0 in bundle.ranks}
+    return {node.id for bundle, node in placed if bundle.engines} <= first
 
 
 def _on_gpus(nodes: Sequence[Node]) -> bool:

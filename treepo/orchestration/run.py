@@ -98,6 +98,11 @@ class Run:
     async def _hand_over(self, version: int) -> None:
         await hand_over(self.learner, self.engines, version, self.config.engine.update_seconds)
 
+    async def _make_room(self) -> None:
+        """Where the engines use the trainer's devices, memory that its allocator keeps is theirs to have."""
+        if self.engines.shares_device:
+            await self.learner.release_cache()
+
     async def begin_checkpoint(self) -> None:
         """Of the step that is done; it is written while the next one is sampled."""
         with self.clock.phase("write checkpoint"):
@@ -133,8 +138,10 @@ class Run:
             with self.clock.phase("train"):
                 updates = [await self._update(packs) for packs in self._with_grades(mini_batches)]
             with self.clock.phase("update"):
+                await self._make_room()
                 await self.engines.restore_memory("weights")
                 await self._hand_over(version=step)
+                await self._make_room()
             self.steps_done = step
         self.decoded_tokens += stats.decoded_tokens
         self.sequential_tokens += stats.total_tokens

@@ -11,10 +11,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from treepo.config.actor import ParallelConfig
 from treepo.config.engine import EngineConfig
-from treepo.config.schema import RunConfig
 from treepo.errors import PlacementError
 from treepo.orchestration.cluster import actor_environment
-from treepo.orchestration.placement import Bundle, Layout, Node, plan, shares_devices
+from treepo.orchestration.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +21,11 @@ class Seats:
     """Ray's options for the actor of each trainer rank and each engine.
 
     shared: whether engines use the trainer's devices; then `for_engines` must know which these are.
+    one_machine: whether every engine is on the node of the trainer's rank 0.
     """
 
     shared: bool
+    one_machine: bool
     ranks: tuple[dict[str, Any], ...]
     engines: tuple[dict[str, Any], ...]
     tensor: int
@@ -88,13 +89,7 @@ async def reserve(layout: Layout, seconds: float) -> Seats:
             ranks[rank] = place | {"num_gpus": 1 if bundle.gpus else 0}
         for engine in bundle.engines:
             engines[engine] = place | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
-    return Seats(shared, tuple(ranks), tuple(engines), layout.tensor)
-
-
-def run_layout(config: RunConfig) -> Layout:
-    """Of a training run."""
-    parallel, engine = config.actor.parallel, config.engine
-    return Layout(config.placement, parallel.ranks, parallel.tensor, engine.count, engine.tensor)
+    return Seats(shared, on_one_machine(placed), tuple(ranks), tuple(engines), layout.tensor)
 
 
 def engines_alone(config: EngineConfig) -> list[dict[str, Any]]:

@@ -17,10 +17,11 @@ from treepo.orchestration.cluster import ray_session
 from treepo.orchestration.engines import EnginePool
 from treepo.orchestration.inputs import Inputs
 from treepo.orchestration.learners import LearnerGroup
+from treepo.orchestration.placement import run_layout
 from treepo.orchestration.resume import Resume
 from treepo.orchestration.run import Run
 from treepo.orchestration.run_folder import RunFolder
-from treepo.orchestration.seats import reserve, run_layout
+from treepo.orchestration.seats import reserve
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.open import open_rewards
 from treepo.stopping import StopRule
@@ -111,13 +112,18 @@ async def _start_processes(
     trainer leaves.
     """
     seats = await reserve(run_layout(config), config.engine.start_seconds)
+    if config.weights.transport == "colocated" and not seats.one_machine:
+        raise PlacementError(
+            "weights.transport = colocated: some engine is on another machine than trainer rank 0, which "
+            f"sends; {'host_broadcast' if seats.shared else 'broadcast, host_broadcast'} and disk are allowed"
+        )
     learner = LearnerGroup(config, seats.ranks)
     devices: list[str] = []
     if seats.shared:
         if config.weights.transport == "broadcast":
             raise PlacementError(
                 "placement = colocated with weights.transport = broadcast: NCCL takes one process a GPU; "
-                "colocated and disk are allowed"
+                "colocated, host_broadcast and disk are allowed"
             )
         await learner.ready()
         devices = await learner.devices()

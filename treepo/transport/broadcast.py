@@ -1,4 +1,6 @@
-"""Weights by one collective broadcast to all engines, on devices of their own: NCCL, on a CPU gloo.
+"""Weights by one collective broadcast to all engines: NCCL between devices, gloo between hosts' memories.
+
+NCCL takes one process a device, so engines need devices of their own for it. gloo does not care.
 
 One group of the sending rank and every rank of every engine, kept from update to update. It belongs to no
 default process group, so the trainer's own groups and the engines' do not know of it.
@@ -26,7 +28,7 @@ class InBroadcast:
 
 @dataclass(frozen=True, slots=True)
 class BroadcastAddress:
-    """first: the group's rank of the engine's rank 0."""
+    """first: the group's rank of the engine's rank 0. through_host: whether buffers are in host memory."""
 
     host: str
     port: int
@@ -34,8 +36,11 @@ class BroadcastAddress:
     first: int
     size: int
     seconds: float
+    through_host: bool
 
     def join(self, rank: int, device: torch.device) -> "BroadcastReceiver":
+        if self.through_host:
+            device = torch.device("cpu")
         store = TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=self.seconds))
         group = _group(store, self.name, self.first + rank, self.size, self.seconds, device)
         return BroadcastReceiver(group, self.seconds, device)
@@ -64,8 +69,11 @@ class BroadcastSender:
         self._groups += 1
         self._size = 1 + sum(ranks)
         firsts = list(accumulate(ranks, initial=1))[:-1]
+        through_host = self._device.type == "cpu"
         return [
-            BroadcastAddress(self._host, self._port, self._name, first, self._size, self._seconds)
+            BroadcastAddress(
+                self._host, self._port, self._name, first, self._size, self._seconds, through_host
+            )
             for first in firsts
         ]
 

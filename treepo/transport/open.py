@@ -21,5 +21,7 @@ def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> 
         case "broadcast":
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             return BroadcastSender(device, host, seconds)
+        case "host_broadcast":
+            return BroadcastSender(torch.device("cpu"), host, seconds)
         case "disk":
             return DiskSender((config.folder or out / "weights").resolve(), config.keep)

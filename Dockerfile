@@ -1,0 +1,65 @@
+# syntax=docker/dockerfile:1
+# SGLang's own image of the pinned version, with Megatron-Core, Transformer Engine and this package beside it:
+#
+#     docker build --build-arg MAX_JOBS=16 -t treepo .
+#     docker/check.sh treepo
+#
+# How to run it: docs/docker.md. What the image brings (torch, SGLang, their CUDA libraries) stays as it is;
+# everything else goes into a virtual environment on top of it, in the versions of constraints.txt.
+
+FROM lmsysorg/sglang:v0.5.16-cu130 AS base
+
+# Wheels that are made here: Transformer Engine for this torch, and this package.
+FROM base AS build
+WORKDIR /build
+COPY constraints.txt docker/image_packages.py docker/transformer-engine.txt ./
+RUN python3 image_packages.py check constraints.txt sglang torch transformers
+# Compilers at a time; each takes up to 4 GB of memory.
+ARG MAX_JOBS=8
+# The wheels that Transformer Engine offers are for other builds of torch.
+ENV NVTE_PYTORCH_FORCE_BUILD=TRUE \
+    NVTE_FRAMEWORK=pytorch
+RUN --mount=type=cache,target=/root/.cache/pip \
+    MAX_JOBS=${MAX_JOBS} python3 -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels \
+        --requirement transformer-engine.txt
+COPY pyproject.toml README.md LICENSE source/
+COPY treepo source/treepo
+COPY megatron_bridge source/megatron_bridge
+COPY sglang_rollout source/sglang_rollout
+# What a user of pip would get, less what is here already.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m pip wheel --no-deps --wheel-dir /wheels ./source \
+    && python3 -m pip install --dry-run --ignore-installed --quiet --report plan.json \
+        --constraint constraints.txt /wheels/treepo-*.whl \
+    && python3 image_packages.py missing plan.json > missing.txt
+
+FROM base
+RUN --mount=type=bind,from=build,source=/build,target=/build \
+    --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv --system-site-packages --without-pip /opt/treepo \
+    && /opt/treepo/bin/python -m pip install --no-deps --compile \
+        --requirement /build/missing.txt /wheels/*.whl
+# Fails where something was put in front of the image's torch or SGLang, or is not as pinned.
+RUN --mount=type=bind,from=build,source=/build,target=/build \
+    python3 /build/image_packages.py check /build/constraints.txt sglang torch > /tmp/image \
+    && /opt/treepo/bin/python /build/image_packages.py check /build/constraints.txt sglang torch > /tmp/ours \
+    && cmp /tmp/image /tmp/ours \
+    && /opt/treepo/bin/python /build/image_packages.py check /build/constraints.txt \
+        transformers megatron-core ray math-verify \
+    && rm /tmp/image /tmp/ours \
+    && useradd --uid 10001 --create-home --shell /bin/bash treepo \
+    && install --directory --owner=treepo --group=treepo /workspace
+ENV PATH=/opt/treepo/bin:$PATH \
+    RAY_USAGE_STATS_ENABLED=0
+USER 10001:10001
+WORKDIR /workspace
+COPY --chown=10001:10001 examples examples
+HEALTHCHECK --interval=5m --timeout=2m --start-period=1m CMD ["treepo", "doctor", "--quick"]
+ENTRYPOINT ["treepo"]
+CMD ["--help"]
+LABEL org.opencontainers.image.title="treepo" \
+      org.opencontainers.image.description="Reinforcement learning for reasoning LLMs whose rollouts are trees" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/lmsysorg/sglang:v0.5.16-cu130"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Whether the image works on this machine: its doctor, then the quickstart, with all GPUs if there are any.
+#
+#     docker/check.sh [IMAGE]        treepo where no image is named; DOCKER=podman for another engine
+#
+# Ends with exit code 0 where both pass. Nothing is left behind: the containers remove themselves.
+set -euo pipefail
+
+image=${1:-treepo}
+docker=${DOCKER:-docker}
+
+say() { printf '\n== %s\n' "$*"; }
+
+if ! command -v "$docker" >/dev/null; then
+    echo "$docker is not on the PATH: install it, or name another engine with DOCKER=..." >&2
+    exit 2
+fi
+if ! "$docker" image inspect "$image" >/dev/null; then
+    echo "there is no image $image here: $docker build -t $image ." >&2
+    exit 2
+fi
+
+# What a container does not get by itself: docs/docker.md.
+options=(--rm --shm-size=16g --ulimit memlock=-1 --ulimit nofile=65536:65536)
+overrides=()
+if nvidia-smi --list-gpus; then
+    options+=(--gpus all)
+    overrides+=(model.dtype=bfloat16)
+    say "with the GPUs above"
+else
+    say "without a GPU"
+fi
+
+failed=()
+
+say "doctor"
+"$docker" run "${options[@]}" "$image" doctor || failed+=(doctor)
+
+say "quickstart"
+"$docker" run "${options[@]}" --entrypoint sh "$image" -c \
+    'treepo toy && treepo train examples/quickstart.yaml "$@"' sh "${overrides[@]}" || failed+=(quickstart)
+
+if ((${#failed[@]})); then
+    say "$image failed: ${failed[*]}"
+    exit 1
+fi
+say "$image works here"

@@ -1,0 +1,51 @@
+"""Checks of every fate, for the processes that the doctor starts: it imports this file by its name."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from tempfile import gettempdir, mkdtemp
+
+from treepo.doctor.outcome import Outcome, failed, passed, skipped
+from treepo.errors import EngineError
+
+
+def good() -> Outcome:
+    sys.stdout.write("noise\n")
+    return passed("there")
+
+
+def bad() -> Outcome:
+    return failed("not [there]", "put it there")
+
+
+def absent() -> Outcome:
+    return skipped("nothing of the kind")
+
+
+def refuses() -> Outcome:
+    raise EngineError("it does not start")
+
+
+def crashes() -> Outcome:
+    raise KeyError("a bug")
+
+
+def dies() -> Outcome:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return passed("never said")
+
+
+def leaves() -> Outcome:
+    sys.exit(0)
+
+
+def hangs() -> Outcome:
+    while True:
+        time.sleep(60)
+
+
+def litters() -> Outcome:
+    (Path(mkdtemp()) / "file").touch()
+    return passed(gettempdir())

@@ -1,0 +1,231 @@
+"""The image's recipe against this project's pins and files. Nothing here builds it: that takes a Docker."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docker"))
+import image_packages  # type: ignore[reportMissingImports]  # noqa: E402  # in the folder just named
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIRED = {entry.name: entry.specifier for entry in map(Requirement, PROJECT["dependencies"])}
+CONSTRAINTS = image_packages.read_pins(ROOT / "constraints.txt")
+OWN = image_packages.read_pins(ROOT / "docker" / "transformer-engine.txt")
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    """Each instruction's word and the rest, its lines joined; comments left out."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
+    return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1].strip()) for line in joined.splitlines()]
+
+
+DOCKERFILE = instructions((ROOT / "Dockerfile").read_text())
+
+
+def given(word: str) -> list[str]:
+    return [rest for instruction, rest in DOCKERFILE if instruction == word]
+
+
+def copied() -> list[str]:
+    """What is copied from the build's context."""
+    copies = [rest.split() for rest in given("COPY")]
+    return [
+        source
+        for words in copies
+        if not any(word.startswith("--from") for word in words)
+        for source in [word for word in words if not word.startswith("--")][:-1]
+    ]
+
+
+def ignored(path: str) -> bool:
+    """By .dockerignore, whose last pattern that matches a path or a folder above it decides."""
+    verdict = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip().removeprefix("!")
+        if not pattern or pattern.startswith("#"):
+            continue
+        parts = Path(path).parts
+        above = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        anywhere = pattern.removeprefix("**/")
+        if any(fnmatch(part, pattern) and part.count("/") == pattern.count("/") for part in above) or (
+            anywhere != pattern and any(fnmatch(part, anywhere) for part in parts)
+        ):
+            verdict = not line.startswith("!")
+    return verdict
+
+
+def test_the_parser_reads_what_the_file_has() -> None:
+    text = "# a\nFROM x AS y\nRUN a \\\n    && b \\\n# between\n    && c\n\nUSER me\n"
+    assert instructions(text) == [("FROM", "x AS y"), ("RUN", "a && b && c"), ("USER", "me")]
+
+
+def test_the_base_has_the_pinned_sglang() -> None:
+    bases = [rest.split()[0] for rest in given("FROM")]
+    assert bases == [f"lmsysorg/sglang:v{CONSTRAINTS['sglang']}-cu130", "base", "base"]
+    assert f'base.name="docker.io/{bases[0]}"' in given("LABEL")[0]
+
+
+def test_constraints_satisfy_the_project() -> None:
+    for name, specifier in REQUIRED.items():
+        assert specifier.contains(CONSTRAINTS[name]), (name, CONSTRAINTS[name], specifier)
+
+
+def test_what_the_image_adds_contradicts_no_constraint() -> None:
+    for name in OWN.keys() & CONSTRAINTS.keys():
+        assert OWN[name] == CONSTRAINTS[name]
+    parts = {OWN[f"transformer-engine{part}"] for part in ("", "-cu13", "-torch")}
+    assert len(parts) == 1  # they are of one release
+    # What Megatron-Core asks of it, and what CUDA 13 has: torch's own is the tag's.
+    (version,) = parts
+    metadata = importlib.metadata.requires("megatron-core") or []
+    (wanted,) = [one for one in map(Requirement, metadata) if one.name == "transformer-engine"]
+    assert wanted.specifier.contains(version)
+    assert wanted.extras == {"core_cu13", "pytorch"}
+    assert SpecifierSet(">=2.14").contains(version)  # the newest that Megatron-Core 0.19 looks for
+
+
+def test_the_build_fails_where_a_pin_differs() -> None:
+    """Every package that this project pins to one version is checked in the final image."""
+    pinned = {name for name, wanted in REQUIRED.items() if str(wanted).startswith("==")}
+    final = DOCKERFILE[max(i for i, (word, _) in enumerate(DOCKERFILE) if word == "FROM") :]
+    runs = " ".join(rest for word, rest in final if word == "RUN")
+    checks = re.findall(r"image_packages\.py check \S+ ([^&>|]*)", runs)
+    assert pinned == {name for names in checks for name in names.split()}
+
+
+def test_every_source_is_there_and_not_ignored() -> None:
+    sources = copied()
+    assert {"constraints.txt", "pyproject.toml", "treepo", "examples"} <= set(sources)
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert not ignored(source), source
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"benchmarks", "tests"}
+    assert packages <= set(sources)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".git/config", ".venv/bin/python", "runs/x", "shared/data", ".env", "id_rsa", "treepo/__pycache__/x.pyc",
+     "docker/check.sh", "tests/test_docker.py", "results/a", "examples/__pycache__/a"],
+)  # fmt: skip
+def test_what_does_not_belong_in_an_image_is_ignored(path: str) -> None:
+    assert ignored(path)
+
+
+@pytest.mark.parametrize("path", ["treepo/cli.py", "examples/quickstart.yaml", "LICENSE"])
+def test_what_belongs_is_not(path: str) -> None:
+    assert not ignored(path)
+
+
+def test_nothing_looks_like_a_credential() -> None:
+    names = " ".join(given("ENV") + given("ARG")).upper()
+    assert not re.search(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|_KEY\b", names)
+    assert "--mount=type=secret" not in " ".join(given("RUN"))
+
+
+def test_it_runs_as_a_user_with_a_number_who_is_not_root() -> None:
+    """Kubernetes' runAsNonRoot wants the number."""
+    (user,) = given("USER")
+    number = user.split(":")[0]
+    assert int(number) > 0
+    assert f"--uid {number} " in " ".join(given("RUN"))
+
+
+def test_how_it_starts() -> None:
+    assert given("ENTRYPOINT") == ['["treepo"]']
+    assert len(given("HEALTHCHECK")) == 1
+    assert f'image.version="{PROJECT["version"]}"' in given("LABEL")[0]
+    for rest in given("RUN"):
+        assert "pip" not in rest.split() or "--mount=type=cache" in rest  # no package caches in layers
+
+
+# docker/image_packages.py, which the build runs
+
+
+def plan(*packages: tuple[str, str]) -> dict[str, Any]:
+    project = {"name": "treepo", "version": "0", "requires_dist": ["Rich>=14", "numpy", "torch==2.11.0"]}
+    entries = [{"name": name, "version": version} for name, version in packages]
+    return {"install": [{"metadata": entry} for entry in (project, *entries)]}
+
+
+def test_what_is_missing_is_what_the_image_lacks_or_has_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = {"rich": "13.9", "numpy": "1.26", "torch": "2.11.0+cu130", "flashinfer-python": "0.6.15"}
+    monkeypatch.setattr(image_packages, "installed", image.get)
+    wanted = plan(("rich", "15.0.0"), ("numpy", "2.3.5"), ("torch", "2.11.0"), ("Ray", "2.60.0"),
+                  ("flashinfer_python", "0.6.14"))  # fmt: skip
+    assert image_packages.missing(wanted) == ["ray==2.60.0", "rich==15.0.0"]
+
+
+def test_a_pin_that_differs_ends_the_check(tmp_path: Path) -> None:
+    constraints = tmp_path / "constraints.txt"
+    packaging = importlib.metadata.version("packaging")
+    for pins, code in ((f"packaging=={packaging}\n", 0), ("packaging==0.1\n", 1), ("nosuch==1\n", 1)):
+        constraints.write_text("# a comment\n" + pins)
+        name = pins.partition("==")[0]
+        command = [sys.executable, str(ROOT / "docker/image_packages.py"), "check", str(constraints), name]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == code
+        assert (name in result.stderr) == bool(code)
+
+
+# docker/check.sh, with a docker that only writes down what it is asked
+
+
+@pytest.mark.parametrize(
+    ("fails", "gpus", "code"),
+    [("", "", 0), ("", "1", 0), ("doctor", "", 1), ("train", "", 1), ("inspect", "", 2)],
+)
+def test_check_runs_doctor_and_quickstart(fails: str, gpus: str, code: int, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    programs = {
+        "docker": f'echo "$@" >> {log}; case "$*" in *{fails or "nothing"}*) exit 9;; esac',
+        "nvidia-smi": "echo GPU 0" if gpus else "exit 9",
+    }
+    for name, program in programs.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{program}\n")
+        path.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "docker/check.sh"), "an-image"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result
+    runs = [line for line in log.read_text().splitlines() if line.startswith("run")]
+    if fails == "inspect":
+        assert not runs
+        assert "docker build" in result.stderr
+        return
+    assert len(runs) == 2  # the quickstart also where the doctor failed: its output says more
+    for line in runs:
+        assert "--rm" in line
+        assert ("--gpus all" in line) == bool(gpus)
+        assert "an-image" in line
+    assert ("model.dtype=bfloat16" in runs[1]) == bool(gpus)
+    assert ("an-image works here" in result.stdout) == (code == 0)
+
+
+def test_check_is_shell() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "docker/check.sh")], check=True)
+    assert os.access(ROOT / "docker/check.sh", os.X_OK)
+    if shellcheck := shutil.which("shellcheck"):
+        subprocess.run([shellcheck, str(ROOT / "docker/check.sh")], check=True)
+
+
+def test_the_quickstarts_override_is_one_that_the_configuration_takes() -> None:
+    from treepo.config.load import load_config
+
+    config = load_config(ROOT / "examples/quickstart.yaml", ["model.dtype=bfloat16"])
+    assert json.loads(config.model_dump_json())["model"]["dtype"] == "bfloat16"

@@ -1,0 +1,55 @@
+"""What a person sees of `treepo doctor`: a line a check as it ends, below them which one runs."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import SpinnerColumn, TextColumn
+
+from treepo.display.live import live_progress
+from treepo.doctor.checks import CHECKS, Check
+from treepo.doctor.outcome import Report, Result, Status
+
+_STYLES = {Status.PASS: "green", Status.FAIL: "bold red", Status.SKIP: "dim"}
+_WIDTH = max(len(check.name) for check in CHECKS)
+
+
+def watch(console: Console, steps: Iterable[tuple[Check, Result | None]], *, lines: bool) -> list[Result]:
+    """Follow the checks to their end. lines: whether results are shown too, or only the one that runs."""
+    results: list[Result] = []
+    progress = live_progress(console, SpinnerColumn(), TextColumn("{task.description}"))
+    task = progress.add_task("", total=None)
+    with progress:
+        for check, result in steps:
+            progress.reset(task, description=f"{check.name}, at most {check.seconds:g} s")
+            if result is not None:
+                results.append(result)
+                if lines:
+                    show_result(console, result)
+    return results
+
+
+def show_result(console: Console, result: Result) -> None:
+    """One line; a failure's remedy and what a crashed check printed below it."""
+    outcome, indent = result.outcome, " " * (_WIDTH + 6)
+    style = _STYLES[outcome.status]
+    seconds = f" [dim]({result.seconds:.0f} s)[/dim]" if result.seconds >= 1 else ""
+    line = (
+        f"[{style}]{outcome.status.value}[/{style}]  {result.name:{_WIDTH}}  {escape(outcome.found)}{seconds}"
+    )
+    console.print(line, highlight=False, soft_wrap=True)
+    if outcome.remedy:
+        console.print(f"{indent}→ {escape(outcome.remedy)}", highlight=False, soft_wrap=True)
+    for text in result.output:
+        console.print(f"{indent}{escape(text)}", style="dim", highlight=False, soft_wrap=True)
+
+
+def show_report(console: Console, report: Report, seconds: float) -> None:
+    failures = report.count(Status.FAIL)
+    console.print(
+        f"{report.host}: {report.count(Status.PASS)} passed, {failures} failed, "
+        f"{report.count(Status.SKIP)} skipped, in {seconds:.0f} s",
+        style="bold red" if failures else "bold green",
+        highlight=False,
+        soft_wrap=True,
+    )

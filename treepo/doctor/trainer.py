@@ -1,0 +1,71 @@
+"""A real Megatron-Core actor on a toy model: it scores a tree and takes one step, which has the effect that
+its rewards ask for.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from treepo.doctor.outcome import Outcome, failed, passed
+
+if TYPE_CHECKING:
+    from treepo.tree import Tree
+
+_PROMPT, _RESPONSE = 16, 16
+_TOKENS = 128
+_LEARNING_RATE = 1e-3
+_DIFFERS = (
+    "the trainer computes something else than transformers does with the same weights: check the versions"
+)
+
+
+def trainer() -> Outcome:
+    from megatron_bridge.actor import MegatronActor, create_store
+    from treepo import advantage, loss
+    from treepo.config.actor import ActorConfig, OptimizerConfig
+    from treepo.config.learning import LearningConfig
+    from treepo.doctor.toy_model import Toy, difference, dtype_here
+    from treepo.packing import pack_trees
+
+    toy, learning = Toy(Path(mkdtemp()), dtype_here()), LearningConfig()
+    tree = two_answers(toy.tokens)
+    (packs,) = pack_trees([tree], advantage.estimate([tree], learning), _TOKENS, 1)
+    optimizer = OptimizerConfig(learning_rate=_LEARNING_RATE, warmup_steps=0)
+    actor = MegatronActor(
+        toy.folder, toy.dtype, ActorConfig(optimizer=optimizer), learning, 0, 1, create_store()
+    )
+    (before,) = actor.log_probs(packs, 1.0)
+    paths = [np.concatenate([tree.prompt, segment.tokens]) for segment in tree.segments]
+    expected = np.concatenate([toy.log_probs(path)[_PROMPT - 1 :] for path in paths])
+    error = difference(before[_PROMPT:], expected)
+    if error > toy.tolerance:
+        return failed(
+            f"log-probs differ from transformers' by {error:.2g}, at most {toy.tolerance:g}", _DIFFERS
+        )
+    trained = [replace(packs[0], old_log_prob=before)]
+    metrics = actor.train_step(trained, 1.0, loss.denominator([trained], learning))
+    (after,) = actor.log_probs(packs, 1.0)
+    actor.close()
+    good, bad = ((after - before)[_PROMPT:].reshape(2, _RESPONSE)).mean(1)
+    found = (
+        f"log-probs differ from transformers' by {error:.1g} ({toy.dtype}); one step of gradient norm "
+        f"{metrics['grad_norm']:.2g} moved the good answer's by {good:+.2g} a token, "
+        f"the bad one's by {bad:+.2g}"
+    )
+    return passed(found) if good > 0 > bad else failed(found, _DIFFERS)
+
+
+def two_answers(tokens: np.ndarray) -> "Tree":
+    """One prompt with a good answer and a bad one."""
+    from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
+
+    prompt, good, bad = np.split(tokens, [_PROMPT, _PROMPT + _RESPONSE])
+    segments = tuple(
+        Segment(PROMPT, answer, np.zeros(len(answer), dtype=np.float32), 0, Finish.LENGTH)
+        for answer in (good, bad)
+    )
+    leaves = (Leaf(0, Stop.LIMIT, 1.0, Verdict.CORRECT), Leaf(1, Stop.LIMIT, 0.0, Verdict.WRONG))
+    return Tree("doctor", prompt, segments, leaves)

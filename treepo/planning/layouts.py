@@ -1,0 +1,126 @@
+"""Other layouts of the same run, the nearest first: what to try where the one asked for does not fit.
+
+A neighbour has the same model, batch and lengths. It differs in tensor, pipeline and expert parallelism,
+recomputation, pack size and the engines' tensor parallelism, in powers of two, on the same devices or on two
+or four times as many; data parallelism and the number of engines follow.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_bridge.architecture import Architecture, check_layout
+from treepo.config.schema import RunConfig
+from treepo.errors import ConfigError
+
+_RECOMPUTE = ("none", "selective", "full")
+_SMALL_STEP = 0.5  # another recomputation or pack size changes less than a doubling of parallelism
+_MORE_DEVICES = 3.0  # a doubling of the devices: only where nothing fits on those that there are
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """changes: dotted keys and their new values; derived: those that follow from them."""
+
+    config: RunConfig
+    changes: Mapping[str, Any]
+    derived: Mapping[str, Any]
+
+    @property
+    def overrides(self) -> list[str]:
+        """As they are written on the command line."""
+        return [f"{key}={value}" for key, value in {**self.changes, **self.derived}.items()]
+
+    def contains(self, other: "Neighbour") -> bool:
+        """Whether all that `other` changes is changed so here too."""
+        return self.changes.items() >= other.changes.items()
+
+
+def neighbours(config: RunConfig, architecture: Architecture) -> Iterator[Neighbour]:
+    """Valid ones in the order of their distance, `config` itself left out."""
+    points = sorted(_points(config, architecture), key=lambda point: point[0])
+    for _, point in points:
+        neighbour = _neighbour(config, architecture, point)
+        if neighbour is not None and neighbour.changes:
+            yield neighbour
+
+
+def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[float, dict[str, int | str]]]:
+    """Distance and settings of every combination, valid or not."""
+    parallel, engine = config.actor.parallel, config.engine
+    shortest_pack = config.data.max_prompt_tokens + config.sampling.max_response_tokens
+    on_a_node = _powers_of_two(config.plan.devices_per_node)
+    choices: dict[str, tuple[int | str, Iterable[int | str]]] = {
+        "devices": (1, (1, 2, 4)),
+        "actor.parallel.tensor": (parallel.tensor, on_a_node),
+        "actor.parallel.pipeline": (parallel.pipeline, _powers_of_two(architecture.dimensions.layers)),
+        "actor.parallel.expert": (parallel.expert, _powers_of_two(architecture.dimensions.experts or 1)),
+        "actor.recompute": (config.actor.recompute, _RECOMPUTE),
+        "actor.max_tokens_per_pack": (config.actor.max_tokens_per_pack, (shortest_pack,)),
+        "engine.tensor": (engine.tensor, on_a_node),
+    }
+    values = [sorted({now, *others}, key=str) for now, others in choices.values()]
+    for combination in itertools.product(*values):
+        point = dict(zip(choices, combination, strict=True))
+        distance = sum(_distance(key, choices[key][0], value) for key, value in point.items())
+        yield distance, point
+
+
+def _distance(key: str, now: int | str, then: int | str) -> float:
+    if now == then:
+        return 0.0
+    if key == "actor.recompute":
+        return _SMALL_STEP * abs(_RECOMPUTE.index(str(now)) - _RECOMPUTE.index(str(then)))
+    if key == "actor.max_tokens_per_pack":
+        return _SMALL_STEP
+    return abs(log2(int(then) / int(now))) * (_MORE_DEVICES if key == "devices" else 1.0)
+
+
+def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str, Any]) -> Neighbour | None:
+    """None where the settings do not divide the model, the batch or the devices."""
+    parallel, engine, factor = config.actor.parallel, config.engine, point["devices"]
+    tensor, pipeline = point["actor.parallel.tensor"], point["actor.parallel.pipeline"]
+    ranks, engine_devices = parallel.ranks * factor, engine.count * engine.tensor * factor
+    if ranks % (tensor * pipeline) or engine_devices % point["engine.tensor"]:
+        return None
+    settings = {key: value for key, value in point.items() if key != "devices"}
+    data = {"actor.parallel.data": ranks // (tensor * pipeline)}
+    follow = {"engine.count": engine_devices // point["engine.tensor"]}
+    if factor > 1:  # what the further devices are for
+        settings |= data
+    else:
+        follow |= data
+    if pipeline == 1:
+        follow["actor.parallel.virtual_pipeline"] = 1
+    values = config.model_dump()
+    for key, value in {**settings, **follow}.items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    try:
+        other = RunConfig.model_validate(values)
+        check_layout(architecture, other.actor.parallel)
+    except (ValidationError, ConfigError):
+        return None
+    return Neighbour(other, _changed(config, settings), _changed(config, follow))
+
+
+def _changed(config: RunConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if _value(config, key) != value}
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length())]

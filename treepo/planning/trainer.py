@@ -1,0 +1,150 @@
+"""Memory of the trainer: of every pipeline stage's ranks at their fullest, of its host, of its checkpoints.
+
+Parameters are counted from the real model, built without memory (`megatron_bridge.shards`). What belongs to a
+parameter follows from `megatron_bridge.optimizer`: gradients summed in float32; Adam's moments and, of other
+dtypes, a float32 master copy, divided among the replicas that hold the parameter. Activations are those of
+`treepo.planning.activations`, for the pipeline schedules of Megatron-Core. Units: bytes.
+
+Compared with real ranks on CPU in tests/test_plan_memory.py; for CUDA see `treepo.planning.activations`. What
+the allocator loses between blocks, and the context of a GPU and of NCCL (1 to 2 GiB), are not in it.
+"""
+
+from functools import cache
+from math import prod
+from pathlib import Path
+
+from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.shards import Shard, buffer_elements, expert_data_ranks, layout_shards, tensor_shapes
+from treepo.config.actor import ParallelConfig
+from treepo.config.schema import RunConfig
+from treepo.planning import activations
+from treepo.planning.activations import FLOAT32, MicroBatch
+from treepo.planning.memory import Memory
+from treepo.planning.weight_update import element_bytes, update_memory
+
+
+def parameters(config: RunConfig, folder: Path) -> int:
+    """Of the whole model, each once: what transformers counts."""
+    del config
+    return sum(map(prod, tensor_shapes(read_architecture(folder)).values()))
+
+
+def trainer_memory(config: RunConfig, folder: Path) -> list[Memory]:
+    """One rank of each pipeline stage, when its training step is at its fullest; ranks of a stage are alike.
+    Last rank 0 in a weight update, when no activations are held.
+
+    Raises ConfigError where the layout does not divide the model.
+    """
+    architecture, shards = read_architecture(folder), stage_shards(folder, config.actor.parallel)
+    batch = largest_micro_batch(config, architecture)
+    stages = [_stage(config, batch, shard) for shard in shards]
+    first = Memory("", *state(config, shards[0]))
+    return [*stages, update_memory(config, architecture, shards, first)]
+
+
+def stage_shards(folder: Path, parallel: ParallelConfig) -> tuple[Shard, ...]:
+    """`layout_shards`, built once for each layout."""
+    return _stage_shards(folder, parallel)  # type: ignore[reportArgumentType]  # frozen, hence hashable
+
+
+@cache
+def _stage_shards(folder: Path, parallel: ParallelConfig) -> tuple[Shard, ...]:
+    return tuple(layout_shards(read_architecture(folder), parallel))
+
+
+def largest_micro_batch(config: RunConfig, architecture: Architecture) -> MicroBatch:
+    """A pack as full as they may be, all of its responses as long as they may be and branching early."""
+    parallel, tokens = config.actor.parallel, config.actor.max_tokens_per_pack
+    if parallel.sequence_parallel:
+        tokens += -tokens % parallel.tensor
+    context = config.data.max_prompt_tokens + config.sampling.max_response_tokens / 2
+    return MicroBatch(
+        architecture,
+        config.actor,
+        tokens,
+        min(context, tokens),
+        element_bytes(config),
+        eager=config.plan.device == "cpu",
+    )
+
+
+def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
+    parallel = config.actor.parallel
+    parts, notes = state(config, shard)
+    kept = _kept(batch, shard, parallel)
+    in_flight = micro_batches_in_flight(parallel, shard.stage)
+    parts["activations"] = in_flight * kept
+    notes["activations"] = (
+        f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.actor.recompute}"
+    )
+    sparse = batch.architecture.dimensions.sparse_layers
+    work = max(activations.layer_work(batch, layer in sparse) for layer in _layers(shard))
+    last = shard.stage == parallel.pipeline - 1
+    scores = 0.0
+    if last:
+        scores = activations.after_layers(batch)
+        scores += activations.logits(batch, config.learning.entropy_coefficient > 0)
+    parts["layer in work"] = work if work >= scores else 0.0
+    parts["logits"] = scores if work < scores else 0.0
+    lesser, greater = ("logits", "layer in work") if work >= scores else ("layer in work", "logits")
+    if last or greater == "logits":
+        notes[lesser] = f"{min(work, scores) / 2**30:.2f} GiB, not at the same time as {greater}"
+    parts["gather buffer"] = batch.whole if parallel.sequence_parallel else 0.0
+    notes["gather buffer"] = "all tokens' hidden states, for matrices whose input is divided"
+    parts["tree packs"] = in_flight * activations.pack(batch)
+    notes["tree packs"] = "fields, rotary angles, block mask"
+    return Memory(f"trainer, pipeline stage {shard.stage}", parts, notes)
+
+
+def state(config: RunConfig, shard: Shard) -> tuple[dict[str, float], dict[str, str]]:
+    """Weights, gradients and optimizer of one rank, with their notes."""
+    parallel, element = config.actor.parallel, element_bytes(config)
+    held = optimizer = 0
+    for chunk in shard.chunks:
+        for expert, ranks in ((False, parallel.data), (True, expert_data_ranks(parallel))):
+            elements = buffer_elements([each for each in chunk if each.expert == expert], ranks)
+            held += elements
+            optimizer += elements // ranks
+    values = optimizer_values(config)
+    parts: dict[str, float] = {
+        "weights": element * held,
+        "gradients": FLOAT32 * held,
+        "optimizer": FLOAT32 * values * optimizer,
+    }
+    notes = {
+        "weights": f"{shard.elements():,} parameters x {element}",
+        "gradients": "float32",
+        "optimizer": f"{optimizer:,} of them on each replica x {FLOAT32 * values}",
+    }
+    return parts, notes
+
+
+def optimizer_values(config: RunConfig) -> int:
+    """Float32 values for each parameter: two moments, and a master copy where the parameter is no float32."""
+    return 2 if element_bytes(config) == FLOAT32 else 3
+
+
+def _layers(shard: Shard) -> set[int]:
+    """The layers of a stage, counted over the whole model."""
+    names = (each.name.split(".") for each in shard.parameters)
+    return {int(name[2]) for name in names if name[:2] == ["decoder", "layers"]}
+
+
+def _kept(batch: MicroBatch, shard: Shard, parallel: ParallelConfig) -> float:
+    """By one micro-batch on all layers of the stage."""
+    sparse = batch.architecture.dimensions.sparse_layers
+    kept = sum(activations.layer_kept(batch, layer in sparse) for layer in _layers(shard))
+    if parallel.pipeline > 1 and shard.stage < parallel.pipeline - 1:
+        kept += batch.stream * parallel.virtual_pipeline  # what was sent on
+    return kept
+
+
+def micro_batches_in_flight(parallel: ParallelConfig, stage: int) -> float:
+    """Whose activations a stage holds at once, where there are at least as many as stages: under 1F1B those
+    that later stages have not sent back; interleaved, chunks of micro-batches count as parts of them.
+    """
+    behind = parallel.pipeline - 1 - stage
+    chunks = parallel.virtual_pipeline
+    if chunks == 1:
+        return behind + 1
+    return (2 * behind + (chunks - 1) * parallel.pipeline + 1) / chunks
