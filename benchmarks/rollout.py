@@ -22,10 +22,11 @@ from pathlib import Path
 import orjson
 
 from benchmarks.random_model import write_model
-from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of
+from benchmarks.rollout_comparison import Comparison, text_of
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
+from treepo.planning.lengths import LogNormal, random_prompts
 from treepo.stopping import StopRule
 
 MODEL = {
@@ -80,7 +81,7 @@ def sampling(initial_branching: int) -> SamplingConfig:
 async def compare(engine: SGLangEngine, names: Sequence[str], repeats: int) -> None:
     for name in names:
         setting = SETTINGS[name]
-        drawn = prompts(setting.prompts, PROMPT_TOKENS, MODEL["vocab_size"])
+        drawn = random_prompts(setting.prompts, PROMPT_TOKENS, MODEL["vocab_size"])
         comparison = Comparison(
             engine, drawn, sampling(setting.initial_branching), setting.lengths, setting.sequential
         )

@@ -1,19 +1,15 @@
 """Three ways to sample the same leaves on one engine: a tree, a tree in lock-step, one response at a time.
 
-Lengths are forced, because a random model never ends: a path that has reached `a` response tokens ends at a
-length drawn from a log-normal given that it is longer than `a`, by the seed of its request. So every path
-ends as a sample of the policy would, whatever came above it, and the lock-step run grows the very same trees.
-The sequential run decodes responses of exactly the tree's leaves' lengths, one request each: the ratio of
-the two times has `total_over_unique` tokens as its ceiling.
+Lengths are forced, because a random model never ends (treepo/planning/lengths.py); the lock-step run grows
+the very same trees. The sequential run decodes responses of exactly the tree's leaves' lengths, one request
+each: the ratio of the two times has `total_over_unique` tokens as its ceiling.
 """
 
 import asyncio
-import math
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -22,59 +18,19 @@ import psutil
 from sglang_rollout.driver import TreeDriver
 from sglang_rollout.engine import SGLangEngine
 from sglang_rollout.growing_tree import Ask, GrowingTree
-from treepo import rng
 from treepo.config.sampling import SamplingConfig
 from treepo.data import Prompt
-from treepo.protocols import Engine, GenerateOutput, GenerateRequest
+from treepo.planning.lengths import DrawnEnds, ForcedLengths, InstantEngine, LogNormal, random_prompts
+from treepo.protocols import Engine, GenerateRequest
 from treepo.stopping import StopRule
 from treepo.tree import Tree
 
-_NORMAL = NormalDist()
 _WARM_UP_TREES = 64  # as many as a driver remembers
-Ends = Callable[[GenerateRequest], int]
-"""Response tokens at which the path of a request ends."""
-
-
-def prompts(count: int, tokens: int, vocabulary: int) -> list[Prompt]:
-    """Random prompts that share no prefix worth caching."""
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(0, vocabulary, size=(count, tokens), dtype=np.int32)
-    return [Prompt(str(index), row, "", "", "") for index, row in enumerate(drawn)]
 
 
 def text_of(tokens: np.ndarray) -> str:
     """About as many characters as a word piece has; the stop rules read it."""
     return "".join(f" {token:x}" for token in tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class LogNormal:
-    """Response lengths in tokens: their mean, and the standard deviation of their logarithm."""
-
-    mean: float
-    sigma: float
-
-    def draw(self, above: int, seed: int) -> int:
-        """A length, given that it is more than `above`."""
-        centre = math.log(self.mean) - self.sigma**2 / 2
-        longer = _NORMAL.cdf((centre - math.log(above)) / self.sigma) if above else 1.0
-        chance = rng.generator("length", seed).uniform(1e-12, 1 - 1e-12) * longer
-        # Rounded up, so that a response is longer than `above` exactly where the log-normal is.
-        return max(above + 1, math.ceil(math.exp(centre - self.sigma * _NORMAL.inv_cdf(chance))))
-
-
-class DrawnEnds:
-    """Ends drawn once for every seed: who asks on with the seed of an earlier request has that one's end."""
-
-    def __init__(self, lengths: LogNormal) -> None:
-        self._lengths = lengths
-        self._ends: dict[int, int] = {}
-
-    def __call__(self, request: GenerateRequest) -> int:
-        if request.seed not in self._ends:
-            above = len(request.context) - request.prompt_tokens
-            self._ends[request.seed] = self._lengths.draw(above, request.seed)
-        return self._ends[request.seed]
 
 
 class ReplayedEnds:
@@ -89,32 +45,6 @@ class ReplayedEnds:
 
     def __call__(self, request: GenerateRequest) -> int:
         return next(self._ends[request.context.tobytes()])
-
-
-class InstantEngine:
-    """Answers at once, with tokens that only the request's seed decides."""
-
-    async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        tokens = np.random.default_rng(request.seed).integers(0, 2**16, request.max_tokens, dtype=np.int32)
-        log_probs = np.zeros(request.max_tokens, dtype=np.float32)
-        return GenerateOutput(tokens, log_probs, version=0, finish="length", cached_tokens=0)
-
-
-class ForcedLengths:
-    """An engine whose paths end where `ends` says."""
-
-    def __init__(self, engine: Engine, ends: Ends) -> None:
-        self.engine = engine
-        self._ends = ends
-        self.decoded_tokens = 0
-        self.prefilled_tokens = 0
-
-    async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        left = self._ends(request) - (len(request.context) - request.prompt_tokens)
-        output = await self.engine.generate(replace(request, max_tokens=min(request.max_tokens, left)))
-        self.decoded_tokens += len(output.tokens)
-        self.prefilled_tokens += len(request.context) - output.cached_tokens
-        return replace(output, finish="eos") if len(output.tokens) == left else output
 
 
 async def grow_in_lockstep(
@@ -227,7 +157,7 @@ class Comparison:
         self._tree.take_stats()
 
     def _warm_up_prompts(self) -> list[Prompt]:
-        return prompts(_WARM_UP_TREES, len(self._prompts[0].tokens), 2**16)
+        return random_prompts(_WARM_UP_TREES, len(self._prompts[0].tokens), 2**16)
 
     async def _repeat(self, step: int, prompts: Sequence[Prompt]) -> dict[str, Measured]:
         tree = await self._measure(self._tree_engine, _collect(self._tree, prompts, step))

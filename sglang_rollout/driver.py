@@ -127,6 +127,10 @@ class TreeDriver:
         taken, self.stats = self.stats, Stats()
         return taken
 
+    def room_of_a_tree(self, prompt_tokens: int) -> int:
+        """KV tokens that a new tree is given room for, by what this driver knows of trees so far."""
+        return self._lanes.room_of_a_tree(prompt_tokens)
+
     def waiting(self) -> list[Waiting]:
         """Requests in flight, the oldest first."""
         now = time.monotonic()

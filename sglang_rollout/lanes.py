@@ -83,7 +83,8 @@ class Lanes:
 
     def with_room(self, prompt_tokens: int) -> Lane | None:
         """The least burdened engine that has room for a new tree, None where none has."""
-        return self._least([lane for lane in self.lanes if self._has_room(lane, self._new(prompt_tokens))])
+        needed = self.room_of_a_tree(prompt_tokens)
+        return self._least([lane for lane in self.lanes if self._has_room(lane, needed)])
 
     def seat(self, tree: GrowingTree, lane: Lane) -> LiveTree:
         """A new tree on `lane`."""
@@ -157,7 +158,8 @@ class Lanes:
         live.lane.needed += needed - live.needed
         live.needed = needed
 
-    def _new(self, prompt_tokens: int) -> int:
+    def room_of_a_tree(self, prompt_tokens: int) -> int:
+        """What a new tree counts for: the most that those before it held at one time, on average."""
         return prompt_tokens + int(self._expected[self._width])
 
     def _has_room(self, lane: Lane, needed: int) -> bool:

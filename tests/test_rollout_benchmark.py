@@ -12,17 +12,10 @@ import numpy as np
 import pytest
 from fake_engine import FakeEngine
 
-from benchmarks.rollout_comparison import (
-    DrawnEnds,
-    ForcedLengths,
-    LogNormal,
-    ReplayedEnds,
-    grow_in_lockstep,
-    prompts,
-    text_of,
-)
+from benchmarks.rollout_comparison import ReplayedEnds, grow_in_lockstep, text_of
 from sglang_rollout.driver import TreeDriver
 from treepo.config.sampling import SamplingConfig
+from treepo.planning.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
 from treepo.tree import PROMPT, Tree
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +26,9 @@ SAMPLING = SamplingConfig(segment_tokens=8, max_depth=14, width=16, max_response
 def _collect(engine: ForcedLengths, sampling: SamplingConfig) -> list[Tree]:
     async def collect() -> list[Tree]:
         driver = TreeDriver([engine], sampling, text_of, seed=0)
-        return [tree async for tree in driver.sample(prompts(20, 5, 100), step=1) if isinstance(tree, Tree)]
+        return [
+            tree async for tree in driver.sample(random_prompts(20, 5, 100), step=1) if isinstance(tree, Tree)
+        ]
 
     return sorted(asyncio.run(collect()), key=lambda tree: tree.prompt_id)
 
@@ -64,7 +59,9 @@ def test_in_lockstep_the_same_trees_grow() -> None:
     drawn = DrawnEnds(LENGTHS)
     trees = _collect(ForcedLengths(FakeEngine(), drawn), SAMPLING)
     lockstep = asyncio.run(
-        grow_in_lockstep(ForcedLengths(FakeEngine(), drawn), prompts(20, 5, 100), SAMPLING, seed=0, step=1)
+        grow_in_lockstep(
+            ForcedLengths(FakeEngine(), drawn), random_prompts(20, 5, 100), SAMPLING, seed=0, step=1
+        )
     )
     lockstep.sort(key=lambda tree: tree.prompt_id)
     assert list(map(_shape, trees)) == list(map(_shape, lockstep))

@@ -11,9 +11,10 @@ Needs one GPU with room for the larger shape (7B in bfloat16: 15 GB of weights, 
 The first fetches every wheel that SGLang depends on, torch, transformers, numpy, orjson, psutil, pydantic and
 PyYAML among them; this repository needs nothing else to sample, and is used from its sources.
 Attention is SGLang's Triton backend, which needs no flash-attention kernels. The models are random Qwen2.5
-shapes that this script writes; forced response lengths, see rollout_comparison.py: log-normal, on average
-3.5 of 14 segments of 512 tokens. One JSON line a shape and width, as soon as it is measured; the keys are
-those of benchmarks/rollout.py. `--dry-run` runs the same code in a minute on a CPU, with a tiny shape.
+shapes that this script writes; forced response lengths, see treepo/planning/lengths.py: log-normal, on
+average 3.5 of 14 segments of 512 tokens. One JSON line a shape and width, as soon as it is measured; the
+keys are those of benchmarks/rollout.py. `--dry-run` runs the same code in a minute on a CPU, with a tiny
+shape.
 """
 
 import argparse
@@ -28,10 +29,11 @@ import orjson
 import torch
 
 from benchmarks.random_model import SHAPES, write_model
-from benchmarks.rollout_comparison import Comparison, LogNormal, prompts, text_of
+from benchmarks.rollout_comparison import Comparison, text_of
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
+from treepo.planning.lengths import LogNormal, random_prompts
 from treepo.stopping import StopRule
 
 MEAN_SEGMENTS, SIGMA = 3.5, 0.5
@@ -96,7 +98,7 @@ def measure(shape: str, scale: Scale, repeats: int) -> None:
 
 
 async def _compare(engine: SGLangEngine, shape: str, scale: Scale, repeats: int) -> None:
-    drawn = prompts(scale.prompts, scale.prompt_tokens, SHAPES[shape]["vocab_size"])
+    drawn = random_prompts(scale.prompts, scale.prompt_tokens, SHAPES[shape]["vocab_size"])
     lengths = LogNormal(MEAN_SEGMENTS * scale.segment_tokens, SIGMA)
     for width in scale.widths:
         record = await Comparison(engine, drawn, scale.sampling(width), lengths).run(repeats)

@@ -14,7 +14,8 @@ GIB = 1 << 30
 class Device:
     """memory: that a process can allocate. link: to one other device of its node, one direction.
 
-    efficiency: of training's matrix products, as large as they are in a layer, over their peak.
+    efficiency: of matrix products, as large as they are in a layer, over their peak; memory_efficiency: of
+    reading weights and caches, over the peak. pass_seconds: of an engine's forward pass, besides those.
     """
 
     name: str
@@ -23,6 +24,8 @@ class Device:
     memory_bandwidth: float
     link: float
     efficiency: float = 0.4
+    memory_efficiency: float = 0.8
+    pass_seconds: float = 1e-3
 
 
 DEVICES = {
@@ -40,7 +43,7 @@ DEVICES = {
 def this_machine() -> Device:
     """The CPU, all of whose processes share its memory. Rates of one core of a common server, in float32."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("cpu", memory, 50e9, 10e9, 2e9)
+    return Device("cpu", memory, 50e9, 10e9, 2e9, pass_seconds=6e-3)
 
 
 def device(name: str) -> Device:

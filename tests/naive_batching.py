@@ -1,0 +1,89 @@
+"""Continuous batching one step after another, as slowly as it can be written; the cache never fills."""
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+
+from treepo.planning.rates import Line, Prefill
+from treepo.protocols import GenerateOutput, GenerateRequest
+
+
+@dataclass(frozen=True)
+class StatedRates:
+    """A step is bound by reading or by computing; which of the two changes as contexts grow."""
+
+    latency: float = 0.0
+
+    def decode(self, requests: int) -> list[Line]:
+        return [Line(0.01, 3e-5), Line(0.002 + 0.0015 * requests, 1e-5), Line(0.012, 0.0)]
+
+    def prefill(self, batch: Prefill) -> float:
+        return 0.005 + 1e-4 * batch.new + 1e-6 * batch.pairs + 1e-5 * batch.context + 1e-3 * batch.requests
+
+
+@dataclass
+class Request:
+    request: GenerateRequest
+    answer: asyncio.Future
+    made: int = 0
+
+
+class NaiveEngine:
+    """Caches every prefix of what it has computed; a token a step for each request."""
+
+    def __init__(self, rates: StatedRates) -> None:
+        self.rates = rates
+        self.known: set[bytes] = set()
+        self.waiting: list[Request] = []
+        self.steps = self.prefilled = 0
+        self.serving: asyncio.Task | None = None
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        await asyncio.sleep(self.rates.latency)
+        item = Request(request, asyncio.get_running_loop().create_future())
+        self.waiting.append(item)
+        if self.serving is None:
+            self.serving = asyncio.create_task(self.serve())
+        return await item.answer
+
+    async def serve(self) -> None:
+        running: list[Request] = []
+        while self.waiting or running:
+            if self.waiting:
+                batch, self.waiting = self.waiting, []
+                await asyncio.sleep(self.prefill([item.request.context for item in batch]))
+                for item in batch:
+                    self.know(item.request.context)
+            else:
+                kv = sum(len(item.request.context) + item.made for item in running)
+                batch, running = running, []
+                await asyncio.sleep(max(line.at(kv) for line in self.rates.decode(len(batch))))
+                self.steps += 1
+            for item in batch:
+                item.made += 1
+                if item.made < item.request.max_tokens:
+                    running.append(item)
+                else:
+                    self.end(item)
+        self.serving = None
+
+    def prefill(self, contexts: list[np.ndarray]) -> float:
+        new = pairs = 0
+        for context in contexts:
+            cached = max(n for n in range(len(context)) if n == 0 or context[:n].tobytes() in self.known)
+            new += len(context) - cached
+            pairs += sum(range(cached + 1, len(context) + 1))
+        self.prefilled += new
+        return self.rates.prefill(Prefill(len(contexts), new, sum(map(len, contexts)), pairs))
+
+    def know(self, tokens: np.ndarray) -> None:
+        self.known.update(tokens[:n].tobytes() for n in range(1, len(tokens) + 1))
+
+    def end(self, item: Request) -> None:
+        request = item.request
+        tokens = np.random.default_rng(request.seed).integers(0, 4096, request.max_tokens, dtype=np.int32)
+        self.know(np.concatenate([request.context, tokens[:-1]]))
+        item.answer.set_result(
+            GenerateOutput(tokens, np.zeros(len(tokens), dtype=np.float32), 0, "length", cached_tokens=0)
+        )

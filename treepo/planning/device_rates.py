@@ -1,0 +1,85 @@
+"""How fast a device serves a model, from its peak rates: nothing in here was measured on a GPU.
+
+A forward pass takes the longer of reading and computing, at stated parts of the device's peaks
+(`hardware.Device.memory_efficiency`, `.efficiency`), plus what tensor-parallel ranks send each other, plus a
+constant (`.pass_seconds`: scheduling, sampling, launching). Reading: the weights, of experts those that the
+batch's tokens are sent to (each to a random choice), and the whole KV of every request; a shared prefix is
+read once for each, as SGLang's attention kernels do. Sent: two all-reduces a layer of the new tokens' hidden
+states, in a ring.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_bridge.architecture import Architecture
+from treepo.planning.engine_shard import EngineShard
+from treepo.planning.flops import layers_flops, logits_flops, pair_flops
+from treepo.planning.hardware import Device
+from treepo.planning.rates import Line, Prefill
+
+_LATENCY = 2e-3  # driver and SGLang's processes between an answer and the next request
+_ALL_REDUCE_SECONDS = 10e-6  # of one that is short: launch and synchronisation
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRates:
+    """Of an engine of `tensor` ranks. value_bytes: of a weight and of a number in the KV cache."""
+
+    device: Device
+    architecture: Architecture
+    shard: EngineShard
+    tensor: int
+    value_bytes: int
+    latency: float = _LATENCY
+
+    def decode(self, requests: int) -> Sequence[Line]:
+        more = self._besides(requests)
+        token = layers_flops(self.architecture) + logits_flops(self.architecture)
+        return (
+            Line(self._weights_seconds(requests) + more, self._kv_seconds()),
+            Line(
+                requests * token / self._flops + more,
+                pair_flops(self.architecture) / self._flops,
+            ),
+        )
+
+    def prefill(self, batch: Prefill) -> float:
+        architecture = self.architecture
+        operations = (
+            batch.new * layers_flops(architecture)
+            + batch.requests * logits_flops(architecture)
+            + batch.pairs * pair_flops(architecture)
+        )
+        reading = self._weights_seconds(batch.new) + batch.context * self._kv_seconds()
+        return max(reading, operations / self._flops) + self._besides(batch.new)
+
+    @property
+    def _flops(self) -> float:
+        """A second, of all ranks."""
+        return self.device.flops * self.device.efficiency * self.tensor
+
+    @property
+    def _bandwidth(self) -> float:
+        """Bytes a second, of each rank."""
+        return self.device.memory_bandwidth * self.device.memory_efficiency
+
+    def _kv_seconds(self) -> float:
+        """To read one token's KV."""
+        return self.shard.kv_values * self.value_bytes / self._bandwidth
+
+    def _weights_seconds(self, tokens: int) -> float:
+        """To read what `tokens` new tokens need: of the embedding only their rows, where it is no output."""
+        shard = self.shard
+        read = shard.layers + (shard.output or shard.embedding)
+        if self.architecture.experts is not None:
+            chance = self.architecture.experts.per_token / self.architecture.dimensions.experts
+            read += shard.experts * (1 - (1 - chance) ** tokens)
+        return read * self.value_bytes / self._bandwidth
+
+    def _besides(self, tokens: int) -> float:
+        """What comes on top of reading and computing."""
+        if self.tensor == 1:
+            return self.device.pass_seconds
+        rounds = 2 * self.architecture.dimensions.layers
+        sent = 2 * (self.tensor - 1) / self.tensor * tokens * self.architecture.hidden * self.value_bytes
+        return self.device.pass_seconds + rounds * (_ALL_REDUCE_SECONDS + sent / self.device.link)

@@ -1,0 +1,89 @@
+"""What one tensor-parallel rank of an SGLang engine holds of a model: parameters, and KV bytes of a token.
+
+As SGLang 0.5.16 shards: heads and rows of the MLP (of every expert) are divided, key-value heads until each
+rank has one and replicated from there on, the vocabulary is padded to a multiple of 64 and divided; norms and
+routers are whole on every rank. Its tables of rotations (float32, positions x head size) are counted with
+the runtime's memory.
+"""
+
+from dataclasses import dataclass
+
+from megatron_bridge.architecture import Architecture
+from treepo.errors import ConfigError
+
+_VOCABULARY_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShard:
+    """Parameters of one rank. embedding: of the table of input tokens, of which a step reads a row a request.
+    output: of the output matrix, 0 where it is the embedding. experts: of all routed experts.
+
+    kv_values: numbers that the KV cache keeps of one token.
+    """
+
+    embedding: int
+    output: int
+    layers: int
+    experts: int
+    kv_values: int
+
+    @property
+    def parameters(self) -> int:
+        return self.embedding + self.output + self.layers + self.experts
+
+
+def engine_shard(architecture: Architecture, tensor: int) -> EngineShard:
+    """Raises ConfigError where `tensor` ranks cannot share the model."""
+    _check(architecture, tensor)
+    dimensions, hidden, family = architecture.dimensions, architecture.hidden, architecture.family
+    size = dimensions.head_dim
+    queries, groups = architecture.heads // tensor * size, max(1, dimensions.groups // tensor) * size
+    attention = hidden * (2 * queries + 2 * groups) + 2 * hidden
+    if family.qkv_bias:
+        attention += queries + 2 * groups
+    if family.qk_norm:
+        attention += 2 * size
+    sparse = len(dimensions.sparse_layers)
+    dense = (dimensions.layers - sparse) * 3 * hidden * (architecture.intermediate // tensor)
+    experts = router = 0
+    if architecture.experts is not None:
+        router = sparse * hidden * dimensions.experts
+        experts = sparse * dimensions.experts * 3 * hidden * (architecture.experts.intermediate // tensor)
+    rows = padded_vocabulary(dimensions.vocabulary, tensor) // tensor
+    return EngineShard(
+        embedding=rows * hidden,
+        output=0 if architecture.tied else rows * hidden,
+        layers=dimensions.layers * attention + dense + router + hidden,
+        experts=experts,
+        kv_values=2 * dimensions.layers * groups,
+    )
+
+
+def padded_vocabulary(vocabulary: int, tensor: int) -> int:
+    """Rows of SGLang's tables, over all ranks."""
+    multiple = _VOCABULARY_MULTIPLE
+    if -(-vocabulary // multiple) * multiple % tensor:
+        multiple *= tensor
+    return -(-vocabulary // multiple) * multiple
+
+
+def _check(architecture: Architecture, tensor: int) -> None:
+    dimensions = architecture.dimensions
+    parts = [("attention heads", architecture.heads)]
+    if len(dimensions.sparse_layers) < dimensions.layers:
+        parts.append(("rows of the MLP", architecture.intermediate))
+    if architecture.experts is not None:
+        parts.append(("rows of an expert", architecture.experts.intermediate))
+    for what, size in parts:
+        if size % tensor:
+            raise ConfigError(
+                f"engine.tensor = {tensor} does not divide the model's {size} {what} "
+                f"(remainder {size % tensor})"
+            )
+    groups = dimensions.groups
+    if max(groups, tensor) % min(groups, tensor):
+        raise ConfigError(
+            f"engine.tensor = {tensor} neither divides the model's {groups} key-value heads nor is a "
+            "multiple of them"
+        )

@@ -1,0 +1,68 @@
+"""A step's packs by the real packing of simulated trees: what the trainer's time follows from.
+
+Every other leaf is right: advantages do not change what a pack costs. As many replicas' shares of one
+mini-batch are packed as the trees at hand make up, at most; the others are like them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from treepo.advantage import estimate
+from treepo.config.schema import RunConfig
+from treepo.packing import Pack, pack_flat, pack_trees
+from treepo.tree import Tree
+
+_MOST_TREES = 128  # that are packed: a packed token takes about 80 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaWork:
+    """One replica's part of one mini-batch. tokens, pairs: of each micro-batch, repeated context included; a
+    pair is a token and one that it attends to, itself included. scale: parts that are like what was packed.
+    """
+
+    tokens: tuple[int, ...]
+    pairs: tuple[int, ...]
+    scale: float
+
+    @property
+    def micro_batches(self) -> float:
+        return len(self.tokens) * self.scale
+
+    @property
+    def total_tokens(self) -> float:
+        return sum(self.tokens) * self.scale
+
+    @property
+    def total_pairs(self) -> float:
+        return sum(self.pairs) * self.scale
+
+
+def replica_work(
+    config: RunConfig, trees: Sequence[Tree], most_trees: int = _MOST_TREES
+) -> list[ReplicaWork]:
+    """Of some replicas, in one mini-batch. most_trees: that are packed."""
+    learning, actor = config.learning, config.actor
+    share = config.data.prompts_per_step // (learning.mini_batches * actor.parallel.data)
+    used = trees[: min(len(trees), most_trees)]
+    replicas = max(1, min(len(used) // share, actor.parallel.data))
+    used = [_graded(tree) for tree in used[: replicas * share]]
+    pack = pack_trees if learning.packing == "tree" else pack_flat
+    packed = pack(used, estimate(used, learning), actor.max_tokens_per_pack, replicas)
+    scale = replicas * share / len(used)
+    return [
+        ReplicaWork(tuple(len(pack) for pack in packs), tuple(_pairs(pack) for pack in packs), scale)
+        for packs in packed
+    ]
+
+
+def _graded(tree: Tree) -> Tree:
+    leaves = (replace(leaf, reward=float(index % 2)) for index, leaf in enumerate(tree.leaves))
+    return replace(tree, leaves=tuple(leaves))
+
+
+def _pairs(pack: Pack) -> int:
+    """A token attends to those above it, as many as its position, and to itself."""
+    return int(pack.position.sum(dtype=np.int64)) + len(pack)

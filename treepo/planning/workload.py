@@ -1,0 +1,62 @@
+"""What a step samples, as `plan` assumes it: prompts and answers' lengths, and the policy's own settings.
+
+Departures from a real run: no answer loops, so the repetition stop is off; log-probs are random; boxes are
+looked for only where the fallback tells boxed answers from others that have ended, and then all are boxed.
+Units: tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from treepo.config.sampling import SamplingConfig
+from treepo.config.schema import RunConfig
+from treepo.data import Prompt
+from treepo.planning.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
+from treepo.protocols import Engine
+
+_BOX = 1 << 20  # a token that no engine draws
+_VOCABULARY = 1 << 16
+_ORDERS_BY_BOX = ("finished", "boxed_long")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """prompts: of a step."""
+
+    sampling: SamplingConfig
+    lengths: LogNormal
+    prompt_tokens: int
+    prompts: int
+    seed: int
+
+    def some_prompts(self, count: int) -> list[Prompt]:
+        return random_prompts(count, self.prompt_tokens, _VOCABULARY)
+
+    def engine(self, engine: Engine) -> ForcedLengths:
+        """The same engine with answers of these lengths."""
+        return ForcedLengths(engine, DrawnEnds(self.lengths), last_token=_BOX)
+
+
+def text_of(tokens: np.ndarray) -> str:
+    """For the stop rules: a box where an answer ends, nothing elsewhere."""
+    return "\\boxed{0}" if _BOX in tokens else ""
+
+
+def workload(config: RunConfig) -> Workload:
+    """As the configuration's `plan` says, or half of what is allowed."""
+    sampling, plan = config.sampling, config.plan
+    stops = sampling.stops
+    quiet = stops.model_copy(
+        update={
+            "repetition": stops.repetition.model_copy(update={"check": "off"}),
+            "boxed": stops.boxed if sampling.fallback.order in _ORDERS_BY_BOX else "off",
+        }
+    )
+    return Workload(
+        sampling=sampling.model_copy(update={"stops": quiet}),
+        lengths=LogNormal(plan.response_tokens or sampling.max_response_tokens / 2, plan.response_sigma),
+        prompt_tokens=plan.prompt_tokens or max(1, config.data.max_prompt_tokens // 2),
+        prompts=config.data.prompts_per_step,
+        seed=config.seed,
+    )
