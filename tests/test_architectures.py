@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_bridge.architecture import check_layout, read_architecture
 from treepo.config.load import load_config
+from treepo.planning.fit import fit
 from treepo.toy.warmstart import new_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -42,10 +43,15 @@ PLANNED = [
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.name)
-def test_the_examples_divide_their_models(path: Path) -> None:
+def test_the_examples_divide_their_models_and_fit_their_devices(path: Path) -> None:
     config = load_config(path)
     assert config.plan.architecture is not None
-    check_layout(read_architecture(EXAMPLES.parent / config.plan.architecture), config.actor.parallel)
+    folder = EXAMPLES.parent / config.plan.architecture
+    check_layout(read_architecture(folder), config.actor.parallel)
+    fitted = fit(config, folder)
+    assert fitted.problem is None
+    if config.plan.device != "cpu":  # no node is left with idle devices
+        assert fitted.devices == fitted.nodes * config.plan.devices_per_node
 
 
 def test_the_toys_shape_is_what_treepo_toy_makes() -> None:
