@@ -2,9 +2,10 @@
 # make quickstart   a toy model and data, trained with TreePO on this machine
 # make test         lint, types, import rules, all tests
 # make test-fast    the same without the tests marked slow
+# make docs         the documentation as a site, in site/; a broken link or anchor is an error
 
 .DELETE_ON_ERROR:
-.PHONY: setup quickstart test test-fast check clean
+.PHONY: setup quickstart test test-fast check docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,5 +34,10 @@ test: check
 test-fast: check
 	$(BIN)/pytest -m "not slow"
 
+# The theme's makers announce its end of life at every build.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

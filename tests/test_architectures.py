@@ -8,16 +8,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_bridge.architecture import check_layout, read_architecture
 from treepo.config.load import load_config
+from treepo.planning.fit import fit
+from treepo.toy.warmstart import new_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ARCHITECTURES = EXAMPLES / "architectures"
 
-PARAMETERS = {  # by safetensors' own count, as the models' pages show it
+PARAMETERS = {  # by safetensors' own count, as the models' pages show it; the toy's by its own
     "Llama-3.1-70B": 70_553_706_496,
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen2.5-32B": 32_763_876_352,
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-30B-A3B": 30_532_122_624,
+    "toy": sum(parameter.numel() for parameter in new_model(seed=0).parameters()),
 }
 
 
@@ -33,11 +36,27 @@ def test_parameters_are_those_of_the_published_model(name: str) -> None:
 
 
 # Paths in a configuration are relative to the working directory, which is the repository's for the examples.
-PLANNED = [path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.parent.name in ("paper", "models")]
+PLANNED = [
+    EXAMPLES / "quickstart.yaml",
+    *(path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.parent.name in ("paper", "models")),
+]
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.name)
-def test_the_examples_divide_their_models(path: Path) -> None:
+def test_the_examples_divide_their_models_and_fit_their_devices(path: Path) -> None:
     config = load_config(path)
     assert config.plan.architecture is not None
-    check_layout(read_architecture(EXAMPLES.parent / config.plan.architecture), config.actor.parallel)
+    folder = EXAMPLES.parent / config.plan.architecture
+    check_layout(read_architecture(folder), config.actor.parallel)
+    fitted = fit(config, folder)
+    assert fitted.problem is None
+    if config.plan.device != "cpu":  # no node is left with idle devices
+        assert fitted.devices == fitted.nodes * config.plan.devices_per_node
+
+
+def test_the_toys_shape_is_what_treepo_toy_makes() -> None:
+    made = new_model(seed=0).config.to_dict()
+    written = AutoConfig.from_pretrained(ARCHITECTURES / "toy").to_dict()
+    assert {
+        key: written[key] for key in ("hidden_size", "rope_parameters", "eos_token_id", "vocab_size")
+    } == {key: made[key] for key in ("hidden_size", "rope_parameters", "eos_token_id", "vocab_size")}

@@ -15,7 +15,8 @@ class EngineConfig(Section):
     max_total_tokens: int | None = Field(default=None, ge=1)
     """Tokens in the KV cache; by default what fits into a GPU's free memory, and 131072 on a CPU."""
     memory_fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the device's memory for weights and KV cache together; SGLang's choice by default."""
+    """Share, for weights and KV cache together, of the memory that an engine finds free on its device when it
+    starts; SGLang's choice by default."""
     attention_backend: str | None = None
     """SGLang's attention kernels on a GPU, for example `triton` or `fa3`; its choice by default. A CPU has
     one kind."""

@@ -1,0 +1,176 @@
+"""The documentation is true where a machine can tell: links, keys, paths, messages that it names exist."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import get_args
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import BaseModel
+
+from treepo.config.reference import COMMANDS, render
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+SOURCES = ("treepo", "sglang_rollout", "megatron_bridge")
+
+
+def prose(page: Path) -> str:
+    """Without blocks of code, and the links in which no one follows."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", prose(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+@cache
+def built(folder: Path) -> Path:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # of the theme's makers, about its future
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, in which MkDocs has found no broken link, no missing anchor and no page without a place."""
+    return built(tmp_path_factory.getbasetemp() / "site")
+
+
+def test_the_site_needs_no_other_server(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert {page.stem for page in pages} >= {page.stem for page in DOCS.glob("[a-z]*.md")}
+    for page in pages:
+        tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page.read_text(encoding="utf-8"))
+        assert not [tag for tag in tags if re.search(r"(?:src|href)=\"?(?:https?:)?//", tag)], page
+
+
+def test_formulas_are_mathml(site: Path) -> None:
+    page = (site / "algorithm.html").read_text(encoding="utf-8")
+    assert page.count("<math") == len(re.findall(r"^\$\$", prose(DOCS / "algorithm.md"), flags=re.MULTILINE))
+    assert "$$" not in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere_in_the_repository_too(page: Path) -> None:
+    for link in links(page):
+        target = urlsplit(link)
+        if target.scheme:
+            assert (target.scheme, bool(target.hostname)) == ("https", True), link
+            continue
+        file = (page.parent / target.path).resolve() if target.path else page
+        assert file.exists(), link
+        assert file.is_relative_to(DOCS if page.parent == DOCS else ROOT), link
+        if target.fragment:
+            assert target.fragment in anchors(file), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_are_named_are_there(page: Path) -> None:
+    """`folder/file` in the repository's own folders; a name with a star or an ellipsis is a pattern."""
+    folders = "|".join((*SOURCES, "examples", "tests", "benchmarks", "docs"))
+    for name in re.findall(rf"`((?:{folders})/[\w./*-]*)`", page.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_the_reference_is_current() -> None:
+    message = "run: python -m treepo.config.reference docs/configuration.md"
+    assert (DOCS / "configuration.md").read_text(encoding="utf-8") == render(), message
+
+
+def sections(schema: type[BaseModel]) -> set[type[BaseModel]]:
+    found = {schema}
+    for field in schema.model_fields.values():
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                found |= sections(candidate)
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_reference_has_every_key(command: str) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| .* \| (.+) \|$", render(), flags=re.MULTILINE)
+    described = {(key, meaning.replace("&#124;", "|")) for key, meaning in rows}
+    for section in sections(COMMANDS[command]):
+        for key, field in section.model_fields.items():
+            assert (key, " ".join((field.description or "").split())) in described, f"{section}.{key}"
+
+
+def resolves(dotted: str) -> bool:
+    section: type[BaseModel] | None = COMMANDS["train"]
+    for part in dotted.split("."):
+        if section is None or part not in section.model_fields:
+            return False
+        annotation = section.model_fields[part].annotation
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return True
+
+
+def test_the_keys_of_the_official_recipes_table_exist() -> None:
+    top = COMMANDS["train"].model_fields
+    cells = [
+        row.split(" | ")[2] for row in prose(DOCS / "from_treepo.md").splitlines() if row.count(" | ") == 4
+    ]
+    keys = [key for cell in cells for key in re.findall(r"`([a-z_.]+)", cell) if key.split(".")[0] in top]
+    assert len(keys) > 40
+    assert not [key for key in keys if not resolves(key)]
+
+
+def test_the_commands_that_join_the_papers_data_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "TreePO_data" / "data"
+    folder.mkdir(parents=True)
+    # The columns' types differ between the published files: the answer is a string or a list, for one.
+    for name, answer in (
+        ("SimpleRL-simplelr_qwen_level3to5.train", "1"),
+        ("DeepScaler.train", ["1", "2"]),
+        ("DeepScaler.aime", "3"),
+    ):
+        row = {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": answer}}
+        pq.write_table(pa.Table.from_pylist([row]), folder / f"{name}.parquet")
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (DOCS / "from_treepo.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    exec(compile(code, "from_treepo.md", "exec"), {})
+    rows = [
+        json.loads(line) for line in (tmp_path / "data" / "treepo" / "train.jsonl").read_text().splitlines()
+    ]
+    assert [row["reward_model"]["ground_truth"] for row in rows] == ["1", ["1", "2"]]
+    assert (tmp_path / "data" / "treepo" / "aime.jsonl").is_file()
+
+
+@cache
+def messages() -> str:
+    """All source, strings that stand one below the other joined, what is filled in as an ellipsis."""
+    files = [file for name in SOURCES for file in sorted((ROOT / name).rglob("*.py"))]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    text = re.sub(r"\"\s*\n\s*f?\"|\" \\\n\s*\"", "", text)
+    text = re.sub(r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|%[.\d]*[sdrg]", "…", text)
+    return text + (ROOT / "setup.sh").read_text(encoding="utf-8")
+
+
+def test_quoted_messages_are_what_the_code_says() -> None:
+    headings = re.findall(
+        r"^### `(.+)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(headings) > 20
+    for heading in headings:
+        for part in heading.split("…"):
+            assert part.strip() in messages(), heading
