@@ -81,6 +81,12 @@ def shares_devices(layout: Layout, nodes: Sequence[Node]) -> bool:
     return layout.placement == "colocated" and layout.ranks > 0 and _on_gpus(nodes)
 
 
+def demand(layout: Layout, nodes: Sequence[Node]) -> tuple[int, int]:
+    """GPUs and CPUs that the layout takes in all; no GPUs where no node has any."""
+    bundles = _shared(layout) if shares_devices(layout, nodes) else _separate(layout, _on_gpus(nodes))
+    return sum(bundle.gpus for bundle in bundles), sum(bundle.cpus for bundle in bundles)
+
+
 def _on_gpus(nodes: Sequence[Node]) -> bool:
     return any(node.gpus for node in nodes)
 
