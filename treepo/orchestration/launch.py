@@ -28,6 +28,7 @@ from treepo.orchestration.waiting import wait_for_devices
 
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 _FAREWELL_SECONDS = 120.0  # in which an interrupted head says how it ended; the training's clean-up included
+_START_SECONDS = 180.0  # for Ray's head on this machine
 _LOOPBACK = "127.0.0.1"
 
 
@@ -133,7 +134,8 @@ async def _start_and_train(
 
     def awaited(there: Sequence[Node]) -> list[str]:
         names = {one.name for one in there}
-        coming = [rank for rank, address in gathering.here.items() if address not in names]
+        connected = {0: host} | gathering.here
+        coming = [rank for rank, address in sorted(connected.items()) if address not in names]
         return [allocation.name(rank) for rank in gathering.missing()] + [
             f"Ray on {allocation.name(rank)}" for rank in coming
         ]
@@ -164,7 +166,7 @@ async def _train(
     from treepo.orchestration.ray_job import job_server
     from treepo.orchestration.seats import run_layout
 
-    server = await job_server(url, order.wait)
+    server = await job_server(url, order.wait if url is None else _START_SECONDS)
     if up is not None:
         up()
     layout = run_layout(order.config)
@@ -182,7 +184,8 @@ async def _join(allocation: Allocation, order: Launch) -> int:
     try:
         news = await connection.next()
         if isinstance(news, int):
-            raise ClusterError("the head has ended before anything began; its own output says why")
+            order.say(f"the head ended with exit code {news} before anything began; its output says why")
+            return news
         async with ray_worker(connection.host, news.address, order.slots, news.secrets) as node:
             order.say(f"joins Ray at {news.address} as {connection.host}")
             outcome = await _unless_ended(node, connection.next(), _FAREWELL_SECONDS)

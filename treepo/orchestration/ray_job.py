@@ -9,6 +9,8 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
+from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
+from ray.util.state.exception import RayStateApiException
 
 from treepo.errors import ClusterError
 from treepo.orchestration.placement import Node
@@ -29,8 +31,14 @@ class JobServer:
         self._url, self._client = url, client
 
     async def nodes(self) -> list[Node]:
-        """Nodes that are alive, with all that they have."""
-        states: list[Any] = await asyncio.to_thread(list_nodes, self._url, detail=True)
+        """Nodes that are alive, with all that they have; none while the server cannot say yet."""
+        try:
+            states: list[Any] = await asyncio.to_thread(
+                list_nodes, self._url, detail=True, limit=RAY_MAX_LIMIT_FROM_API_SERVER
+            )
+        except (RayStateApiException, OSError) as error:
+            _log.warning("Ray's nodes: %s", " ".join(str(error).split()))
+            return []
         return [
             Node(
                 state.node_id,
@@ -62,25 +70,34 @@ class JobServer:
     async def _follow(self, job: str, write: Callable[[str], None]) -> int:
         written = 0
         while True:
-            seen = 0
-            try:
-                async for text in self._client.tail_job_logs(job):
-                    seen += len(text)
-                    if seen > written:
-                        write(text[written - seen :])
-                        written = seen
-            except (RuntimeError, OSError) as error:  # a new stream begins at the job's first word
-                _log.warning("the job's log: %s", error)
+            written = await self._tail(job, write, written)
             info = await asyncio.to_thread(self._client.get_job_info, job)
             if info.status.is_terminal():
                 break
             await asyncio.sleep(_LOOK_SECONDS)
+        # A stream that broke, or began late, has not had the last words.
+        write((await asyncio.to_thread(self._client.get_job_logs, job))[written:])
         if info.status is JobStatus.STOPPED:
             raise ClusterError(f"the job {job} was stopped")
         if info.driver_exit_code is None:
             reason = " ".join((info.message or "Ray does not say why").split())
             raise ClusterError(f"Ray lost the job {job}: {reason}")
         return info.driver_exit_code
+
+    async def _tail(self, job: str, write: Callable[[str], None], written: int) -> int:
+        """Write what the job says beyond its first `written` characters; returns how many there were when the
+        stream ended or broke.
+        """
+        seen = 0
+        try:
+            async for text in self._client.tail_job_logs(job):
+                seen += len(text)
+                if seen > written:
+                    write(text[written - seen :])
+                    written = seen
+        except (RuntimeError, OSError) as error:
+            _log.info("the stream of the log of %s broke: %s", job, error)
+        return written
 
 
 async def job_server(url: str | None, seconds: float) -> JobServer:
