@@ -43,9 +43,7 @@ def read_pins(constraints: Path) -> dict[str, str]:
 
 def missing(plan: dict[str, Any]) -> list[str]:
     """NAME==VERSION of every package of the plan that is to be installed, the project itself left out."""
-    planned = {
-        canonicalize_name(entry["metadata"]["name"]): entry["metadata"] for entry in plan["install"]
-    }
+    planned = {canonicalize_name(entry["metadata"]["name"]): entry["metadata"] for entry in plan["install"]}
     project = planned.pop(canonicalize_name(PROJECT))
     wanted = {
         canonicalize_name(requirement.name): requirement.specifier

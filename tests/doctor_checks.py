@@ -42,6 +42,8 @@ def leaves() -> Outcome:
 
 
 def hangs() -> Outcome:
+    sys.stdout.write("it waits\n")
+    sys.stdout.flush()
     while True:
         time.sleep(60)
 

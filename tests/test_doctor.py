@@ -3,9 +3,14 @@
 import asyncio
 import inspect
 import json
+import math
+import os
 import resource
+import signal
+import socket
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +169,32 @@ def test_quick_leaves_out_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> No
     assert "--quick" in result.stdout
 
 
+def test_an_interrupt_ends_the_check_that_runs(tmp_path: Path) -> None:
+    program = (
+        "from treepo.cli import main\n"
+        "from treepo.doctor import checks\n"
+        "checks.CHECKS = (checks.Check('hangs', 'doctor_checks:hangs', 600, 'what to do'),)\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", program, "doctor"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + SECONDS
+    while not any(log.read_text() for log in tmp_path.glob("*/output")):  # the check has begun
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    assert errors.startswith("Interrupted")
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert children
+    assert not alive
+    assert not list(tmp_path.iterdir())
+
+
 # What checks say
 
 
@@ -254,10 +285,10 @@ def test_the_driver_must_serve_torchs_cuda(
         (host.judge_memory(100 * GIB, 512 * GIB), True),
         (host.judge_disk(Path("/runs"), 0, True), False),
         (host.judge_disk(Path("/runs"), 100 * GIB, True), True),
-        (network.judge_host_name("a", ["10.0.0.1"], ["10.0.0.1"]), True),
-        (network.judge_host_name("a", ["127.0.1.1"], ["127.0.1.1"]), True),
-        (network.judge_host_name("a", ["10.0.0.1", "10.9.9.9"], ["10.0.0.1"]), False),
-        (network.judge_host_name("a", ["10.9.9.9"], []), False),
+        (network.judge_host_name("a", {"10.0.0.1": True}), True),
+        (network.judge_host_name("a", {"127.0.1.1": True, "fe80::1%eth0": False}), True),
+        (network.judge_host_name("a", {"10.9.9.9": False, "10.0.0.1": True}), True),
+        (network.judge_host_name("a", {"10.9.9.9": False}), False),
     ],
 )
 def test_limits_and_addresses(outcome: Any, good: bool) -> None:
@@ -283,8 +314,17 @@ def test_a_low_limit_of_open_files_is_seen_by_a_real_process(tmp_path: Path) -> 
 
 def test_loopback_and_own_addresses() -> None:
     assert network.loopback().status is Status.PASS
-    assert network.is_own("127.0.0.1")
-    assert not network.is_own("192.0.2.1")  # reserved for documentation: nobody has it
+    assert network.is_own(socket.AF_INET, ("127.0.0.1", 0))
+    assert not network.is_own(socket.AF_INET, ("192.0.2.1", 0))  # reserved for documentation: nobody has it
+    assert not network.is_own(4711, ("127.0.0.1", 0))  # no such family
+
+
+def test_an_address_that_others_cannot_reach_is_said() -> None:
+    """A name that is this host's own, but on the loopback alone or beside a stranger."""
+    loopback = network.judge_host_name("a", {"127.0.1.1": True})
+    assert "others cannot reach it" in loopback.found
+    assert "others" not in network.judge_host_name("a", {"10.0.0.1": True, "127.0.1.1": True}).found
+    assert "10.9.9.9" in network.judge_host_name("a", {"10.9.9.9": False, "10.0.0.1": True}).found
 
 
 def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
@@ -371,6 +411,7 @@ def test_the_weights_of_an_update_change_log_probs_by_far_more_than_the_toleranc
     [
         ({}, ""),
         ({"off": 1e-3}, "log-probs differ"),
+        ({"off": math.nan}, "log-probs differ"),
         ({"takes": "none"}, "after a weight update"),
         ({"takes": "refuses"}, "a bucket is torn"),
     ],

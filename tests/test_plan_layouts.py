@@ -87,10 +87,10 @@ def test_one_small_change_comes_first_and_more_devices_last(dense: Architecture)
     assert any(more)
 
 
-def test_what_contains_a_layout_that_fits_is_no_further_proposal() -> None:
+def test_what_changes_more_than_a_layout_that_fits_is_no_further_proposal() -> None:
     config = config_of()
     one = Neighbour(config, {"actor.recompute": "full"}, {})
     both = Neighbour(config, {"actor.recompute": "full", "engine.tensor": 4}, {"engine.count": 2})
-    assert both.contains(one)
-    assert not one.contains(both)
+    assert both.goes_beyond(one)
+    assert not one.goes_beyond(both)
     assert both.overrides == ["actor.recompute=full", "engine.tensor=4", "engine.count=2"]

@@ -91,6 +91,69 @@ def train(
 
 
 @app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="A YAML file; on a filesystem that all nodes share.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="As of `treepo train`.")] = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes in all.")] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
+    head: Annotated[str | None, typer.Option(help="HOST[:PORT] of node 0, as the others reach it.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where nodes meet at the head.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds in which all devices must come.")] = 600,
+    dashboard_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of Ray's dashboard, on the head's loopback.")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(min=0, help="CPUs that this node offers; all of them.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that this node offers; all of them.")] = None,
+) -> None:
+    """Train on many nodes: the same command on each of them, or once where a Ray cluster is.
+
+    Slurm's and torchrun's variables say which node this is, or --nodes, --node-rank and --head; RAY_ADDRESS
+    names a cluster that is there. Without any of them it is this machine alone.
+    """
+    run_config = load_config(config, overrides or [])
+    from treepo.orchestration.allocation import Flags, find_allocation
+
+    where = find_allocation(os.environ, Flags(nodes, node_rank, head, port))
+    from treepo.orchestration.launch import Launch
+    from treepo.orchestration.launch import launch as run
+    from treepo.orchestration.ray_node import Slots
+
+    def check() -> None:
+        from treepo.orchestration.inputs import read_inputs
+        from treepo.orchestration.resume import find_resume
+
+        inputs = read_inputs(run_config)
+        if resume:
+            find_resume(run_config, inputs)
+
+    order = Launch(
+        run_config,
+        [str(config), *(overrides or []), *(["--resume"] if resume else [])],
+        check,
+        wait,
+        Slots(cpus, gpus),
+        dashboard_port,
+        say=lambda text: _output.print(
+            f"[bold]launch:[/bold] {escape(text)}", highlight=False, soft_wrap=True
+        ),
+        write=_write,
+    )
+    try:
+        exit_code = asyncio.run(run(where, order))
+    except KeyboardInterrupt:
+        _errors.print("Interrupted. What was started has ended.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    raise typer.Exit(exit_code)
+
+
+def _write(text: str) -> None:
+    """What another process has printed, as it is."""
+    _output.file.write(text)
+    _output.file.flush()
+
+
+@app.command()
 def rollout(
     config: Annotated[Path, typer.Argument(help="A YAML file, for example examples/rollout.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
@@ -115,6 +178,32 @@ def rollout(
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_rollout(_output, summary, rollout_config.out)
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file for training, for example examples/models/qwen3-8b.yaml.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """What a training run will need and how long its steps take, worked out without a GPU or the weights.
+
+    Exit code 2 where it does not fit; the nearest layouts that do are named.
+    """
+    run_config = load_config(config, overrides or [])
+    from treepo.display.plan import plan_progress, show_plan
+    from treepo.planning import plan as planning
+
+    with plan_progress(_errors) as doing:
+        made = planning.make_plan(run_config, doing)
+    if as_json:
+        _output.print_json(data=planning.as_json(made))
+    else:
+        show_plan(_output, str(config), made)
+    if made.fit.problem is not None:
+        raise typer.Exit(ConfigError.exit_code)
 
 
 @app.command()
@@ -245,12 +334,12 @@ def doctor(
     Exit code 1 where a check failed. On every node of a job: srun --label treepo doctor
     """
     import socket
-    from importlib.metadata import version
 
     from treepo.display.doctor import show_report, watch
     from treepo.doctor.checks import CHECKS
     from treepo.doctor.examine import examine_all
     from treepo.doctor.outcome import Report
+    from treepo.doctor.software import installed_version
 
     started = time.perf_counter()
     console = _errors if json else _output
@@ -259,7 +348,7 @@ def doctor(
     except KeyboardInterrupt:
         _errors.print("Interrupted. What was started has ended.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    report = Report(socket.gethostname(), version("treepo"), results)
+    report = Report(socket.gethostname(), installed_version("treepo"), results)
     if json:
         _output.print_json(data=report.as_json())
     else:

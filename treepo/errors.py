@@ -56,6 +56,16 @@ class PlacementError(TreepoError):
     """A layout that the cluster cannot hold; the text says what is needed and what is there."""
 
 
+class AllocationError(TreepoError):
+    """Nodes of which too little or too much is said; the text has what was found where."""
+
+
+class ClusterError(TreepoError):
+    """A Ray cluster that does not come about or is gone; the text says what is missing."""
+
+    exit_code = 1
+
+
 class RewardError(TreepoError):
     """Grading that cannot go on; the text says why."""
 

@@ -21,11 +21,12 @@ def watch(console: Console, steps: Iterable[tuple[Check, Result | None]], *, lin
     task = progress.add_task("", total=None)
     with progress:
         for check, result in steps:
-            progress.reset(task, description=f"{check.name}, at most {check.seconds:g} s")
-            if result is not None:
-                results.append(result)
-                if lines:
-                    show_result(console, result)
+            if result is None:
+                progress.reset(task, description=f"{check.name}, at most {check.seconds:g} s")
+                continue
+            results.append(result)
+            if lines:
+                show_result(console, result)
     return results
 
 

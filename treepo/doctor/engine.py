@@ -49,7 +49,7 @@ def engine() -> Outcome:
     from treepo.config.engine import EngineConfig
     from treepo.doctor.toy_model import Toy, dtype_here
 
-    toy = Toy(Path(mkdtemp()), dtype_here())
+    toy = Toy(Path(mkdtemp()), dtype_here())  # among the temporary files of this check
     config = EngineConfig(max_total_tokens=_KV_TOKENS, update_seconds=_SECONDS, request_seconds=_SECONDS)
     serving = SGLangEngine(toy.folder, toy.dtype, config, seed=0)
     try:
@@ -66,7 +66,7 @@ async def exercise(engine: "SGLangEngine", toy: "Toy") -> Outcome:
     request = GenerateRequest(toy.tokens, len(toy.tokens), _NEW_TOKENS, temperature=1.0, seed=0)
     sampled = await engine.generate(request)
     before = difference(await engine.score(toy.tokens), toy.log_probs(toy.tokens))
-    if before > toy.tolerance:
+    if not before <= toy.tolerance:  # a NaN fails too
         return failed(
             f"log-probs differ from transformers' by {before:.2g}, at most {toy.tolerance:g}", _WEIGHTS
         )
@@ -76,7 +76,7 @@ async def exercise(engine: "SGLangEngine", toy: "Toy") -> Outcome:
     again = await engine.generate(request)
     scores = await engine.score(toy.tokens)
     after = difference(scores, toy.log_probs(toy.tokens, new=True))
-    if after > toy.tolerance or again.version != 1:
+    if not after <= toy.tolerance or again.version != 1:
         return failed(
             f"after a weight update to version 1 it serves version {again.version}, and log-probs "
             f"differ from transformers' by {after:.2g}, at most {toy.tolerance:g}",

@@ -65,7 +65,7 @@ def _examine(check: Check, folder: Path) -> tuple[Outcome, tuple[str, ...]]:
         return failed(_ending(code), check.remedy), _last_lines(log)
     outcome = from_document(orjson.loads(answer.read_bytes()))
     if outcome.status is Status.FAIL and not outcome.remedy:
-        outcome = replace(outcome, remedy=check.remedy)
+        return replace(outcome, remedy=check.remedy), _last_lines(log)
     return outcome, ()
 
 

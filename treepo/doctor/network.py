@@ -2,7 +2,7 @@
 
 import ipaddress
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from treepo.doctor.outcome import Outcome, failed, passed
 
@@ -33,28 +33,28 @@ def host_name() -> Outcome:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         return failed(f"{name} resolves to nothing ({error.strerror})", _HOSTS)
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    return judge_host_name(name, addresses, [address for address in addresses if is_own(address)])
+    return judge_host_name(name, {str(address[0]): is_own(family, address) for family, *_, address in found})
 
 
-def judge_host_name(name: str, addresses: Sequence[str], own: Sequence[str]) -> Outcome:
-    """addresses: what the name resolves to. own: those of them that this machine has."""
+def judge_host_name(name: str, addresses: Mapping[str, bool]) -> Outcome:
+    """addresses: what the name resolves to, and whether this machine has it; one is enough for gloo."""
+    own = [address for address, is_here in addresses.items() if is_here]
     strange = [address for address in addresses if address not in own]
+    if not own:
+        return failed(f"{name} is {', '.join(strange)}, which this host does not have", _HOSTS)
+    found = f"{name} is {', '.join(own)}"
     if strange:
-        return failed(
-            f"{name} is {', '.join(addresses)}, but {', '.join(strange)} is not of this host", _HOSTS
-        )
+        found += f" (and {', '.join(strange)}, which this host does not have)"
     if all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in own):
-        return passed(f"{name} is {', '.join(own)}: enough for one node; others cannot reach it there")
-    return passed(f"{name} is {', '.join(own)}")
+        found += ": enough for one node; others cannot reach it there"
+    return passed(found)
 
 
-def is_own(address: str) -> bool:
-    """Whether this machine has the address: only then can a socket be bound to it."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
+def is_own(family: int, address: tuple) -> bool:
+    """Whether this machine has the address: only then can a socket be bound to it. address: with port 0."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+    except OSError:  # also where the machine has no such family
+        return False
     return True

@@ -41,7 +41,7 @@ def verdict(good: bool, found: str, remedy: str) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """output: the last lines that a check printed which crashed or hung; empty otherwise."""
+    """output: the last lines of a check that crashed, hung, or failed without saying what to do."""
 
     name: str
     outcome: Outcome
@@ -61,10 +61,10 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """host: the machine's name. version: of this package."""
+    """host: the machine's name. version: of this package; None where it is not installed as one."""
 
     host: str
-    version: str
+    version: str | None
     results: Sequence[Result]
 
     def count(self, status: Status) -> int:

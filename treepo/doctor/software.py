@@ -36,7 +36,7 @@ def packages() -> Outcome:
         requirements = metadata.requires(_PACKAGE) or []
     except metadata.PackageNotFoundError:
         return failed(_NOT_INSTALLED, _REINSTALL)
-    return judge_packages(requirements, _installed)
+    return judge_packages(requirements, installed_version)
 
 
 def judge_packages(requirements: Iterable[str], installed: Callable[[str], str | None]) -> Outcome:
@@ -57,7 +57,8 @@ def judge_packages(requirements: Iterable[str], installed: Callable[[str], str |
     return verdict(not wrong, ", ".join(wrong or pinned), _REINSTALL)
 
 
-def _installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Of a distribution; None where there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -41,7 +41,7 @@ def trainer() -> Outcome:
     paths = [np.concatenate([tree.prompt, segment.tokens]) for segment in tree.segments]
     expected = np.concatenate([toy.log_probs(path)[_PROMPT - 1 :] for path in paths])
     error = difference(before[_PROMPT:], expected)
-    if error > toy.tolerance:
+    if not error <= toy.tolerance:  # a NaN fails too
         return failed(
             f"log-probs differ from transformers' by {error:.2g}, at most {toy.tolerance:g}", _DIFFERS
         )

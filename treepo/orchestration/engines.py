@@ -15,6 +15,7 @@ from treepo.config.engine import EngineConfig
 from treepo.config.schema import ModelConfig
 from treepo.errors import DeadEngineError, TreepoError
 from treepo.orchestration.fleet import Fleet
+from treepo.orchestration.interfaces import use_interface_of_node
 from treepo.orchestration.remote_sink import RemoteSink
 from treepo.orchestration.seats import engines_alone
 from treepo.stopping import StopRule
@@ -31,6 +32,7 @@ class HostedEngine(SGLangEngine):
 
     def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
         self._failure: TreepoError | None = None
+        use_interface_of_node()  # SGLang's processes inherit it
         try:
             super().__init__(model, dtype, config, **settings)
         except TreepoError as error:

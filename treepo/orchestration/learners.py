@@ -12,6 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
 
 from treepo.config.schema import RunConfig
 from treepo.errors import TrainerError, TreepoError
+from treepo.orchestration.interfaces import use_interface_of_node
 from treepo.orchestration.remote_sink import RemoteSink
 from treepo.orchestration.seats import trainer_alone
 from treepo.packing import Pack
@@ -46,6 +47,7 @@ class TrainerRank:
         """Load the model. Collective, like every method below."""
         from megatron_bridge.actor import MegatronActor
 
+        use_interface_of_node()
         self._config, self._rank = config, rank
         self._stream: WeightStream | None = None
         if rank > 0:

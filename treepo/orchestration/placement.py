@@ -94,6 +94,12 @@ def on_one_machine(placed: Sequence[tuple[Bundle, Node]]) -> bool:
     return {node.id for bundle, node in placed if bundle.engines} <= first
 
 
+def demand(layout: Layout, nodes: Sequence[Node]) -> tuple[int, int]:
+    """GPUs and CPUs that the layout takes in all; no GPUs where no node has any."""
+    bundles = _shared(layout) if shares_devices(layout, nodes) else _separate(layout, _on_gpus(nodes))
+    return sum(bundle.gpus for bundle in bundles), sum(bundle.cpus for bundle in bundles)
+
+
 def _on_gpus(nodes: Sequence[Node]) -> bool:
     return any(node.gpus for node in nodes)
 

@@ -1,6 +1,7 @@
 """A run's devices, reserved in Ray as `treepo.orchestration.placement` plans them."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from treepo.config.engine import EngineConfig
 from treepo.errors import PlacementError
 from treepo.orchestration.cluster import actor_environment
 from treepo.orchestration.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ async def reserve(layout: Layout, seconds: float) -> Seats:
     nodes = cluster_nodes()
     placed = plan(layout, nodes)
     bundles = [bundle for bundle, _ in placed]
+    for bundle, node in placed:
+        _log.info("%s: %s", node.name, _inhabitants(bundle))
     group = placement_group(
         [_resources(bundle) for bundle in bundles],
         bundle_label_selector=[{"ray.io/node-id": node.id} for _, node in placed],
@@ -109,6 +114,11 @@ def trainer_alone(parallel: ParallelConfig) -> list[dict[str, Any]]:
 
 def _unreserved(gpus: int) -> dict[str, Any]:
     return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": actor_environment()}
+
+
+def _inhabitants(bundle: Bundle) -> str:
+    lists = (("trainer ranks", bundle.ranks), ("engines", bundle.engines))
+    return "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in lists if numbers)
 
 
 def _resources(bundle: Bundle) -> dict[str, float]:

@@ -4,6 +4,7 @@ Where trainer and engines share devices they take turns: what the trainer needs 
 given back before the engines take their cache, and the engines keep only their runtime while it computes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -14,13 +15,15 @@ from treepo.orchestration import placement
 from treepo.orchestration.placement import Node, run_layout
 from treepo.planning.engine import EngineMemory, engine_memory
 from treepo.planning.hardware import GIB, Device, device
+from treepo.planning.host import node_memory
 from treepo.planning.memory import Memory
 from treepo.planning.trainer import trainer_memory
+from treepo.planning.update import update_problem
 
 STATE = ("weights", "gradients", "optimizer")
 """What the trainer holds all the time."""
 RUNTIME = 2 * GIB
-"""Of a GPU's memory, for each process on it: CUDA's context, libraries, NCCL's buffers. Not measured here."""
+"""Of a GPU's memory, for each process on it: CUDA's context, libraries, NCCL's buffers. An estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +40,23 @@ class Limit:
         return self.need <= self.have
 
     def __str__(self) -> str:
+        return f"{self.what}, {self.need / GIB:.1f} of {self.have / GIB:.1f} GiB"
+
+    def broken(self) -> str:
+        """What to say where it does not hold."""
         return (
-            f"{self.what} need {self.need / GIB:.1f} GiB, and there are {self.have / GIB:.1f} GiB "
-            f"({self.remedies})"
+            f"{self.what}: needs {self.need / GIB:.1f} GiB, and there are {self.have / GIB:.1f} GiB; "
+            f"it follows from {self.remedies}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A layout's devices and what each holds. problem: the constraint that is furthest from being kept."""
+    """A layout's devices, and what each holds.
+
+    trainer: one rank of each pipeline stage in a training step, and rank 0 in a weight update. host: the
+    fullest node's. problem: the constraint that is furthest from being kept; None where all are.
+    """
 
     device: Device
     devices: int
@@ -53,6 +64,7 @@ class Fit:
     shared: bool
     trainer: tuple[Memory, ...]
     engine: EngineMemory
+    host: Memory
     limits: tuple[Limit, ...]
     problem: str | None
 
@@ -67,42 +79,69 @@ def fit(config: RunConfig, folder: Path) -> Fit:
     hardware, layout = device(config.plan.device), run_layout(config)
     on_gpus = hardware.name != "cpu"
     shared = config.placement == "colocated" and on_gpus
-    trainer = tuple(trainer_memory(config, folder))
-    kept = max(sum(memory.parts[part] for part in STATE) for memory in trainer) + RUNTIME
-    engine = engine_memory(config, folder, hardware.memory - RUNTIME - (kept if shared else 0))
-    limits = _on_gpus(hardware, trainer, shared) if on_gpus else _on_this_machine(config, trainer, engine)
+    trainer = trainer_memory(config, folder)
+    runtime = RUNTIME if on_gpus else 0
+    kept = max(memory.held(STATE) for memory in trainer) + runtime if shared else 0
+    engine = engine_memory(config, folder, hardware.memory - runtime - kept)
+    if on_gpus:
+        trainer = _with_runtime(trainer, engine, shared)
+    host = node_memory(config, folder, engine)
+    limits = (_on_gpus if on_gpus else _on_this_machine)(config, hardware, trainer, engine, host)
     nodes, misplaced = _nodes(config)
     broken = [limit for limit in limits if not limit.holds]
-    worst = str(max(broken, key=lambda limit: limit.need / limit.have)) if broken else None
+    worst = max(broken, key=lambda limit: limit.need / limit.have, default=None)
     return Fit(
         hardware,
         layout.ranks if shared else layout.ranks + layout.engines * layout.tensor,
         nodes,
         shared,
-        trainer,
+        tuple(trainer),
         engine,
+        host,
         tuple(limits),
-        misplaced or worst or engine.problem,
+        misplaced or (worst and worst.broken()) or engine.problem or update_problem(config),
     )
 
 
-def _on_gpus(hardware: Device, trainer: tuple[Memory, ...], shared: bool) -> list[Limit]:
-    runtime = RUNTIME * (2 if shared else 1)
+def _with_runtime(trainer: Sequence[Memory], engine: EngineMemory, shared: bool) -> list[Memory]:
+    """What a GPU holds beside the trainer's tensors. Before an update the engine's weights come back, the
+    cache after it.
+    """
+    own = {"CUDA and NCCL": RUNTIME} | ({"engine's CUDA and NCCL": RUNTIME} if shared else {})
+    back = {"engine's weights": engine.memory.parts["weights"]} if shared else {}
+    *stages, updating = trainer
+    return [*(stage.plus(own, {}) for stage in stages), updating.plus(own | back, {})]
+
+
+def _on_gpus(
+    config: RunConfig, hardware: Device, trainer: Sequence[Memory], engine: EngineMemory, host: Memory
+) -> list[Limit]:
+    del engine  # it takes what is left
+    *stages, updating = trainer
     remedies = "actor.parallel, actor.recompute, actor.max_tokens_per_pack"
+    node = config.plan.node_memory_gib * GIB
     return [
-        Limit(f"a step of {memory.owner}", memory.total + runtime, hardware.memory, remedies)
-        for memory in trainer
+        *(Limit(stage.owner, stage.total, hardware.memory, remedies) for stage in stages),
+        Limit(updating.owner, updating.total, hardware.memory, "actor.parallel, engine.tensor"),
+        Limit(host.owner, host.total, node, "plan.node_memory_gib, checkpoint.every, engine.tensor"),
     ]
 
 
-def _on_this_machine(config: RunConfig, trainer: tuple[Memory, ...], engine: EngineMemory) -> list[Limit]:
+def _on_this_machine(
+    config: RunConfig,
+    hardware: Device,
+    trainer: Sequence[Memory],
+    engine: EngineMemory,
+    host: Memory,
+) -> list[Limit]:
     """All processes share it. They take turns, but a CPU's allocator gives little back meanwhile."""
     parallel, engines = config.actor.parallel, config.engine
-    ranks = parallel.tensor * parallel.data
-    need = ranks * sum(memory.total for memory in trainer)
-    need += engines.count * engines.tensor * engine.memory.total
+    need = parallel.tensor * parallel.data * sum(memory.total for memory in trainer[:-1])
+    need += (
+        engines.count * engines.tensor * (engine.memory.parts["weights"] + engine.memory.parts["KV cache"])
+    )
     remedies = "actor.max_tokens_per_pack, engine.max_total_tokens, actor.parallel, engine.count"
-    return [Limit("trainer and engines together", need, device("cpu").memory, remedies)]
+    return [Limit("all processes together", need + host.total, hardware.memory, remedies)]
 
 
 def _nodes(config: RunConfig) -> tuple[int, str | None]:

@@ -1,8 +1,8 @@
 """Other layouts of the same run, the nearest first: what to try where the one asked for does not fit.
 
 A neighbour has the same model, batch and lengths. It differs in tensor, pipeline and expert parallelism,
-recomputation, pack size and the engines' tensor parallelism, in powers of two, on the same devices or on two
-or four times as many; data parallelism and the number of engines follow.
+recomputation, pack size, the engines' tensor parallelism and their share of memory, on the same devices or on
+two or four times as many; data parallelism and the number of engines follow.
 """
 
 import itertools
@@ -18,7 +18,8 @@ from treepo.config.schema import RunConfig
 from treepo.errors import ConfigError
 
 _RECOMPUTE = ("none", "selective", "full")
-_SMALL_STEP = 0.5  # another recomputation or pack size changes less than a doubling of parallelism
+_FRACTIONS = (0.6, 0.7, 0.8, 0.9)
+_SMALL_STEP = 0.5  # another recomputation, pack size or memory share is less than a doubling of parallelism
 _MORE_DEVICES = 3.0  # a doubling of the devices: only where nothing fits on those that there are
 
 
@@ -35,9 +36,9 @@ class Neighbour:
         """As they are written on the command line."""
         return [f"{key}={value}" for key, value in {**self.changes, **self.derived}.items()]
 
-    def contains(self, other: "Neighbour") -> bool:
-        """Whether all that `other` changes is changed so here too."""
-        return self.changes.items() >= other.changes.items()
+    def goes_beyond(self, other: "Neighbour") -> bool:
+        """Whether all that `other` changes is changed here too."""
+        return self.changes.keys() >= other.changes.keys()
 
 
 def neighbours(config: RunConfig, architecture: Architecture) -> Iterator[Neighbour]:
@@ -49,12 +50,13 @@ def neighbours(config: RunConfig, architecture: Architecture) -> Iterator[Neighb
             yield neighbour
 
 
-def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[float, dict[str, int | str]]]:
+def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[float, dict[str, Any]]]:
     """Distance and settings of every combination, valid or not."""
     parallel, engine = config.actor.parallel, config.engine
+    fraction = engine.memory_fraction
     shortest_pack = config.data.max_prompt_tokens + config.sampling.max_response_tokens
     on_a_node = _powers_of_two(config.plan.devices_per_node)
-    choices: dict[str, tuple[int | str, Iterable[int | str]]] = {
+    choices: dict[str, tuple[Any, Iterable[Any]]] = {
         "devices": (1, (1, 2, 4)),
         "actor.parallel.tensor": (parallel.tensor, on_a_node),
         "actor.parallel.pipeline": (parallel.pipeline, _powers_of_two(architecture.dimensions.layers)),
@@ -62,6 +64,8 @@ def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[flo
         "actor.recompute": (config.actor.recompute, _RECOMPUTE),
         "actor.max_tokens_per_pack": (config.actor.max_tokens_per_pack, (shortest_pack,)),
         "engine.tensor": (engine.tensor, on_a_node),
+        # Written out where it was: SGLang's own choice follows the device.
+        "engine.memory_fraction": (fraction, [more for more in _FRACTIONS if fraction and more > fraction]),
     }
     values = [sorted({now, *others}, key=str) for now, others in choices.values()]
     for combination in itertools.product(*values):
@@ -70,14 +74,16 @@ def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[flo
         yield distance, point
 
 
-def _distance(key: str, now: int | str, then: int | str) -> float:
+def _distance(key: str, now: Any, then: Any) -> float:
     if now == then:
         return 0.0
     if key == "actor.recompute":
-        return _SMALL_STEP * abs(_RECOMPUTE.index(str(now)) - _RECOMPUTE.index(str(then)))
+        return _SMALL_STEP * abs(_RECOMPUTE.index(now) - _RECOMPUTE.index(then))
     if key == "actor.max_tokens_per_pack":
         return _SMALL_STEP
-    return abs(log2(int(then) / int(now))) * (_MORE_DEVICES if key == "devices" else 1.0)
+    if key == "engine.memory_fraction":
+        return _SMALL_STEP + abs(float(then) - float(now))
+    return abs(log2(float(then) / float(now))) * (_MORE_DEVICES if key == "devices" else 1.0)
 
 
 def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str, Any]) -> Neighbour | None:

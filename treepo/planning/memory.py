@@ -1,6 +1,6 @@
 """Memory as a plan shows it: named parts, each with the arithmetic behind it. Units: bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -14,6 +14,14 @@ class Memory:
     owner: str
     parts: Mapping[str, float]
     notes: Mapping[str, str]
+
+    def plus(self, parts: Mapping[str, float], notes: Mapping[str, str]) -> "Memory":
+        """With further parts."""
+        return Memory(self.owner, {**self.parts, **parts}, {**self.notes, **notes})
+
+    def held(self, parts: Iterable[str]) -> float:
+        """Bytes of some parts."""
+        return sum(self.parts[part] for part in parts)
 
     @property
     def total(self) -> float:

@@ -1,0 +1,164 @@
+"""What a person sees of `treepo plan`: memory by part, the step by phase, and whether it fits."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import SpinnerColumn, TextColumn
+from rich.table import Table
+
+from treepo.display.live import live_progress
+from treepo.planning.hardware import GIB
+from treepo.planning.memory import Memory
+from treepo.planning.plan import Plan
+
+
+@contextmanager
+def plan_progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """Says what is being worked out where the output is live."""
+    progress = live_progress(console, SpinnerColumn(), TextColumn("{task.description}"))
+    task = progress.add_task("", total=None)
+    with progress:
+        yield lambda doing: progress.update(task, description=doing)
+
+
+def show_plan(console: Console, name: str, plan: Plan) -> None:
+    """Everything; the last lines say whether it fits, and what would."""
+    _show_run(console, name, plan)
+    if plan.fit.device.name == "cpu":
+        console.print("Memory is this machine's, rates are assumed ones of a common server's core.")
+    _show_memory(console, plan)
+    if plan.step is not None:
+        _show_step(console, plan)
+    _show_verdict(console, plan)
+
+
+def _show_run(console: Console, name: str, plan: Plan) -> None:
+    config, fitted = plan.config, plan.fit
+    parallel, engine = config.actor.parallel, config.engine
+    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {parallel.data}"]
+    if parallel.virtual_pipeline > 1:
+        layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.expert > 1:
+        layout.append(f"expert {parallel.expert}")
+    where = f"{_count(fitted.devices, 'process', 'es')} on this machine"
+    if fitted.device.name != "cpu":
+        nodes = _count(fitted.nodes, "node")
+        where = f"{fitted.devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
+    console.print(f"[bold]{escape(name)}[/bold]: {plan.parameters:,} parameters, {where}", highlight=False)
+    console.print(
+        f"trainer: {' x '.join(layout)}, recompute {config.actor.recompute}, packs of "
+        f"{config.actor.max_tokens_per_pack:,} tokens",
+        highlight=False,
+    )
+    console.print(
+        f"engines: {engine.count} of tensor {engine.tensor}, {config.placement}; weights by "
+        f"{config.weights.transport}",
+        highlight=False,
+    )
+
+
+def _show_memory(console: Console, plan: Plan) -> None:
+    fitted, engine = plan.fit, plan.fit.engine
+    _memory_table(console, "Trainer: each device at its fullest", fitted.trainer)
+    _memory_table(console, "Engine: each device", [engine.memory])
+    console.print(
+        f"The cache holds {engine.kv_tokens:,} tokens: {engine.expected_trees:,} trees of the expected "
+        f"{engine.expected_tree:,} tokens at once, or {engine.longest_trees:,} of the longest possible "
+        f"{engine.longest_tree:,}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _memory_table(console, "Host: the fullest node", [fitted.host])
+    console.print(
+        f"On disk: a training checkpoint of {_size(plan.checkpoint)}, a Hugging Face folder of "
+        f"{_size(plan.exported)}.",
+        highlight=False,
+    )
+
+
+def _memory_table(console: Console, title: str, memories: Sequence[Memory]) -> None:
+    """A column for each; where there is one, its notes beside it."""
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    table.add_column("")
+    for memory in memories:
+        table.add_column(_heading(memory), justify="right")
+    alone = len(memories) == 1
+    if alone:
+        table.add_column("how", style="dim")
+    names = dict.fromkeys(name for memory in memories for name in memory.parts)
+    for name in names:
+        values = [memory.parts.get(name, 0.0) for memory in memories]
+        if any(values):
+            note = [escape(memories[0].notes.get(name, ""))] if alone else []
+            table.add_row(name, *map(_memory, values), *note)
+    table.add_section()
+    table.add_row("all", *(_memory(memory.total) for memory in memories))
+    console.print(table)
+
+
+def _heading(memory: Memory) -> str:
+    """The owner without what the table's title says."""
+    return memory.owner.removeprefix("trainer, ").removeprefix("pipeline ")
+
+
+def _show_step(console: Console, plan: Plan) -> None:
+    step, sampling = plan.step, plan.sampling
+    assert step is not None
+    assert sampling is not None
+    table = Table(title="A step, seconds from stated rates", title_justify="left", pad_edge=False)
+    table.add_column("")
+    table.add_column("s", justify="right")
+    table.add_column("how", style="dim")
+    for name, phase in step.phases.items():
+        table.add_row(name, f"{phase.seconds:,.1f}", escape(phase.note))
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{step.seconds:,.1f}",
+        f"{step.tokens_per_second:,.0f} tokens of answers a second; "
+        f"{sampling.leaf_tokens / sampling.decoded_tokens:.2f} for each that is decoded",
+    )
+    console.print(table)
+    learning = plan.config.learning
+    if learning.dynamic_sampling:
+        console.print(
+            f"Not in it: what learning.dynamic_sampling samples again, up to {learning.max_refills} times.",
+            highlight=False,
+        )
+
+
+def _show_verdict(console: Console, plan: Plan) -> None:
+    if plan.fit.problem is None:
+        fullest = escape(str(plan.fit.fullest))
+        console.print(
+            f"[bold green]It fits.[/bold green] Nearest to its limit: {fullest}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    console.print(
+        f"[bold red]It does not fit:[/bold red] {escape(plan.fit.problem)}", highlight=False, soft_wrap=True
+    )
+    if not plan.proposals:
+        console.print("No layout near it, on up to four times the devices, fits either.")
+        return
+    console.print("The nearest that fit:")
+    for proposal in plan.proposals:
+        console.print(f"  {escape(' '.join(proposal.overrides))}", highlight=False, soft_wrap=True)
+        console.print(f"      {escape(proposal.fullest)}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _memory(value: float) -> str:
+    if not value:
+        return ""
+    return f"{value / GIB:.2f} GiB" if value >= GIB / 10 else f"{value / (1 << 20):.1f} MiB"
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e9:,.1f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{plural if number != 1 else ''}"
