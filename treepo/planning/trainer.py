@@ -5,9 +5,9 @@ parameter follows from `megatron_bridge.optimizer`: gradients summed in float32;
 dtypes, a float32 master copy, divided among the replicas that hold the parameter. Activations are those of
 `treepo.planning.activations`, for the pipeline schedules of Megatron-Core. Units: bytes.
 
-Compared with real ranks on CPU in tests/test_plan_memory.py; for CUDA see `treepo.planning.activations`. Not in
-it: what the allocator loses between blocks; the context of a GPU and of NCCL (1 to 2 GiB); the optimizer's own
-step, when activations have gone (Transformer Engine's Adam works in place, but torch's, where that is not
+Compared with real ranks on CPU in tests/test_plan_memory.py; for CUDA see `treepo.planning.activations`. Not
+in it: what the allocator loses between blocks; the context of a GPU and of NCCL (1 to 2 GiB); the optimizer's
+own step, when activations have gone (Transformer Engine's Adam works in place, but torch's, where that is not
 installed, takes some further bytes for each value of a rank's share).
 """
 
