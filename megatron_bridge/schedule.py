@@ -1,9 +1,9 @@
 """Packs through the pipeline, in the lengths and numbers that Megatron-Core's schedules take."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import tee
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class Schedule:
         batches = (self._micro_batch(pack, scored(pack)) for pack in packs)
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=list(tee(batches, len(self._chunks))),
+            data_iterator=_for_each(len(self._chunks), batches),
             model=list(self._chunks),
             num_microbatches=len(packs),
             seq_length=1,  # unused: lengths vary and are sent along
@@ -106,3 +106,23 @@ class Schedule:
         # Copies: arrays that come from another process may be read-only, and tensors cannot be.
         tensors = {name: torch.tensor(column, device=self._device) for name, column in pack.columns().items()}
         return MicroBatch(tensors, plan, torch.from_numpy(np.flatnonzero(scored)).to(self._device))
+
+
+def _for_each(readers: int, batches: Iterator[MicroBatch]) -> list[Iterator[MicroBatch]]:
+    """Iterators that all give the same batches, each of which is dropped as soon as all have given it
+    (itertools.tee keeps 57 at a time).
+    """
+    queues: list[deque[MicroBatch]] = [deque() for _ in range(readers)]
+
+    def read(mine: deque[MicroBatch]) -> Iterator[MicroBatch]:
+        while True:
+            if not mine:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                for queue in queues:
+                    queue.append(batch)
+                del batch
+            yield mine.popleft()
+
+    return [read(queue) for queue in queues]

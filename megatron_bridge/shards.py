@@ -84,10 +84,10 @@ def layout_shards(architecture: Architecture, parallel: ParallelConfig) -> list[
     ranks = parallel.tensor * parallel.data  # of one stage
     with on_device(), torch.random.fork_rng(devices=[]):
         for stage in range(parallel.pipeline):
-            first, last = (
-                _built(architecture, parallel, stage, stage * ranks + offset) for offset in (0, ranks - 1)
-            )
-            _check_last(first, last, architecture, parallel)
+            first = _built(architecture, parallel, stage, stage * ranks)
+            if ranks > 1:
+                last = _built(architecture, parallel, stage, stage * ranks + ranks - 1)
+                _check_last(first, last, architecture, parallel)
             shards.append(first)
     check_shards(shards, architecture, parallel)
     return shards

@@ -127,6 +127,7 @@ class Exporter:
                 joined = rule.surgery.join(shards, self._architecture.dimensions)
                 del shards  # before the receiver takes its time
                 yield from zip(rule.tensors, joined, strict=True)
+                del joined  # before the next is gathered
 
     def _gather(self, rule: Rule) -> list[Tensor]:
         """The shards on rank 0 in tensor-parallel order, or what they are together where they are stacked. On

@@ -143,25 +143,38 @@ def layer_kept(batch: MicroBatch, sparse: bool) -> float:
 
 def layer_work(batch: MicroBatch, sparse: bool) -> float:
     """The most that the backward pass of one layer needs beyond `layer_kept`: what it computes again, and
-    gradients of activations.
-
-    In the MLP these are the residual stream's, and once its last matrix's input has gone, three times the
-    inner rows, or one of them and all tokens' hidden states. In the CPU's attention they are those of the
-    largest call's keys and values, twice, when the MLP's have gone.
+    gradients of activations, in the MLP or in attention.
     """
-    again = 0.0
-    if batch.actor.recompute == "full":
-        again = attention(batch) + mlp(batch, sparse) - batch.stream
-    rows = inner(batch, sparse)
-    sent = (
-        batch.stream * batch.architecture.experts.per_token if sparse and batch.architecture.experts else 0.0
-    )
-    in_mlp = batch.stream + sent + rows + max(rows, batch.whole if batch.tensor > 1 else 0.0)
-    in_attention = 2 * LARGEST_GROUP * gathered_keys(batch) if batch.eager else 0.0
-    in_attention += 3 * batch.heads(batch.architecture.heads) - mlp(batch, sparse)
+    in_mlp, in_attention = _work_in_mlp(batch, sparse), _work_in_attention(batch) - mlp(batch, sparse)
+    if batch.actor.recompute == "full":  # all of it, and the layer's output
+        return attention(batch) + mlp(batch, sparse) + max(in_mlp, in_attention)
     if batch.actor.recompute == "selective":
-        in_attention += attention_core(batch)
-    return again + max(in_mlp, in_attention)
+        return max(in_mlp, in_attention + attention_core(batch))
+    return max(in_mlp, in_attention)
+
+
+def _work_in_mlp(batch: MicroBatch, sparse: bool) -> float:
+    """The gradients of the residual stream and, as the last matrix's input has gone by then, of two of three
+    inner rows, or of one of them and all tokens' hidden states. Experts one by one need less: the gradients
+    of what they return, in two orders, and as they were sent.
+    """
+    rows = inner(batch, sparse)
+    if not sparse:
+        return batch.stream + rows + max(rows, batch.whole if batch.tensor > 1 else 0.0)
+    assert batch.architecture.experts is not None
+    sent = batch.stream * batch.architecture.experts.per_token
+    if batch.eager:
+        return 2 * batch.stream + (3 if batch.actor.parallel.expert > 1 else 2) * sent
+    return batch.stream + sent + 2 * rows
+
+
+def _work_in_attention(batch: MicroBatch) -> float:
+    """Beyond what its core keeps. On a CPU: of the largest call, which comes last, the gradients of keys and
+    values and those of what was gathered, when the other calls' have gone.
+    """
+    if batch.eager:
+        return (2 * LARGEST_GROUP - (1 - LARGEST_GROUP)) * gathered_keys(batch)
+    return 3 * batch.heads(batch.architecture.heads)
 
 
 def after_layers(batch: MicroBatch) -> float:

@@ -5,16 +5,25 @@ parameter follows from `megatron_bridge.optimizer`: gradients summed in float32;
 dtypes, a float32 master copy, divided among the replicas that hold the parameter. Activations are those of
 `treepo.planning.activations`, for the pipeline schedules of Megatron-Core. Units: bytes.
 
-Compared with real ranks on CPU in tests/test_plan_memory.py; for CUDA see `treepo.planning.activations`. What
-the allocator loses between blocks, and the context of a GPU and of NCCL (1 to 2 GiB), are not in it.
+Compared with real ranks on CPU in tests/test_plan_memory.py; for CUDA see `treepo.planning.activations`. Not
+in it: what the allocator loses between blocks; the context of a GPU and of NCCL (1 to 2 GiB); the optimizer's
+own step, when activations have gone (Transformer Engine's Adam works in place, but torch's, where that is not
+installed, takes some further bytes for each value of a rank's share).
 """
 
 from functools import cache
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 
 from megatron_bridge.architecture import Architecture, read_architecture
-from megatron_bridge.shards import Shard, buffer_elements, expert_data_ranks, layout_shards, tensor_shapes
+from megatron_bridge.shards import (
+    EMBEDDING,
+    Shard,
+    buffer_elements,
+    expert_data_ranks,
+    layout_shards,
+    tensor_shapes,
+)
 from treepo.config.actor import ParallelConfig
 from treepo.config.schema import RunConfig
 from treepo.planning import activations
@@ -73,25 +82,19 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
     parts, notes = state(config, shard)
     kept = _kept(batch, shard, parallel)
     in_flight = micro_batches_in_flight(parallel, shard.stage)
-    parts["activations"] = in_flight * kept
+    parts["activations"] = in_flight * kept + _kept_of_the_one_before(batch, parallel, shard)
     notes["activations"] = (
         f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.actor.recompute}"
     )
-    sparse = batch.architecture.dimensions.sparse_layers
-    work = max(activations.layer_work(batch, layer in sparse) for layer in _layers(shard))
-    last = shard.stage == parallel.pipeline - 1
-    scores = 0.0
-    if last:
-        scores = activations.after_layers(batch)
-        scores += activations.logits(batch, config.learning.entropy_coefficient > 0)
+    work, scores = work_in_layers(batch, shard), work_on_logits(config, batch, shard)
     parts["layer in work"] = work if work >= scores else 0.0
     parts["logits"] = scores if work < scores else 0.0
     lesser, greater = ("logits", "layer in work") if work >= scores else ("layer in work", "logits")
-    if last or greater == "logits":
+    if scores:
         notes[lesser] = f"{min(work, scores) / 2**30:.2f} GiB, not at the same time as {greater}"
     parts["gather buffer"] = batch.whole if parallel.sequence_parallel else 0.0
     notes["gather buffer"] = "all tokens' hidden states, for matrices whose input is divided"
-    parts["tree packs"] = in_flight * activations.pack(batch)
+    parts["tree packs"] = packs_in_flight(parallel, shard.stage) * activations.pack(batch)
     notes["tree packs"] = "fields, rotary angles, block mask"
     return Memory(f"trainer, pipeline stage {shard.stage}", parts, notes)
 
@@ -131,12 +134,38 @@ def _layers(shard: Shard) -> set[int]:
 
 
 def _kept(batch: MicroBatch, shard: Shard, parallel: ParallelConfig) -> float:
-    """By one micro-batch on all layers of the stage."""
+    """By one micro-batch on all layers of the stage, with what it sent on."""
     sparse = batch.architecture.dimensions.sparse_layers
     kept = sum(activations.layer_kept(batch, layer in sparse) for layer in _layers(shard))
-    if parallel.pipeline > 1 and shard.stage < parallel.pipeline - 1:
-        kept += batch.stream * parallel.virtual_pipeline  # what was sent on
+    if shard.stage < parallel.pipeline - 1:
+        kept += batch.stream * parallel.virtual_pipeline
     return kept
+
+
+def _kept_of_the_one_before(batch: MicroBatch, parallel: ParallelConfig, shard: Shard) -> float:
+    """The last of several stages holds on to what it received and sent back, until the next loss is there."""
+    return 2 * batch.stream if 0 < shard.stage == parallel.pipeline - 1 else 0.0
+
+
+def work_in_layers(batch: MicroBatch, shard: Shard) -> float:
+    """The most beyond `_kept` in the backward pass. Tied embeddings that are on one rank have their output's
+    gradient until their input's is there. Experts hold on to the scores by which they were chosen,
+    and so to the input of a layer that was computed again, and its gradient, until the next micro-batch.
+    """
+    layers, sparse = _layers(shard), set(batch.architecture.dimensions.sparse_layers)
+    work = max(activations.layer_work(batch, layer in sparse) for layer in layers)
+    held = max(0, len(layers & sparse) - 1) if batch.actor.recompute == "full" else 0
+    tied = batch.architecture.tied and batch.actor.parallel.pipeline == 1
+    gradient = sum(each.elements for each in shard.parameters if tied and each.name == EMBEDDING)
+    return work + held * batch.stream + gradient * batch.element
+
+
+def work_on_logits(config: RunConfig, batch: MicroBatch, shard: Shard) -> float:
+    """The most beyond `_kept` from the last layer to the loss and back; 0 but on the last stage."""
+    if shard.stage < config.actor.parallel.pipeline - 1:
+        return 0.0
+    with_gradient = config.learning.entropy_coefficient > 0
+    return activations.after_layers(batch) + activations.logits(batch, with_gradient)
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int) -> float:
@@ -148,3 +177,10 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int) -> float:
     if chunks == 1:
         return behind + 1
     return (2 * behind + (chunks - 1) * parallel.pipeline + 1) / chunks
+
+
+def packs_in_flight(parallel: ParallelConfig, stage: int) -> int:
+    """Micro-batches of which a stage holds the pack: also those that only one of its chunks has had, and on
+    the last of several stages the one before.
+    """
+    return ceil(micro_batches_in_flight(parallel, stage)) + (0 < stage == parallel.pipeline - 1)

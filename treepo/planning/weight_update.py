@@ -39,7 +39,8 @@ def joined_bytes(config: RunConfig, architecture: Architecture, shards: tuple[Sh
         for each in shard.parameters:
             pieces = 1 if each.expert else ranks
             surgery = surgeries[each.name]
-            foreign = (pieces if shard.stage else pieces - 1) / pieces
+            elsewhere = shard.stage > 0 or (each.expert and config.actor.parallel.expert > 1)
+            foreign = (pieces if elsewhere else pieces - 1) / pieces
             if surgery.replicated or surgery is VOCABULARY:
                 copies = float(foreign > 0)
             else:
