@@ -163,8 +163,8 @@ async def _train(
 ) -> int:
     """url: the job server's; None: that of RAY_ADDRESS. up: called once Ray is there."""
     # Ray reads when it is imported who may use the cluster.
-    from treepo.orchestration.ray_job import job_server
     from treepo.orchestration.placement import run_layout
+    from treepo.orchestration.ray_job import job_server
 
     server = await job_server(url, order.wait if url is None else _START_SECONDS)
     if up is not None:
