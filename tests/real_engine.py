@@ -1,6 +1,7 @@
 """One real SGLang engine for the whole test session, and the Hugging Face model that it must agree with."""
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ def write_model(folder: Path) -> Path:
 
 def start(folder: Path, loop: asyncio.AbstractEventLoop, **settings: Any) -> RealEngine:
     """settings: of `EngineConfig`."""
+    os.environ["SGLANG_RECORD_STEP_TIME"] = "1"  # test_plan_real.py counts decoding steps by it
     rule = SwitchableRule()
     config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
     engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule)

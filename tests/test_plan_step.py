@@ -21,7 +21,7 @@ from treepo.planning.rates import Prefill
 from treepo.planning.sampling import simulate, simulate_step
 from treepo.planning.sglang_defaults import defaults
 from treepo.planning.step import step_time
-from treepo.planning.update import bucket_bytes, model_values, update_problem
+from treepo.planning.update import update_problem, update_seconds
 from treepo.planning.workload import workload
 
 
@@ -37,7 +37,7 @@ def config(**settings: Any) -> RunConfig:
     }
     for name, value in settings.items():
         section, _, key = name.partition("_")
-        values[section] = values.get(section, {}) | {key: value}
+        values[section] = (values.get(section, {}) | {key: value}) if key else value
     return RunConfig.model_validate(values)
 
 
@@ -68,7 +68,6 @@ def test_one_rank_has_the_whole_model(family: str, request: pytest.FixtureReques
     padding = 2 * (192 - 130) * architecture.hidden  # two tables, padded to a multiple of 64
     values = hugging_face_values(folder)
     assert engine_shard(architecture, 1).parameters == values + padding
-    assert model_values(architecture) == values
 
 
 def test_ranks_divide_all_but_norms_and_the_key_value_heads_that_are_too_few(qwen2: Path) -> None:
@@ -188,12 +187,28 @@ def test_a_step_has_all_its_phases_and_more_devices_are_faster(qwen2: Path) -> N
     assert again.phases["score"].seconds == pytest.approx(small.phases["score"].seconds * 2)
 
 
-def test_an_update_knows_its_way(qwen2: Path) -> None:
-    architecture = read_architecture(qwen2)
-    # 130 rows of 64 in bfloat16 are more than a bucket of nothing, and less than one of 256 MiB.
-    whole = 2 * model_values(architecture)
-    assert bucket_bytes(config(), architecture) == whole
+def test_an_update_takes_as_long_as_its_way_is(qwen2: Path) -> None:
+    settings: dict[str, Any] = {
+        "placement": "split",
+        "engine_count": 4,
+        "actor_parallel": {"tensor": 2},
+        "plan_devices_per_node": 8,
+    }
+    seconds = {
+        transport: update_seconds(config(weights_transport=transport, **settings), qwen2).seconds
+        for transport in ("broadcast", "colocated", "disk", "host_broadcast")
+    }
+    assert sorted(seconds, key=lambda transport: seconds[transport]) == list(seconds)
+    apart = update_seconds(
+        config(weights_transport="broadcast", **settings | {"plan_devices_per_node": 2}), qwen2
+    )
+    assert apart.seconds > seconds["broadcast"]
+
+
+def test_a_way_that_is_not_open_is_told() -> None:
     assert update_problem(config()) is None
     apart = update_problem(config(plan_devices_per_node=2, actor_parallel={"data": 4}))
     assert apart is not None
-    assert "2 nodes of 2 devices" in apart
+    assert "2 nodes of 2 devices (host_broadcast and disk are allowed)" in apart
+    assert "NCCL takes one process a GPU" in str(update_problem(config(weights_transport="broadcast")))
+    assert update_problem(config(weights_transport="broadcast", placement="split")) is None

@@ -14,11 +14,11 @@ from treepo.planning.lengths import InstantEngine
 from treepo.planning.memory import Memory
 from treepo.planning.sglang_defaults import defaults, most_requests
 from treepo.planning.virtual_clock import run_virtually
+from treepo.planning.weight_update import element_bytes
 from treepo.planning.workload import Workload, text_of, workload
 
 _REMEMBERED_TREES = 64  # by which a driver knows how large trees become
 _CPU_TOKENS = 1 << 17  # KV cache of an engine on a CPU (sglang_rollout/server.py)
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def engine_memory(config: RunConfig, folder: Path, left: float) -> EngineMemory:
     on_cpu = config.plan.device == "cpu"
     chosen = defaults(hardware.memory / (1 << 20), engine.tensor, graphs=not on_cpu)
     fraction = engine.memory_fraction or chosen.memory_fraction
-    value_bytes = _VALUE_BYTES[config.model.dtype]
+    value_bytes = element_bytes(config)
     weights, token_bytes = shard.parameters * value_bytes, shard.kv_values * value_bytes
     kv_tokens = max(0, int((left * fraction - weights) // token_bytes))
     limit = engine.max_total_tokens or (_CPU_TOKENS if on_cpu else None)

@@ -22,13 +22,13 @@ from treepo.planning.lengths import InstantEngine
 from treepo.planning.rates import Rates
 from treepo.planning.simulated_engine import Counts, SimulatedEngine
 from treepo.planning.virtual_clock import run_virtually
+from treepo.planning.weight_update import element_bytes
 from treepo.planning.workload import Workload, text_of, workload
 from treepo.tree import Tree
 
 _WARM_UP_TREES = 64  # as many as a driver remembers
 _MOST_TREES = 512  # of one seed; of all together
 _SEEDS = 3
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def simulate(config: RunConfig, folder: Path, engine: EngineMemory) -> Sampling:
         read_architecture(folder),
         engine.shard,
         config.engine.tensor,
-        _VALUE_BYTES[config.model.dtype],
+        element_bytes(config),
     )
     return simulate_step(workload(config), rates, engine, config.engine.count)
 

@@ -21,7 +21,8 @@ from treepo.planning.hardware import device
 from treepo.planning.packed_step import ReplicaWork, replica_work
 from treepo.planning.phase import Phase
 from treepo.planning.sampling import Sampling
-from treepo.planning.update import VALUE_BYTES, update_seconds
+from treepo.planning.update import update_seconds
+from treepo.planning.weight_update import element_bytes
 
 _OPTIMIZER_BYTES = 30
 """That Adam reads and writes of a parameter: gradient, master weight and two moments in float32, there and
@@ -110,7 +111,7 @@ def _passes(
 def _sent_seconds(config: RunConfig, architecture: Architecture) -> float:
     """What one token costs to send in one forward pass of all layers."""
     parallel, plan, hardware = config.actor.parallel, config.plan, device(config.plan.device)
-    values = VALUE_BYTES[config.model.dtype] * architecture.hidden
+    values = element_bytes(config) * architecture.hidden
     tensor = 4 * (parallel.tensor - 1) / parallel.tensor * values * architecture.dimensions.layers
     seconds = tensor / hardware.link
     if architecture.experts is not None and parallel.expert > 1:
@@ -132,7 +133,7 @@ def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
     sent = dense * (owners - 1) / owners + experts * (expert_owners - 1) / expert_owners
     near = parallel.tensor * parallel.data <= plan.devices_per_node
     rate = hardware.link if near else plan.network_gb_per_second * 1e9
-    sending = steps * sent * (4 + VALUE_BYTES[config.model.dtype]) / rate
+    sending = steps * sent * (4 + element_bytes(config)) / rate
     owned = dense / owners + experts / expert_owners
     updating = steps * owned * _OPTIMIZER_BYTES / (hardware.memory_bandwidth * hardware.memory_efficiency)
     note = (

@@ -1,8 +1,8 @@
 """What a step samples, as `plan` assumes it: prompts and answers' lengths, and the policy's own settings.
 
 Departures from a real run: no answer loops, so the repetition stop is off; log-probs are random; boxes are
-looked for only where the fallback tells boxed answers from others that have ended, and then all are boxed.
-Units: tokens.
+looked for only where the fallback tells boxed answers from others that have ended, and then all are boxed;
+prompts that `learning.dynamic_sampling` would sample in place of others are not sampled. Units: tokens.
 """
 
 from dataclasses import dataclass
