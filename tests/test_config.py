@@ -12,7 +12,11 @@ from treepo.config.rollout import RolloutConfig
 from treepo.config.schema import RunConfig
 from treepo.errors import ConfigError
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.yaml"))
+EXAMPLES = [
+    path
+    for path in sorted((Path(__file__).parent.parent / "examples").rglob("*.yaml"))
+    if path.name != "kuberay.yaml"  # a manifest of Kubernetes
+]
 MINIMAL = "out: runs/x\nsteps: 3\nmodel: {path: m}\ndata:\n  train: t.jsonl\n"
 
 
