@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
@@ -101,13 +102,15 @@ class JobServer:
 
 
 async def job_server(url: str | None, seconds: float) -> JobServer:
-    """The job server, as soon as it answers. Raises ClusterError after `seconds`."""
+    """The job server, as soon as it answers. Raises ClusterError after `seconds`, and where it refuses."""
     # It reports the end of every stream.
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     deadline = time.monotonic() + seconds
     while True:
         try:
             return JobServer(url, await asyncio.to_thread(JobSubmissionClient, url))
+        except AuthenticationError as error:
+            raise ClusterError(f"Ray's job server refuses: {' '.join(str(error).split())}") from None
         except (ConnectionError, RuntimeError) as error:
             if time.monotonic() > deadline:
                 raise ClusterError(
