@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+QUICKSTART = Path(__file__).parent.parent / "examples/quickstart.yaml"
 MODULES_TOO_HEAVY = ("torch", "ray", "transformers", "sglang", "megatron")
 
 
@@ -36,6 +37,7 @@ def test_help_and_configuration_import_nothing_heavy() -> None:
         (("trian",), "No such command 'trian'"),
         (("train",), "Missing argument"),
         (("toy", "--sed", "1"), "No such option"),
+        (("launch", str(QUICKSTART), "--nodes", "2"), "--nodes 2, but neither Slurm"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -13,8 +13,11 @@ from treepo.config.schema import RunConfig
 from treepo.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-# What is in cluster/ is for schedulers, which have schemas of their own.
-EXAMPLES = [path for path in sorted((ROOT / "examples").rglob("*.yaml")) if "cluster" not in path.parts]
+EXAMPLES = [
+    path
+    for path in sorted((ROOT / "examples").rglob("*.yaml"))
+    if path.name != "kuberay.yaml"  # a manifest of Kubernetes
+]
 MINIMAL = "out: runs/x\nsteps: 3\nmodel: {path: m}\ndata:\n  train: t.jsonl\n"
 
 

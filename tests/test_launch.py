@@ -99,7 +99,7 @@ def test_what_cannot_be_trained_ends_before_anything_starts(tmp_path: Path, ray_
     with two_hosts() as hosts:
         head = f"{hosts[0].address}:{free_ports(1)[0]}"
         ranks = [
-            launch(host, tmp_path, ray_folder, "--node-rank", rank, "--head", head, "--wait", 10)
+            launch(host, tmp_path, ray_folder, "--node-rank", rank, "--head", head, "--wait", 3)
             for rank, host in enumerate(hosts)
         ]
         outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 # In a process of its own: Ray reads when it is imported what opens a cluster.
 SCENARIO = """
-import asyncio, sys
+import asyncio, os, sys
 from treepo.errors import ClusterError
 from treepo.orchestration.ray_job import job_server
 
@@ -30,7 +30,8 @@ async def scenario(url):
     print("nodes:", [(node.cpus, node.gpus) for node in nodes])
     said = []
     print("exit code:", await server.run("pwd; echo oops >&2; exit 2", said.append))
-    print("said:", "".join(said).split("exit 2")[-1].split())
+    # Ray's own line about the command may come after the command's first.
+    print("said:", [line for line in "".join(said).splitlines() if line in ("oops", os.getcwd())])
     said, begun = [], asyncio.Event()
 
     def write(text):
@@ -49,6 +50,17 @@ async def scenario(url):
         print("nobody:", error)
 
 asyncio.run(scenario(sys.argv[1]))
+"""
+
+
+STRANGER = """
+import asyncio, sys
+from treepo.orchestration.ray_job import job_server
+
+try:
+    asyncio.run(job_server(sys.argv[1], 120))
+except Exception as error:
+    print(type(error).__name__, error)
 """
 
 
@@ -74,26 +86,24 @@ async def _scenario(folder: Path) -> None:
     secrets = new_secrets({})
     async with ray_head(host, port, dashboard_port, Slots(cpus=1), secrets) as node:
         environment = os.environ | secrets
-        code, output = await _python(SCENARIO, f"http://127.0.0.1:{dashboard_port}", environment=environment)
+        url = f"http://127.0.0.1:{dashboard_port}"
+        code, output = await _python(SCENARIO, url, environment=environment)
         assert code == 0, output
-        assert "nodes: [(1, 0)]" in output
+        assert "nodes: [(1, 0)]" in output, output
         assert "exit code: 2" in output
-        assert f"said: ['{folder}', 'oops']" in output
+        assert f"said: ['{folder}', 'oops']" in output, output
         assert "cancelled: True cleaned up" in output
         assert "nobody: no answer from Ray's job server within 0.1 s" in output
 
-        launch = "from treepo.cli import main; main()"
-        code, output = await _python(
-            launch,
-            "launch",
-            "run.yaml",
-            "--wait",
-            "1",
-            environment=environment | {"RAY_ADDRESS": f"{host}:{port}"},
-        )
+        _, output = await _python(STRANGER, url, environment=os.environ | {"RAY_AUTH_MODE": "disabled"})
+        assert output.startswith("ClusterError Ray's job server refuses: Authentication required"), output
+
+        arguments = ("from treepo.cli import main; main()", "launch", "run.yaml", "--wait", "1")
+        there = environment | {"RAY_ADDRESS": f"{host}:{port}"}
+        code, output = await _python(*arguments, environment=there)
         assert code == 2, output
-        assert "launch: 1 of 1 nodes, 1 of 2 CPUs" in output
         assert "after 1 s: placement = colocated: 1 trainer ranks" in output
+        assert f"need 2 CPUs, and do not fit into the cluster: {host} has 0 GPUs and 1 CPUs" in output
         ended = asyncio.ensure_future(node.ended())
         assert not (await asyncio.wait((ended,), timeout=1))[0]
         ended.cancel()

@@ -130,7 +130,7 @@ async def _start_and_train(
     slots = _enough_slots(order) if allocation.nodes == 1 else order.slots
     node = await stack.enter_async_context(ray_head(host, port, dashboard_port, slots, secrets))
     url = f"http://{_LOOPBACK}:{dashboard_port}"
-    order.say(f"Ray's head starts at {host}:{port}, its dashboard at {url}")
+    order.say(f"starts Ray; its dashboard is at {url}")
 
     def awaited(there: Sequence[Node]) -> list[str]:
         names = {one.name for one in there}

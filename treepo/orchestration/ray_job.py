@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
@@ -19,6 +21,9 @@ STOP_SECONDS = 90
 """From Ctrl-C to SIGKILL: what a run started has deadlines of its own for its end, all of them shorter."""
 
 _LOOK_SECONDS = 0.5
+_SILENCE_SECONDS = 60.0  # after which a job server that does not answer is given up
+# What Ray's client raises where the server does not answer, or not well.
+_UNREACHABLE = (RuntimeError, OSError, ClientError)
 _log = logging.getLogger(__name__)
 # The job's own; SIGINT is what a run cleans up on, as at a terminal.
 _ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
@@ -55,28 +60,37 @@ class JobServer:
 
         Cancelled, it stops the job and waits for its end. Raises ClusterError where Ray loses the job.
         """
-        job = await asyncio.to_thread(
-            self._client.submit_job, entrypoint=command, runtime_env={"env_vars": _ENVIRONMENT}
+        submitting = asyncio.ensure_future(
+            asyncio.to_thread(
+                self._client.submit_job, entrypoint=command, runtime_env={"env_vars": _ENVIRONMENT}
+            )
         )
-        following = asyncio.ensure_future(self._follow(job, write))
+        following = asyncio.ensure_future(self._follow(submitting, write))
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
-            await asyncio.to_thread(self._client.stop_job, job)
-            with suppress(TimeoutError, ClusterError):
-                await asyncio.wait_for(following, STOP_SECONDS + 10)
+            # Where the server is gone, so is the job.
+            with suppress(TimeoutError, ClusterError, *_UNREACHABLE):
+                await asyncio.to_thread(self._client.stop_job, await submitting)
+                await asyncio.wait_for(asyncio.shield(following), STOP_SECONDS + 10)
             raise
+        finally:
+            following.cancel()
 
-    async def _follow(self, job: str, write: Callable[[str], None]) -> int:
+    async def _follow(self, submitting: "asyncio.Future[str]", write: Callable[[str], None]) -> int:
+        try:
+            job = await asyncio.shield(submitting)
+        except _UNREACHABLE as error:
+            raise ClusterError(f"Ray does not take the job: {' '.join(str(error).split())}") from None
         written = 0
         while True:
             written = await self._tail(job, write, written)
-            info = await asyncio.to_thread(self._client.get_job_info, job)
+            info = await _ask(self._client.get_job_info, job)
             if info.status.is_terminal():
                 break
             await asyncio.sleep(_LOOK_SECONDS)
-        # A stream that broke, or began late, has not had the last words.
-        write((await asyncio.to_thread(self._client.get_job_logs, job))[written:])
+        # A stream that broke has not had the last words.
+        write((await _ask(self._client.get_job_logs, job))[written:])
         if info.status is JobStatus.STOPPED:
             raise ClusterError(f"the job {job} was stopped")
         if info.driver_exit_code is None:
@@ -95,20 +109,37 @@ class JobServer:
                 if seen > written:
                     write(text[written - seen :])
                     written = seen
-        except (RuntimeError, OSError) as error:
+        except _UNREACHABLE as error:
             _log.info("the stream of the log of %s broke: %s", job, error)
         return written
 
 
+async def _ask[T](question: Callable[[str], T], job: str) -> T:
+    """The job server's answer. Raises ClusterError where there is none for a while."""
+    deadline = time.monotonic() + _SILENCE_SECONDS
+    while True:
+        try:
+            return await asyncio.to_thread(question, job)
+        except _UNREACHABLE as error:
+            if time.monotonic() > deadline:
+                reason = " ".join(str(error).split())
+                raise ClusterError(
+                    f"Ray's job server has not answered for {_SILENCE_SECONDS:g} s: {reason}"
+                ) from None
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
 async def job_server(url: str | None, seconds: float) -> JobServer:
-    """The job server, as soon as it answers. Raises ClusterError after `seconds`."""
+    """The job server, as soon as it answers. Raises ClusterError after `seconds`, and where it refuses."""
     # It reports the end of every stream.
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     deadline = time.monotonic() + seconds
     while True:
         try:
             return JobServer(url, await asyncio.to_thread(JobSubmissionClient, url))
-        except (ConnectionError, RuntimeError) as error:
+        except AuthenticationError as error:
+            raise ClusterError(f"Ray's job server refuses: {' '.join(str(error).split())}") from None
+        except _UNREACHABLE as error:
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"no answer from Ray's job server within {seconds:g} s: {' '.join(str(error).split())}"

@@ -6,9 +6,11 @@ out. What the user has set about that (RAY_AUTH_MODE) is left alone.
 """
 
 import asyncio
+import ctypes
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 import psutil
 
 _STOP_SECONDS = 45.0  # Ray gives actors 30 to end
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LINES = 5  # of Ray's words that an error shows
 
 
@@ -128,7 +131,12 @@ async def _ray_start(
     log = folder / "ray-start.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *command, env=environment, stdout=output, stderr=output, start_new_session=True
+            *command,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     node = RayNode(process, log)
     try:
@@ -136,6 +144,11 @@ async def _ray_start(
     finally:
         await node.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_with_parent() -> None:
+    """In the child before it begins: SIGTERM when the launch is gone, however it ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:

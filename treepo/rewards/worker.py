@@ -112,6 +112,8 @@ def serve(connection: Connection, grader: Grader, memory_bytes: int) -> None:
 
 def main(fd: int, parent: int, memory_mb: int, function: str | None = None) -> None:
     die_with(parent)
+    # Ctrl-C is the parent's to handle; Ray, which stops a job, sends it to every descendant.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # what a reward function prints must not land in the table that the parent draws
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     connection = Connection(fd)

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# A training run on the nodes of a Slurm job, the same command once on each:
+#
+#     sbatch examples/cluster/slurm.sh [CONFIG] [KEY=VALUE]... [--resume]
+#
+# Submit it from the repository's folder, on a filesystem that all nodes share. treepo runs in .venv there, or,
+# where TREEPO_IMAGE names one, in a container (Slurm with pyxis):
+#
+#     TREEPO_IMAGE=registry/treepo:0.1.0 sbatch examples/cluster/slurm.sh
+#
+#SBATCH --job-name=treepo
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --output=treepo-%j.log
+set -euo pipefail
+
+config=examples/cluster/two_nodes.yaml
+case "${1:-}" in
+*.yaml)
+    config=$1
+    shift
+    ;;
+esac
+
+# Where the nodes have several networks, name the one that they share:
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# A node that fails ends the others; SIGTERM (scancel, the time limit) reaches the training, which cleans up.
+step=(srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}")
+if [[ -n ${TREEPO_IMAGE:-} ]]; then
+    step+=(--container-image="$TREEPO_IMAGE" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
+    exec "${step[@]}" treepo launch "$config" "$@"
+fi
+exec "${step[@]}" .venv/bin/treepo launch "$config" "$@"
