@@ -4,6 +4,10 @@
 set -eu
 build=$1 wheels=$2 target=$3
 
+install() {
+    "$target/bin/python" -m pip install --no-deps --compile "$@"
+}
+
 pins() { # a Python, then the packages to look at
     python=$1
     shift
@@ -11,10 +15,13 @@ pins() { # a Python, then the packages to look at
 }
 
 python3 -m venv --system-site-packages --without-pip "$target"
-"$target/bin/python" -m pip install --no-deps --compile --requirement "$build/missing.txt" "$wheels"/*.whl
-
-# Transformer Engine looks for CUDA's libraries in the folder `nvidia` beside it.
 site=$("$target/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+install --requirement "$build/missing.txt" "$wheels"/treepo-*.whl
+install --target "$site/transformer-engine" "$wheels"/transformer-engine/*.whl
+cp "$build/transformer_engine_path.py" "$site/"
+echo 'import transformer_engine_path' >"$site/transformer_engine_path.pth"
+
+# Transformer Engine looks for CUDA's libraries in the folder `nvidia` of the site.
 cudnn=$(python3 -c 'from importlib.util import find_spec; print(*find_spec("nvidia.cudnn").submodule_search_locations)')
 [ -e "$site/nvidia" ] || ln -s "$(dirname "$cudnn")" "$site/nvidia"
 
@@ -25,7 +32,10 @@ pins "$target/bin/python" sglang torch >"$scratch/ours"
 cmp "$scratch/image" "$scratch/ours"
 pins "$target/bin/python" transformers megatron-core ray math-verify
 
-# An empty library stands in for the driver's, which only a machine with a GPU has.
+# With and without a driver, for which an empty library stands in here.
 : >"$scratch/driver.c"
 gcc -shared -Wl,-soname,libcuda.so.1 -o "$scratch/libcuda.so.1" "$scratch/driver.c"
-LD_LIBRARY_PATH=$scratch:${LD_LIBRARY_PATH-} "$target/bin/python" -c 'import transformer_engine.pytorch'
+imports='from megatron.core.extensions import transformer_engine; print("Transformer Engine:", transformer_engine.HAVE_TE)'
+LD_LIBRARY_PATH=$scratch:${LD_LIBRARY_PATH-} "$target/bin/python" -c "$imports" | tee "$scratch/with"
+grep -q 'True$' "$scratch/with"
+"$target/bin/python" -c "$imports"

@@ -1,5 +1,6 @@
 """The image's recipe against this project's pins and files. Nothing here builds it: that takes a Docker."""
 
+import ctypes.util
 import importlib.metadata
 import json
 import os
@@ -151,6 +152,28 @@ def test_how_it_starts() -> None:
     assert f'image.version="{PROJECT["version"]}"' in given("LABEL")[0]
     for rest in given("RUN"):
         assert "pip" not in rest.split() or "--mount=type=cache" in rest  # no package caches in layers
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc makes the stand-in")
+@pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="this machine has a driver")
+def test_transformer_engine_is_on_the_path_with_a_driver_only(tmp_path: Path) -> None:
+    """An empty library of its name stands in for the driver's."""
+    (tmp_path / "transformer-engine").mkdir()
+    shutil.copy(ROOT / "docker/transformer_engine_path.py", tmp_path)
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver.c").touch()
+    library = tmp_path / "driver" / "libcuda.so.1"
+    program = (
+        "import sys, transformer_engine_path; print(any('transformer-engine' in path for path in sys.path))"
+    )
+    for path, expected in ((tmp_path / "nowhere", "False"), (library.parent, "True")):
+        if path == library.parent:
+            subprocess.run(["gcc", "-shared", "-o", str(library), str(tmp_path / "driver.c")], check=True)
+        environment = os.environ | {"LD_LIBRARY_PATH": str(path), "PYTHONPATH": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip() == expected
 
 
 # docker/image_packages.py, which the build runs
