@@ -12,7 +12,8 @@ FROM lmsysorg/sglang:v0.5.16-cu130 AS base
 # Wheels that are made here: Transformer Engine for this torch, and this package.
 FROM base AS build
 WORKDIR /build
-COPY constraints.txt docker/image_packages.py docker/transformer-engine.txt ./
+COPY constraints.txt docker/image_packages.py docker/install.sh docker/transformer-engine.txt \
+    docker/transformer_engine_path.py ./
 RUN python3 image_packages.py check constraints.txt sglang torch transformers
 # Compilers at a time; each takes up to 4 GB of memory.
 ARG MAX_JOBS=8
@@ -20,8 +21,8 @@ ARG MAX_JOBS=8
 ENV NVTE_PYTORCH_FORCE_BUILD=TRUE \
     NVTE_FRAMEWORK=pytorch
 RUN --mount=type=cache,target=/root/.cache/pip \
-    MAX_JOBS=${MAX_JOBS} python3 -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels \
-        --requirement transformer-engine.txt
+    MAX_JOBS=${MAX_JOBS} python3 -m pip wheel --no-deps --no-build-isolation \
+        --wheel-dir /wheels/transformer-engine --requirement transformer-engine.txt
 COPY pyproject.toml README.md LICENSE source/
 COPY treepo source/treepo
 COPY megatron_bridge source/megatron_bridge
@@ -37,17 +38,7 @@ FROM base
 RUN --mount=type=bind,from=build,source=/build,target=/build \
     --mount=type=bind,from=build,source=/wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
-    python3 -m venv --system-site-packages --without-pip /opt/treepo \
-    && /opt/treepo/bin/python -m pip install --no-deps --compile \
-        --requirement /build/missing.txt /wheels/*.whl
-# Fails where something was put in front of the image's torch or SGLang, or is not as pinned.
-RUN --mount=type=bind,from=build,source=/build,target=/build \
-    python3 /build/image_packages.py check /build/constraints.txt sglang torch > /tmp/image \
-    && /opt/treepo/bin/python /build/image_packages.py check /build/constraints.txt sglang torch > /tmp/ours \
-    && cmp /tmp/image /tmp/ours \
-    && /opt/treepo/bin/python /build/image_packages.py check /build/constraints.txt \
-        transformers megatron-core ray math-verify \
-    && rm /tmp/image /tmp/ours \
+    sh /build/install.sh /build /wheels /opt/treepo \
     && useradd --uid 10001 --create-home --shell /bin/bash treepo \
     && install --directory --owner=treepo --group=treepo /workspace
 ENV PATH=/opt/treepo/bin:$PATH \

@@ -1,5 +1,6 @@
 """The image's recipe against this project's pins and files. Nothing here builds it: that takes a Docker."""
 
+import ctypes.util
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "docker"))
@@ -89,22 +89,23 @@ def test_what_the_image_adds_contradicts_no_constraint() -> None:
         assert OWN[name] == CONSTRAINTS[name]
     parts = {OWN[f"transformer-engine{part}"] for part in ("", "-cu13", "-torch")}
     assert len(parts) == 1  # they are of one release
-    # What Megatron-Core asks of it, and what CUDA 13 has: torch's own is the tag's.
+    # What Megatron-Core asks of it: CUDA 13's core, as the base has that.
     (version,) = parts
     metadata = importlib.metadata.requires("megatron-core") or []
     (wanted,) = [one for one in map(Requirement, metadata) if one.name == "transformer-engine"]
     assert wanted.specifier.contains(version)
     assert wanted.extras == {"core_cu13", "pytorch"}
-    assert SpecifierSet(">=2.14").contains(version)  # the newest that Megatron-Core 0.19 looks for
 
 
 def test_the_build_fails_where_a_pin_differs() -> None:
-    """Every package that this project pins to one version is checked in the final image."""
+    """Every package that this project pins to one version is checked in the image's final environment."""
     pinned = {name for name, wanted in REQUIRED.items() if str(wanted).startswith("==")}
-    final = DOCKERFILE[max(i for i, (word, _) in enumerate(DOCKERFILE) if word == "FROM") :]
-    runs = " ".join(rest for word, rest in final if word == "RUN")
-    checks = re.findall(r"image_packages\.py check \S+ ([^&>|]*)", runs)
+    script = (ROOT / "docker/install.sh").read_text()
+    checks = re.findall(r'^pins "\$target/bin/python" ([^>\n]*)', script, flags=re.MULTILINE)
     assert pinned == {name for names in checks for name in names.split()}
+    assert "set -eu" in script
+    final = DOCKERFILE[max(i for i, (word, _) in enumerate(DOCKERFILE) if word == "FROM") :]
+    assert any(word == "RUN" and " sh /build/install.sh /build " in rest for word, rest in final)
 
 
 def test_every_source_is_there_and_not_ignored() -> None:
@@ -151,6 +152,28 @@ def test_how_it_starts() -> None:
     assert f'image.version="{PROJECT["version"]}"' in given("LABEL")[0]
     for rest in given("RUN"):
         assert "pip" not in rest.split() or "--mount=type=cache" in rest  # no package caches in layers
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc makes the stand-in")
+@pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="this machine has a driver")
+def test_transformer_engine_is_on_the_path_with_a_driver_only(tmp_path: Path) -> None:
+    """An empty library of its name stands in for the driver's."""
+    (tmp_path / "transformer-engine").mkdir()
+    shutil.copy(ROOT / "docker/transformer_engine_path.py", tmp_path)
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver.c").touch()
+    library = tmp_path / "driver" / "libcuda.so.1"
+    program = (
+        "import sys, transformer_engine_path; print(any('transformer-engine' in path for path in sys.path))"
+    )
+    for path, expected in ((tmp_path / "nowhere", "False"), (library.parent, "True")):
+        if path == library.parent:
+            subprocess.run(["gcc", "-shared", "-o", str(library), str(tmp_path / "driver.c")], check=True)
+        environment = os.environ | {"LD_LIBRARY_PATH": str(path), "PYTHONPATH": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip() == expected
 
 
 # docker/image_packages.py, which the build runs
@@ -217,11 +240,12 @@ def test_check_runs_doctor_and_quickstart(fails: str, gpus: str, code: int, tmp_
     assert ("an-image works here" in result.stdout) == (code == 0)
 
 
-def test_check_is_shell() -> None:
-    subprocess.run(["bash", "-n", str(ROOT / "docker/check.sh")], check=True)
-    assert os.access(ROOT / "docker/check.sh", os.X_OK)
+@pytest.mark.parametrize(("script", "shell"), [("docker/check.sh", "bash"), ("docker/install.sh", "sh")])
+def test_scripts_are_of_their_shell(script: str, shell: str) -> None:
+    subprocess.run([shell, "-n", str(ROOT / script)], check=True)
+    assert os.access(ROOT / script, os.X_OK)
     if shellcheck := shutil.which("shellcheck"):
-        subprocess.run([shellcheck, str(ROOT / "docker/check.sh")], check=True)
+        subprocess.run([shellcheck, str(ROOT / script)], check=True)
 
 
 def test_the_quickstarts_override_is_one_that_the_configuration_takes() -> None:

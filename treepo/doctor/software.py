@@ -66,12 +66,14 @@ def installed_version(name: str) -> str | None:
 
 
 def transformer_engine() -> Outcome:
-    """Whether Megatron-Core's layers can be Transformer Engine's. Without it training works, more slowly."""
+    """Whether Megatron-Core's layers can be Transformer Engine's. Without it training works, more slowly; with
+    one that cannot be imported, also for want of a driver, neither Megatron-Core nor SGLang can be.
+    """
     import torch
 
-    if not torch.cuda.is_available():
-        return skipped("no GPU: Megatron-Core's own layers are used")
     if importlib.util.find_spec("transformer_engine") is None:
+        if not torch.cuda.is_available():
+            return skipped("no GPU: Megatron-Core's own layers are used")
         return skipped(
             "not installed: Megatron-Core's own layers are used, which are slower",
             "the image has it; docs/docker.md says how it is built",
