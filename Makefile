@@ -36,7 +36,7 @@ test-fast: check
 
 # The theme's makers announce its end of life at every build.
 docs: setup
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "site/index.html"
 
 clean:
