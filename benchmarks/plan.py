@@ -46,8 +46,8 @@ class Setting:
     """kv_tokens: that the driver fills. Lengths: log-normal, on average 2 segments."""
 
     mode: str = "tree"
-    width: int = 8
-    prompts: int = 4
+    width: int = 16
+    prompts: int = 6
     kv_tokens: int = 32768
 
     @property
@@ -64,8 +64,8 @@ class Setting:
 
 SETTINGS = {
     "trees": Setting(),
-    "tight": Setting(prompts=6, kv_tokens=2048),
-    "one-by-one": Setting(mode="sequential", width=4),
+    "tight": Setting(prompts=8, kv_tokens=3072),
+    "one-by-one": Setting(mode="sequential", width=8),
 }
 LENGTHS = LogNormal(2 * SEGMENT_TOKENS, 0.5)
 
@@ -167,7 +167,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), "float32", MODEL)

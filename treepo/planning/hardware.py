@@ -43,7 +43,7 @@ DEVICES = {
 def this_machine() -> Device:
     """The CPU, all of whose processes share its memory. Rates of one core of a common server, in float32."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("cpu", memory, 50e9, 10e9, 2e9, pass_seconds=6e-3)
+    return Device("cpu", memory, 50e9, 10e9, 2e9, pass_seconds=4e-3)
 
 
 def device(name: str) -> Device:
