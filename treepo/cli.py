@@ -383,7 +383,13 @@ def main() -> None:
 
 def _show_warnings() -> None:
     """On the terminal too, whatever else happens to the log; what ends a run is shown as an error instead."""
-    warnings = RichHandler(logging.WARNING, _errors, show_time=False, show_path=False)
+    warnings: logging.Handler
+    if _errors.is_terminal:
+        warnings = RichHandler(logging.WARNING, _errors, show_time=False, show_path=False)
+    else:  # a line each, however long: a file has no width
+        warnings = logging.StreamHandler()
+        warnings.setLevel(logging.WARNING)
+        warnings.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     warnings.addFilter(lambda record: record.exc_info is None)
     for package in ("treepo", "sglang_rollout"):
         logging.getLogger(package).addHandler(warnings)

@@ -52,18 +52,23 @@ class RayNode:
         return f"`ray start` ended with exit code {code}; the last that it said: {last}"
 
     async def stop(self) -> None:
-        """End it and what it started."""
-        if self._ended.done():
-            return
-        family = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.terminate()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._ended), _STOP_SECONDS)
-            return
-        self._process.kill()
-        for process in family:
+        """End it and what it started, which is all in one session."""
+        if not self._ended.done():
+            self._process.terminate()
+            await asyncio.wait((self._ended,), timeout=_STOP_SECONDS)
+        for process in self._session():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        await self._ended
+
+    def _session(self) -> list[psutil.Process]:
+        """What is left of it: nothing, unless Ray's end was not in order."""
+        left: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            with suppress(ProcessLookupError):
+                if os.getsid(process.pid) == self._process.pid:
+                    left.append(process)
+        return left
 
 
 def new_secrets(environment: Mapping[str, str]) -> dict[str, str]:
