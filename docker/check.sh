@@ -23,7 +23,7 @@ fi
 # What a container does not get by itself: docs/docker.md.
 options=(--rm --shm-size=16g --ulimit memlock=-1 --ulimit nofile=65536:65536)
 overrides=()
-if nvidia-smi --list-gpus; then
+if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; then
     options+=(--gpus all)
     overrides+=(model.dtype=bfloat16)
     say "with the GPUs above"
