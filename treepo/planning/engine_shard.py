@@ -2,7 +2,8 @@
 
 As SGLang 0.5.16 shards: heads and rows of the MLP (of every expert) are divided, key-value heads until each
 rank has one and replicated from there on, the vocabulary is padded to a multiple of 64 and divided; norms and
-routers are whole on every rank. Its tables of rotations (float32, positions x head size) are counted with
+routers are whole on every rank. SGLang's Qwen3-MoE knows no dense layers; here they are what the model says.
+Its tables of rotations (float32, positions x head size) are counted with
 the runtime's memory.
 """
 
