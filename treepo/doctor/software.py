@@ -66,8 +66,8 @@ def installed_version(name: str) -> str | None:
 
 
 def transformer_engine() -> Outcome:
-    """Whether Megatron-Core's layers can be Transformer Engine's. Without it training works, more slowly; with
-    one that cannot be imported, also for want of a driver, neither Megatron-Core nor SGLang can be.
+    """Whether Megatron-Core's layers can be Transformer Engine's. Without it training works, more slowly;
+    with one that cannot be imported, also for want of a driver, neither Megatron-Core nor SGLang can be.
     """
     import torch
 
