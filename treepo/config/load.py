@@ -175,8 +175,10 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
     dotted = ".".join(location)
     place = _place(location, places) or file
     if fault["type"] == "extra_forbidden":
-        allowed = _keys_of(schema, location[:-1]) + (["extends"] if len(location) == 1 else [])
+        allowed = _keys_of(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
+        if len(location) == 1:  # not the schema's own, so only where hardly anything else can be meant
+            near = difflib.get_close_matches(location[-1], ["extends"], cutoff=0.8) or near
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{place}: {dotted}: unknown key; {hint}"
     if fault["type"] == "missing":
