@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from sglang_rollout.engine import SGLangEngine
-from treepo.planning.rates import Line, Prefill
+from treepo.planning.simulation.rates import Line, Prefill
 from treepo.protocols import GenerateRequest
 
 _DECODES = [(1, 32), (8, 32), (48, 32), (8, 256), (48, 256)]

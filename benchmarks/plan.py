@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.plan
 
 Run it in the repository's root. A random model that this script writes, forced response lengths
-(treepo/planning/lengths.py). In each repeat the engine's passes are timed (engine_calibration.py), then the
-real driver samples on it; afterwards the same driver samples the same trees on a simulated engine at the
-fitted rates. One JSON line a setting: medians over repeats of simulated over measured seconds, by the clock
-and by CPU time of SGLang's processes, and the fitted rates. The GPU rates of treepo/planning/device_rates.py
-are not tested by this.
+(treepo/planning/simulation/lengths.py). In each repeat the engine's passes are timed (engine_calibration.py),
+then the real driver samples on it; afterwards the same driver samples the same trees on a simulated engine at
+the fitted rates. One JSON line a setting: medians over repeats of simulated over measured seconds, by the
+clock and by CPU time of SGLang's processes, and the fitted rates. The GPU rates of
+treepo/planning/simulation/device_rates.py are not tested by this.
 """
 
 import argparse
@@ -30,9 +30,15 @@ from sglang_rollout.driver import TreeDriver
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
-from treepo.planning.lengths import DrawnEnds, ForcedLengths, InstantEngine, LogNormal, random_prompts
-from treepo.planning.simulated_engine import Counts, SimulatedEngine
-from treepo.planning.virtual_clock import run_virtually
+from treepo.planning.simulation.lengths import (
+    DrawnEnds,
+    ForcedLengths,
+    InstantEngine,
+    LogNormal,
+    random_prompts,
+)
+from treepo.planning.simulation.simulated_engine import Counts, SimulatedEngine
+from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.protocols import Engine
 from treepo.tree import Tree
 

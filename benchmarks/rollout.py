@@ -26,7 +26,7 @@ from benchmarks.rollout_comparison import Comparison, text_of
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
-from treepo.planning.lengths import LogNormal, random_prompts
+from treepo.planning.simulation.lengths import LogNormal, random_prompts
 from treepo.stopping import StopRule
 
 MODEL = {

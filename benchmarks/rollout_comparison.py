@@ -1,7 +1,7 @@
 """Three ways to sample the same leaves on one engine: a tree, a tree in lock-step, one response at a time.
 
-Lengths are forced, because a random model never ends (treepo/planning/lengths.py); the lock-step run grows
-the very same trees. The sequential run decodes responses of exactly the tree's leaves' lengths, one request
+Lengths are forced, because a random model never ends (treepo/planning/simulation/lengths.py); the lock-step
+run grows the very same trees. The sequential run decodes responses of exactly the tree's leaves' lengths, one request
 each: the ratio of the two times has `total_over_unique` tokens as its ceiling.
 """
 
@@ -20,7 +20,13 @@ from sglang_rollout.engine import SGLangEngine
 from sglang_rollout.growing_tree import Ask, GrowingTree
 from treepo.config.sampling import SamplingConfig
 from treepo.data import Prompt
-from treepo.planning.lengths import DrawnEnds, ForcedLengths, InstantEngine, LogNormal, random_prompts
+from treepo.planning.simulation.lengths import (
+    DrawnEnds,
+    ForcedLengths,
+    InstantEngine,
+    LogNormal,
+    random_prompts,
+)
 from treepo.protocols import Engine, GenerateRequest
 from treepo.stopping import StopRule
 from treepo.tree import Tree

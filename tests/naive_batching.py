@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treepo.planning.rates import Line, Prefill
+from treepo.planning.simulation.rates import Line, Prefill
 from treepo.protocols import GenerateOutput, GenerateRequest
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.engine_calibration import FittedRates, Timed, fitted
 from benchmarks.plan import SETTINGS, simulate
-from treepo.planning.virtual_clock import run_virtually
+from treepo.planning.simulation.virtual_clock import run_virtually
 
 
 def test_the_fit_finds_what_times_were_made_of() -> None:

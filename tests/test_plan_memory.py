@@ -23,7 +23,7 @@ from treepo.planning.trainer import (
     work_on_logits,
 )
 from treepo.planning.trainer_host import checkpoint_bytes, host_memory
-from treepo.planning.weight_update import exported_bytes
+from treepo.planning.update_memory import exported_bytes
 
 TOKENS = 1024
 SIZES: dict[str, Any] = {

@@ -11,10 +11,10 @@ import pytest
 
 from sglang_rollout.driver import TreeDriver
 from treepo.config.sampling import SamplingConfig
-from treepo.planning.lengths import random_prompts
-from treepo.planning.rates import Line, Prefill
-from treepo.planning.simulated_engine import SimulatedEngine
-from treepo.planning.virtual_clock import run_virtually
+from treepo.planning.simulation.lengths import random_prompts
+from treepo.planning.simulation.rates import Line, Prefill
+from treepo.planning.simulation.simulated_engine import SimulatedEngine
+from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.protocols import Engine, GenerateOutput, GenerateRequest
 from treepo.tree import Tree
 

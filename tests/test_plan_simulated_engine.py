@@ -10,12 +10,12 @@ from naive_batching import NaiveEngine, StatedRates
 from sglang_rollout.driver import TreeDriver
 from treepo.config.sampling import SamplingConfig
 from treepo.errors import EngineError
-from treepo.planning.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
-from treepo.planning.prefix_cache import PrefixCache
-from treepo.planning.rates import Line, steps_seconds, whole_steps
-from treepo.planning.simulated_engine import SimulatedEngine
-from treepo.planning.virtual_clock import run_virtually
-from treepo.planning.workload import text_of
+from treepo.planning.simulation.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
+from treepo.planning.simulation.prefix_cache import PrefixCache
+from treepo.planning.simulation.rates import Line, steps_seconds, whole_steps
+from treepo.planning.simulation.simulated_engine import SimulatedEngine
+from treepo.planning.simulation.virtual_clock import run_virtually
+from treepo.planning.simulation.workload import text_of
 from treepo.protocols import Engine, GenerateRequest
 from treepo.tree import Tree
 

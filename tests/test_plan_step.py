@@ -12,17 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_bridge.architecture import read_architecture
 from treepo.config.schema import RunConfig
 from treepo.errors import ConfigError
-from treepo.planning.device_rates import DeviceRates
 from treepo.planning.engine import EngineMemory, engine_memory
 from treepo.planning.engine_shard import engine_shard
 from treepo.planning.hardware import GIB, device
 from treepo.planning.packed_step import replica_work
-from treepo.planning.rates import Prefill
 from treepo.planning.sampling import simulate, simulate_step
 from treepo.planning.sglang_defaults import defaults
+from treepo.planning.simulation.device_rates import DeviceRates
+from treepo.planning.simulation.rates import Prefill
+from treepo.planning.simulation.workload import workload
 from treepo.planning.step import step_time
-from treepo.planning.update import update_problem, update_seconds
-from treepo.planning.workload import workload
+from treepo.planning.update_time import update_problem, update_seconds
 
 
 def config(**settings: Any) -> RunConfig:

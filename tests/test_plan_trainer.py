@@ -13,7 +13,7 @@ from treepo.planning.hardware import GIB
 from treepo.planning.memory import Memory
 from treepo.planning.trainer import parameters, trainer_memory
 from treepo.planning.trainer_host import checkpoint_bytes, host_memory
-from treepo.planning.weight_update import bucket_bytes, exported_bytes
+from treepo.planning.update_memory import bucket_bytes, exported_bytes
 
 PARAMETERS = 8_030_261_248  # Llama 3.1 8B
 

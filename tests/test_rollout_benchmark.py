@@ -15,7 +15,7 @@ from fake_engine import FakeEngine
 from benchmarks.rollout_comparison import ReplayedEnds, grow_in_lockstep, text_of
 from sglang_rollout.driver import TreeDriver
 from treepo.config.sampling import SamplingConfig
-from treepo.planning.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
+from treepo.planning.simulation.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
 from treepo.tree import PROMPT, Tree
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ Needs one GPU with room for the larger shape (7B in bfloat16: 15 GB of weights, 
 The first fetches every wheel that SGLang depends on, torch, transformers, numpy, orjson, psutil, pydantic and
 PyYAML among them; this repository needs nothing else to sample, and is used from its sources.
 Attention is SGLang's Triton backend, which needs no flash-attention kernels. The models are random Qwen2.5
-shapes that this script writes; forced response lengths, see treepo/planning/lengths.py: log-normal, on
-average 3.5 of 14 segments of 512 tokens. One JSON line a shape and width, as soon as it is measured; the
+shapes that this script writes; forced response lengths (treepo/planning/simulation/lengths.py), log-normal,
+on average 3.5 of 14 segments of 512 tokens. One JSON line a shape and width, as soon as it is measured; the
 keys are those of benchmarks/rollout.py. `--dry-run` runs the same code in a minute on a CPU, with a tiny
 shape.
 """
@@ -33,7 +33,7 @@ from benchmarks.rollout_comparison import Comparison, text_of
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
-from treepo.planning.lengths import LogNormal, random_prompts
+from treepo.planning.simulation.lengths import LogNormal, random_prompts
 from treepo.stopping import StopRule
 
 MEAN_SEGMENTS, SIGMA = 3.5, 0.5

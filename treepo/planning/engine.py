@@ -10,12 +10,11 @@ from sglang_rollout.growing_tree import longest_response
 from treepo.config.schema import RunConfig
 from treepo.planning.engine_shard import EngineShard, engine_shard
 from treepo.planning.hardware import GIB, device
-from treepo.planning.lengths import InstantEngine
-from treepo.planning.memory import Memory
+from treepo.planning.memory import Memory, element_bytes
 from treepo.planning.sglang_defaults import defaults, most_requests
-from treepo.planning.virtual_clock import run_virtually
-from treepo.planning.weight_update import element_bytes
-from treepo.planning.workload import Workload, text_of, workload
+from treepo.planning.simulation.lengths import InstantEngine
+from treepo.planning.simulation.virtual_clock import run_virtually
+from treepo.planning.simulation.workload import Workload, text_of, workload
 
 _REMEMBERED_TREES = 64  # by which a driver knows how large trees become
 _CPU_TOKENS = 1 << 17  # KV cache of an engine on a CPU (sglang_rollout/server.py)

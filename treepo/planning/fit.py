@@ -18,7 +18,7 @@ from treepo.planning.hardware import GIB, Device, device
 from treepo.planning.host import node_memory
 from treepo.planning.memory import Memory
 from treepo.planning.trainer import trainer_memory
-from treepo.planning.update import update_problem
+from treepo.planning.update_time import update_problem
 
 STATE = ("weights", "gradients", "optimizer")
 """What the trainer holds all the time."""

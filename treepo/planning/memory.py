@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from treepo.config.schema import RunConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -26,3 +28,8 @@ class Memory:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Of one value of the model's dtype."""
+    return {"float32": 4, "bfloat16": 2}[config.model.dtype]

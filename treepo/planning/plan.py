@@ -16,7 +16,7 @@ from treepo.planning.sampling import Sampling, simulate
 from treepo.planning.step import StepTime, step_time
 from treepo.planning.trainer import parameters
 from treepo.planning.trainer_host import checkpoint_bytes
-from treepo.planning.weight_update import exported_bytes
+from treepo.planning.update_memory import exported_bytes
 
 _PROPOSALS = 3
 _SEARCH_SECONDS = 20.0

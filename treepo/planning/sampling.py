@@ -15,15 +15,15 @@ from pathlib import Path
 from megatron_bridge.architecture import read_architecture
 from sglang_rollout.driver import TreeDriver
 from treepo.config.schema import RunConfig
-from treepo.planning.device_rates import DeviceRates
 from treepo.planning.engine import EngineMemory
 from treepo.planning.hardware import device
-from treepo.planning.lengths import InstantEngine
-from treepo.planning.rates import Rates
-from treepo.planning.simulated_engine import Counts, SimulatedEngine
-from treepo.planning.virtual_clock import run_virtually
-from treepo.planning.weight_update import element_bytes
-from treepo.planning.workload import Workload, text_of, workload
+from treepo.planning.memory import element_bytes
+from treepo.planning.simulation.device_rates import DeviceRates
+from treepo.planning.simulation.lengths import InstantEngine
+from treepo.planning.simulation.rates import Rates
+from treepo.planning.simulation.simulated_engine import Counts, SimulatedEngine
+from treepo.planning.simulation.virtual_clock import run_virtually
+from treepo.planning.simulation.workload import Workload, text_of, workload
 from treepo.tree import Tree
 
 _WARM_UP_TREES = 64  # as many as a driver remembers

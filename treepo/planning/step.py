@@ -18,11 +18,11 @@ from treepo.config.schema import RunConfig
 from treepo.planning.engine_shard import engine_shard
 from treepo.planning.flops import forward_flops
 from treepo.planning.hardware import device
+from treepo.planning.memory import element_bytes
 from treepo.planning.packed_step import ReplicaWork, replica_work
 from treepo.planning.phase import Phase
 from treepo.planning.sampling import Sampling
-from treepo.planning.update import update_seconds
-from treepo.planning.weight_update import element_bytes
+from treepo.planning.update_time import update_seconds
 
 _OPTIMIZER_BYTES = 30
 """That Adam reads and writes of a parameter: gradient, master weight and two moments in float32, there and

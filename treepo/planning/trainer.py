@@ -28,8 +28,8 @@ from treepo.config.actor import ParallelConfig
 from treepo.config.schema import RunConfig
 from treepo.planning import activations
 from treepo.planning.activations import FLOAT32, MicroBatch
-from treepo.planning.memory import Memory
-from treepo.planning.weight_update import element_bytes, update_memory
+from treepo.planning.memory import Memory, element_bytes
+from treepo.planning.update_memory import update_memory
 
 
 def parameters(config: RunConfig, folder: Path) -> int:

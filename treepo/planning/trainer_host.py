@@ -12,9 +12,9 @@ from megatron_bridge.shards import Shard, expert_data_ranks
 from megatron_bridge.weights import padded_vocabulary
 from treepo.config.schema import RunConfig
 from treepo.planning.hardware import GIB
-from treepo.planning.memory import Memory
+from treepo.planning.memory import Memory, element_bytes
 from treepo.planning.trainer import FLOAT32, optimizer_values, parameters, stage_shards
-from treepo.planning.weight_update import bucket_bytes, element_bytes, exported_bytes
+from treepo.planning.update_memory import bucket_bytes, exported_bytes
 
 PROCESS = {"cpu": 0.85 * GIB}
 """A rank's code and libraries: measured on a CPU. With CUDA's and NCCL's: an estimate."""

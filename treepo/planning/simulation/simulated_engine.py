@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from treepo.errors import EngineError
-from treepo.planning.prefix_cache import Node, PrefixCache
-from treepo.planning.rates import Prefill, Rates, steps_seconds, whole_steps
+from treepo.planning.simulation.prefix_cache import Node, PrefixCache
+from treepo.planning.simulation.rates import Prefill, Rates, steps_seconds, whole_steps
 from treepo.protocols import GenerateOutput, GenerateRequest
 
 _RESERVED_TOKENS = 64  # for what a new request may sample (sglang_rollout/server.py)

@@ -12,8 +12,9 @@ from megatron_bridge.architecture import read_architecture
 from treepo.config.schema import RunConfig
 from treepo.planning.engine_shard import engine_shard
 from treepo.planning.hardware import Device, device
+from treepo.planning.memory import element_bytes
 from treepo.planning.phase import Phase
-from treepo.planning.weight_update import bucket_bytes, element_bytes, exported_bytes
+from treepo.planning.update_memory import bucket_bytes, exported_bytes
 
 HOST_LINK = 25e9
 """Bytes a second between a GPU and its host: PCIe 5, pinned, one direction at a time."""

@@ -10,7 +10,7 @@ from megatron_bridge.architecture import Architecture, read_architecture
 from megatron_bridge.shards import Shard, tensor_shapes
 from megatron_bridge.weights import QKV, VOCABULARY, expand
 from treepo.config.schema import RunConfig
-from treepo.planning.memory import Memory
+from treepo.planning.memory import Memory, element_bytes
 from treepo.transport.wire import TensorInfo, plan_buckets
 
 
@@ -58,11 +58,6 @@ def bucket_bytes(config: RunConfig, architecture: Architecture) -> float:
         for bucket in plan_buckets(manifest, config.weights.bucket_mb << 20)
     ]
     return max(sizes[0::2]) + max(sizes[1::2], default=0)
-
-
-def element_bytes(config: RunConfig) -> int:
-    """Of one value of the model's dtype."""
-    return {"float32": 4, "bfloat16": 2}[config.model.dtype]
 
 
 def exported_bytes(config: RunConfig, folder: Path) -> int:

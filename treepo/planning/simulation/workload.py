@@ -12,7 +12,7 @@ import numpy as np
 from treepo.config.sampling import SamplingConfig
 from treepo.config.schema import RunConfig
 from treepo.data import Prompt
-from treepo.planning.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
+from treepo.planning.simulation.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
 from treepo.protocols import Engine
 
 _BOX = 1 << 20  # a token that no engine draws

@@ -15,7 +15,7 @@ from megatron_bridge.architecture import Architecture
 from treepo.planning.engine_shard import EngineShard
 from treepo.planning.flops import layers_flops, logits_flops, pair_flops
 from treepo.planning.hardware import Device
-from treepo.planning.rates import Line, Prefill
+from treepo.planning.simulation.rates import Line, Prefill
 
 _LATENCY = 2e-3  # driver and SGLang's processes between an answer and the next request
 _ALL_REDUCE_SECONDS = 10e-6  # of one that is short: launch and synchronisation
