@@ -1,8 +1,8 @@
 """Three ways to sample the same leaves on one engine: a tree, a tree in lock-step, one response at a time.
 
 Lengths are forced, because a random model never ends (treepo/planning/simulation/lengths.py); the lock-step
-run grows the very same trees. The sequential run decodes responses of exactly the tree's leaves' lengths, one request
-each: the ratio of the two times has `total_over_unique` tokens as its ceiling.
+run grows the very same trees. The sequential run decodes responses of exactly the tree's leaves' lengths, one
+request each: the ratio of the two times has `total_over_unique` tokens as its ceiling.
 """
 
 import asyncio

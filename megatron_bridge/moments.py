@@ -19,12 +19,20 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def start_moments(optimizer: MegatronOptimizer) -> None:
+    """Make the moments, which the first step would make otherwise: memory that others must not count as free,
+    and something to load into.
+    """
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+    set_steps(optimizer, 0)
+
+
 def sharded_moments(optimizer: MegatronOptimizer, model: dict[Any, Any]) -> list[ShardedTensor]:
     """The pieces of this rank, which share the optimizer's memory. model: its parameters' sharded tensors."""
     of_parameter = {id(sharded.data): sharded for sharded in nested_values(model)}
     pieces: list[ShardedTensor] = []
     for part in _parts(optimizer):
-        _start_moments(part)
         for parameter, owned in _owned(part):
             replicas = of_parameter[id(parameter)]
             for name, values in _values(part, parameter):
@@ -62,13 +70,6 @@ def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, i
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     """Megatron-Core's optimizers of different kinds of parameters, all of them distributed ones."""
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
-def _start_moments(part: Any) -> None:
-    """Make the moments where no step has made them, so that there is something to save or to load into."""
-    if not part.optimizer.state:
-        part.init_state_fn(part.optimizer, part.config)
-        set_steps(part, 0)
 
 
 def _owned(part: Any) -> Iterator[tuple[Tensor, Any]]:

@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
+from megatron_bridge.moments import start_moments
 from treepo.config.actor import ActorConfig
 
 
@@ -16,6 +17,7 @@ def trainable(
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Wrap the model's chunks for gradient accumulation in float32, and make their optimizer: master weights
     in float32, sharded over the replicas. It is the same kind for one replica, so that checkpoints are too.
+    All memory that it will keep is taken here.
     """
     wrapped = [
         DistributedDataParallel(
@@ -38,7 +40,9 @@ def trainable(
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return wrapped, get_megatron_optimizer(settings, list(wrapped))
+    made = get_megatron_optimizer(settings, list(wrapped))
+    start_moments(made)
+    return wrapped, made
 
 
 def step(optimizer: MegatronOptimizer) -> float:
