@@ -10,8 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from sglang_rollout.gate import Gate
+from sglang_rollout.preflight import check_engine
 from sglang_rollout.tensor_parallel import check_tensor
 from sglang_rollout.weights import check_manifest, check_names, checkpoint_shapes
+from treepo.config.engine import EngineConfig
 from treepo.errors import ConfigError, EngineError, ModelError
 from treepo.transport.wire import TensorInfo
 
@@ -123,3 +125,25 @@ def test_a_model_is_divided_only_among_equal_ranks(
 def test_a_folder_without_weights_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="safetensors"):
         checkpoint_shapes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "refused"),
+    [
+        ({}, None),
+        ({"mlp_only_layers": [], "decoder_sparse_step": 1}, None),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+    ],
+)
+def test_an_architecture_that_sglang_would_serve_otherwise_is_refused(
+    tmp_path: Path, layers: dict[str, object], refused: str | None
+) -> None:
+    save_file({"a": np.zeros(1, dtype=np.float32)}, tmp_path / "model.safetensors")
+    config = {"model_type": "qwen3_moe", "num_attention_heads": 4, "max_position_embeddings": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config | layers))
+    if refused is None:
+        check_engine(tmp_path, prompt=100, response=100, engine=EngineConfig())
+        return
+    with pytest.raises(ModelError, match=refused):
+        check_engine(tmp_path, prompt=100, response=100, engine=EngineConfig())
