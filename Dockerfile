@@ -46,7 +46,7 @@ ENV PATH=/opt/treepo/bin:$PATH \
 USER 10001:10001
 WORKDIR /workspace
 COPY --chown=10001:10001 examples examples
-HEALTHCHECK --interval=5m --timeout=2m --start-period=1m CMD ["treepo", "doctor", "--quick"]
+HEALTHCHECK --interval=5m --timeout=2m --start-period=1m CMD ["treepo", "doctor", "--only", "packages", "--only", "devices"]
 ENTRYPOINT ["treepo"]
 CMD ["--help"]
 LABEL org.opencontainers.image.title="treepo" \

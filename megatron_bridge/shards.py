@@ -43,11 +43,6 @@ class ShardParameter:
     def elements(self) -> int:
         return prod(self.shape)
 
-    @property
-    def decayed(self) -> bool:
-        """Whether the optimizer's weight decay is applied: norms and biases have none."""
-        return len(self.shape) > 1
-
 
 @dataclass(frozen=True, slots=True)
 class Shard:

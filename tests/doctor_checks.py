@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,8 @@ def crashes() -> Outcome:
 
 
 def dies() -> Outcome:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(os.environ["CHILD_OF_DIES"]).write_text(str(child.pid))
     os.kill(os.getpid(), signal.SIGKILL)
     return passed("never said")
 

@@ -72,6 +72,15 @@ def test_torchruns_variables_count_nodes_or_are_refused() -> None:
     assert found({"MASTER_ADDR": "a", "MASTER_PORT": "1"})[:2] == (1, 0)
 
 
+def test_under_torchrun_its_own_store_has_the_port() -> None:
+    """What `torchrun --nnodes 4 --nproc-per-node 1` sets."""
+    environment = {
+        "WORLD_SIZE": "4", "RANK": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": "2",
+        "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    assert found(environment) == (4, 2, "10.0.0.7", PORT)
+
+
 @pytest.mark.parametrize(
     ("environment", "flags", "message"),
     [
@@ -95,6 +104,8 @@ def test_torchruns_variables_count_nodes_or_are_refused() -> None:
         (TORCHRUN | {"RAY_ADDRESS": "a:1"}, Flags(), "RAY_ADDRESS=a:1 .* NNODES=4"),
         (TORCHRUN | {"PET_NNODES": "2"}, Flags(), "NNODES=4 and PET_NNODES=2 contradict"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, Flags(), "not one on each GPU"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, Flags(), "MASTER_PORT=99999: expected a port"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, Flags(), "MASTER_PORT=0: expected a port"),
         ({"NNODES": "4", "MASTER_ADDR": "a"}, Flags(), "NNODES=4, MASTER_ADDR=a, but no NODE_RANK"),
         ({"NODE_RANK": "1"}, Flags(), "NODE_RANK=1, but no NNODES and MASTER_ADDR"),
         ({"NNODES": "1:4", "NODE_RANK": "1"}, Flags(), "NNODES=1:4: a launch has a fixed number"),

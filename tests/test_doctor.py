@@ -25,15 +25,15 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from treepo import cli
+from treepo.cgroup import cgroup_room
 from treepo.doctor import checks, devices, host, network, software
-from treepo.doctor.cgroup import cgroup_room
-from treepo.doctor.checks import CHECKS, Check
+from treepo.doctor.checks import CHECKS, Check, chosen
 from treepo.doctor.devices import Device
 from treepo.doctor.engine import exercise
 from treepo.doctor.examine import end_family, examine
 from treepo.doctor.outcome import Status
 from treepo.doctor.toy_model import Toy, difference
-from treepo.errors import EngineError
+from treepo.errors import ConfigError, EngineError
 from treepo.transport.wire import Address, Bucket, Manifest, views
 
 GIB = 1 << 30
@@ -79,8 +79,14 @@ def test_every_check_has_a_function_and_a_name_of_its_own() -> None:
         ("is_not_there", Status.FAIL, "exit code 1", "what to do"),
     ],
 )
-def test_whatever_a_check_does_it_has_an_outcome(name: str, status: Status, found: str, remedy: str) -> None:
+def test_whatever_a_check_does_it_has_an_outcome(
+    name: str, status: Status, found: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHILD_OF_DIES", str(tmp_path / "pid"))
     result = examine(check(name))
+    if name == "dies":  # what it started does not outlive it
+        child = int((tmp_path / "pid").read_text())
+        assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     assert result.outcome.status is status
     assert found in result.outcome.found
     assert result.outcome.remedy == remedy
@@ -95,6 +101,13 @@ def test_a_check_that_hangs_fails_at_its_deadline() -> None:
     result = examine(check("hangs", seconds=0.5))
     assert result.outcome.status is Status.FAIL
     assert result.outcome.found == "no answer within 0.5 s"
+
+
+def test_checks_can_be_chosen() -> None:
+    assert chosen(None) == chosen([]) == CHECKS
+    assert [one.name for one in chosen(["nccl", "devices"])] == ["nccl", "devices"]
+    with pytest.raises(ConfigError, match="no check is named 'gpus'; there are python, "):
+        chosen(["gpus"])
 
 
 def test_a_check_leaves_no_files() -> None:
@@ -309,7 +322,7 @@ def test_a_low_limit_of_open_files_is_seen_by_a_real_process(tmp_path: Path) -> 
     outcome = json.loads(answer.read_text())
     assert outcome["status"] == "fail"
     assert outcome["found"] == "256, at most 256, needs 8192"
-    assert "ulimit -n" in outcome["remedy"]
+    assert "nofile" in outcome["remedy"]
 
 
 def test_loopback_and_own_addresses() -> None:

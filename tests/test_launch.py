@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from command import write_model_and_problems
 from two_hosts import Host, two_hosts
@@ -30,16 +31,20 @@ def ray_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def launch(host: Host, folder: Path, ray_folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """The quickstart's configuration with a random model, trainer and engine on devices of their own."""
+def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    """The quickstart's configuration with a random model, trainer and engine on devices of their own.
+
+    host: one of two; None: this machine, alone.
+    """
     shutil.copy(QUICKSTART, folder)
     overrides = [
         *("model.path=model", "data.train=train.jsonl", "data.heldout=null", "data.max_prompt_tokens=224"),
         *("data.prompts_per_step=4", "steps=2", "placement=split", "weights.transport=broadcast"),
     ]
     program = [sys.executable, "-c", "from treepo.cli import main; main()", "launch", QUICKSTART.name]
+    command = [*program, *overrides, *map(str, arguments)]
     return subprocess.Popen(
-        host.command(*program, *overrides, *map(str, arguments), "--nodes", "2", "--cpus", "1"),
+        command if host is None else host.command(*command, "--nodes", "2", "--cpus", "1"),
         cwd=folder,
         env=os.environ | {"RAY_TMPDIR": str(ray_folder)},
         stdout=subprocess.PIPE,
@@ -93,6 +98,34 @@ def _assert_trained_apart(run: Path, hosts: tuple[Host, Host]) -> None:
     # Float32 on both sides; the same tokens through two implementations of two layers.
     assert all(line["logprob_difference_max"] < 1e-4 for line in metrics)
     assert (run / "checkpoint" / "model.safetensors").exists()
+
+
+def test_one_machine_trains_until_it_is_terminated(tmp_path: Path, ray_folder: Path) -> None:
+    write_model_and_problems(tmp_path, tmp_path / "train.jsonl", count=8)
+    process = launch(None, tmp_path, ray_folder, "out=run", "steps=1000")
+    assert process.stdout is not None
+    output = ""
+    while "1/1000" not in output:
+        line = process.stdout.readline()
+        assert line, output
+        output += line
+    ours = [one for one in psutil.process_iter() if _environment(one).get("RAY_TMPDIR") == str(ray_folder)]
+    assert len(ours) > 5  # Ray's, the training's, the engine's
+    process.terminate()
+    output += process.communicate(timeout=SECONDS)[0]
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(ours, timeout=10)
+    assert not alive
+    assert list(ray_folder.iterdir()) == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") >= 1
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 def test_what_cannot_be_trained_ends_before_anything_starts(tmp_path: Path, ray_folder: Path) -> None:

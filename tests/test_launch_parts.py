@@ -4,6 +4,7 @@ import asyncio
 import os
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ class FakeNode:
         return "it ended"
 
 
-async def unless_ended(node: FakeNode, work: Any, patience: float = 0.0) -> Any:
+async def unless_ended(node: FakeNode, work: Any, say: Callable[[str], None] | None = None) -> Any:
     fake: Any = node
-    return await _unless_ended(fake, work, patience)
+    return await _unless_ended(fake, work, say)
 
 
 def order(*arguments: str, width: int = 8) -> Launch:
@@ -68,8 +69,10 @@ def test_work_is_cleaned_up_when_ray_ends() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("patience", [0.0, 60.0])
-def test_an_interrupt_waits_for_the_work_as_long_as_it_may(patience: float) -> None:
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_interrupt_waits_for_the_heads_farewell_and_says_so(waits: bool) -> None:
+    said: list[str] = []
+
     async def scenario() -> None:
         begun, farewell, heard = asyncio.Event(), asyncio.Event(), []
 
@@ -78,15 +81,15 @@ def test_an_interrupt_waits_for_the_work_as_long_as_it_may(patience: float) -> N
             await farewell.wait()
             heard.append(True)
 
-        task = asyncio.create_task(unless_ended(FakeNode(), work(), patience))
+        task = asyncio.create_task(unless_ended(FakeNode(), work(), said.append if waits else None))
         await begun.wait()
         task.cancel()
-        if patience:
+        if waits:
             await asyncio.sleep(0)
             farewell.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert bool(heard) == (patience > 0)
+        assert bool(heard) == bool(said) == waits
 
     asyncio.run(scenario())
 

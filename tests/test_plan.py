@@ -76,6 +76,19 @@ def test_every_proposal_fits_and_is_another_idea() -> None:
     assert len({frozenset(idea) for idea in ideas}) == 3
 
 
+def test_another_way_for_the_weights_is_proposed() -> None:
+    plan = planned("weights.transport=broadcast")
+    assert plan.proposals[0].overrides == ("weights.transport=colocated",)
+
+
+def test_more_processes_of_this_machine_need_more_of_its_memory() -> None:
+    def everything(*overrides: str) -> float:
+        config = load_config(Path("examples/quickstart.yaml"), overrides)
+        return fit(config, model_folder(config)).fullest.need
+
+    assert everything("actor.parallel.data=4", "engine.count=4") > 2 * everything()
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
@@ -84,6 +97,10 @@ def test_every_proposal_fits_and_is_another_idea() -> None:
             "placement = colocated: engine.count x engine.tensor = 9 x 1",
         ),
         (["plan.node_memory_gib=100"], "host memory of a node: needs"),
+        (
+            ["plan.devices_per_node=2"],
+            "need 8 GPUs and 12 CPUs, 4 of the GPUs on one node; nodes of 2 do not hold that",
+        ),
         (["weights.transport=broadcast"], "NCCL takes one process a GPU"),
         (["plan.devices_per_node=4", "engine.memory_fraction=0.8"], "weights.transport = colocated"),
         (["engine.max_total_tokens=1000"], "engine: its KV cache holds 1,000 tokens"),
@@ -126,7 +143,15 @@ def test_a_model_that_is_not_at_hand_needs_its_shape() -> None:
         planned("plan.architecture=examples")
 
 
-DISTINCT = ["quickstart.yaml", "models/*.yaml", "paper/*.yaml", "paper/baselines/*.yaml"]
+DISTINCT = [
+    "quickstart.yaml",
+    "models/*.yaml",
+    "cluster/two_nodes.yaml",
+    "paper/*.yaml",
+    "paper/baselines/*.yaml",
+    "paper/ablations/grid-*.yaml",
+    "paper/ablations/misaligned-fallback.yaml",
+]
 
 
 @pytest.mark.slow
@@ -136,7 +161,7 @@ DISTINCT = ["quickstart.yaml", "models/*.yaml", "paper/*.yaml", "paper/baselines
     ids=lambda path: path.stem,
 )
 def test_every_example_is_planned(path: Path) -> None:
-    """The ablations differ from the paper's run in sampling alone."""
+    """The other ablations sample as the paper's run does."""
     plan = make_plan(load_config(path), silent)
     assert plan.fit.problem is None
     assert plan.step is not None

@@ -164,13 +164,12 @@ def test_tied_embeddings_are_at_both_ends(tmp_path: Path) -> None:
     assert OUTPUT not in {each.name for each in alone.parameters}
 
 
-def test_what_is_decayed_and_what_is_an_expert(tmp_path: Path) -> None:
+def test_what_is_an_expert(tmp_path: Path) -> None:
     architecture = read_architecture(write_config("qwen3_moe", False, tmp_path))
     (shard,) = layout_shards(architecture, ParallelConfig(tensor=2, data=4, expert=4))
     assert expert_data_ranks(ParallelConfig(tensor=2, data=4, expert=4)) == 2
     for each in shard.parameters:
         assert each.expert == ("local_experts" in each.name), each
-        assert each.decayed == ("norm" not in each.name), each
     assert {
         each.name.split("local_experts.")[1].split(".")[0] for each in shard.parameters if each.expert
     } == {"0", "1", "2", "3"}

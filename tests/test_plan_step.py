@@ -16,13 +16,15 @@ from treepo.planning.engine import EngineMemory, engine_memory
 from treepo.planning.engine_shard import engine_shard
 from treepo.planning.hardware import GIB, device
 from treepo.planning.packed_step import replica_work
+from treepo.planning.places import places
 from treepo.planning.sampling import simulate, simulate_step
 from treepo.planning.sglang_defaults import defaults
 from treepo.planning.simulation.device_rates import DeviceRates
 from treepo.planning.simulation.rates import Prefill
 from treepo.planning.simulation.workload import workload
 from treepo.planning.step import step_time
-from treepo.planning.update_time import update_problem, update_seconds
+from treepo.planning.update_problem import update_problem
+from treepo.planning.update_time import update_seconds
 
 
 def config(**settings: Any) -> RunConfig:
@@ -206,9 +208,15 @@ def test_an_update_takes_as_long_as_its_way_is(qwen2: Path) -> None:
 
 
 def test_a_way_that_is_not_open_is_told() -> None:
-    assert update_problem(config()) is None
-    apart = update_problem(config(plan_devices_per_node=2, actor_parallel={"data": 4}))
+    def problem(**settings: Any) -> str | None:
+        given = config(**settings)
+        return update_problem(given, places(given))
+
+    assert problem() is None
+    apart = problem(plan_devices_per_node=2, actor_parallel={"data": 4}, engine={"count": 4})
     assert apart is not None
     assert "2 nodes of 2 devices (host_broadcast and disk are allowed)" in apart
-    assert "NCCL takes one process a GPU" in str(update_problem(config(weights_transport="broadcast")))
-    assert update_problem(config(weights_transport="broadcast", placement="split")) is None
+    # The second node's ranks have no engine beside them.
+    assert problem(plan_devices_per_node=2, actor_parallel={"data": 4}, engine={"count": 2}) is None
+    assert "NCCL takes one process a GPU" in str(problem(weights_transport="broadcast"))
+    assert problem(weights_transport="broadcast", placement="split") is None

@@ -55,7 +55,7 @@ def test_one_rank_holds_eighteen_bytes_a_parameter(llama: Path) -> None:
     state = {name: stage.parts[name] for name in ("weights", "gradients", "optimizer")}
     for name, size in {"weights": 2, "gradients": 4, "optimizer": 12}.items():
         assert state[name] == pytest.approx(size * PARAMETERS, rel=1e-4)
-    assert parameters(config_of(), llama) == PARAMETERS
+    assert parameters(llama) == PARAMETERS
     assert exported_bytes(config_of(), llama) == 2 * PARAMETERS
     assert checkpoint_bytes(config_of(), llama) == 14 * PARAMETERS
     assert {name: update.parts[name] for name in state} == state

@@ -18,7 +18,7 @@ from treepo.transport.open import open_sender
 from treepo.transport.send import Outcome, WeightStream
 from treepo.transport.wire import Manifest, TensorInfo
 
-TRANSPORTS = ("colocated", "broadcast", "disk")
+TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
 TENSORS = 6  # each a bucket of its own
 STAGES = ("begin", "join", 0, TENSORS // 2, TENSORS - 1, "commit")
 SECONDS = 3.0  # a broken broadcast takes so long to end

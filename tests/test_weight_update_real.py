@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-TRANSPORTS = ("colocated", "broadcast", "disk")
+TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
 VOCABULARY = 1024
 # Float32 on both sides: the same tokens through two implementations of two layers.
 TOLERANCE = 1e-4

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from treepo.config.load import load_as, load_config
-from treepo.errors import ConfigError, TreepoError
+from treepo.errors import EXIT_INTERRUPTED, ConfigError, TreepoError
 
 if TYPE_CHECKING:
     from treepo.data import DataReport
@@ -28,8 +28,6 @@ app = typer.Typer(
 )
 _output = Console()
 _errors = Console(stderr=True)
-
-EXIT_INTERRUPTED = 130
 
 
 @app.callback()
@@ -328,6 +326,7 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Without collectives, engine and trainer: seconds.")
     ] = False,
+    only: Annotated[list[str] | None, typer.Option(help="One check by its name; again for each.")] = None,
 ) -> None:
     """Check this machine: versions, devices, limits, network, and a real engine and trainer on a toy.
 
@@ -336,7 +335,7 @@ def doctor(
     import socket
 
     from treepo.display.doctor import show_report, watch
-    from treepo.doctor.checks import CHECKS
+    from treepo.doctor.checks import chosen
     from treepo.doctor.examine import examine_all
     from treepo.doctor.outcome import Report
     from treepo.doctor.software import installed_version
@@ -344,7 +343,7 @@ def doctor(
     started = time.perf_counter()
     console = _errors if json else _output
     try:
-        results = watch(console, examine_all(CHECKS, quick), lines=not json)
+        results = watch(console, examine_all(chosen(only), quick), lines=not json)
     except KeyboardInterrupt:
         _errors.print("Interrupted. What was started has ended.")
         raise typer.Exit(EXIT_INTERRUPTED) from None

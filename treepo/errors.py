@@ -2,6 +2,9 @@
 
 from typing import ClassVar
 
+EXIT_INTERRUPTED = 130
+"""Of a command that Ctrl-C ended."""
+
 
 class TreepoError(Exception):
     """Base of every error that ends in one clear line; its text names the place and what is allowed.

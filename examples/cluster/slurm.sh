@@ -29,7 +29,8 @@ esac
 # Where the nodes have several networks, name the one that they share:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# A node that fails ends the others; SIGTERM (scancel, the time limit) reaches the training, which cleans up.
+# A node that fails ends the others. SIGTERM (scancel, the time limit) reaches the training, which cleans up as
+# far as the cluster's KillWait lets it (30 s by default).
 step=(srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}")
 if [[ -n ${TREEPO_IMAGE:-} ]]; then
     step+=(--container-image="$TREEPO_IMAGE" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")

@@ -39,7 +39,8 @@ _HEAD = """\
 
 Made from the schemas in `treepo/config/` by `python -m treepo.config.reference docs/configuration.md`.
 
-One YAML file configures a command: `treepo train FILE`, `treepo rollout FILE`, `treepo eval FILE`. Any key
+One YAML file configures a command: `treepo train FILE`, `treepo rollout FILE`, `treepo eval FILE`; `launch`
+and `plan` take the file of `train`. Any key
 can be overridden behind it by its dotted name: `treepo train FILE sampling.width=8`. The value is read as
 YAML, and the last of several wins.
 

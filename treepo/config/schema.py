@@ -86,6 +86,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _assumed_prompts_fit(self) -> Self:
+        assumed, most = self.plan.prompt_tokens, self.data.max_prompt_tokens
+        if assumed is not None and assumed > most:
+            raise ValueError(f"plan.prompt_tokens = {assumed} is more than data.max_prompt_tokens = {most}")
+        return self
+
+    @model_validator(mode="after")
     def _prompts_divide(self) -> Self:
         prompts, ranks = self.data.prompts_per_step, self.actor.parallel.data
         parts = self.learning.mini_batches * ranks

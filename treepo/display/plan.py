@@ -42,10 +42,10 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.expert > 1:
         layout.append(f"expert {parallel.expert}")
-    where = f"{_count(fitted.devices, 'process', 'es')} on this machine"
+    where = f"{_count(fitted.places.devices, 'process', 'es')} on this machine"
     if fitted.device.name != "cpu":
-        nodes = _count(fitted.nodes, "node")
-        where = f"{fitted.devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
+        nodes = _count(fitted.places.nodes, "node")
+        where = f"{fitted.places.devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
     console.print(f"[bold]{escape(name)}[/bold]: {plan.parameters:,} parameters, {where}", highlight=False)
     console.print(
         f"trainer: {' x '.join(layout)}, recompute {config.actor.recompute}, packs of "

@@ -2,7 +2,10 @@
 to add one, write it and name it here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from treepo.errors import ConfigError
 
 _NOT_ITSELF = "see the lines that it printed"
 _SYSTEM = "the system does not answer: look for a mount that hangs, or a machine that is overloaded"
@@ -65,3 +68,12 @@ CHECKS = (
     Check("engine", "treepo.doctor.engine:engine", 600, _NOT_ITSELF, long=True),
     Check("trainer", "treepo.doctor.trainer:trainer", 300, _NOT_ITSELF, long=True),
 )
+
+
+def chosen(names: Sequence[str] | None) -> Sequence[Check]:
+    """Those with the names, all where none is given. Raises ConfigError for a name that no check has."""
+    known = {check.name: check for check in CHECKS}
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"--only: no check is named {name!r}; there are {', '.join(known)}")
+    return [known[name] for name in names] if names else CHECKS

@@ -34,7 +34,7 @@ def devices() -> Outcome:
     count = driver_devices()
     if not count:
         return skipped(_NO_GPU)
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and not visible.strip("-1 "):
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and visible.strip() in ("", "-1"):
         return skipped(f"{_NO_GPU} (CUDA_VISIBLE_DEVICES = {visible!r} hides {count})")
     return failed(f"the driver has {count} GPUs, torch can use none", _why_not())
 

@@ -76,13 +76,16 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def end_family(process: subprocess.Popen[bytes]) -> None:
-    """End the process and what it started, if it has not ended by itself."""
-    if process.poll() is not None:
-        return
+    """End the process and what it started, which has a session of its own, also where it has ended before."""
     family: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process.pid)
-        family = [root, *root.children(recursive=True)]
+    if process.poll() is None:
+        with suppress(psutil.NoSuchProcess):  # what has left the session is still its child
+            root = psutil.Process(process.pid)
+            family = [root, *root.children(recursive=True)]
+    for member in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getsid(member.pid) == process.pid:
+                family.append(member)
     for member in family:
         with suppress(psutil.NoSuchProcess):
             member.kill()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from treepo.doctor.cgroup import cgroup_room
+from treepo.cgroup import cgroup_room
 from treepo.doctor.outcome import Outcome, skipped, verdict
 
 _GIB = 1 << 30
@@ -44,8 +44,8 @@ def judge_open_files(soft: int, hard: int) -> Outcome:
     return verdict(
         good,
         f"{limit(soft)}, at most {limit(hard)}{needs}",
-        f"ulimit -n {_OPEN_FILES}; in a container: --ulimit nofile=65536:65536; for a user: nofile in "
-        "/etc/security/limits.conf",
+        "in a container: --ulimit nofile=65536:65536; for a user: hard nofile in /etc/security/limits.conf, "
+        "then log in again",
     )
 
 

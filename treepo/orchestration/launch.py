@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from treepo.config.load import dump_config
 from treepo.config.schema import RunConfig
-from treepo.errors import ClusterError, TreepoError
+from treepo.errors import EXIT_INTERRUPTED, ClusterError, TreepoError
 from treepo.orchestration.allocation import Cluster
 from treepo.orchestration.gathering import Gathering, RayAddress, gather, join, own_address
 from treepo.orchestration.placement import Node
@@ -26,7 +26,7 @@ from treepo.orchestration.ray_node import RayNode, Slots, free_ports, new_secret
 from treepo.orchestration.schedulers import Allocation
 from treepo.orchestration.waiting import wait_for_devices
 
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+EXIT_TERMINATED = 143
 _FAREWELL_SECONDS = 120.0  # in which an interrupted head says how it ended; the training's clean-up included
 _START_SECONDS = 180.0  # for Ray's head on this machine
 _LOOPBACK = "127.0.0.1"
@@ -67,7 +67,7 @@ async def launch(where: Allocation | Cluster, order: Launch) -> int:
     SIGTERM ends it as Ctrl-C does: first the training, in its own way, then what was started for it.
     """
     loop, terminated = asyncio.get_running_loop(), asyncio.Event()
-    task = asyncio.ensure_future(_launch(where, order))
+    task = asyncio.ensure_future(_launch(where, order, terminated))
 
     def terminate() -> None:
         terminated.set()
@@ -82,12 +82,12 @@ async def launch(where: Allocation | Cluster, order: Launch) -> int:
         raise
 
 
-async def _launch(where: Allocation | Cluster, order: Launch) -> int:
+async def _launch(where: Allocation | Cluster, order: Launch, terminated: asyncio.Event) -> int:
     if isinstance(where, Cluster):
         return await _use(where, order)
     if where.rank > 0:
         return await _join(where, order)
-    return await _lead(where, order)
+    return await _lead(where, order, terminated)
 
 
 async def _use(cluster: Cluster, order: Launch) -> int:
@@ -96,7 +96,7 @@ async def _use(cluster: Cluster, order: Launch) -> int:
     return await _train(order, None, cluster.nodes, lambda _: (), may_grow=True)
 
 
-async def _lead(allocation: Allocation, order: Launch) -> int:
+async def _lead(allocation: Allocation, order: Launch, terminated: asyncio.Event) -> int:
     """Rank 0: the other nodes learn how it ended, and have left, before Ray's head is stopped."""
     alone = allocation.nodes == 1
     host = _LOOPBACK if alone else own_address(allocation)
@@ -108,10 +108,13 @@ async def _lead(allocation: Allocation, order: Launch) -> int:
         gathering = Gathering(1, "", lost)
         if not alone:
             gathering = await stack.enter_async_context(gather(allocation, host, order.fingerprint(), lost))
-        exit_code = EXIT_INTERRUPTED
+        exit_code = 1  # of an error that nobody foresaw
         try:
             await asyncio.to_thread(order.check)
             exit_code = await _start_and_train(allocation, host, gathering, order, stack)
+        except asyncio.CancelledError:
+            exit_code = EXIT_TERMINATED if terminated.is_set() else EXIT_INTERRUPTED
+            raise
         except TreepoError as error:
             exit_code = error.exit_code
             raise
@@ -149,7 +152,7 @@ async def _start_and_train(
             up=lambda: gathering.announce(RayAddress(f"{host}:{port}", secrets)),
         )
 
-    return await _unless_ended(node, train(), patience=0.0)
+    return await _unless_ended(node, train())
 
 
 async def _train(
@@ -188,7 +191,7 @@ async def _join(allocation: Allocation, order: Launch) -> int:
             return news
         async with ray_worker(connection.host, news.address, order.slots, news.secrets) as node:
             order.say(f"joins Ray at {news.address} as {connection.host}")
-            outcome = await _unless_ended(node, connection.next(), _FAREWELL_SECONDS)
+            outcome = await _unless_ended(node, connection.next(), order.say)
     finally:
         connection.close()
     assert isinstance(outcome, int)
@@ -196,10 +199,10 @@ async def _join(allocation: Allocation, order: Launch) -> int:
     return outcome
 
 
-async def _unless_ended[T](node: RayNode, work: Awaitable[T], patience: float) -> T:
+async def _unless_ended[T](node: RayNode, work: Awaitable[T], say: Callable[[str], None] | None = None) -> T:
     """What `work` comes to. Raises ClusterError where Ray on this node ends first.
 
-    patience: seconds that the work is still given where this is cancelled.
+    say: on a node that the head says farewell to: it is waited for where this is cancelled.
     """
     working, ended = asyncio.ensure_future(work), asyncio.ensure_future(node.ended())
     try:
@@ -208,7 +211,14 @@ async def _unless_ended[T](node: RayNode, work: Awaitable[T], patience: float) -
             return working.result()
         raise ClusterError(f"Ray on this node: {ended.result()}")
     except asyncio.CancelledError:
-        await asyncio.wait((working, ended), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        if say is not None:
+            say(
+                f"waits up to {_FAREWELL_SECONDS:g} s for the head to end the training; this node alone ends "
+                "nothing"
+            )
+            await asyncio.wait(
+                (working, ended), timeout=_FAREWELL_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
         raise
     finally:
         working.cancel()
@@ -228,4 +238,5 @@ def _open_ray(secrets: Mapping[str, str]) -> None:
 def _enough_slots(order: Launch) -> Slots:
     """Of one node alone: as `treepo train` by itself, it has a place for every rank and engine."""
     places = order.config.actor.parallel.ranks + order.config.engine.count
-    return Slots(order.slots.cpus or max(places, os.cpu_count() or 1), order.slots.gpus)
+    cpus = max(places, os.cpu_count() or 1) if order.slots.cpus is None else order.slots.cpus
+    return Slots(cpus, order.slots.gpus)

@@ -68,8 +68,7 @@ def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:
     First fit, the largest bundles first: what is refused fits in no way where the sizes divide each other,
     as those of real layouts do.
     """
-    shared = shares_devices(layout, nodes)
-    bundles = _shared(layout) if shared else _separate(layout, _on_gpus(nodes))
+    bundles = _bundles(layout, _on_gpus(nodes))
     free = [(node.gpus, node.cpus) for node in nodes]
     placed: dict[int, Node] = {}
     for index in sorted(range(len(bundles)), key=lambda i: (-bundles[i].gpus, -bundles[i].cpus)):
@@ -77,7 +76,8 @@ def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:
         fitting = (i for i, (gpus, cpus) in enumerate(free) if gpus >= need.gpus and cpus >= need.cpus)
         at = next(fitting, None)
         if at is None:
-            raise PlacementError(_refusal(layout, nodes, bundles))
+            there = "; ".join(f"{node.name} has {node.gpus} GPUs and {node.cpus} CPUs" for node in nodes)
+            raise PlacementError(f"{_needs(layout, bundles)}, and do not fit into the cluster: {there}")
         free[at] = free[at][0] - need.gpus, free[at][1] - need.cpus
         placed[index] = nodes[at]
     return [(bundle, placed[index]) for index, bundle in enumerate(bundles)]
@@ -85,7 +85,7 @@ def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:
 
 def shares_devices(layout: Layout, nodes: Sequence[Node]) -> bool:
     """Whether engines use the memory of the trainer's devices."""
-    return layout.placement == "colocated" and layout.ranks > 0 and _on_gpus(nodes)
+    return _is_shared(layout, _on_gpus(nodes))
 
 
 def on_one_machine(placed: Sequence[tuple[Bundle, Node]]) -> bool:
@@ -96,8 +96,21 @@ def on_one_machine(placed: Sequence[tuple[Bundle, Node]]) -> bool:
 
 def demand(layout: Layout, nodes: Sequence[Node]) -> tuple[int, int]:
     """GPUs and CPUs that the layout takes in all; no GPUs where no node has any."""
-    bundles = _shared(layout) if shares_devices(layout, nodes) else _separate(layout, _on_gpus(nodes))
+    bundles = _bundles(layout, _on_gpus(nodes))
     return sum(bundle.gpus for bundle in bundles), sum(bundle.cpus for bundle in bundles)
+
+
+def needs(layout: Layout, *, on_gpus: bool) -> str:
+    """What the layout takes, in words. Raises PlacementError where engines outnumber their devices."""
+    return _needs(layout, _bundles(layout, on_gpus))
+
+
+def _bundles(layout: Layout, on_gpus: bool) -> list[Bundle]:
+    return _shared(layout) if _is_shared(layout, on_gpus) else _separate(layout, on_gpus)
+
+
+def _is_shared(layout: Layout, on_gpus: bool) -> bool:
+    return layout.placement == "colocated" and layout.ranks > 0 and on_gpus
 
 
 def _on_gpus(nodes: Sequence[Node]) -> bool:
@@ -135,8 +148,7 @@ def _parts(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _refusal(layout: Layout, nodes: Sequence[Node], bundles: Sequence[Bundle]) -> str:
-    """What is needed, what is there, node by node."""
+def _needs(layout: Layout, bundles: Sequence[Bundle]) -> str:
     wanted: list[str] = []
     if layout.ranks:
         wanted.append(f"{layout.ranks} trainer ranks in groups of {layout.group} (actor.parallel)")
@@ -146,8 +158,4 @@ def _refusal(layout: Layout, nodes: Sequence[Node], bundles: Sequence[Bundle]) -
     need = f"{gpus} GPUs and {cpus} CPUs" if gpus else f"{cpus} CPUs"
     largest = max(bundle.gpus for bundle in bundles)
     together = f", {largest} of the GPUs on one node" if largest > 1 else ""
-    there = "; ".join(f"{node.name} has {node.gpus} GPUs and {node.cpus} CPUs" for node in nodes)
-    return (
-        f"placement = {layout.placement}: {' and '.join(wanted)} need {need}{together}, and do not fit into "
-        f"the cluster: {there}"
-    )
+    return f"placement = {layout.placement}: {' and '.join(wanted)} need {need}{together}"

@@ -34,6 +34,7 @@ class JobServer:
 
     def __init__(self, url: str | None, client: JobSubmissionClient) -> None:
         self._url, self._client = url, client
+        self._warned = ""
 
     async def nodes(self) -> list[Node]:
         """Nodes that are alive, with all that they have; none while the server cannot say yet."""
@@ -42,7 +43,9 @@ class JobServer:
                 list_nodes, self._url, detail=True, limit=RAY_MAX_LIMIT_FROM_API_SERVER
             )
         except (RayStateApiException, OSError) as error:
-            _log.warning("Ray's nodes: %s", " ".join(str(error).split()))
+            if (text := " ".join(str(error).split())) != self._warned:
+                self._warned = text
+                _log.warning("Ray's nodes: %s", text)
             return []
         return [
             Node(

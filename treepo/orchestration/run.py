@@ -58,6 +58,7 @@ class Run:
         if self.steps_done > 0:
             seconds = self.config.engine.update_seconds
             await update_weights(self.learner, [process], self.steps_done, seconds)
+            await self._make_room()
 
     async def check_scores(self) -> dict[str, float] | None:
         """How far actor and engines are apart before anything is learned; None where it is not asked for."""
@@ -65,9 +66,11 @@ class Run:
             return None
         with self.clock.phase("check log-probs", announce=True):
             decode = self.inputs.tokenizer.decode
-            return await check_scores(
+            found = await check_scores(
                 self.config, self.inputs.train, decode, self.engines.engines, self.learner
             )
+            await self._make_room()
+            return found
 
     async def evaluate(self, phase: str) -> float | None:
         """Held-out accuracy of the weights that the engines serve; None without held-out prompts.
@@ -88,6 +91,7 @@ class Run:
             await self.learner.load(resume.checkpoint.resolve())
             async with self.engines.weights:
                 await self._hand_over(version=state.step)
+                await self._make_room()
                 self.steps_done = state.step
         self.clock.add(state.seconds, state.phase_seconds)
         self.order.cursor = state.cursor

@@ -100,7 +100,7 @@ def torchrun_allocation(environment: Mapping[str, str]) -> Allocation | None:
     if count is None or rank is None or head is None:
         raise _half("torchrun's variables", {"NNODES": nodes, "NODE_RANK": rank, "MASTER_ADDR": head})
     source = f"{nodes}, {rank}, {head}"
-    return Allocation(source, count, rank.number(), head.value, PORT if port is None else port.number())
+    return Allocation(source, count, rank.number(), head.value, _torchrun_port(environment, port))
 
 
 def check_torchrun_agrees(allocation: Allocation, environment: Mapping[str, str]) -> None:
@@ -144,6 +144,15 @@ def _slurm_port(environment: Mapping[str, str]) -> int:
     """All nodes of a job know it, and another job that shares the host hardly has the same."""
     job = _first(environment, "SLURM_JOB_ID")
     return PORT if job is None else _SLURM_PORTS[job.number() % len(_SLURM_PORTS)]
+
+
+def _torchrun_port(environment: Mapping[str, str], port: _Found | None) -> int:
+    """MASTER_PORT, but under torchrun itself, whose own store listens there."""
+    if port is None or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return PORT
+    if not 0 < port.number() < 65536:
+        raise AllocationError(f"{port}: expected a port, 1 to 65535; {_REMEDY}")
+    return port.number()
 
 
 def _processes_per_node(environment: Mapping[str, str]) -> _Found | None:

@@ -69,7 +69,8 @@ def engine_memory(config: RunConfig, folder: Path, left: float) -> EngineMemory:
     if limit is not None:
         kv_tokens = min(kv_tokens, limit)
     load = workload(config)
-    longest, expected = _tree_tokens(load)
+    expected = _expected_tree(load)
+    longest = config.data.max_prompt_tokens + longest_response(load.sampling) * load.sampling.width
     kept = left * (1 - fraction)
     memory = Memory(
         owner="engine" if engine.tensor == 1 else f"engine, each of {engine.tensor} ranks",
@@ -95,10 +96,8 @@ def engine_memory(config: RunConfig, folder: Path, left: float) -> EngineMemory:
 
 
 @lru_cache(maxsize=16)
-def _tree_tokens(load: Workload) -> tuple[int, int]:
-    """KV tokens of the longest tree and of the expected one: by the driver's own account, after as many trees
-    as it remembers.
-    """
+def _expected_tree(load: Workload) -> int:
+    """KV tokens of a tree by the driver's own account, after as many trees as it remembers."""
     driver = TreeDriver([load.engine(InstantEngine())], load.sampling, text_of, load.seed)
 
     async def grow() -> None:
@@ -106,8 +105,7 @@ def _tree_tokens(load: Workload) -> tuple[int, int]:
             pass
 
     run_virtually(grow())
-    longest = load.prompt_tokens + longest_response(load.sampling) * load.sampling.width
-    return longest, driver.room_of_a_tree(load.prompt_tokens)
+    return driver.room_of_a_tree(load.prompt_tokens)
 
 
 def _problem(

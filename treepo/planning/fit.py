@@ -6,19 +6,16 @@ given back before the engines take their cache, and the engines keep only their 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 
 from treepo.config.schema import RunConfig
-from treepo.errors import PlacementError
-from treepo.orchestration import placement
-from treepo.orchestration.placement import Node, run_layout
 from treepo.planning.engine import EngineMemory, engine_memory
 from treepo.planning.hardware import GIB, Device, device
 from treepo.planning.host import node_memory
 from treepo.planning.memory import Memory
+from treepo.planning.places import Places, places
 from treepo.planning.trainer import trainer_memory
-from treepo.planning.update_time import update_problem
+from treepo.planning.update_problem import update_problem
 
 STATE = ("weights", "gradients", "optimizer")
 """What the trainer holds all the time."""
@@ -52,16 +49,14 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A layout's devices, and what each holds.
+    """A layout's places, and what each holds.
 
     trainer: one rank of each pipeline stage in a training step, and rank 0 in a weight update. host: the
     fullest node's. problem: the constraint that is furthest from being kept; None where all are.
     """
 
     device: Device
-    devices: int
-    nodes: int
-    shared: bool
+    places: Places
     trainer: tuple[Memory, ...]
     engine: EngineMemory
     host: Memory
@@ -76,7 +71,7 @@ class Fit:
 
 def fit(config: RunConfig, folder: Path) -> Fit:
     """Raises ConfigError where the layout does not divide the model of `folder`."""
-    hardware, layout = device(config.plan.device), run_layout(config)
+    hardware, where = device(config.plan.device), places(config)
     on_gpus = hardware.name != "cpu"
     shared = config.placement == "colocated" and on_gpus
     trainer = trainer_memory(config, folder)
@@ -86,20 +81,20 @@ def fit(config: RunConfig, folder: Path) -> Fit:
     if on_gpus:
         trainer = _with_runtime(trainer, engine, shared)
     host = node_memory(config, folder, engine)
-    limits = (_on_gpus if on_gpus else _on_this_machine)(config, hardware, trainer, engine, host)
-    nodes, misplaced = _nodes(config)
+    if on_gpus:
+        limits = _on_gpus(config, hardware, trainer, host)
+    else:
+        limits = _on_this_machine(config, hardware, trainer, engine, host)
     broken = [limit for limit in limits if not limit.holds]
     worst = max(broken, key=lambda limit: limit.need / limit.have, default=None)
     return Fit(
         hardware,
-        layout.ranks if shared else layout.ranks + layout.engines * layout.tensor,
-        nodes,
-        shared,
+        where,
         tuple(trainer),
         engine,
         host,
         tuple(limits),
-        misplaced or (worst and worst.broken()) or engine.problem or update_problem(config),
+        where.problem or (worst and worst.broken()) or engine.problem or update_problem(config, where),
     )
 
 
@@ -113,10 +108,8 @@ def _with_runtime(trainer: Sequence[Memory], engine: EngineMemory, shared: bool)
     return [*(stage.plus(own, {}) for stage in stages), updating.plus(own | back, {})]
 
 
-def _on_gpus(
-    config: RunConfig, hardware: Device, trainer: Sequence[Memory], engine: EngineMemory, host: Memory
-) -> list[Limit]:
-    del engine  # it takes what is left
+def _on_gpus(config: RunConfig, hardware: Device, trainer: Sequence[Memory], host: Memory) -> list[Limit]:
+    """The engine takes what is left."""
     *stages, updating = trainer
     remedies = "actor.parallel, actor.recompute, actor.max_tokens_per_pack"
     node = config.plan.node_memory_gib * GIB
@@ -142,22 +135,3 @@ def _on_this_machine(
     )
     remedies = "actor.max_tokens_per_pack, engine.max_total_tokens, actor.parallel, engine.count"
     return [Limit("all processes together", need + host.total, hardware.memory, remedies)]
-
-
-def _nodes(config: RunConfig) -> tuple[int, str | None]:
-    """How many nodes the layout needs, and why no number of them would do."""
-    layout, per_node = run_layout(config), config.plan.devices_per_node
-    if config.plan.device == "cpu":
-        return 1, None
-    devices = layout.ranks + layout.engines * layout.tensor
-    least = ceil((layout.ranks if config.placement == "colocated" else devices) / per_node)
-    refusal = ""
-    for count in range(least, least + layout.engines + 2):  # groups that do not divide a node leave gaps
-        nodes = [Node(str(index), f"node {index}", cpus=devices, gpus=per_node) for index in range(count)]
-        try:
-            placement.plan(layout, nodes)
-        except PlacementError as error:
-            refusal = refusal or str(error)
-        else:
-            return count, None
-    return least, refusal

@@ -7,6 +7,8 @@ Sources: NVIDIA's data sheets of A100, H100 SXM, H200 SXM and B200 (HGX).
 import os
 from dataclasses import dataclass
 
+from treepo.cgroup import cgroup_room
+
 GIB = 1 << 30
 
 
@@ -42,7 +44,7 @@ DEVICES = {
 
 def this_machine() -> Device:
     """The CPU, all of whose processes share its memory. Rates of one core of a common server, in float32."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *cgroup_room()])
     return Device("cpu", memory, 50e9, 10e9, 2e9, pass_seconds=4e-3)
 
 

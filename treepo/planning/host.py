@@ -6,6 +6,7 @@ from treepo.config.schema import RunConfig
 from treepo.planning.engine import EngineMemory
 from treepo.planning.hardware import GIB
 from treepo.planning.memory import Memory
+from treepo.planning.places import ranks_of_a_node
 from treepo.planning.trainer_host import host_memory
 
 ENGINE_PROCESS = 3 * GIB
@@ -17,7 +18,7 @@ DRIVER = 4 * GIB
 def node_memory(config: RunConfig, folder: Path, engine: EngineMemory) -> Memory:
     """Where ranks and engines share nodes, a full one has both."""
     trainer, plan = host_memory(config, folder), config.plan
-    ranks = min(config.engine.count * config.engine.tensor, plan.devices_per_node)
+    ranks = ranks_of_a_node(config, config.engine.count * config.engine.tensor)
     parts, notes = dict(trainer.parts), dict(trainer.notes)
     parts["engines"] = ranks * ENGINE_PROCESS
     notes["engines"] = f"{ranks} x {ENGINE_PROCESS / GIB:g} GiB of code and libraries"

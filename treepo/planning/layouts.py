@@ -9,13 +9,16 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import log2
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from megatron_bridge.architecture import Architecture, check_layout
 from treepo.config.schema import RunConfig
+from treepo.config.weights import WeightsConfig
 from treepo.errors import ConfigError
+from treepo.planning.places import places
+from treepo.planning.update_problem import update_problem
 
 _RECOMPUTE = ("none", "selective", "full")
 _FRACTIONS = (0.6, 0.7, 0.8, 0.9)
@@ -65,6 +68,7 @@ def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[flo
         "actor.max_tokens_per_pack": (config.actor.max_tokens_per_pack, (shortest_pack,)),
         "engine.tensor": (engine.tensor, on_a_node),
         # Written out where it was: SGLang's own choice follows the device.
+        "weights.transport": (config.weights.transport, _open_ways(config)),
         "engine.memory_fraction": (fraction, [more for more in _FRACTIONS if fraction and more > fraction]),
     }
     values = [sorted({now, *others}, key=str) for now, others in choices.values()]
@@ -74,12 +78,20 @@ def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[flo
         yield distance, point
 
 
+def _open_ways(config: RunConfig) -> list[str]:
+    """Other transports, where that of the configuration cannot be used."""
+    if update_problem(config, places(config)) is None:
+        return []
+    ways = get_args(WeightsConfig.model_fields["transport"].annotation)
+    return [way for way in ways if way != config.weights.transport]
+
+
 def _distance(key: str, now: Any, then: Any) -> float:
     if now == then:
         return 0.0
     if key == "actor.recompute":
         return _SMALL_STEP * abs(_RECOMPUTE.index(now) - _RECOMPUTE.index(then))
-    if key == "actor.max_tokens_per_pack":
+    if key in ("actor.max_tokens_per_pack", "weights.transport"):
         return _SMALL_STEP
     if key == "engine.memory_fraction":
         return _SMALL_STEP + abs(float(then) - float(now))

@@ -65,7 +65,7 @@ def make_plan(config: RunConfig, doing: Callable[[str], None]) -> Plan:
     return Plan(
         config,
         folder,
-        parameters(config, folder),
+        parameters(folder),
         fitted,
         checkpoint_bytes(config, folder),
         exported_bytes(config, folder),
@@ -100,8 +100,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "architecture": str(plan.architecture),
         "parameters": plan.parameters,
         "device": asdict(fitted.device),
-        "devices": fitted.devices,
-        "nodes": fitted.nodes,
+        "devices": fitted.places.devices,
+        "nodes": fitted.places.nodes,
         "trainer": [_memory(memory) for memory in fitted.trainer],
         "engine": _memory(engine.memory)
         | {

@@ -36,15 +36,13 @@ class Sampling:
     """One step's, means over seeds.
 
     decoded_tokens: by all engines. leaf_tokens: of all responses, a shared token once for each: what
-    independent samples decode. prefilled_tokens: of contexts that were not cached. peak_tokens: most KV
-    tokens of one engine's running requests. mean_batch: requests that a decoding step of one engine decodes
-    for. trees: of the last seed; `share` of the step's.
+    independent samples decode. peak_tokens: most KV tokens of one engine's running requests. mean_batch:
+    requests that a decoding step of one engine decodes for. trees: of the last seed; `share` of the step's.
     """
 
     seconds: float
     decoded_tokens: float
     leaf_tokens: float
-    prefilled_tokens: float
     peak_tokens: float
     mean_batch: float
     trees: tuple[Tree, ...]
@@ -94,7 +92,6 @@ def simulate_step(
         seconds=seconds,
         decoded_tokens=_mean([sum(count.decoded_tokens for count in run.counts) for run in runs]) / share,
         leaf_tokens=_mean([sum(tree.total_tokens() for tree in run.trees) for run in runs]) / share,
-        prefilled_tokens=_mean([sum(count.prefilled_tokens for count in run.counts) for run in runs]) / share,
         peak_tokens=_mean([max(count.peak_tokens for count in run.counts) for run in runs]),
         mean_batch=sum(count.request_steps for run in runs for count in run.counts) / max(steps, 1),
         trees=runs[-1].trees,

@@ -21,6 +21,7 @@ from treepo.planning.hardware import device
 from treepo.planning.memory import element_bytes
 from treepo.planning.packed_step import ReplicaWork, replica_work
 from treepo.planning.phase import Phase
+from treepo.planning.places import on_one_node
 from treepo.planning.sampling import Sampling
 from treepo.planning.update_time import update_seconds
 
@@ -115,7 +116,7 @@ def _sent_seconds(config: RunConfig, architecture: Architecture) -> float:
     tensor = 4 * (parallel.tensor - 1) / parallel.tensor * values * architecture.dimensions.layers
     seconds = tensor / hardware.link
     if architecture.experts is not None and parallel.expert > 1:
-        near = parallel.expert <= plan.devices_per_node
+        near = on_one_node(config, parallel.expert)
         away = (parallel.expert - 1) / parallel.expert * architecture.experts.per_token
         sparse = len(architecture.dimensions.sparse_layers)
         rate = hardware.link if near else plan.network_gb_per_second * 1e9
@@ -131,7 +132,7 @@ def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
     experts = shard.experts / (parallel.expert * parallel.pipeline)
     owners, expert_owners = parallel.data, parallel.tensor * parallel.data / parallel.expert
     sent = dense * (owners - 1) / owners + experts * (expert_owners - 1) / expert_owners
-    near = parallel.tensor * parallel.data <= plan.devices_per_node
+    near = on_one_node(config, parallel.tensor * parallel.data)
     rate = hardware.link if near else plan.network_gb_per_second * 1e9
     sending = steps * sent * (4 + element_bytes(config)) / rate
     owned = dense / owners + experts / expert_owners

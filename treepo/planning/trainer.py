@@ -32,9 +32,8 @@ from treepo.planning.memory import Memory, element_bytes
 from treepo.planning.update_memory import update_memory
 
 
-def parameters(config: RunConfig, folder: Path) -> int:
+def parameters(folder: Path) -> int:
     """Of the whole model, each once: what transformers counts."""
-    del config
     return sum(map(prod, tensor_shapes(read_architecture(folder)).values()))
 
 

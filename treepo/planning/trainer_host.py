@@ -13,12 +13,14 @@ from megatron_bridge.weights import padded_vocabulary
 from treepo.config.schema import RunConfig
 from treepo.planning.hardware import GIB
 from treepo.planning.memory import Memory, element_bytes
+from treepo.planning.places import ranks_of_a_node
 from treepo.planning.trainer import FLOAT32, optimizer_values, parameters, stage_shards
 from treepo.planning.update_memory import bucket_bytes, exported_bytes
 
-PROCESS = {"cpu": 0.85 * GIB}
-"""A rank's code and libraries: measured on a CPU. With CUDA's and NCCL's: an estimate."""
+CPU_PROCESS = 0.85 * GIB
+"""A rank's code and libraries, measured."""
 CUDA_PROCESS = 3 * GIB
+"""The same with CUDA's and NCCL's: an estimate."""
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
@@ -28,7 +30,7 @@ def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
     architecture = read_architecture(folder)
     vocabulary = architecture.dimensions.vocabulary
     added = padded_vocabulary(vocabulary, config.actor.parallel.tensor) - vocabulary
-    stored = parameters(config, folder) + added * architecture.hidden * (1 if architecture.tied else 2)
+    stored = parameters(folder) + added * architecture.hidden * (1 if architecture.tied else 2)
     return stored * (element_bytes(config) + FLOAT32 * optimizer_values(config))
 
 
@@ -36,7 +38,8 @@ def host_memory(config: RunConfig, folder: Path) -> Memory:
     """Of the node whose ranks need most, while a checkpoint is written and weights go out; ranks fill one
     node after the other.
     """
-    parallel, size = config.actor.parallel, config.plan.devices_per_node
+    parallel = config.actor.parallel
+    size = ranks_of_a_node(config, parallel.ranks)
     ranks = [_rank(config, shard) for shard in stage_shards(folder, parallel)]
     per_stage = parallel.tensor * parallel.data
     outgoing = _outgoing(config, folder)
@@ -74,7 +77,7 @@ def _rank(config: RunConfig, shard: Shard) -> _Rank:
 
 
 def _node(config: RunConfig, ranks: list[_Rank], outgoing: float) -> Memory:
-    process = PROCESS.get(config.plan.device, CUDA_PROCESS)
+    process = CPU_PROCESS if config.plan.device == "cpu" else CUDA_PROCESS
     parts = {"processes": len(ranks) * process}
     notes = {"processes": f"{len(ranks)} x {process / GIB:g} GiB of code and libraries"}
     weights = sum(rank.weights for rank in ranks)

@@ -1,7 +1,7 @@
-"""Seconds of a weight update on paper, and whether its way is open. Nothing in here was measured on a GPU.
+"""Seconds of a weight update on paper. Nothing in here was measured on a GPU.
 
 Bucket k + 1 is gathered on rank 0 while bucket k travels and is loaded (docs/weights.md), so the slower of
-the two sets the pace, and the other is waited for once. What it holds meanwhile: weight_update.py. Units:
+the two sets the pace, and the other is waited for once. What it holds meanwhile: update_memory.py. Units:
 bytes, seconds.
 """
 
@@ -14,6 +14,7 @@ from treepo.planning.engine_shard import engine_shard
 from treepo.planning.hardware import Device, device
 from treepo.planning.memory import element_bytes
 from treepo.planning.phase import Phase
+from treepo.planning.places import on_one_node, places
 from treepo.planning.update_memory import bucket_bytes, exported_bytes
 
 HOST_LINK = 25e9
@@ -54,45 +55,21 @@ def _ways(config: RunConfig, hardware: Device, whole: float) -> tuple[float, flo
         case "host_broadcast":
             hops = ceil(log2(1 + config.engine.count * config.engine.tensor))
             return through_host, hops * whole / GLOO, f"gloo in {hops} hops"
-        case "broadcast" if _nodes(config) > 1:
+        case "broadcast" if places(config).nodes > 1:
             return 0.0, whole / (config.plan.network_gb_per_second * 1e9), "the network"
         case "broadcast":
             return 0.0, whole / hardware.link, "links within the node"
 
 
 def _gather_seconds(config: RunConfig, hardware: Device, whole: float) -> float:
-    """What rank 0 has not of the model comes from the other ranks of its replica, one after another."""
+    """What rank 0 has not of the model comes from the other ranks of its replica, one after another. Experts
+    count as if they were there too, although some may come from other replicas.
+    """
     parallel = config.actor.parallel
     owned = whole / (parallel.tensor * parallel.pipeline)
     same_stage = owned * (parallel.tensor - 1)
     others = whole - owned - same_stage
     # Ranks are numbered tensor, data, pipeline: another stage is that far away.
-    near = parallel.ranks <= config.plan.devices_per_node
+    near = on_one_node(config, parallel.ranks)
     network = config.plan.network_gb_per_second * 1e9
     return same_stage / hardware.link + others / (hardware.link if near else network)
-
-
-def _nodes(config: RunConfig) -> int:
-    """That trainer and engines are on."""
-    if config.plan.device == "cpu":
-        return 1
-    ranks = config.actor.parallel.ranks
-    devices = ranks if config.placement == "colocated" else ranks + config.engine.count * config.engine.tensor
-    return -(-devices // config.plan.devices_per_node)
-
-
-def update_problem(config: RunConfig) -> str | None:
-    """Why weights cannot go the configured way, in one line; None where they can."""
-    nodes, shared = _nodes(config), config.placement == "colocated" and config.plan.device != "cpu"
-    if config.weights.transport == "colocated" and nodes > 1:
-        return (
-            f"weights.transport = colocated needs trainer and engines on one machine; these are on {nodes} "
-            f"nodes of {config.plan.devices_per_node} devices "
-            f"({'host_broadcast' if shared else 'broadcast, host_broadcast'} and disk are allowed)"
-        )
-    if config.weights.transport == "broadcast" and shared:
-        return (
-            "weights.transport = broadcast with placement = colocated: NCCL takes one process a GPU "
-            "(colocated, host_broadcast and disk are allowed)"
-        )
-    return None
