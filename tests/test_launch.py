@@ -43,10 +43,12 @@ def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object
     ]
     program = [sys.executable, "-c", "from treepo.cli import main; main()", "launch", QUICKSTART.name]
     command = [*program, *overrides, *map(str, arguments)]
+    # An interface of this machine is none of the hosts'.
+    environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
     return subprocess.Popen(
         command if host is None else host.command(*command, "--nodes", "2", "--cpus", "1"),
         cwd=folder,
-        env=os.environ | {"RAY_TMPDIR": str(ray_folder)},
+        env=environment | {"RAY_TMPDIR": str(ray_folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -99,7 +99,7 @@ def test_the_cache_gets_what_the_weights_leave(qwen2: Path) -> None:
         assert budget - memory.kv_token_bytes < used <= budget
         assert memory.memory.total == pytest.approx(1e9, abs=memory.kv_token_bytes)
     assert whole.expected_trees > half.expected_trees > 0
-    assert whole.longest_tree == 16 + 8 * 96
+    assert whole.longest_tree == 32 + 8 * 96
     assert whole.expected_tree < whole.longest_tree
     capped = engine(config(engine_max_total_tokens=5000), qwen2)
     assert capped.kv_tokens == 5000
