@@ -46,16 +46,22 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
     if fitted.device.name != "cpu":
         nodes = _count(fitted.places.nodes, "node")
         where = f"{fitted.places.devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
-    console.print(f"[bold]{escape(name)}[/bold]: {plan.parameters:,} parameters, {where}", highlight=False)
+    console.print(
+        f"[bold]{escape(name)}[/bold]: {plan.parameters:,} parameters, {where}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(
         f"trainer: {' x '.join(layout)}, recompute {config.actor.recompute}, packs of "
         f"{config.actor.max_tokens_per_pack:,} tokens",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(
         f"engines: {engine.count} of tensor {engine.tensor}, {config.placement}; weights by "
         f"{config.weights.transport}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
