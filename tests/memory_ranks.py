@@ -1,5 +1,6 @@
 """What one rank of the trainer really allocates, part by part, in real Megatron-Core ranks on CPU."""
 
+import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor
 from treepo.config.actor import ParallelConfig
 from treepo.config.schema import RunConfig
 from treepo.packing import Pack
+
+_SETTLE_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class _Phases(LiveBytes):
 
         def layers_done(_norm, inputs: tuple[Tensor]) -> None:
             """Their output belongs to what comes after them."""
+            self._settle()
             base = self.live - inputs[0].untyped_storage().nbytes()
             self._begin("logits", base)
             inputs[0].register_hook(lambda _: self._begin("work", base))
@@ -143,6 +147,13 @@ class _Phases(LiveBytes):
             module.finalize_model_grads = finalize
             for handle in handles:
                 handle.remove()
+
+    def _settle(self) -> None:
+        """Wait until nothing more goes: gloo's threads hold what they have sent until they come to let go."""
+        seen = -1
+        while seen != self.live:
+            seen = self.live
+            time.sleep(_SETTLE_SECONDS)
 
     def _begin(self, phase: str, base: int) -> None:
         self.fullest = max(self.fullest, self.peak)
