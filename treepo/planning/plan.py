@@ -20,6 +20,7 @@ from treepo.planning.update_memory import exported_bytes
 
 _PROPOSALS = 3
 _SEARCH_SECONDS = 20.0
+_SAMPLED = ("seconds", "decoded_tokens", "leaf_tokens", "mean_batch", "peak_tokens")  # the trees left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +115,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "limits": [asdict(limit) for limit in fitted.limits],
         "checkpoint_bytes": plan.checkpoint,
         "exported_bytes": plan.exported,
-        "sampling": None
-        if sampling is None
-        else {
-            "seconds": sampling.seconds,
-            "decoded_tokens": sampling.decoded_tokens,
-            "leaf_tokens": sampling.leaf_tokens,
-            "mean_batch": sampling.mean_batch,
-            "peak_tokens": sampling.peak_tokens,
-        },
-        "step": None
-        if step is None
-        else {
+        "sampling": sampling and {name: getattr(sampling, name) for name in _SAMPLED},
+        "step": step
+        and {
             "seconds": step.seconds,
             "tokens_per_second": step.tokens_per_second,
             "phases": {name: asdict(phase) for name, phase in step.phases.items()},
