@@ -17,9 +17,9 @@ from dataclasses import replace
 import numpy as np
 from full_tree import full_tree
 
-from treepo.advantage import ESTIMATORS, estimate
 from treepo.config.learning import LearningConfig
-from treepo.packing import pack_trees
+from treepo.learning.advantage import ESTIMATORS, estimate
+from treepo.learning.packing import pack_trees
 from treepo.tree import Tree
 
 DEPTH, PROMPT_TOKENS, VOCABULARY, MAX_TOKENS = 14, 256, 150_000, 16384

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import numpy as np
 import orjson
 
-from sglang_rollout.driver import TreeDriver
 from treepo.config.sampling import SamplingConfig
-from treepo.data import Prompt
+from treepo.data.prompts import Prompt
 from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.rollout.driver import TreeDriver
 from treepo.tree import Tree
 
 SETTINGS = {

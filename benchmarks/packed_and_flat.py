@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.full_tree import WIDTH, full_tree
-from treepo.advantage import estimate
 from treepo.config.learning import LearningConfig
-from treepo.loss import denominator
-from treepo.packing import Pack, pack_flat, pack_trees
+from treepo.learning.advantage import estimate
+from treepo.learning.loss import denominator
+from treepo.learning.packing import Pack, pack_flat, pack_trees
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A train step of the real actor on CPU: trees packed against the same trajectories one by one.
+"""A train step of the real trainer on CPU: trees packed against the same trajectories one by one.
 
     python benchmarks/packing.py
 
@@ -25,12 +25,12 @@ import torch
 from full_tree import SEGMENT_TOKENS, WIDTH, full_tree
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_bridge.actor import MegatronActor, create_store
-from treepo.advantage import estimate
-from treepo.config.actor import ActorConfig
+from megatron_bridge.trainer import MegatronTrainer, create_store
 from treepo.config.learning import LearningConfig
-from treepo.loss import denominator
-from treepo.packing import Pack, pack_flat, pack_trees
+from treepo.config.trainer import TrainerConfig
+from treepo.learning.advantage import estimate
+from treepo.learning.loss import denominator
+from treepo.learning.packing import Pack, pack_flat, pack_trees
 
 PROMPT_TOKENS = 128
 MODEL = {
@@ -67,7 +67,9 @@ def _status(key: str) -> int:
     return int(match[1]) * 1024
 
 
-def measure(actor: MegatronActor, leaf_tokens: int, initial_branching: int, repeats: int) -> dict[str, float]:
+def measure(
+    trainer: MegatronTrainer, leaf_tokens: int, initial_branching: int, repeats: int
+) -> dict[str, float]:
     config = LearningConfig()
     depth = leaf_tokens // SEGMENT_TOKENS
     trees = [
@@ -82,7 +84,7 @@ def measure(actor: MegatronActor, leaf_tokens: int, initial_branching: int, repe
     assert [len(replica) for layout in packs.values() for replica in layout] == [1, 1]
 
     def step(layout: Sequence[Sequence[Pack]]) -> None:
-        actor.train_step(layout[0], temperature=1.0, denominator=denominator(layout, config))
+        trainer.train_step(layout[0], temperature=1.0, denominator=denominator(layout, config))
 
     for layout in packs.values():
         step(layout)
@@ -119,13 +121,15 @@ def main() -> None:
     settings = MODEL | {"width": WIDTH, "segment_tokens": SEGMENT_TOKENS, "prompt_tokens": PROMPT_TOKENS}
     with tempfile.TemporaryDirectory() as folder:
         Qwen2ForCausalLM(Qwen2Config(**MODEL)).save_pretrained(folder)
-        actor = MegatronActor(Path(folder), "float32", ActorConfig(), LearningConfig(), 0, 1, create_store())
+        trainer = MegatronTrainer(
+            Path(folder), "float32", TrainerConfig(), LearningConfig(), 0, 1, create_store()
+        )
         for leaf_tokens in arguments.leaf_tokens:
             for initial_branching in arguments.initial_branching:
-                record = measure(actor, leaf_tokens, initial_branching, arguments.repeats)
+                record = measure(trainer, leaf_tokens, initial_branching, arguments.repeats)
                 rounded = {key: round(value, 4) for key, value in record.items()}
                 print(json.dumps(rounded | settings), flush=True)  # noqa: T201 - the result
-        actor.close()
+        trainer.close()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import orjson
 from benchmarks.engine_calibration import Calibration, FittedRates, Timed, timed
 from benchmarks.random_model import write_model
 from benchmarks.rollout import MODEL
-from sglang_rollout.driver import TreeDriver
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
@@ -40,6 +39,7 @@ from treepo.planning.simulation.lengths import (
 from treepo.planning.simulation.simulated_engine import Counts, SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.protocols import Engine
+from treepo.rollout.driver import TreeDriver
 from treepo.tree import Tree
 
 PROMPT_TOKENS, SEGMENT_TOKENS, MAX_DEPTH = 64, 64, 6

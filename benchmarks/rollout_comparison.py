@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from sglang_rollout.driver import TreeDriver
 from sglang_rollout.engine import SGLangEngine
-from sglang_rollout.growing_tree import Ask, GrowingTree
 from treepo.config.sampling import SamplingConfig
-from treepo.data import Prompt
+from treepo.data.prompts import Prompt
 from treepo.planning.simulation.lengths import (
     DrawnEnds,
     ForcedLengths,
@@ -28,7 +26,9 @@ from treepo.planning.simulation.lengths import (
     random_prompts,
 )
 from treepo.protocols import Engine, GenerateRequest
-from treepo.stopping import StopRule
+from treepo.rollout.driver import TreeDriver
+from treepo.rollout.growing_tree import Ask, GrowingTree
+from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
 
 _WARM_UP_TREES = 64  # as many as a driver remembers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treepo.packing import Pack
+from treepo.learning.packing import Pack
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.weights import WeightsConfig
-from treepo.transport.open import open_sender
-from treepo.transport.send import WeightStream
-from treepo.transport.wire import Bucket, Manifest, Sender, TensorInfo, checksum
+from treepo.weight_sync.open import open_sender
+from treepo.weight_sync.send import WeightStream
+from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksum
 
 SECONDS = 300.0
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def serve_as_sink(orders: Any) -> None:
 
 
 class ProcessSink:
-    """A `treepo.transport.send.Sink` in a process of its own that loads nothing."""
+    """A `treepo.weight_sync.send.Sink` in a process of its own that loads nothing."""
 
     ranks = 1
 

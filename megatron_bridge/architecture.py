@@ -1,4 +1,4 @@
-"""What a Hugging Face config says of a model, as far as the actor needs it."""
+"""What a Hugging Face config says of a model, as far as the trainer needs it."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from megatron_bridge.rotary import inverse_frequency
 from megatron_bridge.weights import FAMILIES, Dimensions, Family
-from treepo.config.actor import ParallelConfig
+from treepo.config.trainer import ParallelConfig
 from treepo.errors import ConfigError, ModelError
 
 
@@ -24,7 +24,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What `folder`/config.json says, as far as the actor needs it."""
+    """What `folder`/config.json says, as far as the trainer needs it."""
 
     family: Family
     dimensions: Dimensions
@@ -105,29 +105,31 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Raises ConfigError, with the arithmetic, where the model cannot be divided so."""
     dimensions = architecture.dimensions
-    stages = "actor.parallel.pipeline"
+    stages = "trainer.parallel.pipeline"
     if parallel.virtual_pipeline > 1:
         stages += f" x virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline}"
     parts = [
-        ("actor.parallel.tensor", parallel.tensor, "attention heads", architecture.heads),
-        ("actor.parallel.tensor", parallel.tensor, "key-value heads", dimensions.groups),
+        ("trainer.parallel.tensor", parallel.tensor, "attention heads", architecture.heads),
+        ("trainer.parallel.tensor", parallel.tensor, "key-value heads", dimensions.groups),
         (stages, parallel.pipeline * parallel.virtual_pipeline, "layers", dimensions.layers),
     ]
     if len(dimensions.sparse_layers) < dimensions.layers:
-        parts.append(("actor.parallel.tensor", parallel.tensor, "rows of the MLP", architecture.intermediate))
+        parts.append(
+            ("trainer.parallel.tensor", parallel.tensor, "rows of the MLP", architecture.intermediate)
+        )
     if dimensions.experts:
-        parts.append(("actor.parallel.expert", parallel.expert, "experts", dimensions.experts))
+        parts.append(("trainer.parallel.expert", parallel.expert, "experts", dimensions.experts))
     for name, ranks, what, size in parts:
         if size % ranks:
             raise ConfigError(
                 f"{name} = {ranks} does not divide the model's {size} {what} (remainder {size % ranks})"
             )
     if parallel.expert > 1 and not dimensions.experts:
-        raise ConfigError(f"actor.parallel.expert = {parallel.expert}, but the model has no experts")
+        raise ConfigError(f"trainer.parallel.expert = {parallel.expert}, but the model has no experts")
     if dimensions.experts and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
-            f"actor.parallel.tensor = {parallel.tensor} with a model that has experts needs "
-            "actor.parallel.sequence = true: Megatron-Core sends each rank's own tokens to the experts"
+            f"trainer.parallel.tensor = {parallel.tensor} with a model that has experts needs "
+            "trainer.parallel.sequence = true: Megatron-Core sends each rank's own tokens to the experts"
         )
 
 
@@ -135,7 +137,7 @@ def check_layers(transformer_impl: str) -> None:
     """Raises ConfigError where Transformer Engine is asked for and not installed."""
     if transformer_impl == "te" and find_spec("transformer_engine") is None:
         raise ConfigError(
-            "actor.transformer_impl = te, but transformer_engine is not installed; auto and local do without"
+            "trainer.transformer_impl = te, but transformer_engine is not installed; auto and local do without"
         )
 
 

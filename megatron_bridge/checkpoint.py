@@ -39,17 +39,17 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_bridge.architecture import check_same_model
+from megatron_bridge.atomic_folder import commit_folder, discard_folder, partial_folder, start_folder
 from megatron_bridge.collective import on_first_rank, reason
 from megatron_bridge.folder import add_other_files
-from megatron_bridge.manifest import (
+from megatron_bridge.optimizer_state import set_steps, sharded_moments
+from treepo.errors import CheckpointError, ModelError
+from treepo.training.checkpoint_manifest import (
     ACTOR,
     HUGGING_FACE,
     CheckpointManifest,
     read_manifest,
 )
-from megatron_bridge.moments import set_steps, sharded_moments
-from megatron_bridge.new_folder import commit_folder, discard_folder, partial_folder, start_folder
-from treepo.errors import CheckpointError, ModelError
 
 # Ranks with nothing to write wait so long for those that write.
 _LONGEST_WRITE = timedelta(hours=6)

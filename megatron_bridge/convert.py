@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.atomic_folder import new_folder
 from megatron_bridge.checkpoint import declare_format
 from megatron_bridge.collective import FAILURES, reason
+from megatron_bridge.distributed_checkpoint import Stored, TensorReader, stored_parameters, write_tensors
 from megatron_bridge.folder import INDEX, SHARD_BYTES, Checkpoint, add_other_files, write_folder
-from megatron_bridge.manifest import ACTOR, HUGGING_FACE, CheckpointManifest, is_checkpoint, read_manifest
-from megatron_bridge.new_folder import new_folder
-from megatron_bridge.stored import Stored, TensorReader, stored_parameters, write_tensors
 from megatron_bridge.weights import Rule, expand
 from treepo.errors import CheckpointError, ModelError
+from treepo.training.checkpoint_manifest import (
+    ACTOR,
+    HUGGING_FACE,
+    CheckpointManifest,
+    is_checkpoint,
+    read_manifest,
+)
 
 Progress = Callable[[int, int], None]
 """Called with how many tensors are written, of how many."""

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_bridge.atomic_folder import new_folder
 from megatron_bridge.buckets import grouped
-from megatron_bridge.new_folder import new_folder
 from treepo.errors import ModelError
 
 INDEX = "model.safetensors.index.json"

@@ -2,7 +2,7 @@
 
 from megatron.core import parallel_state, tensor_parallel
 
-from treepo.config.actor import ParallelConfig
+from treepo.config.trainer import ParallelConfig
 
 
 def form_groups(parallel: ParallelConfig, with_gloo: bool = True) -> None:

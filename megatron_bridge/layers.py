@@ -56,16 +56,16 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def use_transformer_engine(wanted: str) -> bool:
-    """Whether layers are Transformer Engine's; wanted: `actor.transformer_impl`.
+    """Whether layers are Transformer Engine's; wanted: `trainer.transformer_impl`.
 
     Raises ConfigError where they are asked for and cannot be had.
     """
     usable = HAVE_TE and torch.cuda.is_available()
     if wanted == "te" and not usable:
         lacking = "Transformer Engine cannot be imported" if not HAVE_TE else "there is no CUDA device"
-        raise ConfigError(f"actor.transformer_impl = te, but {lacking}; auto and local do without")
+        raise ConfigError(f"trainer.transformer_impl = te, but {lacking}; auto and local do without")
     chosen = usable and wanted != "local"
-    _log.info("layers are %s (actor.transformer_impl = %s)", _MAKERS[chosen], wanted)
+    _log.info("layers are %s (trainer.transformer_impl = %s)", _MAKERS[chosen], wanted)
     return chosen
 
 

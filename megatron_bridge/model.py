@@ -14,42 +14,45 @@ from torch.nn import Parameter
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.layers import final_norm, layer_spec, use_transformer_engine
 from megatron_bridge.weights import global_name, padded_vocabulary
-from treepo.config.actor import ActorConfig
+from treepo.config.trainer import TrainerConfig
 
 
-def build_model(architecture: Architecture, dtype: torch.dtype, actor: ActorConfig) -> list[GPTModel]:
+def build_model(architecture: Architecture, dtype: torch.dtype, trainer: TrainerConfig) -> list[GPTModel]:
     """The part of the model that is this rank's, uninitialised, in as many chunks as its pipeline stage has.
     Parallel state must be initialised.
     """
-    config = _transformer_config(architecture, dtype, actor, use_transformer_engine(actor.transformer_impl))
+    config = _transformer_config(
+        architecture, dtype, trainer, use_transformer_engine(trainer.transformer_impl)
+    )
     return [
-        _build_chunk(architecture, config, actor, chunk) for chunk in range(actor.parallel.virtual_pipeline)
+        _build_chunk(architecture, config, trainer, chunk)
+        for chunk in range(trainer.parallel.virtual_pipeline)
     ]
 
 
 def outline(architecture: Architecture, dtype: torch.dtype) -> GPTModel:
     """The whole model for one rank, names and shapes without memory. Parallel state must be initialised."""
-    (model,) = outlines(architecture, dtype, ActorConfig())
+    (model,) = outlines(architecture, dtype, TrainerConfig())
     return model
 
 
-def outlines(architecture: Architecture, dtype: torch.dtype, actor: ActorConfig) -> list[GPTModel]:
+def outlines(architecture: Architecture, dtype: torch.dtype, trainer: TrainerConfig) -> list[GPTModel]:
     """What `build_model` makes of Megatron-Core's own layers: names and shapes without memory, anywhere.
     Transformer Engine's have the same parameters. Parallel state must be initialised.
     """
-    config = _transformer_config(architecture, dtype, actor, transformer_engine=False)
+    config = _transformer_config(architecture, dtype, trainer, transformer_engine=False)
     config.use_cpu_initialization = True  # else it would name a device
     with torch.device("meta"):
         return [
-            _build_chunk(architecture, config, actor, chunk).to(dtype=dtype)
-            for chunk in range(actor.parallel.virtual_pipeline)
+            _build_chunk(architecture, config, trainer, chunk).to(dtype=dtype)
+            for chunk in range(trainer.parallel.virtual_pipeline)
         ]
 
 
 def _build_chunk(
-    architecture: Architecture, config: TransformerConfig, actor: ActorConfig, chunk: int
+    architecture: Architecture, config: TransformerConfig, trainer: TrainerConfig, chunk: int
 ) -> GPTModel:
-    virtual = chunk if actor.parallel.virtual_pipeline > 1 else None
+    virtual = chunk if trainer.parallel.virtual_pipeline > 1 else None
     engine = config.transformer_impl == "transformer_engine"
     first, count = get_transformer_layer_offset(config, virtual), get_num_layers_to_build(config, virtual)
     block = TransformerBlockSubmodules(
@@ -59,7 +62,7 @@ def _build_chunk(
     return GPTModel(
         config,
         block,  # type: ignore[arg-type]  # a block's parts serve as well as a layer's
-        vocab_size=padded_vocabulary(architecture.dimensions.vocabulary, actor.parallel.tensor),
+        vocab_size=padded_vocabulary(architecture.dimensions.vocabulary, trainer.parallel.tensor),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual),
@@ -70,15 +73,15 @@ def _build_chunk(
 
 
 def _transformer_config(
-    architecture: Architecture, dtype: torch.dtype, actor: ActorConfig, transformer_engine: bool
+    architecture: Architecture, dtype: torch.dtype, trainer: TrainerConfig, transformer_engine: bool
 ) -> TransformerConfig:
-    chunks = actor.parallel.virtual_pipeline
+    chunks = trainer.parallel.virtual_pipeline
     recompute = {
         "none": {},
         # Of the modules on Megatron-Core's list the one that does without Transformer Engine.
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[actor.recompute]
+    }[trainer.recompute]
     return TransformerConfig(
         transformer_impl="transformer_engine" if transformer_engine else "local",
         num_layers=architecture.dimensions.layers,
@@ -96,9 +99,9 @@ def _transformer_config(
         qk_layernorm=architecture.family.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=actor.parallel.tensor,
-        sequence_parallel=actor.parallel.sequence_parallel,
-        pipeline_model_parallel_size=actor.parallel.pipeline,
+        tensor_model_parallel_size=trainer.parallel.tensor,
+        sequence_parallel=trainer.parallel.sequence_parallel,
+        pipeline_model_parallel_size=trainer.parallel.pipeline,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         # Interleaved stages send to both neighbours at once. Of two stages these are the same rank: only this
         # way of sending tells them apart.
@@ -121,12 +124,12 @@ def _transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **recompute,
-        **_experts_config(architecture, actor, transformer_engine),
+        **_experts_config(architecture, trainer, transformer_engine),
     )
 
 
 def _experts_config(
-    architecture: Architecture, actor: ActorConfig, transformer_engine: bool
+    architecture: Architecture, trainer: TrainerConfig, transformer_engine: bool
 ) -> dict[str, Any]:
     """No loss balances the experts' load: the gradient is the policy's alone."""
     dimensions, experts = architecture.dimensions, architecture.experts
@@ -142,7 +145,7 @@ def _experts_config(
         "moe_router_pre_softmax": not experts.normalised,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",  # the choice of experts should not hang on rounding
-        "expert_model_parallel_size": actor.parallel.expert,
+        "expert_model_parallel_size": trainer.parallel.expert,
         "expert_tensor_parallel_size": 1,
     }
 

@@ -8,12 +8,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from megatron_bridge.moments import start_moments
-from treepo.config.actor import ActorConfig
+from megatron_bridge.optimizer_state import start_moments
+from treepo.config.trainer import TrainerConfig
 
 
 def trainable(
-    chunks: Sequence[GPTModel], config: ActorConfig, dtype: torch.dtype
+    chunks: Sequence[GPTModel], config: TrainerConfig, dtype: torch.dtype
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Wrap the model's chunks for gradient accumulation in float32, and make their optimizer: master weights
     in float32, sharded over the replicas. It is the same kind for one replica, so that checkpoints are too.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.attention import AttentionPlan, plan_attention
-from treepo.config.actor import ParallelConfig
-from treepo.packing import Pack, blank_pack, padded
+from treepo.config.trainer import ParallelConfig
+from treepo.learning.packing import Pack, blank_pack, padded
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,7 +25,7 @@ from megatron_bridge.device import on_device
 from megatron_bridge.groups import form_groups
 from megatron_bridge.model import named_parameters, outlines
 from megatron_bridge.weights import Rule, Surgery, expand
-from treepo.config.actor import ActorConfig, ParallelConfig
+from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.errors import ModelError
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -103,7 +103,7 @@ def fake_ranks(parallel: ParallelConfig, rank: int) -> Iterator[None]:
 
 def _built(architecture: Architecture, parallel: ParallelConfig, stage: int, rank: int) -> Shard:
     with fake_ranks(parallel, rank):
-        chunks = outlines(architecture, torch.bfloat16, ActorConfig(parallel=parallel))
+        chunks = outlines(architecture, torch.bfloat16, TrainerConfig(parallel=parallel))
         return Shard(
             stage,
             tuple(

@@ -19,7 +19,7 @@ from megatron_bridge.folder import Checkpoint, write_folder
 from megatron_bridge.model import named_parameters
 from megatron_bridge.weights import Rule, expand
 from treepo.errors import ModelError
-from treepo.transport.wire import Manifest, TensorInfo
+from treepo.weight_sync.wire import Manifest, TensorInfo
 
 
 def load(folder: Path, chunks: Sequence[GPTModel], architecture: Architecture) -> None:

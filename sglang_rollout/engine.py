@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sglang_rollout.gate import Gate
 from sglang_rollout.receiver import LOADER, Action, End, Join, Load, Receipts
+from sglang_rollout.request_gate import Gate
 from sglang_rollout.server import Server
 from sglang_rollout.weights import Update, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
+from treepo.data.tokenizer import end_tokens, has_tokenizer, load_tokenizer
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
-from treepo.tokenizer import end_tokens, has_tokenizer, load_tokenizer
-from treepo.transport.wire import Address, Bucket, Manifest
+from treepo.weight_sync.wire import Address, Bucket, Manifest
 
 _REPORT_SECONDS = 5.0  # a rank that missed a transport's deadline says so a little after it
 
@@ -92,7 +92,7 @@ class SGLangEngine:
         """Why this engine can answer nothing any more, as soon as that is so."""
         return await asyncio.shield(self._server.death)
 
-    async def show_life(self) -> None:
+    async def health_check(self) -> None:
         """Ask for one token; returns as soon as SGLang has answered anything at all: who is busy is alive.
 
         Raises EngineError where it refuses, and DeadEngineError as soon as it has died.
@@ -110,7 +110,7 @@ class SGLangEngine:
         try:
             await self._bounded_update(self._gate.empty(), "waiting for running requests")
         except EngineError as error:
-            self.abandon(str(error))
+            self.abort(str(error))
             raise
         # An earlier update that was left open may have overwritten weights already.
         self._dirty = self._dirty or (self._update is not None and self._update.touched)
@@ -146,7 +146,7 @@ class SGLangEngine:
         self._gate.open()
         return update.version
 
-    def abandon(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
         """End an update that will not be completed: serve the old version if it is whole, else refuse."""
         self._dirty = self._dirty or (self._update is not None and self._update.touched)
         self._update = None

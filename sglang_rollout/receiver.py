@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from treepo.errors import EngineError, TransportError
-from treepo.transport.colocated import SharedBytes, map_bytes
-from treepo.transport.wire import Address, Bucket, Receiver, checksum, views
+from treepo.weight_sync.colocated import SharedBytes, map_bytes
+from treepo.weight_sync.wire import Address, Bucket, Receiver, checksum, views
 
 LOADER = f"{__name__}.obey"
 _RECEIPT_BYTES = 4096  # of each rank: an exception, cut to fit

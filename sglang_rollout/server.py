@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from sglang_rollout.cpu_groups import rank_environment
+from sglang_rollout.cpu.groups import rank_environment
 from sglang_rollout.receiver import LOADER
 from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError

@@ -12,7 +12,7 @@ import orjson
 from safetensors import SafetensorError, safe_open
 
 from treepo.errors import EngineError, ModelError
-from treepo.transport.wire import Manifest
+from treepo.weight_sync.wire import Manifest
 
 _NAMED = 5  # names that an error message spells out
 _OUTPUT = "lm_head.weight"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from hypothesis import settings
-from tiny import write_tiny_qwen2
+
+from tests.support.tiny import write_tiny_qwen2
 
 if TYPE_CHECKING:
-    from real_engine import RealEngine
+    from tests.support.real_engine import RealEngine
 
 # The tests' tensors are small, and threads that wait for each other on a busy machine cost minutes. The
 # variable is for processes that tests start: in this one torch is imported already, and has read it.
@@ -32,8 +33,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RealEngine"]:
-    """A real SGLang engine, started once (slow tests only): see tests/real_engine.py."""
-    import real_engine as harness  # starts with seconds of imports that fast tests do not need
+    """A real SGLang engine, started once (slow tests only): see tests/support/real_engine.py."""
+    import tests.support.real_engine as harness  # starts with seconds of imports that fast tests do not need
 
     with asyncio.Runner() as runner:
         real = harness.start(harness.write_model(tmp_path_factory.mktemp("engine")), runner.get_loop())

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from tests.support.paths import ROOT
 from treepo.doctor.checks import chosen
 
-ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "docker"))
-import image_packages  # type: ignore[reportMissingImports]  # noqa: E402  # in the folder just named
+import image_packages  # type: ignore[reportMissingImports]  # in the folder just named
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = {entry.name: entry.specifier for entry in map(Requirement, PROJECT["dependencies"])}
@@ -129,7 +129,7 @@ def test_what_does_not_belong_in_an_image_is_ignored(path: str) -> None:
     assert ignored(path)
 
 
-@pytest.mark.parametrize("path", ["treepo/cli.py", "examples/quickstart.yaml", "LICENSE"])
+@pytest.mark.parametrize("path", ["treepo/cli/main.py", "examples/quickstart.yaml", "LICENSE"])
 def test_what_belongs_is_not(path: str) -> None:
     assert not ignored(path)
 

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel
 
+from tests.support.paths import ROOT
 from treepo.config.reference import COMMANDS, render
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 SOURCES = ("treepo", "sglang_rollout", "megatron_bridge")

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from random_trees import random_tree
 
+from tests.support.random_trees import random_tree
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict, from_json, to_json
 
 

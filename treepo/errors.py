@@ -43,8 +43,8 @@ class NoEngineError(TreepoError):
     exit_code = 1
 
 
-class ScoreCheckError(TreepoError):
-    """Actor and engine disagree on log-probs; the text has the figures and the usual suspects."""
+class LogProbCheckError(TreepoError):
+    """Trainer and engine disagree on log-probs; the text has the figures and the usual suspects."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""What the core asks of an engine and a learner, so that it never needs to know which one it has.
+"""What the core asks of an engine and a trainer, so that it never needs to know which one it has.
 
 The real ones live in `sglang_rollout` and `megatron_bridge`; the tests bring fakes. Arrays are numpy on
 this border: it is crossed between processes, and neither side should care about the other's device.
@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
-from treepo.packing import Pack
-from treepo.transport.wire import Address, Bucket, Manifest
+from treepo.learning.packing import Pack
+from treepo.weight_sync.wire import Address, Bucket, Manifest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +70,7 @@ class WeightSource(Protocol):
 
 
 class WeightSink(Protocol):
-    """An engine's side. Between `begin` and `commit` or `abandon` it serves nothing."""
+    """An engine's side. Between `begin` and `commit` or `abort` it serves nothing."""
 
     async def begin(self, version: int, manifest: Manifest) -> None: ...
 
@@ -82,12 +82,12 @@ class WeightSink(Protocol):
         """Verify that everything arrived; serve the new version from here on and return it."""
         ...
 
-    def abandon(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
         """There will be no commit: serve the old version if it is whole, else nothing."""
         ...
 
 
-class Learner(Protocol):
+class Trainer(Protocol):
     """One rank of the trainer. Every method is collective; `packs` are those of the rank's replica."""
 
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
@@ -97,6 +97,6 @@ class Learner(Protocol):
     def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
         """One optimizer step on the loss summed over all replicas' packs and divided by `denominator`.
 
-        Returns the metrics of `treepo.loss` and of the step.
+        Returns the metrics of `treepo.learning.loss` and of the step.
         """
         ...

@@ -34,7 +34,7 @@ from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.planning.simulation.lengths import LogNormal, random_prompts
-from treepo.stopping import StopRule
+from treepo.rollout.stopping import StopRule
 
 MEAN_SEGMENTS, SIGMA = 3.5, 0.5
 

@@ -8,18 +8,18 @@ from pydantic import Field, model_validator
 
 from treepo.config.base import PathField, Section
 
-_NAMED = Path(__file__).parents[1] / "columns"
+_NAMED = Path(__file__).parents[1] / "data/columns"
 
 
 def shipped_columns() -> dict[str, Path]:
-    """The column maps in treepo/columns by name."""
+    """The column maps in treepo/data/columns by name."""
     return {path.stem: path for path in _NAMED.glob("*.yaml")}
 
 
 class ColumnsConfig(Section):
     """Column names; `a.b` reaches into a nested column. The defaults are m-a-p/TreePO_data's.
 
-    The name of a file in treepo/columns ("gsm8k") stands for what is in it.
+    The name of a file in treepo/data/columns ("gsm8k") stands for what is in it.
     """
 
     prompt: str = "prompt"

@@ -52,7 +52,7 @@ class BenchmarkConfig(Section):
     name: str = Field(default="", pattern=r"^[\w.-]*$")
     """Its name in tables and problem ids; by default the file's name without its ending."""
     columns: ColumnsConfig = ColumnsConfig()
-    """Column names of `path`. By default the map in treepo/columns that is named as the file is, if there is
+    """Column names of `path`. By default the map in treepo/data/columns that is named as the file is, if there is
     one, else those of m-a-p/TreePO_data."""
     max_problems: int | None = Field(default=None, ge=1)
     """Only the first so many usable problems; `data.max_problems` by default."""
@@ -71,7 +71,7 @@ class BenchmarkConfig(Section):
 
     @property
     def shipped_map(self) -> str | None:
-        """The name of the map in treepo/columns that the columns are those of."""
+        """The name of the map in treepo/data/columns that the columns are those of."""
         stem = self.path.stem
         return (
             stem if stem in shipped_columns() and ColumnsConfig.model_validate(stem) == self.columns else None

@@ -4,13 +4,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from treepo.advantage import ESTIMATORS
 from treepo.config.base import Section
+from treepo.learning.advantage import ESTIMATORS
 
 
 class LearningConfig(Section):
     estimator: str = "treepo"
-    """A registered advantage estimator (treepo.advantage)."""
+    """A registered advantage estimator (treepo.learning.advantage)."""
     weighting: Literal["mean", "size"] = "mean"
     """How `treepo` averages over a leaf's groups: each alike, or by the leaves in it."""
     include_root: bool = True
@@ -38,7 +38,7 @@ class LearningConfig(Section):
     normalisation_tokens: int | None = Field(default=None, ge=1)
     """Tokens that a trajectory counts for under `normalisation: constant`; usually max_response_tokens."""
     importance_cap: float | None = Field(default=2.0, gt=0)
-    """Each token's loss is multiplied by min(actor probability / engine probability, this); null: by 1."""
+    """Each token's loss is multiplied by min(trainer probability / engine probability, this); null: by 1."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence to the reference model; 0 needs no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

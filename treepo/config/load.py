@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from treepo.config.base import Section
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 
 

@@ -14,11 +14,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from treepo.advantage import ESTIMATORS
 from treepo.config.base import Section
 from treepo.config.evaluate import EvalConfig
 from treepo.config.rollout import RolloutConfig
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
+from treepo.learning.advantage import ESTIMATORS
 from treepo.rewards.terms import TERMS
 
 COMMANDS: dict[str, type[Section]] = {"train": RunConfig, "rollout": RolloutConfig, "eval": EvalConfig}

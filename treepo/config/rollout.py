@@ -5,8 +5,8 @@ from pydantic import Field
 from treepo.config.base import PathField, Section
 from treepo.config.data import RolloutDataConfig
 from treepo.config.engine import EngineConfig
+from treepo.config.run import ModelConfig
 from treepo.config.sampling import SamplingConfig
-from treepo.config.schema import ModelConfig
 
 
 class RolloutConfig(Section):

@@ -140,7 +140,7 @@ class SamplingConfig(Section):
     max_response_tokens: int = Field(default=7168, ge=1)
     """Most tokens in one response."""
     temperature: float = Field(default=1.0, gt=0)
-    """Softmax temperature of sampling; the actor scores with the same one."""
+    """Softmax temperature of sampling; the trainer scores with the same one."""
     budget: Literal["fixed", "random", "tokens"] = "fixed"
     """Children of one tree step: `branching` for each path that was active before it (so a finished path's
     share passes to the others); the same with `branching` drawn from its range at each step; or

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from treepo.comparison import Difference
+from treepo.evaluation.comparison import Difference
 
 
 def show_comparison(console: Console, first: str, second: str, differences: Sequence[Difference]) -> None:

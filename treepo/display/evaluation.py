@@ -10,20 +10,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
-from sglang_rollout.driver import Stats
 from treepo.display.live import LiveDisplay, show_written
-from treepo.evaluation import ProblemResult
-from treepo.orchestration.evaluate_inputs import Inputs
-from treepo.orchestration.evaluation_folder import PLOT, REPORT, RESULTS, SAMPLES
-from treepo.orchestration.run_folder import CONFIG, LOG, TREES
-from treepo.report.page import headline_metrics, parts, percent
+from treepo.evaluation.folder import PLOT, REPORT, RESULTS, SAMPLES
+from treepo.evaluation.metrics import ProblemResult
+from treepo.evaluation.report.page import headline_metrics, parts, percent
+from treepo.preflight.evaluate import Inputs
+from treepo.rollout.driver import Stats
+from treepo.training.run_folder import CONFIG, LOG, TREES
 
 _LINES = 10  # where nothing is live
 _FAILURES = 5  # that the table spells out
 
 
 class EvaluationDisplay(LiveDisplay):
-    """A `Reporter` (treepo.orchestration.evaluate) that draws; a context manager around the evaluation."""
+    """A `Reporter` (treepo.evaluation.evaluate) that draws; a context manager around the evaluation."""
 
     def __init__(self, console: Console, title: str, inputs: Inputs) -> None:
         super().__init__(

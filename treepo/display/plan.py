@@ -36,7 +36,7 @@ def show_plan(console: Console, name: str, plan: Plan) -> None:
 
 def _show_run(console: Console, name: str, plan: Plan) -> None:
     config, fitted = plan.config, plan.fit
-    parallel, engine = config.actor.parallel, config.engine
+    parallel, engine = config.trainer.parallel, config.engine
     layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {parallel.data}"]
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
@@ -52,8 +52,8 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"trainer: {' x '.join(layout)}, recompute {config.actor.recompute}, packs of "
-        f"{config.actor.max_tokens_per_pack:,} tokens",
+        f"trainer: {' x '.join(layout)}, recompute {config.trainer.recompute}, packs of "
+        f"{config.trainer.max_tokens_per_pack:,} tokens",
         highlight=False,
         soft_wrap=True,
     )

@@ -6,17 +6,17 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from sglang_rollout.driver import Stats
 from treepo.display.live import LiveDisplay, show_written, value_table
-from treepo.orchestration.rollout import Summary
-from treepo.orchestration.run_folder import CONFIG, LOG, SUMMARY, TREES
+from treepo.rollout.driver import Stats
+from treepo.rollout.sample_file import Summary
+from treepo.training.run_folder import CONFIG, LOG, SUMMARY, TREES
 
 _LINES = 10  # where nothing is live
 _FAILURES = 5  # that the table spells out
 
 
 class RolloutDisplay(LiveDisplay):
-    """A `Reporter` (treepo.orchestration.rollout) that draws; a context manager around the rollout."""
+    """A `Reporter` (treepo.rollout.sample_file) that draws; a context manager around the rollout."""
 
     def __init__(self, console: Console, title: str) -> None:
         super().__init__(

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.table import Table
 
 from treepo.display.live import LiveDisplay, is_live, live_progress, show_written, value_table
-from treepo.orchestration.checkpoints import CHECKPOINTS
-from treepo.orchestration.resume import Resume
-from treepo.orchestration.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
 from treepo.toy.make import ToyReport
+from treepo.training.checkpoints import CHECKPOINTS
+from treepo.training.resume import Resume
+from treepo.training.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
 
 _PHASES = ("sample", "score", "train", "update")
 _COLUMNS = (
@@ -63,7 +63,7 @@ def show_toy(console: Console, report: ToyReport) -> None:
 
 
 class TrainDisplay(LiveDisplay):
-    """A `Reporter` (treepo.orchestration.clock) that draws; a context manager around the run."""
+    """A `Reporter` (treepo.training.clock) that draws; a context manager around the run."""
 
     def __init__(self, console: Console, title: str, steps: int) -> None:
         super().__init__(
@@ -126,8 +126,8 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     decoded, sequential = summary["decoded_tokens"], summary["sequential_tokens"]
     table.add_row("tokens decoded in training", f"{decoded:,}")
     table.add_row("the same leaves one by one", f"{sequential:,}  ({sequential / decoded:.2f}x)")
-    if summary["score_check"] is not None:
-        mean, largest = summary["score_check"]["mean"], summary["score_check"]["max"]
+    if summary["log_prob_check"] is not None:
+        mean, largest = summary["log_prob_check"]["mean"], summary["log_prob_check"]["max"]
         table.add_row("log-prob difference before step 1", f"{mean:.1e}, at most {largest:.1e}")
     table.add_row("largest log-prob difference", f"{summary['max_logprob_difference']:.1e}")
     table.add_section()

@@ -9,7 +9,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from treepo.doctor.outcome import Outcome, failed, passed
-from treepo.transport.wire import Address, Bucket
+from treepo.weight_sync.wire import Address, Bucket
 
 if TYPE_CHECKING:
     from sglang_rollout.engine import SGLangEngine
@@ -26,7 +26,7 @@ _WEIGHTS = (
 
 @dataclass(frozen=True)
 class LocalSink:
-    """A `treepo.transport.send.Sink` for an engine of this process, whose loop runs in another thread."""
+    """A `treepo.weight_sync.send.Sink` for an engine of this process, whose loop runs in another thread."""
 
     engine: "SGLangEngine"
     loop: asyncio.AbstractEventLoop
@@ -90,9 +90,9 @@ async def exercise(engine: "SGLangEngine", toy: "Toy") -> Outcome:
 
 async def _update(engine: "SGLangEngine", toy: "Toy") -> str:
     """The whole transaction as a run makes it. Returns what went wrong, if anything did."""
-    from treepo.transport.colocated import SharedSender
-    from treepo.transport.send import WeightStream
-    from treepo.transport.wire import TensorInfo
+    from treepo.weight_sync.colocated import SharedSender
+    from treepo.weight_sync.send import WeightStream
+    from treepo.weight_sync.wire import TensorInfo
 
     weights = toy.new_weights()
     manifest = tuple(TensorInfo.of(name, tensor) for name, tensor in weights.items())

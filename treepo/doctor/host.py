@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from treepo.cgroup import cgroup_room
 from treepo.doctor.outcome import Outcome, skipped, verdict
+from treepo.planning.cgroup import cgroup_room
 
 _GIB = 1 << 30
 _SHARED_MEMORY = _GIB

@@ -1,4 +1,4 @@
-"""A real Megatron-Core actor on a toy model: it scores a tree and takes one step, which has the effect that
+"""A real Megatron-Core trainer on a toy model: it scores a tree and takes one step, which has the effect that
 its rewards ask for.
 """
 
@@ -23,21 +23,21 @@ _DIFFERS = (
 
 
 def trainer() -> Outcome:
-    from megatron_bridge.actor import MegatronActor, create_store
-    from treepo import advantage, loss
-    from treepo.config.actor import ActorConfig, OptimizerConfig
+    from megatron_bridge.trainer import MegatronTrainer, create_store
     from treepo.config.learning import LearningConfig
+    from treepo.config.trainer import OptimizerConfig, TrainerConfig
     from treepo.doctor.toy_model import Toy, difference, dtype_here
-    from treepo.packing import pack_trees
+    from treepo.learning import advantage, loss
+    from treepo.learning.packing import pack_trees
 
     toy, learning = Toy(Path(mkdtemp()), dtype_here()), LearningConfig()
     tree = two_answers(toy.tokens)
     (packs,) = pack_trees([tree], advantage.estimate([tree], learning), _TOKENS, 1)
     optimizer = OptimizerConfig(learning_rate=_LEARNING_RATE, warmup_steps=0)
-    actor = MegatronActor(
-        toy.folder, toy.dtype, ActorConfig(optimizer=optimizer), learning, 0, 1, create_store()
+    trainer = MegatronTrainer(
+        toy.folder, toy.dtype, TrainerConfig(optimizer=optimizer), learning, 0, 1, create_store()
     )
-    (before,) = actor.log_probs(packs, 1.0)
+    (before,) = trainer.log_probs(packs, 1.0)
     paths = [np.concatenate([tree.prompt, segment.tokens]) for segment in tree.segments]
     expected = np.concatenate([toy.log_probs(path)[_PROMPT - 1 :] for path in paths])
     error = difference(before[_PROMPT:], expected)
@@ -46,9 +46,9 @@ def trainer() -> Outcome:
             f"log-probs differ from transformers' by {error:.2g}, at most {toy.tolerance:g}", _DIFFERS
         )
     trained = [replace(packs[0], old_log_prob=before)]
-    metrics = actor.train_step(trained, 1.0, loss.denominator([trained], learning))
-    (after,) = actor.log_probs(packs, 1.0)
-    actor.close()
+    metrics = trainer.train_step(trained, 1.0, loss.denominator([trained], learning))
+    (after,) = trainer.log_probs(packs, 1.0)
+    trainer.close()
     good, bad = ((after - before)[_PROMPT:].reshape(2, _RESPONSE)).mean(1)
     found = (
         f"log-probs differ from transformers' by {error:.1g} ({toy.dtype}); one step of gradient norm "

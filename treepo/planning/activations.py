@@ -1,7 +1,7 @@
 """What one rank of the trainer keeps of a micro-batch between forward and backward pass, and beside it.
 
 Derived, operation by operation, from what the layers of `megatron_bridge` save for the backward pass. What is
-said of the CPU (plain torch norms, gathered keys) is compared with real ranks in tests/test_plan_memory.py.
+said of the CPU (plain torch norms, gathered keys) is compared with real ranks in tests/planning/test_memory.py.
 What is said of CUDA (fused norms, FlexAttention) is derived in the same way and has not been measured.
 Transformer Engine's layers keep the same inputs and outputs of matrices.
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.attention import CPU_BLOCK, CUDA_BLOCK
 from megatron_bridge.log_prob import CHUNK_BYTES
-from treepo.config.actor import ActorConfig
+from treepo.config.trainer import TrainerConfig
 
 FLOAT32 = 4
 GATHER_PADDING = 1.12
@@ -22,7 +22,7 @@ GATHER_PADDING = 1.12
 LARGEST_GROUP = 0.45
 """Share of all gathered keys in the largest call of the CPU's attention, on chains."""
 COLUMN_BYTES = 76
-"""A token's fields in a pack on the device (`treepo.packing.Pack`, with both further log-probs)."""
+"""A token's fields in a pack on the device (`treepo.learning.packing.Pack`, with both further log-probs)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class MicroBatch:
     """
 
     architecture: Architecture
-    actor: ActorConfig
+    trainer: TrainerConfig
     tokens: int
     context: float
     element: int
@@ -41,12 +41,12 @@ class MicroBatch:
 
     @property
     def tensor(self) -> int:
-        return self.actor.parallel.tensor
+        return self.trainer.parallel.tensor
 
     @property
     def own_tokens(self) -> float:
         """Those of this rank, outside attention and MLP."""
-        return self.tokens / (self.tensor if self.actor.parallel.sequence_parallel else 1)
+        return self.tokens / (self.tensor if self.trainer.parallel.sequence_parallel else 1)
 
     @property
     def stream(self) -> float:
@@ -134,9 +134,9 @@ def inner(batch: MicroBatch, sparse: bool) -> float:
 
 def layer_kept(batch: MicroBatch, sparse: bool) -> float:
     """Kept by one layer from forward to backward pass."""
-    if batch.actor.recompute == "full":
+    if batch.trainer.recompute == "full":
         return batch.stream
-    if batch.actor.recompute == "selective":
+    if batch.trainer.recompute == "selective":
         return attention_selective(batch) + mlp(batch, sparse)
     return attention(batch) + mlp(batch, sparse)
 
@@ -146,9 +146,9 @@ def layer_work(batch: MicroBatch, sparse: bool) -> float:
     gradients of activations, in the MLP or in attention.
     """
     in_mlp, in_attention = _work_in_mlp(batch, sparse), _work_in_attention(batch) - mlp(batch, sparse)
-    if batch.actor.recompute == "full":  # all of it, and the layer's output
+    if batch.trainer.recompute == "full":  # all of it, and the layer's output
         return attention(batch) + mlp(batch, sparse) + max(in_mlp, in_attention)
-    if batch.actor.recompute == "selective":
+    if batch.trainer.recompute == "selective":
         return max(in_mlp, in_attention + attention_core(batch))
     return max(in_mlp, in_attention)
 
@@ -164,7 +164,7 @@ def _work_in_mlp(batch: MicroBatch, sparse: bool) -> float:
     assert batch.architecture.experts is not None
     sent = batch.stream * batch.architecture.experts.per_token
     if batch.eager:
-        return 2 * batch.stream + (3 if batch.actor.parallel.expert > 1 else 2) * sent
+        return 2 * batch.stream + (3 if batch.trainer.parallel.expert > 1 else 2) * sent
     return batch.stream + sent + 2 * rows
 
 
@@ -179,7 +179,7 @@ def _work_in_attention(batch: MicroBatch) -> float:
 
 def after_layers(batch: MicroBatch) -> float:
     """Kept by the last norm, and what the logits are computed from."""
-    gathered = batch.whole if batch.actor.parallel.sequence_parallel else 0.0
+    gathered = batch.whole if batch.trainer.parallel.sequence_parallel else 0.0
     return norm(batch, batch.stream) + batch.stream + gathered + batch.whole
 
 

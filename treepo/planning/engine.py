@@ -5,9 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_bridge.architecture import read_architecture
-from sglang_rollout.driver import TreeDriver
-from sglang_rollout.growing_tree import longest_response
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.engine_shard import EngineShard, engine_shard
 from treepo.planning.hardware import GIB, device
 from treepo.planning.memory import Memory, element_bytes
@@ -15,6 +13,8 @@ from treepo.planning.sglang_defaults import defaults, most_requests
 from treepo.planning.simulation.lengths import InstantEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import Workload, text_of, workload
+from treepo.rollout.driver import TreeDriver
+from treepo.rollout.growing_tree import longest_response
 
 _REMEMBERED_TREES = 64  # by which a driver knows how large trees become
 _CPU_TOKENS = 1 << 17  # KV cache of an engine on a CPU (sglang_rollout/server.py)

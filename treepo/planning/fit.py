@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.engine import EngineMemory, engine_memory
 from treepo.planning.hardware import GIB, Device, device
 from treepo.planning.host import node_memory
@@ -111,11 +111,11 @@ def _with_runtime(trainer: Sequence[Memory], engine: EngineMemory, shared: bool)
 def _on_gpus(config: RunConfig, hardware: Device, trainer: Sequence[Memory], host: Memory) -> list[Limit]:
     """The engine takes what is left."""
     *stages, updating = trainer
-    remedies = "actor.parallel, actor.recompute, actor.max_tokens_per_pack"
+    remedies = "trainer.parallel, trainer.recompute, trainer.max_tokens_per_pack"
     node = config.plan.node_memory_gib * GIB
     return [
         *(Limit(stage.owner, stage.total, hardware.memory, remedies) for stage in stages),
-        Limit(updating.owner, updating.total, hardware.memory, "actor.parallel, engine.tensor"),
+        Limit(updating.owner, updating.total, hardware.memory, "trainer.parallel, engine.tensor"),
         Limit(host.owner, host.total, node, "plan.node_memory_gib, checkpoint.every, engine.tensor"),
     ]
 
@@ -128,10 +128,10 @@ def _on_this_machine(
     host: Memory,
 ) -> list[Limit]:
     """All processes share it. They take turns, but a CPU's allocator gives little back meanwhile."""
-    parallel, engines = config.actor.parallel, config.engine
+    parallel, engines = config.trainer.parallel, config.engine
     need = parallel.tensor * parallel.data * sum(memory.total for memory in trainer[:-1])
     need += (
         engines.count * engines.tensor * (engine.memory.parts["weights"] + engine.memory.parts["KV cache"])
     )
-    remedies = "actor.max_tokens_per_pack, engine.max_total_tokens, actor.parallel, engine.count"
+    remedies = "trainer.max_tokens_per_pack, engine.max_total_tokens, trainer.parallel, engine.count"
     return [Limit("all processes together", need + host.total, hardware.memory, remedies)]

@@ -7,7 +7,7 @@ Sources: NVIDIA's data sheets of A100, H100 SXM, H200 SXM and B200 (HGX).
 import os
 from dataclasses import dataclass
 
-from treepo.cgroup import cgroup_room
+from treepo.planning.cgroup import cgroup_room
 
 GIB = 1 << 30
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.engine import EngineMemory
 from treepo.planning.hardware import GIB
 from treepo.planning.memory import Memory

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from megatron_bridge.architecture import Architecture, check_layout
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.config.weights import WeightsConfig
 from treepo.errors import ConfigError
 from treepo.planning.places import places
@@ -55,17 +55,17 @@ def neighbours(config: RunConfig, architecture: Architecture) -> Iterator[Neighb
 
 def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[float, dict[str, Any]]]:
     """Distance and settings of every combination, valid or not."""
-    parallel, engine = config.actor.parallel, config.engine
+    parallel, engine = config.trainer.parallel, config.engine
     fraction = engine.memory_fraction
     shortest_pack = config.data.max_prompt_tokens + config.sampling.max_response_tokens
     on_a_node = _powers_of_two(config.plan.devices_per_node)
     choices: dict[str, tuple[Any, Iterable[Any]]] = {
         "devices": (1, (1, 2, 4)),
-        "actor.parallel.tensor": (parallel.tensor, on_a_node),
-        "actor.parallel.pipeline": (parallel.pipeline, _powers_of_two(architecture.dimensions.layers)),
-        "actor.parallel.expert": (parallel.expert, _powers_of_two(architecture.dimensions.experts or 1)),
-        "actor.recompute": (config.actor.recompute, _RECOMPUTE),
-        "actor.max_tokens_per_pack": (config.actor.max_tokens_per_pack, (shortest_pack,)),
+        "trainer.parallel.tensor": (parallel.tensor, on_a_node),
+        "trainer.parallel.pipeline": (parallel.pipeline, _powers_of_two(architecture.dimensions.layers)),
+        "trainer.parallel.expert": (parallel.expert, _powers_of_two(architecture.dimensions.experts or 1)),
+        "trainer.recompute": (config.trainer.recompute, _RECOMPUTE),
+        "trainer.max_tokens_per_pack": (config.trainer.max_tokens_per_pack, (shortest_pack,)),
         "engine.tensor": (engine.tensor, on_a_node),
         # Written out where it was: SGLang's own choice follows the device.
         "weights.transport": (config.weights.transport, _open_ways(config)),
@@ -89,9 +89,9 @@ def _open_ways(config: RunConfig) -> list[str]:
 def _distance(key: str, now: Any, then: Any) -> float:
     if now == then:
         return 0.0
-    if key == "actor.recompute":
+    if key == "trainer.recompute":
         return _SMALL_STEP * abs(_RECOMPUTE.index(now) - _RECOMPUTE.index(then))
-    if key in ("actor.max_tokens_per_pack", "weights.transport"):
+    if key in ("trainer.max_tokens_per_pack", "weights.transport"):
         return _SMALL_STEP
     if key == "engine.memory_fraction":
         return _SMALL_STEP + abs(float(then) - float(now))
@@ -100,20 +100,20 @@ def _distance(key: str, now: Any, then: Any) -> float:
 
 def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str, Any]) -> Neighbour | None:
     """None where the settings do not divide the model, the batch or the devices."""
-    parallel, engine, factor = config.actor.parallel, config.engine, point["devices"]
-    tensor, pipeline = point["actor.parallel.tensor"], point["actor.parallel.pipeline"]
+    parallel, engine, factor = config.trainer.parallel, config.engine, point["devices"]
+    tensor, pipeline = point["trainer.parallel.tensor"], point["trainer.parallel.pipeline"]
     ranks, engine_devices = parallel.ranks * factor, engine.count * engine.tensor * factor
     if ranks % (tensor * pipeline) or engine_devices % point["engine.tensor"]:
         return None
     settings = {key: value for key, value in point.items() if key != "devices"}
-    data = {"actor.parallel.data": ranks // (tensor * pipeline)}
+    data = {"trainer.parallel.data": ranks // (tensor * pipeline)}
     follow = {"engine.count": engine_devices // point["engine.tensor"]}
     if factor > 1:  # what the further devices are for
         settings |= data
     else:
         follow |= data
     if pipeline == 1:
-        follow["actor.parallel.virtual_pipeline"] = 1
+        follow["trainer.parallel.virtual_pipeline"] = 1
     values = config.model_dump()
     for key, value in {**settings, **follow}.items():
         *parents, last = key.split(".")
@@ -123,7 +123,7 @@ def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str
         section[last] = value
     try:
         other = RunConfig.model_validate(values)
-        check_layout(architecture, other.actor.parallel)
+        check_layout(architecture, other.trainer.parallel)
     except (ValidationError, ConfigError):
         return None
     return Neighbour(other, _changed(config, settings), _changed(config, follow))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

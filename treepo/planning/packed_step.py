@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from treepo.advantage import estimate
-from treepo.config.schema import RunConfig
-from treepo.packing import Pack, pack_flat, pack_trees
+from treepo.config.run import RunConfig
+from treepo.learning.advantage import estimate
+from treepo.learning.packing import Pack, pack_flat, pack_trees
 from treepo.tree import Tree
 
 _MOST_TREES = 128  # that are packed: a packed token takes about 80 bytes
@@ -44,13 +44,13 @@ def replica_work(
     config: RunConfig, trees: Sequence[Tree], most_trees: int = _MOST_TREES
 ) -> list[ReplicaWork]:
     """Of some replicas, in one mini-batch. most_trees: that are packed."""
-    learning, actor = config.learning, config.actor
-    share = config.data.prompts_per_step // (learning.mini_batches * actor.parallel.data)
+    learning, trainer = config.learning, config.trainer
+    share = config.data.prompts_per_step // (learning.mini_batches * trainer.parallel.data)
     used = trees[: min(len(trees), most_trees)]
-    replicas = max(1, min(len(used) // share, actor.parallel.data))
+    replicas = max(1, min(len(used) // share, trainer.parallel.data))
     used = [_graded(tree) for tree in used[: replicas * share]]
     pack = pack_trees if learning.packing == "tree" else pack_flat
-    packed = pack(used, estimate(used, learning), actor.max_tokens_per_pack, replicas)
+    packed = pack(used, estimate(used, learning), trainer.max_tokens_per_pack, replicas)
     scale = replicas * share / len(used)
     return [
         ReplicaWork(tuple(len(pack) for pack in packs), tuple(_pairs(pack) for pack in packs), scale)

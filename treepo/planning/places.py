@@ -6,9 +6,9 @@ Nodes are as `plan.devices_per_node` says; on `plan.device: cpu` everything is o
 from dataclasses import dataclass
 from math import ceil
 
-from treepo.config.schema import RunConfig
+from treepo.cluster.placement import Node, needs, on_one_machine, plan, run_layout
+from treepo.config.run import RunConfig
 from treepo.errors import PlacementError
-from treepo.orchestration.placement import Node, needs, on_one_machine, plan, run_layout
 
 
 @dataclass(frozen=True, slots=True)

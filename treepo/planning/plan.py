@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bridge.architecture import read_architecture
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.fit import Fit, fit
 from treepo.planning.layouts import Neighbour, neighbours
 from treepo.planning.memory import Memory

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bridge.architecture import read_architecture
-from sglang_rollout.driver import TreeDriver
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.engine import EngineMemory
 from treepo.planning.hardware import device
 from treepo.planning.memory import element_bytes
@@ -24,6 +23,7 @@ from treepo.planning.simulation.rates import Rates
 from treepo.planning.simulation.simulated_engine import Counts, SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import Workload, text_of, workload
+from treepo.rollout.driver import TreeDriver
 from treepo.tree import Tree
 
 _WARM_UP_TREES = 64  # as many as a driver remembers

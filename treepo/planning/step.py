@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bridge.architecture import Architecture, read_architecture
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.engine_shard import engine_shard
 from treepo.planning.flops import forward_flops
 from treepo.planning.hardware import device
@@ -75,9 +75,9 @@ def _scored(config: RunConfig) -> int:
 
 def _trained(config: RunConfig, architecture: Architecture, work: list[ReplicaWork]) -> tuple[float, int]:
     """Training in forward passes: of computing, of sending."""
-    if config.actor.recompute == "full":
+    if config.trainer.recompute == "full":
         return 4.0, 3
-    if config.actor.recompute == "none":
+    if config.trainer.recompute == "none":
         return 3.0, 2
     tokens, pairs = sum(one.total_tokens for one in work), sum(one.total_pairs for one in work)
     attention = forward_flops(architecture, 0, pairs) / forward_flops(architecture, tokens, pairs)
@@ -88,8 +88,8 @@ def _passes(
     config: RunConfig, architecture: Architecture, work: list[ReplicaWork], passes: float, sends: int
 ) -> Phase:
     """So many forward passes over the step's packs, by the slowest replica."""
-    actor, hardware = config.actor, device(config.plan.device)
-    parallel, mini_batches = actor.parallel, config.learning.mini_batches
+    trainer, hardware = config.trainer, device(config.plan.device)
+    parallel, mini_batches = trainer.parallel, config.learning.mini_batches
     ranks = parallel.tensor * parallel.pipeline
     slowest = max(work, key=lambda one: forward_flops(architecture, one.total_tokens, one.total_pairs))
     flops = forward_flops(architecture, slowest.total_tokens, slowest.total_pairs)
@@ -111,7 +111,7 @@ def _passes(
 
 def _sent_seconds(config: RunConfig, architecture: Architecture) -> float:
     """What one token costs to send in one forward pass of all layers."""
-    parallel, plan, hardware = config.actor.parallel, config.plan, device(config.plan.device)
+    parallel, plan, hardware = config.trainer.parallel, config.plan, device(config.plan.device)
     values = element_bytes(config) * architecture.hidden
     tensor = 4 * (parallel.tensor - 1) / parallel.tensor * values * architecture.dimensions.layers
     seconds = tensor / hardware.link
@@ -126,7 +126,7 @@ def _sent_seconds(config: RunConfig, architecture: Architecture) -> float:
 
 def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
     """Gradients to the ranks that own them, Adam, parameters back; once a mini-batch."""
-    parallel, plan, hardware = config.actor.parallel, config.plan, device(config.plan.device)
+    parallel, plan, hardware = config.trainer.parallel, config.plan, device(config.plan.device)
     shard, steps = engine_shard(architecture, 1), config.learning.mini_batches
     dense = (shard.parameters - shard.experts) / (parallel.tensor * parallel.pipeline)
     experts = shard.experts / (parallel.expert * parallel.pipeline)

@@ -5,7 +5,7 @@ parameter follows from `megatron_bridge.optimizer`: gradients summed in float32;
 dtypes, a float32 master copy, divided among the replicas that hold the parameter. Activations are those of
 `treepo.planning.activations`, for the pipeline schedules of Megatron-Core. Units: bytes.
 
-Compared with real ranks on CPU in tests/test_plan_memory.py; for CUDA see `treepo.planning.activations`. Not
+Compared with real ranks on CPU in tests/planning/test_memory.py; for CUDA see `treepo.planning.activations`. Not
 in it: what the allocator loses between blocks; the context of a GPU and of NCCL (1 to 2 GiB); the optimizer's
 own step, when activations have gone (Transformer Engine's Adam works in place, but torch's, where that is not
 installed, takes some further bytes for each value of a rank's share).
@@ -24,8 +24,8 @@ from megatron_bridge.shards import (
     layout_shards,
     tensor_shapes,
 )
-from treepo.config.actor import ParallelConfig
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
+from treepo.config.trainer import ParallelConfig
 from treepo.planning import activations
 from treepo.planning.activations import FLOAT32, MicroBatch
 from treepo.planning.memory import Memory, element_bytes
@@ -43,7 +43,7 @@ def trainer_memory(config: RunConfig, folder: Path) -> list[Memory]:
 
     Raises ConfigError where the layout does not divide the model.
     """
-    architecture, shards = read_architecture(folder), stage_shards(folder, config.actor.parallel)
+    architecture, shards = read_architecture(folder), stage_shards(folder, config.trainer.parallel)
     batch = largest_micro_batch(config, architecture)
     stages = [_stage(config, batch, shard) for shard in shards]
     first = Memory("", *state(config, shards[0]))
@@ -62,13 +62,13 @@ def _stage_shards(folder: Path, parallel: ParallelConfig) -> tuple[Shard, ...]:
 
 def largest_micro_batch(config: RunConfig, architecture: Architecture) -> MicroBatch:
     """A pack as full as they may be, all of its responses as long as they may be and branching early."""
-    parallel, tokens = config.actor.parallel, config.actor.max_tokens_per_pack
+    parallel, tokens = config.trainer.parallel, config.trainer.max_tokens_per_pack
     if parallel.sequence_parallel:
         tokens += -tokens % parallel.tensor
     context = config.data.max_prompt_tokens + config.sampling.max_response_tokens / 2
     return MicroBatch(
         architecture,
-        config.actor,
+        config.trainer,
         tokens,
         min(context, tokens),
         element_bytes(config),
@@ -77,13 +77,13 @@ def largest_micro_batch(config: RunConfig, architecture: Architecture) -> MicroB
 
 
 def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
-    parallel = config.actor.parallel
+    parallel = config.trainer.parallel
     parts, notes = state(config, shard)
     kept = _kept(batch, shard, parallel)
     in_flight = micro_batches_in_flight(parallel, shard.stage)
     parts["activations"] = in_flight * kept + _kept_of_the_one_before(batch, parallel, shard)
     notes["activations"] = (
-        f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.actor.recompute}"
+        f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.trainer.recompute}"
     )
     work, scores = work_in_layers(batch, shard), work_on_logits(config, batch, shard)
     parts["layer in work"] = work if work >= scores else 0.0
@@ -100,7 +100,7 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
 
 def state(config: RunConfig, shard: Shard) -> tuple[dict[str, float], dict[str, str]]:
     """Weights, gradients and optimizer of one rank, with their notes."""
-    parallel, element = config.actor.parallel, element_bytes(config)
+    parallel, element = config.trainer.parallel, element_bytes(config)
     held = optimizer = 0
     for chunk in shard.chunks:
         for expert, ranks in ((False, parallel.data), (True, expert_data_ranks(parallel))):
@@ -153,15 +153,15 @@ def work_in_layers(batch: MicroBatch, shard: Shard) -> float:
     """
     layers, sparse = _layers(shard), set(batch.architecture.dimensions.sparse_layers)
     work = max(activations.layer_work(batch, layer in sparse) for layer in layers)
-    held = max(0, len(layers & sparse) - 1) if batch.actor.recompute == "full" else 0
-    tied = batch.architecture.tied and batch.actor.parallel.pipeline == 1
+    held = max(0, len(layers & sparse) - 1) if batch.trainer.recompute == "full" else 0
+    tied = batch.architecture.tied and batch.trainer.parallel.pipeline == 1
     gradient = sum(each.elements for each in shard.parameters if tied and each.name == EMBEDDING)
     return work + held * batch.stream + gradient * batch.element
 
 
 def work_on_logits(config: RunConfig, batch: MicroBatch, shard: Shard) -> float:
     """The most beyond `_kept` from the last layer to the loss and back; 0 but on the last stage."""
-    if shard.stage < config.actor.parallel.pipeline - 1:
+    if shard.stage < config.trainer.parallel.pipeline - 1:
         return 0.0
     with_gradient = config.learning.entropy_coefficient > 0
     return activations.after_layers(batch) + activations.logits(batch, with_gradient)

@@ -10,7 +10,7 @@ from megatron_bridge.architecture import read_architecture
 from megatron_bridge.folder import SHARD_BYTES
 from megatron_bridge.shards import Shard, expert_data_ranks
 from megatron_bridge.weights import padded_vocabulary
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.hardware import GIB
 from treepo.planning.memory import Memory, element_bytes
 from treepo.planning.places import ranks_of_a_node
@@ -29,7 +29,7 @@ def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
     """
     architecture = read_architecture(folder)
     vocabulary = architecture.dimensions.vocabulary
-    added = padded_vocabulary(vocabulary, config.actor.parallel.tensor) - vocabulary
+    added = padded_vocabulary(vocabulary, config.trainer.parallel.tensor) - vocabulary
     stored = parameters(folder) + added * architecture.hidden * (1 if architecture.tied else 2)
     return stored * (element_bytes(config) + FLOAT32 * optimizer_values(config))
 
@@ -38,7 +38,7 @@ def host_memory(config: RunConfig, folder: Path) -> Memory:
     """Of the node whose ranks need most, while a checkpoint is written and weights go out; ranks fill one
     node after the other.
     """
-    parallel = config.actor.parallel
+    parallel = config.trainer.parallel
     size = ranks_of_a_node(config, parallel.ranks)
     ranks = [_rank(config, shard) for shard in stage_shards(folder, parallel)]
     per_stage = parallel.tensor * parallel.data
@@ -70,7 +70,7 @@ class _Rank:
 
 
 def _rank(config: RunConfig, shard: Shard) -> _Rank:
-    parallel = config.actor.parallel
+    parallel = config.trainer.parallel
     own = shard.elements(expert=False) / parallel.data
     own += shard.elements(expert=True) / expert_data_ranks(parallel)
     return _Rank(element_bytes(config) * shard.elements(), own * FLOAT32 * optimizer_values(config))

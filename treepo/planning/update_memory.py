@@ -1,6 +1,6 @@
 """What a weight update takes on the trainer's rank 0: the tensor that is being joined, and two buckets.
 
-From `megatron_bridge.transfer` and `treepo.transport`: rank 0 receives a parameter's shards, one parameter at
+From `megatron_bridge.transfer` and `treepo.weight_sync`: rank 0 receives a parameter's shards, one parameter at
 a time, joins them, and copies the tensors into a bucket while the one before travels. Units: bytes.
 """
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from megatron_bridge.architecture import Architecture, read_architecture
 from megatron_bridge.shards import Shard, tensor_shapes
 from megatron_bridge.weights import QKV, VOCABULARY, expand
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.memory import Memory, element_bytes
-from treepo.transport.wire import TensorInfo, plan_buckets
+from treepo.weight_sync.wire import TensorInfo, plan_buckets
 
 
 def update_memory(
@@ -31,7 +31,7 @@ def joined_bytes(config: RunConfig, architecture: Architecture, shards: tuple[Sh
     """At most: shards that came from other ranks, and the tensors that are joined from them. The vocabulary's
     are received into one tensor; query, key and value are taken apart after they were put together.
     """
-    ranks, most = config.actor.parallel.tensor, 0.0
+    ranks, most = config.trainer.parallel.tensor, 0.0
     surgeries = {
         rule.parameter: rule.surgery for rule in expand(architecture.family.rules, architecture.dimensions)
     }
@@ -39,7 +39,7 @@ def joined_bytes(config: RunConfig, architecture: Architecture, shards: tuple[Sh
         for each in shard.parameters:
             pieces = 1 if each.expert else ranks
             surgery = surgeries[each.name]
-            elsewhere = shard.stage > 0 or (each.expert and config.actor.parallel.expert > 1)
+            elsewhere = shard.stage > 0 or (each.expert and config.trainer.parallel.expert > 1)
             foreign = (pieces if elsewhere else pieces - 1) / pieces
             if surgery.replicated or surgery is VOCABULARY:
                 copies = float(foreign > 0)

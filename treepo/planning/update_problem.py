@@ -1,6 +1,6 @@
 """Whether a weight update's way is open where trainer and engines sit."""
 
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.places import Places
 
 

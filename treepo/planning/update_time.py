@@ -9,7 +9,7 @@ from math import ceil, log2
 from pathlib import Path
 
 from megatron_bridge.architecture import read_architecture
-from treepo.config.schema import RunConfig
+from treepo.config.run import RunConfig
 from treepo.planning.engine_shard import engine_shard
 from treepo.planning.hardware import Device, device
 from treepo.planning.memory import element_bytes
@@ -65,7 +65,7 @@ def _gather_seconds(config: RunConfig, hardware: Device, whole: float) -> float:
     """What rank 0 has not of the model comes from the other ranks of its replica, one after another. Experts
     count as if they were there too, although some may come from other replicas.
     """
-    parallel = config.actor.parallel
+    parallel = config.trainer.parallel
     owned = whole / (parallel.tensor * parallel.pipeline)
     same_stage = owned * (parallel.tensor - 1)
     others = whole - owned - same_stage

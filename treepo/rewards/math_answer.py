@@ -14,8 +14,8 @@ from math_verify import parse, verify
 from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 from sympy import Expr
 
-from treepo.boxed import last_boxed
 from treepo.rewards.grade import Grade, GradeItem
+from treepo.rollout.boxed import last_boxed
 from treepo.tree import Verdict
 
 _TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from treepo.boxed import count_boxes
+from treepo.rollout.boxed import count_boxes
 
 if TYPE_CHECKING:  # the configuration checks itself against the registry below
     from treepo.config.reward import RewardConfig

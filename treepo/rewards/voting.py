@@ -7,10 +7,10 @@ as a whole. Wrong answers are compared with the first answer of each class so fa
 import re
 from collections.abc import Awaitable, Callable, Sequence
 
-from treepo.boxed import last_boxed
-from treepo.evaluation import NO_VOTE
+from treepo.evaluation.metrics import NO_VOTE
 from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
+from treepo.rollout.boxed import last_boxed
 from treepo.tree import Verdict
 
 _CORRECT = 0

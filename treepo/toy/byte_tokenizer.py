@@ -7,7 +7,7 @@ That class composes characters first (Unicode NFC), so a text comes back in its 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AddedToken, Qwen2Tokenizer
 
-from treepo.tokenizer import Tokenizer
+from treepo.data.tokenizer import Tokenizer
 
 VOCABULARY = 320
 """Tokens: special ones, reserved ones and the 256 bytes; a multiple of 64."""

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import orjson
 
-from treepo import rng
 from treepo.errors import ConfigError
+from treepo.rollout import rng
 from treepo.toy.recipe import RECIPE, Recipe
 
 _STAMP = "toy.json"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treepo.boxed import last_boxed
+from treepo.rollout.boxed import last_boxed
 
 STEPS = 5
 STEP_BYTES = 8

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from treepo import rng
-from treepo.tokenizer import Tokenizer
+from treepo.data.tokenizer import Tokenizer
+from treepo.rollout import rng
 from treepo.toy import problems
 from treepo.toy.byte_tokenizer import EOS, EOS_ID, PAD_ID, VOCABULARY
 from treepo.toy.muon import Muon

@@ -12,9 +12,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from treepo import rng
-from treepo.data import Prompt
+from treepo.data.prompts import Prompt
 from treepo.protocols import Engine, GenerateOutput, GenerateRequest
+from treepo.rollout import rng
 
 _NORMAL = NormalDist()
 Ends = Callable[[GenerateRequest], int]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from treepo.config.run import RunConfig
 from treepo.config.sampling import SamplingConfig
-from treepo.config.schema import RunConfig
-from treepo.data import Prompt
+from treepo.data.prompts import Prompt
 from treepo.planning.simulation.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
 from treepo.protocols import Engine
 

@@ -1,0 +1,51 @@
+"""The command line as a user meets it: a process, its exit code, what it prints."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+QUICKSTART = ROOT / "examples/quickstart.yaml"
+MODULES_TOO_HEAVY = ("torch", "ray", "transformers", "sglang", "megatron")
+
+
+def _treepo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from treepo.cli.main import main; main()", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_names_the_commands() -> None:
+    result = _treepo("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("toy", "train"))
+
+
+def test_help_and_configuration_import_nothing_heavy() -> None:
+    program = (
+        "import sys, treepo.cli.main, treepo.config.load\n"
+        f"print([name for name in {MODULES_TOO_HEAVY!r} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "none.yaml"), "none.yaml: No such file"),
+        (("trian",), "No such command 'trian'"),
+        (("train",), "Missing argument"),
+        (("toy", "--sed", "1"), "No such option"),
+        (("launch", str(QUICKSTART), "--nodes", "2"), "--nodes 2, but neither Slurm"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = _treepo(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,161 @@
+"""Two real engines that are killed while they sample: no tree is lost, none is mixed, and both come back."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from torch import Tensor
+
+from tests.support.paths import ROOT
+from tests.support.sampling_policies import sampling
+from treepo.config.rollout import RolloutConfig
+from treepo.config.weights import WeightsConfig
+from treepo.data.prompts import Prompt
+from treepo.rollout.driver import TreeDriver
+from treepo.rollout.stopping import StopRule
+from treepo.tree import Tree
+from treepo.weight_sync.open import open_sender
+from treepo.weight_sync.send import Outcome, WeightStream
+from treepo.weight_sync.wire import Manifest, TensorInfo
+
+pytestmark = pytest.mark.slow
+TREES = 24
+
+
+def decode(tokens: np.ndarray) -> str:
+    return "".join("\\boxed{7}" if token == 4 else chr(token + 200) for token in tokens)
+
+
+class FakeTrainer:
+    """Has some weights, and sends them as the trainer's first rank does."""
+
+    def __init__(self, weights: dict[str, Tensor], folder: Path) -> None:
+        self._weights = weights
+        self._stream = WeightStream(open_sender(WeightsConfig(), folder, "127.0.0.1", 60), 1 << 18, 60)
+
+    async def manifest(self) -> Manifest:
+        return tuple(TensorInfo.of(name, tensor) for name, tensor in self._weights.items())
+
+    async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
+        tensors, manifest = iter(self._weights.items()), await self.manifest()
+        return await asyncio.to_thread(self._stream.send, tensors, manifest, version, sinks)
+
+
+async def _pids(actor: Any) -> tuple[int, list[int]]:
+    """Of an engine's actor, and of the SGLang processes that it started."""
+    return await actor.__ray_call__.remote(
+        lambda engine: (os.getpid(), [child.pid for child in engine._server._children])
+    )
+
+
+async def _kill_while_it_answers(driver: TreeDriver, engine: int, pid: int, stop: list[int]) -> None:
+    """SIGKILL with requests in flight: SGLang (`stop`) is halted first, so that it cannot answer them."""
+    for process in stop:
+        os.kill(process, signal.SIGSTOP)
+    while not any(waiting.engine == engine for waiting in driver.waiting()):
+        await asyncio.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    from tests.support.real_engine import perturbed, write_model
+    from treepo.cluster.ray_engine import EnginePool
+    from treepo.cluster.ray_session import ray_session
+    from treepo.cluster.supervised_engine import State
+    from treepo.weight_sync.transaction import sync_weights, update_weights
+
+    config = RolloutConfig.model_validate(
+        {
+            "out": "unused",
+            "model": {"path": str(write_model(tmp_path)), "dtype": "float32"},
+            "data": {"prompts": "unused.jsonl"},
+            "engine": {"count": 2, "max_total_tokens": 20_000, "max_restarts": 2},
+        }
+    )
+    policy = sampling(retry_seconds=0.1)
+    torch.manual_seed(0)
+    weights = perturbed(Qwen2ForCausalLM.from_pretrained(config.model.path, dtype=torch.float32))
+
+    trainer = FakeTrainer(weights, tmp_path)
+
+    async def scenario() -> None:
+        pool = EnginePool(config, StopRule(policy, decode))
+        try:
+            await pool.ready()
+            pool.restore = lambda process: update_weights(trainer, [process], 1, 60)
+            first, second = pool.engines
+            await sync_weights(trainer, pool, 1, 60)
+            driver = TreeDriver(pool.engines, policy, decode, seed=3, kv_tokens=pool.capacity)
+            (_, one), (actor, other) = [await _pids(engine.process.actor) for engine in pool.engines]
+            trees = await _sample(driver, lambda: _kill_both(driver, first, one, actor, other))
+            assert driver.stats.failed_requests >= 2
+            assert sorted(tree.prompt_id for tree in trees) == sorted(prompt.id for prompt in PROMPTS)
+            assert not any(psutil.pid_exists(pid) for pid in (*one, actor, *other))
+            while not all(engine.state is State.SERVING for engine in pool.engines):
+                await asyncio.sleep(0.1)
+            assert pool.restarts == 2
+            for tree in trees:
+                assert len(tree.leaves) == policy.width
+                assert {segment.version for segment in tree.segments} == {1}
+            for engine in (first, second):
+                for tree in trees[:4]:
+                    await _check(tree, engine)
+        finally:
+            await pool.close()
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for `decode`, in the engines' processes
+    with ray_session(2):
+        asyncio.run(scenario())
+
+
+PROMPTS = [
+    Prompt(f"p:{i}", np.random.default_rng(i).integers(5, 128, size=20, dtype=np.int32), "", "", "")
+    for i in range(TREES)
+]
+
+
+async def _sample(driver: TreeDriver, disturb: Any) -> list[Tree]:
+    """All trees; `disturb` runs beside the sampling, from the first tree on."""
+    trees: list[Tree] = []
+    async with asyncio.TaskGroup() as group, aclosing(driver.sample(PROMPTS, step=0)) as results:
+        async for result in results:
+            assert isinstance(result, Tree), result
+            if not trees:
+                group.create_task(disturb())
+            trees.append(result)
+    return trees
+
+
+async def _kill_both(driver: TreeDriver, first: Any, one: list[int], actor: int, other: list[int]) -> None:
+    """SGLang of the first engine, then, once the second has answered meanwhile, the second's Ray actor."""
+    from treepo.cluster.supervised_engine import State
+
+    await _kill_while_it_answers(driver, 0, one[0], stop=one)
+    while first.state is State.SERVING:
+        await asyncio.sleep(0.01)
+    answered = driver.stats.requests
+    while driver.stats.requests < answered + 4:
+        await asyncio.sleep(0.01)
+    await _kill_while_it_answers(driver, 1, actor, stop=other)
+
+
+async def _check(tree: Tree, engine: Any) -> None:
+    """A restarted engine scores the tree's responses as they were sampled: its weights are those of the
+    version, and every segment was sampled under what the tree shows above it.
+    """
+    for leaf in tree.leaves:
+        whole = np.concatenate([tree.prompt, tree.response(leaf)])
+        scored = (await engine.call("score", whole))[len(tree.prompt) - 1 :]
+        sampled = np.concatenate([tree.segments[i].log_probs for i in tree.path(leaf.segment)])
+        # float32 of one model, in one pass and token by token: a few roundings apart.
+        np.testing.assert_allclose(sampled, scored, atol=2e-5, rtol=1e-5)

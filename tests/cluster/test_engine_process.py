@@ -1,0 +1,83 @@
+"""The processes of the real SGLang engine: what a death does to requests, and what is left behind."""
+
+import asyncio
+import multiprocessing
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from treepo.config.engine import EngineConfig
+from treepo.errors import DeadEngineError, EngineError
+
+pytestmark = pytest.mark.slow
+
+
+def others() -> set[int]:
+    """Our children, but for multiprocessing's own tracker of shared memory, which stays."""
+    children = psutil.Process().children(recursive=True)
+    alive = (child for child in children if child.status() != psutil.STATUS_ZOMBIE)
+    return {child.pid for child in alive if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Path) -> None:
+    from tests.support.real_engine import manifest, request, start, write_model
+
+    stranger = multiprocessing.get_context("spawn").Process(target=signal.pause)
+    stranger.start()
+    before = others()
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    async def scenario() -> None:
+        real = start(write_model(tmp_path), asyncio.get_running_loop())
+        try:
+            started = others() - before
+            assert started
+            assert (await real.engine.generate(request([5, 6, 7]))).version == 0
+            await real.engine.health_check()
+            died = asyncio.ensure_future(real.engine.died())
+            for child in started:
+                psutil.Process(child).send_signal(
+                    signal.SIGSTOP
+                )  # so that nothing can be answered before the end
+            running = [asyncio.ensure_future(real.engine.generate(request([5, 6]))) for _ in range(3)]
+            with pytest.raises(TimeoutError):  # halted, not dead: nothing is answered
+                await asyncio.wait_for(real.engine.health_check(), timeout=1)
+            assert not died.done()
+            for child in started:
+                psutil.Process(child).send_signal(signal.SIGKILL)
+            for failed in await asyncio.wait_for(
+                asyncio.gather(*running, return_exceptions=True), timeout=30
+            ):
+                assert isinstance(failed, DeadEngineError)
+                assert "ended" in str(failed)
+            assert "ended" in await died
+            with pytest.raises(DeadEngineError, match="ended"):
+                await real.engine.health_check()
+            with pytest.raises(EngineError, match="ended"):
+                await real.engine.generate(request([5, 6]))
+            with pytest.raises(EngineError, match="ended"):
+                await real.engine.begin(1, manifest(real.reference.state_dict()))
+        finally:
+            real.engine.close()
+            real.engine.close()
+
+    asyncio.run(scenario())
+    assert others() == before
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stranger.terminate()
+    stranger.join()
+
+
+def test_a_start_that_fails_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    from sglang_rollout.engine import SGLangEngine
+    from tests.support.real_engine import write_model
+
+    before = others()
+    folder = write_model(tmp_path)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "NoSuchModel"))
+    with pytest.raises(EngineError, match="does not start"):
+        SGLangEngine(folder, "float32", EngineConfig.model_validate({}), seed=0)
+    assert others() == before

@@ -1,0 +1,146 @@
+"""`treepo launch` on two hosts for real: Ray, SGLang and Megatron-Core across a network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.command import write_model_and_problems
+from tests.support.paths import ROOT
+from tests.support.two_hosts import Host, two_hosts
+from treepo.cluster.ray_node import free_ports
+
+pytestmark = pytest.mark.slow
+
+QUICKSTART = ROOT / "examples/quickstart.yaml"
+SECONDS = 600
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """A short path: sockets below it have names of at most 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="tp", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    """The quickstart's configuration with a random model, trainer and engine on devices of their own.
+
+    host: one of two; None: this machine, alone.
+    """
+    shutil.copy(QUICKSTART, folder)
+    overrides = [
+        *("model.path=model", "data.train=train.jsonl", "data.heldout=null", "data.max_prompt_tokens=224"),
+        *("data.prompts_per_step=4", "steps=2", "placement=split", "weights.transport=broadcast"),
+    ]
+    program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "launch", QUICKSTART.name]
+    command = [*program, *overrides, *map(str, arguments)]
+    # An interface of this machine is none of the hosts'.
+    environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+    return subprocess.Popen(
+        command if host is None else host.command(*command, "--nodes", "2", "--cpus", "1"),
+        cwd=folder,
+        env=environment | {"RAY_TMPDIR": str(ray_folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
+    """Each has a place for the trainer or for the engine; weights travel by gloo. Beside it, on the first
+    host, a launch waits for a second node that never comes.
+    """
+    write_model_and_problems(tmp_path, tmp_path / "train.jsonl", count=8)
+    with two_hosts() as hosts:
+        head, other_head = (f"{hosts[0].address}:{port}" for port in free_ports(2))
+        ranks = [
+            launch(host, tmp_path, ray_folder, "out=run", "--node-rank", rank, "--head", head)
+            for rank, host in enumerate(hosts)
+        ]
+        alone = ("out=lonely", "--node-rank", 0, "--head", other_head, "--wait", 1)
+        lonely = launch(hosts[0], tmp_path, ray_folder, *alone)
+        lonely_output, _ = lonely.communicate(timeout=SECONDS)
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+
+        assert [process.returncode for process in ranks] == [0, 0], "\n---\n".join(outputs)
+        assert "all devices are there" in outputs[0]
+        assert "2/2" in outputs[0]
+        assert "What the run came to" in outputs[0]
+        assert "\x1b" not in outputs[0], "plain lines where the output is no terminal"
+        assert outputs[1].endswith("the head has ended with exit code 0\n")
+        _assert_trained_apart(tmp_path / "run", hosts)
+
+        assert lonely.returncode == 1, lonely_output
+        assert re.search(r"not there after 1 s: [01] of 2 nodes, .* waiting for node 1", lonely_output)
+        assert not (tmp_path / "lonely").exists()
+
+        assert [host.processes() for host in hosts] == [[], []], "something was left running"
+        assert list(ray_folder.iterdir()) == []
+
+
+def _assert_trained_apart(run: Path, hosts: tuple[Host, Host]) -> None:
+    log = (run / "log.txt").read_text()
+    trainer, engine = (
+        [host for host in hosts if f"{host.address}: {what} 0\n" in log]
+        for what in ("trainer ranks", "engines")
+    )
+    assert len(trainer) == len(engine) == 1
+    assert trainer != engine
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2]
+    # Float32 on both sides; the same tokens through two implementations of two layers.
+    assert all(line["logprob_difference_max"] < 1e-4 for line in metrics)
+    assert (run / "checkpoint" / "model.safetensors").exists()
+
+
+def test_one_machine_trains_until_it_is_terminated(tmp_path: Path, ray_folder: Path) -> None:
+    write_model_and_problems(tmp_path, tmp_path / "train.jsonl", count=8)
+    process = launch(None, tmp_path, ray_folder, "out=run", "steps=1000")
+    assert process.stdout is not None
+    output = ""
+    while "1/1000" not in output:
+        line = process.stdout.readline()
+        assert line, output
+        output += line
+    ours = [one for one in psutil.process_iter() if _environment(one).get("RAY_TMPDIR") == str(ray_folder)]
+    assert len(ours) > 5  # Ray's, the training's, the engine's
+    process.terminate()
+    output += process.communicate(timeout=SECONDS)[0]
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(ours, timeout=10)
+    assert not alive
+    assert list(ray_folder.iterdir()) == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") >= 1
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def test_what_cannot_be_trained_ends_before_anything_starts(tmp_path: Path, ray_folder: Path) -> None:
+    with two_hosts() as hosts:
+        head = f"{hosts[0].address}:{free_ports(1)[0]}"
+        ranks = [
+            launch(host, tmp_path, ray_folder, "--node-rank", rank, "--head", head, "--wait", 3)
+            for rank, host in enumerate(hosts)
+        ]
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+        assert ranks[0].returncode == 2, outputs[0]
+        assert "error: model: " in outputs[0]
+        assert ranks[1].returncode != 0  # 2 where it came in time to be told
+        assert not any("Ray" in output for output in outputs)
+        assert list(ray_folder.iterdir()) == []

@@ -1,0 +1,121 @@
+"""What holds of a launch without any cluster: Ray on this node that ends early, interrupts, the command."""
+
+import asyncio
+import os
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.paths import ROOT
+from treepo.cluster.launch import Launch, _unless_ended
+from treepo.cluster.ray_node import Slots, new_secrets
+from treepo.config.load import load_config
+from treepo.errors import ClusterError
+
+
+class FakeNode:
+    """Ray on a node, until `end` is set."""
+
+    def __init__(self) -> None:
+        self.end = asyncio.Event()
+
+    async def ended(self) -> str:
+        await self.end.wait()
+        return "it ended"
+
+
+async def unless_ended(node: FakeNode, work: Any, say: Callable[[str], None] | None = None) -> Any:
+    fake: Any = node
+    return await _unless_ended(fake, work, say)
+
+
+def order(*arguments: str, width: int = 8) -> Launch:
+    config = load_config(ROOT / "examples/quickstart.yaml", [f"sampling.width={width}"])
+    return Launch(
+        config, arguments, lambda: None, 1.0, Slots(), None, say=lambda _: None, write=lambda _: None
+    )
+
+
+def test_the_work_counts_while_ray_lives() -> None:
+    async def scenario() -> None:
+        assert await unless_ended(FakeNode(), asyncio.sleep(0, 7)) == 7
+        with pytest.raises(ZeroDivisionError):
+            await unless_ended(FakeNode(), asyncio.to_thread(lambda: 1 // 0))
+
+    asyncio.run(scenario())
+
+
+def test_work_is_cleaned_up_when_ray_ends() -> None:
+    async def scenario() -> None:
+        node, cleaned = FakeNode(), asyncio.Event()
+
+        async def work() -> None:
+            try:
+                node.end.set()
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                cleaned.set()
+
+        with pytest.raises(ClusterError, match="Ray on this node: it ended"):
+            await unless_ended(node, work())
+        assert cleaned.is_set()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_interrupt_waits_for_the_heads_farewell_and_says_so(waits: bool) -> None:
+    said: list[str] = []
+
+    async def scenario() -> None:
+        begun, farewell, heard = asyncio.Event(), asyncio.Event(), []
+
+        async def work() -> None:
+            begun.set()
+            await farewell.wait()
+            heard.append(True)
+
+        task = asyncio.create_task(unless_ended(FakeNode(), work(), said.append if waits else None))
+        await begun.wait()
+        task.cancel()
+        if waits:
+            await asyncio.sleep(0)
+            farewell.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert bool(heard) == bool(said) == waits
+
+    asyncio.run(scenario())
+
+
+def test_what_is_launched_has_a_fingerprint() -> None:
+    one = order("run.yaml").fingerprint()
+    assert one == order("run.yaml").fingerprint()
+    assert (
+        len({one, order("run.yaml", "--resume").fingerprint(), order("run.yaml", width=4).fingerprint()}) == 3
+    )
+
+
+def test_the_command_survives_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a folder's"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    awkward = ("run file.yaml", "data.columns.answer_after=#### ", "out='x'$HOME;")
+    command = order(*awkward).command()
+    change, _, program = command.partition(" && exec ")
+    assert subprocess.check_output(["sh", "-c", f"{change}; pwd"], text=True).strip() == str(folder)
+    assert shlex.split(program)[-4:] == ["train", *awkward]
+
+
+def test_a_launch_has_a_token_of_its_own_unless_the_user_has_decided() -> None:
+    first, second = new_secrets({}), new_secrets({"HOME": "/root"})
+    assert first["RAY_AUTH_MODE"] == second["RAY_AUTH_MODE"] == "token"
+    assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
+    theirs = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/shared/token"}
+    assert new_secrets(os.environ | theirs).items() >= theirs.items()
+    assert new_secrets({"RAY_AUTH_MODE": "disabled"}) == {"RAY_AUTH_MODE": "disabled"}

@@ -1,0 +1,76 @@
+"""Engines behind Ray actors: what goes wrong there is one line here that names the engine and the cause."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from treepo.cluster.ray_engine import HostedEngine, RemoteEngine
+from treepo.config.engine import EngineConfig
+from treepo.errors import EngineError, ModelError, TreepoError
+
+
+class FailingMethod:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def remote(self, *_arguments: object) -> Awaitable[None]:
+        async def fail() -> None:
+            raise self._error
+
+        return fail()
+
+
+class FailingActor:
+    """Stands for a Ray actor, as far as a RemoteEngine sees one: every method fails with `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, _method: str) -> FailingMethod:
+        return FailingMethod(self._error)
+
+
+def raised_by(error: Exception) -> BaseException:
+    engine = RemoteEngine("engine 3", FailingActor(error), ranks=1)
+    with pytest.raises((TreepoError, RayTaskError)) as raised:
+        asyncio.run(engine.call("capacity"))
+    return raised.value
+
+
+def in_task(cause: Exception) -> RayTaskError:
+    return RayTaskError("capacity", "a traceback\nof many lines", cause)
+
+
+@pytest.mark.parametrize("kind", [EngineError, ModelError])
+def test_our_own_errors_arrive_with_the_engine_s_name(kind: type[TreepoError]) -> None:
+    error = raised_by(in_task(kind("models/x: no weights")))
+    assert type(error) is kind
+    assert str(error) == "engine 3: models/x: no weights"
+
+
+def test_a_fault_keeps_its_traceback() -> None:
+    fault = in_task(KeyError("a bug"))
+    assert raised_by(fault) is fault
+
+
+def test_an_actor_that_died_is_one_line() -> None:
+    error = raised_by(ActorDiedError(in_task(MemoryError("killed"))))
+    assert isinstance(error, EngineError)
+    assert str(error).startswith("engine 3 died: ")
+    assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("make", [lambda folder: folder, lambda folder: folder / "nowhere"])
+def test_an_engine_that_cannot_start_says_why_when_it_is_asked(
+    tmp_path: Path, make: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else the engine sets it, for the rest of this process
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    engine: Any = HostedEngine(make(tmp_path), "float32", EngineConfig(), seed=0)
+    with pytest.raises(ModelError, match=str(make(tmp_path))):
+        engine.capacity()
+    engine.close()

@@ -1,0 +1,133 @@
+"""Nodes that meet at the head, over real sockets."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from treepo.cluster.ray_node import free_ports
+from treepo.cluster.rendezvous import Gathering, RayAddress, gather, join, own_address
+from treepo.cluster.schedulers import Allocation
+from treepo.errors import AllocationError, ClusterError
+
+RAY = RayAddress("10.0.0.1:6379", {"RAY_AUTH_TOKEN": "secret"})
+SECONDS = 20.0
+
+
+def allocation(rank: int, port: int, nodes: int = 3) -> Allocation:
+    return Allocation("a test", nodes, rank, "127.0.0.1", port)
+
+
+@asynccontextmanager
+async def head(lost: list[int]) -> AsyncIterator[tuple[Gathering, int]]:
+    (port,) = free_ports(1)
+    async with gather(allocation(0, port), "127.0.0.1", "same", lost.append) as gathering:
+        yield gathering, port
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_every_node_learns_where_ray_is_and_how_it_ended() -> None:
+    async def scenario() -> None:
+        lost: list[int] = []
+        async with head(lost) as (gathering, port):
+            assert gathering.missing() == [1, 2]
+            early = await join(allocation(2, port), "same", SECONDS)
+            await until(lambda: gathering.missing() == [1])
+            gathering.announce(RAY)
+            late = await join(allocation(1, port), "same", SECONDS)
+            assert await early.next() == await late.next() == RAY
+            assert early.host == gathering.here[2] == "127.0.0.1"
+            ending = asyncio.create_task(gathering.end(7))
+            assert await early.next() == await late.next() == 7
+            early.close()
+            await asyncio.sleep(0)
+            assert not ending.done(), "it waits until all have left"
+            late.close()
+            await ending
+        assert lost == []
+
+    asyncio.run(scenario())
+
+
+def test_who_does_not_belong_is_refused() -> None:
+    async def scenario() -> None:
+        async with head([]) as (gathering, port):
+            first = await join(allocation(1, port), "same", SECONDS)
+            await until(lambda: gathering.missing() == [2])
+            for stranger, config, reason in (
+                (allocation(1, port), "same", "node 1 is there already, at 127.0.0.1"),
+                (allocation(2, port), "other", "launches another configuration"),
+                (allocation(2, port, nodes=4), "same", "another number of nodes"),
+            ):
+                connection = await join(stranger, config, SECONDS)
+                with pytest.raises(AllocationError, match=reason):
+                    await connection.next()
+                connection.close()
+            for noise in (b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 2}\n', b"x" * 100_000 + b"\n", b""):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(noise)
+                writer.write_eof()
+                assert await reader.read() == b""
+                writer.close()
+            assert gathering.missing() == [2]
+            first.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_node_that_is_gone_is_told_of_and_may_come_back() -> None:
+    async def scenario() -> None:
+        lost: list[int] = []
+        async with head(lost) as (gathering, port):
+            (await join(allocation(2, port), "same", SECONDS)).close()
+            await until(lambda: lost == [2])
+            assert gathering.missing() == [1, 2]
+            again = await join(allocation(2, port), "same", SECONDS)
+            await until(lambda: gathering.missing() == [1])
+            again.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_head_that_is_gone_or_never_comes() -> None:
+    async def scenario() -> None:
+        (port,) = free_ports(1)
+        with pytest.raises(ClusterError, match=rf"no head at 127.0.0.1:{port} within 0.1 s: "):
+            await join(allocation(1, port), "same", 0.1)
+
+        async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.close()
+
+        async with await asyncio.start_server(die, "127.0.0.1", port):
+            connection = await join(allocation(1, port), "same", SECONDS)
+            with pytest.raises(ClusterError, match="is gone, and has not said"):
+                await connection.next()
+            connection.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(AllocationError, match=f"port {port}: .* another launch's"):
+                async with gather(allocation(0, port), "127.0.0.1", "same", print):
+                    raise AssertionError("it listens on a taken port")
+
+    asyncio.run(scenario())
+
+
+def test_the_heads_own_address() -> None:
+    assert own_address(allocation(0, 1)) == "127.0.0.1"
+    elsewhere = Allocation("--head 192.0.2.77", 2, 0, "192.0.2.77", 1)  # reserved for documentation
+    with pytest.raises(AllocationError, match=r"192.0.2.77 .* not this machine, which is node 0"):
+        own_address(elsewhere)

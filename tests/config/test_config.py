@@ -1,0 +1,108 @@
+"""Configuration: what is written is what is run, and a mistake is one line that says where and what."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from tests.support.paths import ROOT
+from treepo.config.base import Section
+from treepo.config.evaluate import EvalConfig
+from treepo.config.load import dump_config, load_as, load_config
+from treepo.config.rollout import RolloutConfig
+from treepo.config.run import RunConfig
+from treepo.errors import ConfigError
+
+EXAMPLES = [
+    path
+    for path in sorted((ROOT / "examples").rglob("*.yaml"))
+    if path.name != "kuberay.yaml"  # a manifest of Kubernetes
+]
+MINIMAL = "out: runs/x\nsteps: 3\nmodel: {path: m}\ndata:\n  train: t.jsonl\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.relative_to(ROOT / "examples").as_posix())
+def test_every_example_loads_and_survives_a_round_trip(path: Path, write) -> None:
+    schema: type[Section] = RunConfig
+    if path.name == "rollout.yaml":
+        schema = RolloutConfig
+    elif path.name.startswith("eval"):
+        schema = EvalConfig
+    config = load_as(schema, path)
+    assert load_as(schema, write(dump_config(config))) == config
+
+
+def test_overrides_win_in_order_and_read_yaml(write) -> None:
+    overrides = ["sampling.width=4", "trainer.optimizer.learning_rate=1e-5", "sampling.width=8"]
+    config = load_config(write(MINIMAL + "sampling: {width: 2, branching: 3}\n"), overrides)
+    assert (config.sampling.width, config.sampling.branching) == (8, 3)
+    assert config.trainer.optimizer.learning_rate == 1e-5
+
+
+def test_off_is_a_word_and_true_is_not(write) -> None:
+    text = MINIMAL + "sampling: {stops: {boxed: off}}\nlearning: {dynamic_sampling: true}\n"
+    config = load_config(write(text), ["sampling.stops.repetition.check=off", "learning.include_root=false"])
+    assert (config.sampling.stops.boxed, config.sampling.stops.repetition.check) == ("off", "off")
+    assert (config.learning.dynamic_sampling, config.learning.include_root) == (True, False)
+
+
+@pytest.mark.parametrize(("text", "value"), [("#### ", "#### "), ("null", None), ("~", None)])
+def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value: str | None) -> None:
+    config = load_config(write(MINIMAL), [f"data.columns.answer_after={text}"])
+    assert config.data.columns.answer_after == value
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (MINIMAL + "smpling: {}\n", [], "run.yaml:6: smpling: unknown key; did you mean 'sampling'?"),
+        (MINIMAL, ["sampling.widht=3"], "did you mean 'width'?"),
+        (MINIMAL + "sampling:\n  width: four\n", [], "run.yaml:7: sampling.width: should be a valid integer"),
+        (MINIMAL + "steps: 4\n", [], "run.yaml:6: steps: given twice, first at"),
+        (MINIMAL, ["model=3"], "model: should be a section (keys and values), found 3"),
+        (MINIMAL, ["model.dtype=fp8"], "should be 'float32' or 'bfloat16', found 'fp8'"),
+        (MINIMAL, ["steps"], "override 'steps': expected KEY=VALUE"),
+        (MINIMAL, ["steps.x=1"], "steps is 3, not a section"),
+        (MINIMAL, ["data.prompts_per_step=6", "trainer.parallel.data=4"], "1 x 4 = 4 equal parts"),
+        ("steps: 3\n", [], "model: required, but not given"),
+        ("- a\n", [], "expected a mapping of keys, found list"),
+        ("a: [1,\n", [], "not YAML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(write, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(text), overrides)
+    assert any(message in line for line in str(error.value).splitlines()), error.value
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def _sections(section: type[BaseModel]):
+    yield section
+    for field in section.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _sections(field.annotation)
+
+
+@pytest.mark.parametrize("schema", [RunConfig, RolloutConfig, EvalConfig])
+def test_every_key_is_documented(schema: type[Section]) -> None:
+    undocumented = [
+        f"{section.__name__}.{name}"
+        for section in _sections(schema)
+        for name, field in section.model_fields.items()
+        if not field.description
+    ]
+    assert not undocumented

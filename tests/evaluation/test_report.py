@@ -1,0 +1,168 @@
+"""report.html and the plot: parsed as a browser would, fed with what a hostile model could write."""
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from tests.support.evaluations import answered, config_of, document, prompt_of, record_of
+from tests.support.hostile import HOSTILE
+from treepo.evaluation.report import page
+from treepo.evaluation.report.page import evaluation_page
+from treepo.evaluation.report.plot import accuracy_plot, curve
+from treepo.tree import Verdict
+
+MARKUP = [
+    "</script><script>alert(1)</script>",
+    "<!-- <script>",
+    "]]><img src=x onerror=alert(1)>",
+    "&lt;b&gt; &amp; \u2028 \u2029",
+    "<link rel=stylesheet href=https://example.com/x.css>",
+    "$data ${script} {{style}}",
+]
+TEXTS = [*MARKUP, *(text[:20_000] for text in HOSTILE.values())]
+C, W, N, T = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TIMEOUT
+
+
+class Page(HTMLParser):
+    """Tags, attributes and the texts of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "input", "img", "br"):
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+
+
+def hostile_page(title: str = "out/<b>x</b>") -> tuple[str, dict[str, Any]]:
+    """The page of two benchmarks whose problems and responses are as hostile as can be, and its results."""
+    config = config_of(title, 4, ("a", "b"), model={"path": "</style><script>m"})
+    answers = {
+        name: [
+            (prompt, answered(prompt, [C, W, N, T], parents=[-1, 0, 0, -1, 3, 3]))
+            for index, text in enumerate(TEXTS)
+            for prompt in [prompt_of(name, index, text=text[:5000], answer=text[:5000])]
+        ]
+        for name in ("a", "b")
+    }
+    results = document(config, answers)
+    prompts = {prompt.id: prompt for problems in answers.values() for prompt, _ in problems}
+    lines = [(record_of(one, prompt), one.tree) for problems in answers.values() for prompt, one in problems]
+
+    def decode(tokens: np.ndarray) -> str:
+        return TEXTS[int(tokens[0]) % len(TEXTS)]
+
+    plot = accuracy_plot([curve(results, title)])
+    return evaluation_page(results, lambda: iter(lines), prompts, decode, plot), results
+
+
+@pytest.fixture(scope="module")
+def hostile() -> tuple[str, Page]:
+    text, _ = hostile_page()
+    return text, Page(text)
+
+
+def test_the_page_has_its_own_two_scripts_and_every_tag_is_closed(hostile: tuple[str, Page]) -> None:
+    _, parsed = hostile
+    assert not parsed.open
+    assert [tag for tag, _ in parsed.tags].count("script") == 2
+    names = {tag for tag, _ in parsed.tags}
+    assert not names & {"img", "link", "iframe", "object", "base", "form"}
+    assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
+
+
+def test_the_page_refers_to_nothing_outside(hostile: tuple[str, Page]) -> None:
+    text, parsed = hostile
+    assert not [
+        value for _, attributes in parsed.tags for name in ("src", "href") if (value := attributes.get(name))
+    ]
+    data, script = parsed.scripts
+    rest = text.replace(data, "").replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?:|//\w|url\(|@import", rest)
+    assert "innerHTML" not in script
+    policy = next(attributes["content"] for tag, attributes in parsed.tags if "http-equiv" in attributes)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_texts_come_back_as_they_were_or_shortened(hostile: tuple[str, Page]) -> None:
+    _, parsed = hostile
+    problems = json.loads(parsed.scripts[0])["problems"]
+    assert len(problems) == 2 * len(TEXTS)
+    for index, text in enumerate(MARKUP):
+        assert problems[index]["prompt"] == text
+    segments = problems[0]["segments"]
+    assert segments[0] == [-1, 1, MARKUP[0]]
+    assert [parent for parent, _, _ in segments] == [-1, 0, 0, -1, 3, 3]
+    assert [verdict for _, verdict, _, _ in problems[0]["leaves"]] == [
+        "correct",
+        "wrong",
+        "no_answer",
+        "timeout",
+    ]
+
+
+def test_a_large_run_is_shortened_to_what_a_browser_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = hostile_page()
+    monkeypatch.setattr(page, "_TEXT_TOKENS", 1)
+    text, _ = hostile_page()
+    assert len(text) < len(whole) / 3
+    assert "characters left out" in text
+    assert "samples.jsonl has all of them" in text
+
+
+def test_the_scores_on_the_page_are_those_of_the_document() -> None:
+    text, results = hostile_page()
+    mean = results["benchmarks"][0]["metrics"]["mean"]["value"]
+    assert f"{100 * mean:.1f}<small>" in text
+    assert "all (by size)" in text
+
+
+def test_the_plot_is_xml_whatever_the_runs_are_called() -> None:
+    config = config_of("out", 4)
+    prompt = prompt_of("b", 0)
+    results = document(config, {"b": [(prompt, answered(prompt, [C, W, W, C]))]})
+    svg = accuracy_plot([curve(results, "<&'\">"), curve(results, "second")])
+    texts = [node.text for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert "<&'\"> (sequential, n = 4)" in texts
+    nothing = document(config, {"b": [(prompt, answered(prompt, [T, T, T, T]))]})
+    ElementTree.fromstring(accuracy_plot([curve(nothing, "nothing graded")]))
+
+
+def test_k_of_n_samples_cost_their_share_and_a_tree_is_one_point_a_metric() -> None:
+    prompt = prompt_of("b", 0)
+    one = [(prompt, answered(prompt, [C, W, W, C]))]
+    points = curve(document(config_of("out", 4), {"b": one}), "x").points
+    assert [point.tokens for point in points["pass"]] == [1, 2, 4]
+    assert [point.tokens for point in points["maj"]] == [2, 4]
+    in_tree = [(prompt, answered(prompt, [C, W, W, C], parents=[-1, 0, 0, -1, 3, 3]))]
+    tree = config_of("out", 4, sampling={"width": 4, "mode": "tree"})
+    points = curve(document(tree, {"b": in_tree}), "x").points
+    assert {kind: [point.tokens for point in series] for kind, series in points.items()} == {
+        "maj": [6],
+        "pass": [6],
+        "mean": [6],
+    }

@@ -1,0 +1,377 @@
+"""The loss: packed equals trajectory by trajectory, whatever binds; normalised over the whole mini-batch."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.small_trees import config_of, random_batch
+from tests.support.tiny_policy import VOCABULARY, TinyPolicy
+from treepo.config.learning import LearningConfig
+from treepo.learning.advantage import estimate
+from treepo.learning.loss import denominator, policy_loss, summarise
+from treepo.learning.mismatch import log_prob_mismatch
+from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, split_mini_batches
+from treepo.tree import PROMPT
+
+OPTIONS = [
+    {},
+    {"estimator": "spo", "importance_cap": None},
+    {"estimator": "treepo_segment", "normalisation": "sequence_mean"},
+    {"estimator": "dr_grpo", "normalisation": "constant", "normalisation_tokens": 33},
+    {"leaf_weights": "inverse_branching", "normalisation": "sequence_mean", "importance_cap": 0.05},
+    {"leaf_weights": "inverse_branching", "normalisation": "constant", "normalisation_tokens": 9},
+    *({"kl_coefficient": 0.3, "kl_estimator": name} for name in ("k1", "k2", "k3")),
+    {"entropy_coefficient": 0.2, "importance_cap": 0.05},
+]
+LossOfPacks = Callable[[Sequence[Sequence[Pack]]], tuple[Tensor, dict[str, float]]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of a few dozen rows: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tensors(pack: Pack) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(column) for name, column in pack.columns().items()}
+
+
+class Scene:
+    """A batch with old and reference log-probs far from the policy's, so that every bound is met."""
+
+    def __init__(self, seed: int, options: dict[str, object], trees: int = 3) -> None:
+        rng = np.random.default_rng(seed)
+        self.config = config_of(**options)
+        self.policy = TinyPolicy(seed)
+        self.trees = random_batch(
+            rng, trees, ungraded=0.15, max_depth=4, max_tokens=4, least_leaves=3, vocabulary=VOCABULARY
+        )
+        self.advantages = estimate(self.trees, self.config)
+        shape = [[len(segment.tokens) for segment in tree.segments] for tree in self.trees]
+        near = -math.log(VOCABULARY)
+        self.old = [[(near + 2 * rng.normal(size=n)).astype(np.float32) for n in row] for row in shape]
+        self.reference = [[(near + rng.normal(size=n)).astype(np.float32) for n in row] for row in shape]
+
+    def packs(self, packer: Callable[..., list[list[Pack]]], budget: int, replicas: int) -> list[list[Pack]]:
+        packs = packer(self.trees, self.advantages, budget, replicas)
+        return [[self.with_log_probs(pack) for pack in replica] for replica in packs]
+
+    def with_log_probs(self, pack: Pack) -> Pack:
+        places = list(zip(pack.tree.tolist(), pack.segment.tolist(), pack.offset.tolist(), strict=True))
+
+        def column(table: list[list[np.ndarray]]) -> np.ndarray:
+            values = [0.0 if segment == PROMPT else table[tree][segment][at] for tree, segment, at in places]
+            return np.array(values, dtype=np.float32)
+
+        return replace(pack, old_log_prob=column(self.old), reference_log_prob=column(self.reference))
+
+    def loss(self, packs: Sequence[Sequence[Pack]]) -> tuple[Tensor, dict[str, float]]:
+        """As the trainer does it: every micro-batch of every replica on its own, then sums."""
+        divisor = denominator(packs, self.config)
+        losses, metrics = [], []
+        for pack in chain.from_iterable(packs):
+            fields_T = tensors(pack)
+            token, position, exits, source = (
+                fields_T[name].long() for name in ("token", "position", "exit", "source")
+            )
+            log_prob, entropy = self.policy.scores(token, position, exits, source)
+            loss, values = policy_loss(log_prob, fields_T, self.config, divisor, entropy)
+            losses.append(loss)
+            metrics.append({key: float(value) for key, value in values.items()})
+        reduce = {"sum": math.fsum, "max": max, "min": min}
+        reduced = {
+            key: reduce[key.rsplit("_", 1)[1]](values[key] for values in metrics) for key in metrics[0]
+        }
+        return torch.stack(losses).sum(), summarise(reduced)
+
+    def naive_loss(self) -> Tensor:
+        """Leaf by leaf, token by token, from the trees alone."""
+        total, divisor, index = torch.zeros((), dtype=torch.float64), 0.0, -1
+        for number, tree in enumerate(self.trees):
+            for leaf in tree.leaves:
+                index += 1
+                if leaf.reward is None:
+                    continue
+                path = tree.path(leaf.segment)
+                token = torch.from_numpy(np.concatenate([tree.prompt, tree.response(leaf)])).long()
+                place = torch.arange(len(token))
+                log_prob, entropy = self.policy.scores(
+                    token, place, torch.full_like(token, len(token)), place - 1
+                )
+                response = slice(len(tree.prompt), None)
+                lengths = [len(tree.segments[node].tokens) for node in path]
+                values = self.advantages.value_M[slice(*self.advantages.offset_L[index : index + 2])]
+                losses = naive_token_losses(
+                    self.config,
+                    log_prob[response],
+                    entropy[response],
+                    torch.from_numpy(np.concatenate([self.old[number][node] for node in path])).double(),
+                    torch.from_numpy(np.concatenate([self.reference[number][node] for node in path])),
+                    torch.from_numpy(np.concatenate([tree.segments[node].log_probs for node in path])),
+                    torch.from_numpy(np.repeat(values, lengths)),
+                )
+                weight = float(self.advantages.leaf_weight_L[index])
+                mean = self.config.normalisation == "sequence_mean"
+                total = total + weight * losses.sum() / (len(losses) if mean else 1)
+                divisor += (
+                    weight
+                    * {
+                        "token_mean": len(losses),
+                        "sequence_mean": 1,
+                        "constant": self.config.normalisation_tokens or 0,
+                    }[self.config.normalisation]
+                )
+        return total / divisor
+
+
+def naive_token_losses(
+    config: LearningConfig,
+    log_prob: Tensor,
+    entropy: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    rollout: Tensor,
+    advantage: Tensor,
+) -> Tensor:
+    """PPO with two clips as it is printed; everything [T], of one leaf."""
+    ratio = (log_prob - old).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * config.dual_clip), loss)
+    if config.importance_cap is not None:
+        loss = loss * (old - rollout).exp().clamp(max=config.importance_cap)
+    difference = log_prob - reference
+    kl = {"k1": difference, "k2": difference**2 / 2, "k3": (-difference).exp() - 1 + difference}
+    return loss + config.kl_coefficient * kl[config.kl_estimator] - config.entropy_coefficient * entropy
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+def test_packed_loss_and_gradient_equal_the_leaves_one_by_one(options: dict[str, object]) -> None:
+    scene = Scene(0, options)
+    expected = scene.naive_loss()
+    expected_gradient = scene.policy.gradient(expected)
+    everything = sum(len(tree.prompt) + tree.unique_tokens() for tree in scene.trees)
+    least = max(len(tree.prompt) + len(tree.response(leaf)) for tree in scene.trees for leaf in tree.leaves)
+    for packer, budget, replicas in [
+        (pack_trees, everything, 1),
+        (pack_trees, least, 3),  # every tree is cut, some tokens are context in several packs
+        (pack_flat, 2 * least, 2),
+    ]:
+        loss, metrics = scene.loss(scene.packs(packer, budget, replicas))
+        # Float64: ten digits are left after sums over thousands of products in another order.
+        assert difference(loss, expected) < 1e-10
+        assert difference(scene.policy.gradient(loss), expected_gradient) < 1e-10
+        assert min(metrics[name] for name in ("clip_high", "clip_low", "dual_clip")) > 0.01
+        assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_the_net_advantage_alone_would_be_wrong() -> None:
+    """Why a token carries two sums: with one, the gradient is off as soon as a clip binds."""
+    scene = Scene(1, {})
+    packs = scene.packs(pack_trees, 1000, 1)
+
+    def netted(pack: Pack) -> Pack:
+        net = pack.advantage_pos + pack.advantage_neg
+        return replace(pack, advantage_pos=np.maximum(net, 0), advantage_neg=np.minimum(net, 0))
+
+    expected = scene.policy.gradient(scene.naive_loss())
+    wrong = scene.policy.gradient(scene.loss([[netted(pack) for pack in r] for r in packs])[0])
+    assert difference(wrong, expected) > 0.01
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+def test_metrics_do_not_depend_on_the_packing(options: dict[str, object]) -> None:
+    scene = Scene(2, options)
+    packed, flat = (scene.loss(scene.packs(packer, 60, 2))[1] for packer in (pack_trees, pack_flat))
+    assert packed.pop("unique_tokens") < flat.pop("unique_tokens")
+    assert packed == pytest.approx(flat, rel=1e-10)
+
+
+def scored(
+    advantage: Sequence[float], log_ratio: Sequence[float], count: Sequence[float], **options: object
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss and metrics of tokens whose log-probs are -1 under the old policy and the engine."""
+    value, weight = torch.tensor(advantage, dtype=torch.float64), torch.tensor(count, dtype=torch.float64)
+    old = torch.full_like(value, -1.0)
+    pack = {
+        "advantage_pos": value.clamp(min=0) * weight,
+        "advantage_neg": value.clamp(max=0) * weight,
+        "count_pos": weight * (value >= 0),
+        "count_neg": weight * (value < 0),
+        "old_log_prob": old,
+        "rollout_log_prob": old,
+    }
+    log_prob = old + torch.tensor(log_ratio, dtype=torch.float64)
+    loss, metrics = policy_loss(log_prob, pack, config_of(**options), float(weight.sum()))
+    return loss, summarise({key: float(metric) for key, metric in metrics.items()})
+
+
+def test_metrics_by_hand() -> None:
+    # Ratios 2, 1, 0.5, 20 and, not trained, 7; seen by 1, 2, 3, 4 and 0 leaves.
+    loss, metrics = scored(
+        [1.0, 0.0, -1.0, -0.5, 0.0],
+        [math.log(2), 0.0, math.log(0.5), math.log(20), math.log(7)],
+        [1, 2, 3, 4, 0],
+    )
+    assert loss.item() == pytest.approx((-1.28 + 3 * 0.8 + 4 * 0.5 * 10) / 10)
+    assert metrics["clip_high"] == pytest.approx(0.1)
+    assert metrics["clip_low"] == pytest.approx(0.3)
+    assert metrics["dual_clip"] == pytest.approx(0.4)
+    assert metrics["unique_tokens"] == 4
+    assert metrics["ratio_max"] == pytest.approx(20)
+    assert metrics["ratio_min"] == pytest.approx(0.5)
+    kl = [ratio - 1 - math.log(ratio) for ratio in (2, 1, 0.5, 20)]
+    assert metrics["old_kl"] == pytest.approx(np.average(kl, weights=[1, 2, 3, 4]))
+    assert metrics["importance"] == pytest.approx(1)
+
+
+def test_kl_and_entropy_by_hand() -> None:
+    """Two tokens, seen by one leaf and by three; the reference gives them half and three times as much."""
+    one = torch.ones(2, dtype=torch.float64)
+    pack = {
+        "advantage_pos": 0 * one,
+        "advantage_neg": 0 * one,
+        "count_pos": torch.tensor([1.0, 2.0], dtype=torch.float64),
+        "count_neg": torch.tensor([0.0, 1.0], dtype=torch.float64),
+        "old_log_prob": -one,
+        "rollout_log_prob": -one,
+        "reference_log_prob": -one + torch.tensor([0.5, 3.0], dtype=torch.float64).log(),
+    }
+    entropy = torch.tensor([2.0, 0.4], dtype=torch.float64)
+    kl = {
+        "k1": (math.log(2) - 3 * math.log(3)) / 4,
+        "k2": (math.log(2) ** 2 + 3 * math.log(3) ** 2) / 8,
+        "k3": (0.5 - 1 + math.log(2) + 3 * (3 - 1 - math.log(3))) / 4,
+    }
+    for name, expected in kl.items():
+        config = config_of(kl_coefficient=0.1, kl_estimator=name, entropy_coefficient=0.2)
+        loss, metrics = policy_loss(-one, pack, config, 4.0, entropy)
+        summary = summarise({key: float(metric) for key, metric in metrics.items()})
+        assert summary["reference_kl"] == pytest.approx(expected)
+        assert summary["entropy"] == pytest.approx((2 + 3 * 0.4) / 4)
+        assert loss.item() == pytest.approx(0.1 * expected - 0.2 * (2 + 3 * 0.4) / 4)
+
+
+def test_importance_weights_are_capped_by_hand() -> None:
+    pack = {
+        name: torch.tensor(values, dtype=torch.float64)
+        for name, values in {
+            "advantage_pos": [1.0, 1.0, 0.0],
+            "advantage_neg": [0.0, 0.0, 0.0],
+            "count_pos": [1.0, 3.0, 0.0],
+            "count_neg": [0.0, 0.0, 0.0],
+            "old_log_prob": [-1.0, -1.0, -1.0],
+            "rollout_log_prob": [-1.0 - math.log(5), -1.0 + math.log(2), -9.0],
+        }.items()
+    }
+    log_prob = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
+    loss, metrics = policy_loss(log_prob, pack, config_of(importance_cap=2.0), 4.0)
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    np.testing.assert_allclose(gradient, [-2 / 4, -0.5 / 4, 0], rtol=1e-12)
+    summary = summarise({key: float(metric) for key, metric in metrics.items()})
+    assert summary["importance_capped"] == pytest.approx(1 / 4)
+    assert summary["importance"] == pytest.approx((5 + 3 * 0.5) / 4)
+    assert (summary["importance_max"], summary["importance_min"]) == pytest.approx((5, 0.5))
+
+
+def test_no_ratio_overflows() -> None:
+    # float64 overflows at exp(710); k3 of the old policy is allowed to.
+    for advantage in (1.0, -1.0):
+        for log_ratio in (-800.0, 800.0):
+            log_prob = torch.tensor([log_ratio - 900.0], dtype=torch.float64, requires_grad=True)
+            one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+            pack = {
+                "advantage_pos": one * max(advantage, 0),
+                "advantage_neg": one * min(advantage, 0),
+                "count_pos": one,
+                "count_neg": zero,
+                "old_log_prob": one * -900,
+                "rollout_log_prob": one * -900,
+            }
+            loss, _ = policy_loss(log_prob, pack, config_of(), 1.0)
+            (gradient,) = torch.autograd.grad(loss, log_prob)
+            assert loss.isfinite()
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"normalisation": "sequence_mean"}])
+def test_mini_batches_have_denominators_of_their_own(options: dict[str, object]) -> None:
+    scene = Scene(3, options, trees=4)
+    parts = split_mini_batches(scene.trees, scene.advantages, 2)
+    divisors = [denominator(pack_trees(trees, part, 1000, 2), scene.config) for trees, part in parts]
+    assert sum(divisors) == pytest.approx(denominator(scene.packs(pack_flat, 1000, 1), scene.config))
+    leaves = [
+        [leaf for tree in trees for leaf in tree.leaves if leaf.reward is not None] for trees, _ in parts
+    ]
+    if options:
+        assert divisors == pytest.approx([len(part) for part in leaves])
+
+
+def test_without_old_log_probs_the_policy_is_its_own_old_one() -> None:
+    scene = Scene(4, {"importance_cap": None})
+    bare = pack_trees(scene.trees, scene.advantages, 1000, 1)
+    loss, metrics = scene.loss(bare)
+    # At ratio 1 the loss is minus the mean advantage, and the gradient is the policy gradient.
+    sums = [float((pack.advantage_pos + pack.advantage_neg).sum()) for pack in bare[0]]
+    assert loss.item() == pytest.approx(-sum(sums) / denominator(bare, scene.config), abs=1e-12)
+    assert metrics["ratio_max"] == metrics["ratio_min"] == 1
+    assert float(scene.policy.gradient(loss).norm()) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mini_batches": 2}, "mini_batches = 2 needs old_log_prob"),
+        ({"kl_coefficient": 0.1}, "kl_coefficient = 0.1 needs reference_log_prob"),
+        ({"entropy_coefficient": 0.1}, "entropy_coefficient = 0.1 needs the tokens' entropy"),
+    ],
+)
+def test_what_the_loss_lacks_is_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy_loss(torch.zeros(1), tensors(blank_pack()), config_of(**options), 1.0)
+
+
+def test_a_blank_pack_adds_nothing() -> None:
+    scene = Scene(5, {})
+    packs = scene.packs(pack_trees, 1000, 1)
+    with_blank = [packs[0], [replace(blank_pack(), old_log_prob=np.zeros(1, dtype=np.float32))]]
+    alone, together = scene.loss(packs), scene.loss(with_blank)
+    assert alone[0].item() == together[0].item()
+    assert alone[1] == together[1]
+
+
+@pytest.mark.parametrize("packer", [pack_trees, pack_flat])
+def test_mismatch_counts_a_token_for_every_leaf(packer: Callable[..., list[list[Pack]]]) -> None:
+    scene = Scene(6, {})
+    differences = [
+        abs(float(old) - float(rollout))
+        for number, tree in enumerate(scene.trees)
+        for leaf in tree.leaves
+        if leaf.reward is not None
+        for node in tree.path(leaf.segment)
+        for old, rollout in zip(scene.old[number][node], tree.segments[node].log_probs, strict=True)
+    ]
+    measured = log_prob_mismatch(scene.packs(packer, 60, 2))
+    assert measured["logprob_difference_mean"] == pytest.approx(np.mean(differences), rel=1e-6)
+    assert measured["logprob_difference_max"] == pytest.approx(max(differences), rel=1e-6)
+
+
+def test_a_log_prob_that_is_no_number_is_not_hidden() -> None:
+    scene = Scene(7, {})
+    (packs,) = scene.packs(pack_trees, 1000, 1)
+    old = np.where(packs[0].count_pos + packs[0].count_neg > 0, np.nan, 0).astype(np.float32)
+    measured = log_prob_mismatch([[replace(packs[0], old_log_prob=old), *packs]])
+    assert all(map(math.isnan, measured.values()))

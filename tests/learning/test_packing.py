@@ -1,0 +1,308 @@
+"""Packs: nothing lost, nothing doubled, every token sees exactly its own path."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, combinations
+
+import numpy as np
+import pytest
+
+from tests.support.small_trees import config_of, random_batch, relabelled, tree_of, without_ungraded
+from treepo.learning.advantage import Advantages, estimate
+from treepo.learning.packing import Pack, attach, blank_pack, pack_flat, pack_trees, split_mini_batches
+from treepo.tree import PROMPT, Tree
+
+Packer = Callable[..., list[list[Pack]]]
+PACKERS = pytest.mark.parametrize("packer", [pack_trees, pack_flat])
+SHAPES = [
+    {},  # branching, equal siblings, leaves at every depth
+    {"max_depth": 12, "max_children": 1},  # chains
+    {"max_tokens": 1, "max_depth": 7},  # one-token segments
+    {"max_depth": 7, "max_tokens": 3},  # hundreds of leaves: far over the budget
+]
+SUMS = ("advantage_pos", "advantage_neg", "count_pos", "count_neg")
+TOLERANCE = 1e-12  # sums of a few hundred float64 numbers near 1, in another order
+
+
+def batches() -> Iterator[tuple[list[Tree], Advantages]]:
+    """Batches of every shape, under an estimator whose advantages differ along a path."""
+    for seed, shape in enumerate(SHAPES):
+        trees = random_batch(np.random.default_rng(seed), 4, ungraded=0.15, **shape)
+        yield trees, estimate(trees, config_of(estimator="treepo_segment", normalisation="sequence_mean"))
+
+
+def longest(trees: Sequence[Tree]) -> int:
+    return max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
+
+
+def budgets(trees: Sequence[Tree]) -> list[int]:
+    """From the least that can work, by which every tree is cut, to one pack for everything."""
+    least = longest(trees)
+    return [least, 2 * least, sum(len(tree.prompt) + tree.unique_tokens() for tree in trees)]
+
+
+def tokens_of(packs: Sequence[Sequence[Pack]]) -> Iterator[tuple[Pack, int]]:
+    for pack in chain.from_iterable(packs):
+        for index in range(len(pack)):
+            yield pack, index
+
+
+def path_of(pack: Pack, index: int) -> list[int]:
+    """The token and everything that predicts it, from the prompt down, by `source` alone."""
+    path = []
+    while index != -1:
+        path.append(index)
+        index = int(pack.source[index])
+    return path[::-1]
+
+
+def expected_sums(trees: Sequence[Tree], advantages: Advantages) -> dict[tuple[int, int], np.ndarray]:
+    """(tree, segment) to the four sums of its tokens, by loops over leaves and paths."""
+    sums: dict[tuple[int, int], np.ndarray] = {}
+    leaf_index = 0
+    for number, tree in enumerate(trees):
+        for leaf in tree.leaves:
+            values = advantages.value_M[slice(*advantages.offset_L[leaf_index : leaf_index + 2])]
+            weight = advantages.token_weight_L[leaf_index]
+            leaf_index += 1
+            if leaf.reward is None:
+                continue
+            for segment, value in zip(tree.path(leaf.segment), values, strict=True):
+                entry = sums.setdefault((number, segment), np.zeros(4))
+                entry[0 if value >= 0 else 1] += weight * value
+                entry[2 if value >= 0 else 3] += weight
+    return sums
+
+
+@PACKERS
+def test_every_token_is_trained_once_for_every_leaf_below_it(packer: Packer) -> None:
+    context_tokens = 0
+    for trees, advantages in batches():
+        expected = {
+            (number, segment, offset): sums
+            for (number, segment), sums in expected_sums(trees, advantages).items()
+            for offset in range(len(trees[number].segments[segment].tokens))
+        }
+        for budget in budgets(trees):
+            found: dict[tuple[int, int, int], np.ndarray] = {}
+            times: dict[tuple[int, int, int], int] = {}
+            packs = packer(trees, advantages, budget, 2)
+            for pack, i in tokens_of(packs):
+                sums = np.array([getattr(pack, name)[i] for name in SUMS])
+                if sums[2:].any():
+                    key = (int(pack.tree[i]), int(pack.segment[i]), int(pack.offset[i]))
+                    found[key] = found.get(key, np.zeros(4)) + sums
+                    times[key] = times.get(key, 0) + 1
+                else:
+                    assert not sums.any()
+                    context_tokens += pack.segment[i] != PROMPT
+            assert found.keys() == expected.keys()
+            for key, sums in found.items():
+                np.testing.assert_allclose(sums, expected[key], rtol=TOLERANCE, atol=TOLERANCE)
+            if packer is pack_trees:
+                assert set(times.values()) == {1}
+            weights = [pack.leaf_weight for replica in packs for pack in replica]
+            assert sum(weights) == pytest.approx(advantages.leaf_weight_L.sum(), rel=TOLERANCE)
+    assert (context_tokens > 0) == (packer is pack_trees)  # some trees were cut
+
+
+@PACKERS
+def test_every_token_sees_exactly_its_own_path(packer: Packer) -> None:
+    for trees, advantages in batches():
+        for budget in budgets(trees):
+            for pack, i in tokens_of(packer(trees, advantages, budget, 2)):
+                seen = np.flatnonzero((np.arange(len(pack)) <= i) & (i < pack.exit))
+                np.testing.assert_array_equal(seen, path_of(pack, i))
+                assert pack.position[i] == len(seen) - 1
+                tree, segment = trees[pack.tree[i]], int(pack.segment[i])
+                above = [tree.segments[node].tokens for node in tree.path(segment)[:-1]]
+                own = tree.prompt if segment == PROMPT else tree.segments[segment].tokens
+                own = own[: pack.offset[i] + 1]
+                context = own if segment == PROMPT else np.concatenate([tree.prompt, *above, own])
+                np.testing.assert_array_equal(pack.token[seen], context)
+
+
+@PACKERS
+def test_a_token_keeps_what_its_segment_says(packer: Packer) -> None:
+    for trees, advantages in batches():
+        for pack, i in tokens_of(packer(trees, advantages, longest(trees), 1)):
+            if pack.segment[i] == PROMPT:
+                assert (pack.rollout_log_prob[i], pack.version[i]) == (0, -1)
+            else:
+                segment = trees[pack.tree[i]].segments[pack.segment[i]]
+                assert pack.rollout_log_prob[i] == segment.log_probs[pack.offset[i]]
+                assert pack.version[i] == segment.version
+
+
+@PACKERS
+def test_the_graded_leaves_come_back_from_the_packs(packer: Packer) -> None:
+    for trees, advantages in batches():
+        pruned = {number: tree for number, full in enumerate(trees) if (tree := without_ungraded(full))}
+        wanted = sorted(
+            (number, *tree.prompt.tolist(), *tree.response(leaf).tolist())
+            for number, tree in pruned.items()
+            for leaf in tree.leaves
+        )
+        found = []
+        leaf_segments = {
+            (number, leaf.segment)
+            for number, tree in enumerate(trees)
+            for leaf in tree.leaves
+            if leaf.reward is not None
+        }
+        for pack, i in tokens_of(packer(trees, advantages, longest(trees), 3)):
+            number, segment = int(pack.tree[i]), int(pack.segment[i])
+            if number < 0 or (number, segment) not in leaf_segments:
+                continue
+            ends_here = pack.offset[i] + 1 == len(trees[number].segments[segment].tokens)
+            if ends_here and pack.count_pos[i] + pack.count_neg[i]:
+                found.append((number, *pack.token[path_of(pack, i)].tolist()))
+        assert sorted(found) == wanted
+
+
+@PACKERS
+def test_packs_keep_to_the_budget_and_replicas_are_balanced(packer: Packer) -> None:
+    for trees, advantages in batches():
+        for budget in budgets(trees):
+            for replicas in (1, 2, 5):
+                packs = packer(trees, advantages, budget, replicas)
+                assert len(packs) == replicas
+                assert all(replica for replica in packs)
+                assert max(len(pack) for replica in packs for pack in replica) <= budget
+                loads = [sum(len(pack) for pack in replica) for replica in packs]
+                # No replica is ahead of another by more than one piece, and no piece is over the budget.
+                assert max(loads) - min(loads) <= budget
+
+
+@PACKERS
+def test_padding_trains_nothing_and_sees_only_itself(packer: Packer) -> None:
+    trees, advantages = next(batches())
+    budget = longest(trees) + 7
+    plain = packer(trees, advantages, budget, 2)
+    padded = packer(trees, advantages, budget, 2, capacities=range(8, budget + 8, 8))
+    for short, long in zip(chain(*plain), chain(*padded), strict=True):
+        assert len(long) % 8 == 0
+        assert len(long) - len(short) in range(8)
+        np.testing.assert_array_equal(long.token[: len(short)], short.token)
+        padding = slice(len(short), None)
+        np.testing.assert_array_equal(long.exit[padding], np.arange(len(short), len(long)) + 1)
+        assert set(long.source[padding]) <= {-1}
+        assert set(long.tree[padding]) <= {-1}
+        assert not (long.count_pos + long.count_neg)[padding].any()
+        assert (long.exit[: len(short)] <= len(short)).all()
+        assert long.leaf_weight == short.leaf_weight
+
+
+def packed_tokens(tree: Tree, budget: int) -> int:
+    packs = pack_trees([tree], estimate([tree], config_of()), budget, 1)
+    return sum(len(pack) for replica in packs for pack in replica)
+
+
+def test_cuts_repeat_the_least_context() -> None:
+    """Against every way of cutting the depth-first order into stretches, on small trees."""
+    checked = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        (tree,) = random_batch(rng, 1, max_depth=3, max_children=2)
+        # Depth-first, children in order: the packs' own order.
+        order = sorted(range(len(tree.segments)), key=tree.path)
+        budget = longest([tree]) + int(rng.integers(0, 6))
+        if len(order) > 11 or len(tree.prompt) + tree.unique_tokens() <= budget:
+            continue
+        above = {
+            node: len(tree.prompt) + sum(len(tree.segments[up].tokens) for up in tree.path(node)[:-1])
+            for node in order
+        }
+
+        def tokens(part: list[int], tree: Tree = tree, above: dict[int, int] = above) -> int:
+            return above[part[0]] + sum(len(tree.segments[node].tokens) for node in part)
+
+        best = min(
+            sum(map(tokens, parts))
+            for count in range(len(order))
+            for edges in combinations(range(1, len(order)), count)
+            if max(map(tokens, parts := [
+                order[start:stop] for start, stop in zip((0, *edges), (*edges, len(order)), strict=True)
+            ])) <= budget
+        )  # fmt: skip
+        assert packed_tokens(tree, budget) == best
+        checked += 1
+    assert checked >= 15
+
+
+def test_what_no_graded_leaf_is_below_is_left_out() -> None:
+    tree = tree_of([-1, 0, 0, -1, 3], [1.0, None, None])
+    (replica,) = pack_trees([tree], estimate([tree], config_of()), 100, 1)
+    (pack,) = replica
+    assert sorted(set(pack.segment.tolist())) == [PROMPT, 0, 1]
+
+
+@PACKERS
+def test_nothing_to_train_gives_every_replica_one_blank_token(packer: Packer) -> None:
+    tree = tree_of([-1, 0, 0], [None, None])
+    packs = packer([tree], estimate([tree], config_of()), 100, 2)
+    assert [[len(pack) for pack in replica] for replica in packs] == [[1], [1]]
+    assert not any(pack.count_pos.any() or pack.count_neg.any() for replica in packs for pack in replica)
+
+
+def test_the_order_of_segments_and_leaves_does_not_matter() -> None:
+    rng = np.random.default_rng(9)
+    trees = random_batch(rng, 3)
+    changed = [relabelled(tree, rng)[0] for tree in trees]
+    budget = longest(trees) * 2
+
+    def content(batch: Sequence[Tree]) -> list[tuple[object, ...]]:
+        packs = pack_trees(batch, estimate(batch, config_of()), budget, 1)
+        return sorted(
+            (
+                int(pack.tree[i]),
+                tuple(pack.token[path_of(pack, i)].tolist()),
+                *(round(float(getattr(pack, name)[i]), 9) for name in SUMS),
+            )
+            for pack, i in tokens_of(packs)
+            if pack.count_pos[i] + pack.count_neg[i]
+        )
+
+    assert content(trees) == content(changed)
+
+
+@pytest.mark.parametrize(
+    ("trees", "parts", "sizes"), [(8, 2, [4, 4]), (7, 3, [2, 3, 2]), (2, 4, [1, 1]), (0, 3, [])]
+)
+def test_mini_batches_are_whole_trees(trees: int, parts: int, sizes: list[int]) -> None:
+    batch = random_batch(np.random.default_rng(0), trees)
+    advantages = estimate(batch, config_of())
+    split = split_mini_batches(batch, advantages, parts)
+    assert [len(part) for part, _ in split] == sizes
+    assert [tree for part, _ in split for tree in part] == batch
+    values = [theirs.value_M for _, theirs in split]
+    np.testing.assert_array_equal(np.concatenate([*values, np.zeros(0)]), advantages.value_M)
+
+
+def test_attached_log_probs_stay_with_their_pack() -> None:
+    trees, advantages = next(batches())
+    packs = pack_trees(trees, advantages, longest(trees), 2)
+    values = [[np.full(len(pack), index, dtype=np.float32) for index, pack in enumerate(r)] for r in packs]
+    for replica in attach(packs, "old_log_prob", values):
+        for index, pack in enumerate(replica):
+            assert pack.old_log_prob is not None
+            assert set(pack.old_log_prob) == {index}
+    with pytest.raises(ValueError, match="zip"):
+        attach(packs, "old_log_prob", values[:1])
+
+
+@PACKERS
+def test_a_trajectory_longer_than_a_pack_is_refused(packer: Packer) -> None:
+    tree = tree_of([-1, 0], [1.0], lengths=[5, 6])
+    with pytest.raises(ValueError, match="13 tokens with its prompt; a pack holds 12"):
+        packer([tree], estimate([tree], config_of()), 12, 1)
+
+
+def test_a_pack_no_capacity_holds_is_refused() -> None:
+    tree = tree_of([-1, 0], [1.0])
+    with pytest.raises(ValueError, match="largest capacity is 8; a pack may have 12"):
+        pack_trees([tree], estimate([tree], config_of()), 12, 1, capacities=(4, 8))
+
+
+def test_a_blank_pack_is_one_untrained_token() -> None:
+    pack = blank_pack()
+    assert (len(pack), pack.exit[0], pack.source[0], pack.count_pos[0], pack.count_neg[0]) == (1, 1, -1, 0, 0)

@@ -1,0 +1,393 @@
+"""Real Megatron-Core ranks: against transformers, packed against flat, every layout against one rank."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.support import megatron_ranks
+from tests.support.megatron_ranks import Case, Result
+from tests.support.random_trees import random_tree
+from tests.support.trainer_layouts import CONFIGS, LAYOUTS, MODELS, PAIRS, RECOMPUTE, VARIANTS, VOCABULARY
+from treepo.config.learning import LearningConfig
+from treepo.config.trainer import OptimizerConfig
+from treepo.learning import advantage, loss
+from treepo.learning.packing import Pack, pack_flat, pack_trees, padded
+from treepo.tree import PROMPT, Tree
+
+pytestmark = pytest.mark.slow
+
+TEMPERATURE = 0.8
+# Logits of some units in float32, summed in another order: a few 1e-6.
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Batch:
+    trees: list[Tree]
+    packed: list[Pack]
+    flat: list[Pack]
+    denominator: float
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Six trees in packs of unequal lengths, some of them cut; old log-probs make the clips bind."""
+    rng = np.random.default_rng(5)
+    trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(6)]
+    learning = LearningConfig()
+    advantages = advantage.estimate(trees, learning)
+    longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
+    (packed,) = pack_trees(trees, advantages, longest + 10, 1)
+    (flat,) = pack_flat(trees, advantages, longest + 10, 1)
+    assert len(packed) > 3
+    assert len({len(pack) for pack in packed}) > 1
+    packed, flat = ([with_old_log_prob(pack) for pack in packs] for packs in (packed, flat))
+    denominator = loss.denominator([packed], learning)
+    assert denominator == pytest.approx(loss.denominator([flat], learning))
+    return Batch(trees, packed, flat, denominator)
+
+
+def with_old_log_prob(pack: Pack) -> Pack:
+    """Old log-probs that depend on the token of the tree only, so that they are the same in any packing."""
+    old = -4.5 + np.sin(7.0 * pack.token + pack.position)
+    near = np.where(pack.version >= 0, old - 0.1 * np.cos(pack.position), 0.0)
+    return replace(pack, old_log_prob=old.astype(np.float32), rollout_log_prob=near.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random model of each architecture, its norms and biases off their initial values."""
+    root = tmp_path_factory.mktemp("models")
+    for name, config in CONFIGS.items():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(root / name)
+        (root / name / "tokenizer_config.json").write_text("{}")
+    return {name: root / name for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
+    """Every model on one rank, and on the first one the variants that must make no difference."""
+    cases = [standard(name, models[name], [batch.packed], batch.denominator) for name in CONFIGS]
+    qwen2 = cases[0]
+    cases += [replace(case, name=f"{case.name}, one step", steps=case.steps[:1]) for case in cases]
+    cases += [
+        replace(qwen2, name="flat", steps=[[batch.flat]] * 2),
+        replace(qwen2, name="padded", steps=[[[padded(pack, len(pack) + 70) for pack in batch.packed]]] * 2),
+        replace(qwen2, name="full", recompute="full"),
+        replace(qwen2, name="selective", recompute="selective"),
+        replace(qwen2, name="spoilt", spoilt=[spoilt(batch.packed)]),
+        replace(qwen2, name="entropy", learning=BONUS),
+        replace(qwen2, name="warm-up", steps=[[batch.packed]] * 5, optimizer=WARM_UP),
+        replace(qwen2, name="bfloat16", dtype="bfloat16", steps=[[batch.packed]] * 12, optimizer=SMALL_STEPS),
+    ]
+    return megatron_ranks.run(cases, tmp_path_factory.mktemp("ranks") / "one")
+
+
+BONUS = LearningConfig(entropy_coefficient=0.1)
+KL = LearningConfig(kl_coefficient=0.1)
+WARM_UP = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
+# Steps of which one is too small to change a bfloat16 weight near 0.15 (spaced by 2^-10), but twelve are not.
+SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0)
+
+
+def standard(name: str, model: Path, replicas: Sequence[Sequence[Pack]], denominator: float) -> Case:
+    """Two steps on the same batch: the second sees what the first did."""
+    return Case(name, model, [replicas] * 2, denominator, temperature=TEMPERATURE)
+
+
+def spoilt(packs: Sequence[Pack]) -> list[Pack]:
+    """The packs with a gradient that is no number."""
+    first, *others = packs
+    return [replace(first, advantage_pos=np.full(len(first), np.nan)), *others]
+
+
+@pytest.fixture(scope="module")
+def parallel(models, batch, tmp_path_factory) -> dict[str, Result]:
+    """Results by "layout: model" and "layout: variant"; all layouts of a number of ranks share processes.
+
+    Replicas get unequal numbers of packs, one even none in the second step.
+    """
+    cases = [case for layout in LAYOUTS for case in cases_at(layout, models, batch)]
+    root = tmp_path_factory.mktemp("ranks")
+    results: dict[str, Result] = {}
+    for ranks in (2, 4):
+        group = [case for case in cases if case.layout.ranks == ranks]
+        results |= megatron_ranks.run(group, root / str(ranks))
+    return results
+
+
+def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
+    layout = LAYOUTS[name]
+
+    def steps(packs: list[Pack]) -> list[list[list[Pack]]]:
+        return [[packs[:1], packs[1:]], [packs, []]] if layout.data == 2 else [[packs]] * 2
+
+    cases = []
+    for model in MODELS[name]:
+        case = standard(f"{name}: {model}", models[model], [], batch.denominator)
+        recompute = RECOMPUTE.get(name, "none")
+        cases.append(replace(case, layout=layout, steps=steps(batch.packed), recompute=recompute))
+    if name not in VARIANTS:
+        return cases
+    # Nothing may be left of a step that fails: the same results as without it.
+    cases[0] = replace(cases[0], spoilt=[spoilt(batch.packed), batch.packed][: layout.data])
+    plain = replace(cases[0], spoilt=())
+    return [
+        *cases,
+        replace(plain, name=f"{name}: flat", steps=steps(batch.flat)),
+        replace(
+            plain,
+            name=f"{name}: bfloat16",
+            dtype="bfloat16",
+            steps=plain.steps[:1] * 12,
+            optimizer=SMALL_STEPS,
+        ),
+        # A few tokens' logits at once, computed again in the backward pass by all ranks together.
+        replace(plain, name=f"{name}: entropy", learning=BONUS, chunk_bytes=4096, recompute="full"),
+        replace(plain, name=f"{name}: kl", learning=KL, steps=with_reference(plain.steps)),
+    ]
+
+
+def with_reference(steps: Sequence[Sequence[Sequence[Pack]]]) -> list[list[list[Pack]]]:
+    """Any reference does: that it is the trainer's own is what `test_reference_...` looks at."""
+    return [
+        [[replace(pack, reference_log_prob=pack.old_log_prob) for pack in packs] for packs in replicas]
+        for replicas in steps
+    ]
+
+
+def reference_log_probs(model: Path, tree: Tree) -> dict[tuple[int, int], float]:
+    """Every token's log-prob by transformers, under its segment and offset; each trajectory by itself."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    values = {}
+    for leaf in tree.leaves:
+        tokens = torch.from_numpy(np.concatenate([tree.prompt, tree.response(leaf)])).long()
+        with torch.no_grad():
+            log_p = (network(tokens[None]).logits[0].float() / TEMPERATURE).log_softmax(-1)
+        path = [(PROMPT, offset) for offset in range(len(tree.prompt))]
+        path += [
+            (s, offset) for s in tree.path(leaf.segment) for offset in range(len(tree.segments[s].tokens))
+        ]
+        for index in range(1, len(tokens)):
+            values[path[index]] = float(log_p[index - 1, tokens[index]])
+    return values
+
+
+def assert_log_probs(packs: Sequence[Pack], log_probs: Sequence[np.ndarray], model: Path, trees) -> None:
+    reference = [reference_log_probs(model, tree) for tree in trees]
+    for pack, values in zip(packs, log_probs, strict=True):
+        assert values.dtype == np.float32
+        expected = [
+            reference[tree][segment, offset] if source >= 0 else 0.0
+            for tree, segment, offset, source in zip(
+                pack.tree, pack.segment, pack.offset, pack.source, strict=True
+            )
+        ]
+        np.testing.assert_allclose(values, expected, **CLOSE)
+
+
+def assert_same_step(ours: Result, reference: Result) -> None:
+    for step, other in zip(ours.metrics, reference.metrics, strict=True):
+        assert step.keys() == other.keys()
+        for key in step.keys() - {"unique_tokens"}:
+            assert step[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
+    assert ours.final.keys() == reference.final.keys()
+    for name, tensor in reference.final.items():
+        torch.testing.assert_close(ours.final[name], tensor, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_log_probs_are_those_of_transformers(name: str, one_rank, models, batch) -> None:
+    assert_log_probs(batch.packed, one_rank[name].before[0], models[name], batch.trees)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_export_is_a_model_for_transformers(name: str, one_rank, models, batch) -> None:
+    """After training: the exported folder gives the log-probs that the trainer gives."""
+    result = one_rank[name]
+    assert_log_probs(batch.packed, result.after[0], result.export, batch.trees)
+    assert (result.export / "tokenizer_config.json").is_file()
+    assert (result.export / "generation_config.json").is_file()
+    exported = load_file(result.export / "model.safetensors")
+    assert exported.keys() == load_file(models[name] / "model.safetensors").keys()
+
+
+def test_training_changes_the_weights_and_the_clips_bind(one_rank) -> None:
+    """Else the comparisons below would compare nothing."""
+    result = one_rank["qwen2"]
+    for name, tensor in result.initial.items():
+        assert not torch.equal(tensor, result.final[name]), name
+    metrics = result.metrics[0]
+    assert 0 < metrics["clip_high"] < 0.9
+    assert 0 < metrics["clip_low"] < 0.9
+    assert metrics["grad_norm"] > 0
+
+
+def test_packed_and_flat_are_the_same_step(one_rank) -> None:
+    assert_same_step(one_rank["flat"], one_rank["qwen2"])
+
+
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_packed_and_flat_are_the_same_step_at_every_layout(layout: str, parallel) -> None:
+    assert_same_step(parallel[f"{layout}: flat"], parallel[f"{layout}: qwen2"])
+
+
+def test_padding_changes_nothing(one_rank) -> None:
+    """More than a block of it, which has nothing to attend to."""
+    assert_same_step(one_rank["padded"], one_rank["qwen2"])
+    for ours, reference in zip(one_rank["padded"].before[0], one_rank["qwen2"].before[0], strict=True):
+        np.testing.assert_allclose(ours[: len(reference)], reference, **CLOSE)
+        assert (ours[len(reference) :] == 0).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) -> None:
+    """By autograd through transformers on whole trajectories: divided once, and clipped to norm 1."""
+    network = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
+    # The padding token would have no gradient, and the trees use it.
+    network.get_input_embeddings().padding_idx = None  # type: ignore[assignment]  # torch types it as a module
+    for pack in batch.flat:
+        total = torch.zeros(())
+        for start in np.flatnonzero(pack.source < 0):
+            total = total + trajectory_loss(network, pack, slice(start, pack.exit[start]), batch.denominator)
+        total.backward()
+    gradients = dict(saved_gradients(network))
+    assert gradients.keys() == one_rank[name].final.keys()
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    result = one_rank[f"{name}, one step"]
+    assert result.metrics[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    for tensor, gradient in gradients.items():
+        clipped = gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
+        step = clipped / (clipped.abs() + 1.0)  # Adam with betas of 0 and an epsilon of 1
+        torch.testing.assert_close(result.final[tensor], result.initial[tensor] - step, **CLOSE, msg=tensor)
+
+
+SAVED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def saved_gradients(network) -> Iterator[tuple[str, torch.Tensor]]:
+    """By the names that the tensors are saved under: transformers' experts are fused while they compute."""
+    for name, parameter in network.named_parameters():
+        layer, fused, part = name.partition("experts.")
+        if not fused:
+            yield name, parameter.grad
+            continue
+        names = SAVED[part]
+        for expert, gradient in enumerate(parameter.grad):
+            for saved, tensor in zip(names, gradient.chunk(len(names)), strict=True):
+                yield f"{layer}experts.{expert}.{saved}.weight", tensor
+
+
+def trajectory_loss(network, pack: Pack, tokens: slice, denominator: float) -> torch.Tensor:
+    """The loss of one sequence of a flat pack."""
+    fields = {name: torch.from_numpy(column[tokens]) for name, column in pack.columns().items()}
+    token = fields["token"].long()
+    log_p = (network(token[None]).logits[0] / TEMPERATURE).log_softmax(-1)
+    log_prob = torch.cat([torch.zeros(1), log_p[:-1].gather(1, token[1:, None])[:, 0]])
+    return loss.policy_loss(log_prob, fields, LearningConfig(), denominator)[0]
+
+
+@pytest.mark.parametrize("variant", ["full", "selective"])
+def test_recomputation_changes_nothing(variant: str, one_rank) -> None:
+    assert_same_step(one_rank[variant], one_rank["qwen2"])
+
+
+def test_a_step_that_fails_changes_nothing(one_rank) -> None:
+    assert_same_step(one_rank["spoilt"], one_rank["qwen2"])
+
+
+def test_learning_rate_rises_linearly_and_stays(one_rank) -> None:
+    rates = [metrics["learning_rate"] for metrics in one_rank["warm-up"].metrics]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+def test_the_loss_falls(one_rank) -> None:
+    """With Adam as it is used: the same batch five times."""
+    losses = [metrics["loss"] for metrics in one_rank["warm-up"].metrics]
+    assert losses[-1] < losses[0]
+
+
+def test_bfloat16_accumulates_steps_in_float32_master_weights(one_rank, models) -> None:
+    result = one_rank["bfloat16"]
+    saved = load_file(models["qwen2"] / "model.safetensors")
+    for name, tensor in result.initial.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, saved[name].bfloat16()), name
+    moved = (result.final["lm_head.weight"] != result.initial["lm_head.weight"]).float().mean()
+    assert moved > 0.3
+    # bfloat16 has 8 bits: logits of a few units are known to about 0.03.
+    for ours, exact in zip(result.before[0], one_rank["qwen2"].before[0], strict=True):
+        np.testing.assert_allclose(ours, exact, atol=0.2)
+
+
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_bfloat16_takes_the_same_course_at_every_layout(layout: str, parallel, one_rank) -> None:
+    ours, reference = parallel[f"{layout}: bfloat16"], one_rank["bfloat16"]
+    for step, other in zip(ours.metrics, reference.metrics, strict=True):
+        # Activations of 8 bits. The gradient's norm jumps where one more token is clipped, the loss does not.
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-2)
+    assert ours.metrics[-1]["loss"] < 0.9 * ours.metrics[0]["loss"]  # which the comparison can see
+    moved = (ours.final["lm_head.weight"] != ours.initial["lm_head.weight"]).float().mean()
+    assert moved > 0.3  # else the master weights were not in float32
+
+
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_weights_survive_the_round_trip_bit_for_bit(
+    layout: str, name: str, parallel, one_rank, models
+) -> None:
+    saved = load_file(models[name] / "model.safetensors")
+    for result in (parallel[f"{layout}: {name}"], one_rank[name]):
+        assert result.initial.keys() == saved.keys()
+        for tensor, weight in saved.items():
+            assert torch.equal(result.initial[tensor], weight), tensor
+
+
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_every_layout_is_one_rank(layout: str, name: str, parallel, one_rank) -> None:
+    ours, reference = parallel[f"{layout}: {name}"], one_rank[name]
+    for attribute in ("before", "after"):
+        values = [array for replica in getattr(ours, attribute) for array in replica]
+        for array, expected in zip(values, getattr(reference, attribute)[0], strict=True):
+            np.testing.assert_allclose(array, expected, **CLOSE)
+    assert_same_step(ours, reference)
+
+
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_recomputation_and_chunks_change_nothing_at_any_layout(layout: str, parallel, one_rank) -> None:
+    """With the entropy bonus, whose gradient also crosses the ranks' vocabularies."""
+    assert one_rank["entropy"].metrics[0]["grad_norm"] != one_rank["qwen2"].metrics[0]["grad_norm"]
+    assert_same_step(parallel[f"{layout}: entropy"], one_rank["entropy"])
+
+
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_export_is_what_the_engines_get(layout: str, name: str, parallel) -> None:
+    result = parallel[f"{layout}: {name}"]
+    exported = load_file(result.export / "model.safetensors")
+    assert exported.keys() == result.final.keys()
+    for tensor, weight in exported.items():
+        assert torch.equal(weight, result.final[tensor])
+
+
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_reference_is_the_initial_model_and_gives_way_to_the_trained_one(layout: str, parallel) -> None:
+    result = parallel[f"{layout}: kl"]
+    assert result.metrics[0]["reference_kl"] > 0
+    values = [
+        [array for replica in replicas for array in replica]
+        for replicas in (result.before, result.reference, result.after)
+    ]
+    for before, reference, after in zip(*values, strict=True):
+        np.testing.assert_array_equal(reference, before)
+        assert not np.array_equal(after, before)

@@ -1,0 +1,63 @@
+"""The shapes in examples/architectures are the published models': parameters add up to the same number."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_bridge.architecture import check_layout, read_architecture
+from tests.support.paths import ROOT
+from treepo.config.load import load_config
+from treepo.planning.fit import fit
+from treepo.toy.warmstart import new_model
+
+EXAMPLES = ROOT / "examples"
+ARCHITECTURES = EXAMPLES / "architectures"
+
+PARAMETERS = {  # by safetensors' own count, as the models' pages show it; the toy's by its own
+    "Llama-3.1-70B": 70_553_706_496,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "toy": sum(parameter.numel() for parameter in new_model(seed=0).parameters()),
+}
+
+
+def test_every_architecture_is_counted() -> None:
+    assert sorted(folder.name for folder in ARCHITECTURES.iterdir()) == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_those_of_the_published_model(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ARCHITECTURES / name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+# Paths in a configuration are relative to the working directory, which is the repository's for the examples.
+PLANNED = [
+    EXAMPLES / "quickstart.yaml",
+    *(path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.parent.name in ("paper", "models")),
+]
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.name)
+def test_the_examples_divide_their_models_and_fit_their_devices(path: Path) -> None:
+    config = load_config(path)
+    assert config.plan.architecture is not None
+    folder = EXAMPLES.parent / config.plan.architecture
+    check_layout(read_architecture(folder), config.trainer.parallel)
+    fitted = fit(config, folder)
+    assert fitted.problem is None
+    if config.plan.device != "cpu":  # no node is left with idle devices
+        assert fitted.places.devices == fitted.places.nodes * config.plan.devices_per_node
+
+
+def test_the_toys_shape_is_what_treepo_toy_makes() -> None:
+    made = new_model(seed=0).config.to_dict()
+    written = AutoConfig.from_pretrained(ARCHITECTURES / "toy").to_dict()
+    assert {
+        key: written[key] for key in ("hidden_size", "rope_parameters", "eos_token_id", "vocab_size")
+    } == {key: made[key] for key in ("hidden_size", "rope_parameters", "eos_token_id", "vocab_size")}

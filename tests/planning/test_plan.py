@@ -1,0 +1,168 @@
+"""`treepo plan`: what fits is planned to the last second, what does not ends with layouts that do."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from tests.support.paths import ROOT
+from treepo.cli.main import app
+from treepo.config.load import load_config
+from treepo.config.run import RunConfig
+from treepo.errors import ConfigError
+from treepo.planning.fit import fit
+from treepo.planning.model import model_folder
+from treepo.planning.plan import Plan, make_plan
+
+QWEN3_8B = "examples/models/qwen3-8b.yaml"
+SMALL = (  # a step that is soon sampled
+    "data.prompts_per_step=8",
+    "learning.mini_batches=1",
+    "reward.overlong_buffer_tokens=64",
+    "sampling.max_response_tokens=1024",
+    "sampling.segment_tokens=128",
+    "sampling.max_depth=8",
+    "plan.response_tokens=300",
+)
+TOO_LARGE = ("trainer.parallel.tensor=1", "trainer.parallel.data=8", "trainer.recompute=none")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples name their architectures from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return load_config(Path(QWEN3_8B), [*SMALL, *overrides])
+
+
+def silent(doing: str) -> None:
+    del doing
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(config_of(*overrides), silent)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", QWEN3_8B, *SMALL, *arguments])
+
+
+def test_what_fits_is_planned_in_full() -> None:
+    plan = planned()
+    assert plan.fit.problem is None
+    assert plan.parameters == 8_190_735_360
+    assert plan.step is not None
+    assert plan.sampling is not None
+    assert list(plan.step.phases) == ["sample", "score", "train", "optimizer", "update"]
+    assert plan.step.seconds == pytest.approx(sum(phase.seconds for phase in plan.step.phases.values()))
+    assert plan.sampling.leaf_tokens > plan.sampling.decoded_tokens > 0
+    assert not plan.proposals
+
+
+def test_every_proposal_fits_and_is_another_idea() -> None:
+    plan = planned(*TOO_LARGE)
+    assert plan.fit.problem is not None
+    assert "trainer, pipeline stage 0: needs" in plan.fit.problem
+    assert plan.step is None
+    assert len(plan.proposals) == 3
+    ideas = []
+    for proposal in plan.proposals:
+        config = config_of(*TOO_LARGE, *proposal.overrides)
+        assert fit(config, model_folder(config)).problem is None
+        ideas.append({override.split("=")[0] for override in proposal.overrides})
+    assert len({frozenset(idea) for idea in ideas}) == 3
+
+
+def test_another_way_for_the_weights_is_proposed() -> None:
+    plan = planned("weights.transport=broadcast")
+    assert plan.proposals[0].overrides == ("weights.transport=colocated",)
+
+
+def test_more_processes_of_this_machine_need_more_of_its_memory() -> None:
+    def everything(*overrides: str) -> float:
+        config = load_config(Path("examples/quickstart.yaml"), overrides)
+        return fit(config, model_folder(config)).fullest.need
+
+    assert everything("trainer.parallel.data=4", "engine.count=4") > 2 * everything()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["engine.tensor=1", "engine.count=9"],
+            "placement = colocated: engine.count x engine.tensor = 9 x 1",
+        ),
+        (["plan.node_memory_gib=100"], "host memory of a node: needs"),
+        (
+            ["plan.devices_per_node=2"],
+            "need 8 GPUs and 12 CPUs, 4 of the GPUs on one node; nodes of 2 do not hold that",
+        ),
+        (["weights.transport=broadcast"], "NCCL takes one process a GPU"),
+        (["plan.devices_per_node=4", "engine.memory_fraction=0.8"], "weights.transport = colocated"),
+        (["engine.max_total_tokens=1000"], "engine: its KV cache holds 1,000 tokens"),
+        (["plan.device=a100-40gb", *TOO_LARGE], "trainer, pipeline stage 0: needs"),
+    ],
+)
+def test_the_binding_constraint_is_named(overrides: list[str], problem: str) -> None:
+    config = config_of(*overrides)
+    found = fit(config, model_folder(config)).problem
+    assert found is not None
+    assert problem in found
+    assert "\n" not in found
+
+
+def test_exit_codes_and_the_document() -> None:
+    fits, too_large = run("--json"), run("--json", *TOO_LARGE)
+    assert (fits.exit_code, too_large.exit_code) == (0, 2)
+    document, refused = json.loads(fits.stdout), json.loads(too_large.stdout)
+    assert document["fits"]
+    assert document["step"]["seconds"] > 0
+    assert document["engine"]["total"] == pytest.approx(sum(document["engine"]["parts"].values()))
+    assert not refused["fits"]
+    assert refused["step"] is None
+    assert refused["proposals"]
+    assert refused["assumed"]["device"] == "h100"
+
+
+def test_what_is_printed_says_whether_it_fits() -> None:
+    fits, too_large = run(), run(*TOO_LARGE)
+    assert "8,190,735,360 parameters, 8 x h100 on 1 node of 8" in fits.stdout
+    assert "It fits." in fits.stdout
+    assert "It does not fit:" in too_large.stdout
+    assert "The nearest that fit:" in too_large.stdout
+
+
+def test_a_model_that_is_not_at_hand_needs_its_shape() -> None:
+    with pytest.raises(ConfigError, match=r"models/Qwen3-8B has no config\.json"):
+        planned("plan.architecture=null")
+    with pytest.raises(ConfigError, match=r"plan\.architecture: examples has no config\.json"):
+        planned("plan.architecture=examples")
+
+
+DISTINCT = [
+    "quickstart.yaml",
+    "models/*.yaml",
+    "cluster/two_nodes.yaml",
+    "paper/*.yaml",
+    "paper/baselines/*.yaml",
+    "paper/ablations/grid-*.yaml",
+    "paper/ablations/misaligned-fallback.yaml",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for pattern in DISTINCT for path in (ROOT / "examples").glob(pattern)),
+    ids=lambda path: path.stem,
+)
+def test_every_example_is_planned(path: Path) -> None:
+    """The other ablations sample as the paper's run does."""
+    plan = make_plan(load_config(path), silent)
+    assert plan.fit.problem is None
+    assert plan.step is not None
+    assert plan.step.seconds > 0

@@ -1,0 +1,154 @@
+"""What a plan of the trainer obeys at any size; that it is true is what tests/planning/test_memory.py tests."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, Qwen3MoeConfig
+
+from megatron_bridge.architecture import read_architecture
+from treepo.config.run import RunConfig
+from treepo.errors import ConfigError
+from treepo.planning.hardware import GIB
+from treepo.planning.memory import Memory
+from treepo.planning.trainer import parameters, trainer_memory
+from treepo.planning.trainer_host import checkpoint_bytes, host_memory
+from treepo.planning.update_memory import bucket_bytes, exported_bytes
+
+PARAMETERS = 8_030_261_248  # Llama 3.1 8B
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ).save_pretrained(folder)
+    return folder
+
+
+def config_of(trainer: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "out": "unused",
+            "steps": 1,
+            "model": {"path": "unused"},
+            "data": {"train": "unused", "prompts_per_step": 64},
+            "trainer": trainer or {},
+        }
+        | sections
+    )
+
+
+def fullest(config: RunConfig, folder: Path) -> Memory:
+    return max(trainer_memory(config, folder), key=lambda memory: memory.total)
+
+
+def test_one_rank_holds_eighteen_bytes_a_parameter(llama: Path) -> None:
+    """bfloat16 weights, float32 gradients, master weights and two moments."""
+    stage, update = trainer_memory(config_of(), llama)
+    state = {name: stage.parts[name] for name in ("weights", "gradients", "optimizer")}
+    for name, size in {"weights": 2, "gradients": 4, "optimizer": 12}.items():
+        assert state[name] == pytest.approx(size * PARAMETERS, rel=1e-4)
+    assert parameters(llama) == PARAMETERS
+    assert exported_bytes(config_of(), llama) == 2 * PARAMETERS
+    assert checkpoint_bytes(config_of(), llama) == 14 * PARAMETERS
+    assert {name: update.parts[name] for name in state} == state
+    assert "activations" not in update.parts
+
+
+def test_more_recomputation_keeps_less(llama: Path) -> None:
+    """Of attention's core alone it does so on a CPU only: FlexAttention keeps no more than its inputs."""
+    for device in ("cpu", "h100"):
+        full, selective, none = (
+            fullest(config_of({"recompute": recompute}, plan={"device": device}), llama).parts["activations"]
+            for recompute in ("full", "selective", "none")
+        )
+        assert full == 32 * 16384 * 4096 * 2  # every layer's input
+        assert full < min(selective, none)
+        assert (selective < none) == (device == "cpu")
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_every_way_of_dividing_takes_memory_off_a_rank(recompute: str, llama: Path) -> None:
+    alone = fullest(config_of({"recompute": recompute}), llama)
+    for layout in ({"tensor": 2}, {"pipeline": 2}, {"data": 2}):
+        divided = fullest(config_of({"recompute": recompute, "parallel": layout}), llama)
+        assert divided.total < alone.total, layout
+    data = fullest(config_of({"recompute": recompute, "parallel": {"data": 4}}), llama)
+    assert data.parts["optimizer"] == pytest.approx(alone.parts["optimizer"] / 4, rel=1e-4)
+    assert data.parts["activations"] == alone.parts["activations"]
+
+
+def test_stages_hold_fewer_micro_batches_from_first_to_last(llama: Path) -> None:
+    stages = trainer_memory(config_of({"parallel": {"pipeline": 4}, "recompute": "full"}), llama)[:-1]
+    kept = [stage.parts["activations"] for stage in stages]
+    assert kept == sorted(kept, reverse=True)
+    assert [stage.owner for stage in stages] == [f"trainer, pipeline stage {i}" for i in range(4)]
+    assert all(stage.parts.keys() == stages[0].parts.keys() for stage in stages)
+    assert all(stage.notes.keys() <= stage.parts.keys() for stage in stages)
+
+
+def test_logits_are_bounded_whatever_the_pack(llama: Path) -> None:
+    """512 MiB of float32 logits at once, with what their gradient takes."""
+    trainer = {"parallel": {"pipeline": 4}, "recompute": "full", "max_tokens_per_pack": 65536}
+    *_, last, _ = trainer_memory(config_of(trainer), llama)
+    hidden = 65536 * 4096 * 2
+    assert last.parts["logits"] < 1.25 * GIB + 2 * 128256 * 4096 * 2 + 5 * hidden
+
+
+def test_host_memory_is_of_the_fullest_node(llama: Path) -> None:
+    """Rank 0's has the weights that go out, too; a reference is two copies while it scores."""
+    parallel = {"tensor": 4, "data": 4}
+    plain = host_memory(config_of({"parallel": parallel}), llama)
+    assert plain.parts["weights on their way out"] == 4 * GIB  # one file of an exported folder
+    assert plain.parts["checkpoint being written"] == pytest.approx(
+        8 * (2 + 12 / 4) * PARAMETERS / 4, rel=1e-3
+    )
+    kl = host_memory(config_of({"parallel": parallel}, learning={"kl_coefficient": 0.1}), llama)
+    assert kl.parts["reference weights"] == pytest.approx(8 * 2 * 2 * PARAMETERS / 4, rel=1e-3)
+    none = host_memory(config_of({"parallel": parallel}, checkpoint={"every": None}), llama)
+    assert "checkpoint being written" not in none.parts
+
+
+def test_buckets_are_on_the_device_only_where_they_are_broadcast(llama: Path) -> None:
+    """Two of 256 MiB but for the vocabulary, whose tensors are larger."""
+    broadcast = config_of(weights={"transport": "broadcast"})
+    size = bucket_bytes(broadcast, read_architecture(llama))
+    table = 128256 * 4096 * 2
+    assert table < size <= 2 * table
+    assert trainer_memory(broadcast, llama)[-1].parts["weight buckets"] == size
+    assert "weight buckets" not in trainer_memory(config_of(), llama)[-1].parts
+    parts = host_memory(broadcast, llama).parts
+    assert parts["weights on their way out"] == 4 * GIB
+
+
+def test_experts_are_sharded_over_the_ranks_that_hold_the_same(tmp_path: Path) -> None:
+    Qwen3MoeConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=256,
+    ).save_pretrained(tmp_path)
+    together, apart = (
+        trainer_memory(config_of({"parallel": {"data": 8, "expert": expert}}), tmp_path)[0]
+        for expert in (1, 8)
+    )
+    experts = 4 * 64 * 3 * 256 * 256
+    assert together.parts["weights"] - apart.parts["weights"] == pytest.approx(2 * experts * 7 / 8, rel=1e-3)
+    # A rank has the optimizer state of an eighth of the experts either way.
+    assert together.parts["optimizer"] == pytest.approx(apart.parts["optimizer"], rel=1e-3)
+
+
+def test_a_layout_that_does_not_divide_is_one_line(llama: Path) -> None:
+    with pytest.raises(ConfigError, match="does not divide the model's 8 key-value heads"):
+        trainer_memory(config_of({"parallel": {"tensor": 16}}), llama)

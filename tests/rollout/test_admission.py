@@ -1,0 +1,123 @@
+"""How many trees the driver lets live at once, when it has to judge by the trees so far. None starves."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tests.support.fake_engine import FakeEngine, prompt_tokens
+from treepo.config.sampling import SamplingConfig
+from treepo.data.prompts import Prompt
+from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.rollout.driver import TreeDriver
+from treepo.tree import Tree
+
+SAMPLING = SamplingConfig(segment_tokens=8, max_depth=5, width=12, max_response_tokens=40)
+PROMPT_TOKENS = 5
+KV_TOKENS = 2 * (PROMPT_TOKENS + 12 * 40)
+
+
+@dataclass
+class CacheCounter(FakeEngine):
+    """Remembers, at the start of every request, how many prompts had one running, and how many tokens lay on
+    the running paths once all of them had come to their end, a shared one once.
+    """
+
+    running_paths: list[np.ndarray] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        path = np.concatenate([request.context, self.answer(request).tokens])
+        self.running_paths.append(path)
+        known = [running.tobytes() for running in self.running_paths]
+        self.prompts.append(len({running[: 4 * PROMPT_TOKENS] for running in known}))
+        self.tokens.append(len({running[:end] for running in known for end in range(4, len(running) + 1, 4)}))
+        try:
+            return await super().generate(request)
+        finally:
+            self.running_paths = [running for running in self.running_paths if running is not path]
+
+
+async def _grow(driver: TreeDriver, step: int) -> list[Tree]:
+    prompts = [Prompt(str(i), prompt_tokens(i, PROMPT_TOKENS), "", "", "") for i in range(30)]
+    return [tree async for tree in driver.sample(prompts, step) if isinstance(tree, Tree)]
+
+
+def _driver(engine: CacheCounter) -> TreeDriver:
+    """One whose engine's cache holds two trees at their largest."""
+    return TreeDriver([engine], SAMPLING, str, seed=0, kv_tokens=KV_TOKENS)
+
+
+def test_trees_that_turn_out_small_make_room_for_others() -> None:
+    engine = CacheCounter(end=0.1, shuffle=1)
+    asyncio.run(_grow(_driver(engine), step=1))
+    assert max(engine.prompts[: SAMPLING.width // 4]) <= 2
+    assert max(engine.prompts) > 2
+    assert max(engine.tokens) <= KV_TOKENS
+
+
+def test_a_later_step_begins_with_what_the_earlier_ones_showed() -> None:
+    async def grow_twice() -> tuple[list[int], list[int]]:
+        engine = CacheCounter(end=0.1, shuffle=1)
+        driver = _driver(engine)
+        await _grow(driver, step=1)
+        first = engine.prompts[:20]
+        engine.prompts.clear()
+        await _grow(driver, step=2)
+        assert max(engine.tokens) <= KV_TOKENS
+        return first, engine.prompts[:20]
+
+    first, later = asyncio.run(grow_twice())
+    assert max(later) > max(first)
+
+
+def test_a_cache_smaller_than_a_tree_holds_one_at_a_time() -> None:
+    engine = CacheCounter(end=0.02, shuffle=1)
+    driver = TreeDriver([engine], SAMPLING, str, seed=0, kv_tokens=PROMPT_TOKENS + 40)
+    assert len(asyncio.run(_grow(driver, step=1))) == 30
+    assert max(engine.prompts) == 1
+
+
+def test_engines_of_different_capacity_are_each_filled_and_none_is_overfilled() -> None:
+    engines = [CacheCounter(end=0.1, shuffle=seed) for seed in range(3)]
+    capacities = [KV_TOKENS, KV_TOKENS // 2, 2 * KV_TOKENS]
+    driver = TreeDriver(engines, SAMPLING, str, seed=0, kv_tokens=capacities)
+    for step in range(3):
+        assert len(asyncio.run(_grow(driver, step))) == 30
+    for engine, capacity in zip(engines, capacities, strict=True):
+        assert max(engine.prompts) >= 2
+        assert max(engine.tokens) <= capacity
+
+
+def test_trees_larger_than_any_before_are_not_piled_up() -> None:
+    async def grow_small_then_large() -> list[int]:
+        engine = CacheCounter(end=0.5, shuffle=1)
+        driver = TreeDriver([engine], SAMPLING, str, seed=0, kv_tokens=KV_TOKENS)
+        for step in range(3):  # more trees than are remembered
+            await _grow(driver, step)
+        engine.end = 0.0
+        await _grow(driver, step=3)
+        engine.tokens.clear()
+        await _grow(driver, step=4)
+        await _grow(driver, step=5)
+        return engine.tokens[len(engine.tokens) // 2 :]
+
+    # Large trees came as a surprise once; when as many are remembered as small ones, they have their room.
+    assert max(asyncio.run(grow_small_then_large())) <= KV_TOKENS
+
+
+def test_a_prompt_that_fits_nowhere_waits_only_until_an_engine_is_free() -> None:
+    engine = CacheCounter(end=0.1, shuffle=1)
+    driver = TreeDriver([engine], SAMPLING, str, seed=0, kv_tokens=KV_TOKENS)
+    long = Prompt("long", prompt_tokens(99, 2 * KV_TOKENS), "", "", "")
+    short = [Prompt(str(i), prompt_tokens(i, PROMPT_TOKENS), "", "", "") for i in range(20)]
+
+    async def order() -> list[str]:
+        trees = [tree async for tree in driver.sample([*short[:10], long, *short[10:]], step=0)]
+        return [tree.prompt_id for tree in trees]
+
+    names = asyncio.run(order())
+    assert sorted(names[:10], key=int) == [prompt.id for prompt in short[:10]]
+    assert names[10] == "long"
+    assert sorted(names[11:], key=int) == [prompt.id for prompt in short[10:]]

@@ -1,0 +1,203 @@
+"""Weight updates of the real SGLang engine: a transaction that is seen whole or not at all."""
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from treepo.errors import EngineError, TransportError
+
+if TYPE_CHECKING:
+    from tests.support.real_engine import RealEngine
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-5  # as in test_engine.py
+CONTEXT = np.arange(20, 50, dtype=np.int32)
+
+
+def assert_agrees(real: "RealEngine") -> None:
+    """The engine serves the reference's weights, under its own version."""
+    output = real.generate(CONTEXT)
+    assert output.version == real.engine.version
+    np.testing.assert_allclose(output.log_probs, real.log_probs(CONTEXT, output.tokens, 1.0), atol=TOLERANCE)
+
+
+def test_an_update_is_visible_and_old_prefixes_are_not(real_engine: "RealEngine") -> None:
+    from tests.support.real_engine import perturbed
+
+    real_engine.generate(CONTEXT)
+    assert real_engine.generate(CONTEXT).cached_tokens == len(CONTEXT) - 1
+    before = real_engine.run(real_engine.engine.score(CONTEXT))
+    version = real_engine.update(perturbed(real_engine.reference))
+    assert version == real_engine.engine.version
+    after = real_engine.generate(CONTEXT)
+    assert after.cached_tokens == 0
+    assert after.version == version
+    assert np.abs(real_engine.run(real_engine.engine.score(CONTEXT)) - before).max() > 0.01
+    assert_agrees(real_engine)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "repeated", "shape"])
+def test_an_update_that_does_not_fit_the_model_is_refused_before_it_begins(
+    real_engine: "RealEngine", fault: str
+) -> None:
+    """The engine serves on what it served: nothing was overwritten."""
+    from tests.support.real_engine import manifest, perturbed
+
+    good = manifest(perturbed(real_engine.reference))
+    bad = {
+        "missing": good[1:],
+        "unexpected": (*good, replace(good[0], name="model.nonsense")),
+        "repeated": (*good, good[0]),
+        "shape": (replace(good[0], shape=(3, 5)), *good[1:]),
+    }[fault]
+    with pytest.raises(EngineError, match=fault):
+        real_engine.run(real_engine.engine.begin(real_engine.engine.version + 1, bad))
+    assert_agrees(real_engine)
+
+
+@pytest.mark.parametrize("fault", ["checksum", "not as announced", "missing", "repeated"])
+def test_weights_that_did_not_arrive_whole_are_not_served(real_engine: "RealEngine", fault: str) -> None:
+    from tests.support.real_engine import buckets, manifest, perturbed
+    from treepo.weight_sync.colocated import SharedSender
+
+    engine, weights = real_engine.engine, perturbed(real_engine.reference)
+    version = engine.version
+
+    async def update() -> None:
+        await engine.begin(version + 1, manifest(weights))
+        sender = SharedSender()
+        await engine.join(sender.addresses([1])[0])
+        for number, bucket in enumerate(buckets(sender, weights)):
+            if number == 0 and fault == "checksum":
+                bucket = replace(bucket, checksum=bucket.checksum + 1)
+            if number == 0 and fault == "not as announced":
+                bucket = replace(bucket, tensors=(replace(bucket.tensors[0], name="x"), *bucket.tensors[1:]))
+            if number == 0 and fault == "repeated":
+                await engine.load(bucket)
+            if not (number == 1 and fault == "missing"):
+                await engine.load(bucket)
+        await engine.commit()
+
+    with pytest.raises(EngineError, match=fault):
+        real_engine.run(update())
+    with pytest.raises(EngineError, match="refuses to serve"):
+        real_engine.generate(CONTEXT)
+    engine.abort("a fault")
+    if fault == "not as announced":  # nothing of the old version was overwritten
+        assert_agrees(real_engine)
+    else:
+        with pytest.raises(EngineError, match="refuses to serve"):
+            real_engine.generate(CONTEXT)
+    assert engine.version == version
+
+    real_engine.update(perturbed(real_engine.reference))
+    assert_agrees(real_engine)
+
+
+def test_a_sender_that_is_not_there_is_no_fault_of_the_weights(real_engine: "RealEngine") -> None:
+    """And the engine, of whose weights nothing is lost, serves them on when the update is given up."""
+    from tests.support.real_engine import manifest, perturbed
+    from treepo.weight_sync.broadcast import BroadcastAddress
+
+    engine = real_engine.engine
+    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=1, size=2, seconds=0.5, through_host=True)
+
+    async def update() -> None:
+        await engine.begin(engine.version + 1, manifest(perturbed(real_engine.reference)))
+        await engine.join(nobody)
+
+    with pytest.raises(TransportError):
+        real_engine.run(update())
+    engine.abort("nobody sends")
+    assert_agrees(real_engine)
+
+
+def test_an_update_waits_for_running_requests_and_makes_later_ones_wait(real_engine: "RealEngine") -> None:
+    from tests.support.real_engine import manifest, perturbed, request, update
+
+    engine = real_engine.engine
+    old = engine.version
+    weights = {name: tensor.clone() for name, tensor in perturbed(real_engine.reference).items()}
+
+    async def scenario() -> tuple[int, int]:
+        asked = request(CONTEXT, max_tokens=100)
+        running = [asyncio.ensure_future(engine.generate(asked)) for _ in range(8)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # a task has started after one turn of the loop, the request after another
+        await engine.begin(old + 1, manifest(weights))
+        assert all(task.done() for task in running)
+        late = asyncio.ensure_future(engine.generate(request(CONTEXT)))
+        await update(engine, weights)
+        assert {task.result().version for task in running} == {old}
+        return (await late).version, old
+
+    version, old = real_engine.run(scenario())
+    real_engine.reference.load_state_dict(weights)
+    assert version == old + 1
+    assert_agrees(real_engine)
+
+
+def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "RealEngine") -> None:
+    """So that the rest of the path is sampled by the new weights; what came before is of the old ones."""
+    from safetensors.torch import load_file
+
+    from tests.support.real_engine import manifest, perturbed, request
+
+    engine = real_engine.engine
+    # Under the first weights an end is rare: many of the paths reach a boundary.
+    real_engine.update(load_file(real_engine.folder / "model.safetensors"))
+    weights = perturbed(real_engine.reference)
+    checked = asyncio.Event()
+
+    def note_check(_: np.ndarray) -> bool:
+        checked.set()
+        return False
+
+    real_engine.stop_rule.holds = note_check
+
+    async def scenario() -> None:
+        asked = [request(CONTEXT, max_tokens=900, check_every=16, seed=seed) for seed in range(30)]
+        running = [asyncio.ensure_future(engine.generate(one)) for one in asked]
+        await checked.wait()  # one path is at its first boundary; the others are there or come
+        old = engine.version
+        await engine.begin(old + 1, manifest(weights))
+        outputs = [task.result() for task in running]
+        assert {output.version for output in outputs} == {old}
+        stopped = [output for output in outputs if output.finish == "length"]
+        assert stopped
+        assert all(len(output.tokens) % 16 == 0 and len(output.tokens) < 900 for output in stopped)
+
+    real_engine.run(scenario())
+    real_engine.update(weights)
+    assert_agrees(real_engine)
+
+
+def test_an_update_that_was_left_open_is_begun_anew(real_engine: "RealEngine") -> None:
+    from tests.support.real_engine import buckets, manifest, perturbed
+    from treepo.weight_sync.colocated import SharedSender
+
+    engine, weights = real_engine.engine, perturbed(real_engine.reference)
+
+    async def abort() -> None:
+        await engine.begin(engine.version + 1, manifest(weights))
+        sender = SharedSender()
+        await engine.join(sender.addresses([1])[0])
+        await engine.load(next(buckets(sender, weights)))
+
+    real_engine.run(abort())
+    real_engine.update(weights)
+    assert_agrees(real_engine)
+
+
+def test_no_commit_and_no_load_without_begin(real_engine: "RealEngine") -> None:
+    from treepo.weight_sync.disk import DiskAddress
+
+    with pytest.raises(EngineError, match="begun"):
+        real_engine.run(real_engine.engine.commit())
+    with pytest.raises(EngineError, match="begun"):
+        real_engine.run(real_engine.engine.join(DiskAddress()))
+    assert_agrees(real_engine)

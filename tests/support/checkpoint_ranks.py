@@ -1,0 +1,131 @@
+"""What a rank does in the tests of training checkpoints; run by `megatron_ranks.run_lives`."""
+
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.support.megatron_ranks import weights_of
+from treepo.config.learning import LearningConfig
+from treepo.config.trainer import OptimizerConfig, ParallelConfig, TrainerConfig
+from treepo.errors import TreepoError
+from treepo.learning.packing import Pack
+
+
+@dataclass(frozen=True)
+class Case:
+    """One trainer's life: load, take `steps` optimizer steps on the packs, saving once on the way.
+
+    save_after: so many of them; the save ends after the step that follows, where there is one.
+    """
+
+    model: Path
+    packs: Sequence[Pack]
+    denominator: float
+    optimizer: OptimizerConfig
+    dtype: str = "float32"
+    learning: LearningConfig = field(default_factory=LearningConfig)
+    load: Path | None = None
+    steps: int = 2
+    save: Path | None = None
+    save_after: int = 0
+    experts: bool = False  # whether the model has any to divide
+    finish: bool = True  # else the ranks end as if they were killed
+
+
+@dataclass
+class Result:
+    """start, final: the weights after loading and in the end, by their Hugging Face names."""
+
+    start: dict[str, Tensor]
+    metrics: list[dict[str, float]]
+    reference: list[np.ndarray]
+    final: dict[str, Tensor]
+
+
+def live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
+    del folder
+    trainer = _trainer(case, layout, rank, store)
+    packs = case.packs if layout.data == 1 else (case.packs[:1], case.packs[1:])[rank // layout.tensor % 2]
+    if case.load is not None:
+        trainer.load(case.load)
+    start = weights_of(trainer)
+    metrics = []
+    for step in range(case.steps + 1):
+        if case.save is not None and step == case.save_after:
+            trainer.save(case.save, {"step": step})
+        if step < case.steps:
+            metrics.append(trainer.train_step(packs, 1.0, case.denominator))
+    if case.finish:
+        trainer.finish_save()
+    reference = trainer.reference_log_probs(packs, 1.0) if case.learning.kl_coefficient else []
+    final = weights_of(trainer)
+    trainer.close()
+    return Result(start, metrics, reference, final)
+
+
+def fail(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> list[str]:
+    """Rank 0's, then the last rank's disk is full; what every rank says, and then all of them save."""
+    trainer = _trainer(case, layout, rank, store)
+    everything: list[list[str]] = [[]] * layout.ranks
+    said = []
+    assert case.save is not None
+    for full in (0, layout.ranks - 1):
+        with _full_disk(rank == full):
+            said.append(_said(_save, trainer, folder / f"full-{full}"))
+    with _full_disk(rank == 0):
+        said.append(_said(trainer.export, folder / "export"))
+    torch.distributed.all_gather_object(everything, said)
+    _save(trainer, case.save)
+    trainer.export(folder / "export")
+    trainer.close()
+    assert all(of_rank == said for of_rank in everything), everything
+    return said
+
+
+def dense(layout: ParallelConfig) -> ParallelConfig:
+    """The same for a model without experts."""
+    return layout.model_copy(update={"expert": 1})
+
+
+def _save(trainer, folder: Path) -> None:
+    trainer.save(folder, {})
+    trainer.finish_save()
+
+
+def _said(work: Callable[..., None], *arguments: object) -> str:
+    try:
+        work(*arguments)
+    except TreepoError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+class _full_disk:  # noqa: N801  a context manager that reads like one
+    """Files of this process may have no more than a few bytes."""
+
+    def __init__(self, full: bool) -> None:
+        self._limit = 100 if full else resource.RLIM_INFINITY
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an OSError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit, resource.RLIM_INFINITY))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def _trainer(case: Case, layout: ParallelConfig, rank: int, store):
+    from megatron_bridge.trainer import MegatronTrainer
+
+    for pack in case.packs:
+        for column in pack.columns().values():
+            column.flags.writeable = False  # as from Ray's object store
+    parallel = layout if case.experts else dense(layout)
+    config = TrainerConfig(parallel=parallel, optimizer=case.optimizer)
+    return MegatronTrainer(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)

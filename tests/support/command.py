@@ -1,0 +1,69 @@
+"""A `treepo` command as a user runs it, in a process of its own, and what it needs in its folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from tests.support.paths import ROOT
+from tests.support.tiny import write_tiny_qwen2
+from treepo.toy.byte_tokenizer import byte_tokenizer
+from treepo.toy.problems import draw_problems, rows
+
+POSITIONS = 1024
+
+
+def write_model_and_problems(folder: Path, problems: Path, count: int) -> None:
+    """`folder`/model, a random model with a byte tokenizer, and a file of problems that it can read."""
+    tokenizer: Any = byte_tokenizer(max_tokens=POSITIONS).hugging_face
+    model = write_tiny_qwen2(
+        folder / "model",
+        vocab_size=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=POSITIONS,
+    )
+    tokenizer.save_pretrained(model)
+    with problems.open("w") as file:
+        for row in rows(draw_problems(np.random.default_rng(0), count), "train"):
+            file.write(json.dumps(row) + "\n")
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`treepo ARGUMENTS` in `folder`; modules of tests/ can be named in its configuration."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from treepo.cli.main import main; main()", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[str, str]:
+    """Ctrl-C as soon as there is something in `file`: it must end in a line and leave no process. Returns
+    standard output and standard error.
+    """
+    deadline = time.monotonic() + 300
+    while not (file.exists() and file.read_bytes()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"nothing was written to {file}"
+        time.sleep(0.5)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    assert descendants
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted" in errors
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(descendants, timeout=10)
+    assert not alive
+    return output, errors

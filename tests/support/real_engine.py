@@ -1,0 +1,123 @@
+"""One real SGLang engine for the whole test session, and the Hugging Face model that it must agree with."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, Qwen2ForCausalLM
+
+from sglang_rollout.engine import SGLangEngine
+from tests.support.tiny import write_tiny_qwen2
+from treepo.config.engine import EngineConfig
+from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.weight_sync.colocated import SharedSender
+from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksum, views
+
+END_TOKENS = (1, 2, 3)
+VOCABULARY = 128
+
+
+class SwitchableRule:
+    """A stop rule that each test chooses for itself."""
+
+    def __init__(self) -> None:
+        self.holds: Callable[[np.ndarray], bool] = lambda _: False
+
+    def __call__(self, response: np.ndarray) -> bool:
+        return self.holds(response)
+
+
+@dataclass
+class RealEngine:
+    """engine: use it through `run` only; it is bound to one loop.
+
+    reference: a Hugging Face model with the weights that the engine serves.
+    """
+
+    engine: SGLangEngine
+    folder: Path
+    reference: Qwen2ForCausalLM
+    stop_rule: SwitchableRule
+    loop: asyncio.AbstractEventLoop
+
+    def run[T](self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(work)
+
+    def generate(self, context: Sequence[int] | np.ndarray, **settings: Any) -> GenerateOutput:
+        return self.run(self.engine.generate(request(context, **settings)))
+
+    def update(self, changed: dict[str, torch.Tensor]) -> int:
+        """Commit `changed` as the next version, to the engine and to the reference."""
+        version = self.run(update(self.engine, changed))
+        self.reference.load_state_dict(changed, strict=False)
+        return version
+
+    def log_probs(
+        self, context: Sequence[int] | np.ndarray, tokens: np.ndarray, temperature: float
+    ) -> np.ndarray:
+        """The reference's log-probs of `tokens` after `context`."""
+        path = torch.tensor([[*context, *tokens]], dtype=torch.long)
+        with torch.no_grad():
+            scores = (self.reference(path).logits[0] / temperature).log_softmax(-1)
+        chosen = path[0, len(context) :]
+        return scores[len(context) - 1 : -1].gather(1, chosen[:, None])[:, 0].numpy()
+
+
+def request(context: Sequence[int] | np.ndarray, **settings: Any) -> GenerateRequest:
+    """Sixteen tokens at temperature 1 unless `settings` say otherwise; the whole context is the prompt."""
+    defaults = {"prompt_tokens": len(context), "max_tokens": 16, "temperature": 1.0, "seed": 0}
+    return GenerateRequest(context=np.asarray(context, dtype=np.int32), **(defaults | settings))
+
+
+def perturbed(model: Qwen2ForCausalLM, scale: float = 0.05) -> dict[str, torch.Tensor]:
+    """All of a model's tensors, each with a little noise on it."""
+    return {name: tensor + scale * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+
+
+def manifest(tensors: dict[str, torch.Tensor]) -> Manifest:
+    return tuple(TensorInfo.of(name, tensor) for name, tensor in tensors.items())
+
+
+async def update(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> int:
+    """The whole transaction, bucket after bucket from this process's memory."""
+    await engine.begin(engine.version + 1, manifest(tensors))
+    sender = SharedSender()
+    await engine.join(sender.addresses([1])[0])
+    for bucket in buckets(sender, tensors):
+        await engine.load(bucket)
+    sender.end(engine.version + 1)
+    return await engine.commit()
+
+
+def buckets(sender: SharedSender, tensors: dict[str, torch.Tensor], count: int = 3) -> Iterator[Bucket]:
+    """The tensors in `count` buckets of shared memory."""
+    for part, chosen in enumerate(np.array_split(np.array(list(tensors)), count)):
+        infos = manifest({str(name): tensors[str(name)] for name in chosen})
+        flat = sender.buffer(part, sum(info.nbytes for info in infos))
+        for name, view in views(flat, infos):
+            view.copy_(tensors[name])
+        yield Bucket(infos, checksum(flat), sender.start(part, flat, infos))
+
+
+def write_model(folder: Path) -> Path:
+    """A tiny Qwen2 whose distributions are far from uniform and whose end tokens are several."""
+    # Logits of about one unit: the usual spread of 0.02 would leave every token equally likely, and a larger
+    # one than this amplifies rounding from layer to layer.
+    write_tiny_qwen2(folder, vocab_size=VOCABULARY, initializer_range=0.12, eos_token_id=END_TOKENS[0])
+    GenerationConfig(eos_token_id=list(END_TOKENS)).save_pretrained(folder)
+    return folder
+
+
+def start(folder: Path, loop: asyncio.AbstractEventLoop, **settings: Any) -> RealEngine:
+    """settings: of `EngineConfig`."""
+    os.environ["SGLANG_RECORD_STEP_TIME"] = "1"  # test_plan_real.py counts decoding steps by it
+    rule = SwitchableRule()
+    config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
+    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule)
+    reference = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return RealEngine(engine, folder, reference, rule, loop)

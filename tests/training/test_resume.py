@@ -1,0 +1,215 @@
+"""What a run goes on from: which checkpoint, which lines of its files, and whether it may."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.support.random_trees import random_tree
+from treepo.config.checkpoint import CheckpointConfig
+from treepo.config.load import load_config
+from treepo.config.run import RunConfig
+from treepo.data.prompts import DataReport, PromptSet
+from treepo.errors import ConfigError
+from treepo.preflight.train import Inputs
+from treepo.training.checkpoint_manifest import CheckpointManifest
+from treepo.training.checkpoints import Checkpoints, RunState, newest
+from treepo.training.resume import find_resume
+from treepo.training.run_folder import RunFolder
+from treepo.tree import from_json
+
+DATA = "fingerprint of the data"
+
+
+class FakeSaver:
+    """Writes manifests; `save` leaves a hidden folder, as the trainer does, which `finish_save` names."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[Path, Path] | None = None
+
+    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        partial = folder.with_name(f".{folder.name}.partial")
+        partial.mkdir(parents=True)
+        CheckpointManifest("float32", True, run["step"], {}, run).write(partial)
+        self._pending = partial, folder
+
+    async def finish_save(self) -> None:
+        assert self._pending is not None
+        self._pending[0].rename(self._pending[1])
+
+
+def state_after(step: int, sizes: Mapping[str, int] | None = None) -> RunState:
+    return RunState(step, 4 * step, DATA, sizes or {}, 0.25, 100, 150, 1e-6, 60.0, {"sample": 7})
+
+
+def inputs(data: str = DATA) -> Inputs:
+    report = DataReport(Path("train.jsonl"), fingerprint=data)
+    return Inputs(None, PromptSet(report, None, np.empty((0, 2)), None), ())  # type: ignore[arg-type]  # nothing is read
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    values = {"out": str(tmp_path / "run"), "steps": 9, "model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    path.write_text(yaml.safe_dump(values))
+    return load_config(path)
+
+
+def write_run(config: RunConfig, steps: int, saved: int) -> None:
+    """A run that was killed after `steps` steps, with a checkpoint of the step `saved`."""
+    checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeSaver())
+    with RunFolder(config) as folder:
+        write_steps(folder, range(1, saved + 1))
+        asyncio.run(checkpoints.begin(state_after(saved, folder.sizes())))
+        asyncio.run(checkpoints.finish())
+        write_steps(folder, range(saved + 1, steps + 1))
+
+
+def write_steps(folder: RunFolder, steps: range) -> None:
+    for step in steps:
+        rng = np.random.default_rng(step)
+        for number in range(2):
+            folder.write_tree(random_tree(rng, f"p{number}", vocabulary=9, max_depth=2), step, "1")
+        folder.write_metrics(step, {"reward": step / 10, "accuracy": float("nan")})
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(config: RunConfig) -> None:
+    checkpoints = Checkpoints(config.out, CheckpointConfig(every=4), config.steps, FakeSaver())
+    assert [step for step in range(1, 10) if checkpoints.due(step)] == [4, 8, 9]
+    none = Checkpoints(config.out, CheckpointConfig(every=None), config.steps, FakeSaver())
+    assert not any(none.due(step) for step in range(1, 10))
+
+
+@pytest.mark.parametrize("keep", [1, 3, None])
+def test_the_newest_checkpoints_stay(config: RunConfig, keep: int | None) -> None:
+    """Counted by step, not by name: 9 is before 10."""
+    checkpoints = Checkpoints(config.out, CheckpointConfig(keep=keep), config.steps, FakeSaver())
+    for step in (9, 10, 100_000):
+        asyncio.run(checkpoints.begin(state_after(step)))
+        found = newest(config.out)
+        assert found is None or found[1].step < step, "it is not complete before `finish`"
+        asyncio.run(checkpoints.finish())
+        found = newest(config.out)
+        assert found is not None
+        assert found[1] == state_after(step)
+    names = ["step-00009", "step-00010", "step-100000"]
+    entries = sorted(entry.name for entry in (config.out / "checkpoints").iterdir())
+    assert entries == names[-keep:] if keep else names
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(config: RunConfig, tmp_path: Path) -> None:
+    write_run(config, steps=5, saved=2)
+    (config.out / "checkpoints" / ".step-00004.partial").mkdir()
+    with (config.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "ti')
+    resume = find_resume(config, inputs())
+    assert resume is not None
+    assert resume.state.step == 2
+    with RunFolder(config, resume.state) as folder:
+        write_steps(folder, range(3, 6))
+
+    straight = config.model_copy(update={"out": tmp_path / "straight"})
+    write_run(straight, steps=5, saved=2)
+    assert (config.out / "trees.jsonl").read_bytes() == (straight.out / "trees.jsonl").read_bytes()
+    steps = [json.loads(line)["step"] for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+    assert plotted(config.out) == plotted(straight.out) == [(step, np.float32(step / 10)) for step in steps]
+    assert [entry.name for entry in (config.out / "checkpoints").iterdir()] == ["step-00002"]
+    for line in (config.out / "trees.jsonl").read_bytes().splitlines():
+        from_json(line)
+
+
+def plotted(out: Path) -> list[tuple[int, float]]:
+    """What TensorBoard shows of the reward."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors("reward")]
+
+
+def test_a_finished_run_goes_on_where_it_gets_more_steps(config: RunConfig) -> None:
+    short = config.model_copy(update={"steps": 2})
+    write_run(short, steps=2, saved=2)
+    (config.out / "summary.json").write_text("{}")
+    (config.out / "checkpoint").mkdir()
+    with pytest.raises(ConfigError, match="has had its steps: 2, and steps = 2"):
+        find_resume(short, inputs())
+    resume = find_resume(config, inputs())
+    assert resume is not None
+    assert resume.changes == ("steps = 2, now 9",)
+    with RunFolder(config, resume.state):
+        pass
+    assert not (config.out / "checkpoint").exists()
+    assert (config.out / "previous-1" / "summary.json").exists()
+    assert load_config(config.out / "config.yaml") == config
+
+
+def test_a_run_without_a_checkpoint_begins(config: RunConfig) -> None:
+    assert find_resume(config, inputs()) is None
+    with RunFolder(config) as folder:
+        write_steps(folder, range(1, 3))
+    assert find_resume(config, inputs()) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"seed": 7}, "seed = 0, now 7"),
+        ({"sampling": {"width": 4}}, "sampling.width = 16, now 4"),
+        (
+            {"trainer": {"optimizer": {"learning_rate": 1e-3}}},
+            "trainer.optimizer.learning_rate = 1e-06, now 0.001",
+        ),
+        ({"data": {"train": "other.jsonl"}}, "data.train = 't.jsonl', now 'other.jsonl'"),
+    ],
+)
+def test_another_run_is_refused(config: RunConfig, changed: dict[str, Any], line: str) -> None:
+    write_run(config, steps=3, saved=2)
+    values = config.model_dump()
+    for section, value in changed.items():
+        values[section] = merged(values[section], value)
+    with pytest.raises(ConfigError) as error:
+        find_resume(RunConfig.model_validate(values), inputs())
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def merged(old: Any, new: Any) -> Any:
+    return (
+        old | {key: merged(old[key], value) for key, value in new.items()} if isinstance(new, dict) else new
+    )
+
+
+def test_layout_and_engines_may_change(config: RunConfig) -> None:
+    write_run(config, steps=3, saved=2)
+    values = config.model_dump()
+    values["trainer"]["parallel"]["tensor"] = 2
+    values["engine"]["count"] = 3
+    resume = find_resume(RunConfig.model_validate(values), inputs())
+    assert resume is not None
+    assert resume.changes == ("trainer.parallel.tensor = 1, now 2", "engine.count = 1, now 3")
+
+
+def test_other_data_is_refused(config: RunConfig) -> None:
+    write_run(config, steps=3, saved=2)
+    with pytest.raises(ConfigError, match="other prompts or answers"):
+        find_resume(config, inputs("of other data"))
+
+
+def test_a_file_that_lost_lines_is_refused(config: RunConfig) -> None:
+    write_run(config, steps=3, saved=2)
+    (config.out / "trees.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"trees\.jsonl has 0 bytes, but had \d+ after step 2"):
+        find_resume(config, inputs())
+
+
+def test_the_state_survives_its_file() -> None:
+    state = state_after(3, {"trees.jsonl": 5})
+    assert RunState(**json.loads(json.dumps(asdict(state)))) == state

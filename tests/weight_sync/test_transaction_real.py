@@ -1,0 +1,182 @@
+"""Weight updates from real Megatron-Core ranks to real SGLang engines through Ray, by every transport."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import pytest
+
+from sglang_rollout.receiver import Load
+from tests.support.paths import ROOT
+from tests.support.random_trees import random_tree
+from tests.support.tiny import write_tiny_qwen2
+from treepo.config.learning import LearningConfig
+from treepo.config.run import RunConfig
+from treepo.config.sampling import SamplingConfig
+from treepo.errors import EngineError, TrainerError
+from treepo.learning import advantage, loss
+from treepo.learning.packing import Pack, pack_trees
+from treepo.protocols import GenerateRequest
+from treepo.rollout.stopping import StopRule
+from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
+
+if TYPE_CHECKING:
+    from treepo.cluster.ray_engine import RemoteEngine
+    from treepo.cluster.trainer_group import TrainerGroup
+
+pytestmark = pytest.mark.slow
+
+TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
+VOCABULARY = 1024
+# Float32 on both sides: the same tokens through two implementations of two layers.
+TOLERANCE = 1e-4
+TOKENS = np.random.default_rng(1).integers(4, VOCABULARY, 40).astype(np.int32)
+REQUEST = GenerateRequest(TOKENS, len(TOKENS), max_tokens=4, temperature=1.0, seed=0)
+
+
+def config_of(folder: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "out": folder / "run",
+            "steps": 1,
+            "model": {"path": folder / "model", "dtype": "float32"},
+            "data": {"train": "none.jsonl", "prompts_per_step": 1, "max_prompt_tokens": 64},
+            "sampling": {"max_response_tokens": 128, "segment_tokens": 16, "max_depth": 8},
+            "trainer": {
+                "parallel": {"tensor": 2, "pipeline": 2},
+                "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0},
+                "max_tokens_per_pack": 512,
+            },
+            "engine": {"count": 2, "max_total_tokens": 4096, "update_seconds": 60, "max_restarts": 0},
+            "weights": {"bucket_mb": 1},
+        }
+    )
+
+
+def batch() -> tuple[list[Pack], float]:
+    """A few trees in one pack, as one replica trains them."""
+    rng, learning = np.random.default_rng(0), LearningConfig()
+    trees = [random_tree(rng, f"p{index}", vocabulary=VOCABULARY) for index in range(3)]
+    (packs,) = pack_trees(trees, advantage.estimate(trees, learning), 512, 1)
+    return packs, loss.denominator([packs], learning)
+
+
+async def take_step(trainer: "TrainerGroup") -> None:
+    packs, denominator = batch()
+    scores = (await trainer.log_probs([packs], 1.0))[0]
+    trained = [replace(pack, old_log_prob=score) for pack, score in zip(packs, scores, strict=True)]
+    await trainer.train_step([trained], 1.0, denominator)
+
+
+async def chain_log_probs(trainer: "TrainerGroup", tokens: np.ndarray) -> np.ndarray:
+    """The trainer's log-probs of a chain of tokens but the first."""
+    segment = Segment(PROMPT, tokens[1:], np.zeros(len(tokens) - 1, dtype=np.float32), 0, Finish.LENGTH)
+    tree = Tree("chain", tokens[:1], (segment,), (Leaf(0, Stop.EOS, 1.0, Verdict.CORRECT),))
+    (packs,) = pack_trees([tree], advantage.estimate([tree], LearningConfig()), 512, 1)
+    return (await trainer.log_probs([packs], 1.0))[0][0][1:]
+
+
+async def assert_serve(
+    engines: Sequence["RemoteEngine"], version: int, trainer: "TrainerGroup", old: np.ndarray
+) -> None:
+    """The engines have the trainer's weights, which are not those that gave `old`."""
+    expected = await chain_log_probs(trainer, TOKENS)
+    assert np.abs(expected - old).max() > 10 * TOLERANCE
+    for engine in engines:
+        assert (await engine.call("generate", REQUEST)).version == version
+        np.testing.assert_allclose(await engine.call("score", TOKENS), expected, atol=TOLERANCE)
+
+
+def use(trainer: Any, transport: str) -> None:
+    """In the process of a trainer rank: open another transport at the next update."""
+    weights = trainer._config.weights.model_copy(update={"transport": transport})
+    trainer._config = trainer._config.model_copy(update={"weights": weights})
+    if trainer._stream is not None:
+        trainer._stream.close()
+        trainer._stream = None
+
+
+def at_second_bucket(engine: Any, happens: Callable[[], None]) -> None:
+    """In the process of an engine: something happens while the second bucket comes."""
+    order, loads = engine._order, []
+
+    async def disturbed(action: Any) -> None:
+        loads.extend([action] if isinstance(action, Load) else [])
+        if len(loads) == 2:
+            happens()
+        await order(action)
+
+    engine._order = disturbed
+
+
+def die_at_second_bucket(engine: Any) -> None:
+    def die() -> None:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+
+    at_second_bucket(engine, die)
+
+
+def kill_at_second_bucket(engine: Any, pid: int) -> None:
+    at_second_bucket(engine, lambda: os.kill(pid, signal.SIGKILL))
+
+
+def test_every_transport_and_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # Ray's workers run functions of this file
+    write_tiny_qwen2(
+        tmp_path / "model", vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, eos_token_id=1
+    )
+    asyncio.run(_scenario(tmp_path))
+
+
+async def _scenario(folder: Path) -> None:
+    from treepo.cluster.ray_engine import EnginePool
+    from treepo.cluster.ray_session import ray_session
+    from treepo.cluster.trainer_group import TrainerGroup
+    from treepo.weight_sync.transaction import update_weights
+
+    config = config_of(folder)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(ray_session(6))
+        pool = EnginePool(config, StopRule(SamplingConfig(), str))
+        stack.push_async_callback(pool.close)
+        trainer = TrainerGroup(config)
+        await asyncio.gather(pool.ready(), trainer.ready())
+        engines = [engine.process for engine in pool.engines]
+        for version, transport in enumerate(TRANSPORTS, start=1):
+            await use_transport(trainer, transport)
+            old = await chain_log_probs(trainer, TOKENS)
+            await take_step(trainer)
+            assert await update_weights(trainer, engines, version, 60) == {}
+            await assert_serve(engines, version, trainer, old)
+
+        await engines[1].actor.__ray_call__.remote(die_at_second_bucket)
+        await use_transport(trainer, "broadcast")
+        old = await chain_log_probs(trainer, TOKENS)
+        await take_step(trainer)
+        failed = await update_weights(trainer, engines, 4, 60)
+        assert list(failed) == [engines[1]]
+        assert "ended" in failed[engines[1]]
+        await assert_serve(engines[:1], 4, trainer, old)
+
+        await engines[0].actor.__ray_call__.remote(kill_at_second_bucket, await pid_of(trainer._ranks[0]))
+        with pytest.raises(TrainerError, match="rank 0"):
+            await update_weights(trainer, engines[:1], 5, 60)
+        with pytest.raises(EngineError, match="incomplete"):
+            await engines[0].call("generate", REQUEST)
+        assert not (folder / "run" / "weights" / ".partial").exists()
+
+
+async def use_transport(trainer: "TrainerGroup", transport: str) -> None:
+    await asyncio.gather(*(rank.__ray_call__.remote(use, transport) for rank in trainer._ranks))
+
+
+async def pid_of(trainer: Any) -> int:
+    return await trainer.__ray_call__.remote(lambda _: os.getpid())

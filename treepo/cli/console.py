@@ -1,0 +1,18 @@
+"""The terminal that every command writes to."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from treepo.data.prompts import DataReport
+
+output = Console()
+errors = Console(stderr=True)
+
+
+def show_data(reports: "Iterable[DataReport]") -> None:
+    """What each file holds, a line each."""
+    for report in reports:
+        output.print(report.summary(), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,23 @@
+"""`treepo convert`: training checkpoints to Hugging Face folders and back."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treepo.cli.console import output
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A training checkpoint, or a Hugging Face folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write: of the other kind.")],
+) -> None:
+    """Turn a training checkpoint into a Hugging Face folder, or the other way round."""
+    from megatron_bridge.convert import convert as run
+    from treepo.display.conversion import convert_progress, show_converted
+
+    started = time.perf_counter()
+    with convert_progress(output) as progress:
+        converted = run(source, target, progress)
+    show_converted(output, converted, target, time.perf_counter() - started)

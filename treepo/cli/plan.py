@@ -1,0 +1,35 @@
+"""`treepo plan`: what a training run will need, worked out without a GPU."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treepo.cli.console import errors, output
+from treepo.config.load import load_config
+from treepo.errors import ConfigError
+
+
+def plan(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file for training, for example examples/models/qwen3-8b.yaml.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """What a training run will need and how long its steps take, worked out without a GPU or the weights.
+
+    Exit code 2 where it does not fit; the nearest layouts that do are named.
+    """
+    run_config = load_config(config, overrides or [])
+    from treepo.display.plan import plan_progress, show_plan
+    from treepo.planning import plan as planning
+
+    with plan_progress(errors) as doing:
+        made = planning.make_plan(run_config, doing)
+    if as_json:
+        output.print_json(data=planning.as_json(made))
+    else:
+        show_plan(output, str(config), made)
+    if made.fit.problem is not None:
+        raise typer.Exit(ConfigError.exit_code)

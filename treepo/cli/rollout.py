@@ -1,0 +1,37 @@
+"""`treepo rollout`: sample trees for a file of prompts, without training."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treepo.cli.console import errors, output, show_data
+from treepo.config.load import load_as
+from treepo.errors import EXIT_INTERRUPTED
+
+
+def rollout(
+    config: Annotated[Path, typer.Argument(help="A YAML file, for example examples/rollout.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Sample trees for a file of prompts, without training and without grading: one tree a line."""
+    from treepo.config.rollout import RolloutConfig
+
+    rollout_config = load_as(RolloutConfig, config, overrides or [])
+    from treepo.preflight.rollout import read_inputs
+
+    inputs = read_inputs(rollout_config)
+    show_data([inputs.prompts.report])
+    from treepo.display.rollout import RolloutDisplay, show_rollout
+    from treepo.rollout.sample_file import rollout as run
+
+    try:
+        with RolloutDisplay(output, f"{config} -> {rollout_config.out}") as display:
+            summary = asyncio.run(run(rollout_config, inputs, display))
+    except KeyboardInterrupt:
+        errors.print(
+            f"Interrupted. What was started has ended; the trees so far are in {rollout_config.out}/"
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    show_rollout(output, summary, rollout_config.out)

@@ -1,0 +1,48 @@
+"""`treepo train`: one training run on this machine or on the Ray cluster that RAY_ADDRESS names."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treepo.cli.console import errors, output, show_data
+from treepo.config.load import load_config
+from treepo.errors import EXIT_INTERRUPTED
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, for example examples/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint in the run folder; where there is none, begin.",
+        ),
+    ] = False,
+) -> None:
+    """Train a model: sample trees, grade them, learn from them, hand the new weights to the sampler."""
+    run_config = load_config(config, overrides or [])
+    from treepo.display.train import TrainDisplay, show_resume, show_summary
+    from treepo.preflight.train import read_inputs
+
+    inputs = read_inputs(run_config)
+    show_data(inputs.reports)
+    from treepo.training.checkpoints import newest
+    from treepo.training.resume import find_resume
+
+    origin = find_resume(run_config, inputs) if resume else None
+    if resume:
+        show_resume(output, origin, run_config.out)
+    from treepo.training.train import train as run
+
+    try:
+        with TrainDisplay(output, f"{config} -> {run_config.out}", run_config.steps) as display:
+            summary = asyncio.run(run(run_config, inputs, display, origin))
+    except KeyboardInterrupt:
+        errors.print(f"Interrupted. What was started has ended; what was written is in {run_config.out}/")
+        if (last := newest(run_config.out)) is not None:
+            errors.print(f"--resume goes on from step {last[1].step}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    show_summary(output, summary, run_config.out)

@@ -1,0 +1,150 @@
+"""A command as a job of a Ray cluster: submitted, followed, stopped, through the cluster's job server."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_nodes
+from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
+from ray.util.state.exception import RayStateApiException
+
+from treepo.cluster.placement import Node
+from treepo.errors import ClusterError
+
+STOP_SECONDS = 90
+"""From Ctrl-C to SIGKILL: what a run started has deadlines of its own for its end, all of them shorter."""
+
+_LOOK_SECONDS = 0.5
+_SILENCE_SECONDS = 60.0  # after which a job server that does not answer is given up
+# What Ray's client raises where the server does not answer, or not well.
+_UNREACHABLE = (RuntimeError, OSError, ClientError)
+_log = logging.getLogger(__name__)
+# The job's own; SIGINT is what a run cleans up on, as at a terminal.
+_ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+
+
+class JobServer:
+    """A cluster's job server at `url`; None: of the cluster that RAY_ADDRESS names."""
+
+    def __init__(self, url: str | None, client: JobSubmissionClient) -> None:
+        self._url, self._client = url, client
+        self._warned = ""
+
+    async def nodes(self) -> list[Node]:
+        """Nodes that are alive, with all that they have; none while the server cannot say yet."""
+        try:
+            states: list[Any] = await asyncio.to_thread(
+                list_nodes, self._url, detail=True, limit=RAY_MAX_LIMIT_FROM_API_SERVER
+            )
+        except (RayStateApiException, OSError) as error:
+            if (text := " ".join(str(error).split())) != self._warned:
+                self._warned = text
+                _log.warning("Ray's nodes: %s", text)
+            return []
+        return [
+            Node(
+                state.node_id,
+                state.node_ip,
+                int(state.resources_total.get("CPU", 0)),
+                int(state.resources_total.get("GPU", 0)),
+            )
+            for state in states
+            if state.state == "ALIVE"
+        ]
+
+    async def run(self, command: str, write: Callable[[str], None]) -> int:
+        """The exit code of `command` (for a shell), whose output goes to `write` as it comes.
+
+        Cancelled, it stops the job and waits for its end. Raises ClusterError where Ray loses the job.
+        """
+        submitting = asyncio.ensure_future(
+            asyncio.to_thread(
+                self._client.submit_job, entrypoint=command, runtime_env={"env_vars": _ENVIRONMENT}
+            )
+        )
+        following = asyncio.ensure_future(self._follow(submitting, write))
+        try:
+            return await asyncio.shield(following)
+        except asyncio.CancelledError:
+            # Where the server is gone, so is the job.
+            with suppress(TimeoutError, ClusterError, *_UNREACHABLE):
+                await asyncio.to_thread(self._client.stop_job, await submitting)
+                await asyncio.wait_for(asyncio.shield(following), STOP_SECONDS + 10)
+            raise
+        finally:
+            following.cancel()
+
+    async def _follow(self, submitting: "asyncio.Future[str]", write: Callable[[str], None]) -> int:
+        try:
+            job = await asyncio.shield(submitting)
+        except _UNREACHABLE as error:
+            raise ClusterError(f"Ray does not take the job: {' '.join(str(error).split())}") from None
+        written = 0
+        while True:
+            written = await self._tail(job, write, written)
+            info = await _ask(self._client.get_job_info, job)
+            if info.status.is_terminal():
+                break
+            await asyncio.sleep(_LOOK_SECONDS)
+        # A stream that broke has not had the last words.
+        write((await _ask(self._client.get_job_logs, job))[written:])
+        if info.status is JobStatus.STOPPED:
+            raise ClusterError(f"the job {job} was stopped")
+        if info.driver_exit_code is None:
+            reason = " ".join((info.message or "Ray does not say why").split())
+            raise ClusterError(f"Ray lost the job {job}: {reason}")
+        return info.driver_exit_code
+
+    async def _tail(self, job: str, write: Callable[[str], None], written: int) -> int:
+        """Write what the job says beyond its first `written` characters; returns how many there were when the
+        stream ended or broke.
+        """
+        seen = 0
+        try:
+            async for text in self._client.tail_job_logs(job):
+                seen += len(text)
+                if seen > written:
+                    write(text[written - seen :])
+                    written = seen
+        except _UNREACHABLE as error:
+            _log.info("the stream of the log of %s broke: %s", job, error)
+        return written
+
+
+async def _ask[T](question: Callable[[str], T], job: str) -> T:
+    """The job server's answer. Raises ClusterError where there is none for a while."""
+    deadline = time.monotonic() + _SILENCE_SECONDS
+    while True:
+        try:
+            return await asyncio.to_thread(question, job)
+        except _UNREACHABLE as error:
+            if time.monotonic() > deadline:
+                reason = " ".join(str(error).split())
+                raise ClusterError(
+                    f"Ray's job server has not answered for {_SILENCE_SECONDS:g} s: {reason}"
+                ) from None
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def job_server(url: str | None, seconds: float) -> JobServer:
+    """The job server, as soon as it answers. Raises ClusterError after `seconds`, and where it refuses."""
+    # It reports the end of every stream.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return JobServer(url, await asyncio.to_thread(JobSubmissionClient, url))
+        except AuthenticationError as error:
+            raise ClusterError(f"Ray's job server refuses: {' '.join(str(error).split())}") from None
+        except _UNREACHABLE as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"no answer from Ray's job server within {seconds:g} s: {' '.join(str(error).split())}"
+                ) from None
+        await asyncio.sleep(_LOOK_SECONDS)

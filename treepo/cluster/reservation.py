@@ -1,0 +1,136 @@
+"""A run's devices, reserved in Ray as `treepo.cluster.placement` plans them."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
+from treepo.cluster.ray_session import actor_environment
+from treepo.config.engine import EngineConfig
+from treepo.config.trainer import ParallelConfig
+from treepo.errors import PlacementError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """Ray's options for the actor of each trainer rank and each engine.
+
+    shared: whether engines use the trainer's devices; then `for_engines` must know which these are.
+    one_machine: whether every engine is on the node of the trainer's rank 0.
+    """
+
+    shared: bool
+    one_machine: bool
+    ranks: tuple[dict[str, Any], ...]
+    engines: tuple[dict[str, Any], ...]
+    tensor: int
+
+    def for_engines(self, devices: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks.
+
+        Ray gives a GPU to the rank alone, for an actor can have a part of one GPU but not of several; so
+        the engine is told by name. SGLang numbers what it sees from 0.
+        """
+        if not self.shared:
+            return list(self.engines)
+        shares = [devices[i * self.tensor : (i + 1) * self.tensor] for i in range(len(self.engines))]
+        return [
+            options | {"runtime_env": actor_environment(CUDA_VISIBLE_DEVICES=",".join(share))}
+            for options, share in zip(self.engines, shares, strict=True)
+        ]
+
+
+def cluster_nodes() -> list[Node]:
+    """Nodes that are alive, with all that they have."""
+    return [
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            int(node["Resources"].get("CPU", 0)),
+            int(node["Resources"].get("GPU", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+async def reserve(layout: Layout, seconds: float) -> Seats:
+    """Raises PlacementError where the cluster cannot hold the layout, at once, and where others still hold
+    what it needs after `seconds`. The reservation ends with the Ray session.
+    """
+    nodes = cluster_nodes()
+    placed = plan(layout, nodes)
+    bundles = [bundle for bundle, _ in placed]
+    for bundle, node in placed:
+        _log.info("%s: %s", node.name, _inhabitants(bundle))
+    group = placement_group(
+        [_resources(bundle) for bundle in bundles],
+        bundle_label_selector=[{"ray.io/node-id": node.id} for _, node in placed],
+    )
+    try:
+        await asyncio.wait_for(group.ready(), seconds)
+    except TimeoutError:
+        raise PlacementError(
+            f"the cluster has not had room for the run within {seconds:g} s: {_missing(bundles)}"
+        ) from None
+    shared = shares_devices(layout, nodes)
+    ranks: list[dict[str, Any]] = [{}] * layout.ranks
+    engines: list[dict[str, Any]] = [{}] * layout.engines
+    for index, bundle in enumerate(bundles):
+        place = {
+            "num_cpus": 1,
+            "runtime_env": actor_environment(),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index),
+        }
+        for rank in bundle.ranks:
+            ranks[rank] = place | {"num_gpus": 1 if bundle.gpus else 0}
+        for engine in bundle.engines:
+            engines[engine] = place | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
+    return Seats(shared, on_one_machine(placed), tuple(ranks), tuple(engines), layout.tensor)
+
+
+def engines_alone(config: EngineConfig) -> list[dict[str, Any]]:
+    """Ray's options of engines beside which nothing trains: Ray places them, nothing is reserved.
+
+    Raises PlacementError where the cluster cannot hold them.
+    """
+    bundles = plan(Layout("split", 0, 1, config.count, config.tensor), cluster_nodes())
+    return [_unreserved(bundle.gpus) for bundle, _ in bundles]
+
+
+def trainer_alone(parallel: ParallelConfig) -> list[dict[str, Any]]:
+    """The same for trainer ranks."""
+    bundles = plan(Layout("split", parallel.ranks, parallel.tensor, 0, 1), cluster_nodes())
+    return [_unreserved(min(bundle.gpus, 1)) for bundle, _ in bundles for _ in bundle.ranks]
+
+
+def _unreserved(gpus: int) -> dict[str, Any]:
+    return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": actor_environment()}
+
+
+def _inhabitants(bundle: Bundle) -> str:
+    lists = (("trainer ranks", bundle.ranks), ("engines", bundle.engines))
+    return "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in lists if numbers)
+
+
+def _resources(bundle: Bundle) -> dict[str, float]:
+    gpus = {"GPU": float(bundle.gpus)} if bundle.gpus else {}
+    return {"CPU": float(bundle.cpus)} | gpus
+
+
+def _missing(bundles: Sequence[Bundle]) -> str:
+    free = ray.available_resources()
+    needed = {"GPU": sum(bundle.gpus for bundle in bundles), "CPU": sum(bundle.cpus for bundle in bundles)}
+    return ", ".join(
+        f"{count} {name}s are needed and {free.get(name, 0):g} are free in all"
+        for name, count in needed.items()
+        if count
+    )

@@ -1,0 +1,104 @@
+"""One YAML file names everything that a run needs; this is its shape."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from treepo.config.base import PathField, Section
+from treepo.config.checkpoint import CheckpointConfig
+from treepo.config.data import DataConfig
+from treepo.config.engine import EngineConfig
+from treepo.config.learning import LearningConfig
+from treepo.config.log_prob_check import LogProbCheckConfig
+from treepo.config.plan import PlanConfig
+from treepo.config.reward import RewardConfig
+from treepo.config.sampling import SamplingConfig
+from treepo.config.trainer import TrainerConfig
+from treepo.config.weights import WeightsConfig
+
+
+class ModelConfig(Section):
+    path: PathField
+    """A Hugging Face folder: config.json, safetensors, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the trainer's parameters (with float32 master weights) and of the engine's."""
+
+
+class EvaluationConfig(Section):
+    samples: int = Field(default=1, ge=1)
+    """Sequential samples of each held-out prompt."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
+    max_problems: int | None = Field(default=None, ge=1)
+    """Only the first so many held-out problems; all of them by default."""
+
+
+class RunConfig(Section):
+    out: PathField
+    """The run folder: config, metrics, trees, checkpoint, log, summary."""
+    seed: int = Field(default=0, ge=0)
+    """Of everything random: data order, sampling policy, grading order."""
+    steps: int = Field(ge=1)
+    """Training steps: each samples `data.prompts_per_step` trees and learns from them."""
+    model: ModelConfig
+    """The model that is trained."""
+    data: DataConfig
+    """Prompts."""
+    reward: RewardConfig = RewardConfig()
+    """Grading."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How trees are sampled."""
+    learning: LearningConfig = LearningConfig()
+    """Advantages and loss."""
+    trainer: TrainerConfig = TrainerConfig()
+    """The trainer."""
+    placement: Literal["colocated", "split"] = "colocated"
+    """`colocated`: the engines run on the trainer's GPUs, and take turns with it; `split`: on their own.
+    Without GPUs there is no difference."""
+    engine: EngineConfig = EngineConfig()
+    """The sampler."""
+    weights: WeightsConfig = WeightsConfig()
+    """How the trainer's weights reach the engines."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out accuracy before and after."""
+    log_prob_check: LogProbCheckConfig = LogProbCheckConfig()
+    """Whether trainer and engines agree, before the first step."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What an interrupted run goes on from."""
+    plan: PlanConfig = PlanConfig()
+    """What `treepo plan` assumes; training reads nothing of it."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        prompt, response = self.data.max_prompt_tokens, self.sampling.max_response_tokens
+        pack, buffer = self.trainer.max_tokens_per_pack, self.reward.overlong_buffer_tokens
+        if prompt + response > pack:
+            raise ValueError(
+                f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
+                f"{prompt + response} is more than trainer.max_tokens_per_pack = {pack}: a pack must hold the "
+                "longest trajectory"
+            )
+        if buffer is not None and buffer > response:
+            raise ValueError(
+                f"reward.overlong_buffer_tokens = {buffer} is more than "
+                f"sampling.max_response_tokens = {response}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _assumed_prompts_fit(self) -> Self:
+        assumed, most = self.plan.prompt_tokens, self.data.max_prompt_tokens
+        if assumed is not None and assumed > most:
+            raise ValueError(f"plan.prompt_tokens = {assumed} is more than data.max_prompt_tokens = {most}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_divide(self) -> Self:
+        prompts, ranks = self.data.prompts_per_step, self.trainer.parallel.data
+        parts = self.learning.mini_batches * ranks
+        if prompts % parts:
+            raise ValueError(
+                f"data.prompts_per_step = {prompts} cannot be divided into learning.mini_batches x "
+                f"trainer.parallel.data = {self.learning.mini_batches} x {ranks} = {parts} equal parts"
+            )
+        return self

@@ -1,0 +1,339 @@
+"""Prompts from JSON lines and parquet, and the order in which training takes them.
+
+The configuration names the columns, so that a publisher's file is used as it is. A row that cannot be used
+is an error that names file, row and column, or is counted by its reason and skipped. A file may be larger
+than memory: what is kept of it is where its usable rows are.
+"""
+
+import hashlib
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from treepo.config.data import ColumnsConfig, PromptsConfig
+from treepo.data.rows import BadRow, Row, RowFile, open_rows
+from treepo.data.tokenizer import Message, RefusedMessagesError, Tokenizer
+from treepo.errors import DataError
+from treepo.rollout import rng
+from treepo.rollout.boxed import last_boxed
+
+_READ_AHEAD = 256  # prompts
+_SKIP_HINT = "data.bad_rows: skip leaves such rows out"
+_HINTS = {"no column": "data.columns names the columns", "no source": "data.columns.source may be null"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One row, ready to sample from. id: unique in its file ("train:17", the 0-based row).
+
+    text: what the model is given, chat template applied. extra: for a reward function of the user's own.
+    """
+
+    id: str
+    tokens: np.ndarray  # int32 [T], those of `text`
+    text: str
+    answer: str
+    source: str
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What a file holds. rows: all of them. duplicates: usable rows whose prompt another row had before.
+    fingerprint: of the usable rows' prompts and answers, in their order.
+
+    blank_lines: neither rows nor errors. skipped: rows left out, by reason; examples: the first row of each
+    reason, as an error would say it.
+    """
+
+    path: Path
+    rows: int = 0
+    duplicates: int = 0
+    blank_lines: int = 0
+    fingerprint: str = ""
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> int:
+        return self.rows - self.skipped.total()
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.usable} of {self.rows} rows usable"]
+        parts += [f"{count} skipped ({self.examples[reason]})" for reason, count in self.skipped.items()]
+        if self.duplicates:
+            parts.append(f"{self.duplicates} repeat{'s' * (self.duplicates == 1)} an earlier prompt")
+        if self.blank_lines:
+            parts.append(f"{self.blank_lines} blank line{'s' * (self.blank_lines != 1)}")
+        return f"{self.path}: " + "; ".join(parts)
+
+
+class PromptSet(Sequence[Prompt]):
+    """A file's usable prompts, in file order, read and tokenized when they are asked for.
+
+    A part of it (`prompts[:100]`) is a PromptSet too. Reading raises DataError where the file has changed.
+    """
+
+    def __init__(
+        self, report: DataReport, rows: RowFile, places_P: np.ndarray, convert: Callable[[Row], Prompt]
+    ) -> None:
+        """places_P: int64 [P, 2], index and `at` of each usable row."""
+        self.report = report
+        self._rows = rows
+        self._places_P = places_P
+        self._convert = convert
+
+    def __len__(self) -> int:
+        return len(self._places_P)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "PromptSet": ...
+
+    def __getitem__(self, index: int | slice) -> "Prompt | PromptSet":
+        if isinstance(index, slice):
+            return PromptSet(self.report, self._rows, self._places_P[index], self._convert)
+        return self.take([index])[0]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for start in range(0, len(self), _READ_AHEAD):
+            yield from self.take(range(start, min(start + _READ_AHEAD, len(self))))
+
+    def take(self, indices: Sequence[int]) -> list[Prompt]:
+        """The prompts at `indices`, in this order; cheaper together than one by one."""
+        places = [(int(index), int(at)) for index, at in self._places_P[list(indices)]]
+        return [self._convert(row) for row in self._rows.read(places)]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A row as text, before any tokenizer."""
+
+    messages: tuple[Message, ...]
+    answer: str
+    source: str
+    extra: Mapping[str, object]
+
+
+def check_prompts(path: Path, columns: ColumnsConfig, config: PromptsConfig) -> DataReport:
+    """Read the whole file and check every row, as far as that takes no tokenizer. Raises DataError."""
+    report = DataReport(path)
+    for _ in _questions(columns, config, report):
+        pass
+    return report
+
+
+def read_questions(path: Path, columns: ColumnsConfig, config: PromptsConfig) -> list[Question]:
+    """The usable rows as text. Raises DataError."""
+    return list(_questions(columns, config, DataReport(path)))
+
+
+def load_prompts(
+    path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: PromptsConfig
+) -> PromptSet:
+    """The file's prompts; of `config` only limits, system prompt and what to do with bad rows count.
+
+    Reads and tokenizes all of them once, to know which are usable. Raises DataError.
+    """
+
+    def to_prompt(row: Row, question: Question) -> Prompt:
+        try:
+            text = tokenizer.render(_with_system_prompt(question.messages, config.system_prompt))
+        except RefusedMessagesError as refusal:
+            raise BadRow("chat template", f"column {columns.prompt!r}: {refusal}") from refusal
+        tokens = tokenizer.encode(text)
+        if len(tokens) > config.max_prompt_tokens:
+            raise BadRow(
+                "too long",
+                f"column {columns.prompt!r} makes {len(tokens)} tokens; "
+                f"data.max_prompt_tokens allows {config.max_prompt_tokens}",
+            )
+        return Prompt(
+            id=f"{path.stem}:{row.index}",
+            tokens=tokens,
+            text=text,
+            answer=question.answer,
+            source=question.source,
+            extra=question.extra,
+        )
+
+    def place(row: Row, question: Question) -> tuple[int, int]:
+        to_prompt(row, question)
+        return row.index, row.at
+
+    report, rows = DataReport(path), open_rows(path, _names(columns))
+    places = array("q")
+    for pair in _convert_rows(rows, columns, config, report, place):
+        places.extend(pair)
+    return PromptSet(
+        report,
+        rows,
+        np.frombuffer(places, dtype=np.int64).reshape(-1, 2),
+        lambda row: to_prompt(row, _question(row, columns, path.stem)),
+    )
+
+
+class PromptOrder:
+    """Indices of n prompts in training order: epoch after epoch, each a permutation drawn from the seed.
+
+    `cursor`, the indices passed since the first epoch's start, is all that changes. What one call returns
+    belongs to one epoch, so that a step never holds a prompt twice: where fewer than it wants are left of an
+    epoch, they are passed over.
+    """
+
+    def __init__(self, n: int, seed: int, cursor: int = 0) -> None:
+        self.cursor = cursor
+        self._n, self._seed = n, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def next(self, k: int) -> list[int]:
+        """The next k indices, all different. Raises DataError where k is over n."""
+        if k > self._n:
+            raise DataError(f"{k} different prompts are wanted at once, but there are {self._n}")
+        epoch, offset = divmod(self.cursor, self._n)
+        if offset + k > self._n:
+            epoch, offset = epoch + 1, 0
+        self.cursor = epoch * self._n + offset + k
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = rng.generator("prompt order", self._seed, epoch).permutation(self._n)
+        return self._permutation[offset : offset + k].tolist()
+
+    def state(self) -> dict[str, int]:
+        """Where the order stands, as JSON holds it; for a checkpoint."""
+        return {"prompts": self._n, "seed": self._seed, "cursor": self.cursor}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state`. Raises DataError where it is one of other data or of another seed."""
+        mine = self.state()
+        for name, of in (("prompts", "the data has {} usable prompts"), ("seed", "the seed is {}")):
+            if state[name] != mine[name]:
+                raise DataError(
+                    f"the order of prompts cannot go on: {of.format(mine[name])}, but was {state[name]} "
+                    "when the state was saved"
+                )
+        self.cursor = state["cursor"]
+
+
+def _names(columns: ColumnsConfig) -> frozenset[str]:
+    return frozenset(filter(None, (columns.prompt, columns.answer, columns.source, columns.extra)))
+
+
+def _questions(columns: ColumnsConfig, config: PromptsConfig, report: DataReport) -> Iterator[Question]:
+    rows = open_rows(report.path, _names(columns))
+    return _convert_rows(rows, columns, config, report, lambda _row, question: question)
+
+
+def _convert_rows[T](
+    rows: RowFile,
+    columns: ColumnsConfig,
+    config: PromptsConfig,
+    report: DataReport,
+    convert: Callable[[Row, Question], T],
+) -> Iterator[T]:
+    """What `convert` makes of each usable row; the report grows on the way and is complete at the end."""
+    prompts = array("q")  # hashes
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        report.rows += 1
+        try:
+            question = _question(row, columns, default_source=report.path.stem)
+            converted = convert(row, question)
+        except BadRow as bad:
+            if config.bad_rows == "error":
+                raise DataError(f"{row.place}: {bad} ({_HINTS.get(bad.reason, _SKIP_HINT)})") from bad
+            report.skipped[bad.reason] += 1
+            report.examples.setdefault(bad.reason, f"{row.place}: {bad}")
+            continue
+        prompts.append(hash(tuple((message["role"], message["content"]) for message in question.messages)))
+        digest.update(json.dumps((row.index, question.messages, question.answer)).encode())
+        yield converted
+    report.duplicates = len(prompts) - len(np.unique(np.frombuffer(prompts, dtype=np.int64)))
+    report.blank_lines = rows.blank_lines
+    report.fingerprint = digest.hexdigest()
+    if not report.usable:
+        raise DataError(report.summary() if report.rows else f"{report.path}: it has no rows")
+
+
+def _question(row: Row, columns: ColumnsConfig, default_source: str) -> Question:
+    source = default_source if columns.source is None else row.column(columns.source)
+    if not isinstance(source, str):
+        raise BadRow("no source", f"column {columns.source!r} is {_show(source)}; a string is needed")
+    extra = {} if columns.extra is None else row.column(columns.extra)
+    return Question(
+        messages=_messages(row.column(columns.prompt), columns.prompt),
+        answer=_answer(row.column(columns.answer), columns),
+        source=source,
+        extra={} if extra is None else extra if isinstance(extra, Mapping) else {str(columns.extra): extra},
+    )
+
+
+def _messages(value: Any, column: str) -> tuple[Message, ...]:
+    if isinstance(value, str) and value.strip():
+        return ({"role": "user", "content": value},)
+    if isinstance(value, list) and value:
+        texts = [(m.get("role"), m.get("content")) for m in value if isinstance(m, Mapping)]
+        if len(texts) == len(value) and all(isinstance(text, str) for pair in texts for text in pair):
+            return tuple({"role": str(role), "content": str(content)} for role, content in texts)
+    raise BadRow(
+        "no prompt",
+        f"column {column!r} is {_show(value)}; allowed: text, or a list of messages with role and content",
+    )
+
+
+def _answer(value: Any, columns: ColumnsConfig) -> str:
+    scalar = value[-1] if isinstance(value, list) and value else value
+    if isinstance(scalar, Decimal):  # a number column of parquet may be
+        scalar = format(scalar, "f")
+    if isinstance(scalar, float) and math.isfinite(scalar) and scalar.is_integer():
+        scalar = int(scalar)  # publishers write 27 as 27.0
+    if (
+        isinstance(scalar, bool)
+        or not isinstance(scalar, str | int | float)
+        or scalar in (math.inf, -math.inf)
+    ):
+        raise _no_answer(columns, value)
+    text = str(scalar)
+    if columns.answer_after is not None:
+        _, mark, text = text.rpartition(columns.answer_after)
+        if not mark:
+            raise _no_answer(columns, value, f"without {columns.answer_after!r} in it")
+    if columns.answer_boxed:
+        boxed = last_boxed(text)
+        if boxed is None:
+            raise _no_answer(columns, value, r"without a complete \boxed{...} in it")
+        text = boxed
+    if not text.strip() or text == "nan":
+        raise _no_answer(columns, value)
+    return text.strip()
+
+
+def _no_answer(columns: ColumnsConfig, value: Any, lack: str = "") -> BadRow:
+    return BadRow(
+        "no answer",
+        f"column {columns.answer!r} is {_show(value)} {lack}".rstrip()
+        + "; allowed: text, a finite number, or a list of them of which the last counts",
+    )
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _with_system_prompt(messages: tuple[Message, ...], system_prompt: str | None) -> tuple[Message, ...]:
+    if system_prompt is None:
+        return messages
+    others = tuple(message for message in messages if message["role"] != "system")
+    return ({"role": "system", "content": system_prompt}, *others)

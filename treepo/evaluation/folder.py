@@ -1,0 +1,299 @@
+# ruff: noqa: N815 - the suffix names the dimension (CONTRIBUTING.md)
+"""The files of an evaluation, and how it goes on after it was killed.
+
+    config.yaml      the effective configuration
+    samples.jsonl    one line a response: text, verdict, extracted answer, tokens, why it ended
+    trees.jsonl      one line a problem (treepo.tree.to_json), with verdicts, votes, and the cost so far
+    results.json     every number, with all settings
+    report.html      the same to look at, with every problem
+    accuracy.svg     accuracy against compute
+    log.txt          what it said on the way
+
+A problem is finished when its line in trees.jsonl is whole; its samples are written before that. What a
+killed evaluation left behind is cut back to its finished problems.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import orjson
+
+from treepo.config.evaluate import EvalConfig
+from treepo.config.load import load_as
+from treepo.data.prompts import Prompt
+from treepo.errors import ConfigError, DataError
+from treepo.evaluation.metrics import ProblemResult
+from treepo.learning.advantage import inverse_branching
+from treepo.learning.forest import Forest
+from treepo.rewards.grade import Grade
+from treepo.training.run_folder import CONFIG, LOG, TREES, log_to, prepare_folder
+from treepo.tree import Tree, from_json, to_json
+
+SAMPLES, RESULTS, REPORT, PLOT = "samples.jsonl", "results.json", "report.html", "accuracy.svg"
+_MAY_CHANGE = ("out", "engine.", "reward.workers")  # keys, by how they begin: what is computed stays
+_KEYS = ("model", "answer", "answers", "classes", "spent")  # of a line of trees.jsonl, beside the tree's own
+_PART = ".part"
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one session (a process that sampled) has cost up to a moment. engines: devices that it held."""
+
+    session: int
+    engines: int
+    seconds: float
+    decoded_tokens: int
+    prefilled_tokens: int
+    cached_tokens: int
+    requests: int
+    failed_requests: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answered:
+    """One problem's graded tree. texts_L, grades_L, classes_L: in the order of the tree's leaves."""
+
+    tree: Tree
+    texts_L: Sequence[str]
+    grades_L: Sequence[Grade]
+    classes_L: Sequence[int]
+
+
+class EvaluationFolder:
+    """A context manager. results: of the finished problems, by id. spent: the last word of each session."""
+
+    def __init__(
+        self, config: EvalConfig, prompts: Mapping[str, Prompt], model: str, *, anew: bool = False
+    ) -> None:
+        """model: tells one model from another, whatever its path.
+
+        Raises ConfigError where the folder holds another evaluation or something else, and `anew` is not set:
+        then its files are moved into `previous-N/`.
+        """
+        self.path = config.out
+        self.results: dict[str, ProblemResult] = {}
+        self.spent: dict[int, Spent] = {}
+        self._prompts = prompts
+        self._model = model
+        if anew or not (config.out / CONFIG).is_file():
+            prepare_folder(config.out, config)
+        else:
+            _check_same(config)
+            self._recover()
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._trees = self._stack.enter_context((self.path / TREES).open("ab"))
+        self._samples = self._stack.enter_context((self.path / SAMPLES).open("a"))
+        self._stack.enter_context(log_to(self.path / LOG))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def write(self, answered: Answered, spent: Spent) -> ProblemResult:
+        """A problem is finished: its samples, then its tree."""
+        prompt = self._prompts[answered.tree.prompt_id]
+        self._samples.writelines(_sample_lines(answered, prompt))
+        self._samples.flush()
+        line = to_json(
+            answered.tree,
+            model=self._model,
+            answer=_unicode(prompt.answer),
+            answers=[
+                None if grade.answer_text is None else _unicode(grade.answer_text)
+                for grade in answered.grades_L
+            ],
+            classes=list(answered.classes_L),
+            spent=asdict(spent),
+        )
+        self._trees.write(line)
+        self._trees.flush()
+        self._take(orjson.loads(line), answered.tree)
+        return self.results[prompt.id]
+
+    def write_file(self, name: str, text: str) -> None:
+        """A whole file, never half of it."""
+        part = self.path / f"{name}{_PART}"
+        part.write_text(text, encoding="utf-8")
+        part.replace(self.path / name)
+
+    def problems(self) -> Iterator[tuple[Mapping[str, Any], Tree]]:
+        """Every finished problem's line and tree, in the order in which they were finished."""
+        with (self.path / TREES).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield _tree_of(line, f"{self.path / TREES}:{number}")
+
+    def _take(self, record: Mapping[str, Any], tree: Tree) -> None:
+        self.results[tree.prompt_id] = problem_result(record, tree)
+        spent = Spent(**record["spent"])
+        self.spent[spent.session] = spent
+
+    def _recover(self) -> None:
+        trees, samples = self.path / TREES, self.path / SAMPLES
+        for path in (trees, samples):
+            path.touch()
+            _cut_torn_line(path)
+        for record, tree in self.problems():
+            prompt = self._prompts.get(tree.prompt_id)
+            if (
+                prompt is None
+                or prompt.tokens.tobytes() != tree.prompt.tobytes()
+                or _unicode(prompt.answer) != record["answer"]
+            ):
+                raise ConfigError(
+                    f"out: {trees} has problem {tree.prompt_id} with another prompt or answer than the data "
+                    "give it now; --force starts anew"
+                )
+            if record["model"] != self._model:
+                raise ConfigError(
+                    f"out: {self.path} holds an evaluation of other weights than the model has now; --force "
+                    "starts anew, its files set aside"
+                )
+            self._take(record, tree)
+        self._drop_unfinished(samples)
+
+    def _drop_unfinished(self, samples: Path) -> None:
+        """Keep the samples of finished problems only, each of which must have all of its own."""
+        kept: Counter[str] = Counter()
+        part = samples.with_name(f"{SAMPLES}{_PART}")
+        with samples.open("rb") as file, part.open("wb") as finished:
+            for number, line in enumerate(file, start=1):
+                name = _problem_of(line, f"{samples}:{number}")
+                if name in self.results:
+                    finished.write(line)
+                    kept[name] += 1
+        for name, result in self.results.items():
+            if kept[name] != len(result.verdicts_L):
+                raise DataError(
+                    f"{samples}: {kept[name]} lines of problem {name}, which has {len(result.verdicts_L)} "
+                    f"responses in {TREES}; --force starts anew"
+                )
+        part.replace(samples)
+
+
+def problem_result(record: Mapping[str, Any], tree: Tree) -> ProblemResult:
+    """What the metrics need of a line of trees.jsonl."""
+    forest = Forest.of([tree])
+    return ProblemResult(
+        benchmark=tree.prompt_id.rpartition(":")[0],
+        id=tree.prompt_id,
+        answer=record["answer"],
+        verdicts_L=tuple(leaf.verdict for leaf in tree.leaves if leaf.verdict is not None),
+        classes_L=tuple(record["classes"]),
+        weights_L=tuple(inverse_branching(forest).tolist()),
+        tokens_L=tuple(forest.response_tokens_L.tolist()),
+        stops_L=tuple(leaf.stop for leaf in tree.leaves),
+        unique_tokens=tree.unique_tokens(),
+    )
+
+
+def _sample_lines(answered: Answered, prompt: Prompt) -> Iterator[str]:
+    """ASCII, so that any text a model writes is a valid line."""
+    tokens_L = Forest.of([answered.tree]).response_tokens_L.tolist()
+    for index, (leaf, text, grade, number, tokens) in enumerate(
+        zip(
+            answered.tree.leaves,
+            answered.texts_L,
+            answered.grades_L,
+            answered.classes_L,
+            tokens_L,
+            strict=True,
+        )
+    ):
+        sample = {
+            "problem": prompt.id,
+            "sample": index,
+            "verdict": grade.verdict,
+            "answer": grade.answer_text,
+            "gold": prompt.answer,
+            "vote": number,
+            "reward": grade.reward,
+            "terms": dict(grade.terms),
+            "message": grade.message,
+            "tokens": tokens,
+            "stop": leaf.stop,
+            "text": text,
+        }
+        yield json.dumps(sample) + "\n"
+
+
+def _tree_of(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
+    try:
+        record, tree = orjson.loads(line), from_json(line)
+        for key in _KEYS:
+            record[key]
+        return record, tree
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
+
+
+def _problem_of(line: bytes, place: str) -> str:
+    """Not orjson: it refuses the lone surrogates that a model's text may have."""
+    try:
+        return json.loads(line)["problem"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
+
+
+def _unicode(text: str) -> str:
+    """`text` with a question mark for each lone surrogate, which a tree's line cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop an end without a newline, which a killed process may leave."""
+    with path.open("rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - 2**20, 0)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+def _check_same(config: EvalConfig) -> None:
+    """Raise ConfigError where the folder's evaluation was configured differently, naming the first key."""
+    path = config.out / CONFIG
+    try:
+        before = load_as(EvalConfig, path)
+    except ConfigError:
+        raise ConfigError(
+            f"out: {config.out} holds no evaluation that this version can go on with; --force starts anew, "
+            "its files set aside"
+        ) from None
+    was, now = (_flat(settings.model_dump(mode="json")) for settings in (before, config))
+    for key in dict.fromkeys([*now, *was]):
+        if was.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
+            raise ConfigError(
+                f"out: {config.out} holds an evaluation with {key} = {was.get(key)}, not {now.get(key)}; "
+                "--force starts anew, its files set aside"
+            )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; a list's items by their index."""
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
+    if items is None:
+        return {prefix: value}
+    return {
+        dotted: leaf
+        for key, below in items
+        for dotted, leaf in _flat(below, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

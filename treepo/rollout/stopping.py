@@ -1,0 +1,102 @@
+"""When a trajectory ends: boxed answer, end of sequence, response limit, depth, repetition.
+
+Rules look at the whole response at every segment boundary. Boxes are found in the text of single tokens
+strung together, so where a response was cut into segments makes no difference (what a byte-level
+tokenizer splits inside of a character is never part of a box); repetition is counted in tokens, of the run
+that ends at the boundary: a model that found its way out of a loop goes on. The official code looks at the
+last segment only, and for repetition at any 32 characters, overlapping ones included, so that a table rule
+of 39 dashes ends a path.
+
+The engine holds the same `StopRule` as the driver, to end a request of many segments early.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from treepo.config.sampling import RepetitionConfig, SamplingConfig
+from treepo.rollout.boxed import BoxScan
+from treepo.tree import Stop
+
+
+class StopRule:
+    """The stops of one sampling configuration, for responses that `decode` turns into text.
+
+    Picklable where `decode` is. Called with the tokens of a response so far (int32 [T], prompt excluded,
+    end tokens not yet), it says whether the response ends here.
+    """
+
+    def __init__(self, config: SamplingConfig, decode: Callable[[np.ndarray], str]) -> None:
+        self._config = config
+        self._decode = decode
+        self._text_of_token: dict[int, str] = {}
+
+    def __call__(self, response: np.ndarray) -> bool:
+        if self._config.stops.boxed == "end" and self.scan(BoxScan(), response).found:
+            return True
+        return self._repeats(response)
+
+    def scan(self, before: BoxScan, tokens: np.ndarray) -> BoxScan:
+        """The search for a box in a response, carried on over further tokens."""
+        if before.found or self._config.stops.boxed == "off":
+            return before
+        return before.extend(self._text(tokens))
+
+    def classify(self, response: np.ndarray, box: BoxScan, eos: bool) -> Stop | None:
+        """Why the response ends here, None where it goes on.
+
+        box: the scan of the whole response. eos: the last token ends the sequence.
+        """
+        config, stops = self._config, self._config.stops
+        if stops.repetition.check == "first" and self._repeats(response):
+            return Stop.REPETITION
+        if box.found and (eos or stops.boxed == "end"):
+            return Stop.BOXED
+        if eos:
+            return Stop.EOS
+        if len(response) >= config.max_response_tokens:
+            return Stop.LIMIT
+        if config.mode == "tree" and len(response) > (config.max_depth - 1) * config.segment_tokens:
+            return Stop.DEPTH
+        if stops.repetition.check == "last" and self._repeats(response):
+            return Stop.REPETITION
+        return None
+
+    def _repeats(self, response: np.ndarray) -> bool:
+        repetition = self._config.stops.repetition
+        return repetition.check != "off" and repeats(response, repetition)
+
+    def _text(self, tokens: np.ndarray) -> str:
+        known, ids = self._text_of_token, tokens.tolist()
+        try:
+            return "".join([known[token] for token in ids])
+        except KeyError:
+            for token in set(ids) - known.keys():
+                known[token] = self._decode(np.array([token], dtype=np.int32))
+            return "".join([known[token] for token in ids])
+
+
+def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:
+    """Whether the last `window_tokens` tokens of int32 [T] occur in it `count` times without overlap.
+
+    A last run of fewer than `min_distinct` different tokens counts back only as far as each occurrence is
+    within a window of the next: dashes in ten tables are no loop, an endless row of them is one.
+    """
+    window, count = config.window_tokens, config.count
+    if len(tokens) < window * count:
+        return False
+    last = tokens[-window:]
+    starts = np.arange(len(tokens) - window + 1)
+    for offset, token in enumerate(last):
+        starts = starts[tokens[starts + offset] == token]
+        if len(starts) < count:
+            return False
+    sparse = len(np.unique(last)) < config.min_distinct
+    occurrences, begin = 0, len(tokens)
+    for start in starts[::-1].tolist():
+        if start > begin - window:
+            continue
+        if sparse and start < begin - 2 * window:
+            break
+        occurrences, begin = occurrences + 1, start
+    return occurrences >= count

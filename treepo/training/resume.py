@@ -1,0 +1,103 @@
+"""`treepo train --resume`: from which checkpoint a run goes on, and whether it is still the same run."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treepo.config.load import load_config
+from treepo.config.run import RunConfig
+from treepo.errors import ConfigError
+from treepo.preflight.train import Inputs
+from treepo.training.checkpoints import RunState, newest
+from treepo.training.run_folder import CONFIG, SUMMARY
+
+# What the run's numbers depend on. The rest may change on the way: layout, engines, length of the run.
+FIXED = (
+    "seed",
+    "model",
+    "data",
+    "sampling",
+    "learning",
+    "trainer.optimizer",
+    "evaluation",
+    "reward.function",
+    "reward.url",
+    "reward.terms",
+    "reward.overlong_buffer_tokens",
+    "reward.correct",
+    "reward.wrong",
+)
+_ABSENT = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """checkpoint: its folder. changes: what the configuration has other than the run had, one line each."""
+
+    checkpoint: Path
+    state: RunState
+    changes: tuple[str, ...]
+
+
+def find_resume(config: RunConfig, inputs: Inputs) -> Resume | None:
+    """Where the run in `config.out` goes on; None where it has no checkpoint.
+
+    Raises ConfigError where it is finished, or where it would not be the same run, and says in what.
+    """
+    found = newest(config.out)
+    if found is None:
+        return None
+    checkpoint, state = found
+    changes = differences(load_config(config.out / CONFIG), config)
+    refused = [line for key, line in changes.items() if _is_fixed(key)]
+    if refused:
+        raise ConfigError(
+            f"--resume: {config.out / CONFIG} has {'; '.join(refused)}; a run goes on as it began "
+            f"(another `out` begins a new one)"
+        )
+    if state.data != inputs.train.report.fingerprint:
+        raise ConfigError(
+            f"--resume: {config.data.train} is not what it was when {checkpoint} was made: "
+            "other prompts or answers"
+        )
+    if state.step > config.steps or (state.step == config.steps and (config.out / SUMMARY).is_file()):
+        raise ConfigError(
+            f"--resume: the run in {config.out} has had its steps: {state.step}, and steps = {config.steps}"
+        )
+    _check_sizes(config.out, state)
+    return Resume(checkpoint, state, tuple(changes.values()))
+
+
+def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
+    """By dotted key what differs, and how: "steps = 3, now 5". The folder itself may have moved."""
+    before, now = (dict(_flat(each.model_dump(mode="json"))) for each in (saved, config))
+    keys = [key for key in before | now if key != "out" and before.get(key, _ABSENT) != now.get(key, _ABSENT)]
+    return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}
+
+
+def _check_sizes(out: Path, state: RunState) -> None:
+    """The files hold at least what they held then: else trees of the first steps would be missing."""
+    for name, size in state.sizes.items():
+        path = out / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found < size:
+            raise ConfigError(
+                f"--resume: {path} has {found} bytes, but had {size} after step {state.step}: it was changed"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "nothing"

@@ -1,0 +1,145 @@
+"""Weights by one collective broadcast to all engines: NCCL between devices, gloo between hosts' memories.
+
+NCCL takes one process a device, so engines need devices of their own for it. gloo does not care.
+
+One group of the sending rank and every rank of every engine, kept from update to update. It belongs to no
+default process group, so the trainer's own groups and the engines' do not know of it.
+"""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
+
+from treepo.weight_sync.wire import Bucket, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class InBroadcast:
+    """Bytes that are sent when everyone is there; nothing to look for."""
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastAddress:
+    """first: the group's rank of the engine's rank 0. through_host: whether buffers are in host memory."""
+
+    host: str
+    port: int
+    name: str
+    first: int
+    size: int
+    seconds: float
+    through_host: bool
+
+    def join(self, rank: int, device: torch.device) -> "BroadcastReceiver":
+        if self.through_host:
+            device = torch.device("cpu")
+        store = TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=self.seconds))
+        group = _group(store, self.name, self.first + rank, self.size, self.seconds, device)
+        return BroadcastReceiver(group, self.seconds, device)
+
+
+class BroadcastSender:
+    """device: that of the buffers. seconds: deadline of each step."""
+
+    collective: ClassVar[bool] = True
+
+    def __init__(self, device: torch.device, host: str, seconds: float) -> None:
+        self._device, self._host, self._seconds = device, host, seconds
+        listener = socket.create_server((host, 0))
+        self._port = listener.getsockname()[1]
+        self._store = TCPStore(
+            host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
+            timeout=timedelta(seconds=seconds),
+        )  # fmt: skip
+        self._groups = 0
+        self._size = 0
+        self._group: Any = None
+        self._buffers: dict[int, Tensor] = {}
+        self._work: Any = None
+
+    def addresses(self, ranks: Sequence[int]) -> list[BroadcastAddress]:
+        self._groups += 1
+        self._size = 1 + sum(ranks)
+        firsts = list(accumulate(ranks, initial=1))[:-1]
+        through_host = self._device.type == "cpu"
+        return [
+            BroadcastAddress(
+                self._host, self._port, self._name, first, self._size, self._seconds, through_host
+            )
+            for first in firsts
+        ]
+
+    def connect(self) -> None:
+        self._group = _group(self._store, self._name, 0, self._size, self._seconds, self._device)
+
+    def buffer(self, index: int, nbytes: int) -> Tensor:
+        held = self._buffers.get(index % 2)
+        if held is None or len(held) < nbytes:
+            held = self._buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return held[:nbytes]
+
+    def start(self, index: int, flat: Tensor, tensors: Manifest) -> InBroadcast:
+        del index, tensors
+        self._work = self._group.broadcast([flat], dist.BroadcastOptions())
+        return InBroadcast()
+
+    def finish(self) -> None:
+        if self._work is not None:
+            work, self._work = self._work, None
+            work.wait(timedelta(seconds=self._seconds))
+
+    def end(self, version: int) -> None:
+        del version
+        self._buffers.clear()
+
+    def close(self) -> None:
+        self._work = None
+        self._buffers.clear()
+        _leave(self._group)
+        self._group = None
+
+    @property
+    def _name(self) -> str:
+        return f"weights-{self._groups}"
+
+
+class BroadcastReceiver:
+    def __init__(self, group: Any, seconds: float, device: torch.device) -> None:
+        self._group: Any = group
+        self._seconds, self._device = seconds, device
+
+    def receive(self, bucket: Bucket) -> Tensor:
+        flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+        self._group.broadcast([flat], dist.BroadcastOptions()).wait(timedelta(seconds=self._seconds))
+        return flat
+
+    def end(self) -> None: ...
+
+    def close(self) -> None:
+        _leave(self._group)
+        self._group = None
+
+
+def _group(store: Store, name: str, rank: int, size: int, seconds: float, device: torch.device) -> Any:
+    """A process group outside of torch's default one. Blocks until all ranks have come."""
+    timeout = timedelta(seconds=seconds)
+    prefixed = PrefixStore(name, store)
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(prefixed, rank, size, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(prefixed, rank, size, options)
+
+
+def _leave(group: Any) -> None:
+    """Leave a group, whatever state it is in: a collective that still waits ends in an error."""
+    if group is not None and hasattr(group, "abort"):
+        group.abort()

@@ -1,0 +1,128 @@
+"""Weights through a folder that trainer and engines see, for engines elsewhere.
+
+`version-N/` has safetensors files, one a bucket, and their index, as Hugging Face folders have. Engines load
+each file as soon as it is written; the folder gets its name when all are.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import orjson
+import torch
+from torch import Tensor
+
+from treepo.weight_sync.wire import Bucket, Manifest
+
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64",
+           "int32": "I32", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}  # fmt: skip
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlace:
+    """data: where the bucket's bytes begin."""
+
+    path: str
+    data: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskAddress:
+    def join(self, rank: int, device: torch.device) -> "DiskReceiver":
+        del rank
+        return DiskReceiver(device)
+
+
+class DiskSender:
+    """keep: complete versions that stay, the newest ones."""
+
+    collective: ClassVar[bool] = False
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._partial = folder / _PARTIAL
+        self._buffers: dict[int, Tensor] = {}
+        self._files: dict[str, Manifest] = {}
+        self.close()  # what a process left that was killed
+
+    def addresses(self, ranks: Sequence[int]) -> list[DiskAddress]:
+        return [DiskAddress()] * len(ranks)
+
+    def connect(self) -> None: ...
+
+    def buffer(self, index: int, nbytes: int) -> Tensor:
+        held = self._buffers.get(index % 2)
+        if held is None or len(held) < nbytes:
+            held = self._buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8)
+        return held[:nbytes]
+
+    def start(self, index: int, flat: Tensor, tensors: Manifest) -> FilePlace:
+        if index == 0:
+            self._partial.mkdir(parents=True)
+        path = self._partial / f"model-{index:05d}.safetensors"
+        header = _header(tensors)
+        with path.open("wb") as file:
+            file.write(header)
+            file.write(flat.numpy().data)
+        self._files[path.name] = tensors
+        return FilePlace(str(path), len(header))
+
+    def finish(self) -> None: ...
+
+    def end(self, version: int) -> None:
+        weight_map = {tensor.name: file for file, tensors in self._files.items() for tensor in tensors}
+        size = sum(tensor.nbytes for tensors in self._files.values() for tensor in tensors)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (self._partial / _INDEX).write_bytes(orjson.dumps(index))
+        target = self._folder / f"version-{version}"
+        shutil.rmtree(target, ignore_errors=True)  # of an attempt in which no engine was left
+        self._partial.rename(target)
+        self._files.clear()
+        self._buffers.clear()
+        versions = sorted(self._folder.glob("version-*"), key=lambda path: int(path.name.split("-")[1]))
+        for old in versions[: -self._keep]:
+            shutil.rmtree(old)
+
+    def close(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._files.clear()
+        self._buffers.clear()
+
+
+class DiskReceiver:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def receive(self, bucket: Bucket) -> Tensor:
+        place = bucket.place
+        assert isinstance(place, FilePlace)
+        size = place.data + bucket.nbytes
+        written = Path(place.path).stat().st_size
+        if written != size:
+            raise OSError(f"{place.path} has {written} bytes; {size} were written")
+        mapped = torch.from_file(place.path, shared=False, size=size, dtype=torch.uint8)
+        return mapped[place.data :].to(self._device)
+
+    def end(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _header(tensors: Manifest) -> bytes:
+    """A safetensors file up to its data: length and JSON, padded to a multiple of 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [start, start + tensor.nbytes],
+        }
+        start += tensor.nbytes
+    text = orjson.dumps(entries)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,180 @@
+"""The trainer's half of a weight update: fill buckets, send them, find out which engine failed.
+
+Runs on the one rank that has the joined tensors. While bucket k travels and is loaded, bucket k + 1 is
+gathered into the other of two buffers: with the tensor that is being joined, that is all the memory it takes.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from treepo.errors import EngineError, TransportError
+from treepo.weight_sync.wire import Address, Bucket, Manifest, Sender, TensorInfo, checksum, plan_buckets
+
+_GRACE_SECONDS = 10.0  # an engine reports a deadline that it missed a little after it
+
+
+class Sink(Protocol):
+    """One engine, as the sender sees it. Calls return at once; a failure of the result is an EngineError."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def key(self) -> str:
+        """Of this very engine: its successor has the same name and another key."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks, which all receive."""
+        ...
+
+    def join(self, address: Address) -> "Future[None]":
+        """Meet the sender."""
+        ...
+
+    def load(self, bucket: Bucket) -> "Future[None]":
+        """Fetch a bucket and overwrite the weights that are in it."""
+        ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """failed: the engines at fault, by name, and why. broken: why those that are left must begin anew."""
+
+    failed: dict[str, str] = field(default_factory=dict)
+    broken: str | None = None
+
+
+class WeightStream:
+    """Sends a model's tensors, update after update, to engines that may change in between.
+
+    size: bytes of a bucket. seconds: deadline of each step.
+    """
+
+    def __init__(self, sender: Sender, size: int, seconds: float) -> None:
+        self._sender, self._size, self._seconds = sender, size, seconds
+        self._joined: tuple[str, ...] = ()
+
+    def send(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        manifest: Manifest,
+        version: int,
+        sinks: Sequence[Sink],
+    ) -> Outcome:
+        """Send every tensor once. `tensors` is read to its end whatever happens: the trainer's other ranks
+        send theirs without knowing.
+
+        An engine that fails is left out from then on. Where all share one collective, one failure breaks it:
+        then nothing more is sent, and those that are not at fault must begin anew. Raises TransportError
+        where the transport's folder cannot be written.
+        """
+        source = iter(tensors)
+        try:
+            outcome = self._send(source, manifest, version, sinks)
+        except BaseException as error:
+            self.close()
+            for _ in source:
+                pass
+            if isinstance(error, OSError):  # a disk that is full, a folder that may not be written
+                raise TransportError(f"weights of version {version}: {error}") from error
+            raise
+        assert next(source, None) is None, "more tensors than the manifest names"
+        return outcome
+
+    def _send(
+        self, source: Iterator[tuple[str, Tensor]], manifest: Manifest, version: int, sinks: Sequence[Sink]
+    ) -> Outcome:
+        outcome, live = Outcome(), {sink.name: sink for sink in sinks}
+        self._join(live, outcome)
+        travelling: Mapping[str, Future[None]] = {}
+        for index, planned in enumerate(plan_buckets(manifest, self._size)):
+            flat = self._sender.buffer(index, sum(tensor.nbytes for tensor in planned))
+            _fill(flat, planned, source)
+            self._settle(travelling, live, outcome)
+            if not live or outcome.broken:
+                travelling = {}
+                continue
+            place = self._sender.start(index, flat, planned)
+            bucket = Bucket(planned, checksum(flat), place)
+            travelling = {name: sink.load(bucket) for name, sink in live.items()}
+        self._settle(travelling, live, outcome)
+        if live and not outcome.broken:
+            self._sender.end(version)
+        else:
+            self.close()
+        return outcome
+
+    def close(self) -> None:
+        """Release the transport; the next update opens it again."""
+        self._joined = ()
+        self._sender.close()
+
+    def _join(self, live: dict[str, Sink], outcome: Outcome) -> None:
+        keys = tuple(sink.key for sink in live.values())
+        if keys == self._joined:
+            return
+        self.close()
+        addresses = self._sender.addresses([sink.ranks for sink in live.values()])
+        joining = {
+            sink.name: sink.join(address) for sink, address in zip(live.values(), addresses, strict=True)
+        }
+        self._settle(joining, live, outcome, self._sender.connect)
+        if not outcome.failed and not outcome.broken:
+            self._joined = keys
+
+    def _settle(
+        self,
+        calls: Mapping[str, "Future[None]"],
+        live: dict[str, Sink],
+        outcome: Outcome,
+        ours: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait for our end of the transport and for the engines' answers; who failed is no longer live."""
+        if not calls:
+            return
+        deadline = time.monotonic() + self._seconds + _GRACE_SECONDS
+        try:
+            (ours or self._sender.finish)()
+        except RuntimeError as error:  # whatever torch's process groups raise
+            outcome.broken = f"the trainer's end of the transport: {error}"
+        wait(calls.values(), timeout=max(0.0, deadline - time.monotonic()))
+        for name, call in calls.items():
+            failure = self._failure(call)
+            if failure is None:
+                continue
+            if self._sender.collective:
+                outcome.broken = outcome.broken or f"{name}: {failure}"
+            # Who lost a collective that another one broke is not at fault.
+            if not (self._sender.collective and isinstance(failure, TransportError)):
+                outcome.failed[name] = str(failure)
+                del live[name]
+
+    def _failure(self, call: "Future[None]") -> EngineError | None:
+        if not call.done():
+            return EngineError(f"no answer within {self._seconds:g} s")
+        error = call.exception()
+        if error is None or isinstance(error, EngineError):
+            return error
+        raise error
+
+
+def _fill(flat: Tensor, planned: Manifest, source: Iterator[tuple[str, Tensor]]) -> None:
+    """Write the next tensors of `source`, which must be those planned, into the bucket."""
+    start = 0
+    for info in planned:
+        name, tensor = next(source)
+        assert TensorInfo.of(name, tensor) == info, (name, tensor.shape, tensor.dtype, info)
+        part = flat[start : start + info.nbytes]
+        start += info.nbytes
+        if part.data_ptr() % tensor.dtype.itemsize == 0:
+            part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        else:
+            part.copy_(tensor.contiguous().flatten().view(torch.uint8))
