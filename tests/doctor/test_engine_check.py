@@ -21,8 +21,8 @@ from treepo.weight_sync.wire import Address, Bucket, Manifest, views
 class FakeEngine:
     """Computes log-probs with the toy's weights.
 
-    off: added to every log-prob. takes: whether it serves the new weights ("all"), keeps the old ones ("none")
-    or rejects the first bucket ("refuses").
+    off: added to every log-prob. takes: whether it serves the new weights ("all"), keeps the old ones
+    ("none"), or rejects the first bucket ("refuses").
     """
 
     def __init__(self, toy: Toy, *, off: float = 0.0, takes: str = "all") -> None:

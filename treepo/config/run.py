@@ -24,7 +24,7 @@ class ModelConfig(Section):
     """Of the trainer's parameters (with float32 master weights) and of the engine's."""
 
 
-class EvaluationConfig(Section):
+class HeldoutConfig(Section):
     samples: int = Field(default=1, ge=1)
     """Sequential samples of each held-out prompt."""
     temperature: float = Field(default=1.0, gt=0)
@@ -59,7 +59,7 @@ class RunConfig(Section):
     """The sampler."""
     weights: WeightsConfig = WeightsConfig()
     """How the trainer's weights reach the engines."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: HeldoutConfig = HeldoutConfig()
     """Held-out accuracy before and after."""
     log_prob_check: LogProbCheckConfig = LogProbCheckConfig()
     """Whether trainer and engines agree, before the first step."""

@@ -20,18 +20,18 @@ from treepo.config.evaluate import EvalConfig, grades_mathematics
 from treepo.config.run import ModelConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
-from treepo.evaluation.folder import PLOT, REPORT, RESULTS, Answered, EvaluationFolder, Spent
-from treepo.evaluation.metrics import NO_VOTE, ProblemResult
+from treepo.evaluation.folder import PLOT, REPORT, EvaluationFolder, GradedProblem, SessionCost
+from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.report.page import evaluation_page
 from treepo.evaluation.report.plot import accuracy_plot, curve
-from treepo.evaluation.results import results_document
+from treepo.evaluation.results import RESULTS, results_document
 from treepo.preflight.evaluate import Inputs
 from treepo.protocols import Engine
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.open import open_rewards
 from treepo.rewards.pool import RewardPool
-from treepo.rewards.voting import pool_equality, vote_classes
+from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
 from treepo.rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
@@ -94,7 +94,7 @@ async def evaluate(
     return results
 
 
-def total_cost(spent: Mapping[int, Spent], finished: Sequence[ProblemResult]) -> dict[str, float]:
+def total_cost(spent: Mapping[int, SessionCost], finished: Sequence[ProblemResult]) -> dict[str, float]:
     """All sessions together. What a killed session had not finished is not in it."""
     seconds = sum(session.seconds for session in spent.values())
     decoded = sum(session.decoded_tokens for session in spent.values())
@@ -214,12 +214,12 @@ class _Session:
         else:
             classes = [NO_VOTE] * len(texts)  # a grader of the user's own extracts no answer
         graded = tree.graded([(grade.reward, grade.verdict) for grade in grades])
-        answered = Answered(graded, texts, grades, classes)
+        answered = GradedProblem(graded, texts, grades, classes)
         self._report(self.folder.write(answered, self._spent(session)))
 
-    def _spent(self, session: int) -> Spent:
+    def _spent(self, session: int) -> SessionCost:
         stats = self.driver.stats
-        return Spent(
+        return SessionCost(
             session=session,
             engines=self.engines,
             seconds=time.perf_counter() - self.started,

@@ -7,12 +7,13 @@ as a whole. Wrong answers are compared with the first answer of each class so fa
 import re
 from collections.abc import Awaitable, Callable, Sequence
 
-from treepo.evaluation.metrics import NO_VOTE
 from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
 from treepo.rollout.boxed import last_boxed
 from treepo.tree import Verdict
 
+NO_VOTE = -1
+"""The class of a response that casts no vote."""
 _CORRECT = 0
 _PLAIN = "1"
 _INTEGER = re.compile(r"[+-]?\d+")
