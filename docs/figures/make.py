@@ -1,7 +1,7 @@
 """Draw the documentation's figures: `python docs/figures/make.py [RUN]`.
 
-Without RUN only `tree.svg` is written. RUN is the folder of a finished quickstart: `terminal.svg` shows what that
-run printed and `learning.svg` its accuracy step by step, both drawn from the run's own files.
+Without RUN only `tree.svg` is written. RUN is the folder of a finished quickstart: `terminal.svg` shows what
+that run printed, and `learning.svg` its accuracy step by step. Both are drawn from the run's own files.
 
 Every figure has its own background and loads nothing from a server, so it reads in light and dark themes, on
 GitHub and on the site.
