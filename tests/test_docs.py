@@ -101,6 +101,36 @@ def test_links_lead_somewhere_in_the_repository_too(page: Path) -> None:
             assert target.fragment in anchors(file), link
 
 
+@cache
+def definitions(folder: Path) -> set[str]:
+    """Names of modules, classes, functions and module-level variables below a folder."""
+    found: set[str] = set()
+    for file in folder.rglob("*.py"):
+        found.add(file.stem)
+        text = file.read_text(encoding="utf-8")
+        found |= set(re.findall(r"^\s*(?:async def|def|class) (\w+)", text, flags=re.MULTILINE))
+        found |= set(re.findall(r"^(\w+)(?:: .+)? = ", text, flags=re.MULTILINE))
+    return found
+
+
+def test_the_ways_through_the_system_name_what_the_packages_define() -> None:
+    """A cell of the last column: `package`: `Class.method`, `function`; the next package."""
+    rows = re.findall(r"^\| \d+ .+ \| (.+) \|$", prose(DOCS / "architecture.md"), flags=re.MULTILINE)
+    assert len(rows) > 20
+    for package, names in re.findall(r"`([\w.]+)`(?:: ((?:`[\w.]+`(?:, )?)+))?", "; ".join(rows)):
+        known = definitions(ROOT / package.replace(".", "/"))
+        for name in re.findall(r"[\w.]+", names):
+            assert set(name.split(".")) <= known, f"{package}: {name}"
+
+
+def test_named_tests_exist() -> None:
+    known = definitions(ROOT / "tests")
+    pages = [page for page in PAGES if page.name != "from_treepo.md"]  # there some official flags begin so
+    names = {name for page in pages for name in re.findall(r"`(test_\w+)(?:\.py)?`", page.read_text("utf-8"))}
+    assert len(names) > 20
+    assert names <= known, names - known
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_named_files_exist(page: Path) -> None:
     """A name is `folder/file` in one of the repository's own folders; a star makes it a pattern."""
