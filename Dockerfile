@@ -4,20 +4,20 @@
 #     docker build --build-arg MAX_JOBS=16 -t treepo .
 #     docker/check.sh treepo
 #
-# How to run it: docs/docker.md. What the image brings (torch, SGLang, their CUDA libraries) stays as it is;
-# everything else goes into a virtual environment on top of it, in the versions of constraints.txt.
+# docs/docker.md says how to run it. The base's torch, SGLang and CUDA libraries stay as they are; everything
+# else goes into a virtual environment on top, in the versions of constraints.txt.
 
 FROM lmsysorg/sglang:v0.5.16-cu130 AS base
 
-# Wheels that are made here: Transformer Engine for this torch, and this package.
+# Builds the wheels of Transformer Engine, for the base's torch, and of this package.
 FROM base AS build
 WORKDIR /build
 COPY constraints.txt docker/image_packages.py docker/install.sh docker/transformer-engine.txt \
     docker/transformer_engine_path.py ./
 RUN python3 image_packages.py check constraints.txt sglang torch transformers
-# Compilers at a time; each takes up to 4 GB of memory.
+# Compilers that run at a time; each takes up to 4 GB of memory.
 ARG MAX_JOBS=8
-# The wheels that Transformer Engine offers are for other builds of torch.
+# Transformer Engine's own wheels are for other builds of torch.
 ENV NVTE_PYTORCH_FORCE_BUILD=TRUE \
     NVTE_FRAMEWORK=pytorch
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -27,7 +27,7 @@ COPY pyproject.toml README.md LICENSE source/
 COPY treepo source/treepo
 COPY megatron_bridge source/megatron_bridge
 COPY sglang_rollout source/sglang_rollout
-# What a user of pip would get, less what is here already.
+# The packages that pip would install, less those that the base has.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip wheel --no-deps --wheel-dir /wheels ./source \
     && python3 -m pip install --dry-run --ignore-installed --quiet --report plan.json \

@@ -1,4 +1,4 @@
-# make setup        .venv with everything that pyproject.toml names (once; again when it changes)
+# make setup        .venv with the packages of pyproject.toml (once, and again when that file changes)
 # make quickstart   a toy model and data, trained with TreePO on this machine
 # make test         lint, types, import rules, all tests
 # make test-fast    the same without the tests marked slow
@@ -9,7 +9,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Compiled modules are what makes the second start of every process fast.
+# Processes start much faster with compiled modules.
 unexport PYTHONDONTWRITEBYTECODE
 
 setup: $(VENV)/.installed
@@ -34,7 +34,7 @@ test: check
 test-fast: check
 	$(BIN)/pytest -m "not slow"
 
-# The theme's makers announce its end of life at every build.
+# NO_MKDOCS_2_WARNING silences the theme's announcement of its end of life.
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "site/index.html"

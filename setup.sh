@@ -1,11 +1,11 @@
 #!/bin/sh
-# Make a virtual environment with everything that pyproject.toml names: ./setup.sh [FOLDER]
-# A working Python 3.12 is looked for on the PATH, in uv and in pyenv; PYTHON=... names one outright.
+# Make a virtual environment with the packages of pyproject.toml: ./setup.sh [FOLDER]
+# It looks for a working Python 3.12 on the PATH, in uv and in pyenv; PYTHON=... names one.
 set -eu
 
 venv=${1:-.venv}
 
-is_usable() { # a shim on the PATH may exist and still refuse, and some systems ship 3.12 without venv
+is_usable() { # a shim on the PATH may refuse to run, and some systems ship 3.12 without venv
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 }
 
@@ -29,6 +29,6 @@ echo "Installing into $venv with $("$python" --version): about 9 GB, minutes on 
 if command -v uv >/dev/null 2>&1; then
     uv pip install --quiet --compile-bytecode --python "$venv/bin/python" -c constraints.txt -e . --group dev
 else
-    "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1" # the first with --group
+    "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1" # the first version with --group
     "$venv/bin/python" -m pip install --quiet --compile -c constraints.txt -e . --group dev
 fi

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Whether the image works on this machine: its doctor, then the quickstart, with all GPUs if there are any.
+# Check that the image works on this machine: treepo doctor, then the quickstart, with all GPUs if there are any.
 #
-#     docker/check.sh [IMAGE]        treepo where no image is named; DOCKER=podman for another engine
+#     docker/check.sh [IMAGE]        the default is treepo; DOCKER=podman names another container engine
 #
-# Ends with exit code 0 where both pass. Nothing is left behind: the containers remove themselves.
+# The exit code is 0 if both pass. Nothing is left behind: the containers remove themselves.
 set -euo pipefail
 
 image=${1:-treepo}
@@ -20,7 +20,7 @@ if ! "$docker" image inspect "$image" >/dev/null; then
     exit 2
 fi
 
-# What a container does not get by itself: docs/docker.md.
+# Docker's defaults are too small for these: docs/docker.md.
 options=(--rm --shm-size=16g --ulimit memlock=-1 --ulimit nofile=65536:65536)
 overrides=()
 if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; then

@@ -1,12 +1,12 @@
-"""What the image's Python has against what a user of pip gets, for the Dockerfile:
+"""Compare the packages of the image's Python with those that pip would install, for the Dockerfile:
 
     python3 image_packages.py check CONSTRAINTS NAME...
     python3 image_packages.py missing PLAN
 
-`check` prints the version and place of each package, which change where one is replaced, and ends with exit
-code 1 where a version is not that of the constraints. `missing` reads pip's plan of installing this project
-into nothing (pip install --dry-run --ignore-installed --report PLAN) and prints what is still to be installed
-beside the image's own packages: those that it lacks, and those of which this project needs another version.
+`check` prints the version and place of each package, which change if one is replaced. The exit code is 1 if a
+version is not that of the constraints. `missing` reads pip's plan of a fresh installation of this project
+(pip install --dry-run --ignore-installed --report PLAN) and prints the packages still to be installed: those
+that the image lacks, and those of which this project needs another version.
 """
 
 import json
@@ -22,7 +22,7 @@ PROJECT = "treepo"
 
 
 def check(constraints: Path, names: list[str]) -> int:
-    """The exit code."""
+    """Print version and place of each package; return the exit code."""
     pins = read_pins(constraints)
     wrong = 0
     for name in names:
@@ -36,13 +36,13 @@ def check(constraints: Path, names: list[str]) -> int:
 
 
 def read_pins(constraints: Path) -> dict[str, str]:
-    """Version by name, of the lines NAME==VERSION."""
+    """Version by name, from lines NAME==VERSION."""
     lines = constraints.read_text().splitlines()
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
 def missing(plan: dict[str, Any]) -> list[str]:
-    """NAME==VERSION of every package of the plan that is to be installed, the project itself left out."""
+    """NAME==VERSION of every planned package that is to be installed, without the project itself."""
     planned = {canonicalize_name(entry["metadata"]["name"]): entry["metadata"] for entry in plan["install"]}
     project = planned.pop(canonicalize_name(PROJECT))
     wanted = {

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make the image's virtual environment on top of its own Python: install.sh BUILD WHEELS TARGET
-# Fails where something was put in front of the image's torch or SGLang, is not as pinned, or does not load.
+# Fails if a package hides the image's torch or SGLang, is not the pinned version, or does not load.
 set -eu
 build=$1 wheels=$2 target=$3
 
@@ -8,7 +8,7 @@ install() {
     "$target/bin/python" -m pip install --no-deps --compile "$@"
 }
 
-pins() { # a Python, then the packages to look at
+pins() { # PYTHON PACKAGE...
     python=$1
     shift
     "$python" "$build/image_packages.py" check "$build/constraints.txt" "$@"
@@ -21,7 +21,7 @@ install --target "$site/transformer-engine" "$wheels"/transformer-engine/*.whl
 cp "$build/transformer_engine_path.py" "$site/"
 echo 'import transformer_engine_path' >"$site/transformer_engine_path.pth"
 
-# Transformer Engine looks for CUDA's libraries in the folder `nvidia` of the site.
+# Transformer Engine looks for CUDA's libraries in the folder `nvidia` of site-packages.
 cudnn=$(python3 -c 'from importlib.util import find_spec; print(*find_spec("nvidia.cudnn").submodule_search_locations)')
 [ -e "$site/nvidia" ] || ln -s "$(dirname "$cudnn")" "$site/nvidia"
 
@@ -32,7 +32,7 @@ pins "$target/bin/python" sglang torch >"$scratch/ours"
 cmp "$scratch/image" "$scratch/ours"
 pins "$target/bin/python" transformers megatron-core ray math-verify
 
-# With and without a driver, for which an empty library stands in here.
+# Import with and without a driver; an empty library stands in for the driver's.
 : >"$scratch/driver.c"
 gcc -shared -Wl,-soname,libcuda.so.1 -o "$scratch/libcuda.so.1" "$scratch/driver.c"
 imports='from megatron.core.extensions import transformer_engine; print("Transformer Engine:", transformer_engine.HAVE_TE)'

@@ -1,7 +1,8 @@
-"""Transformer Engine is on the path where the driver's library is. Without that it cannot be loaded, and both
-Megatron-Core and SGLang stop where they find one that cannot: the same image would not run on a CPU.
+"""Put Transformer Engine on Python's path if the driver's library is there.
 
-Python imports this module at every start, by a .pth file beside it.
+Without the driver Transformer Engine cannot be loaded, and Megatron-Core and SGLang stop at one that cannot:
+the same image would not run on a CPU. Python imports this module at every start, through the .pth file beside
+it.
 """
 
 import ctypes

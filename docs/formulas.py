@@ -1,4 +1,4 @@
-"""Formulas for the site, without a script from elsewhere: a line `$$...$$` of LaTeX becomes MathML."""
+"""Turn every line `$$...$$` of LaTeX into MathML, so that the site needs no script from another server."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from latex2mathml.converter import convert
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """What MkDocs calls for every page before it reads the Markdown."""
+    """Called by MkDocs on the Markdown of every page."""
     return re.sub(
         r"^\$\$(.+)\$\$$",
         lambda match: f"<div>{convert(match[1], display='block')}</div>",

@@ -1,4 +1,4 @@
-"""The image's recipe against this project's pins and files. Nothing here builds it: that takes a Docker."""
+"""The image's recipe agrees with this project's pins and files. Nothing here builds it: that needs Docker."""
 
 import ctypes.util
 import importlib.metadata
@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ OWN = image_packages.read_pins(ROOT / "docker" / "transformer-engine.txt")
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """Each instruction's word and the rest, its lines joined; comments left out."""
+    """Each instruction's word and the rest of it, continued lines joined and comments left out."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1].strip()) for line in joined.splitlines()]
@@ -43,7 +42,7 @@ def given(word: str) -> list[str]:
 
 
 def copied() -> list[str]:
-    """What is copied from the build's context."""
+    """The files and folders that are copied from the build's context."""
     copies = [rest.split() for rest in given("COPY")]
     return [
         source
@@ -51,28 +50,6 @@ def copied() -> list[str]:
         if not any(word.startswith("--from") for word in words)
         for source in [word for word in words if not word.startswith("--")][:-1]
     ]
-
-
-def ignored(path: str) -> bool:
-    """By .dockerignore, whose last pattern that matches a path or a folder above it decides."""
-    verdict = False
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
-        pattern = line.strip().removeprefix("!")
-        if not pattern or pattern.startswith("#"):
-            continue
-        parts = Path(path).parts
-        above = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
-        anywhere = pattern.removeprefix("**/")
-        if any(fnmatch(part, pattern) and part.count("/") == pattern.count("/") for part in above) or (
-            anywhere != pattern and any(fnmatch(part, anywhere) for part in parts)
-        ):
-            verdict = not line.startswith("!")
-    return verdict
-
-
-def test_the_parser_reads_what_the_file_has() -> None:
-    text = "# a\nFROM x AS y\nRUN a \\\n    && b \\\n# between\n    && c\n\nUSER me\n"
-    assert instructions(text) == [("FROM", "x AS y"), ("RUN", "a && b && c"), ("USER", "me")]
 
 
 def test_the_base_has_the_pinned_sglang() -> None:
@@ -91,7 +68,7 @@ def test_what_the_image_adds_contradicts_no_constraint() -> None:
         assert OWN[name] == CONSTRAINTS[name]
     parts = {OWN[f"transformer-engine{part}"] for part in ("", "-cu13", "-torch")}
     assert len(parts) == 1  # they are of one release
-    # What Megatron-Core asks of it: CUDA 13's core, as the base has that.
+    # Megatron-Core asks for CUDA 13's core, which the base has.
     (version,) = parts
     metadata = importlib.metadata.requires("megatron-core") or []
     (wanted,) = [one for one in map(Requirement, metadata) if one.name == "transformer-engine"]
@@ -99,7 +76,7 @@ def test_what_the_image_adds_contradicts_no_constraint() -> None:
     assert wanted.extras == {"core_cu13", "pytorch"}
 
 
-def test_the_build_fails_where_a_pin_differs() -> None:
+def test_the_build_fails_if_a_pin_differs() -> None:
     """Every package that this project pins to one version is checked in the image's final environment."""
     pinned = {name for name, wanted in REQUIRED.items() if str(wanted).startswith("==")}
     script = (ROOT / "docker/install.sh").read_text()
@@ -110,28 +87,19 @@ def test_the_build_fails_where_a_pin_differs() -> None:
     assert any(word == "RUN" and " sh /build/install.sh /build " in rest for word, rest in final)
 
 
-def test_every_source_is_there_and_not_ignored() -> None:
-    sources = copied()
-    assert {"constraints.txt", "pyproject.toml", "treepo", "examples"} <= set(sources)
-    for source in sources:
+def test_every_source_exists_and_every_package_is_a_source() -> None:
+    for source in copied():
         assert (ROOT / source).exists(), source
-        assert not ignored(source), source
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"benchmarks", "tests"}
-    assert packages <= set(sources)
+    assert packages <= set(copied())
 
 
-@pytest.mark.parametrize(
-    "path",
-    [".git/config", ".venv/bin/python", "runs/x", "shared/data", ".env", "id_rsa", "treepo/__pycache__/x.pyc",
-     "docker/check.sh", "tests/test_docker.py", "results/a", "examples/__pycache__/a"],
-)  # fmt: skip
-def test_what_does_not_belong_in_an_image_is_ignored(path: str) -> None:
-    assert ignored(path)
-
-
-@pytest.mark.parametrize("path", ["treepo/cli/main.py", "examples/quickstart.yaml", "LICENSE"])
-def test_what_belongs_is_not(path: str) -> None:
-    assert not ignored(path)
+def test_the_context_holds_exactly_the_sources() -> None:
+    """The last pattern that matches decides: all is ignored, the sources are not, compiled modules are."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    first, *admitted, last = [line for line in lines if line and not line.startswith("#")]
+    assert (first, last) == ("*", "**/__pycache__")
+    assert sorted(admitted) == sorted(f"!{source}" for source in copied())
 
 
 def test_nothing_looks_like_a_credential() -> None:
@@ -152,7 +120,7 @@ def test_how_it_starts() -> None:
     assert given("ENTRYPOINT") == ['["treepo"]']
     (health,) = given("HEALTHCHECK")
     named = re.findall(r'"--only", "([^"]+)"', health)
-    # Of a container that is at work: not what its run may use up.
+    # A busy container stays healthy: no check of memory, disk or other things that its run uses up.
     assert [check.name for check in select_checks(named)] == ["packages", "devices"]
     assert f'image.version="{PROJECT["version"]}"' in given("LABEL")[0]
     for rest in given("RUN"):
@@ -161,8 +129,8 @@ def test_how_it_starts() -> None:
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc makes the stand-in")
 @pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="this machine has a driver")
-def test_transformer_engine_is_on_the_path_with_a_driver_only(tmp_path: Path) -> None:
-    """An empty library of its name stands in for the driver's."""
+def test_transformer_engine_is_on_the_path_only_with_a_driver(tmp_path: Path) -> None:
+    """An empty library stands in for the driver's, under its name."""
     (tmp_path / "transformer-engine").mkdir()
     shutil.copy(ROOT / "docker/transformer_engine_path.py", tmp_path)
     (tmp_path / "driver").mkdir()
@@ -181,7 +149,7 @@ def test_transformer_engine_is_on_the_path_with_a_driver_only(tmp_path: Path) ->
         assert result.stdout.strip() == expected
 
 
-# docker/image_packages.py, which the build runs
+# docker/image_packages.py
 
 
 def plan(*packages: tuple[str, str]) -> dict[str, Any]:
@@ -210,7 +178,7 @@ def test_a_pin_that_differs_ends_the_check(tmp_path: Path) -> None:
         assert (name in result.stderr) == bool(code)
 
 
-# docker/check.sh, with a docker that only writes down what it is asked
+# docker/check.sh, with a `docker` that only records its arguments
 
 
 @pytest.mark.parametrize(
@@ -236,7 +204,7 @@ def test_check_runs_doctor_and_quickstart(fails: str, gpus: str, code: int, tmp_
         assert not runs
         assert "docker build" in result.stderr
         return
-    assert len(runs) == 2  # the quickstart also where the doctor failed: its output says more
+    assert len(runs) == 2  # the quickstart also runs if the doctor failed: its output says more
     for line in runs:
         assert "--rm" in line
         assert ("--gpus all" in line) == bool(gpus)
@@ -253,7 +221,7 @@ def test_scripts_are_of_their_shell(script: str, shell: str) -> None:
         subprocess.run([shellcheck, str(ROOT / script)], check=True)
 
 
-def test_the_quickstarts_override_is_one_that_the_configuration_takes() -> None:
+def test_the_configuration_takes_the_override_of_the_quickstart() -> None:
     from treepo.config.load import load_config
 
     config = load_config(ROOT / "examples/quickstart.yaml", ["model.dtype=bfloat16"])

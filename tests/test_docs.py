@@ -1,8 +1,9 @@
-"""The documentation is true where a machine can tell: links, keys, paths, messages that it names exist."""
+"""The links, keys, paths and messages that the documentation names exist, and its figures are current."""
 
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 from urllib.parse import urlsplit
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +27,7 @@ SOURCES = ("treepo", "sglang_rollout", "megatron_bridge")
 
 
 def prose(page: Path) -> str:
-    """Without blocks of code, and the links in which no one follows."""
+    """The page without its blocks of code, whose links nobody follows."""
     return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -34,16 +36,16 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """The anchors of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
     plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
     return {heading.strip().replace(" ", "-") for heading in plain}
 
 
 def build(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """As `make docs` does. Not quiet: what MkDocs does not say does not count for it either."""
+    """Build the site as `make docs` does. Not quietly: strict mode ignores warnings that are not printed."""
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # of the theme's makers, about its future
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # about the theme's future
     return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
 
 
@@ -56,7 +58,7 @@ def built(folder: Path) -> Path:
 
 @pytest.fixture
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, in which MkDocs has found no broken link, no missing anchor and no page without a place."""
+    """The site. MkDocs has found no broken link, no missing anchor and no page without a place."""
     return built(tmp_path_factory.getbasetemp() / "site")
 
 
@@ -99,12 +101,63 @@ def test_links_lead_somewhere_in_the_repository_too(page: Path) -> None:
             assert target.fragment in anchors(file), link
 
 
+@cache
+def definitions(folder: Path) -> set[str]:
+    """Names of modules, classes, functions and module-level variables below a folder."""
+    found: set[str] = set()
+    for file in folder.rglob("*.py"):
+        found.add(file.stem)
+        text = file.read_text(encoding="utf-8")
+        found |= set(re.findall(r"^\s*(?:async def|def|class) (\w+)", text, flags=re.MULTILINE))
+        found |= set(re.findall(r"^(\w+)(?:: .+)? = ", text, flags=re.MULTILINE))
+    return found
+
+
+def test_the_ways_through_the_system_name_what_the_packages_define() -> None:
+    """A cell of the last column: `package`: `Class.method`, `function`; the next package."""
+    rows = re.findall(r"^\| \d+ .+ \| (.+) \|$", prose(DOCS / "architecture.md"), flags=re.MULTILINE)
+    assert len(rows) > 20
+    for package, names in re.findall(r"`([\w.]+)`(?:: ((?:`[\w.]+`(?:, )?)+))?", "; ".join(rows)):
+        known = definitions(ROOT / package.replace(".", "/"))
+        for name in re.findall(r"[\w.]+", names):
+            assert set(name.split(".")) <= known, f"{package}: {name}"
+
+
+def test_named_tests_exist() -> None:
+    known = definitions(ROOT / "tests")
+    pages = [page for page in PAGES if page.name != "from_treepo.md"]  # there some official flags begin so
+    names = {name for page in pages for name in re.findall(r"`(test_\w+)(?:\.py)?`", page.read_text("utf-8"))}
+    assert len(names) > 20
+    assert names <= known, names - known
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_files_that_are_named_are_there(page: Path) -> None:
-    """`folder/file` in the repository's own folders; a name with a star or an ellipsis is a pattern."""
+def test_named_files_exist(page: Path) -> None:
+    """A name is `folder/file` in one of the repository's own folders; a star makes it a pattern."""
     folders = "|".join((*SOURCES, "examples", "tests", "benchmarks", "docs"))
     for name in re.findall(rf"`((?:{folders})/[\w./*-]*)`", page.read_text(encoding="utf-8")):
         assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+@pytest.mark.parametrize("figure", sorted(DOCS.rglob("*.svg")), ids=lambda figure: figure.stem)
+def test_figures_are_whole_and_need_no_server(figure: Path) -> None:
+    text = figure.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    assert root.get("viewBox"), "an image without it does not scale"
+    assert not re.search(r"(?:href|src)=|url\(\s*[\"']?\w|@import|<script", text)
+
+
+def test_the_tree_figure_is_current() -> None:
+    drawn = runpy.run_path(str(DOCS / "figures" / "make.py"))["tree_figure"]()
+    message = "run: python docs/figures/make.py"
+    assert (DOCS / "figures" / "tree.svg").read_text(encoding="utf-8") == drawn, message
+
+
+def test_the_pages_quote_the_run_that_the_figures_show() -> None:
+    label = ElementTree.parse(DOCS / "figures" / "learning.svg").getroot().get("aria-label") or ""
+    (accuracies,) = re.findall(r"from [\d.]+ to [\d.]+", label)
+    for page in (ROOT / "README.md", DOCS / "quickstart.md"):
+        assert accuracies in page.read_text(encoding="utf-8"), page
 
 
 def test_the_reference_is_current() -> None:
@@ -140,7 +193,7 @@ def resolves(dotted: str) -> bool:
     return True
 
 
-def test_the_keys_of_the_official_recipes_table_exist() -> None:
+def test_the_keys_in_the_official_recipes_tables_exist() -> None:
     top = COMMANDS["train"].model_fields
     cells = [
         row.split(" | ")[2] for row in prose(DOCS / "from_treepo.md").splitlines() if row.count(" | ") == 4
@@ -154,7 +207,7 @@ def test_the_commands_that_join_the_papers_data_work(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "TreePO_data" / "data"
     folder.mkdir(parents=True)
-    # The columns' types differ between the published files: the answer is a string or a list, for one.
+    # The types of columns differ between the published files: an answer is a string or a list.
     for name, answer in (
         ("SimpleRL-simplelr_qwen_level3to5.train", "1"),
         ("DeepScaler.train", ["1", "2"]),
@@ -175,7 +228,7 @@ def test_the_commands_that_join_the_papers_data_work(tmp_path: Path, monkeypatch
 
 @cache
 def messages() -> str:
-    """All source, strings that stand one below the other joined, what is filled in as an ellipsis."""
+    """All source code, with adjacent strings joined and every filled-in value an ellipsis."""
     files = [file for name in SOURCES for file in sorted((ROOT / name).rglob("*.py"))]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     text = re.sub(r"\"\s*\n\s*f?\"|\" \\\n\s*\"", "", text)

@@ -1,0 +1,261 @@
+"""Draw the documentation's figures: `python docs/figures/make.py [RUN]`.
+
+Without RUN only `tree.svg` is written. RUN is the folder of a finished quickstart: `terminal.svg` shows what
+that run printed, and `learning.svg` its accuracy step by step. Both are drawn from the run's own files.
+
+Every figure has its own background and loads nothing from a server, so it reads in light and dark themes, on
+GitHub and on the site.
+"""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+
+from treepo.display.train import TrainDisplay, show_summary
+from treepo.training.run_folder import METRICS, SUMMARY
+
+FIGURES = Path(__file__).parent
+EXAMPLE = "examples/quickstart.yaml"
+STYLE = """<style>
+text { font: 13px system-ui, "Segoe UI", "DejaVu Sans", Verdana, sans-serif; fill: #1f2933 }
+.card { fill: #ffffff; stroke: #d5dbe1 }
+.big { font-size: 17px; font-weight: 600 }
+.bold { font-weight: 600 }
+.small { font-size: 12px }
+.soft { fill: #5b6875 }
+.inside { font-size: 12px; font-weight: 600; fill: #ffffff }
+.alone { fill: #0b4f49 }
+.edge, .axis, .pointer { fill: none; stroke: #8a97a4; stroke-width: 1.5 }
+.pointer { stroke-width: 1.25; stroke-dasharray: 3 3 }
+.grid { stroke: #e4e8ec }
+.prompt { fill: #5b6875 }
+.shared3 { fill: #0b655e }
+.shared2 { fill: #179085 }
+.shared1 { fill: #cfebe7 }
+.right { stroke: #15803d }
+.wrong { stroke: #c2410c }
+.mark { fill: none; stroke-width: 2.5; stroke-linecap: round; stroke-linejoin: round }
+.curve { fill: none; stroke: #0f766e; stroke-width: 2.5 }
+.point { fill: #0f766e }
+.heldout { fill: none; stroke: #c2410c; stroke-width: 2.5 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6eaee }
+  .inside { fill: #ffffff }
+  .card { fill: #12181f; stroke: #303a45 }
+  .soft { fill: #9aa7b4 }
+  .grid { stroke: #26303a }
+  .shared1 { fill: #1c4744 }
+  .alone { fill: #bfe5e0 }
+  .prompt { fill: #4d5a67 }
+  .right { stroke: #4ade80 }
+  .wrong, .heldout { stroke: #fb923c }
+  .curve { stroke: #2dd4bf }
+  .point { fill: #2dd4bf }
+}
+</style>"""
+
+
+def svg(width: int, height: int, label: str, body: list[str]) -> str:
+    """A figure on a card of its own colour."""
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'aria-label="{escape(label)}">',
+        STYLE,
+        f'<rect class="card" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8"/>',
+        *body,
+        "</svg>\n",
+    ])  # fmt: skip
+
+
+def text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:g}" y="{y:g}" class="{style}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+# The tree
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A segment of the tree that is drawn. right: whether the answer that ends here is correct."""
+
+    children: tuple["Node", ...] = ()
+    right: bool | None = None
+
+    def leaves(self) -> int:
+        return sum(child.leaves() for child in self.children) or 1
+
+    def segments(self) -> int:
+        return 1 + sum(child.segments() for child in self.children)
+
+    def depths(self, above: int = 1) -> list[int]:
+        """Segments on the path of every leaf."""
+        below = [depth for child in self.children for depth in child.depths(above + 1)]
+        return below or [above]
+
+
+RIGHT, WRONG = Node(right=True), Node(right=False)
+TREE = (
+    Node((Node((RIGHT, WRONG)), Node((RIGHT,)))),
+    Node((WRONG, Node((RIGHT, WRONG)))),
+)
+BAR, GAP, ROW, TOP, LEFT = 116, 40, 38, 96, 34
+PROMPT_WIDTH, BAR_HEIGHT = 84, 24
+
+
+def bar(x: float, y: float, style: str, words: str, width: int = BAR) -> str:
+    """A segment, centred at height `y`."""
+    inside = "inside alone" if style == "shared1" else "inside"
+    return (
+        f'<rect class="{style}" x="{x:g}" y="{y - BAR_HEIGHT / 2:g}" width="{width}" height="{BAR_HEIGHT}" '
+        f'rx="5"/>' + text(x + width / 2, y + 4, words, inside, "middle")
+    )
+
+
+def edge(x: float, y: float, to_x: float, to_y: float) -> str:
+    middle = (x + to_x) / 2
+    return f'<path class="edge" d="M{x:g} {y:g} C{middle:g} {y:g} {middle:g} {to_y:g} {to_x:g} {to_y:g}"/>'
+
+
+def mark(x: float, y: float, right: bool) -> str:
+    """A tick or a cross, drawn: fonts differ in theirs."""
+    path = f"M{x} {y} l4 5 l8 -10" if right else f"M{x} {y - 5} l10 10 m0 -10 l-10 10"
+    return f'<path class="mark {"right" if right else "wrong"}" d="{path}"/>'
+
+
+def place(node: Node, x: float, rows: Iterator[int], parts: list[str]) -> float:
+    """Draw a segment and all below it; returns its height on the page."""
+    drawn: list[str] = []
+    if node.children:
+        below = [place(child, x + BAR + GAP, rows, drawn) for child in node.children]
+        y = sum(below) / len(below)
+        parts += [edge(x + BAR, y, x + BAR + GAP, to) for to in below]
+    else:
+        y = TOP + ROW * next(rows)
+        assert node.right is not None
+        parts.append(mark(x + BAR + 12, y, node.right))
+        parts.append(text(x + BAR + 32, y + 4, "+1" if node.right else "−1", "small soft"))
+    sharing = node.leaves()
+    words = "1 answer" if sharing == 1 else f"in {sharing} answers"
+    parts.append(bar(x, y, f"shared{sharing}", words))
+    parts += drawn
+    return y
+
+
+def tree_figure() -> str:
+    parts: list[str] = []
+    rows = iter(range(100))
+    first = LEFT + PROMPT_WIDTH + GAP
+    heights = [place(root, first, rows, parts) for root in TREE]
+    prompt = sum(heights) / 2
+    parts += [edge(LEFT + PROMPT_WIDTH, prompt, first, y) for y in heights]
+    parts.append(bar(LEFT, prompt, "prompt", "prompt", PROMPT_WIDTH))
+
+    leaves = sum(root.leaves() for root in TREE)
+    shared = sum(root.segments() for root in TREE)
+    alone = sum(depth for root in TREE for depth in root.depths())
+    middle = first + BAR / 2
+    bottom = TOP + ROW * leaves + 14
+    parts += [
+        f'<path class="pointer" d="M{middle:g} 66 V{heights[0] - BAR_HEIGHT / 2 - 4:g}"/>',
+        text(LEFT, 34, "Decoded once", "big"),
+        text(LEFT, 56, "Every continuation finds the text above it in SGLang’s radix cache.", "soft"),
+        f'<path class="pointer" d="M{middle:g} {heights[1] + BAR_HEIGHT / 2 + 4:g} V{bottom - 18:g}"/>',
+        text(LEFT, bottom + 4, "Trained once", "big"),
+        text(
+            LEFT,
+            bottom + 26,
+            "A shared token carries the advantages of all answers below it; the gradient is the same.",
+            "soft",
+        ),
+    ]
+
+    x, unit = 690, 12
+    parts.append(text(x, 34, f"The same {leaves} answers", "big"))
+    for y, name, count, style in (
+        (96, "sampled one by one", alone, "prompt"),
+        (164, "sampled as a tree", shared, "shared3"),
+    ):
+        parts.append(text(x, y, f"{name}: {count} segments"))
+        width = unit * count
+        parts.append(f'<rect class="{style}" x="{x}" y="{y + 10}" width="{width}" height="20" rx="4"/>')
+    label = "A tree of answers: the text that they share is decoded once and trained once"
+    return svg(940, bottom + 48, label, parts)
+
+
+# A run
+
+
+def terminal(run: Path) -> str:
+    """What `treepo train` printed of the run, by the code that prints it."""
+    console = Console(record=True, width=92, file=io.StringIO())
+    steps, summary = read_run(run)
+    display = TrainDisplay(console, f"{EXAMPLE} -> {run}", summary["steps"])
+    with display:
+        for metrics in steps:
+            display.step(int(metrics["step"]), metrics)
+    show_summary(console, summary, run)
+    drawn = console.export_svg(title=f"treepo train {EXAMPLE}", theme=MONOKAI, unique_id="terminal")
+    return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)  # they would be fetched from a server
+
+
+def learning_curve(run: Path) -> str:
+    """Accuracy of each step's answers, and on held-out problems before and after."""
+    steps, summary = read_run(run)
+    left, right, top, bottom = 62, 676, 62, 250
+    last = summary["steps"]
+
+    def at(step: float, accuracy: float) -> tuple[float, float]:
+        return left + (right - left) * step / last, bottom - (bottom - top) * accuracy
+
+    points = [at(metrics["step"] - 1, metrics["accuracy"]) for metrics in steps]
+    parts = [text(left, 34, "Accuracy on the quickstart’s sums", "big")]
+    for tenths in range(0, 11, 2):
+        _, y = at(0, tenths / 10)
+        parts.append(f'<path class="grid" d="M{left} {y:g} H{right}"/>')
+        parts.append(text(left - 10, y + 4, f"{tenths / 10:.1f}", "small soft", "end"))
+    parts += [
+        text(at(step, 0)[0], bottom + 20, str(step), "small soft", "middle") for step in range(0, last + 1, 2)
+    ]
+    parts.append(text((left + right) / 2, bottom + 42, "optimizer steps taken", "soft", "middle"))
+    parts.append(f'<path class="curve" d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in points)}"/>')
+    parts += [f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in points]
+    for step, key in ((0, "accuracy_before"), (last, "accuracy_after")):
+        x, y = at(step, summary[key])
+        parts.append(f'<circle class="heldout" cx="{x:.1f}" cy="{y:.1f}" r="7"/>')
+        parts.append(text(x + 14, y + 18 if step == 0 else y + 4, f"{summary[key]:.2f}", "bold"))
+    parts += [
+        '<circle class="point" cx="470" cy="196" r="4"/>',
+        text(482, 200, "answers sampled in training", "small"),
+        '<circle class="heldout" cx="470" cy="222" r="7"/>',
+        text(482, 226, "held-out problems", "small"),
+    ]
+    accuracies = f"{summary['accuracy_before']:.2f} to {summary['accuracy_after']:.2f}"
+    return svg(740, 308, f"Held-out accuracy goes from {accuracies} in {last} steps", parts)
+
+
+def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """The metrics of every step, and the summary."""
+    steps = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    return steps, json.loads((run / SUMMARY).read_text(encoding="utf-8"))
+
+
+def main(folders: list[str]) -> None:
+    """Write the figures. folders: at most one, of the run to draw."""
+    figures = {"tree": tree_figure()}
+    for folder in folders:
+        figures |= {"terminal": terminal(Path(folder)), "learning": learning_curve(Path(folder))}
+    for name, drawn in figures.items():
+        (FIGURES / f"{name}.svg").write_text(drawn, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
