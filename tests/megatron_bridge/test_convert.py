@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from megatron_bridge import distributed_checkpoint as stored
+from megatron_bridge import distributed_checkpoint
 from megatron_bridge.convert import convert, to_checkpoint, to_hugging_face
-from megatron_bridge.folder import INDEX, Checkpoint, write_folder
-from tests.megatron_bridge.test_weights import CONFIGS
+from megatron_bridge.hf_folder import INDEX, SafetensorsReader, write_hf_folder
+from tests.megatron_bridge.test_hf_weight_map import CONFIGS
 from tests.support.tiny import write_tiny_qwen2
 from treepo.cli.main import app
 from treepo.errors import ModelError
@@ -87,12 +87,12 @@ def test_memory_is_bounded_by_a_file_not_by_the_model(
         tmp_path / "whole", hidden_size=64, intermediate_size=128, num_hidden_layers=12, vocab_size=64
     )
     folder = tmp_path / "model"
-    checkpoint = Checkpoint(model)
-    write_folder(((name, checkpoint.read(name)) for name in weights(model)), model, folder, 100_000)
+    reader = SafetensorsReader(model)
+    write_hf_folder(((name, reader.read(name)) for name in weights(model)), model, folder, 100_000)
     size = sum(tensor.nbytes for tensor in weights(model).values())
     largest = 2 * 128 * 64 * 4  # gate and up projection, one parameter
     file_bytes = 100_000
-    monkeypatch.setattr(stored, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(distributed_checkpoint, "FILE_BYTES", file_bytes)
     # A file, then a parameter's tensors as they are read, put together, and cut.
     bound = file_bytes + 4 * largest
     assert size > 4 * bound
