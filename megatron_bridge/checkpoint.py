@@ -1,8 +1,8 @@
 """Saves and loads training checkpoints: everything that the next optimizer step depends on, at any layout.
 
 The format is Megatron-Core's distributed checkpoint (`torch_dist`): its tensors are pieces of the whole
-model's, so the ranks that load may be arranged differently from the ranks that saved. The optimizer's settings
-are not saved; they come from the configuration.
+model's, so the ranks that load may be arranged differently from the ranks that saved. The optimizer's
+settings are not saved; they come from the configuration.
 
 Saving copies the state to host memory, and a thread writes it while training goes on. Megatron-Core would
 write from a forked process, which is unsafe beside its own threads and Ray's, and would hide why a write

@@ -6,13 +6,13 @@ so that a dry run covers this file; no pattern matches the names of most of them
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[reportPrivateImportUsage]  # documented there
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_bridge import optimizer
@@ -90,7 +90,7 @@ def _kernels(events: Iterable[Any]) -> list[Kernel]:
 
 
 @contextmanager
-def _marked_optimizer():
+def _marked_optimizer() -> Iterator[None]:
     """Within it a train step's optimizer begins when the device is idle, and its start is an event."""
     original = optimizer.step
 
