@@ -56,6 +56,6 @@ def step(optimizer: MegatronOptimizer) -> float:
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}")
+        raise FloatingPointError(f"the gradient's norm is {norm}: no rank took the step")
     optimizer.step()
     return norm

@@ -55,8 +55,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cases(root: Path) -> dict[str, Case]:
-    """Four steps of a dense model, whose tied embeddings the last pipeline stage has a copy of, and of a model
-    with experts.
+    """Four steps of a dense model with tied embeddings, of which the last pipeline stage has a copy, and of a
+    model with experts.
     """
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 4}
     dense = write_tiny_qwen2(root / "dense", tie_word_embeddings=True, **sizes)
@@ -82,8 +82,8 @@ def saved(model: str, layout: str) -> str:
 
 @pytest.fixture(scope="module")
 def straight(cases: dict[str, Case], root: Path) -> dict[str, Any]:
-    """Four steps without interruption at every layout that saves; a save begins after the second step and ends
-    after the third. Also the errors of a full disk, at every layout.
+    """Four steps without interruption at every layout that saves: a save begins after the second step and
+    ends after the third. Also the errors of a full disk, at every layout.
     """
     results = {}
     for layout, parallel in LAYOUTS.items():

@@ -33,8 +33,8 @@ def test_rotation_is_that_of_transformers(rope: dict[str, Any]) -> None:
     ours = rotate(x, *cos_sin(position, inverse_frequency(rope, 16), torch.float32))
     cos, sin = LlamaRotaryEmbedding(config)(x, position[None])
     theirs, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
-    # Float32 holds an angle of 4095 rad to 2.4e-4 rad. The two sides differ in the frequency's last bit, which
-    # moves that angle by a few such steps, and the first six, of up to 65 rad, by 1/60 of that.
+    # Float32 holds an angle of 4095 rad to 2.4e-4 rad. The two sides differ in the frequency's last bit: that
+    # moves this angle by a few such steps, and the first six, of up to 65 rad, by 1/60 of it.
     torch.testing.assert_close(ours, theirs[0].transpose(0, 1), rtol=0, atol=2e-3)
     torch.testing.assert_close(ours[:6], theirs[0].transpose(0, 1)[:6], rtol=0, atol=2e-5)
 
