@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
@@ -32,8 +31,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.atomic_folder import split_into_files
 from megatron_bridge.model import build_outline, named_parameters
+from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.runtime import on_device
-from treepo.config.trainer import TrainerConfig
+from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.errors import ModelError
 
 FILE_BYTES = 1 << 30  # most bytes of a written file, whose tensors are all in memory at once
@@ -92,12 +92,10 @@ def _single_rank() -> Iterator[None]:
     """Megatron-Core's groups with this process as the only rank."""
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        form_groups(ParallelConfig())
         yield
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave_groups()
 
 
 class DistributedCheckpointReader:

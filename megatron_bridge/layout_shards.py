@@ -17,13 +17,12 @@ from math import lcm, prod
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bridge.architecture import Architecture, check_layout
 from megatron_bridge.hf_weight_map import Rule, expand
 from megatron_bridge.model import build_outline, named_parameters
-from megatron_bridge.process_groups import form_groups
+from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.runtime import on_device
 from megatron_bridge.tensor_surgery import Surgery
 from treepo.config.trainer import ParallelConfig, TrainerConfig
@@ -96,8 +95,7 @@ def fake_ranks(parallel: ParallelConfig, rank: int) -> Iterator[None]:
         form_groups(parallel, with_gloo=False)
         yield
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave_groups()
 
 
 def _built(architecture: Architecture, parallel: ParallelConfig, stage: int, rank: int) -> Shard:

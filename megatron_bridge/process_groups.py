@@ -27,6 +27,12 @@ def form_groups(parallel: ParallelConfig, with_gloo: bool = True) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # Megatron-Core insists; the model uses none
 
 
+def leave_groups() -> None:
+    """Undo `form_groups` and torch.distributed's initialisation."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
 def on_first_rank(write: Callable[[], None], what: str) -> None:
     """Run `write` on rank 0 alone. Collective.
 
