@@ -115,8 +115,8 @@ TRANSFORMER_ENGINE_NAMES = (
     (r"mlp\.linear_fc1\.layer_norm_weight$", "pre_mlp_layernorm.weight"),
     (r"experts\.(linear_fc[12])\.weight(\d+)$", r"experts.local_experts.\2.\1.weight"),
 )
-"""Patterns and what they become. Transformer Engine fuses a norm with the matrix after it, and one of its
-modules holds all of a rank's experts.
+"""Patterns of Transformer Engine's names, and their replacements. It fuses a norm with the matrix after it,
+and one of its modules holds all of a rank's experts.
 """
 
 

@@ -1,10 +1,11 @@
-"""Counts what every rank of a layout would hold: the real Megatron-Core model without memory or other ranks.
+"""Counts the parameters that every rank of a layout would hold, without memory and without the other ranks.
 
-The model is on torch's meta device. A fake process group of the layout's size, up to thousands of ranks,
-stands in for the others. The shapes of a rank's parameters depend on its pipeline stage alone, because
-everything that is divided divides evenly (`check_layout`; the vocabulary is padded): tensor- and
-expert-parallel ranks of a stage differ in values and in which experts they hold. So each stage is built at
-its first and at its last rank, the two are compared, and the ranks between follow by counting experts on.
+The real Megatron-Core model is built on torch's meta device. A fake process group of the layout's size, up
+to thousands of ranks, stands in for the others. The shapes of a rank's parameters depend on its pipeline
+stage alone, because everything that is divided divides evenly (`check_layout`; the vocabulary is padded):
+tensor- and expert-parallel ranks of a stage differ in values and in which experts they hold. So each stage
+is built at its first and at its last rank, the two are compared, and the ranks between follow by counting
+experts on.
 """
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
@@ -114,7 +115,7 @@ def _built(architecture: Architecture, parallel: ParallelConfig, stage: int, ran
 
 
 def _check_last(first: Shard, last: Shard, architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Check that the stage's last rank holds what follows from its first."""
+    """Check that the stage's last rank holds the parameters that follow from its first rank's."""
     renamed = _names_at(first, parallel.expert - 1, architecture, parallel)
     expected = [(renamed[each.name], each.shape) for each in first.parameters]
     if expected != [(each.name, each.shape) for each in last.parameters]:

@@ -31,8 +31,8 @@ def token_log_probs(
 
     def chunk_log_probs(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = project(hidden)
-        scores = _VocabularyLogProb.apply(logits, target, temperature, vocabulary, group, with_entropy)
-        return scores  # type: ignore[return-value]  # noqa: RET504  # torch leaves `apply` untyped
+        pair = _VocabularyLogProb.apply(logits, target, temperature, vocabulary, group, with_entropy)
+        return pair  # type: ignore[return-value]  # noqa: RET504  # torch leaves `apply` untyped
 
     part = -(-vocabulary // group.size())
     size = max(1, CHUNK_BYTES // (4 * part))

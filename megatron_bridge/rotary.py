@@ -26,7 +26,7 @@ def inverse_frequency(rope: Mapping[str, object], head_dim: int) -> Tensor:
 
 
 def _llama3(frequency: Tensor, rope: Mapping[str, object]) -> Tensor:
-    """Llama 3.1's scaling: stretches long wavelengths by `factor` and interpolates a band above them."""
+    """Llama 3.1's scaling: stretches long wavelengths by `factor`, keeps short ones, interpolates between."""
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     factor, low, high, context = (float(rope[name]) for name in names)  # type: ignore[arg-type]  # numbers
     periods = context * frequency / (2 * math.pi)  # turns of each dimension within the old context
