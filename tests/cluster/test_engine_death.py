@@ -59,7 +59,7 @@ async def _kill_while_it_answers(driver: TreeDriver, engine: int, pid: int, stop
     """SIGKILL with requests in flight: SGLang (`stop`) is halted first, so that it cannot answer them."""
     for process in stop:
         os.kill(process, signal.SIGSTOP)
-    while not any(waiting.engine == engine for waiting in driver.waiting()):
+    while not any(waiting.engine == engine for waiting in driver.pending()):
         await asyncio.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
 

@@ -9,7 +9,8 @@ import pytest
 from tests.support.sampling_policies import POLICIES, sampling
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
-from treepo.rollout.driver import FailedTree, Stats, TreeDriver
+from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.stats import Stats
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
 
