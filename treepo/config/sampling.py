@@ -61,8 +61,8 @@ class AllocationConfig(Section):
 
     policy: AllocationName = Field(
         default="average",
-        description=f"{ALLOCATIONS.describe()} All but `average` give each path one child and divide the rest by "
-        "a softmax over the paths.",
+        description=f"{ALLOCATIONS.describe()} "
+        "All but `average` give each path one child and divide the rest by a softmax over the paths.",
     )
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of that softmax; with a schedule, its value at the first step."""

@@ -16,7 +16,7 @@ from treepo.planning.simulation.workload import Workload, text_of, workload
 from treepo.rollout.driver import TreeDriver
 
 _REMEMBERED_TREES = 64  # by which a driver knows how large trees become
-_CPU_TOKENS = 1 << 17  # KV cache of an engine on a CPU (sglang_rollout/server.py)
+_CPU_TOKENS = 1 << 17  # KV cache of an engine on a CPU (sglang_rollout/processes.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_rollout.remote import server_facts
-from sglang_rollout.weights import checkpoint_shapes
+from sglang_rollout.http_engine import server_facts
+from sglang_rollout.weight_update import checkpoint_shapes
 from treepo.config.evaluate import BenchmarkConfig, EvalConfig
 from treepo.data.fingerprint import model_fingerprint
 from treepo.data.prompts import DataReport, Prompt, check_prompts, load_prompts

@@ -17,7 +17,7 @@ import numpy as np
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import DeadEngineError, EngineError
-from treepo.protocols import Engine
+from treepo.protocols import Sampler
 from treepo.rollout.growing_tree import GrowingTree, PathRequest
 from treepo.rollout.router import LiveTree, RoutedEngine, Router
 from treepo.rollout.stats import Stats
@@ -59,7 +59,7 @@ class TreeDriver:
 
     def __init__(
         self,
-        engines: Sequence[Engine],
+        engines: Sequence[Sampler],
         sampling: SamplingConfig,
         decode: Callable[[np.ndarray], str],
         seed: int,

@@ -48,7 +48,7 @@ class Registry[Policy]:
 
 
 Budget = Callable[[int, int, int], int]
-"""From (branching factor, active paths, paths that finished in this step) to the children of all active paths."""
+"""From (branching factor, active paths, paths that finished in this step) to the children of all paths."""
 
 BUDGETS = Registry[Budget]()
 

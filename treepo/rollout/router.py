@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from treepo.config.sampling import SamplingConfig
-from treepo.protocols import Engine
+from treepo.protocols import Sampler
 from treepo.rollout.growing_tree import GrowingTree
 
-_REMEMBERED_TREES = 64
+REMEMBERED_TREES = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +30,7 @@ class RoutedEngine:
     """
 
     index: int
-    engine: Engine
+    engine: Sampler
     kv_tokens: int | None
     trees: "set[LiveTree]" = field(default_factory=set)
     leaves: int = 0
@@ -68,7 +68,7 @@ class Router:
     """
 
     def __init__(
-        self, engines: Sequence[Engine], sampling: SamplingConfig, kv_tokens: Sequence[int] | None
+        self, engines: Sequence[Sampler], sampling: SamplingConfig, kv_tokens: Sequence[int] | None
     ) -> None:
         self.engines = [
             RoutedEngine(index, engine, tokens)
@@ -81,7 +81,7 @@ class Router:
         self._largest_tree = sampling.longest_response * sampling.width
         self._tokens = 0  # of all trees so far, a shared token once
         self._leaves = 0  # that have ended in them
-        self._finished: deque[np.ndarray] = deque(maxlen=_REMEMBERED_TREES)
+        self._finished: deque[np.ndarray] = deque(maxlen=REMEMBERED_TREES)
         self._expected = self._first_expectation()
 
     def engine_with_room(self, prompt_tokens: int) -> RoutedEngine | None:
