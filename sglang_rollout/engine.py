@@ -141,7 +141,7 @@ class SGLangEngine:
             raise
 
     async def commit(self) -> int:
-        """Serve the new version and return it. If a tensor is missing, raise EngineError and refuse requests."""
+        """Serve and return the new version. If a tensor is missing, raise EngineError and refuse requests."""
         update = self._updating()
         try:
             update.check_complete()
