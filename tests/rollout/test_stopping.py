@@ -74,7 +74,7 @@ def test_depth_limits_trees_only() -> None:
 
 
 @given(st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=40), st.integers(1, 7))
-def test_box_by_box_or_all_at_once(tokens: list[int], piece: int) -> None:
+def test_scanning_in_pieces_finds_what_scanning_at_once_finds(tokens: list[int], piece: int) -> None:
     stop_rule = rule(stops={"repetition": {"check": "off"}})
     array = np.array(tokens, dtype=np.int32)
     scan = BoxScan()
