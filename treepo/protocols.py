@@ -51,10 +51,24 @@ class GenerateOutput:
     cached_tokens: int
 
 
-class Engine(Protocol):
-    """Something that decodes. Raises `treepo.errors.EngineError` for a request that it could not serve."""
+class Sampler(Protocol):
+    """Continues a path. Raises `treepo.errors.EngineError` for a request that it cannot serve."""
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput: ...
+
+
+class Engine(Sampler, Protocol):
+    """An engine of a pool; it keeps its name when its process is replaced."""
+
+    @property
+    def name(self) -> str:
+        """For errors and the log: `engine 0`."""
+        ...
+
+    @property
+    def status(self) -> str:
+        """`serving`, or why it does not serve: `starting`, `down: its process ended`, `given up: ...`."""
+        ...
 
 
 class WeightSource(Protocol):

@@ -1,4 +1,4 @@
-"""Fallback: which leaves are continued and where they are cut."""
+"""Fallback: the leaves that are continued and where they are cut."""
 
 from collections import Counter
 from typing import Any
@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo.config.sampling import SamplingConfig
-from treepo.rollout.fallback import Candidate, cut_point, order
+from treepo.rollout.fallback import cut_point, order
+from treepo.rollout.policies import CUTS, Candidate
 from treepo.tree import Stop
 
-CUTS = ["random", "min_log_prob", "block", "inverse_block", "from_start"]
 DRAWS = 4000
 
 
@@ -26,7 +26,7 @@ def candidate(length: int, stop: Stop = Stop.BOXED, log_probs: np.ndarray | None
     return Candidate(stop, values, [*range(8, length, 8), length])
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", list(CUTS))
 @pytest.mark.parametrize("aligned", [True, False])
 @given(length=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
 def test_a_cut_leaves_something_to_sample(cut: str, aligned: bool, length: int, seed: int) -> None:
@@ -57,7 +57,7 @@ def test_random_cuts_stay_within_the_last_windows() -> None:
     assert sorted(cuts(30, window_tokens=5, aligned=False)) == [0, 5, 10, 15, 20, 24]  # 25 is too deep
 
 
-def test_the_least_likely_token() -> None:
+def test_min_log_prob_cuts_at_the_least_likely_token() -> None:
     log_probs = np.full(30, -1, dtype=np.float32)
     log_probs[19] = -5
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_blocks_are_drawn_by_softmax(cut: str, sign: int) -> None:
     drawn = Counter(cut_point(leaf, config(cut=cut, aligned=False), rng) for _ in range(DRAWS))
     chances = np.exp(sign * means) / np.exp(sign * means).sum()
     for block, chance in enumerate(chances):
-        # Five standard deviations of a count of so many draws.
+        # Five standard deviations of a count of that many draws.
         assert abs(drawn[4 * block] - DRAWS * chance) < 5 * np.sqrt(DRAWS * chance * (1 - chance))
 
 
@@ -107,16 +107,16 @@ def test_the_first_is_drawn_by_weight(policy: str, weights: list[int]) -> None:
     first = Counter(permutation[0] for permutation in drawn)
     for index, weight in enumerate(weights):
         chance = weight / sum(weights)
-        # Five standard deviations of a count of so many draws.
+        # Five standard deviations of a count of that many draws.
         assert abs(first[index] - DRAWS * chance) < 5 * np.sqrt(DRAWS * chance * (1 - chance))
 
 
-def test_only_finished_answers() -> None:
+def test_boxed_or_eos_admits_only_those_endings() -> None:
     drawn = orders(order="boxed_or_eos")
     assert {tuple(sorted(permutation)) for permutation in drawn} == {(1, 3, 4)}
     assert len({tuple(permutation) for permutation in drawn}) == 6
 
 
-def test_only_long_boxed_ones() -> None:
+def test_boxed_long_admits_only_long_boxed_leaves() -> None:
     assert orders(order="boxed_long", min_windows=2)[0] == [4]
     assert orders(order="boxed_long", min_windows=4)[0] == []

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from sglang_rollout.receiver import Load
+from sglang_rollout.weight_loader import Load
 from tests.support.paths import ROOT
 from tests.support.random_trees import random_tree
 from tests.support.tiny import write_tiny_qwen2
@@ -91,7 +91,7 @@ async def assert_serve(
     assert np.abs(expected - old).max() > 10 * TOLERANCE
     for engine in engines:
         assert (await engine.call("generate", REQUEST)).version == version
-        np.testing.assert_allclose(await engine.call("score", TOKENS), expected, atol=TOLERANCE)
+        np.testing.assert_allclose(await engine.call("log_probs", TOKENS), expected, atol=TOLERANCE)
 
 
 def use(trainer: Any, transport: str) -> None:

@@ -63,7 +63,7 @@ async def sample_and_update(engine: "SGLangEngine", toy: "Toy") -> Outcome:
 
     request = GenerateRequest(toy.tokens, len(toy.tokens), _NEW_TOKENS, temperature=1.0, seed=0)
     sampled = await engine.generate(request)
-    before = max_difference(await engine.score(toy.tokens), toy.log_probs(toy.tokens))
+    before = max_difference(await engine.log_probs(toy.tokens), toy.log_probs(toy.tokens))
     if not before <= toy.tolerance:  # a NaN fails too
         return failed(
             f"log-probs differ from transformers' by {before:.2g}, at most {toy.tolerance:g} is allowed",
@@ -73,7 +73,7 @@ async def sample_and_update(engine: "SGLangEngine", toy: "Toy") -> Outcome:
     if error:
         return failed(f"a weight update failed: {error}", "")
     again = await engine.generate(request)
-    log_probs = await engine.score(toy.tokens)
+    log_probs = await engine.log_probs(toy.tokens)
     after = max_difference(log_probs, toy.log_probs(toy.tokens, new=True))
     if not after <= toy.tolerance or again.version != 1:
         return failed(

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sglang_rollout.remote import ServerEngine
+from sglang_rollout.http_engine import ServerEngine
 from treepo.cluster.ray_engine import EnginePool
 from treepo.cluster.ray_session import gpu_count, ray_session
 from treepo.config.engine import EngineConfig

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_rollout.remote import server_facts
-from sglang_rollout.weights import checkpoint_shapes
+from sglang_rollout.http_engine import server_facts
+from sglang_rollout.weight_update import checkpoint_shapes
 from treepo.config.evaluate import BenchmarkConfig, EvalConfig
 from treepo.data.fingerprint import model_fingerprint
 from treepo.data.prompts import DataReport, Prompt, check_prompts, load_prompts
 from treepo.data.tokenizer import Tokenizer, check_model_folder, load_tokenizer
 from treepo.errors import ConfigError
-from treepo.rollout.growing_tree import longest_response
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def _tokenizer_folder(url: str, facts: Mapping[str, Any]) -> Path:
 
 
 def _check_lengths(config: EvalConfig, positions: int | None) -> None:
-    prompt, response = config.data.max_prompt_tokens, longest_response(config.sampling)
+    prompt, response = config.data.max_prompt_tokens, config.sampling.longest_response
     if positions is not None and prompt + response > positions:
         raise ConfigError(
             f"data.max_prompt_tokens + the longest response = {prompt} + {response} = {prompt + response}, "
