@@ -10,14 +10,12 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from treepo.cluster.network import use_interface_of_node
-from treepo.cluster.remote_sink import RemoteSink
-from treepo.cluster.reservation import trainer_alone
+from treepo.cluster.ray_actor import use_interface_of_node
+from treepo.cluster.reservation import unreserved_ranks
 from treepo.config.run import RunConfig
 from treepo.errors import TrainerError, TreepoError
 from treepo.learning.packing import Pack
-from treepo.weight_sync.open import open_sender
-from treepo.weight_sync.send import Outcome, WeightStream
+from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
 from treepo.weight_sync.wire import Manifest
 
 _DEATH_SECONDS = 2.0  # from the first failure to the moment at which we know who died
@@ -74,7 +72,7 @@ class TrainerRank:
     def manifest(self) -> Manifest:
         return self._trainer.manifest()
 
-    def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome | None:
+    def send_weights(self, version: int, sinks: Sequence[WeightSink]) -> Outcome | None:
         """Stream the weights to the engines from rank 0; the others take part in gathering only."""
         if self._rank > 0:
             for _ in self._trainer.tensors():
@@ -114,7 +112,7 @@ class TrainerGroup:
         parallel = config.trainer.parallel
         self._config = config
         self._tensor, self._replicas = parallel.tensor, parallel.data
-        seats = trainer_alone(parallel) if seats is None else seats
+        seats = unreserved_ranks(parallel) if seats is None else seats
         remote: Any = ray.remote(TrainerRank)
         self._ranks: list[Any] = [remote.options(**seat).remote() for seat in seats]
 
@@ -152,7 +150,7 @@ class TrainerGroup:
         """All tensors of the model, as they are sent."""
         return await self._ranks[0].manifest.remote()
 
-    async def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome:
+    async def send_weights(self, version: int, sinks: Sequence[WeightSink]) -> Outcome:
         """Every tensor to every engine, all of which have begun an update to `version`."""
         return (await self._call("send_weights", version, sinks))[0]
 
