@@ -137,7 +137,7 @@ def test_nodelists(text: str, names: list[str]) -> None:
     "text", ["", "a[", "a[]", "a]", "a,", "a[1-2", "a[1-x]", "a[1-2-3]", "a b", "a[[1]]"]
 )
 def test_what_is_no_nodelist(text: str) -> None:
-    with pytest.raises(AllocationError, match="no list of Slurm's nodes"):
+    with pytest.raises(AllocationError, match="not a Slurm node list"):
         expand_nodelist(text)
 
 

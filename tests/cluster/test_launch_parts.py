@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from treepo.cluster.launch import Launch, _unless_ended
-from treepo.cluster.ray_node import Slots, new_secrets
+from treepo.cluster.ray_node import NodeResources, new_secrets
 from treepo.config.load import load_config
 from treepo.errors import ClusterError
 
@@ -36,7 +36,7 @@ async def unless_ended(node: FakeNode, work: Any, say: Callable[[str], None] | N
 def order(*arguments: str, width: int = 8) -> Launch:
     config = load_config(ROOT / "examples/quickstart.yaml", [f"sampling.width={width}"])
     return Launch(
-        config, arguments, lambda: None, 1.0, Slots(), None, say=lambda _: None, write=lambda _: None
+        config, arguments, lambda: None, 1.0, NodeResources(), None, say=lambda _: None, write=lambda _: None
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.support.command import write_model_and_problems
-from treepo.cluster.ray_node import Slots, free_ports, new_secrets, ray_head
+from treepo.cluster.ray_node import NodeResources, free_ports, new_secrets, ray_head
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ async def _scenario(folder: Path) -> None:
 
     host, (port, dashboard_port) = ray.util.get_node_ip_address(), free_ports(2)
     secrets = new_secrets({})
-    async with ray_head(host, port, dashboard_port, Slots(cpus=1), secrets) as node:
+    async with ray_head(host, port, dashboard_port, NodeResources(cpus=1), secrets) as node:
         environment = os.environ | secrets
         url = f"http://127.0.0.1:{dashboard_port}"
         code, output = await _python(SCENARIO, url, environment=environment)

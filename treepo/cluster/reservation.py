@@ -36,9 +36,10 @@ class Reservation:
     def engine_options(self, devices: Sequence[str]) -> list[dict[str, Any]]:
         """`engines`, each told its devices if they are the trainer's.
 
-        devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks; used only if devices
-        are shared. Ray gives a GPU to its rank alone, because an actor can have a part of one GPU but not of
-        several; so CUDA_VISIBLE_DEVICES names the engine's GPUs. SGLang numbers the GPUs it sees from 0.
+        devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks; used only if the
+        devices are shared. Ray gives a GPU to its rank alone, because an actor can have a part of one GPU but
+        not of several; so CUDA_VISIBLE_DEVICES names the engine's GPUs. SGLang numbers the GPUs it sees from
+        0.
         """
         if not self.shares_devices:
             return list(self.engines)

@@ -10,10 +10,10 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from treepo.cluster.ray_actor import use_interface_of_node
+from treepo.cluster.ray_actor import own_error, use_interface_of_node
 from treepo.cluster.reservation import unreserved_ranks
 from treepo.config.run import RunConfig
-from treepo.errors import TrainerError, TreepoError
+from treepo.errors import TrainerError
 from treepo.learning.packing import Pack
 from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
 from treepo.weight_sync.wire import Manifest
@@ -193,9 +193,7 @@ class TrainerGroup:
             gone = await self._gone(calls)
             if gone:
                 raise TrainerError(f"the trainer lost {', '.join(gone)}") from error
-            if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
-                raise error.cause from None
-            raise
+            raise own_error(error, TrainerError) from None
 
     async def _gone(self, calls: Sequence[Any]) -> list[str]:
         """Which ranks died: those that waited for them only fail in the collective."""
