@@ -103,7 +103,7 @@ def demand(layout: Layout, nodes: Sequence[Node]) -> tuple[int, int]:
 
 
 def needs(layout: Layout, *, on_gpus: bool) -> str:
-    """The layout's needs in words. Raises PlacementError if colocated engines outnumber the ranks' devices."""
+    """The layout's needs in words. Raises PlacementError if colocated engines outnumber the devices."""
     return _needs(layout, _bundles(layout, on_gpus))
 
 
