@@ -1,6 +1,4 @@
-"""A cluster's job server: what a command says, how it ends, how it is stopped; and a launch that comes to a
-cluster that is there.
-"""
+"""A cluster's job server runs and interrupts a command; a launch uses a cluster that already runs."""
 
 import asyncio
 import os
@@ -15,7 +13,7 @@ from treepo.cluster.ray_node import NodeResources, free_ports, new_secrets, ray_
 
 pytestmark = pytest.mark.slow
 
-# In a process of its own: Ray reads when it is imported what opens a cluster.
+# In a process of its own: Ray reads a cluster's secrets when it is imported.
 SCENARIO = """
 import asyncio, os, sys
 from treepo.errors import ClusterError
@@ -65,7 +63,7 @@ except Exception as error:
 
 
 def test_jobs_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also: a launch that finds the cluster by RAY_ADDRESS asks it for devices, and leaves it as it is."""
+    """A launch that finds the cluster by RAY_ADDRESS checks its devices, and does not stop it."""
     monkeypatch.chdir(tmp_path)
     write_model_and_problems(tmp_path, tmp_path / "train.jsonl", count=4)
     config = {

@@ -18,8 +18,9 @@ from tests.support.random_trees import random_tree
 from tests.support.tiny import write_tiny_qwen2
 from treepo.cluster import ray_engine, trainer_group
 from treepo.cluster.engine_pool import EnginePool
+from treepo.cluster.placement import run_layout
 from treepo.cluster.ray_engine import EngineLauncher, HostedEngine, RayEngine
-from treepo.cluster.reservation import unreserved_engines
+from treepo.cluster.reservation import reserve
 from treepo.cluster.session import ray_session
 from treepo.cluster.trainer_group import TrainerGroup, TrainerRank
 from treepo.config.learning import LearningConfig
@@ -146,11 +147,12 @@ async def _scenario(folder: Path) -> None:
     config = config_of(folder)
     async with AsyncExitStack() as stack:
         stack.enter_context(ray_session(6))
-        options = unreserved_engines(config.engine)
+        reservation = await reserve(run_layout(config), 60)
+        options = reservation.engine_options([])
         launcher = EngineLauncher(config, StopRule(SamplingConfig(), str), options, shares_devices=False)
         pool = EnginePool(launcher, config.engine)
         stack.push_async_callback(pool.close)
-        trainer = TrainerGroup(config)
+        trainer = TrainerGroup(config, reservation.ranks)
         await asyncio.gather(pool.ready(), trainer.ready())
         engines = [engine.process for engine in pool.engines]
         for version, transport in enumerate(TRANSPORTS, start=1):
