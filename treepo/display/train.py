@@ -109,7 +109,7 @@ def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
         console.print(f"{out} has no checkpoint: the run begins", highlight=False, soft_wrap=True)
         return
     console.print(
-        f"{resume.checkpoint}: the run goes on after step {resume.state.step}",
+        f"{resume.checkpoint}: the run goes on after step {resume.state.steps_done}",
         highlight=False,
         soft_wrap=True,
     )
