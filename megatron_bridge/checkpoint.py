@@ -138,7 +138,9 @@ class Checkpointer:
             state["rng"] = _generators()
         try:
             # The optimizer's values are read into its own memory.
-            loaded: Any = dist_checkpointing.load(state, str(folder / TRAINER), validate_access_integrity=False)
+            loaded: Any = dist_checkpointing.load(
+                state, str(folder / TRAINER), validate_access_integrity=False
+            )
         except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
             raise ModelError(f"{folder}: not readable as this model's: {reason(error)[:300]}") from None
         for index, chunk in enumerate(self._chunks):

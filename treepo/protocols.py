@@ -80,8 +80,10 @@ class EnginePool(Protocol):
     def engines(self) -> Sequence[Engine]: ...
 
     @property
-    def kv_tokens(self) -> Sequence[int]:
-        """Tokens that each engine's KV cache holds, in the order of `engines`."""
+    def kv_tokens(self) -> Sequence[int] | None:
+        """Tokens that each engine's KV cache holds, in the order of `engines`; None if a server does not
+        report them.
+        """
         ...
 
 

@@ -15,7 +15,7 @@ from treepo.config.evaluate import EvalConfig
 from treepo.errors import EngineError, RewardError
 from treepo.evaluation.evaluate import evaluate
 from treepo.evaluation.metrics import ProblemResult
-from treepo.preflight.evaluate import read_inputs
+from treepo.preflight.inputs import read_evaluation_inputs
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout.driver import Stats
 from treepo.toy.byte_tokenizer import byte_tokenizer
@@ -97,7 +97,7 @@ def evaluations(folder: Path, out: Path, *engines: FakeEngine, **changes: Any) -
         config = settings(folder, out, await server.start(), **changes)
         done: list[tuple[Outcome, Seen]] = []
         try:
-            inputs = await asyncio.to_thread(read_inputs, config)
+            inputs = await asyncio.to_thread(read_evaluation_inputs, config)
             for server.engine in engines:
                 seen = Seen()
                 try:

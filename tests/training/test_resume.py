@@ -15,9 +15,9 @@ from tests.support.random_trees import random_tree
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.load import load_config
 from treepo.config.run import RunConfig
+from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import DataReport, PromptSet
 from treepo.errors import ConfigError
-from treepo.preflight.train import Inputs
 from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.training.checkpoints import Checkpoints, RunState, newest
 from treepo.training.resume import find_resume
@@ -48,9 +48,9 @@ def state_after(step: int, sizes: Mapping[str, int] | None = None) -> RunState:
     return RunState(step, 4 * step, DATA, sizes or {}, 0.25, 100, 150, 1e-6, 60.0, {"sample": 7})
 
 
-def inputs(data: str = DATA) -> Inputs:
+def inputs(data: str = DATA) -> TrainInputs:
     report = DataReport(Path("train.jsonl"), fingerprint=data)
-    return Inputs(None, PromptSet(report, None, np.empty((0, 2)), None), ())  # type: ignore[arg-type]  # nothing is read
+    return TrainInputs(None, PromptSet(report, None, np.empty((0, 2)), None), ())  # type: ignore[arg-type]  # nothing is read
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from treepo.cluster.network import use_interface_of_node
-from treepo.cluster.reservation import trainer_alone
+from treepo.cluster.ray_actor import use_interface_of_node
+from treepo.cluster.reservation import unreserved_ranks
 from treepo.config.run import RunConfig
 from treepo.errors import TrainerError, TreepoError
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
-from treepo.weight_sync.open import open_sender
-from treepo.weight_sync.send import Outcome, Sink, WeightStream
+from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
 from treepo.weight_sync.wire import Manifest
 
 _DEATH_SECONDS = 2.0  # from the first failure until every rank that died is known to be dead
@@ -70,7 +69,7 @@ class TrainerRank:
         """Call a method of the trainer; `TrainerGroup` has their types."""
         return getattr(self._trainer, method)(*arguments)
 
-    def send_weights(self, version: int, manifest: Manifest, sinks: Sequence[Sink]) -> Outcome | None:
+    def send_weights(self, version: int, manifest: Manifest, sinks: Sequence[WeightSink]) -> Outcome | None:
         """Stream the weights to the engines from rank 0; the other ranks only gather, and return None."""
         if self._rank > 0:
             for _ in self._trainer.tensors():
@@ -95,8 +94,8 @@ class TrainerGroup:
         parallel = config.trainer.parallel
         self._config = config
         self._tensor, self._replicas = parallel.tensor, parallel.data
-        self._manifest: Manifest | None = None
-        options = trainer_alone(parallel) if options is None else options
+        self._manifest: Manifest = ()
+        options = unreserved_ranks(parallel) if options is None else options
         remote: Any = ray.remote(TrainerRank)
         self._ranks: list[Any] = [remote.options(**of_rank).remote() for of_rank in options]
 
@@ -134,11 +133,11 @@ class TrainerGroup:
 
     async def manifest(self) -> Manifest:
         """List all tensors of the model, in the order in which they are sent; it never changes."""
-        if self._manifest is None:
+        if not self._manifest:
             self._manifest = (await self._call("manifest"))[0]
         return self._manifest
 
-    async def send_weights(self, version: int, sinks: Sequence[Sink]) -> Outcome:
+    async def send_weights(self, version: int, sinks: Sequence[WeightSink]) -> Outcome:
         """Send every tensor to every engine; all of them have begun an update to `version`."""
         manifest = await self.manifest()
         return (

@@ -4,18 +4,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
-from treepo.cluster.supervised_engine import State, SupervisedEngine
+from treepo.protocols import Engine
 from treepo.rollout.driver import TreeDriver, Waiting
 
 _log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def watched(
-    driver: TreeDriver, engines: Sequence[SupervisedEngine[Any]], seconds: float
-) -> AsyncIterator[None]:
+async def watched(driver: TreeDriver, engines: Sequence[Engine], seconds: float) -> AsyncIterator[None]:
     """While the body samples: a warning whenever the driver's engines answered nothing for `seconds`."""
     watch = asyncio.create_task(_watch(driver, engines, seconds))
     try:
@@ -25,7 +22,7 @@ async def watched(
         await asyncio.wait((watch,))
 
 
-async def _watch(driver: TreeDriver, engines: Sequence[SupervisedEngine[Any]], seconds: float) -> None:
+async def _watch(driver: TreeDriver, engines: Sequence[Engine], seconds: float) -> None:
     while True:
         before = driver.stats.requests, driver.stats.failed_requests
         await asyncio.sleep(seconds)
@@ -33,18 +30,12 @@ async def _watch(driver: TreeDriver, engines: Sequence[SupervisedEngine[Any]], s
             _log.warning("nothing was answered for %g s: %s", seconds, describe(driver.waiting(), engines))
 
 
-def describe(waiting: Sequence[Waiting], engines: Sequence[SupervisedEngine[Any]]) -> str:
+def describe(waiting: Sequence[Waiting], engines: Sequence[Engine]) -> str:
     """Each engine's state and what it owes, the oldest by name."""
     return "; ".join(
-        f"{_state(engine)} {_owes([one for one in waiting if one.engine == index])}"
+        f"{engine.name} is {engine.status} and {_owes([one for one in waiting if one.engine == index])}"
         for index, engine in enumerate(engines)
     )
-
-
-def _state(engine: SupervisedEngine[Any]) -> str:
-    if engine.state is State.SERVING:
-        return f"{engine.name} is serving and"
-    return f"{engine.name} is {engine.state.value} (it was lost: {engine.reason}) and"
 
 
 def _owes(waiting: Sequence[Waiting]) -> str:

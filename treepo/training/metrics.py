@@ -9,7 +9,13 @@ from treepo.rollout.driver import Stats
 from treepo.training.batch import Batch
 from treepo.tree import Leaf, Stop, Tree, Verdict
 
-STEP_PHASES = ("sample", "log-probs", "train", "update")
+STEP_PHASES = {
+    "sample": "seconds/sample",
+    "log-probs": "seconds/log_probs",
+    "train": "seconds/train",
+    "update": "seconds/update",
+}
+"""The phases of a step, and the metrics that hold their seconds."""
 
 
 def step_metrics(batch: Batch, result: BatchResult, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -24,7 +30,7 @@ def step_metrics(batch: Batch, result: BatchResult, seconds: Mapping[str, float]
             "train/optimizer_steps": len(result.updates),
         }
         | update_metrics(result.updates)
-        | {f"seconds/{phase.replace('-', '_')}": seconds[phase] for phase in STEP_PHASES}
+        | {metric: seconds[phase] for phase, metric in STEP_PHASES.items()}
     )
 
 
