@@ -184,7 +184,7 @@ def test_without_the_chat_template_a_prompt_is_its_text(options: dict[str, Any])
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "= 256 + 1000 = 1256, but model takes 1024 tokens in all; lower"),
+        ([], "= 256 + 1000 = 1256, but model has 1024 positions"),
         (["sampling.max_response_tokens=64", "data.benchmarks.0.path=x"], "benchmarks is [{'path'"),
         (["sampling.max_response_tokens=64", "data.max_prompt_tokens=9"], "data.max_prompt_tokens allows 9"),
     ],
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_found_before_anything_starts(
     assert message in str(error.value)
 
 
-def test_a_servers_tokenizer_must_be_at_hand(options: dict[str, Any]) -> None:
+def test_a_servers_tokenizer_must_be_on_this_machine(options: dict[str, Any]) -> None:
     async def ask(**more: Any) -> Any:
         server = FakeServer(FakeEngine())
         url = await server.start()

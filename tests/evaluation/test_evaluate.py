@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.support.fake_engine import EOS, FakeEngine
 from tests.support.sglang_http import FakeServer
 from tests.support.tiny import write_tiny_qwen2
+from treepo.cli.evaluate import engines as engines_of
 from treepo.config.evaluate import EvalConfig
 from treepo.errors import EngineError, RewardError
 from treepo.evaluation.evaluate import evaluate
@@ -101,7 +103,9 @@ def evaluations(folder: Path, out: Path, *engines: FakeEngine, **changes: Any) -
             for server.engine in engines:
                 seen = Seen()
                 try:
-                    done.append((await evaluate(config, inputs, seen), seen))
+                    done.append(
+                        (await evaluate(config, inputs, seen, partial(engines_of, config, inputs)), seen)
+                    )
                 except (EngineError, RewardError) as error:
                     done.append((error, seen))
         finally:
