@@ -45,8 +45,8 @@ from megatron_bridge.folder import add_other_files
 from megatron_bridge.optimizer_state import set_steps, sharded_moments
 from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
-    ACTOR,
     HUGGING_FACE,
+    TRAINER,
     CheckpointManifest,
     read_manifest,
 )
@@ -138,7 +138,9 @@ class Checkpointer:
             state["rng"] = _generators()
         try:
             # The optimizer's values are read into its own memory.
-            loaded: Any = dist_checkpointing.load(state, str(folder / ACTOR), validate_access_integrity=False)
+            loaded: Any = dist_checkpointing.load(
+                state, str(folder / TRAINER), validate_access_integrity=False
+            )
         except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
             raise ModelError(f"{folder}: not readable as this model's: {reason(error)[:300]}") from None
         for index, chunk in enumerate(self._chunks):
@@ -197,11 +199,11 @@ def _begin(folder: Path, model: Path, manifest: CheckpointManifest) -> None:
         raise FileExistsError(errno.EEXIST, "it exists, and nothing is overwritten", str(folder))
     partial = start_folder(folder)
     try:
-        (partial / ACTOR).mkdir()
+        (partial / TRAINER).mkdir()
         (partial / HUGGING_FACE).mkdir()
         add_other_files(model, partial / HUGGING_FACE, manifest.dtype)
         manifest.write(partial)
-        declare_format(partial / ACTOR)
+        declare_format(partial / TRAINER)
     except OSError:
         discard_folder(folder)
         raise
@@ -212,7 +214,7 @@ def _write(folder: Path, state: dict[str, Any], group: Any) -> str | None:
     try:
         save(
             state,
-            storage_writer=_Writer(folder / ACTOR),
+            storage_writer=_Writer(folder / TRAINER),
             planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
         )

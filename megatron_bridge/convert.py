@@ -22,8 +22,8 @@ from megatron_bridge.folder import INDEX, SHARD_BYTES, Checkpoint, add_other_fil
 from megatron_bridge.weights import Rule, expand
 from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
-    ACTOR,
     HUGGING_FACE,
+    TRAINER,
     CheckpointManifest,
     is_checkpoint,
     read_manifest,
@@ -72,7 +72,7 @@ def to_hugging_face(
     manifest = read_manifest(source)
     architecture = read_architecture(source / HUGGING_FACE)
     stored = stored_parameters(architecture)
-    reader = TensorReader(source / ACTOR)
+    reader = TensorReader(source / TRAINER)
     rules = _rules(architecture)
     total = sum(len(rule.tensors) for rule in rules)
     count = parameters = 0
@@ -118,14 +118,14 @@ def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Co
         return rows
 
     with new_folder(target) as partial:
-        (partial / ACTOR).mkdir()
+        (partial / TRAINER).mkdir()
         (partial / HUGGING_FACE).mkdir()
         name = str(dtype).removeprefix("torch.")
         add_other_files(source, partial / HUGGING_FACE, name)
         CheckpointManifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
-        declare_format(partial / ACTOR)
+        declare_format(partial / TRAINER)
         shapes = {key: (stored.shape, dtype) for key, (_, stored, _) in places.items()}
-        write_tensors(partial / ACTOR, shapes, make)
+        write_tensors(partial / TRAINER, shapes, make)
     return Converted("training checkpoint", count, parameters, name)
 
 

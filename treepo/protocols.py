@@ -5,13 +5,15 @@ them with fakes. Arrays are numpy here, because they cross processes and neither
 about the other's device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
 
 
@@ -78,8 +80,10 @@ class EnginePool(Protocol):
     def engines(self) -> Sequence[Engine]: ...
 
     @property
-    def kv_tokens(self) -> Sequence[int]:
-        """Tokens that each engine's KV cache holds, in the order of `engines`."""
+    def kv_tokens(self) -> Sequence[int] | None:
+        """Tokens that each engine's KV cache holds, in the order of `engines`; None if a server does not
+        report them.
+        """
         ...
 
 
@@ -103,16 +107,63 @@ class TrainingEnginePool(EnginePool, Protocol):
         ...
 
 
-class Trainer(Protocol):
-    """One rank of the trainer. Every method is collective; `packs` are those of the rank's replica."""
+@dataclass(frozen=True, slots=True, eq=False)
+class MiniBatch:
+    """The packs of one optimizer step.
 
-    def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
-        """For every pack float32 [T]: each token's log-prob given its path, 0 where `source` is -1."""
+    packs: of every data-parallel replica. denominator: `treepo.learning.loss.denominator` of all of them, by
+    which the summed loss is divided; above 0.
+    """
+
+    packs: Sequence[Sequence[Pack]]
+    denominator: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What the trainer measured while it learned from a batch.
+
+    updates: metrics of each optimizer step. mismatch: of the whole batch, before the first optimizer step.
+    seconds: of the phases `log_probs` and `train`.
+    """
+
+    updates: Sequence[Mapping[str, float]]
+    mismatch: LogProbMismatch
+    seconds: Mapping[str, float]
+
+
+class Trainer(Protocol):
+    """All ranks of the trainer. Raises TrainerError if a rank dies."""
+
+    async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
+        """Compute each token's log-prob given its path: for every replica's packs float32 [T], 0 if `source`
+        is -1.
+        """
         ...
 
-    def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
-        """One optimizer step on the loss summed over all replicas' packs and divided by `denominator`.
+    async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
+        """Take one optimizer step for each mini-batch.
 
-        Returns the metrics of `treepo.learning.loss` and of the step.
+        The ranks first compute the log-probs of the whole batch under the current weights, and under the
+        reference weights if the loss has a KL term. Raises FloatingPointError if a gradient is not finite:
+        that optimizer step changes nothing.
         """
+        ...
+
+    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Begin a training checkpoint that holds `run` too; return once the state is copied. Raises
+        CheckpointError.
+        """
+        ...
+
+    async def finish_save(self) -> None:
+        """Wait until the checkpoint that was begun is complete on disk. Raises CheckpointError."""
+        ...
+
+    async def load(self, folder: Path) -> None:
+        """Restore weights and optimizer from a training checkpoint of any layout. Raises ModelError."""
+        ...
+
+    async def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder of the current weights. Raises CheckpointError or ModelError."""
         ...

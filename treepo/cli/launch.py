@@ -42,10 +42,10 @@ def launch(
     from treepo.cluster.ray_node import NodeResources
 
     def check() -> None:
-        from treepo.preflight.train import read_inputs
+        from treepo.preflight.inputs import read_train_inputs
         from treepo.training.resume import find_resume
 
-        inputs = read_inputs(run_config)
+        inputs = read_train_inputs(run_config)
         if resume:
             find_resume(run_config, inputs)
 

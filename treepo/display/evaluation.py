@@ -10,13 +10,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
+from treepo.data.inputs import EvaluationInputs
+from treepo.data.output_folder import CONFIG, LOG, TREES
 from treepo.display.live import LiveDisplay, show_written
 from treepo.evaluation.folder import PLOT, REPORT, RESULTS, SAMPLES
 from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.report.page import headline_metrics, parts, percent
-from treepo.preflight.evaluate import Inputs
 from treepo.rollout.driver import Stats
-from treepo.training.run_folder import CONFIG, LOG, TREES
 
 _LINES = 10  # where nothing is live
 _FAILURES = 5  # that the table spells out
@@ -25,7 +25,7 @@ _FAILURES = 5  # that the table spells out
 class EvaluationDisplay(LiveDisplay):
     """A `Reporter` (treepo.evaluation.evaluate) that draws; a context manager around the evaluation."""
 
-    def __init__(self, console: Console, title: str, inputs: Inputs) -> None:
+    def __init__(self, console: Console, title: str, inputs: EvaluationInputs) -> None:
         super().__init__(
             console,
             escape(title),
