@@ -52,7 +52,7 @@ class FakeTrainer:
 async def _pids(actor: Any) -> tuple[int, list[int]]:
     """The process of an engine's actor, and the SGLang processes that it started."""
     return await actor.__ray_call__.remote(
-        lambda engine: (os.getpid(), [child.pid for child in engine._server._children])
+        lambda engine: (os.getpid(), [child.pid for child in engine._sglang._children])
     )
 
 
@@ -60,7 +60,7 @@ async def _kill_while_it_answers(driver: TreeDriver, engine: int, pid: int, stop
     """SIGKILL with requests in flight. SGLang (`stop`) is halted first, so that it cannot answer them."""
     for process in stop:
         os.kill(process, signal.SIGSTOP)
-    while not any(waiting.engine == engine for waiting in driver.waiting()):
+    while not any(pending.engine == engine for pending in driver.pending()):
         await asyncio.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
 
@@ -159,7 +159,7 @@ async def _check(tree: Tree, engine: Any) -> None:
     """
     for leaf in tree.leaves:
         whole = np.concatenate([tree.prompt, tree.response(leaf)])
-        computed = (await engine.process.actor.score.remote(whole))[len(tree.prompt) - 1 :]
+        computed = (await engine.process.actor.log_probs.remote(whole))[len(tree.prompt) - 1 :]
         sampled = np.concatenate([tree.segments[i].log_probs for i in tree.path(leaf.segment)])
         # Float32 of one model, in one pass and token by token: a few roundings apart.
         np.testing.assert_allclose(sampled, computed, atol=2e-5, rtol=1e-5)

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +28,7 @@ from treepo.config.sampling import SamplingConfig
 from treepo.errors import EngineError, TrainerError
 from treepo.learning import advantage, loss
 from treepo.learning.packing import Pack, pack_trees
-from treepo.protocols import GenerateRequest
+from treepo.protocols import GenerateRequest, MiniBatch
 from treepo.rollout.stopping import StopRule
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
 from treepo.weight_sync.transaction import update_weights
@@ -75,9 +74,7 @@ def batch() -> tuple[list[Pack], float]:
 
 async def take_step(trainer: TrainerGroup) -> None:
     packs, denominator = batch()
-    old = (await trainer.log_probs([packs], 1.0))[0]
-    trained = [replace(pack, old_log_prob=log_probs) for pack, log_probs in zip(packs, old, strict=True)]
-    await trainer.train_step([trained], 1.0, denominator)
+    await trainer.train_batch([MiniBatch([packs], denominator)], 1.0)
 
 
 async def chain_log_probs(trainer: TrainerGroup, tokens: np.ndarray) -> np.ndarray:
@@ -96,7 +93,7 @@ async def assert_serve(
     assert np.abs(expected - old).max() > 10 * TOLERANCE
     for engine in engines:
         assert (await engine.generate(REQUEST)).version == version
-        np.testing.assert_allclose(await engine.actor.score.remote(TOKENS), expected, atol=TOLERANCE)
+        np.testing.assert_allclose(await engine.actor.log_probs.remote(TOKENS), expected, atol=TOLERANCE)
 
 
 class SwitchingRank(TrainerRank):

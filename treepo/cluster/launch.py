@@ -219,9 +219,7 @@ async def _unless_ended[T](node: RayNode, work: Awaitable[T], say: Callable[[str
         raise ClusterError(f"Ray on this node: {ended.result()}")
     except asyncio.CancelledError:
         if say is not None:
-            say(
-                f"waits up to {_FAREWELL_SECONDS:g} s for the head to end the training: only the head can"
-            )
+            say(f"waits up to {_FAREWELL_SECONDS:g} s for the head to end the training: only the head can")
             await asyncio.wait(
                 (working, ended), timeout=_FAREWELL_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )

@@ -120,10 +120,10 @@ class RayEngine:
         await self._answer(self.actor.abort, reason)
 
     async def offload(self) -> None:
-        await self._answer(self.actor.release_memory)
+        await self._answer(self.actor.offload)
 
     async def reload(self, memory: Memory) -> None:
-        await self._answer(self.actor.restore_memory, memory)
+        await self._answer(self.actor.reload, memory)
 
     def sink(self) -> "RaySink":
         return RaySink(self.name, self.actor._actor_id.hex(), self._ranks, self.actor)

@@ -13,7 +13,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
 from treepo.cluster.ray_actor import actor_environment
 from treepo.config.engine import EngineConfig
-from treepo.config.trainer import ParallelConfig
 from treepo.errors import PlacementError
 
 _log = logging.getLogger(__name__)
@@ -107,17 +106,9 @@ def unreserved_engines(config: EngineConfig) -> list[dict[str, Any]]:
     Raises PlacementError if the cluster cannot hold them.
     """
     bundles = plan(Layout("split", 0, 1, config.count, config.tensor), cluster_nodes())
-    return [_unreserved(bundle.gpus) for bundle, _ in bundles]
-
-
-def unreserved_ranks(parallel: ParallelConfig) -> list[dict[str, Any]]:
-    """The same for a trainer without engines."""
-    bundles = plan(Layout("split", parallel.ranks, parallel.tensor, 0, 1), cluster_nodes())
-    return [_unreserved(min(bundle.gpus, 1)) for bundle, _ in bundles for _ in bundle.ranks]
-
-
-def _unreserved(gpus: int) -> dict[str, Any]:
-    return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": actor_environment()}
+    return [
+        {"num_cpus": 1, "num_gpus": bundle.gpus, "runtime_env": actor_environment()} for bundle, _ in bundles
+    ]
 
 
 def _members(bundle: Bundle) -> str:
