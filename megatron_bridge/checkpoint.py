@@ -57,8 +57,8 @@ from megatron_bridge.optimizer_state import set_step_count, sharded_optimizer_st
 from megatron_bridge.process_groups import on_first_rank
 from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
-    ACTOR,
     HUGGING_FACE,
+    TRAINER,
     CheckpointManifest,
     read_manifest,
 )
@@ -148,7 +148,7 @@ class Checkpointer:
             state["rng"] = _generators()
         try:
             # This reads the optimizer state into the optimizer's own memory.
-            loaded: Any = dist_checkpointing.load(state, str(folder / ACTOR), validate_access_integrity=False)
+            loaded: Any = dist_checkpointing.load(state, str(folder / TRAINER), validate_access_integrity=False)
         except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
             raise ModelError(f"{folder}: not readable as this model's: {one_line(error)[:300]}") from None
         for index, chunk in enumerate(self._chunks):
@@ -189,11 +189,11 @@ def _begin(folder: Path, model: Path, manifest: CheckpointManifest) -> None:
         raise FileExistsError(errno.EEXIST, "it exists, and nothing is overwritten", str(folder))
     partial = begin_folder(folder)
     try:
-        (partial / ACTOR).mkdir()
+        (partial / TRAINER).mkdir()
         (partial / HUGGING_FACE).mkdir()
         copy_model_files(model, partial / HUGGING_FACE, manifest.dtype)
         manifest.write(partial)
-        declare_format(partial / ACTOR)
+        declare_format(partial / TRAINER)
     except OSError:
         abort_folder(folder)
         raise
@@ -204,7 +204,7 @@ def _write(folder: Path, state: dict[str, Any], group: Any) -> str | None:
     try:
         save(
             state,
-            storage_writer=_Writer(folder / ACTOR),
+            storage_writer=_Writer(folder / TRAINER),
             planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
         )

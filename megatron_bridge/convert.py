@@ -31,8 +31,8 @@ from megatron_bridge.hf_folder import (
 from megatron_bridge.hf_weight_map import Rule
 from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
-    ACTOR,
     HUGGING_FACE,
+    TRAINER,
     CheckpointManifest,
     is_checkpoint,
     read_manifest,
@@ -82,7 +82,7 @@ def to_hugging_face(
     manifest = read_manifest(source)
     architecture = read_architecture(source / HUGGING_FACE)
     tensors_of = checkpoint_tensors(architecture)
-    reader = DistributedCheckpointReader(source / ACTOR)
+    reader = DistributedCheckpointReader(source / TRAINER)
     rules = architecture.weight_rules()
     total = sum(len(rule.tensors) for rule in rules)
     count = parameters = 0
@@ -128,13 +128,13 @@ def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Co
         return rows
 
     with atomic_folder(target) as partial:
-        (partial / ACTOR).mkdir()
+        (partial / TRAINER).mkdir()
         (partial / HUGGING_FACE).mkdir()
         name = str(dtype).removeprefix("torch.")
         copy_model_files(source, partial / HUGGING_FACE, name)
         CheckpointManifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
         shapes = {key: (tensor.shape, dtype) for key, (_, tensor, _) in places.items()}
-        write_distributed_checkpoint(partial / ACTOR, shapes, make)
+        write_distributed_checkpoint(partial / TRAINER, shapes, make)
     return Converted("training checkpoint", count, parameters, name)
 
 

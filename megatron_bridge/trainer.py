@@ -1,13 +1,15 @@
-"""One rank of the trainer: log-probs, optimizer steps and weights of packed forests, by Megatron-Core.
+"""One rank of the Megatron-Core trainer: log-probs, optimizer steps, checkpoints and weights.
 
-A plain class: whoever owns the processes makes one per rank, and calls every method on all ranks at once.
+A plain class. The owner of the processes makes one per rank and calls every method on all ranks at once.
 """
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
 import math
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,9 @@ from megatron_bridge.weight_transfer import WeightExporter, load_weights
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.learning.loss import policy_loss, summarise
+from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
+from treepo.protocols import BatchResult
 from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.weight_sync.wire import Manifest
 
@@ -43,11 +47,11 @@ REDUCTIONS: dict[str, Callable[..., float]] = {"sum": math.fsum, "max": max, "mi
 
 
 class MegatronTrainer:
-    """One rank of tensor x data x pipeline, counted in this order, tensor fastest.
+    """One rank of tensor x data x pipeline, numbered with tensor fastest.
 
     folder: a Hugging Face model. dtype: of parameters and activations; master weights, gradients and
-    softmax are float32. store: where the ranks meet (`create_store`). Raises ConfigError where the layout
-    does not divide the model, ModelError where the folder cannot be used.
+    softmax are float32. store: the rendezvous of the ranks (`create_store`). Raises ConfigError if the layout
+    does not divide the model, ModelError if the folder cannot be used.
     """
 
     def __init__(
@@ -82,86 +86,90 @@ class MegatronTrainer:
         self._schedule = Schedule(self._model, self._architecture, config.parallel, self._dtype, self._device)
 
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
-        """For each pack of this rank's replica float32 [T], 0 where `source` is -1."""
-        length = [len(pack.token) for pack in packs]
-        with _on_device(), torch.no_grad():
-            results = self._schedule.run(
-                packs,
-                scored=lambda pack: pack.source >= 0,
-                forward=lambda batch, chunk: self._forward(batch, chunk, temperature, with_entropy=False),
-                finish=lambda _, scores: scores[0],
-                train=False,
-            )
+        """Compute float32 [T] for each of this replica's packs, 0 if `source` is -1; on every rank."""
+        lengths = [len(pack) for pack in packs]
+        with _on_device():
+            filled = self._schedule.filled_up(packs)
+            batches = (self._schedule.prepare(pack, pack.source >= 0) for pack in filled)
+            results = self._log_probs(batches, len(filled), temperature)
             if not packs:
                 return []
-            flat = torch.empty(sum(length), device=self._device)
+            flat = torch.empty(sum(lengths), device=self._device)
             if parallel_state.is_pipeline_last_stage():
-                # What was added to fill up the batch or a pack is left out.
-                parts = [result[:tokens] for result, tokens in zip(results, length, strict=False)]
+                # Blank packs and padding are left out.
+                parts = [result[:tokens] for result, tokens in zip(results, lengths, strict=False)]
                 torch.cat(parts, out=flat)
-            dist.broadcast(
-                flat,
-                parallel_state.get_pipeline_model_parallel_last_rank(),
-                self._groups.pp,
-            )
-        return np.split(flat.cpu().numpy(), np.cumsum(length[:-1]))
+            dist.broadcast(flat, parallel_state.get_pipeline_model_parallel_last_rank(), self._groups.pp)
+        return np.split(flat.cpu().numpy(), np.cumsum(lengths[:-1]))
 
     def reference_log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
-        """As `log_probs`, under the weights that training began with; for `kl_coefficient` above 0."""
+        """As `log_probs`, under the weights that training began with; needs a `kl_coefficient` above 0."""
         assert self._reference is not None, "the trainer was built without a reference"
         with self._reference.in_place():
             return self.log_probs(packs, temperature)
 
+    def train_batch(
+        self, mini_batches: Sequence[tuple[Sequence[Pack], float]], temperature: float
+    ) -> BatchResult:
+        """Take one optimizer step for each mini-batch: this replica's packs, and the denominator.
+
+        First the log-probs of all trained tokens are computed under the current weights, and under the
+        reference weights if there are any; they and the attention plans stay on the device until the last
+        step. Returns the same on every rank. Raises as `train_step` does.
+        """
+        start = time.perf_counter()
+        with _on_device():
+            packs = [self._schedule.filled_up(part) for part, _ in mini_batches]
+            batches = [[self._schedule.prepare(pack, _trained(pack)) for pack in part] for part in packs]
+            every = list(chain.from_iterable(batches))
+            self._attach("old_log_prob", every, temperature)
+            if self._reference is not None:
+                with self._reference.in_place():
+                    self._attach("reference_log_prob", every, temperature)
+            mismatch = _mismatch(list(chain.from_iterable(packs)), every)
+            computed = time.perf_counter()
+            updates = [
+                self._update(part, len(part), temperature, denominator)
+                for part, (_, denominator) in zip(batches, mini_batches, strict=True)
+            ]
+        seconds = {"log_probs": computed - start, "train": time.perf_counter() - computed}
+        return BatchResult(updates, mismatch, seconds)
+
     def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
-        """One optimizer step; `packs` are this replica's, and replicas may have unequal numbers of them.
+        """Take one optimizer step on this replica's packs, which carry their old log-probs; replicas may have
+        unequal numbers of packs.
 
         The gradient is that of the summed token loss of all replicas' packs over `denominator`, divided by
-        nothing else. Returns the metrics of `treepo.learning.loss`, `grad_norm` (before clipping) and `learning_rate`.
-        Raises FloatingPointError, on all ranks, where the gradient is not finite: nothing is changed then.
+        nothing else. Returns the metrics of `treepo.learning.loss`, `grad_norm` (before clipping) and
+        `learning_rate`. Raises FloatingPointError, on all ranks, if the gradient is not finite: nothing
+        changes then.
         """
-        assert denominator > 0, denominator
-
-        def loss(batch: MicroBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            log_prob, entropy = scores
-            return policy_loss(log_prob, batch.pack, self._learning, denominator, entropy)
-
         with _on_device():
-            for chunk in self._model:
-                chunk.zero_grad_buffer()
-            self._optimizer.zero_grad()
-            metrics = self._schedule.run(
-                packs,
-                scored=lambda pack: pack.count_pos + pack.count_neg > 0,
-                forward=lambda batch, chunk: self._forward(batch, chunk, temperature, with_entropy=True),
-                finish=loss,
-                train=True,
-            )
-            finalize_model_grads(list(self._model))
-            learning_rate = self._schedule_rate()
-            grad_norm = optimizer.step(self._optimizer)
-            self._step += 1
-        return summarise(_reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+            filled = self._schedule.filled_up(packs)
+            batches = (self._schedule.prepare(pack, _trained(pack)) for pack in filled)
+            return self._update(batches, len(filled), temperature, denominator)
 
     def release_cache(self) -> None:
-        """Give the device's memory back that torch keeps for later; what is in use stays."""
+        """Return the device memory that torch caches to the device; memory in use stays."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def manifest(self) -> Manifest:
-        """All tensors of the model, in the order of `tensors`; the same on every rank."""
+        """List all tensors of the model, in the order of `tensors`; the same on every rank."""
         return self._exporter.manifest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's tensors under their Hugging Face names: on rank 0 only, but every rank iterates."""
+        """Yield the model's tensors under their Hugging Face names on rank 0; every rank must iterate."""
         return self._exporter.tensors()
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder for transformers and SGLang. Raises ModelError where it exists."""
+        """Write a Hugging Face folder for transformers and SGLang. Raises ModelError if it exists."""
         self._exporter.write(self._folder, folder)
 
     def save(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Begin to write a training checkpoint (`treepo.training.checkpoint_manifest`), with the run's own `run`; return
-        when the state is copied. It is there when `finish_save` returns. Raises CheckpointError.
+        """Begin a training checkpoint (`treepo.training.checkpoint_manifest`) whose manifest holds `run`.
+
+        Returns once the state is copied; `finish_save` completes the checkpoint. Raises CheckpointError.
         """
         dtype = str(self._dtype).removeprefix("torch.")
         layout = self._config.parallel.model_dump()
@@ -169,31 +177,77 @@ class MegatronTrainer:
             self._checkpointer.save(folder, CheckpointManifest(dtype, True, self._step, layout, run))
 
     def finish_save(self) -> None:
-        """The checkpoint that was begun, if any, is complete. Raises CheckpointError where it cannot be."""
+        """Wait until a checkpoint that was begun is complete. Raises CheckpointError if it cannot be."""
         self._checkpointer.finish()
 
     def load(self, folder: Path) -> None:
-        """Go on from a training checkpoint, of any layout; the reference stays. Raises ModelError."""
+        """Restore a training checkpoint of any layout; the reference weights stay. Raises ModelError."""
         with _on_device():
             self._step = self._checkpointer.load(folder).optimizer_steps
 
     def close(self) -> None:
-        """Leave the process groups; the process may end or make another trainer."""
+        """Leave the process groups; afterwards the process may make another trainer."""
         self._checkpointer.close()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
+    def _log_probs(self, batches: Iterable[MicroBatch], number: int, temperature: float) -> list[Tensor]:
+        """Float32 [T] for each micro-batch, 0 on tokens that are not wanted; only on the last stage."""
+        with torch.no_grad():
+            return self._schedule.run(
+                batches,
+                number,
+                forward=lambda batch, chunk: self._forward(batch, chunk, temperature, with_entropy=False),
+                finish=lambda _, outputs: outputs[0],
+                train=False,
+            )
+
+    def _attach(self, field: str, batches: Sequence[MicroBatch], temperature: float) -> None:
+        """Compute log-probs and keep them as `field` of each micro-batch, on the stage that has the loss."""
+        values = self._log_probs(batches, len(batches), temperature)
+        if parallel_state.is_pipeline_last_stage():
+            for batch, value in zip(batches, values, strict=True):
+                batch.pack[field] = value
+
+    def _update(
+        self, batches: Iterable[MicroBatch], number: int, temperature: float, denominator: float
+    ) -> dict[str, float]:
+        """Take the optimizer step of `train_step`."""
+        assert denominator > 0, denominator
+
+        def loss(batch: MicroBatch, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            log_prob, entropy = outputs
+            return policy_loss(log_prob, batch.pack, self._learning, denominator, entropy)
+
+        for chunk in self._model:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        metrics = self._schedule.run(
+            batches,
+            number,
+            forward=lambda batch, chunk: self._forward(batch, chunk, temperature, with_entropy=True),
+            finish=loss,
+            train=True,
+        )
+        finalize_model_grads(list(self._model))
+        learning_rate = self._set_learning_rate()
+        grad_norm = optimizer.step(self._optimizer)
+        self._step += 1
+        return summarise(_reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
     def _forward(
         self, batch: MicroBatch, chunk: DistributedDataParallel, temperature: float, with_entropy: bool
     ) -> Tensor:
-        """The last stage's scores, float32 [1 or 2, T]: log-probs and entropies, 0 where not wanted. The
-        hidden states of any other stage.
+        """Return the last stage's log-probs, and entropies on request: float32 [1 or 2, T], 0 on tokens that
+        are not wanted. Return the hidden states of any other stage.
         """
 
-        def score(hidden_states: Tensor, output_layer, output_weight: Tensor | None, **_: object) -> Tensor:
+        def log_probs(
+            hidden_states: Tensor, output_layer, output_weight: Tensor | None, **_: object
+        ) -> Tensor:
             weight = output_layer.weight if output_weight is None else output_weight
             states = self._whole(hidden_states)[:, 0]
-            source, target = (batch.pack[name].index_select(0, batch.scored) for name in ("source", "token"))
+            source, target = (batch.pack[name].index_select(0, batch.wanted) for name in ("source", "token"))
             log_prob, entropy = token_log_probs(
                 states.index_select(0, source),
                 lambda rows: linear(rows, weight),
@@ -203,31 +257,31 @@ class MegatronTrainer:
                 self._groups.tp,
                 with_entropy,
             )
-            scores = [log_prob]
+            outputs = [log_prob]
             if entropy is not None:  # cheap unless a gradient flows through it
-                scores.append(entropy if self._learning.entropy_coefficient else entropy.detach())
-            wanted = torch.stack(scores)
+                outputs.append(entropy if self._learning.entropy_coefficient else entropy.detach())
+            wanted = torch.stack(outputs)
             everywhere = wanted.new_zeros(len(wanted), len(states))
-            return everywhere.index_copy(1, batch.scored, wanted)
+            return everywhere.index_copy(1, batch.wanted, wanted)
 
         return chunk(
             input_ids=batch.pack["token"][None].long(),
             position_ids=None,  # the attention's plan has the positions
             attention_mask=None,
             extra_block_kwargs={"attention_bias": batch.plan},
-            output_processor=score,
+            output_processor=log_probs,
         )
 
     def _whole(self, hidden_states: Tensor) -> Tensor:
-        """All tokens' hidden states on every tensor-parallel rank, of which each then makes its part of the
-        logits: the gradient is the sum of the ranks'.
+        """Gather all tokens' hidden states on every tensor-parallel rank. Each computes its part of the
+        logits from them, so the gradient is the sum of the ranks'.
         """
         if self._config.parallel.sequence_parallel:
             return tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
         return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
 
-    def _schedule_rate(self) -> float:
-        """Set the learning rate of the step that is about to be taken."""
+    def _set_learning_rate(self) -> float:
+        """Set and return the learning rate of the next optimizer step."""
         config = self._config.optimizer
         rate = config.learning_rate * min(1.0, (self._step + 1) / max(1, config.warmup_steps))
         for group in self._optimizer.param_groups:
@@ -237,8 +291,9 @@ class MegatronTrainer:
 
 
 def create_store(host: str = "127.0.0.1") -> TCPStore:
-    """The ranks' rendezvous, owned by rank 0 and listening on `host` at a port that the system chose (its
-    `port`); the others connect with `TCPStore(host, port, is_master=False)`.
+    """Open the ranks' rendezvous in rank 0, on `host` at a port that the system chooses (its `port`).
+
+    The other ranks connect with `TCPStore(host, port, is_master=False)`.
     """
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
@@ -254,10 +309,34 @@ def _join(parallel: ParallelConfig, rank: int, world_size: int, store: Store) ->
     form_groups(parallel)
 
 
+def _trained(pack: Pack) -> np.ndarray:
+    return pack.count_pos + pack.count_neg > 0
+
+
+def _reports() -> bool:
+    """Whether this rank speaks for its replica: one of the tensor-parallel ranks that compute the loss."""
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _mismatch(packs: Sequence[Pack], batches: Sequence[MicroBatch]) -> LogProbMismatch:
+    """Measure all replicas' packs by the log-probs that their micro-batches carry; the same on every rank."""
+    mine = LogProbMismatch()
+    if batches and _reports():
+        computed = [
+            batch.pack["old_log_prob"][: len(pack)] for pack, batch in zip(packs, batches, strict=True)
+        ]
+        parts = np.split(torch.cat(computed).cpu().numpy(), np.cumsum([len(part) for part in computed[:-1]]))
+        mine = LogProbMismatch.of(
+            replace(pack, old_log_prob=part) for pack, part in zip(packs, parts, strict=True)
+        )
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return sum(everyone, LogProbMismatch())
+
+
 def _reduced(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Metrics over all micro-batches and replicas; a key's last part says how they are reduced."""
-    reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    mine = [{key: float(value) for key, value in entry.items()} for entry in metrics] if reports else []
+    """Reduce metrics over all micro-batches and replicas; the last part of a key says how."""
+    mine = [{key: float(value) for key, value in entry.items()} for entry in metrics] if _reports() else []
     everyone: list[list[dict[str, float]]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     entries = list(chain.from_iterable(everyone))

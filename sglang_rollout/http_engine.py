@@ -6,6 +6,9 @@ boundary; the server's prefix cache makes the repeated context cheap. A failure 
 driver tries again.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -102,6 +105,21 @@ class ServerEngine:
             finish="eos" if ended else "length",
             cached_tokens=cached,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPool:
+    """A running server as a `treepo.protocols.EnginePool` of one engine."""
+
+    engines: tuple[ServerEngine]
+    kv_tokens: tuple[int] | None
+
+
+@asynccontextmanager
+async def server_session(engine: ServerEngine, kv_tokens: int | None) -> AsyncIterator[ServerPool]:
+    """Connect to the server while the body runs. kv_tokens: of its KV cache; None if it reports none."""
+    async with engine:
+        yield ServerPool((engine,), None if kv_tokens is None else (kv_tokens,))
 
 
 async def server_facts(url: str) -> dict[str, Any]:

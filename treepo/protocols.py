@@ -1,27 +1,29 @@
-"""What the core asks of an engine and a trainer, so that it never needs to know which one it has.
+"""What the core asks of engines and of the trainer.
 
-The real ones live in `sglang_rollout` and `megatron_bridge`; the tests bring fakes. Arrays are numpy on
-this border: it is crossed between processes, and neither side should care about the other's device.
+`treepo.cluster` implements these protocols with SGLang and Megatron-Core in Ray actors; the tests implement
+them with fakes. Arrays are numpy here, because they cross processes and neither side should have to care
+about the other's device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from torch import Tensor
 
+from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
-from treepo.weight_sync.wire import Address, Bucket, Manifest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest:
-    """One path asks for at most `max_tokens` more tokens.
+    """Asks for at most `max_tokens` more tokens of one path.
 
     context: int32 [T], the prompt and every segment above, as the tree shows them.
-    prompt_tokens: how many of `context` are the prompt; the rest is the response so far.
-    check_every: where not 0, decoding ends at the first multiple of this many new tokens at which the
+    prompt_tokens: length of the prompt in `context`; the rest is the response so far.
+    check_every: if not 0, decoding ends at the first multiple of this number of new tokens at which the
         engine's stop rule holds for the response so far (prompt excluded).
     seed: used by an engine that samples deterministically, ignored by others.
     """
@@ -36,12 +38,12 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateOutput:
-    """Tokens sampled under the request's context: at least one.
+    """The tokens sampled for a request: at least one.
 
     log_probs: float32 [T], under the sampling distribution (temperature applied).
     version: the committed weight version that sampled all of them.
-    finish: `eos` when the last token is one of the model's end tokens, `length` otherwise.
-    cached_tokens: how many of the context's tokens were found in the prefix cache.
+    finish: `eos` if the last token is one of the model's end tokens, else `length`.
+    cached_tokens: number of context tokens that were found in the prefix cache.
     """
 
     tokens: np.ndarray
@@ -71,46 +73,97 @@ class Engine(Sampler, Protocol):
         ...
 
 
-class WeightSource(Protocol):
-    """The trainer's side of a weight update. Both are the same on every rank, and collective."""
+class EnginePool(Protocol):
+    """The engines of a command. Losing one loses no request: the driver repeats it on another engine."""
 
-    def manifest(self) -> Manifest:
-        """All tensors of the model, in the order of `tensors`."""
+    @property
+    def engines(self) -> Sequence[Engine]: ...
+
+    @property
+    def kv_tokens(self) -> Sequence[int] | None:
+        """Tokens that each engine's KV cache holds, in the order of `engines`; None if a server does not
+        report them.
+        """
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each of them under its Hugging Face name, on rank 0; nothing on the others, which must iterate."""
+
+class TrainingEnginePool(EnginePool, Protocol):
+    """The engines of a training run, which serve the trainer's weights."""
+
+    def offloaded(self) -> AbstractAsyncContextManager[None]:
+        """Let the trainer compute and change its weights while the body runs.
+
+        If engines and trainer share devices, the engines give their memory to the trainer meanwhile. No
+        restarted engine takes weights before the body ends.
+        """
+        ...
+
+    async def sync_weights(self, version: int) -> None:
+        """Make every serving engine serve the trainer's weights as `version`. Only inside `offloaded`.
+
+        An engine that fails is replaced. An engine that is restarted later takes the trainer's weights of
+        that version before it serves.
+        """
         ...
 
 
-class WeightSink(Protocol):
-    """An engine's side. Between `begin` and `commit` or `abort` it serves nothing."""
+@dataclass(frozen=True, slots=True, eq=False)
+class MiniBatch:
+    """The packs of one optimizer step.
 
-    async def begin(self, version: int, manifest: Manifest) -> None: ...
+    packs: of every data-parallel replica. denominator: `treepo.learning.loss.denominator` of all of them, by
+    which the summed loss is divided; above 0.
+    """
 
-    async def join(self, address: Address) -> None: ...
+    packs: Sequence[Sequence[Pack]]
+    denominator: float
 
-    async def load(self, bucket: Bucket) -> None: ...
 
-    async def commit(self) -> int:
-        """Verify that everything arrived; serve the new version from here on and return it."""
-        ...
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What the trainer measured while it learned from a batch.
 
-    def abort(self, reason: str) -> None:
-        """There will be no commit: serve the old version if it is whole, else nothing."""
-        ...
+    updates: metrics of each optimizer step. mismatch: of the whole batch, before the first optimizer step.
+    seconds: of the phases `log_probs` and `train`.
+    """
+
+    updates: Sequence[Mapping[str, float]]
+    mismatch: LogProbMismatch
+    seconds: Mapping[str, float]
 
 
 class Trainer(Protocol):
-    """One rank of the trainer. Every method is collective; `packs` are those of the rank's replica."""
+    """All ranks of the trainer. Raises TrainerError if a rank dies."""
 
-    def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
-        """For every pack float32 [T]: each token's log-prob given its path, 0 where `source` is -1."""
+    async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
+        """Compute each token's log-prob given its path: for every replica's packs float32 [T], 0 if `source`
+        is -1.
+        """
         ...
 
-    def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
-        """One optimizer step on the loss summed over all replicas' packs and divided by `denominator`.
+    async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
+        """Take one optimizer step for each mini-batch.
 
-        Returns the metrics of `treepo.learning.loss` and of the step.
+        The ranks first compute the log-probs of the whole batch under the current weights, and under the
+        reference weights if the loss has a KL term. Raises FloatingPointError if a gradient is not finite:
+        that optimizer step changes nothing.
         """
+        ...
+
+    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Begin a training checkpoint that holds `run` too; return once the state is copied. Raises
+        CheckpointError.
+        """
+        ...
+
+    async def finish_save(self) -> None:
+        """Wait until the checkpoint that was begun is complete on disk. Raises CheckpointError."""
+        ...
+
+    async def load(self, folder: Path) -> None:
+        """Restore weights and optimizer from a training checkpoint of any layout. Raises ModelError."""
+        ...
+
+    async def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder of the current weights. Raises CheckpointError or ModelError."""
         ...

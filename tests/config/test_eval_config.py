@@ -17,7 +17,7 @@ from tests.support.tiny import write_tiny_qwen2
 from treepo.config.evaluate import EvalConfig, overrides_of
 from treepo.config.load import load_as
 from treepo.errors import ConfigError, TreepoError
-from treepo.preflight.evaluate import read_inputs
+from treepo.preflight.inputs import read_evaluation_inputs
 from treepo.toy.byte_tokenizer import byte_tokenizer
 from treepo.toy.problems import draw_problems, rows
 
@@ -167,7 +167,7 @@ def options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_problems_are_named_after_their_benchmark_and_each_has_its_limit(options: dict[str, Any]) -> None:
     benchmarks = '[{"path": "one.jsonl", "name": "x", "max_problems": 1}, {"path": "two.jsonl"}]'
-    inputs = read_inputs(
+    inputs = read_evaluation_inputs(
         from_options(*overrides_of(options), f"data.benchmarks={benchmarks}", max_problems=2)
     )
     assert list(inputs.prompts) == ["x:0", "two:0", "two:1"]
@@ -175,16 +175,16 @@ def test_problems_are_named_after_their_benchmark_and_each_has_its_limit(options
 
 
 def test_without_the_chat_template_a_prompt_is_its_text(options: dict[str, Any]) -> None:
-    plain = read_inputs(from_options(**options, chat_template=False, system_prompt="Think."))
+    plain = read_evaluation_inputs(from_options(**options, chat_template=False, system_prompt="Think."))
     question = json.loads(Path("one.jsonl").read_text().splitlines()[0])["prompt"][-1]["content"]
     assert plain.prompts["one:0"].text == f"Think.\n\n{question}"
-    assert "user" in read_inputs(from_options(**options)).prompts["one:0"].text
+    assert "user" in read_evaluation_inputs(from_options(**options)).prompts["one:0"].text
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "= 256 + 1000 = 1256, but model takes 1024 tokens in all; lower"),
+        ([], "= 256 + 1000 = 1256, but model has 1024 positions"),
         (["sampling.max_response_tokens=64", "data.benchmarks.0.path=x"], "benchmarks is [{'path'"),
         (["sampling.max_response_tokens=64", "data.max_prompt_tokens=9"], "data.max_prompt_tokens allows 9"),
     ],
@@ -193,16 +193,18 @@ def test_what_does_not_fit_is_found_before_anything_starts(
     options: dict[str, Any], overrides: list[str], message: str
 ) -> None:
     with pytest.raises(TreepoError) as error:
-        read_inputs(from_options(*overrides_of(options | {"max_tokens": 1000}), *overrides))
+        read_evaluation_inputs(from_options(*overrides_of(options | {"max_tokens": 1000}), *overrides))
     assert message in str(error.value)
 
 
-def test_a_servers_tokenizer_must_be_at_hand(options: dict[str, Any]) -> None:
+def test_a_servers_tokenizer_must_be_on_this_machine(options: dict[str, Any]) -> None:
     async def ask(**more: Any) -> Any:
         server = FakeServer(FakeEngine())
         url = await server.start()
         try:
-            return await asyncio.to_thread(read_inputs, from_options(**(options | {"model": url} | more)))
+            return await asyncio.to_thread(
+                read_evaluation_inputs, from_options(**(options | {"model": url} | more))
+            )
         finally:
             await server.close()
 
@@ -227,7 +229,7 @@ def test_the_preset_reads_every_benchmark(
     config = load_as(
         EvalConfig, ROOT / "examples" / "eval-math.yaml", [f"model.path={folder / 'model'}", *smaller]
     )
-    inputs = read_inputs(config)
+    inputs = read_evaluation_inputs(config)
     assert [benchmark.config.shipped_map for benchmark in inputs.benchmarks] == [
         benchmark.config.label for benchmark in inputs.benchmarks
     ]

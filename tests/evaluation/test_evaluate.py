@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from tests.support.fake_engine import EOS, FakeEngine
 from tests.support.sglang_http import FakeServer
 from tests.support.tiny import write_tiny_qwen2
+from treepo.cli.evaluate import engines as engines_of
 from treepo.config.evaluate import EvalConfig
 from treepo.errors import EngineError, RewardError
 from treepo.evaluation.evaluate import evaluate
 from treepo.evaluation.metrics import ProblemResult
-from treepo.preflight.evaluate import read_inputs
+from treepo.preflight.inputs import read_evaluation_inputs
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout.driver import Stats
 from treepo.toy.byte_tokenizer import byte_tokenizer
@@ -97,11 +99,13 @@ def evaluations(folder: Path, out: Path, *engines: FakeEngine, **changes: Any) -
         config = settings(folder, out, await server.start(), **changes)
         done: list[tuple[Outcome, Seen]] = []
         try:
-            inputs = await asyncio.to_thread(read_inputs, config)
+            inputs = await asyncio.to_thread(read_evaluation_inputs, config)
             for server.engine in engines:
                 seen = Seen()
                 try:
-                    done.append((await evaluate(config, inputs, seen), seen))
+                    done.append(
+                        (await evaluate(config, inputs, seen, partial(engines_of, config, inputs)), seen)
+                    )
                 except (EngineError, RewardError) as error:
                     done.append((error, seen))
         finally:

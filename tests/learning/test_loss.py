@@ -15,7 +15,7 @@ from tests.support.tiny_policy import VOCABULARY, TinyPolicy
 from treepo.config.learning import LearningConfig
 from treepo.learning.advantage import estimate
 from treepo.learning.loss import denominator, policy_loss, summarise
-from treepo.learning.mismatch import log_prob_mismatch
+from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, split_mini_batches
 from treepo.tree import PROMPT
 
@@ -364,14 +364,15 @@ def test_mismatch_counts_a_token_for_every_leaf(packer: Callable[..., list[list[
         for node in tree.path(leaf.segment)
         for old, rollout in zip(scene.old[number][node], tree.segments[node].log_probs, strict=True)
     ]
-    measured = log_prob_mismatch(scene.packs(packer, 60, 2))
-    assert measured["logprob_difference_mean"] == pytest.approx(np.mean(differences), rel=1e-6)
-    assert measured["logprob_difference_max"] == pytest.approx(max(differences), rel=1e-6)
+    first, second = map(LogProbMismatch.of, scene.packs(packer, 60, 2))
+    assert (first + second).mean == pytest.approx(np.mean(differences), rel=1e-6)
+    assert (first + second).largest == pytest.approx(max(differences), rel=1e-6)
 
 
 def test_a_log_prob_that_is_no_number_is_not_hidden() -> None:
     scene = Scene(7, {})
     (packs,) = scene.packs(pack_trees, 1000, 1)
     old = np.where(packs[0].count_pos + packs[0].count_neg > 0, np.nan, 0).astype(np.float32)
-    measured = log_prob_mismatch([[replace(packs[0], old_log_prob=old), *packs]])
-    assert all(map(math.isnan, measured.values()))
+    measured = LogProbMismatch.of([replace(packs[0], old_log_prob=old), *packs]) + LogProbMismatch.of(packs)
+    assert math.isnan(measured.mean)
+    assert math.isnan(measured.largest)

@@ -11,7 +11,7 @@ from tests.support.command import POSITIONS, interrupt_once_written, start, writ
 from treepo.config.load import load_as
 from treepo.config.rollout import RolloutConfig
 from treepo.errors import TreepoError
-from treepo.preflight.rollout import read_inputs
+from treepo.preflight.inputs import read_rollout_inputs
 from treepo.tree import from_json
 
 PROMPTS, WIDTH = 12, 4
@@ -52,7 +52,7 @@ def test_a_mistake_is_found_before_anything_starts(
 ) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(TreepoError) as error:
-        read_inputs(load_as(RolloutConfig, Path("rollout.yaml"), [override]))
+        read_rollout_inputs(load_as(RolloutConfig, Path("rollout.yaml"), [override]))
     assert message in str(error.value)
 
 
@@ -66,14 +66,14 @@ def test_a_damaged_model_is_found_before_anything_starts(folder: Path, tmp_path:
         [f"model.path={model}", f"data.prompts={folder / 'problems.jsonl'}"],
     )
     with pytest.raises(TreepoError, match=r"model\.safetensors: not a readable safetensors file"):
-        read_inputs(config)
+        read_rollout_inputs(config)
 
 
 def test_only_the_first_prompts_where_so_many_are_wanted(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    inputs = read_inputs(load_as(RolloutConfig, Path("rollout.yaml"), ["max_prompts=3"]))
+    inputs = read_rollout_inputs(load_as(RolloutConfig, Path("rollout.yaml"), ["max_prompts=3"]))
     assert [prompt.id for prompt in inputs.prompts] == ["problems:0", "problems:1", "problems:2"]
 
 

@@ -1,4 +1,4 @@
-"""The check before the first step, with a small policy as engine and as trainer: faults do not pass."""
+"""The log-prob check, with a small policy as engine and as trainer: no fault passes."""
 
 import asyncio
 import copy
@@ -31,10 +31,11 @@ def on_chain(policy: TinyPolicy, tokens: np.ndarray) -> Tensor:
 
 @dataclass
 class PolicyEngine:
-    """Samples from a policy. temperature: used instead of the request's. logits: what is done to them."""
+    """Samples from a policy. temperature: overrides the request's. change: applied to the logits."""
 
     policy: TinyPolicy
     name: str = "engine 0"
+    status: str = "serving"
     temperature: float | None = None
     change: Callable[[Tensor], Tensor] = lambda logits: logits
     fails: bool = False
@@ -50,9 +51,9 @@ class PolicyEngine:
         tokens, log_probs = request.context, []
         for _ in range(request.max_tokens):
             logits = self.change(on_chain(self.policy, tokens)[-1])
-            scores = (logits / (self.temperature or request.temperature)).log_softmax(-1)
-            token = int(torch.multinomial(scores.exp(), 1, generator=generator))
-            log_probs.append(float(scores[token]))
+            distribution = (logits / (self.temperature or request.temperature)).log_softmax(-1)
+            token = int(torch.multinomial(distribution.exp(), 1, generator=generator))
+            log_probs.append(float(distribution[token]))
             tokens = np.append(tokens, np.int32(token))
         return GenerateOutput(
             tokens=tokens[len(request.context) :],
@@ -64,22 +65,22 @@ class PolicyEngine:
 
 
 @dataclass
-class PolicyActor:
-    """Scores packs with a policy. padding: columns of logit 0 that its softmax takes along."""
+class PolicyTrainer:
+    """Computes log-probs with a policy. padding: columns of logit 0 that its softmax includes."""
 
     policy: TinyPolicy
     padding: int = 0
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
-        return [[self._score(pack, temperature) for pack in replica] for replica in packs]
+        return [[self._log_probs(pack, temperature) for pack in replica] for replica in packs]
 
     @torch.no_grad()
-    def _score(self, pack: Pack, temperature: float) -> np.ndarray:
+    def _log_probs(self, pack: Pack, temperature: float) -> np.ndarray:
         columns = {name: torch.tensor(column).long() for name, column in pack.columns().items()}
         logits = self.policy(columns["token"], columns["position"], columns["exit"])
         logits = torch.nn.functional.pad(logits, (0, self.padding)) / temperature
-        scores = logits.log_softmax(-1)[columns["source"]]
-        chosen = scores[torch.arange(len(pack)), columns["token"]]
+        log_probs = logits.log_softmax(-1)[columns["source"]]
+        chosen = log_probs[torch.arange(len(pack)), columns["token"]]
         return torch.where(columns["source"] >= 0, chosen, 0.0).numpy().astype(np.float32)
 
 
@@ -101,7 +102,7 @@ def config_of(dtype: str = "float32", replicas: int = 1, **log_prob_check: objec
     })  # fmt: skip
 
 
-def check(engines: Sequence[PolicyEngine], trainer: PolicyActor, config: RunConfig) -> dict[str, float]:
+def check(engines: Sequence[PolicyEngine], trainer: PolicyTrainer, config: RunConfig) -> dict[str, float]:
     rng = np.random.default_rng(0)
     prompts = [
         Prompt(f"p{index}", rng.integers(0, VOCABULARY, 3 + index % 4).astype(np.int32), "", "", "")
@@ -127,7 +128,7 @@ def rounded(policy: TinyPolicy) -> TinyPolicy:
 def test_equal_ones_agree(replicas: int) -> None:
     policy = TinyPolicy()
     engines = [PolicyEngine(policy), PolicyEngine(policy, name="engine 1")]
-    figures = check(engines, PolicyActor(policy), config_of(replicas=replicas))
+    figures = check(engines, PolicyTrainer(policy), config_of(replicas=replicas))
     # The same float64 numbers in another order, of about 3, rounded to float32 on both sides.
     assert figures["mean"] <= figures["max"] < 1e-6
     # A shared segment and two below it for each of four prompts on each engine.
@@ -141,31 +142,31 @@ def shifted_row(logits: Tensor) -> Tensor:
 FAULTS = {
     "the engine ignores the temperature": lambda policy: (
         PolicyEngine(policy, temperature=1.0),
-        PolicyActor(policy),
+        PolicyTrainer(policy),
     ),
     "the vocabulary's rows are shifted by one": lambda policy: (
         PolicyEngine(policy, change=lambda logits: logits.roll(1, dims=-1)),
-        PolicyActor(policy),
+        PolicyTrainer(policy),
     ),
     "stale weights: the trainer has taken a step": lambda policy: (
         PolicyEngine(policy),
-        PolicyActor(changed(policy, lambda weight: weight + 0.05 * weight.sign())),
+        PolicyTrainer(changed(policy, lambda weight: weight + 0.05 * weight.sign())),
     ),
-    "other weights": lambda policy: (PolicyEngine(policy), PolicyActor(TinyPolicy(seed=1))),
+    "other weights": lambda policy: (PolicyEngine(policy), PolicyTrainer(TinyPolicy(seed=1))),
     "weights that are not numbers": lambda policy: (
         PolicyEngine(policy),
-        PolicyActor(changed(policy, lambda weight: weight * torch.nan)),
+        PolicyTrainer(changed(policy, lambda weight: weight * torch.nan)),
     ),
 }
 
 SMALL_FAULTS = {  # on this policy no larger than rounding to bfloat16
     "one row of the vocabulary is its neighbour's": lambda policy: (
         PolicyEngine(policy, change=shifted_row),
-        PolicyActor(policy),
+        PolicyTrainer(policy),
     ),
-    "the trainer's softmax takes padding along": lambda policy: (
+    "the trainer's softmax includes padding": lambda policy: (
         PolicyEngine(policy),
-        PolicyActor(policy, padding=14),
+        PolicyTrainer(policy, padding=14),
     ),
 }
 CASES = [
@@ -189,7 +190,7 @@ def test_a_fault_stops_the_run(fault, dtype: str) -> None:
 
 def test_rounding_to_bfloat16_passes_as_bfloat16_only() -> None:
     policy = TinyPolicy()
-    engine, trainer = PolicyEngine(policy), PolicyActor(rounded(policy))
+    engine, trainer = PolicyEngine(policy), PolicyTrainer(rounded(policy))
     assert 2e-3 < check([engine], trainer, config_of("bfloat16"))["mean"] < 5e-2
     with pytest.raises(LogProbCheckError):
         check([engine], trainer, config_of("float32"))
@@ -197,7 +198,7 @@ def test_rounding_to_bfloat16_passes_as_bfloat16_only() -> None:
 
 def test_limits_are_those_of_the_configuration() -> None:
     policy = TinyPolicy()
-    engine, trainer = PolicyEngine(policy), PolicyActor(rounded(policy))
+    engine, trainer = PolicyEngine(policy), PolicyTrainer(rounded(policy))
     figures = check([engine], trainer, config_of("bfloat16"))
     for key, name in (("mean_limit", "mean"), ("max_limit", "max")):
         assert check([engine], trainer, config_of("bfloat16", 1, **{key: figures[name]})) == figures
@@ -220,11 +221,11 @@ def test_the_engine_and_the_token_are_named() -> None:
     with pytest.raises(
         LogProbCheckError, match=r"engine 1 disagree.*at prompt p[0-3], response token \d+ \("
     ):
-        check(engines, PolicyActor(policy), config_of())
+        check(engines, PolicyTrainer(policy), config_of())
 
 
 def test_an_engine_that_cannot_sample_is_named() -> None:
     policy = TinyPolicy()
     engines = [PolicyEngine(policy), replace(PolicyEngine(policy), name="engine 1", fails=True)]
     with pytest.raises(EngineError, match=r"engine 1 cannot sample: .*on purpose"):
-        check(engines, PolicyActor(policy), config_of())
+        check(engines, PolicyTrainer(policy), config_of())

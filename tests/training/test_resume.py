@@ -1,4 +1,4 @@
-"""What a run goes on from: which checkpoint, which lines of its files, and whether it may."""
+"""Resuming a run: from which checkpoint, with which lines of its files, and when it is refused."""
 
 import asyncio
 import json
@@ -15,20 +15,21 @@ from tests.support.random_trees import random_tree
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.load import load_config
 from treepo.config.run import RunConfig
+from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import DataReport, PromptSet
 from treepo.errors import ConfigError
-from treepo.preflight.train import Inputs
 from treepo.training.checkpoint_manifest import CheckpointManifest
-from treepo.training.checkpoints import Checkpoints, RunState, newest
+from treepo.training.checkpoints import Checkpoints, newest
 from treepo.training.resume import find_resume
 from treepo.training.run_folder import RunFolder
+from treepo.training.run_state import Clock, RunState
 from treepo.tree import from_json
 
 DATA = "fingerprint of the data"
 
 
 class FakeSaver:
-    """Writes manifests; `save` leaves a hidden folder, as the trainer does, which `finish_save` names."""
+    """Writes manifests. As the trainer does, `save` leaves a hidden folder, and `finish_save` names it."""
 
     def __init__(self) -> None:
         self._pending: tuple[Path, Path] | None = None
@@ -36,7 +37,7 @@ class FakeSaver:
     async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True)
-        CheckpointManifest("float32", True, run["step"], {}, run).write(partial)
+        CheckpointManifest("float32", True, run["steps_done"], {}, run).write(partial)
         self._pending = partial, folder
 
     async def finish_save(self) -> None:
@@ -44,13 +45,25 @@ class FakeSaver:
         self._pending[0].rename(self._pending[1])
 
 
-def state_after(step: int, sizes: Mapping[str, int] | None = None) -> RunState:
-    return RunState(step, 4 * step, DATA, sizes or {}, 0.25, 100, 150, 1e-6, 60.0, {"sample": 7})
+def state_after(step: int, sizes: dict[str, int] | None = None) -> RunState:
+    """No field has its default."""
+    return RunState(
+        data=DATA,
+        steps_done=step,
+        cursor=4 * step,
+        accuracy_before=0.25,
+        decoded_tokens=100,
+        sequential_tokens=150,
+        max_logprob_difference=1e-6,
+        seconds=60.0,
+        phase_seconds={"sample": 7.0},
+        sizes=sizes or {"metrics.jsonl": 0},
+    )
 
 
-def inputs(data: str = DATA) -> Inputs:
+def inputs(data: str = DATA) -> TrainInputs:
     report = DataReport(Path("train.jsonl"), fingerprint=data)
-    return Inputs(None, PromptSet(report, None, np.empty((0, 2)), None), ())  # type: ignore[arg-type]  # nothing is read
+    return TrainInputs(None, PromptSet(report, None, np.empty((0, 2)), None), ())  # type: ignore[arg-type]  # nothing is read
 
 
 @pytest.fixture
@@ -62,7 +75,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def write_run(config: RunConfig, steps: int, saved: int) -> None:
-    """A run that was killed after `steps` steps, with a checkpoint of the step `saved`."""
+    """Write a run that was killed after `steps` steps, with a checkpoint of the step `saved`."""
     checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeSaver())
     with RunFolder(config) as folder:
         write_steps(folder, range(1, saved + 1))
@@ -93,7 +106,7 @@ def test_the_newest_checkpoints_stay(config: RunConfig, keep: int | None) -> Non
     for step in (9, 10, 100_000):
         asyncio.run(checkpoints.begin(state_after(step)))
         found = newest(config.out)
-        assert found is None or found[1].step < step, "it is not complete before `finish`"
+        assert found is None or found[1].steps_done < step, "it is not complete before `finish`"
         asyncio.run(checkpoints.finish())
         found = newest(config.out)
         assert found is not None
@@ -110,7 +123,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(config: RunConfig, tmp_path:
         file.write('{"step": 6, "ti')
     resume = find_resume(config, inputs())
     assert resume is not None
-    assert resume.state.step == 2
+    assert resume.state.steps_done == 2
     with RunFolder(config, resume.state) as folder:
         write_steps(folder, range(3, 6))
 
@@ -126,7 +139,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(config: RunConfig, tmp_path:
 
 
 def plotted(out: Path) -> list[tuple[int, float]]:
-    """What TensorBoard shows of the reward."""
+    """The rewards that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(out / "tensorboard"))
@@ -134,7 +147,7 @@ def plotted(out: Path) -> list[tuple[int, float]]:
     return [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors("reward")]
 
 
-def test_a_finished_run_goes_on_where_it_gets_more_steps(config: RunConfig) -> None:
+def test_a_finished_run_goes_on_if_it_gets_more_steps(config: RunConfig) -> None:
     short = config.model_copy(update={"steps": 2})
     write_run(short, steps=2, saved=2)
     (config.out / "summary.json").write_text("{}")
@@ -213,3 +226,24 @@ def test_a_file_that_lost_lines_is_refused(config: RunConfig) -> None:
 def test_the_state_survives_its_file() -> None:
     state = state_after(3, {"trees.jsonl": 5})
     assert RunState(**json.loads(json.dumps(asdict(state)))) == state
+
+
+class Silent:
+    """A `Reporter`."""
+
+    def phase(self, name: str, announce: bool = False) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+def test_times_go_on_where_they_were() -> None:
+    state = state_after(3)
+    clock = Clock(state, Silent())
+    clock.count("sample", 2.0)
+    clock.count("update", 1.0)
+    assert state.phase_seconds == {"sample": 9.0, "update": 1.0}
+    assert state.seconds >= 60.0
+    assert clock.take_step_seconds() == {"sample": 2.0, "update": 1.0}
+    with clock.phase("sample"):
+        pass
+    assert list(clock.take_step_seconds()) == ["sample"]

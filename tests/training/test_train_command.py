@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "steps": STEPS,
         "model": {"path": "model", "dtype": "float32"},
         "data": {"train": "train.jsonl", "prompts_per_step": 4, "max_prompt_tokens": 224},
-        "reward": {"workers": 1, "function": "test_train:reward_even_length"},
+        "reward": {"workers": 1, "function": "tests.training.test_train_command:reward_even_length"},
         "sampling": {"segment_tokens": 8, "max_depth": 4, "max_response_tokens": 32, "width": 4},
         "learning": {"mini_batches": 2},
         "trainer": {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}, "max_tokens_per_pack": 256},
@@ -98,7 +98,7 @@ def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
 
 
 def test_a_folder_with_two_sets_of_weights_is_found_out_before_the_first_step(folder: Path) -> None:
-    """SGLang loads every *.safetensors of a folder without an index, the trainer the one that has the name."""
+    """Without an index SGLang loads every *.safetensors of a folder, the trainer only model.safetensors."""
     twofold = shutil.copytree(folder / "model", folder / "twofold")
     weights = load_file(twofold / "model.safetensors")
     older = {name: weight + 0.02 * torch.randn_like(weight) for name, weight in weights.items()}

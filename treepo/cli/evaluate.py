@@ -1,14 +1,21 @@
-"""`treepo eval`: score a model on benchmarks, or compare evaluations."""
+"""`treepo eval`: scores a model on benchmarks, or compares evaluations."""
 
 import asyncio
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treepo.cli.console import errors, output
 from treepo.config.load import load_as
 from treepo.errors import EXIT_INTERRUPTED, ConfigError
+
+if TYPE_CHECKING:
+    from treepo.config.evaluate import EvalConfig
+    from treepo.data.inputs import EvaluationInputs
+    from treepo.protocols import EnginePool
 
 
 def evaluate(
@@ -21,7 +28,7 @@ def evaluate(
         str | None, typer.Option(help="A model folder, or a running SGLang server's URL.")
     ] = None,
     data: Annotated[list[Path] | None, typer.Option(help="A benchmark's file; again for each.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to, and to go on from.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to, and to continue in.")] = None,
     samples: Annotated[int | None, typer.Option(help="Responses to each problem.")] = None,
     tree: Annotated[
         bool | None,
@@ -30,22 +37,24 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens in a response.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Most tokens in a prompt.")] = None,
-    max_problems: Annotated[int | None, typer.Option(help="Only the first so many of each file.")] = None,
+    max_problems: Annotated[int | None, typer.Option(help="Only the first N of each file.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="In place of the rows' own.")] = None,
     chat_template: Annotated[
         bool | None,
-        typer.Option("--chat-template/--no-chat-template", help="On where the tokenizer has one."),
+        typer.Option("--chat-template/--no-chat-template", help="On if the tokenizer has one."),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="A folder, for a server on another machine.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Its folder, for a server on another machine.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling and of bootstraps.")] = None,
-    force: Annotated[bool, typer.Option(help="Start anew; what is in the folder is set aside.")] = False,
+    force: Annotated[bool, typer.Option(help="Start anew; files in the folder are set aside.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare folders instead: treepo eval --compare A B...")
     ] = False,
 ) -> None:
-    """Evaluate a model on benchmarks, or compare two evaluations. The same command goes on after a kill.
+    """Evaluate a model on benchmarks, or compare two evaluations. The same command continues after a kill.
 
-    Options stand for keys of the YAML file, which they override: treepo/config/evaluate.py has all of them.
+    Options override keys of the YAML file; treepo/config/evaluate.py has all keys.
     """
     arguments = [*filter(None, [config]), *(overrides or [])]
     if compare:
@@ -74,16 +83,17 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
 
     path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
     eval_config = load_as(EvalConfig, path, [*overrides_of(options), *arguments])
-    from treepo.preflight.evaluate import read_inputs
+    from treepo.preflight.inputs import read_evaluation_inputs
 
-    inputs = read_inputs(eval_config)
+    inputs = read_evaluation_inputs(eval_config)
     from treepo.display.evaluation import EvaluationDisplay, show_evaluation
     from treepo.evaluation.evaluate import evaluate as run
 
     source = path or eval_config.model.path or eval_config.model.url
     try:
         with EvaluationDisplay(output, f"{source} -> {eval_config.out}", inputs) as display:
-            results = asyncio.run(run(eval_config, inputs, display, anew=force))
+            start = partial(engines, eval_config, inputs)
+            results = asyncio.run(run(eval_config, inputs, display, start, anew=force))
     except KeyboardInterrupt:
         errors.print(
             f"Interrupted. What was started has ended; the same command goes on from {eval_config.out}/"
@@ -92,8 +102,28 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
     show_evaluation(output, results, eval_config.out)
 
 
+def engines(config: "EvalConfig", inputs: "EvaluationInputs") -> "AbstractAsyncContextManager[EnginePool]":
+    """The running server that the configuration names, or engines of the evaluation's own."""
+    from treepo.rollout.stopping import StopRule
+
+    if config.model.url is None:
+        from treepo.cluster.session import evaluation_session
+
+        return evaluation_session(config, StopRule(config.sampling, inputs.tokenizer.decode))
+    from sglang_rollout.http_engine import ServerEngine, server_session
+
+    stops = config.sampling.stops
+    engine = ServerEngine(
+        config.model.url,
+        inputs.tokenizer.end_tokens,
+        config.engine.request_seconds,
+        boundaries=stops.boxed == "end" or stops.repetition.check != "off",
+    )
+    return server_session(engine, inputs.kv_tokens)
+
+
 def _compare(folders: list[str], out: Path | None) -> None:
-    """Every further folder against the first."""
+    """Compare every further folder with the first."""
     if len(folders) < 2:
         raise ConfigError(f"--compare: at least two folders are needed, {len(folders)} given")
     from treepo.display.comparison import show_comparison

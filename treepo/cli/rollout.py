@@ -1,6 +1,7 @@
-"""`treepo rollout`: sample trees for a file of prompts, without training."""
+"""`treepo rollout`: samples trees for a file of prompts, without training."""
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,16 +20,20 @@ def rollout(
     from treepo.config.rollout import RolloutConfig
 
     rollout_config = load_as(RolloutConfig, config, overrides or [])
-    from treepo.preflight.rollout import read_inputs
+    from treepo.preflight.inputs import read_rollout_inputs
 
-    inputs = read_inputs(rollout_config)
+    inputs = read_rollout_inputs(rollout_config)
     show_data([inputs.prompts.report])
+    from treepo.cluster.session import engine_session
     from treepo.display.rollout import RolloutDisplay, show_rollout
     from treepo.rollout.sample_file import rollout as run
+    from treepo.rollout.stopping import StopRule
 
+    stop_rule = StopRule(rollout_config.sampling, inputs.tokenizer.decode)
     try:
         with RolloutDisplay(output, f"{config} -> {rollout_config.out}") as display:
-            summary = asyncio.run(run(rollout_config, inputs, display))
+            start = partial(engine_session, rollout_config, stop_rule)
+            summary = asyncio.run(run(rollout_config, inputs, display, start))
     except KeyboardInterrupt:
         errors.print(
             f"Interrupted. What was started has ended; the trees so far are in {rollout_config.out}/"

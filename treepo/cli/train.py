@@ -1,6 +1,7 @@
-"""`treepo train`: one training run on this machine or on the Ray cluster that RAY_ADDRESS names."""
+"""`treepo train`: a training run on this machine, or on the Ray cluster that RAY_ADDRESS names."""
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,16 +19,16 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the newest checkpoint in the run folder; where there is none, begin.",
+            help="Continue from the newest checkpoint in the run folder; begin if it has none.",
         ),
     ] = False,
 ) -> None:
-    """Train a model: sample trees, grade them, learn from them, hand the new weights to the sampler."""
+    """Train a model: sample trees, grade them, learn from them, give the engines the new weights."""
     run_config = load_config(config, overrides or [])
     from treepo.display.train import TrainDisplay, show_resume, show_summary
-    from treepo.preflight.train import read_inputs
+    from treepo.preflight.inputs import read_train_inputs
 
-    inputs = read_inputs(run_config)
+    inputs = read_train_inputs(run_config)
     show_data(inputs.reports)
     from treepo.training.checkpoints import newest
     from treepo.training.resume import find_resume
@@ -35,14 +36,18 @@ def train(
     origin = find_resume(run_config, inputs) if resume else None
     if resume:
         show_resume(output, origin, run_config.out)
+    from treepo.cluster.session import training_session
+    from treepo.rollout.stopping import StopRule
     from treepo.training.train import train as run
 
+    stop_rule = StopRule(run_config.sampling, inputs.tokenizer.decode)
     try:
         with TrainDisplay(output, f"{config} -> {run_config.out}", run_config.steps) as display:
-            summary = asyncio.run(run(run_config, inputs, display, origin))
+            start = partial(training_session, run_config, stop_rule)
+            summary = asyncio.run(run(run_config, inputs, display, start, origin))
     except KeyboardInterrupt:
         errors.print(f"Interrupted. What was started has ended; what was written is in {run_config.out}/")
         if (last := newest(run_config.out)) is not None:
-            errors.print(f"--resume goes on from step {last[1].step}")
+            errors.print(f"--resume goes on from step {last[1].steps_done}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_summary(output, summary, run_config.out)

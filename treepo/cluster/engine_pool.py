@@ -1,110 +1,72 @@
-"""All engines of a run, and what holds for them together: who serves, and how many more may be started."""
+"""The engines of a command: the pool starts, watches, restarts and updates them.
+
+A lost engine's process is ended, another one is started beside whatever else goes on, given the current
+weights, and put back to work. `engine.max_restarts` bounds the restarts of a run.
+"""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from treepo.cluster.supervised_engine import EngineProcess, State, SupervisedEngine
+from treepo.cluster.pooled_engine import EngineProcess, PooledEngine, State
 from treepo.config.engine import EngineConfig
-from treepo.errors import DeadEngineError, EngineError, NoEngineError
+from treepo.errors import DeadEngineError, EngineError, ModelError, NoEngineError
+from treepo.weight_sync.transaction import WeightSender, update_weights
 
 _log = logging.getLogger(__name__)
 
 
-class Fleet[P: EngineProcess]:
-    """Made on a running loop; returns at once, `ready` waits for the models to be loaded.
+class EnginePool[P: EngineProcess]:
+    """Implements `treepo.protocols.EnginePool` with engines that serve the model folder's weights.
 
+    Construct it on a running loop: construction starts the processes, `ready` waits for their models.
     launch: starts the process of the engine with an index, and returns at once.
-    capacity: KV tokens of each engine, once `ready`.
-    weights: to be held from the first change of the trainer's weights until the engines serve the new ones;
-        a restarted engine is given weights, and admitted, only while nobody else holds it.
-    restore: gives one process the weights that the others serve; None where those are the model folder's.
-    shares_device: whether the trainer uses the same memory; a successor is then started while the weights
-        rest too, for it would take what the trainer needs.
     """
 
-    def __init__(self, launch: Callable[[int], P], config: EngineConfig, shares_device: bool = False) -> None:
-        self.shares_device = shares_device
-        self.capacity: list[int] | None = None
-        self.weights = asyncio.Lock()
-        self.restore: Callable[[P], Awaitable[object]] | None = None
+    def __init__(self, launch: Callable[[int], P], config: EngineConfig) -> None:
         self.restarts = 0
+        self.kv_tokens: list[int] = []
         self._config = config
         self._changed = asyncio.Event()
         self._supervisors: list[asyncio.Task[None]] = []
         self._fault: BaseException | None = None
         self.engines = [
-            SupervisedEngine(self, partial(launch, index), config.health_seconds)
-            for index in range(config.count)
+            PooledEngine(partial(launch, index), self, config.health_seconds) for index in range(config.count)
         ]
 
     async def ready(self) -> None:
-        """Raises EngineError where an engine has not started by `engine.start_seconds`."""
-        self.capacity = await asyncio.gather(*(self.start(engine.process) for engine in self.engines))
+        """Wait until all engines serve. Raises EngineError if one does not by `engine.start_seconds`."""
+        self.kv_tokens = await asyncio.gather(*(self._start(engine.process) for engine in self.engines))
         for engine in self.engines:
             engine.serve()
-            supervisor = asyncio.create_task(engine.supervise())
+            supervisor = asyncio.create_task(self._supervise(engine))
             supervisor.add_done_callback(self._supervisor_done)
             self._supervisors.append(supervisor)
 
-    def serving(self) -> list[SupervisedEngine[P]]:
-        return [engine for engine in self.engines if engine.state is State.SERVING]
-
-    async def call(self, method: str, *arguments: object) -> list[Any]:
-        """The same call on every engine that serves, at the same time."""
-        return await asyncio.gather(*(engine.call(method, *arguments) for engine in self.serving()))
-
-    @asynccontextmanager
-    async def resting(self) -> AsyncIterator[None]:
-        """While the trainer computes: no restarted engine is given weights. Where devices are shared, the
-        engines' memory is the trainer's meanwhile; their weights' part is to be restored before an update.
-        """
-        async with self.weights:
-            if self.shares_device:
-                await self._each("release_memory")
-            yield
-            await self.restore_memory("cache")
-
-    async def restore_memory(self, part: Literal["weights", "cache"]) -> None:
-        """Of every engine that serves; nothing is to be done where devices are not shared."""
-        if self.shares_device:
-            await self._each("restore_memory", part)
-
-    async def _each(self, method: str, *arguments: object) -> None:
-        """Call every engine that serves; one that fails is replaced."""
-        engines = self.serving()
-        calls = (engine.call(method, *arguments) for engine in engines)
-        for engine, outcome in zip(
-            engines, await asyncio.gather(*calls, return_exceptions=True), strict=True
-        ):
-            if isinstance(outcome, EngineError):
-                engine.fail(str(outcome))
-            elif isinstance(outcome, BaseException):
-                raise outcome
-
     async def close(self) -> None:
-        """End the engines and the processes that they started."""
+        """End the engines and every process that they started."""
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         await asyncio.gather(*(engine.process.end() for engine in self.engines))
 
-    async def start(self, process: P) -> int:
-        """Its KV tokens. Raises EngineError at the deadline."""
-        seconds = self._config.start_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                return await process.start()
-        except TimeoutError:
-            raise EngineError(f"{process.name} has not started after {seconds:g} s") from None
+    def serving(self) -> list[PooledEngine[P]]:
+        return [engine for engine in self.engines if engine.state is State.SERVING]
 
-    async def until_serving(self, engine: SupervisedEngine[P]) -> None:
-        """Raises DeadEngineError as soon as another engine serves: what was asked can be asked there.
+    def state_changed(self) -> None:
+        """Wake the requests that wait for an engine."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-        Raises NoEngineError where every engine is given up.
+    def updating(self) -> bool:
+        return False
+
+    async def wait_to_serve(self, engine: PooledEngine[P]) -> None:
+        """Return when `engine` serves. Raises DeadEngineError as soon as another engine does: the request can
+        be repeated there. Raises NoEngineError if every engine is given up.
         """
         seconds = self._config.start_seconds
         try:
@@ -113,32 +75,140 @@ class Fleet[P: EngineProcess]:
                     if self._fault is not None:
                         raise self._fault
                     if self.serving():
-                        raise DeadEngineError(f"{engine.name} is {engine.state.value}: {engine.reason}")
+                        raise DeadEngineError(f"{engine.name} is {engine.status}")
                     if all(other.state is State.GIVEN_UP for other in self.engines):
-                        raise NoEngineError(f"no engine is left: {self._reasons()}")
+                        raise NoEngineError(f"no engine is left: {self._statuses()}")
                     await self._changed.wait()
         except TimeoutError:
-            raise EngineError(f"no engine serves after {seconds:g} s: {self._reasons()}") from None
+            raise EngineError(f"no engine serves after {seconds:g} s: {self._statuses()}") from None
 
-    def take_restart(self) -> bool:
-        """Whether one more restart is allowed in this run; counts it."""
-        most = self._config.max_restarts
-        if self.restarts == most:
-            _log.error("engine.max_restarts = %d restarts are used up", most)
-            return False
-        self.restarts += 1
-        return True
+    async def _start(self, process: P) -> int:
+        """Wait for the model; returns the KV tokens. Raises EngineError at the deadline."""
+        seconds = self._config.start_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await process.start()
+        except TimeoutError:
+            raise EngineError(f"{process.name} has not started after {seconds:g} s") from None
 
-    def changed(self) -> None:
-        """Some engine is in another state: whoever waits for one looks again."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+    async def _supervise(self, engine: PooledEngine[P]) -> None:
+        """Restart the engine whenever it is lost; return when it is given up."""
+        while True:
+            await engine.watch()
+            await engine.process.end()
+            if self.restarts == self._config.max_restarts:
+                _log.error("engine.max_restarts = %d restarts are used up", self.restarts)
+                engine.give_up()
+                _log.error("%s is given up: %s", engine.name, engine.reason)
+                return
+            self.restarts += 1
+            _log.warning("%s is restarted: %s", engine.name, engine.reason)
+            try:
+                await self._restart(engine)
+            except (EngineError, ModelError) as error:
+                engine.lose(str(error))
+            else:
+                _log.warning("%s serves again", engine.name)
 
-    def _reasons(self) -> str:
-        return "; ".join(f"{engine.name} is {engine.state.value}: {engine.reason}" for engine in self.engines)
+    async def _restart(self, engine: PooledEngine[P]) -> None:
+        engine.replace_process()
+        await self._start(engine.process)
+        engine.serve()
+
+    def _statuses(self) -> str:
+        return "; ".join(f"{engine.name} is {engine.status}" for engine in self.engines)
 
     def _supervisor_done(self, supervisor: asyncio.Task[None]) -> None:
-        """A fault in the supervision itself, or in what restores the weights, ends whatever waits for it."""
+        """Pass a fault of the supervision, or of the trainer in a restart's update, to waiting requests."""
         if not supervisor.cancelled() and (fault := supervisor.exception()) is not None:
             self._fault = fault
-            self.changed()
+            self.state_changed()
+
+
+class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
+    """Implements `treepo.protocols.TrainingEnginePool`.
+
+    shares_devices: whether the trainer uses the engines' devices. Then their memory is in turn the engines'
+    and the trainer's, and an engine is restarted only while it is the engines'.
+    """
+
+    def __init__(
+        self, launch: Callable[[int], P], config: EngineConfig, trainer: WeightSender, shares_devices: bool
+    ) -> None:
+        super().__init__(launch, config)
+        self._trainer = trainer
+        self._shares_devices = shares_devices
+        # Held from the first change of the trainer's weights until the engines serve the new ones, and while
+        # a restarted engine takes weights.
+        self._weights = asyncio.Lock()
+        self._version = 0  # the model folder's
+        self._weights_offloaded = False
+
+    def updating(self) -> bool:
+        return self._weights.locked()
+
+    @asynccontextmanager
+    async def offloaded(self) -> AsyncIterator[None]:
+        """Let the trainer compute and change its weights while the body runs."""
+        async with self._weights:
+            if self._shares_devices:
+                await self._each(lambda engine: engine.offload())
+                self._weights_offloaded = True
+            yield
+            await self._reload_weights()
+            if self._shares_devices:
+                await self._each(lambda engine: engine.reload("cache"))
+
+    async def sync_weights(self, version: int) -> None:
+        """Make every serving engine serve the trainer's weights as `version`; replace those that fail.
+
+        If none serves, or none takes the weights, the restarted engines will. Raises what the trainer raises.
+        """
+        assert self._weights.locked()
+        await self._reload_weights()
+        for engine, reason in (await self._failed_updates(version)).items():
+            engine.fail(reason)
+        self._version = version
+        if self._shares_devices:
+            await self._trainer.release_cache()
+
+    async def _failed_updates(self, version: int) -> dict[PooledEngine[P], str]:
+        engines = self.serving()
+        if not engines:
+            return {}
+        try:
+            return await update_weights(self._trainer, engines, version, self._config.update_seconds)
+        except EngineError as error:
+            return dict.fromkeys(engines, str(error))
+
+    async def _restart(self, engine: PooledEngine[P]) -> None:
+        async with AsyncExitStack() as stack:
+            if self._shares_devices:  # else a model loads while the trainer works
+                await stack.enter_async_context(self._weights)
+            engine.replace_process()
+            await self._start(engine.process)
+            if not self._shares_devices:
+                await stack.enter_async_context(self._weights)
+            if self._version > 0:
+                seconds = self._config.update_seconds
+                await update_weights(self._trainer, [engine.process], self._version, seconds)
+                if self._shares_devices:
+                    await self._trainer.release_cache()
+            engine.serve()
+
+    async def _reload_weights(self) -> None:
+        """Take back the memory of the engines' weights, if the trainer has it."""
+        if self._weights_offloaded:
+            await self._trainer.release_cache()
+            await self._each(lambda engine: engine.reload("weights"))
+            self._weights_offloaded = False
+
+    async def _each(self, call: Callable[[PooledEngine[P]], Coroutine[Any, Any, None]]) -> None:
+        """Call every serving engine; replace those that fail."""
+        engines = self.serving()
+        outcomes = await asyncio.gather(*map(call, engines), return_exceptions=True)
+        for engine, outcome in zip(engines, outcomes, strict=True):
+            if isinstance(outcome, EngineError):
+                engine.fail(str(outcome))
+            elif isinstance(outcome, BaseException):
+                raise outcome

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,23 +12,23 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
-from treepo.cluster.engine_pool import Fleet
-from treepo.cluster.network import use_interface_of_node
-from treepo.cluster.remote_sink import RemoteSink
-from treepo.cluster.reservation import engines_alone
+from treepo.cluster.pooled_engine import Memory
+from treepo.cluster.ray_actor import own_error, use_interface_of_node
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
 from treepo.errors import DeadEngineError, TreepoError
+from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout.stopping import StopRule
+from treepo.weight_sync.wire import Address, Bucket, Manifest
 
 _log = logging.getLogger(__name__)
-_CONCURRENT_REQUESTS = 100_000  # the driver bounds what is in flight; Ray should not
+_CONCURRENT_REQUESTS = 100_000  # the driver bounds the requests in flight; Ray should not
 _END_SECONDS = 30  # for an engine to end its processes; then its actor is killed, and they end with it
 
 
 class HostedEngine(SGLangEngine):
-    """An engine that says why it did not start when it is asked: of an actor whose constructor fails, Ray
-    keeps a traceback and not the error.
+    """The engine in its actor. If it does not start, `capacity` raises the reason: Ray keeps only a traceback
+    of a constructor that fails.
     """
 
     def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
@@ -39,7 +40,7 @@ class HostedEngine(SGLangEngine):
             self._failure = error
 
     def capacity(self) -> int:
-        """Tokens in the KV cache. Raises what ended the start."""
+        """Tokens in the KV cache. Raises the error that ended the start."""
         if self._failure is not None:
             raise self._failure
         return super().capacity()
@@ -50,7 +51,7 @@ class HostedEngine(SGLangEngine):
 
 
 class ServingConfig(Protocol):
-    """The parts of a command's configuration that engines need."""
+    """The parts of a command's configuration that its engines need."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -60,8 +61,37 @@ class ServingConfig(Protocol):
     def seed(self) -> int: ...
 
 
-class RemoteEngine:
-    """An engine behind a Ray actor; what goes wrong there is an EngineError here. ranks: tensor-parallel."""
+@dataclass(frozen=True, slots=True)
+class EngineLauncher:
+    """Starts the actor of the engine with an index.
+
+    options: Ray's options for each engine's actor. shares_devices: whether the trainer uses the same devices.
+    """
+
+    config: ServingConfig
+    stop_rule: StopRule
+    options: Sequence[dict[str, Any]]
+    shares_devices: bool
+
+    def __call__(self, index: int) -> "RayEngine":
+        config = self.config
+        remote: Any = ray.remote(HostedEngine)
+        actor = remote.options(max_concurrency=_CONCURRENT_REQUESTS, **self.options[index]).remote(
+            config.model.path.resolve(),
+            config.model.dtype,
+            config.engine,
+            seed=config.seed + index,
+            stop_rule=self.stop_rule,
+            shares_device=self.shares_devices,
+        )
+        return RayEngine(f"engine {index}", actor, config.engine.tensor)
+
+
+class RayEngine:
+    """Implements `treepo.cluster.pooled_engine.EngineProcess` with an actor of `HostedEngine`.
+
+    ranks: tensor-parallel ranks. A TreepoError raised in the actor arrives with the engine's name.
+    """
 
     def __init__(self, name: str, actor: Any, ranks: int) -> None:
         self.name = name
@@ -69,74 +99,88 @@ class RemoteEngine:
         self._ranks = ranks
 
     async def start(self) -> int:
-        """Wait until the model is loaded; returns the tokens that the KV cache holds."""
-        return await self.call("capacity")
+        return await self._answer(self.actor.capacity)
 
-    def sink(self) -> RemoteSink:
-        """The same engine for the trainer's side of a weight update."""
-        return RemoteSink(self.name, self.actor._actor_id.hex(), self._ranks, self.actor)
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        return await self._answer(self.actor.generate, request)
 
-    async def call(self, method: str, *arguments: object) -> Any:
-        """The result of the actor's `method`; cancelled there when it is cancelled here."""
-        reference = getattr(self.actor, method).remote(*arguments)
-        try:
-            return await reference
-        except asyncio.CancelledError:
-            ray.cancel(reference)
-            raise
-        except RayTaskError as error:
-            if isinstance(error.cause, TreepoError):
-                raise type(error.cause)(f"{self.name}: {error.cause}") from None
-            raise
-        except RayActorError as error:
-            raise DeadEngineError(f"{self.name} died: {' '.join(str(error).split())}") from error
+    async def health_check(self) -> None:
+        await self._answer(self.actor.health_check)
+
+    async def wait_for_death(self) -> str:
+        return await self._answer(self.actor.died)
+
+    async def begin(self, version: int, manifest: Manifest) -> None:
+        await self._answer(self.actor.begin, version, manifest)
+
+    async def commit(self) -> None:
+        await self._answer(self.actor.commit)
+
+    async def abort(self, reason: str) -> None:
+        await self._answer(self.actor.abort, reason)
+
+    async def offload(self) -> None:
+        await self._answer(self.actor.offload)
+
+    async def reload(self, memory: Memory) -> None:
+        await self._answer(self.actor.reload, memory)
+
+    def sink(self) -> "RaySink":
+        return RaySink(self.name, self.actor._actor_id.hex(), self._ranks, self.actor)
 
     async def end(self) -> None:
-        """End SGLang's processes, then the actor, which takes with it what is left of them."""
+        """End SGLang's processes, then the actor; processes that are left end with it."""
         try:
             async with asyncio.timeout(_END_SECONDS):
-                await self.call("close")
+                await self._answer(self.actor.close)
         except DeadEngineError:
-            pass  # the actor is what has died
+            pass  # the actor itself has died
         except (TimeoutError, RayTaskError) as error:
             _log.warning("%s did not close and is killed: %r", self.name, error)
         finally:
             ray.kill(self.actor)
 
-
-class EnginePool(Fleet[RemoteEngine]):
-    """All engines of a run. Construction returns at once; `ready` waits for the models to be loaded.
-
-    seats: Ray's options for each engine's actor; None where nothing trains beside the engines. shares_device:
-    whether the trainer uses the same devices.
-    """
-
-    def __init__(
-        self,
-        config: ServingConfig,
-        stop_rule: StopRule,
-        seats: Sequence[dict[str, Any]] | None = None,
-        shares_device: bool = False,
-    ) -> None:
-        seats = engines_alone(config.engine) if seats is None else seats
-        launch = partial(_launch, config, stop_rule, seats, shares_device)
-        super().__init__(launch, config.engine, shares_device)
+    async def _answer(self, method: Any, *arguments: object) -> Any:
+        """The result of the actor's method, which is cancelled there if it is cancelled here."""
+        reference = method.remote(*arguments)
+        try:
+            return await reference
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
+        except (RayTaskError, RayActorError) as error:
+            own = own_error(error, DeadEngineError)
+            if isinstance(own, TreepoError):
+                raise type(own)(f"{self.name}: {own}") from None
+            raise
 
 
-def _launch(
-    config: ServingConfig,
-    stop_rule: StopRule,
-    seats: Sequence[dict[str, Any]],
-    shares_device: bool,
-    index: int,
-) -> RemoteEngine:
-    remote = ray.remote(HostedEngine).options(max_concurrency=_CONCURRENT_REQUESTS, **seats[index])
-    actor = remote.remote(
-        config.model.path.resolve(),
-        config.model.dtype,
-        config.engine,
-        seed=config.seed + index,
-        stop_rule=stop_rule,
-        shares_device=shares_device,
-    )
-    return RemoteEngine(f"engine {index}", actor, config.engine.tensor)
+@dataclass(frozen=True, slots=True)
+class RaySink:
+    """Implements `treepo.weight_sync.send.WeightSink` for the same actor; pickled to trainer rank 0."""
+
+    name: str
+    key: str
+    ranks: int
+    actor: Any
+
+    def join(self, address: Address) -> "Future[None]":
+        return _withown_errors(self.actor.join.remote(address).future())
+
+    def load(self, bucket: Bucket) -> "Future[None]":
+        return _withown_errors(self.actor.load.remote(bucket).future())
+
+
+def _withown_errors(call: "Future[None]") -> "Future[None]":
+    """The same result, with this project's errors instead of Ray's."""
+    result: Future[None] = Future()
+
+    def done(call: "Future[None]") -> None:
+        error = call.exception()
+        if error is None:
+            result.set_result(None)
+        else:
+            result.set_exception(own_error(error, DeadEngineError))
+
+    call.add_done_callback(done)
+    return result

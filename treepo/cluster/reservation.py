@@ -1,4 +1,4 @@
-"""A run's devices, reserved in Ray as `treepo.cluster.placement` plans them."""
+"""Reserves a run's devices in Ray, as `treepo.cluster.placement` places them."""
 
 import asyncio
 import logging
@@ -11,35 +11,36 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
-from treepo.cluster.ray_session import actor_environment
+from treepo.cluster.ray_actor import actor_environment
 from treepo.config.engine import EngineConfig
-from treepo.config.trainer import ParallelConfig
 from treepo.errors import PlacementError
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Seats:
-    """Ray's options for the actor of each trainer rank and each engine.
+class Reservation:
+    """Where the actors of a run go: Ray's options for each trainer rank's and each engine's actor.
 
-    shared: whether engines use the trainer's devices; then `for_engines` must know which these are.
-    one_machine: whether every engine is on the node of the trainer's rank 0.
+    shares_devices: whether the engines use the trainer's devices. one_machine: whether every engine is on the
+    node of trainer rank 0. tensor: ranks of one engine.
     """
 
-    shared: bool
+    shares_devices: bool
     one_machine: bool
     ranks: tuple[dict[str, Any], ...]
     engines: tuple[dict[str, Any], ...]
     tensor: int
 
-    def for_engines(self, devices: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks.
+    def engine_options(self, devices: Sequence[str]) -> list[dict[str, Any]]:
+        """`engines`, each told its devices if they are the trainer's.
 
-        Ray gives a GPU to the rank alone, for an actor can have a part of one GPU but not of several; so
-        the engine is told by name. SGLang numbers what it sees from 0.
+        devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks; used only if the
+        devices are shared. Ray gives a GPU to its rank alone, because an actor can have a part of one GPU but
+        not of several; so CUDA_VISIBLE_DEVICES names the engine's GPUs. SGLang numbers the GPUs it sees from
+        0.
         """
-        if not self.shared:
+        if not self.shares_devices:
             return list(self.engines)
         shares = [devices[i * self.tensor : (i + 1) * self.tensor] for i in range(len(self.engines))]
         return [
@@ -49,7 +50,7 @@ class Seats:
 
 
 def cluster_nodes() -> list[Node]:
-    """Nodes that are alive, with all that they have."""
+    """The cluster's living nodes with their total resources, free or not."""
     return [
         Node(
             node["NodeID"],
@@ -62,15 +63,17 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-async def reserve(layout: Layout, seconds: float) -> Seats:
-    """Raises PlacementError where the cluster cannot hold the layout, at once, and where others still hold
-    what it needs after `seconds`. The reservation ends with the Ray session.
+async def reserve(layout: Layout, seconds: float) -> Reservation:
+    """Hold the resources of the layout until the Ray session ends.
+
+    Raises PlacementError at once if the cluster cannot hold the layout, and after `seconds` if others still
+    use the resources.
     """
     nodes = cluster_nodes()
     placed = plan(layout, nodes)
     bundles = [bundle for bundle, _ in placed]
     for bundle, node in placed:
-        _log.info("%s: %s", node.name, _inhabitants(bundle))
+        _log.info("%s: %s", node.name, _members(bundle))
     group = placement_group(
         [_resources(bundle) for bundle in bundles],
         bundle_label_selector=[{"ray.io/node-id": node.id} for _, node in placed],
@@ -85,38 +88,30 @@ async def reserve(layout: Layout, seconds: float) -> Seats:
     ranks: list[dict[str, Any]] = [{}] * layout.ranks
     engines: list[dict[str, Any]] = [{}] * layout.engines
     for index, bundle in enumerate(bundles):
-        place = {
+        options = {
             "num_cpus": 1,
             "runtime_env": actor_environment(),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index),
         }
         for rank in bundle.ranks:
-            ranks[rank] = place | {"num_gpus": 1 if bundle.gpus else 0}
+            ranks[rank] = options | {"num_gpus": 1 if bundle.gpus else 0}
         for engine in bundle.engines:
-            engines[engine] = place | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
-    return Seats(shared, on_one_machine(placed), tuple(ranks), tuple(engines), layout.tensor)
+            engines[engine] = options | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
+    return Reservation(shared, on_one_machine(placed), tuple(ranks), tuple(engines), layout.tensor)
 
 
-def engines_alone(config: EngineConfig) -> list[dict[str, Any]]:
-    """Ray's options of engines beside which nothing trains: Ray places them, nothing is reserved.
+def unreserved_engines(config: EngineConfig) -> list[dict[str, Any]]:
+    """Ray's options for engines without a trainer: nothing is reserved, and Ray chooses their nodes.
 
-    Raises PlacementError where the cluster cannot hold them.
+    Raises PlacementError if the cluster cannot hold them.
     """
     bundles = plan(Layout("split", 0, 1, config.count, config.tensor), cluster_nodes())
-    return [_unreserved(bundle.gpus) for bundle, _ in bundles]
+    return [
+        {"num_cpus": 1, "num_gpus": bundle.gpus, "runtime_env": actor_environment()} for bundle, _ in bundles
+    ]
 
 
-def trainer_alone(parallel: ParallelConfig) -> list[dict[str, Any]]:
-    """The same for trainer ranks."""
-    bundles = plan(Layout("split", parallel.ranks, parallel.tensor, 0, 1), cluster_nodes())
-    return [_unreserved(min(bundle.gpus, 1)) for bundle, _ in bundles for _ in bundle.ranks]
-
-
-def _unreserved(gpus: int) -> dict[str, Any]:
-    return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": actor_environment()}
-
-
-def _inhabitants(bundle: Bundle) -> str:
+def _members(bundle: Bundle) -> str:
     lists = (("trainer ranks", bundle.ranks), ("engines", bundle.engines))
     return "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in lists if numbers)
 

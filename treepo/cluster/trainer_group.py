@@ -1,42 +1,44 @@
-"""The Megatron-Core actor as Ray actors: one process a rank, every call made on all of them at once."""
+"""The Megatron-Core trainer as Ray actors: one process for each rank, and every call made on all of them."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from treepo.cluster.network import use_interface_of_node
-from treepo.cluster.remote_sink import RemoteSink
-from treepo.cluster.reservation import trainer_alone
+from treepo.cluster.ray_actor import own_error, use_interface_of_node
 from treepo.config.run import RunConfig
-from treepo.errors import TrainerError, TreepoError
+from treepo.errors import TrainerError
 from treepo.learning.packing import Pack
-from treepo.weight_sync.open import open_sender
-from treepo.weight_sync.send import Outcome, WeightStream
+from treepo.protocols import BatchResult, MiniBatch
+from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
 from treepo.weight_sync.wire import Manifest
 
-_DEATH_SECONDS = 2.0  # from the first failure to the moment at which we know who died
+_DEATH_SECONDS = 2.0  # from the first failure until every rank that died is known to be dead
+
+Method = Literal[
+    "log_probs", "train_batch", "save", "finish_save", "load", "export", "manifest", "release_cache"
+]
+"""The methods of `megatron_bridge.trainer.MegatronTrainer` that `TrainerRank.call` reaches."""
 
 
 class TrainerRank:
-    """One rank in its own process. Rank 0 opens the store at which the others meet.
+    """One rank, in a process of its own. Rank 0 opens the rendezvous of all ranks.
 
-    Megatron-Core is imported by the ranks only: the driver starts seconds sooner without it. Ranks end with
-    their processes, which are Ray's to end.
+    Only the ranks import Megatron-Core, which takes seconds. Ray ends the processes.
     """
 
     def device(self) -> str:
-        """What Ray calls this rank's GPU on its node."""
+        """Return Ray's name of this rank's GPU on its node."""
         (device,) = ray.get_gpu_ids()
         return str(device)
 
     def open_store(self) -> tuple[str, int]:
-        """Host and port of the rendezvous, on a port that was free."""
+        """Open the rendezvous on a free port; return its host and port."""
         from megatron_bridge.trainer import create_store
 
         host = ray.util.get_node_ip_address()
@@ -62,20 +64,12 @@ class TrainerRank:
             store=self._store,
         )
 
-    def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
-        return self._trainer.log_probs(packs, temperature)
+    def call(self, method: Method, *arguments: object) -> Any:
+        """Call a method of the trainer; `TrainerGroup` has their types."""
+        return getattr(self._trainer, method)(*arguments)
 
-    def reference_log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
-        return self._trainer.reference_log_probs(packs, temperature)
-
-    def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
-        return self._trainer.train_step(packs, temperature, denominator)
-
-    def manifest(self) -> Manifest:
-        return self._trainer.manifest()
-
-    def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome | None:
-        """Stream the weights to the engines from rank 0; the others take part in gathering only."""
+    def send_weights(self, version: int, manifest: Manifest, sinks: Sequence[WeightSink]) -> Outcome | None:
+        """Stream the weights to the engines from rank 0; the other ranks only gather, and return None."""
         if self._rank > 0:
             for _ in self._trainer.tensors():
                 pass
@@ -84,110 +78,108 @@ class TrainerRank:
             weights, seconds = self._config.weights, self._config.engine.update_seconds
             sender = open_sender(weights, self._config.out, ray.util.get_node_ip_address(), seconds)
             self._stream = WeightStream(sender, weights.bucket_mb << 20, seconds)
-        return self._stream.send(self._trainer.tensors(), self._trainer.manifest(), version, sinks)
-
-    def release_cache(self) -> None:
-        self._trainer.release_cache()
-
-    def export(self, folder: Path) -> None:
-        self._trainer.export(folder)
-
-    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
-        self._trainer.save(folder, run)
-
-    def finish_save(self) -> None:
-        self._trainer.finish_save()
-
-    def load(self, folder: Path) -> None:
-        self._trainer.load(folder)
+        return self._stream.send(self._trainer.tensors(), manifest, version, sinks)
 
 
 class TrainerGroup:
-    """All trainer ranks. Construction returns at once; `ready` builds the model on them.
+    """All trainer ranks: `treepo.protocols.Trainer`, and the weight sender of the engine pool.
 
-    Ranks are numbered by Megatron's order: tensor parallel fastest, then data, then pipeline; packs go to
-    a rank by its data-parallel index. seats: Ray's options for each rank's actor; None where nothing was
-    reserved.
+    Construction returns at once; `ready` builds the model. Ranks are numbered in Megatron's order: tensor
+    parallel fastest, then data, then pipeline. options: Ray's options for each rank's actor.
     """
 
-    def __init__(self, config: RunConfig, seats: Sequence[dict[str, Any]] | None = None) -> None:
+    def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]]) -> None:
         parallel = config.trainer.parallel
         self._config = config
         self._tensor, self._replicas = parallel.tensor, parallel.data
-        seats = trainer_alone(parallel) if seats is None else seats
+        self._manifest: Manifest = ()
         remote: Any = ray.remote(TrainerRank)
-        self._ranks: list[Any] = [remote.options(**seat).remote() for seat in seats]
+        self._ranks: list[Any] = [remote.options(**of_rank).remote() for of_rank in options]
 
     async def ready(self) -> None:
+        """Build the model on all ranks. Raises ConfigError or ModelError."""
         world_size = len(self._ranks)
         host, port = await self._ranks[0].open_store.remote()
-        await asyncio.gather(
-            *(
+        await self._gather(
+            [
                 actor.build.remote(self._config, rank, world_size, host, port)
                 for rank, actor in enumerate(self._ranks)
-            )
+            ]
         )
 
     async def devices(self) -> list[str]:
-        """The GPU of every rank, as Ray numbers those of its node."""
-        return await self._call("device")
+        """The GPU of every rank, as Ray numbers the GPUs of its node."""
+        return await self._gather([rank.device.remote() for rank in self._ranks])
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
-        """For every replica's packs: float32 [T], each token's log-prob given its path."""
-        return await self._score("log_probs", packs, temperature)
+        """Compute each token's log-prob given its path, for every replica's packs: float32 [T].
 
-    async def reference_log_probs(
-        self, packs: Sequence[Sequence[Pack]], temperature: float
-    ) -> list[list[np.ndarray]]:
-        """The same under the weights that training began with."""
-        return await self._score("reference_log_probs", packs, temperature)
+        Engines that share the devices keep their memory meanwhile, so the cache is released afterwards.
+        """
+        results = await self._call_by_replica("log_probs", packs, temperature)
+        await self.release_cache()
+        return [results[replica * self._tensor] for replica in range(self._replicas)]
 
-    async def train_step(
-        self, packs: Sequence[Sequence[Pack]], temperature: float, denominator: float
-    ) -> dict[str, float]:
-        """One optimizer step; `denominator` divides the loss that is summed over all replicas' packs."""
-        return (await self._call_by_replica("train_step", packs, temperature, denominator))[0]
+    async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
+        """Take one optimizer step for each mini-batch. The packs are sent to their replica's ranks once."""
+        shares = [
+            [(mini_batch.packs[replica], mini_batch.denominator) for mini_batch in mini_batches]
+            for replica in range(self._replicas)
+        ]
+        return (await self._call_by_replica("train_batch", shares, temperature))[0]
 
     async def manifest(self) -> Manifest:
-        """All tensors of the model, as they are sent."""
-        return await self._ranks[0].manifest.remote()
+        """List all tensors of the model, in the order in which they are sent; it never changes."""
+        if not self._manifest:
+            self._manifest = (await self._call("manifest"))[0]
+        return self._manifest
 
-    async def send_weights(self, version: int, sinks: Sequence[RemoteSink]) -> Outcome:
-        """Every tensor to every engine, all of which have begun an update to `version`."""
-        return (await self._call("send_weights", version, sinks))[0]
+    async def send_weights(self, version: int, sinks: Sequence[WeightSink]) -> Outcome:
+        """Send every tensor to every engine; all of them have begun an update to `version`."""
+        manifest = await self.manifest()
+        return (
+            await self._gather([rank.send_weights.remote(version, manifest, sinks) for rank in self._ranks])
+        )[0]
 
     async def release_cache(self) -> None:
-        """Device memory that holds nothing any more is free for other processes."""
+        """Return unused device memory to the device, for the other processes on it."""
         await self._call("release_cache")
 
     async def export(self, folder: Path) -> None:
-        """A Hugging Face folder of the current weights. Raises CheckpointError, ModelError."""
+        """Write a Hugging Face folder of the current weights. Raises CheckpointError or ModelError."""
         await self._call("export", folder)
 
     async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Begin a training checkpoint with the run's own `run` in it. Raises CheckpointError."""
+        """Begin a training checkpoint that holds `run` too. Raises CheckpointError."""
         await self._call("save", folder, run)
 
     async def finish_save(self) -> None:
-        """The checkpoint that was begun is there. Raises CheckpointError."""
+        """Wait until the checkpoint that was begun is complete. Raises CheckpointError."""
         await self._call("finish_save")
 
     async def load(self, folder: Path) -> None:
-        """Go on from a training checkpoint, of any layout. Raises ModelError."""
+        """Restore a training checkpoint of any layout. Raises ModelError."""
         await self._call("load", folder)
 
-    async def _score(
-        self, method: str, packs: Sequence[Sequence[Pack]], temperature: float
-    ) -> list[list[np.ndarray]]:
-        results = await self._call_by_replica(method, packs, temperature)
-        return [results[replica * self._tensor] for replica in range(self._replicas)]
+    async def _call(self, method: Method, *arguments: object) -> list[Any]:
+        return await self._gather([rank.call.remote(method, *arguments) for rank in self._ranks])
 
-    async def _call(self, method: str, *arguments: object) -> list[Any]:
-        return await self._gather([getattr(rank, method).remote(*arguments) for rank in self._ranks])
+    async def _call_by_replica(
+        self, method: Method, shares: Sequence[Sequence[object]], *arguments: object
+    ) -> list[Any]:
+        """Call with each replica's share as the first argument; Ray holds it once for all of its ranks."""
+        references = [ray.put(list(share)) for share in shares]
+        return await self._gather(
+            [
+                actor.call.remote(method, references[rank // self._tensor % self._replicas], *arguments)
+                for rank, actor in enumerate(self._ranks)
+            ]
+        )
 
     async def _gather(self, calls: Sequence[Any]) -> list[Any]:
-        """The results of a collective call in the order of ranks. Raises TrainerError where a rank dies, and
-        a rank's TreepoError as what it is: Ray's own would show where it was raised.
+        """Collect the results of a collective call in the order of ranks.
+
+        Raises TrainerError if a rank dies, and a rank's own TreepoError without Ray's traceback.
         """
         try:
             return await asyncio.gather(*calls)
@@ -195,12 +187,10 @@ class TrainerGroup:
             gone = await self._gone(calls)
             if gone:
                 raise TrainerError(f"the trainer lost {', '.join(gone)}") from error
-            if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
-                raise error.cause from None
-            raise
+            raise own_error(error, TrainerError) from None
 
     async def _gone(self, calls: Sequence[Any]) -> list[str]:
-        """Which ranks died: those that waited for them only fail in the collective."""
+        """Find the ranks that died; ranks that waited for them only fail in the collective."""
         ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECONDS, fetch_local=False)
         outcomes = await asyncio.gather(*ended, return_exceptions=True)
         return [
@@ -208,14 +198,3 @@ class TrainerGroup:
             for call, outcome in zip(ended, outcomes, strict=True)
             if isinstance(outcome, RayActorError)
         ]
-
-    async def _call_by_replica(
-        self, method: str, packs: Sequence[Sequence[Pack]], *arguments: object
-    ) -> list[Any]:
-        references = [ray.put(list(of_replica)) for of_replica in packs]
-        return await self._gather(
-            [
-                getattr(actor, method).remote(references[rank // self._tensor % self._replicas], *arguments)
-                for rank, actor in enumerate(self._ranks)
-            ]
-        )

@@ -10,13 +10,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
+from treepo.data.inputs import EvaluationInputs
+from treepo.data.output_folder import CONFIG, LOG, TREES
 from treepo.display.live import LiveDisplay, show_written, value_table
 from treepo.evaluation.folder import PLOT, REPORT, SAMPLES
 from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.results import RESULTS, percent_and_interval, score_columns, score_rows
-from treepo.preflight.evaluate import Inputs
 from treepo.rollout.driver import Stats
-from treepo.training.run_folder import CONFIG, LOG, TREES
 
 _FAILURES = 5  # shown in the table
 
@@ -24,7 +24,7 @@ _FAILURES = 5  # shown in the table
 class EvaluationDisplay(LiveDisplay):
     """The `Reporter` of treepo.evaluation.evaluate; a context manager around the evaluation."""
 
-    def __init__(self, console: Console, title: str, inputs: Inputs) -> None:
+    def __init__(self, console: Console, title: str, inputs: EvaluationInputs) -> None:
         super().__init__(
             console,
             escape(title),

@@ -6,10 +6,10 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
+from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
 from treepo.display.live import LiveDisplay, show_written, value_table
 from treepo.rollout.driver import Stats
 from treepo.rollout.sample_file import Summary
-from treepo.training.run_folder import CONFIG, LOG, SUMMARY, TREES
 
 _FAILURES = 5  # shown in the table
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line a step, a live status below it in a terminal, a table at the end."""
+"""Terminal output of `treepo train` and `treepo toy`: a line for each step, a live status, tables."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
 from treepo.display.live import LiveDisplay, is_live, live_progress, show_written, value_table
 from treepo.toy.make import ToyReport
 from treepo.training.checkpoints import CHECKPOINTS
+from treepo.training.metrics import STEP_PHASES
 from treepo.training.resume import Resume
-from treepo.training.run_folder import CHECKPOINT, CONFIG, LOG, METRICS, SUMMARY, TENSORBOARD, TREES
+from treepo.training.run_folder import CHECKPOINT, METRICS, TENSORBOARD
 
-_PHASES = ("sample", "score", "train", "update")
 _COLUMNS = (
     ("step", 7),
     ("reward", 8),
@@ -24,13 +25,13 @@ _COLUMNS = (
     ("tokens/s", 9),
     ("shared", 8),
     ("log-prob diff", 14),
-    *((phase, 8) for phase in _PHASES),
+    *((phase, max(8, len(phase) + 1)) for phase in STEP_PHASES),
 )
 
 
 @contextmanager
 def toy_progress(console: Console) -> Iterator[Callable[[int, int, float], None]]:
-    """Draws `make_toy`'s progress: a bar in a terminal, a line every 50 steps elsewhere."""
+    """Show the progress of `make_toy`: a bar in a terminal, a line every 50 steps elsewhere."""
     bar = live_progress(
         console,
         TextColumn("supervised warm start"),
@@ -50,7 +51,7 @@ def toy_progress(console: Console) -> Iterator[Callable[[int, int, float], None]
 
 
 def show_toy(console: Console, report: ToyReport) -> None:
-    """What was made, and where it is."""
+    """Show what was made, and where it is."""
     table = Table(title="The toy", title_justify="left", show_header=False, pad_edge=False)
     table.add_row("model", f"{report.model}/  ({report.parameters / 1e6:.1f}M parameters, Qwen2)")
     table.add_row("problems", f"{report.train}, {report.heldout}")
@@ -63,7 +64,7 @@ def show_toy(console: Console, report: ToyReport) -> None:
 
 
 class TrainDisplay(LiveDisplay):
-    """A `Reporter` (treepo.training.clock) that draws; a context manager around the run."""
+    """The `Reporter` of treepo.training.run_state; a context manager around the run."""
 
     def __init__(self, console: Console, title: str, steps: int) -> None:
         super().__init__(
@@ -81,7 +82,7 @@ class TrainDisplay(LiveDisplay):
         self._started = time.perf_counter()
 
     def phase(self, name: str, announce: bool = False) -> None:
-        """`announce` marks a phase that lasts long and comes once: worth a line where nothing is live."""
+        """`announce` marks a long phase that comes once: it gets a line if nothing is live."""
         self.progress.update(self._task, description=name)
         if announce and not self.live:
             self.line(f"{time.perf_counter() - self._started:6.0f} s  {name}")
@@ -97,19 +98,19 @@ class TrainDisplay(LiveDisplay):
             f"{metrics['rollout/tokens_per_second']:.0f}",
             f"{metrics['total_over_unique']:.2f}x",
             f"{metrics['logprob_difference_max']:.1e}",
-            *(f"{metrics[f'seconds/{phase}']:.1f} s" for phase in _PHASES),
+            *(f"{metrics[name]:.1f} s" for name in STEP_PHASES.values()),
         )
         self.line("".join(f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True)))
         self.progress.update(self._task, completed=step)
 
 
 def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
-    """From where the run goes on, and what is other than before."""
+    """Show which checkpoint the run continues from, and which keys changed."""
     if resume is None:
         console.print(f"{out} has no checkpoint: the run begins", highlight=False, soft_wrap=True)
         return
     console.print(
-        f"{resume.checkpoint}: the run goes on after step {resume.state.step}",
+        f"{resume.checkpoint}: the run goes on after step {resume.state.steps_done}",
         highlight=False,
         soft_wrap=True,
     )
@@ -118,7 +119,7 @@ def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
-    """The end of a run: what was learned, what it cost, where it is."""
+    """Show the result of a run: accuracy, cost, files."""
     table = value_table("What the run came to")
     if summary["accuracy_before"] is not None:
         table.add_row("held-out accuracy before", f"{summary['accuracy_before']:.3f}")

@@ -1,23 +1,19 @@
-"""`treepo eval`: sample benchmarks, grade, score. No trainer is built.
+"""`treepo eval`: samples the problems of benchmarks, grades the responses, computes the scores.
 
-All benchmarks are sampled in one stream, so that the end of one does not leave the engines idle. What is
-finished is on disk at once; the same command goes on from it.
+All benchmarks are sampled in one stream, so that the end of one does not leave the engines idle. A finished
+problem is on disk at once, and the same command continues after it.
 """
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sglang_rollout.http_engine import ServerEngine
-from treepo.cluster.ray_engine import EnginePool
-from treepo.cluster.ray_session import gpu_count, ray_session
-from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig, grades_mathematics
-from treepo.config.run import ModelConfig
+from treepo.data.inputs import EvaluationInputs
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.evaluation.folder import PLOT, REPORT, EvaluationFolder, GradedProblem, SessionCost
@@ -25,47 +21,39 @@ from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.report.page import evaluation_page
 from treepo.evaluation.report.plot import accuracy_plot, curve
 from treepo.evaluation.results import RESULTS, results_document
-from treepo.preflight.evaluate import Inputs
-from treepo.protocols import Engine
+from treepo.protocols import EnginePool
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.open import open_rewards
 from treepo.rewards.pool import RewardPool
 from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
 from treepo.rollout.driver import FailedTree, Stats, TreeDriver
-from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
+
+Start = Callable[[], AbstractAsyncContextManager[EnginePool]]
+"""Starts the engines, or connects to a running server; ends what it started on exit."""
 
 
 class Reporter(Protocol):
-    """Whoever shows the evaluation to a person."""
+    """Shows the evaluation to a person."""
 
     def starting(self) -> None:
-        """There is something to sample; the engines start."""
+        """Some problem is not finished; the engines start."""
 
     def sampling(self, problems: int, finished: int) -> None:
-        """The engines are ready; of so many problems so many were finished by an earlier session."""
+        """The engines are ready. finished: problems that an earlier session finished."""
 
     def problem(self, result: ProblemResult | None, stats: Stats, seconds: float) -> None:
-        """A problem is finished, or (None) given up; `stats` since `sampling`, so many seconds ago."""
-
-
-@dataclass(frozen=True, slots=True)
-class _OwnEngines:
-    """What the engine pool wants to know."""
-
-    model: ModelConfig
-    engine: EngineConfig
-    seed: int
+        """A problem is finished, or it failed (None). stats, seconds: since `sampling`."""
 
 
 async def evaluate(
-    config: EvalConfig, inputs: Inputs, reporter: Reporter, *, anew: bool = False
+    config: EvalConfig, inputs: EvaluationInputs, reporter: Reporter, start: Start, *, anew: bool = False
 ) -> dict[str, Any]:
     """Answer every problem that is not finished; write and return the results.
 
-    Everything that is started here is ended here, whatever happens. Raises EngineError where no problem could
-    be finished at all, and RewardError where too many responses could not be graded.
+    anew: set aside what is in the folder. Raises EngineError if no problem could be finished at all, and
+    RewardError if too many responses could not be graded.
     """
     prompts = inputs.prompts
     folder = EvaluationFolder(config, prompts, inputs.model, anew=anew)
@@ -73,7 +61,7 @@ async def evaluate(
         failures: dict[str, str] = {}
         if len(folder.results) < len(prompts):
             reporter.starting()
-            failures = await _sample(config, inputs, folder, reporter)
+            failures = await _sample(config, inputs, folder, reporter, start)
         if not folder.results:
             raise EngineError(f"no problem could be finished; the last: {list(failures.values())[-1]}")
         finished = {
@@ -95,7 +83,7 @@ async def evaluate(
 
 
 def total_cost(spent: Mapping[int, SessionCost], finished: Sequence[ProblemResult]) -> dict[str, float]:
-    """All sessions together. What a killed session had not finished is not in it."""
+    """Cost of all sessions together, without the unfinished problems of a killed session."""
     seconds = sum(session.seconds for session in spent.values())
     decoded = sum(session.decoded_tokens for session in spent.values())
     trajectories = sum(len(problem.verdicts_L) for problem in finished)
@@ -114,13 +102,14 @@ def total_cost(spent: Mapping[int, SessionCost], finished: Sequence[ProblemResul
 
 
 async def _sample(
-    config: EvalConfig, inputs: Inputs, folder: EvaluationFolder, reporter: Reporter
+    config: EvalConfig, inputs: EvaluationInputs, folder: EvaluationFolder, reporter: Reporter, start: Start
 ) -> dict[str, str]:
-    """Sample and grade what is not finished; returns the reasons of what failed."""
+    """Sample and grade the problems that are not finished; return the failures and their reasons."""
     async with AsyncExitStack() as stack:
         rewards = await stack.enter_async_context(open_rewards(config.reward))
-        engines, kv_tokens = await stack.enter_async_context(_engines(config, inputs))
-        driver = TreeDriver(engines, config.sampling, inputs.tokenizer.decode, config.seed, kv_tokens)
+        pool = await stack.enter_async_context(start())
+        decode = inputs.tokenizer.decode
+        driver = TreeDriver(pool.engines, config.sampling, decode, config.seed, pool.kv_tokens)
         session = _Session(
             config,
             inputs,
@@ -128,45 +117,18 @@ async def _sample(
             reporter,
             rewards,
             driver,
-            len(engines),
+            len(pool.engines),
             FailedGrades(config.reward.max_failed_share),
         )
         return await session.run()
 
 
-@asynccontextmanager
-async def _engines(
-    config: EvalConfig, inputs: Inputs
-) -> AsyncIterator[tuple[Sequence[Engine], Sequence[int] | int | None]]:
-    """Engines that are ready, and the tokens that each holds: a server's, or our own."""
-    sampling = config.sampling
-    if config.model.url is not None:
-        looks = sampling.stops.boxed == "end" or sampling.stops.repetition.check != "off"
-        async with ServerEngine(
-            config.model.url,
-            inputs.tokenizer.end_tokens,
-            config.engine.request_seconds,
-            boundaries=looks,
-        ) as server:
-            yield [server], inputs.kv_tokens
-        return
-    assert config.model.path is not None
-    model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
-    async with AsyncExitStack() as stack:
-        stack.enter_context(ray_session(config.engine.count or 1))
-        own = _OwnEngines(model, config.engine.on(gpu_count()), config.seed)
-        pool = EnginePool(own, StopRule(sampling, inputs.tokenizer.decode))
-        stack.push_async_callback(pool.close)
-        await pool.ready()
-        yield pool.engines, pool.capacity
-
-
 @dataclass(slots=True, eq=False)
 class _Session:
-    """The sampling of one process."""
+    """The sampling of one process. engines: how many it uses."""
 
     config: EvalConfig
-    inputs: Inputs
+    inputs: EvaluationInputs
     folder: EvaluationFolder
     reporter: Reporter
     rewards: Rewards
@@ -192,12 +154,12 @@ class _Session:
         return self.failures
 
     def _fail(self, problem: str, reason: str) -> None:
-        """Nothing of the problem is written, so that the next command tries it again."""
+        """Write nothing of the problem, so that the next command tries it again."""
         self.failures[problem] = reason
         self._report(None)
 
     async def _finish(self, tree: Tree, prompt: Prompt, session: int) -> None:
-        """Grade, vote, write."""
+        """Grade the responses, vote, and write the problem."""
         texts = [self.inputs.tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
         grades = await self.rewards.grade(
             [GradeItem(text, prompt.answer, prompt.text, prompt.extra) for text in texts]
@@ -212,7 +174,7 @@ class _Session:
             answers = [grade.answer_text for grade in grades]
             classes = await vote_classes(answers, verdicts, pool_equality(self.rewards))
         else:
-            classes = [NO_VOTE] * len(texts)  # a grader of the user's own extracts no answer
+            classes = [NO_VOTE] * len(texts)  # the user's own grader extracts no answer
         graded = tree.graded([(grade.reward, grade.verdict) for grade in grades])
         answered = GradedProblem(graded, texts, grades, classes)
         self._report(self.folder.write(answered, self._spent(session)))
@@ -234,7 +196,7 @@ class _Session:
         self.reporter.problem(result, self.driver.stats, time.perf_counter() - self.started)
 
 
-def _write(folder: EvaluationFolder, results: dict[str, Any], inputs: Inputs) -> None:
+def _write(folder: EvaluationFolder, results: dict[str, Any], inputs: EvaluationInputs) -> None:
     plot = accuracy_plot([curve(results, str(folder.path))])
     folder.write_file(RESULTS, json.dumps(results, indent=1) + "\n")
     folder.write_file(PLOT, plot)

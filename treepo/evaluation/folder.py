@@ -27,13 +27,13 @@ import orjson
 
 from treepo.config.evaluate import EvalConfig
 from treepo.config.load import load_as
+from treepo.data.output_folder import CONFIG, LOG, TREES, log_to, prepare_folder
 from treepo.data.prompts import Prompt
 from treepo.errors import ConfigError, DataError
 from treepo.evaluation.metrics import ProblemResult
 from treepo.learning.advantage import inverse_branching
 from treepo.learning.forest import Forest
 from treepo.rewards.grade import Grade
-from treepo.training.run_folder import CONFIG, LOG, TREES, log_to, prepare_folder
 from treepo.tree import Tree, from_json, to_json
 
 SAMPLES, REPORT, PLOT = "samples.jsonl", "report.html", "accuracy.svg"

@@ -1,44 +1,42 @@
-"""`treepo rollout`: the sampling half of training, alone. Trees go to disk as they are finished.
+"""`treepo rollout`: samples a tree for every prompt of a file, without grading or training.
 
 config.yaml      the effective configuration, overrides applied
-trees.jsonl      one tree a line (treepo.tree.to_json), with the prompt's gold answer; not graded
-summary.json     what the rollout came to
-log.txt          what it said on the way
+trees.jsonl      one tree a line (treepo.tree.to_json), with the prompt's gold answer; written when finished
+summary.json     totals of the rollout
+log.txt          the log
 """
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, Protocol
 
-from treepo.cluster.ray_engine import EnginePool
-from treepo.cluster.ray_session import ray_session
 from treepo.config.rollout import RolloutConfig
+from treepo.data.inputs import RolloutInputs
+from treepo.data.output_folder import LOG, SUMMARY, TREES, log_to, prepare_folder
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
-from treepo.preflight.rollout import Inputs
+from treepo.protocols import EnginePool
 from treepo.rollout.driver import FailedTree, Stats, TreeDriver
-from treepo.rollout.stopping import StopRule
 from treepo.rollout.watchdog import watched
-from treepo.training.run_folder import LOG, SUMMARY, TREES, log_to, prepare_folder
 from treepo.tree import to_json
 
 
 class Reporter(Protocol):
-    """Whoever shows the rollout to a person."""
+    """Shows the rollout to a person."""
 
     def sampling(self, prompts: int) -> None:
-        """The engines are ready; so many trees are to come."""
+        """The engines are ready; a tree for each of `prompts` prompts follows."""
 
     def tree(self, done: int, stats: Stats, seconds: float) -> None:
-        """The tree number `done` is written or given up; `stats` since `sampling`, so many seconds ago."""
+        """Tree number `done` is written, or it failed. stats, seconds: since `sampling`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a rollout came to. Ratios as in `treepo.rollout.driver.Stats`; seconds are those of sampling."""
+    """Totals of a rollout. Ratios as in `treepo.rollout.driver.Stats`; seconds of sampling alone."""
 
     prompts: int
     trees: int
@@ -58,24 +56,23 @@ class Summary:
     failures: tuple[FailedTree, ...]
 
 
-async def rollout(config: RolloutConfig, inputs: Inputs, reporter: Reporter) -> Summary:
-    """Sample a tree for every prompt; what is returned is also written.
+async def rollout(
+    config: RolloutConfig,
+    inputs: RolloutInputs,
+    reporter: Reporter,
+    start: Callable[[], AbstractAsyncContextManager[EnginePool]],
+) -> Summary:
+    """Sample a tree for every prompt; the summary is written and returned.
 
-    Everything that is started here is ended here, whatever happens. Raises EngineError where no tree could
-    be sampled.
+    start: starts the engines, and ends them on exit. Raises EngineError if no tree could be sampled.
     """
     prepare_folder(config.out, config)
-    async with AsyncExitStack() as stack:
-        stack.enter_context(log_to(config.out / LOG))
-        trees = stack.enter_context((config.out / TREES).open("wb"))
-        stack.enter_context(ray_session(config.engine.count))
-        decode = inputs.tokenizer.decode
-        engines = EnginePool(config, StopRule(config.sampling, decode))
-        stack.push_async_callback(engines.close)
-        await engines.ready()
-        driver = TreeDriver(engines.engines, config.sampling, decode, config.seed, engines.capacity)
-        async with watched(driver, engines.engines, config.engine.stall_seconds):
-            summary = await _sample(driver, inputs.prompts, trees, reporter)
+    with log_to(config.out / LOG), (config.out / TREES).open("wb") as trees:
+        async with start() as pool:
+            decode = inputs.tokenizer.decode
+            driver = TreeDriver(pool.engines, config.sampling, decode, config.seed, pool.kv_tokens)
+            async with watched(driver, pool.engines, config.engine.stall_seconds):
+                summary = await _sample(driver, inputs.prompts, trees, reporter)
     (config.out / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 
@@ -83,7 +80,7 @@ async def rollout(config: RolloutConfig, inputs: Inputs, reporter: Reporter) -> 
 async def _sample(
     driver: TreeDriver, prompts: Sequence[Prompt], trees: BinaryIO, reporter: Reporter
 ) -> Summary:
-    """Write every tree to `trees` as soon as it is finished."""
+    """Write every tree to the file `trees` as soon as it is finished."""
     reporter.sampling(len(prompts))
     answers = {prompt.id: prompt.answer for prompt in prompts}
     failures: list[FailedTree] = []

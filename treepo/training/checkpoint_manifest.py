@@ -1,10 +1,10 @@
-"""What a training checkpoint's folder holds.
+"""The folder of a training checkpoint.
 
-    checkpoint.json    the manifest: how it was trained, what it holds, and the run's own notes
-    trainer/             Megatron-Core's distributed checkpoint (torch_dist): weights, optimizer, generators
+    checkpoint.json    the manifest: layout and dtype, optimizer steps, and the run's own state
+    trainer/           Megatron-Core's distributed checkpoint (torch_dist): weights, optimizer, generators
     hugging_face/      config, tokenizer and generation config of the model
 
-Weights alone, of a model that was converted, have no optimizer and no layout.
+A checkpoint that was converted from a model folder has weights only: no optimizer, no layout.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ import orjson
 
 from treepo.errors import ModelError
 
-MANIFEST, ACTOR, HUGGING_FACE = "checkpoint.json", "trainer", "hugging_face"
+MANIFEST, TRAINER, HUGGING_FACE = "checkpoint.json", "trainer", "hugging_face"
 _FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointManifest:
-    """dtype: of the weights. optimizer_steps: taken so far. layout: tensor, pipeline and the like of the
-    ranks that wrote it, empty for weights alone. run: what `treepo train` wants back.
+    """dtype: of the weights. optimizer_steps: taken so far. layout: tensor, pipeline and so on of the ranks
+    that wrote it; empty for weights alone. run: the state that `treepo train` resumes from.
     """
 
     dtype: str
@@ -38,12 +38,12 @@ class CheckpointManifest:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is a training checkpoint (of any version)."""
+    """Whether the folder is a training checkpoint, of any version."""
     return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """Raises ModelError where the folder is no training checkpoint of this version."""
+    """Raises ModelError if the folder is not a training checkpoint of this version."""
     if not is_checkpoint(folder):
         raise ModelError(f"{folder}: no training checkpoint (it has no {MANIFEST})")
     try:

@@ -1,20 +1,47 @@
-"""Numbers about a batch of graded trees. Tokens and lengths count response tokens, prompts excluded."""
+"""The metrics of a step. Tokens and lengths count response tokens, prompts excluded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from treepo.protocols import BatchResult
+from treepo.rollout.driver import Stats
+from treepo.training.batch import Batch
 from treepo.tree import Leaf, Stop, Tree, Verdict
+
+STEP_PHASES = {
+    "sample": "seconds/sample",
+    "log-probs": "seconds/log_probs",
+    "train": "seconds/train",
+    "update": "seconds/update",
+}
+"""The phases of a step, and the metrics that hold their seconds."""
+
+
+def step_metrics(batch: Batch, result: BatchResult, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Collect all metrics of a step. seconds: of each of the STEP_PHASES."""
+    return (
+        tree_metrics(batch.sampled)
+        | rollout_metrics(batch.stats, seconds["sample"])
+        | {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
+        | {
+            "logprob_difference_mean": result.mismatch.mean,
+            "logprob_difference_max": result.mismatch.largest,
+            "train/optimizer_steps": len(result.updates),
+        }
+        | update_metrics(result.updates)
+        | {metric: seconds[phase] for phase, metric in STEP_PHASES.items()}
+    )
 
 
 def accuracy(trees: Sequence[Tree]) -> float:
-    """Share of the graded leaves that are correct; nan where none could be graded."""
+    """Share of the graded leaves that are correct; nan if none could be graded."""
     graded = [leaf for tree in trees for leaf in tree.leaves if leaf.verdict and leaf.verdict.graded]
     return sum(leaf.verdict is Verdict.CORRECT for leaf in graded) / len(graded) if graded else float("nan")
 
 
 def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
-    """Rewards, verdicts, lengths, and how much the trees share."""
+    """Rewards, verdicts, stops, lengths, and how much the trees share."""
     leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
     rewards = [leaf.reward for _, leaf in leaves if leaf.reward is not None]
     unique, total = sum(map(Tree.unique_tokens, trees)), sum(map(Tree.total_tokens, trees))
@@ -38,8 +65,8 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
 
 
 def reward_metrics(leaves: Sequence[Leaf]) -> dict[str, float]:
-    """Means over the graded leaves that have them: each term of the reward, weight included, each further
-    number that the grader returned; and the reward with its terms, where there are any.
+    """Means over the graded leaves that have them: each term of the reward, weight included; each further
+    number that the grader returned; and, if there are terms, the reward with them.
     """
     means: dict[str, list[float]] = {}
     for leaf in leaves:
@@ -50,3 +77,23 @@ def reward_metrics(leaves: Sequence[Leaf]) -> dict[str, float]:
         if leaf.terms and leaf.reward is not None:
             means.setdefault("reward_with_terms", []).append(leaf.reward + sum(leaf.terms.values()))
     return {name: float(np.mean(values)) for name, values in means.items()}
+
+
+def rollout_metrics(stats: Stats, seconds: float) -> dict[str, float]:
+    """Work and faults of the engines in one step's sampling."""
+    return {
+        "rollout/decoded_tokens": stats.decoded_tokens,
+        "rollout/tokens_per_second": stats.decoded_tokens / seconds,
+        "rollout/cached_token_ratio": stats.cached_token_ratio,
+        "rollout/requests": stats.requests,
+        "rollout/failed_requests": stats.failed_requests,
+        "rollout/failed_trees": stats.failed_trees,
+        "rollout/branchings": stats.branchings,
+        "rollout/fallbacks": stats.fallbacks,
+    }
+
+
+def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the optimizer steps; empty if none was taken."""
+    names = updates[0] if updates else ()
+    return {f"train/{name}": sum(update[name] for update in updates) / len(updates) for name in names}

@@ -1,4 +1,4 @@
-"""`treepo train --resume`: from which checkpoint a run goes on, and whether it is still the same run."""
+"""`treepo train --resume`: finds the checkpoint to continue from, and refuses if the run is not the same."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,12 +7,13 @@ from typing import Any
 
 from treepo.config.load import load_config
 from treepo.config.run import RunConfig
+from treepo.data.inputs import TrainInputs
+from treepo.data.output_folder import CONFIG, SUMMARY
 from treepo.errors import ConfigError
-from treepo.preflight.train import Inputs
-from treepo.training.checkpoints import RunState, newest
-from treepo.training.run_folder import CONFIG, SUMMARY
+from treepo.training.checkpoints import newest
+from treepo.training.run_state import RunState
 
-# What the run's numbers depend on. The rest may change on the way: layout, engines, length of the run.
+# Keys that the run's numbers depend on. All others may change: layout, engines, length of the run.
 FIXED = (
     "seed",
     "model",
@@ -33,17 +34,17 @@ _ABSENT = object()
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """checkpoint: its folder. changes: what the configuration has other than the run had, one line each."""
+    """checkpoint: its folder. changes: keys whose value differs from the interrupted run's, one line each."""
 
     checkpoint: Path
     state: RunState
     changes: tuple[str, ...]
 
 
-def find_resume(config: RunConfig, inputs: Inputs) -> Resume | None:
-    """Where the run in `config.out` goes on; None where it has no checkpoint.
+def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
+    """Find where the run in `config.out` continues; None if it has no checkpoint.
 
-    Raises ConfigError where it is finished, or where it would not be the same run, and says in what.
+    Raises ConfigError if the run is finished, or if it would not be the same run.
     """
     found = newest(config.out)
     if found is None:
@@ -61,29 +62,33 @@ def find_resume(config: RunConfig, inputs: Inputs) -> Resume | None:
             f"--resume: {config.data.train} is not what it was when {checkpoint} was made: "
             "other prompts or answers"
         )
-    if state.step > config.steps or (state.step == config.steps and (config.out / SUMMARY).is_file()):
+    if state.steps_done > config.steps or (
+        state.steps_done == config.steps and (config.out / SUMMARY).is_file()
+    ):
         raise ConfigError(
-            f"--resume: the run in {config.out} has had its steps: {state.step}, and steps = {config.steps}"
+            f"--resume: the run in {config.out} has had its steps: {state.steps_done}, "
+            f"and steps = {config.steps}"
         )
     _check_sizes(config.out, state)
     return Resume(checkpoint, state, tuple(changes.values()))
 
 
 def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
-    """By dotted key what differs, and how: "steps = 3, now 5". The folder itself may have moved."""
+    """Describe by dotted key what differs: "steps = 3, now 5". The folder itself may have moved."""
     before, now = (dict(_flat(each.model_dump(mode="json"))) for each in (saved, config))
     keys = [key for key in before | now if key != "out" and before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}
 
 
 def _check_sizes(out: Path, state: RunState) -> None:
-    """The files hold at least what they held then: else trees of the first steps would be missing."""
+    """Raise ConfigError if a file has shrunk since the checkpoint: it would lack trees of earlier steps."""
     for name, size in state.sizes.items():
         path = out / name
         found = path.stat().st_size if path.is_file() else 0
         if found < size:
             raise ConfigError(
-                f"--resume: {path} has {found} bytes, but had {size} after step {state.step}: it was changed"
+                f"--resume: {path} has {found} bytes, but had {size} after step {state.steps_done}: "
+                "it was changed"
             )
 
 

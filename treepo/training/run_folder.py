@@ -1,119 +1,46 @@
-"""The files of a run: everything that it leaves, and the names they have.
+"""The files of a training run.
 
     config.yaml      the effective configuration, overrides applied
-    metrics.jsonl    one line a step
+    metrics.jsonl    one line for each step
     trees.jsonl      one tree a line (treepo.tree.to_json), with its step and the prompt's gold answer
-    tensorboard/     the same numbers as metrics.jsonl
-    checkpoints/     training checkpoints, from which --resume goes on (treepo.training.checkpoints)
+    tensorboard/     the numbers of metrics.jsonl
+    checkpoints/     training checkpoints, from which --resume continues (treepo.training.checkpoints)
     checkpoint/      a Hugging Face folder of the trained model
-    summary.json     what the run came to
-    log.txt          what it said on the way
+    summary.json     the result of the run
+    log.txt          the log
 
-Lines are flushed as they are written, so what a killed run has written stays readable. A run that goes on
-from a checkpoint cuts them back to what they were then: no step and no tree is there twice.
+Every line is flushed as it is written, so the files of a killed run stay readable. A run that resumes from a
+checkpoint first cuts its files back to their sizes at that checkpoint: no step and no tree appears twice.
 """
 
 import json
-import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
 from tensorboard.summary import Writer
 
-from treepo.config.base import Section
 from treepo.config.load import dump_config
 from treepo.config.run import RunConfig
+from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES, log_to, prepare_folder, set_aside
 from treepo.errors import ConfigError
-from treepo.training.checkpoints import RunState, discard_leftovers
+from treepo.training.checkpoints import discard_leftovers
+from treepo.training.run_state import RunState
 from treepo.tree import Tree, to_json
 
-CONFIG, METRICS, TREES, SUMMARY, LOG = (
-    "config.yaml",
-    "metrics.jsonl",
-    "trees.jsonl",
-    "summary.json",
-    "log.txt",
-)
-CHECKPOINT, TENSORBOARD = "checkpoint", "tensorboard"
-_PREVIOUS = "previous-"
-
-
-def prepare_folder(folder: Path, config: Section) -> None:
-    """Make the folder, move an earlier run's files into `previous-N/`, write the configuration.
-
-    Raises ConfigError where that cannot be done, and for a folder that holds something else.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _set_aside_previous(folder)
-        (folder / CONFIG).write_text(dump_config(config))
-    except OSError as error:
-        raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
-
-
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """What our own packages log while the block runs, and what ended it early."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("treepo", "sglang_rollout")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)  # on the screen nothing below a warning appears all the same
-    try:
-        yield
-    except BaseException:
-        logging.getLogger(__name__).exception("the run ended early")
-        raise
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.removeHandler(handler)
-            logger.setLevel(level)
-        handler.close()
-
-
-def _set_aside_previous(folder: Path) -> None:
-    files = [entry for entry in folder.iterdir() if not entry.name.startswith(_PREVIOUS)]
-    if files and folder / CONFIG not in files:
-        raise ConfigError(f"out: {folder} has files in it, but not of a run ({CONFIG} is missing)")
-    _set_aside(folder, files)
-
-
-def _set_aside(folder: Path, files: Sequence[Path]) -> None:
-    """Move them into the next `previous-N/`, where there are any."""
-    if not files:
-        return
-    earlier = sum(entry.name.startswith(_PREVIOUS) for entry in folder.iterdir())
-    aside = folder / f"{_PREVIOUS}{earlier + 1}"
-    aside.mkdir()
-    for entry in files:
-        entry.rename(aside / entry.name)
-
-
-def _go_back(folder: Path, state: RunState, config: Section) -> None:
-    """Make the folder what it was after `state.step`; an end that the run had come to is set aside."""
-    try:
-        discard_leftovers(folder)
-        _set_aside(folder, [folder / name for name in (CHECKPOINT, SUMMARY) if (folder / name).exists()])
-        for name, size in state.sizes.items():
-            os.truncate(folder / name, size)
-        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # it is written again from the metrics
-        (folder / CONFIG).write_text(dump_config(config))
-    except OSError as error:
-        raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
+METRICS, CHECKPOINT, TENSORBOARD = "metrics.jsonl", "checkpoint", "tensorboard"
 
 
 class RunFolder:
-    """A context manager. An earlier run's files are moved into `previous-N/`, never overwritten; with a
-    `state` the run in the folder goes on from there.
+    """A context manager around a run's files.
+
+    A new run moves an earlier run's files into `previous-N/`; nothing is overwritten. With a `state` the run
+    in the folder continues from it.
     """
 
     def __init__(self, config: RunConfig, state: RunState | None = None) -> None:
@@ -125,7 +52,7 @@ class RunFolder:
         if self._state is None:
             prepare_folder(self.path, self._config)
         else:
-            _go_back(self.path, self._state, self._config)
+            self._go_back(self._state)
         self._stack = ExitStack()
         self._metrics = self._stack.enter_context((self.path / METRICS).open("ab"))
         self._trees = self._stack.enter_context((self.path / TREES).open("ab"))
@@ -137,7 +64,7 @@ class RunFolder:
         return self
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files that grow, all of them on the disk."""
+        """Bytes of the files that grow, once they are on disk."""
         for file in (self._metrics, self._trees):
             os.fsync(file.fileno())
         return {METRICS: self._metrics.tell(), TREES: self._trees.tell()}
@@ -151,7 +78,7 @@ class RunFolder:
         self._stack.__exit__(kind, error, traceback)
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's numbers; what is not finite is null in the file, as JSON has no nan."""
+        """Write one step's numbers; a number that is not finite is null, because JSON has no nan."""
         record = {"step": step, "time": time.time()} | {
             name: value if math.isfinite(value) else None for name, value in metrics.items()
         }
@@ -168,10 +95,23 @@ class RunFolder:
         self._tensorboard.flush()
 
     def write_tree(self, tree: Tree, step: int, answer: str) -> None:
-        """One graded tree."""
+        """Write one graded tree."""
         self._trees.write(to_json(tree, step=step, answer=answer))
         self._trees.flush()
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
-        """Written once, by a finished run."""
+        """Write the result of a finished run."""
         (self.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+    def _go_back(self, state: RunState) -> None:
+        """Restore the files to what they were at `state`; the end of a finished run is set aside."""
+        folder = self.path
+        try:
+            discard_leftovers(folder)
+            set_aside(folder, [folder / name for name in (CHECKPOINT, SUMMARY) if (folder / name).exists()])
+            for name, size in state.sizes.items():
+                os.truncate(folder / name, size)
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # written again from the metrics
+            (folder / CONFIG).write_text(dump_config(self._config))
+        except OSError as error:
+            raise ConfigError(f"out: {error.filename}: {error.strerror}") from None

@@ -1,137 +1,136 @@
-"""The synchronous loop: sample trees, grade them, learn, hand the new weights to the engines; again."""
+"""The synchronous loop: sample trees, grade them, learn from them, give the engines the new weights."""
 
-import asyncio
 import logging
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
-from treepo.cluster.placement import run_layout
-from treepo.cluster.ray_engine import EnginePool
-from treepo.cluster.ray_session import ray_session
-from treepo.cluster.reservation import reserve
-from treepo.cluster.trainer_group import TrainerGroup
 from treepo.config.run import RunConfig
-from treepo.config.sampling import SamplingConfig
-from treepo.data.prompts import PromptOrder
-from treepo.errors import PlacementError
+from treepo.data.inputs import TrainInputs
+from treepo.data.prompts import Prompt, PromptOrder
 from treepo.evaluation.metrics import evaluation_sampling
-from treepo.preflight.train import Inputs
-from treepo.rewards.failures import FailedGrades
+from treepo.protocols import BatchResult, Trainer, TrainingEnginePool
 from treepo.rewards.open import open_rewards
-from treepo.rollout.driver import TreeDriver
-from treepo.rollout.stopping import StopRule
+from treepo.training.batch import Batch, BatchSampler, mini_batches
 from treepo.training.checkpoints import Checkpoints
-from treepo.training.clock import Clock, Reporter
+from treepo.training.graded_trees import GradedSampler
+from treepo.training.log_prob_check import check_log_probs
+from treepo.training.metrics import accuracy, step_metrics
 from treepo.training.resume import Resume
-from treepo.training.run import Run
 from treepo.training.run_folder import RunFolder
+from treepo.training.run_state import Clock, Reporter, RunState
+
+Start = Callable[[], AbstractAsyncContextManager[tuple[TrainingEnginePool, Trainer]]]
+"""Starts the engines and the trainer, and ends them on exit."""
 
 _log = logging.getLogger(__name__)
 
 
 async def train(
-    config: RunConfig, inputs: Inputs, reporter: Reporter, resume: Resume | None = None
+    config: RunConfig, inputs: TrainInputs, reporter: Reporter, start: Start, resume: Resume | None = None
 ) -> dict[str, Any]:
-    """Run `config` from its first step, or from where it goes on, to its summary: written and returned.
+    """Train from the first step, or from a checkpoint, to the summary, which is written and returned.
 
-    Everything that is started here is ended here, whatever happens.
+    Whatever happens, everything that was started is ended.
     """
-    clock = Clock(reporter)
+    state = RunState(inputs.train.report.fingerprint) if resume is None else resume.state
+    clock = Clock(state, reporter)
     async with AsyncExitStack() as stack:
-        folder = stack.enter_context(RunFolder(config, resume.state if resume else None))
+        folder = stack.enter_context(RunFolder(config, None if resume is None else state))
         for report in inputs.reports:
             _log.info(report.summary())
         with clock.phase("start engine and trainer", announce=True):
-            run = await _start(config, inputs, folder, clock, stack)
+            # Rewards first: a reward function that cannot be imported is found within a second.
+            rewards = await stack.enter_async_context(open_rewards(config.reward))
+            engines, trainer = await stack.enter_async_context(start())
+        order = PromptOrder(len(inputs.train), config.seed, state.cursor)
+        sampler = GradedSampler(config, config.sampling, inputs.tokenizer, engines, rewards)
+        batches = BatchSampler(config, inputs.train, order, sampler, folder)
+        heldout = GradedSampler(config, evaluation_sampling(config), inputs.tokenizer, engines, rewards)
+        checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, trainer)
         if resume is not None:
-            await run.go_on(resume)
-        difference = await run.check_log_probs()
+            await _restore(resume, engines, trainer, clock)
+        check = await _check(config, inputs, engines, trainer, clock)
         if resume is None:
-            run.accuracy_before = await run.evaluate("evaluate before")
-        for step in range(run.steps_done + 1, config.steps + 1):
-            metrics = await run.step(step)
+            state.accuracy_before = await _evaluate(heldout, inputs.heldout, "evaluate before", clock)
+
+        for step in range(state.steps_done + 1, config.steps + 1):
+            with clock.phase("sample"):
+                batch = await batches.sample(step)
+            with clock.phase("write checkpoint"):  # of the step before
+                await checkpoints.finish()
+            result = await _learn(batch, step, config, engines, trainer, clock)
+            state.step_done(step, batch.stats, result)
+            state.cursor = order.cursor
+            metrics = step_metrics(batch, result, clock.take_step_seconds())
             folder.write_metrics(step, metrics)
             reporter.step(step, metrics)
-            if run.checkpoints.due(step):
-                await run.begin_checkpoint()
-        await run.finish_checkpoint()
-        after = await run.evaluate("evaluate after")
+            if checkpoints.due(step):
+                with clock.phase("write checkpoint"):
+                    state.sizes = folder.sizes()
+                    await checkpoints.begin(state)
+
+        with clock.phase("write checkpoint"):
+            await checkpoints.finish()
+        accuracy_after = await _evaluate(heldout, inputs.heldout, "evaluate after", clock)
         with clock.phase("write model"):
-            await run.trainer.export(folder.checkpoint.resolve())
-        summary = {
-            "accuracy_before": run.accuracy_before,
-            "accuracy_after": after,
-            "seconds": clock.total(),
-            "steps": config.steps,
-            "decoded_tokens": run.decoded_tokens,
-            "sequential_tokens": run.sequential_tokens,
-            "log_prob_check": difference,
-            "max_logprob_difference": run.max_difference,
-            "phase_seconds": clock.seconds,
-        }
+            await trainer.export(folder.checkpoint.resolve())
+        summary = state.summary(accuracy_after, check)
         folder.write_summary(summary)
         reporter.phase("stop")
     return summary
 
 
-async def _start(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, clock: Clock, stack: AsyncExitStack
-) -> Run:
-    """The grader, then engines and trainer."""
-    # First, because it takes a second to know of a reward function that cannot be imported.
-    rewards = await stack.enter_async_context(open_rewards(config.reward))
-    stack.enter_context(ray_session(config.engine.count + config.trainer.parallel.ranks))
-    engines, trainer = await _start_processes(config, inputs, stack)
+async def _restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer, clock: Clock) -> None:
+    """Give trainer and engines the weights of the checkpoint."""
+    with clock.phase(f"go on from {resume.checkpoint.name}", announce=True):
+        async with engines.offloaded():
+            await trainer.load(resume.checkpoint.resolve())
+            await engines.sync_weights(resume.state.steps_done)
 
-    def driver(sampling: SamplingConfig) -> TreeDriver:
+
+async def _check(
+    config: RunConfig, inputs: TrainInputs, engines: TrainingEnginePool, trainer: Trainer, clock: Clock
+) -> dict[str, float] | None:
+    """Return the figures of the log-prob check; None if it is off."""
+    if not config.log_prob_check.enabled:
+        return None
+    with clock.phase("check log-probs", announce=True):
         decode = inputs.tokenizer.decode
-        return TreeDriver(engines.engines, sampling, decode, config.seed, engines.capacity)
-
-    run = Run(
-        config,
-        inputs,
-        folder,
-        clock,
-        rewards,
-        engines,
-        trainer,
-        checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer),
-        order=PromptOrder(len(inputs.train), config.seed),
-        training=driver(config.sampling),
-        evaluation=driver(evaluation_sampling(config)),
-        failed_grades=FailedGrades(config.reward.max_failed_share),
-    )
-    engines.restore = run.restore
-    return run
+        return await check_log_probs(config, inputs.train, decode, engines.engines, trainer)
 
 
-async def _start_processes(
-    config: RunConfig, inputs: Inputs, stack: AsyncExitStack
-) -> tuple[EnginePool, TrainerGroup]:
-    """Engines and trainer at the same time; where they share devices, the engines' caches take what the
-    trainer leaves.
+async def _evaluate(
+    sampler: GradedSampler, prompts: Sequence[Prompt], phase: str, clock: Clock
+) -> float | None:
+    """Return the accuracy of the served weights on held-out prompts; None if there are none.
+
+    Every evaluation samples as step 0, with the same seeds.
     """
-    seats = await reserve(run_layout(config), config.engine.start_seconds)
-    if config.weights.transport == "colocated" and not seats.one_machine:
-        raise PlacementError(
-            "weights.transport = colocated: some engine is on another machine than trainer rank 0, which "
-            f"sends; {'host_broadcast' if seats.shared else 'broadcast, host_broadcast'} and disk are allowed"
-        )
-    trainer = TrainerGroup(config, seats.ranks)
-    devices: list[str] = []
-    if seats.shared:
-        if config.weights.transport == "broadcast":
-            raise PlacementError(
-                "placement = colocated with weights.transport = broadcast: NCCL takes one process a GPU; "
-                "colocated, host_broadcast and disk are allowed"
-            )
-        await trainer.ready()
-        devices = await trainer.devices()
-    stop_rule = StopRule(config.sampling, inputs.tokenizer.decode)
-    engines = EnginePool(config, stop_rule, seats.for_engines(devices), seats.shared)
-    stack.push_async_callback(engines.close)
-    if seats.shared:
-        await engines.ready()
-    else:
-        await asyncio.gather(engines.ready(), trainer.ready())
-    return engines, trainer
+    if not prompts:
+        return None
+    with clock.phase(phase, announce=True):
+        trees = await sampler.sample(prompts, step=0)
+        sampler.check_grades(phase)
+        return accuracy(trees)
+
+
+async def _learn(
+    batch: Batch,
+    step: int,
+    config: RunConfig,
+    engines: TrainingEnginePool,
+    trainer: Trainer,
+    clock: Clock,
+) -> BatchResult:
+    """Train on a batch, and make the engines serve the new weights as version `step`."""
+    async with engines.offloaded():
+        with clock.phase("log-probs"):
+            parts = mini_batches(batch.trained, config)
+        clock.show("log-probs, train")
+        result = await trainer.train_batch(parts, config.sampling.temperature)
+        clock.count("log-probs", result.seconds["log_probs"])
+        clock.count("train", result.seconds["train"])
+        with clock.phase("update"):
+            await engines.sync_weights(step)
+    return result

@@ -1,55 +1,81 @@
-"""The trainer's half of a weight update: fill buckets, send them, find out which engine failed.
+"""The trainer's half of a weight update: fill buckets, send them, and find out which engine failed.
 
-Runs on the one rank that has the joined tensors. While bucket k travels and is loaded, bucket k + 1 is
-gathered into the other of two buffers: with the tensor that is being joined, that is all the memory it takes.
+It runs on trainer rank 0, which has the joined tensors. While bucket k is sent and loaded, bucket k + 1 is
+filled in the other of two buffers: an update takes the memory of two buckets and of one joined tensor.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError, TransportError
+from treepo.weight_sync.broadcast import BroadcastSender
+from treepo.weight_sync.colocated import SharedSender
+from treepo.weight_sync.disk import DiskSender
 from treepo.weight_sync.wire import Address, Bucket, Manifest, Sender, TensorInfo, checksum, plan_buckets
 
-_GRACE_SECONDS = 10.0  # an engine reports a deadline that it missed a little after it
+_GRACE_SECONDS = 10.0  # an engine reports a missed deadline a little after it
 
 
-class Sink(Protocol):
-    """One engine, as the sender sees it. Calls return at once; a failure of the result is an EngineError."""
+class WeightSink(Protocol):
+    """One engine, as the sending rank uses it. Calls return at once; their futures fail with EngineError."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def key(self) -> str:
-        """Of this very engine: its successor has the same name and another key."""
+        """Identifies the process: an engine that is restarted keeps its name and changes its key."""
         ...
 
     @property
     def ranks(self) -> int:
-        """Tensor-parallel ranks, which all receive."""
+        """Tensor-parallel ranks of the engine. Each receives every bucket."""
         ...
 
     def join(self, address: Address) -> "Future[None]":
-        """Meet the sender."""
+        """Connect every rank to the sender."""
         ...
 
     def load(self, bucket: Bucket) -> "Future[None]":
-        """Fetch a bucket and overwrite the weights that are in it."""
+        """Receive a bucket and overwrite the weights in it."""
         ...
 
 
 @dataclass(slots=True)
 class Outcome:
-    """failed: the engines at fault, by name, and why. broken: why those that are left must begin anew."""
+    """What became of sending one version.
+
+    failed: the engines at fault and the reasons, by name. broken: why the other engines must begin again;
+    None if they need not.
+    """
 
     failed: dict[str, str] = field(default_factory=dict)
     broken: str | None = None
+
+
+def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> Sender:
+    """The trainer's end of the configured transport.
+
+    out: the run folder. host: an address of this machine that the engines reach. seconds: deadline of a step.
+    """
+    match config.transport:
+        case "colocated":
+            return SharedSender()
+        case "broadcast":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return BroadcastSender(device, host, seconds)
+        case "host_broadcast":
+            return BroadcastSender(torch.device("cpu"), host, seconds)
+        case "disk":
+            return DiskSender((config.folder or out / "weights").resolve(), config.keep)
 
 
 class WeightStream:
@@ -67,14 +93,14 @@ class WeightStream:
         tensors: Iterable[tuple[str, Tensor]],
         manifest: Manifest,
         version: int,
-        sinks: Sequence[Sink],
+        sinks: Sequence[WeightSink],
     ) -> Outcome:
-        """Send every tensor once. `tensors` is read to its end whatever happens: the trainer's other ranks
-        send theirs without knowing.
+        """Send every tensor once.
 
-        An engine that fails is left out from then on. Where all share one collective, one failure breaks it:
-        then nothing more is sent, and those that are not at fault must begin anew. Raises TransportError
-        where the transport's folder cannot be written.
+        `tensors` is read to its end whatever happens, because the trainer's other ranks send their shards of
+        all tensors. An engine that fails is left out from then on. If the transport is a collective, one
+        failure breaks it: nothing more is sent, and the engines that are not at fault must begin again.
+        Raises TransportError if the transport's folder cannot be written.
         """
         source = iter(tensors)
         try:
@@ -83,14 +109,18 @@ class WeightStream:
             self.close()
             for _ in source:
                 pass
-            if isinstance(error, OSError):  # a disk that is full, a folder that may not be written
+            if isinstance(error, OSError):  # a full disk, a read-only folder
                 raise TransportError(f"weights of version {version}: {error}") from error
             raise
         assert next(source, None) is None, "more tensors than the manifest names"
         return outcome
 
     def _send(
-        self, source: Iterator[tuple[str, Tensor]], manifest: Manifest, version: int, sinks: Sequence[Sink]
+        self,
+        source: Iterator[tuple[str, Tensor]],
+        manifest: Manifest,
+        version: int,
+        sinks: Sequence[WeightSink],
     ) -> Outcome:
         outcome, live = Outcome(), {sink.name: sink for sink in sinks}
         self._join(live, outcome)
@@ -102,8 +132,8 @@ class WeightStream:
             if not live or outcome.broken:
                 travelling = {}
                 continue
-            place = self._sender.start(index, flat, planned)
-            bucket = Bucket(planned, checksum(flat), place)
+            location = self._sender.start(index, flat, planned)
+            bucket = Bucket(planned, checksum(flat), location)
             travelling = {name: sink.load(bucket) for name, sink in live.items()}
         self._settle(travelling, live, outcome)
         if live and not outcome.broken:
@@ -113,11 +143,11 @@ class WeightStream:
         return outcome
 
     def close(self) -> None:
-        """Release the transport; the next update opens it again."""
+        """Release the transport. The next update opens it again."""
         self._joined = ()
         self._sender.close()
 
-    def _join(self, live: dict[str, Sink], outcome: Outcome) -> None:
+    def _join(self, live: dict[str, WeightSink], outcome: Outcome) -> None:
         keys = tuple(sink.key for sink in live.values())
         if keys == self._joined:
             return
@@ -133,17 +163,19 @@ class WeightStream:
     def _settle(
         self,
         calls: Mapping[str, "Future[None]"],
-        live: dict[str, Sink],
+        live: dict[str, WeightSink],
         outcome: Outcome,
         ours: Callable[[], None] | None = None,
     ) -> None:
-        """Wait for our end of the transport and for the engines' answers; who failed is no longer live."""
+        """Wait for the trainer's end of the transport and for the engines' answers; drop engines that failed
+        from `live`.
+        """
         if not calls:
             return
         deadline = time.monotonic() + self._seconds + _GRACE_SECONDS
         try:
             (ours or self._sender.finish)()
-        except RuntimeError as error:  # whatever torch's process groups raise
+        except RuntimeError as error:  # what torch's process groups raise
             outcome.broken = f"the trainer's end of the transport: {error}"
         wait(calls.values(), timeout=max(0.0, deadline - time.monotonic()))
         for name, call in calls.items():
@@ -152,7 +184,7 @@ class WeightStream:
                 continue
             if self._sender.collective:
                 outcome.broken = outcome.broken or f"{name}: {failure}"
-            # Who lost a collective that another one broke is not at fault.
+            # An engine that only lost a collective is not at fault: another one broke it.
             if not (self._sender.collective and isinstance(failure, TransportError)):
                 outcome.failed[name] = str(failure)
                 del live[name]
@@ -167,7 +199,7 @@ class WeightStream:
 
 
 def _fill(flat: Tensor, planned: Manifest, source: Iterator[tuple[str, Tensor]]) -> None:
-    """Write the next tensors of `source`, which must be those planned, into the bucket."""
+    """Write the next tensors of `source`, which must be the planned ones, into the bucket."""
     start = 0
     for info in planned:
         name, tensor = next(source)

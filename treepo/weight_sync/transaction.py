@@ -1,131 +1,138 @@
-"""A weight update is a transaction: pause, send, verify, commit the version, resume.
+"""One weight update of several engines as a transaction: begin, send, commit or abort.
 
-An engine serves nothing from `begin` to `commit`; prefixes cached under another version can never match
-afterwards. Who fails on the way is left out, and the others commit: where one failure ruins what they share,
-they begin anew without it.
+An engine answers no request from `begin` to `commit`, and a prefix cached under another version never matches
+afterwards. An engine that fails is left out, and the others commit. If its failure breaks a transport that
+all engines share, the others begin again without it.
 """
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
-from treepo.cluster.engine_pool import Fleet
-from treepo.cluster.supervised_engine import EngineProcess
 from treepo.errors import EngineError
-from treepo.weight_sync.send import Outcome, Sink
+from treepo.weight_sync.send import Outcome, WeightSink
 from treepo.weight_sync.wire import Manifest
 
 _log = logging.getLogger(__name__)
 _GRACE_SECONDS = 20.0  # an engine's own deadlines come first
 
 
-class Trainer(Protocol):
-    """The trainer's side: `treepo.cluster.trainer_group.TrainerGroup`."""
+class WeightSender(Protocol):
+    """The trainer, as engines that take its weights see it: `treepo.cluster.trainer_group.TrainerGroup`."""
 
-    async def manifest(self) -> Manifest: ...
+    async def manifest(self) -> Manifest:
+        """All tensors of the model, in the order in which they are sent."""
+        ...
 
-    async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome: ...
+    async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
+        """Send every tensor to every sink; the engines have begun an update to `version`."""
+        ...
+
+    async def release_cache(self) -> None:
+        """Free the device memory that holds nothing, so that other processes can use it."""
+        ...
 
 
-class Updatable(Protocol):
-    """An engine; `call` reaches the methods of `treepo.protocols.WeightSink`."""
+class ReceivingEngine(Protocol):
+    """An engine that takes weights. Every call raises EngineError if it fails."""
 
     @property
     def name(self) -> str: ...
 
-    async def call(self, method: str, *arguments: object) -> Any: ...
+    async def begin(self, version: int, manifest: Manifest) -> None:
+        """Stop serving: running requests end, later ones wait."""
+        ...
 
-    def sink(self) -> Sink:
-        """The same engine as the rank that sends sees it."""
+    def sink(self) -> WeightSink:
+        """The engine as the sending rank uses it, in whatever process that rank is."""
+        ...
+
+    async def commit(self) -> None:
+        """Verify that every tensor arrived, and serve the new version."""
+        ...
+
+    async def abort(self, reason: str) -> None:
+        """Serve the old version if none of its weights was overwritten; otherwise refuse requests."""
         ...
 
 
-class Update[E: Updatable]:
-    """One update of some engines. failed: who is left out, and why."""
+async def update_weights[E: ReceivingEngine](
+    trainer: WeightSender, engines: Sequence[E], version: int, seconds: float
+) -> dict[E, str]:
+    """Make the engines serve the trainer's weights as `version`; returns those that failed, with reasons.
 
-    def __init__(self, trainer: Trainer, version: int, seconds: float) -> None:
+    An engine that fails keeps its old weights if none was overwritten; otherwise it refuses requests.
+    seconds: deadline of each step of an engine. Raises EngineError if every engine failed, and what the
+    trainer raises; then no engine serves the version.
+    """
+    transaction = _Transaction[E](trainer, version, seconds)
+    committed = await transaction.run(engines)
+    await transaction.abort_failed()
+    if not committed:
+        reasons = "; ".join(f"{engine.name}: {reason}" for engine, reason in transaction.failed.items())
+        raise EngineError(f"no engine took the weights of version {version}: {reasons}")
+    return transaction.failed
+
+
+class _Transaction[E: ReceivingEngine]:
+    """failed: the engines that are left out, with reasons."""
+
+    def __init__(self, trainer: WeightSender, version: int, seconds: float) -> None:
         self.failed: dict[E, str] = {}
         self._trainer, self._version = trainer, version
         self._seconds = seconds + _GRACE_SECONDS
 
     async def run(self, engines: Sequence[E]) -> list[E]:
-        """Returns those that committed. Raises what the trainer raises: then nobody has."""
+        """Returns the engines that committed. Raises what the trainer raises; then none has."""
         manifest = await self._trainer.manifest()
         live = list(engines)
         try:
-            for _ in range(1 + len(engines)):  # each attempt but the last finds somebody at fault
-                live = await self._each(live, "begin", self._version, manifest)
+            for _ in range(1 + len(engines)):  # every attempt but the last leaves an engine out
+                live = await self._each(live, "begin", lambda engine: engine.begin(self._version, manifest))
                 if not live:
                     return []
                 outcome = await self._trainer.send_weights(self._version, [one.sink() for one in live])
                 self.failed |= {one: outcome.failed[one.name] for one in live if one.name in outcome.failed}
                 live = [one for one in live if one not in self.failed]
                 if outcome.broken is None:
-                    return await self._each(live, "commit")
+                    return await self._each(live, "commit", lambda engine: engine.commit())
                 _log.warning(
-                    "weights, version %d: %s; %d begin anew", self._version, outcome.broken, len(live)
+                    "weights of version %d: %s; %d engines begin again",
+                    self._version,
+                    outcome.broken,
+                    len(live),
                 )
         except BaseException:
             await self._abort(live, "the trainer did not send them all")
             raise
-        self.failed |= dict.fromkeys(live, "what the engines share broke again and again")
+        self.failed |= dict.fromkeys(live, "the transport that the engines share broke again and again")
         return []
 
-    async def end(self) -> None:
-        """Those that failed may serve what they served, if that is whole."""
+    async def abort_failed(self) -> None:
+        """Let the engines that failed serve their old weights, if these are whole."""
         await self._abort(self.failed, "it failed in a weight update")
 
-    async def _each(self, engines: Sequence[E], method: str, *arguments: object) -> list[E]:
-        """Call all of them; returns those that succeeded."""
-        outcomes = await asyncio.gather(*(self._call(engine, method, *arguments) for engine in engines))
+    async def _each(
+        self, engines: Sequence[E], step: str, call: Callable[[E], Coroutine[Any, Any, None]]
+    ) -> list[E]:
+        """Take a step on all engines at once; returns those that succeeded."""
+        outcomes = await asyncio.gather(*(self._bounded(engine, step, call(engine)) for engine in engines))
         self.failed |= {engine: str(error) for engine, error in zip(engines, outcomes, strict=True) if error}
         return [engine for engine in engines if engine not in self.failed]
 
     async def _abort(self, engines: Iterable[E], reason: str) -> None:
-        for error in await asyncio.gather(*(self._call(engine, "abort", reason) for engine in engines)):
+        calls = (self._bounded(engine, "abort", engine.abort(reason)) for engine in engines)
+        for error in await asyncio.gather(*calls):
             if error is not None:
                 _log.warning("%s", error)
 
-    async def _call(self, engine: E, method: str, *arguments: object) -> EngineError | None:
+    async def _bounded(self, engine: E, step: str, call: Coroutine[Any, Any, None]) -> EngineError | None:
         try:
             async with asyncio.timeout(self._seconds):
-                await engine.call(method, *arguments)
+                await call
         except TimeoutError:
-            return EngineError(f"{engine.name}: {method}: no answer within {self._seconds:g} s")
+            return EngineError(f"{engine.name}: {step}: no answer within {self._seconds:g} s")
         except EngineError as error:
             return error
         return None
-
-
-async def update_weights[E: Updatable](
-    trainer: Trainer, engines: Sequence[E], version: int, seconds: float
-) -> dict[E, str]:
-    """Every engine serves the trainer's weights as `version`, but for those that are returned, with reasons.
-
-    Those serve what they served, if that is whole, or nothing. seconds: deadline of each of an engine's
-    steps. Raises EngineError where no engine took the weights, and what the trainer raises.
-    """
-    update = Update[E](trainer, version, seconds)
-    committed = await update.run(engines)
-    await update.end()
-    if not committed:
-        reasons = "; ".join(f"{engine.name}: {reason}" for engine, reason in update.failed.items())
-        raise EngineError(f"no engine took the weights of version {version}: {reasons}")
-    return update.failed
-
-
-async def sync_weights[P: EngineProcess](
-    trainer: Trainer, fleet: Fleet[P], version: int, seconds: float
-) -> None:
-    """Every engine of the fleet that serves gets the weights; one that does not take them is replaced.
-
-    Where none serves, or none takes them, their successors will. Raises what the trainer raises.
-    """
-    served = {engine.process: engine for engine in fleet.serving()}
-    try:
-        failed = await update_weights(trainer, list(served), version, seconds) if served else {}
-    except EngineError as error:
-        failed = dict.fromkeys(served, str(error))
-    for process, reason in failed.items():
-        served[process].fail(reason)

@@ -1,0 +1,47 @@
+"""What engines and trainer ranks share as Ray actors: environment, network interface, errors."""
+
+import os
+
+import psutil
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from treepo.errors import TreepoError
+
+
+def actor_environment(**more: str) -> dict[str, dict[str, str]]:
+    """Ray's runtime environment for an actor that computes, with the variables in `more`.
+
+    Ray would give the actor one thread. Engine and trainer take turns, so each may use every core.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    return {"env_vars": {"OMP_NUM_THREADS": threads} | more}
+
+
+def use_interface_of_node() -> None:
+    """Make gloo listen on the interface by whose address Ray reaches this node. GLOO_SOCKET_IFNAME overrides.
+
+    For a Ray actor, before any process group. By itself gloo takes the address of the machine's own name,
+    which on many systems is a loopback address. NCCL takes the loopback only if there is nothing else.
+    """
+    name = interface_of(ray.util.get_node_ip_address())
+    if name is not None:  # the address may be translated between the nodes, so that no interface has it
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """The name of this machine's network interface that has the address."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, has in interfaces if address in [entry.address for entry in has]), None)
+
+
+def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
+    """Translate an error of Ray's: the TreepoError raised in the actor, or `death` if the actor died.
+
+    Any other error stays as it is, because its traceback tells of a bug.
+    """
+    if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
+        return error.cause
+    if isinstance(error, RayActorError):
+        return death(f"it died: {' '.join(str(error).split())}")
+    return error

@@ -1,0 +1,130 @@
+"""Starts Ray, the engines and the trainer for one command, and ends them with it."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
+from treepo.cluster.placement import run_layout
+from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
+from treepo.cluster.reservation import Reservation, reserve, unreserved_engines
+from treepo.cluster.trainer_group import TrainerGroup
+from treepo.config.engine import EngineConfig
+from treepo.config.evaluate import EvalConfig
+from treepo.config.run import ModelConfig, RunConfig
+from treepo.errors import PlacementError
+from treepo.rollout.stopping import StopRule
+
+
+@asynccontextmanager
+async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
+    """Ray and engines that serve the model folder's weights, while the body runs."""
+    with ray_session(config.engine.count):
+        async with _engines(config, stop_rule) as pool:
+            yield pool
+
+
+@asynccontextmanager
+async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
+    """The same for an evaluation, whose number of engines may depend on the cluster's GPUs."""
+    assert config.model.path is not None, "a server's URL needs no engines"
+    with ray_session(config.engine.count or 1):
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
+        async with _engines(_Serving(model, config.engine.on(gpus), config.seed), stop_rule) as pool:
+            yield pool
+
+
+@asynccontextmanager
+async def training_session(
+    config: RunConfig, stop_rule: StopRule
+) -> AsyncIterator[tuple[TrainingEnginePool[RayEngine], TrainerGroup]]:
+    """Ray, engines and trainer, while the body runs. Raises PlacementError if the cluster cannot hold them.
+
+    Engines and trainer start at the same time, unless they share devices: then the trainer starts first, and
+    the engines' caches take the memory that it leaves.
+    """
+    with ray_session(config.engine.count + config.trainer.parallel.ranks):
+        reservation = await reserve(run_layout(config), config.engine.start_seconds)
+        _check_transport(config, reservation)
+        trainer = TrainerGroup(config, reservation.ranks)
+        shared = reservation.shares_devices
+        if shared:
+            await trainer.ready()
+        options = reservation.engine_options(await trainer.devices() if shared else ())
+        launcher = EngineLauncher(config, stop_rule, options, shared)
+        pool = TrainingEnginePool(launcher, config.engine, trainer, shared)
+        try:
+            if shared:
+                await pool.ready()
+            else:
+                await asyncio.gather(pool.ready(), trainer.ready())
+            yield pool, trainer
+        finally:
+            await pool.close()
+
+
+@contextmanager
+def ray_session(actors: int) -> Iterator[None]:
+    """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine and end it with the body.
+
+    actors: engines and trainer ranks. A cluster started here has a slot for each of them, so that a small
+    machine can hold a layout of several ranks. On a cluster that was there before, Ray's accounting decides.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Compiled Python modules halve the start of every worker, and Ray passes this environment to them.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(actors, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """Implements `ServingConfig`."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    seed: int
+
+
+@asynccontextmanager
+async def _engines(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
+    launcher = EngineLauncher(config, stop_rule, unreserved_engines(config.engine), shares_devices=False)
+    pool = EnginePool(launcher, config.engine)
+    try:
+        await pool.ready()
+        yield pool
+    finally:
+        await pool.close()
+
+
+def _check_transport(config: RunConfig, reservation: Reservation) -> None:
+    """Raises PlacementError if `weights.transport` cannot work where the engines were placed."""
+    shared = reservation.shares_devices
+    if config.weights.transport == "colocated" and not reservation.one_machine:
+        raise PlacementError(
+            "weights.transport = colocated: some engine is on another machine than trainer rank 0, which "
+            f"sends; {'host_broadcast' if shared else 'broadcast, host_broadcast'} and disk are allowed"
+        )
+    if config.weights.transport == "broadcast" and shared:
+        raise PlacementError(
+            "placement = colocated with weights.transport = broadcast: NCCL takes one process a GPU; "
+            "colocated, host_broadcast and disk are allowed"
+        )

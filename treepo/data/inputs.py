@@ -1,0 +1,53 @@
+"""What a command has read before anything starts: the tokenizer, and the prompts of its files.
+
+`treepo.preflight.inputs` reads and checks them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treepo.config.evaluate import BenchmarkConfig
+from treepo.data.prompts import DataReport, Prompt, PromptSet
+from treepo.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TrainInputs:
+    """heldout: empty if the configuration names no file. reports: one for each file."""
+
+    tokenizer: Tokenizer
+    train: PromptSet
+    heldout: Sequence[Prompt]
+    reports: Sequence[DataReport] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutInputs:
+    tokenizer: Tokenizer
+    prompts: PromptSet
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """The problems of one file; their ids are `label:row`."""
+
+    config: BenchmarkConfig
+    prompts: tuple[Prompt, ...]
+    report: DataReport
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationInputs:
+    """model: identifies the weights, wherever they lie. kv_tokens: those of a running server's KV cache, if
+    it reports them.
+    """
+
+    tokenizer: Tokenizer
+    benchmarks: tuple[Benchmark, ...]
+    model: str
+    kv_tokens: int | None = None
+
+    @property
+    def prompts(self) -> dict[str, Prompt]:
+        """All problems by their id, in order."""
+        return {prompt.id: prompt for benchmark in self.benchmarks for prompt in benchmark.prompts}

@@ -1,0 +1,129 @@
+"""Reads and checks everything that a command needs, before any engine or trainer starts.
+
+The cheap checks come first. An error is one line about what is wrong, and where: ConfigError, DataError,
+ModelError, or EngineError of a running server.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from treepo.config.engine import EngineConfig
+from treepo.config.evaluate import BenchmarkConfig, EvalConfig
+from treepo.config.rollout import RolloutConfig
+from treepo.config.run import RunConfig
+from treepo.data.fingerprint import model_fingerprint
+from treepo.data.inputs import Benchmark, EvaluationInputs, RolloutInputs, TrainInputs
+from treepo.data.prompts import Prompt, check_prompts, load_prompts
+from treepo.data.tokenizer import Tokenizer, check_model_folder, load_tokenizer
+from treepo.errors import ConfigError
+
+
+def read_train_inputs(config: RunConfig) -> TrainInputs:
+    """Read a training run's tokenizer, training prompts and held-out prompts."""
+    data = config.data
+    check_model_folder(config.model.path)
+    check_prompts(data.train, data.columns, data)
+    if data.heldout is not None:
+        check_prompts(data.heldout, data.heldout_columns, data)
+    # Held-out responses are sampled sequentially, so `max_depth` does not bound them.
+    _check_served(
+        config.model.path, data.max_prompt_tokens, config.sampling.max_response_tokens, config.engine
+    )
+    _check_trained(config)
+    tokenizer = load_tokenizer(config.model.path)
+    train = load_prompts(data.train, data.columns, tokenizer, data)
+    reports = [train.report]
+    if len(train) < data.prompts_per_step:
+        raise ConfigError(
+            f"data.prompts_per_step = {data.prompts_per_step}, but {data.train} has {len(train)} usable rows"
+        )
+    heldout: Sequence[Prompt] = ()
+    if data.heldout is not None:
+        prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data)
+        reports.append(prompts.report)
+        heldout = list(prompts[: config.evaluation.max_problems])
+    return TrainInputs(tokenizer, train, heldout, reports)
+
+
+def read_rollout_inputs(config: RolloutConfig) -> RolloutInputs:
+    """Read a rollout's tokenizer and prompts."""
+    data = config.data
+    check_model_folder(config.model.path)
+    check_prompts(data.prompts, data.columns, data)
+    _check_served(config.model.path, data.max_prompt_tokens, config.sampling.longest_response, config.engine)
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = load_prompts(data.prompts, data.columns, tokenizer, data)
+    return RolloutInputs(tokenizer, prompts[: config.max_prompts])
+
+
+def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
+    """Read an evaluation's tokenizer and problems, and ask a running server about its model."""
+    data, folder, url = config.data, config.model.path, config.model.url
+    if folder is not None:
+        check_model_folder(folder)
+    for benchmark in data.benchmarks:
+        check_prompts(benchmark.path, benchmark.columns, data.prompts())
+    prompt, response = data.max_prompt_tokens, config.sampling.longest_response
+    if folder is not None:
+        _check_served(folder, prompt, response, config.engine)
+        tokenizer, model, kv_tokens = load_tokenizer(folder), model_fingerprint(folder), None
+    else:
+        from sglang_rollout.http_engine import server_facts
+
+        assert url is not None
+        facts = asyncio.run(server_facts(url))
+        _check_server_lengths(url, facts, prompt, response)
+        tokenizer = load_tokenizer(config.model.tokenizer or _tokenizer_folder(url, facts))
+        model = f"{facts.get('model_path')} {facts.get('weight_version')}"
+        kv_tokens = facts.get("max_total_num_tokens")
+    if not data.chat_template:
+        tokenizer.hugging_face.chat_template = None
+    benchmarks = tuple(_benchmark(config, benchmark, tokenizer) for benchmark in data.benchmarks)
+    return EvaluationInputs(tokenizer, benchmarks, model, kv_tokens)
+
+
+def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine: EngineConfig) -> None:
+    """Check that SGLang can serve the model folder, and the longest trajectory of it."""
+    # Seconds: torch, transformers.
+    from sglang_rollout.preflight import check_engine
+
+    check_engine(folder, prompt_tokens, response_tokens, engine)
+
+
+def _check_trained(config: RunConfig) -> None:
+    """Check that the trainer can build the model and divide it among its ranks."""
+    from megatron_bridge.architecture import check_layers, check_layout, read_architecture
+
+    check_layout(read_architecture(config.model.path), config.trainer.parallel)
+    check_layers(config.trainer.transformer_impl)
+
+
+def _check_server_lengths(url: str, facts: Mapping[str, Any], prompt: int, response: int) -> None:
+    # SGLang has already subtracted the tokens that it keeps free.
+    allowed = facts.get("max_req_input_len")
+    if allowed is not None and prompt + response > allowed:
+        raise ConfigError(
+            f"data.max_prompt_tokens + the longest response = {prompt} + {response} = {prompt + response}, "
+            f"but {url} takes {allowed} tokens in all; lower data.max_prompt_tokens (--max-prompt-tokens) or "
+            "sampling.max_response_tokens (--max-tokens)"
+        )
+
+
+def _tokenizer_folder(url: str, facts: Mapping[str, Any]) -> Path:
+    path = facts.get("tokenizer_path") or facts.get("model_path")
+    if path is None or not Path(path).is_dir():
+        raise ConfigError(
+            f"model.url = {url}: the folder of its tokenizer, {path}, is not on this machine; --tokenizer "
+            "(model.tokenizer) names one that is"
+        )
+    return Path(path)
+
+
+def _benchmark(config: EvalConfig, benchmark: BenchmarkConfig, tokenizer: Tokenizer) -> Benchmark:
+    loaded = load_prompts(benchmark.path, benchmark.columns, tokenizer, config.data.prompts())
+    wanted = loaded[: benchmark.max_problems or config.data.max_problems]
+    prompts = (replace(prompt, id=f"{benchmark.label}:{prompt.id.rpartition(':')[2]}") for prompt in wanted)
+    return Benchmark(benchmark, tuple(prompts), loaded.report)

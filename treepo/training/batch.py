@@ -1,0 +1,103 @@
+"""The batch of one step: the trees that are sampled, those that are trained, and their mini-batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from treepo.config.run import RunConfig
+from treepo.data.prompts import PromptOrder, PromptSet
+from treepo.errors import RewardError
+from treepo.learning.advantage import estimate
+from treepo.learning.dynamic_sampling import Dropped, DynamicSampler
+from treepo.learning.loss import denominator
+from treepo.learning.packing import pack_flat, pack_trees, split_mini_batches
+from treepo.protocols import MiniBatch
+from treepo.rewards.shaping import shaped
+from treepo.rollout.driver import Stats
+from treepo.training.graded_trees import GradedSampler
+from treepo.training.run_folder import RunFolder
+from treepo.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """sampled: all graded trees of the step. trained: those to learn from, rewards shaped. dropped: by
+    reason. stats: of their sampling.
+    """
+
+    sampled: Sequence[Tree]
+    trained: Sequence[Tree]
+    dropped: Mapping[Dropped, int]
+    stats: Stats
+
+
+class BatchSampler:
+    """Samples one batch after another, in the order of the training prompts, and writes its trees."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: PromptSet,
+        order: PromptOrder,
+        sampler: GradedSampler,
+        folder: RunFolder,
+    ) -> None:
+        self.order = order
+        self._config, self._prompts = config, prompts
+        self._sampler, self._folder = sampler, folder
+
+    async def sample(self, step: int) -> Batch:
+        """Raises EngineError if no tree could be sampled, RewardError if too few responses were graded."""
+        number = self._config.data.prompts_per_step
+        if self._config.learning.dynamic_sampling:
+            sampled, batch, dropped = await self._sample_until_full(number, step)
+        else:
+            batch = sampled = await self._sample_and_write(self.order.next(number), step)
+            dropped = {}
+        self._sampler.check_grades(f"step {step}")
+        return Batch(sampled, [shaped(tree) for tree in batch], dropped, self._sampler.take_stats())
+
+    async def _sample_until_full(
+        self, number: int, step: int
+    ) -> tuple[list[Tree], list[Tree], Mapping[Dropped, int]]:
+        """Replace trees that teach nothing by further prompts, in a bounded number of rounds."""
+        # Only this step's trees are sampled by the weights that are trained: none may wait.
+        dynamic = DynamicSampler(number, self._config.learning.max_refills, max_staleness=0)
+        dynamic.start(version=step - 1)
+        sampled: list[Tree] = []
+        used: set[int] = set()
+        while missing := dynamic.missing():
+            # If an epoch ends between two rounds, the next may begin with a prompt of this step.
+            fresh = [index for index in self.order.next(missing) if index not in used]
+            used.update(fresh)
+            trees = await self._sample_and_write(fresh, step) if fresh else []
+            dynamic.offer(trees)
+            sampled += trees
+        return sampled, *dynamic.take()
+
+    async def _sample_and_write(self, indices: Sequence[int], step: int) -> list[Tree]:
+        """Sample and grade trees for the training prompts at `indices`."""
+        prompts = self._prompts.take(indices)
+        trees = await self._sampler.sample(prompts, step)
+        answers = {prompt.id: prompt.answer for prompt in prompts}
+        for tree in trees:
+            self._folder.write_tree(tree, step, answers[tree.prompt_id])
+        return trees
+
+
+def mini_batches(trees: Sequence[Tree], config: RunConfig) -> list[MiniBatch]:
+    """Pack the trees for the optimizer steps, with advantages of the whole batch.
+
+    A mini-batch without any graded response is left out; RewardError if that leaves none of several trees.
+    """
+    learning, trainer = config.learning, config.trainer
+    pack = pack_trees if learning.packing == "tree" else pack_flat
+    packed = [
+        pack(part, advantages, trainer.max_tokens_per_pack, trainer.parallel.data)
+        for part, advantages in split_mini_batches(trees, estimate(trees, learning), learning.mini_batches)
+    ]
+    graded = [MiniBatch(packs, total) for packs in packed if (total := denominator(packs, learning)) > 0]
+    if packed and not graded:
+        raise RewardError(
+            "no response of this step could be graded (reward.deadline_seconds, reward.memory_mb)"
+        )
+    return graded

@@ -1,0 +1,97 @@
+"""The state of a run besides weights and optimizer state, and the clock that keeps its times."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from treepo.protocols import BatchResult
+from treepo.rollout.driver import Stats
+
+
+@dataclass(slots=True)
+class RunState:
+    """Everything that a run carries from step to step; a checkpoint saves it whole.
+
+    data: fingerprint of the training prompts. cursor: position in their order. sizes: bytes of the growing
+    files, by name, when the state was saved. seconds: in all, time before an interruption included.
+    """
+
+    data: str
+    steps_done: int = 0
+    cursor: int = 0
+    accuracy_before: float | None = None
+    decoded_tokens: int = 0
+    sequential_tokens: int = 0
+    max_logprob_difference: float = 0.0
+    seconds: float = 0.0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def step_done(self, step: int, stats: Stats, result: BatchResult) -> None:
+        """Count a step whose weights the engines serve."""
+        self.steps_done = step
+        self.decoded_tokens += stats.decoded_tokens
+        self.sequential_tokens += stats.total_tokens
+        self.max_logprob_difference = max(self.max_logprob_difference, result.mismatch.largest)
+
+    def summary(
+        self, accuracy_after: float | None, log_prob_check: Mapping[str, float] | None
+    ) -> dict[str, Any]:
+        """The content of summary.json. log_prob_check: the figures of the check; None if it is off."""
+        return {
+            "accuracy_before": self.accuracy_before,
+            "accuracy_after": accuracy_after,
+            "seconds": self.seconds,
+            "steps": self.steps_done,
+            "decoded_tokens": self.decoded_tokens,
+            "sequential_tokens": self.sequential_tokens,
+            "log_prob_check": log_prob_check,
+            "max_logprob_difference": self.max_logprob_difference,
+            "phase_seconds": self.phase_seconds,
+        }
+
+
+class Reporter(Protocol):
+    """Shows a run to a person."""
+
+    def phase(self, name: str, announce: bool = False) -> None:
+        """The run enters a phase; `announce` marks a long phase that comes once."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done."""
+
+
+class Clock:
+    """Counts the seconds of each phase into the state, and tells the reporter which phase it is."""
+
+    def __init__(self, state: RunState, reporter: Reporter) -> None:
+        self._state, self._reporter = state, reporter
+        self._started = time.perf_counter() - state.seconds
+        self._step_seconds: dict[str, float] = {}
+
+    def show(self, phase: str, announce: bool = False) -> None:
+        """Name the phase that begins, without counting its time."""
+        self._reporter.phase(phase, announce)
+
+    @contextmanager
+    def phase(self, name: str, announce: bool = False) -> Iterator[None]:
+        """Count the body's time as that of the phase."""
+        self.show(name, announce)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.count(name, time.perf_counter() - start)
+
+    def count(self, phase: str, seconds: float) -> None:
+        """Add to the phase's time."""
+        for counts in (self._state.phase_seconds, self._step_seconds):
+            counts[phase] = counts.get(phase, 0.0) + seconds
+        self._state.seconds = time.perf_counter() - self._started
+
+    def take_step_seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last call."""
+        taken, self._step_seconds = self._step_seconds, {}
+        return taken
