@@ -12,13 +12,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.support import megatron_ranks
-from tests.support.megatron_ranks import Case, Result
+from tests.support.megatron_ranks import BatchCase, Case, Result
 from tests.support.random_trees import random_tree
-from tests.support.trainer_layouts import CONFIGS, LAYOUTS, MODELS, PAIRS, RECOMPUTE, VARIANTS, VOCABULARY
+from tests.support.trainer_layouts import (
+    BATCHES,
+    CONFIGS,
+    LAYOUTS,
+    MODELS,
+    PAIRS,
+    RECOMPUTE,
+    VARIANTS,
+    VOCABULARY,
+)
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import OptimizerConfig
 from treepo.learning import advantage, loss
-from treepo.learning.packing import Pack, pack_flat, pack_trees, padded
+from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, padded
 from treepo.tree import PROMPT, Tree
 
 pytestmark = pytest.mark.slow
@@ -114,18 +123,41 @@ def spoilt(packs: Sequence[Pack]) -> list[Pack]:
 
 
 @pytest.fixture(scope="module")
-def parallel(models, batch, tmp_path_factory) -> dict[str, Result]:
+def parallel(models, batch, tmp_path_factory) -> dict[str, Any]:
     """Results by "layout: model" and "layout: variant"; all layouts of a number of ranks share processes.
 
     Replicas get unequal numbers of packs, one even none in the second step.
     """
     cases = [case for layout in LAYOUTS for case in cases_at(layout, models, batch)]
+    cases += [case for layout in BATCHES for case in batch_cases(layout, models, batch)]
     root = tmp_path_factory.mktemp("ranks")
-    results: dict[str, Result] = {}
+    results: dict[str, Any] = {}
     for ranks in (2, 4):
         group = [case for case in cases if case.layout.ranks == ranks]
         results |= megatron_ranks.run(group, root / str(ranks))
     return results
+
+
+def batch_cases(name: str, models: dict[str, Path], batch: Batch) -> list[BatchCase]:
+    """The same batch in two mini-batches, as a whole and by hand; one replica has no pack in the second."""
+    plain = [replace(pack, old_log_prob=None) for pack in batch.packed]
+    steps = [[plain[:1], plain[2:]], [plain[1:2], []]]
+    if LAYOUTS[name].data == 1:
+        steps = [[plain[:3]], [plain[3:]]]
+    whole = [(packs, loss.denominator(packs, KL)) for packs in steps]
+    # Blank packs are not given the log-probs that the loss needs, unless they are there from the beginning.
+    by_hand = [(filled(packs), denominator) for packs, denominator in whole]
+    model = models[MODELS[name][0]]
+    return [
+        BatchCase(f"{name}: batch", model, whole, LAYOUTS[name], KL, by_hand=False),
+        BatchCase(f"{name}: by hand", model, by_hand, LAYOUTS[name], KL, by_hand=True),
+    ]
+
+
+def filled(replicas: Sequence[Sequence[Pack]]) -> list[list[Pack]]:
+    """As many packs for every replica, and an even number."""
+    most = max(map(len, replicas))
+    return [[*packs, *[blank_pack()] * (most + most % 2 - len(packs))] for packs in replicas]
 
 
 def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
@@ -391,3 +423,19 @@ def test_reference_is_the_initial_model_and_gives_way_to_the_trained_one(layout:
     for before, reference, after in zip(*values, strict=True):
         np.testing.assert_array_equal(reference, before)
         assert not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("layout", BATCHES)
+def test_a_batch_is_its_log_probs_and_its_steps(layout: str, parallel) -> None:
+    """Log-probs of the whole batch come before its first step, and no rank needs another's."""
+    (result, final), (expected, other) = (parallel[f"{layout}: {way}"] for way in ("batch", "by hand"))
+    assert result.mismatch.mean == pytest.approx(expected.mismatch.mean, rel=1e-6)
+    assert result.mismatch.largest == pytest.approx(expected.mismatch.largest, rel=1e-5)
+    assert result.mismatch.weight == expected.mismatch.weight > 0
+    for update, by_hand in zip(result.updates, expected.updates, strict=True):
+        assert update.keys() == by_hand.keys()
+        for key, value in by_hand.items():
+            assert update[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    assert len(result.updates) == 2
+    for name, tensor in other.items():
+        torch.testing.assert_close(final[name], tensor, **CLOSE, msg=name)
