@@ -27,7 +27,7 @@ from treepo.planning.simulation.lengths import (
 )
 from treepo.protocols import Engine, GenerateRequest
 from treepo.rollout.driver import TreeDriver
-from treepo.rollout.growing_tree import Ask, GrowingTree
+from treepo.rollout.growing_tree import GrowingTree, PathRequest
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
 
@@ -61,21 +61,21 @@ async def grow_in_lockstep(
     """
     rule = StopRule(sampling, text_of)
     trees = [GrowingTree(prompt, sampling, rule, seed, step) for prompt in prompts]
-    seeds: dict[Ask, int] = {}
+    seeds: dict[PathRequest, int] = {}
 
-    async def grow(tree: GrowingTree, ask: Ask) -> None:
-        request = tree.request(ask)
+    async def grow(tree: GrowingTree, path: PathRequest) -> None:
+        request = tree.generate_request(path)
         one_segment = min(request.max_tokens, sampling.segment_tokens)
-        seed = seeds.setdefault(ask, request.seed)
+        seed = seeds.setdefault(path, request.seed)
         output = await engine.generate(replace(request, max_tokens=one_segment, check_every=0, seed=seed))
-        tree.receive(ask, output)
+        tree.receive(path, output)
 
-    while growing := [tree for tree in trees if tree.asks]:
+    while growing := [tree for tree in trees if tree.path_requests]:
         await asyncio.gather(
-            *(grow(tree, ask) for tree in growing for ask in tree.asks if not ask.complete),
+            *(grow(tree, path) for tree in growing for path in tree.path_requests if not path.complete),
         )
         for tree in growing:
-            if all(ask.complete for ask in tree.asks):
+            if all(path.complete for path in tree.path_requests):
                 tree.advance()
     return [tree.finished() for tree in trees]
 

@@ -1,12 +1,12 @@
-"""Weight updates against a raw copy of the same bytes over the same channel: JSON lines.
+"""Compares weight updates with a raw copy of the same bytes over the same channel. Prints JSON lines.
 
     OMP_NUM_THREADS=1 python -m benchmarks.weight_sync --engine
 
-A model of about 250M parameters in bfloat16 goes through each transport to sinks, which are processes that
-fetch every bucket and verify its checksum, as an engine's ranks do before they load it. Beside it, in the
-same run and processes, what the channel itself takes for all bytes at once: `colocated` one copy into shared
-memory that every sink copies out; `broadcast` one gloo broadcast; `disk` one file written, and read by every
-sink. Medians of interleaved repeats. `--engine` adds a real SGLang engine, which loads what comes.
+A model of about 250M parameters in bfloat16 goes through each transport to sinks: processes that receive
+every bucket and verify its checksum, as an engine's ranks do before they load it. The raw copy sends all
+bytes at once, in the same run and processes: `colocated` copies them into shared memory, and every sink
+copies them out; `broadcast` is one gloo broadcast; `disk` writes one file, and every sink reads it. Figures
+are medians of interleaved repeats. `--engine` adds a real SGLang engine, which loads the weights.
 """
 
 import argparse
@@ -30,8 +30,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.weights import WeightsConfig
-from treepo.weight_sync.open import open_sender
-from treepo.weight_sync.send import WeightStream
+from treepo.weight_sync.send import WeightStream, open_sender
 from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksum
 
 SECONDS = 300.0
@@ -49,7 +48,7 @@ MODEL: dict[str, Any] = {
 
 
 def serve_as_sink(orders: Any) -> None:
-    """A sink's process: obey until None comes."""
+    """A sink's process: obey orders until None arrives."""
     torch.set_num_threads(1)
     receiver: Any = None
     while (order := orders.recv()) is not None:
@@ -68,7 +67,7 @@ def serve_as_sink(orders: Any) -> None:
 
 
 class ProcessSink:
-    """A `treepo.weight_sync.send.Sink` in a process of its own that loads nothing."""
+    """Implements `treepo.weight_sync.send.WeightSink` with a process that loads nothing."""
 
     ranks = 1
 
@@ -100,7 +99,7 @@ class ProcessSink:
 
 
 class EngineSink:
-    """A real engine, which loads what it receives; its coroutines run on a loop of their own."""
+    """A real engine, which loads the weights; its coroutines run on a loop of their own."""
 
     ranks = 1
 
@@ -131,7 +130,7 @@ class EngineSink:
 
 
 class Benchmark:
-    """One model, and what is needed to send it and to copy its bytes."""
+    """Sends one model through a transport, and copies its bytes."""
 
     def __init__(self, folder: Path, layers: int, bucket_mb: int) -> None:
         torch.manual_seed(0)
@@ -153,12 +152,12 @@ class Benchmark:
             stream, sender = self._stream(transport), self._sender(transport)
             stack.callback(stream.close)
             stack.callback(sender.close)
-            self._update(stream, receivers)  # the first one meets the sinks and touches new memory
+            self._update(stream, receivers)  # the first update connects the sinks and touches new memory
             ours, raw = [], []
             for _ in range(repeats):
                 ours.append(self._update(stream, receivers))
                 raw.append(self._raw(sender, transport, receivers))
-                stream.close()  # the sinks have met the other sender
+                stream.close()  # the raw copy has connected the sinks to the other sender
                 self._update(stream, receivers)
         seconds, raw_seconds = statistics.median(ours), statistics.median(raw)
         return {
@@ -201,7 +200,7 @@ class Benchmark:
         return elapsed
 
     def _raw(self, sender: Sender, transport: str, sinks: Sequence[ProcessSink]) -> float:
-        """All bytes at once. Filling the buffer is the channel itself where memory is shared."""
+        """Seconds to send all bytes at once. With shared memory, filling the buffer is the transfer."""
         joining = [
             sink.join(address)
             for sink, address in zip(sinks, sender.addresses([1] * len(sinks)), strict=True)

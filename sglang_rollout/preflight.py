@@ -1,12 +1,15 @@
-"""What would stop an engine, found before one is started: a folder's weights, and lengths that do not fit."""
+"""Checks before an engine starts: the folder's weights, its layers, tensor-parallel ranks, and lengths.
+
+SGLang may serve families that the trainer does not know, so the checks read only config.json and the headers
+of the weights.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_rollout.tensor_parallel import check_tensor
-from sglang_rollout.weights import checkpoint_shapes
+from sglang_rollout.weight_update import checkpoint_shapes
 from treepo.config.engine import EngineConfig
 from treepo.errors import ConfigError, ModelError
 
@@ -15,14 +18,13 @@ _KEPT_FREE = 6
 
 
 def check_engine(folder: Path, prompt: int, response: int, engine: EngineConfig) -> None:
-    """Any family that SGLang knows may sample, so only weights' headers and lengths are looked at.
+    """Raise ModelError or ConfigError if an engine could not serve the model in `folder` with these lengths.
 
-    folder: a model folder with a config.json. prompt, response: most tokens of one of each. Raises ModelError
-    or ConfigError.
+    prompt, response: most tokens of one prompt and of one response.
     """
     checkpoint_shapes(folder)
-    check_tensor(folder, engine.tensor)
     config = json.loads((folder / "config.json").read_text())
+    check_tensor(folder, config, engine.tensor)
     _check_layers(folder, config)
     positions = config.get("max_position_embeddings")
     total = prompt + response
@@ -37,8 +39,25 @@ def check_engine(folder: Path, prompt: int, response: int, engine: EngineConfig)
             )
 
 
+def check_tensor(folder: Path, config: Mapping[str, Any], tensor: int) -> None:
+    """Raise ConfigError unless `tensor` ranks get equal shares of the attention heads of the model's
+    `config`.
+
+    There may be fewer key-value heads than ranks: each is then on several ranks.
+    """
+    heads = config.get("num_attention_heads")
+    if heads is None:
+        return  # a family that names them differently: SGLang checks them itself
+    groups = config.get("num_key_value_heads") or heads
+    if heads % tensor or (groups % tensor and tensor % groups):
+        raise ConfigError(
+            f"engine.tensor = {tensor}: {folder} has {heads} attention heads and {groups} key-value heads, "
+            f"which {tensor} ranks cannot share equally"
+        )
+
+
 def _check_layers(folder: Path, config: Mapping[str, Any]) -> None:
-    """SGLang 0.5.16 gives experts to every layer of these models, whatever their configuration says."""
+    """SGLang 0.5.16 gives experts to every layer of these families, whatever their configuration says."""
     if config.get("model_type") not in ("qwen2_moe", "qwen3_moe"):
         return
     for name, allowed in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):

@@ -1,4 +1,4 @@
-"""The gate between requests and weight updates."""
+"""The gate between requests and weight updates: open, draining, or closed."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,40 +7,49 @@ from contextlib import asynccontextmanager
 from treepo.errors import EngineError
 
 
-class Gate:
-    """Requests pass it while it is open, wait while it is shut, and fail while it refuses."""
+class RequestGate:
+    """Lets requests in while it is open, makes them wait while it is draining, refuses them while it is
+    closed.
+    """
 
     def __init__(self) -> None:
         self._refusal: str | None = None
-        self._decided = asyncio.Event()  # open or refusing
+        self._decided = asyncio.Event()  # open or closed
         self._decided.set()
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
     @property
-    def is_shut(self) -> bool:
+    def is_draining(self) -> bool:
         return not self._decided.is_set()
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the gate is closed; None while it is open."""
+        return self._refusal
 
     def open(self) -> None:
         self._refusal = None
         self._decided.set()
 
-    def shut(self) -> None:
+    def drain(self) -> None:
+        """Hold new requests back; the ones inside go on."""
         self._decided.clear()
 
-    def refuse(self, reason: str) -> None:
+    def close(self, reason: str) -> None:
+        """Refuse the requests that wait and all later ones."""
         self._refusal = reason
         self._decided.set()
 
-    async def empty(self) -> None:
-        """Until no request is inside."""
+    async def drained(self) -> None:
+        """Wait until no request is inside."""
         await self._empty.wait()
 
     @asynccontextmanager
-    async def passage(self) -> AsyncIterator[None]:
-        """Inside while the body runs. Raises EngineError while the gate refuses."""
-        while self.is_shut:
+    async def request(self) -> AsyncIterator[None]:
+        """Be inside while the body runs. Raises EngineError if the gate is closed."""
+        while self.is_draining:
             await self._decided.wait()
         if self._refusal is not None:
             raise EngineError(f"the engine refuses to serve: {self._refusal}")

@@ -1,11 +1,11 @@
-"""Causal attention over a KV pool whose tokens lie anywhere, many requests in one call: torch only.
+"""Causal attention over tokens scattered in a KV pool, many requests in one call, in plain torch.
 
-Requests with one new token and similar length are padded together, so that a decoding step costs a few calls
-however many requests are running. A request with several new tokens is attended alone, and only they are
-queries, however long the prefix above them is.
+Requests with one new token and similar lengths are padded together, so that a decoding step takes a few calls
+however many requests are running. A request with several new tokens gets a call of its own, whose queries are
+the new tokens only, however long the prefix above them is.
 
-Units: a slot is one token's place in the KV pool. Suffixes: `_R` a request of the batch, `_B` one of a group,
-`_L` one of a request's tokens, `_Q` a new one.
+A slot is one token's place in the KV pool. Dimensions: B requests in one padded call, K tokens of a request
+(its keys), Q new tokens of a request (its queries).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 _GROUP_BYTES = 1 << 20
-"""Of one group's keys, padding included. Larger copies fall out of a core's cache: they cost three times as
-much a token.
+"""Bytes of one group's keys, padding included. Larger copies leave a core's cache and cost three times as
+much per token.
 """
 
 
@@ -25,9 +25,9 @@ much a token.
 class Steps:
     """Requests with one new token each.
 
-    rows: int64 [B], each request's row of the batch's queries.
-    slots: int64 [B, L], slots of each request's tokens; a shorter request repeats its first.
-    mask: [B, 1, 1, L], 0 on a request's own tokens, -inf on padding.
+    rows: int64 [B], each request's row in the batch's queries.
+    slots: int64 [B, K], slots of each request's tokens; a shorter request repeats its first.
+    mask: [B, 1, 1, K], 0 on a request's own tokens, -inf on padding.
     """
 
     rows: Tensor
@@ -39,7 +39,7 @@ class Steps:
 class Chunk:
     """One request with several new tokens.
 
-    rows: its rows of the batch's queries. slots: int64 [L]. mask: [Q, L]; None where all tokens are new.
+    rows: its rows in the batch's queries. slots: int64 [K]. mask: [Q, K]; None if all tokens are new.
     """
 
     rows: slice
@@ -50,10 +50,10 @@ class Chunk:
 def plan(
     new: Sequence[int], total: Sequence[int], slots: Tensor, token_bytes: int, dtype: torch.dtype
 ) -> list[Steps | Chunk]:
-    """Calls for a batch whose request i has its last `new[i]` of `total[i]` tokens as consecutive queries.
+    """Plan the calls for a batch. Request i has `total[i]` tokens; its last `new[i]` are consecutive queries.
 
-    slots: int [R, at least max(total)], each request's slots in the order of its tokens. token_bytes: of one
-    token's keys. dtype: of the masks.
+    slots: int [requests, at least max(total)], each request's slots in the order of its tokens. token_bytes:
+    size of one token's keys. dtype: of the masks.
     """
     first = [end - count for end, count in zip(_running_sum(new), new, strict=True)]
     calls: list[Steps | Chunk] = []
@@ -64,14 +64,14 @@ def plan(
         else:
             rows = slice(start, start + count)
             calls.append(Chunk(rows, slots[request, :length].long(), _causal_mask(count, length, dtype)))
-    first_R, total_R = torch.tensor(first), torch.tensor(total)
+    first_rows, totals = torch.tensor(first), torch.tensor(total)
     for group in _similar(steps, total, max(1, _GROUP_BYTES // token_bytes)):
         members = torch.tensor(group)
-        padding_BL = torch.arange(total[group[-1]]) >= total_R[members, None]
-        slots_BL = slots[members, : padding_BL.shape[1]].long()
-        slots_BL = torch.where(padding_BL, slots_BL[:, :1], slots_BL)
-        mask_BL = torch.zeros(padding_BL.shape, dtype=dtype).masked_fill_(padding_BL, float("-inf"))
-        calls.append(Steps(first_R[members], slots_BL, mask_BL[:, None, None]))
+        padding_BK = torch.arange(total[group[-1]]) >= totals[members, None]
+        slots_BK = slots[members, : padding_BK.shape[1]].long()
+        slots_BK = torch.where(padding_BK, slots_BK[:, :1], slots_BK)
+        mask_BK = torch.zeros(padding_BK.shape, dtype=dtype).masked_fill_(padding_BK, float("-inf"))
+        calls.append(Steps(first_rows[members], slots_BK, mask_BK[:, None, None]))
     return calls
 
 
@@ -82,12 +82,14 @@ def _running_sum(counts: Sequence[int]) -> list[int]:
 def _causal_mask(count: int, length: int, dtype: torch.dtype) -> Tensor | None:
     if count == length:
         return None
-    hidden_QL = torch.ones(count, length, dtype=torch.bool).triu_(length - count + 1)
-    return torch.zeros(count, length, dtype=dtype).masked_fill_(hidden_QL, float("-inf"))
+    hidden_QK = torch.ones(count, length, dtype=torch.bool).triu_(length - count + 1)
+    return torch.zeros(count, length, dtype=dtype).masked_fill_(hidden_QK, float("-inf"))
 
 
 def _similar(requests: list[int], total: Sequence[int], capacity: int) -> Iterator[list[int]]:
-    """Groups of at most `capacity` tokens (or one request), padding included and at most half of them."""
+    """Groups of requests with similar lengths: at most `capacity` tokens (or one request), at most half of
+    them padding.
+    """
     group: list[int] = []
     for request in sorted(requests, key=total.__getitem__):
         if group and ((len(group) + 1) * total[request] > capacity or total[request] > 2 * total[group[0]]):
@@ -101,7 +103,7 @@ def _similar(requests: list[int], total: Sequence[int], capacity: int) -> Iterat
 def attend(
     calls: Sequence[Steps | Chunk], query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
 ) -> None:
-    """Causal attention with grouped queries, written into `output`.
+    """Write causal attention with grouped queries into `output`.
 
     query, output: [rows, heads, head_dim]. keys, values: [slots, kv_heads, head_dim]; consecutive query heads
     share a key head.
@@ -120,7 +122,8 @@ def _attend_steps(
     heads, width = query.shape[1:]
     kv_heads = keys.shape[1]
     slots = steps.slots.flatten()
-    # The heads that share a key head stand where a call has queries: keys are read once, not repeated.
+    # The heads that share a key head take the place of queries, so the keys are read once instead of
+    # repeated.
     attended = scaled_dot_product_attention(
         query[steps.rows].view(size, kv_heads, heads // kv_heads, width),
         keys.index_select(0, slots).view(size, length, kv_heads, width).transpose(1, 2),
@@ -139,7 +142,7 @@ def _attend_chunk(
     share = heads // kv_heads
 
     def for_each_head(pool: Tensor) -> Tensor:
-        """[kv_heads, share, L, width], the heads that share being one in memory."""
+        """[kv_heads, share, K, width]; the heads that share a key head are one in memory."""
         return pool.index_select(0, chunk.slots).transpose(0, 1)[:, None].expand(-1, share, -1, -1)
 
     new = query[chunk.rows]

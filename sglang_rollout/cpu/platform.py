@@ -1,7 +1,7 @@
-"""SGLang's out-of-tree platform interface, filled in for the CPU.
+"""Implements SGLang's out-of-tree platform interface for the CPU.
 
-SGLang's pool classes are imported inside the methods: SGLang asks for the platform while the modules that
-define them still load.
+SGLang asks for the platform while its own modules are still loading, so its pool classes and our replacements
+are imported inside the methods.
 """
 
 from typing import Any
@@ -9,6 +9,15 @@ from typing import Any
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+
+
+def gloo_only(*arguments: Any, **keywords: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook before `GroupCoordinator.__init__`: build gloo groups alone.
+
+    SGLang builds NCCL communicators if it finds NCCL's library, which PyTorch's CUDA build also installs on
+    machines without a GPU.
+    """
+    return arguments, keywords | {"use_pynccl": False, "use_custom_allreduce": False}
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompatibleMethodOverride] - SGLang's own
@@ -22,17 +31,15 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
         return "torch_native"
 
     def init_backend(self) -> None:
-        """Put our attention and our sampler in the places of SGLang's torch-native ones.
+        """Replace SGLang's torch-native attention and sampler by ours.
 
-        Under the old names: SGLang chooses torch code over Triton kernels elsewhere by the name.
+        They keep the old names, because by these SGLang chooses torch code over Triton kernels elsewhere.
         """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
         from sglang.srt.layers.sampler import register_sampler_backend
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        from sglang_rollout.cpu.attention import CpuAttention
-        from sglang_rollout.cpu.groups import gloo_only
-        from sglang_rollout.cpu.sampler import SeededSampler, add_seeds
+        from sglang_rollout.cpu.replacements import CpuAttention, SeededSampler, add_seeds
 
         register_attention_backend("torch_native")(CpuAttention)
         register_sampler_backend("pytorch", SeededSampler)
@@ -44,7 +51,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
         HookRegistry.register(
             "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__", gloo_only, HookType.BEFORE
         )
-        HookRegistry.apply_hooks()  # SGLang's own call may be behind us; hooks that are in place stay
+        HookRegistry.apply_hooks()  # SGLang may have made its own call already; applied hooks stay
 
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -57,7 +64,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
         return MLATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
-        from sglang_rollout.cpu.allocator import TokenAllocator
+        from sglang_rollout.cpu.replacements import TokenAllocator
 
         return TokenAllocator
 

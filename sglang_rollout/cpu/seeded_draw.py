@@ -1,4 +1,4 @@
-"""Tokens drawn at numbers that depend on a seed and a position alone."""
+"""Draws tokens at uniform numbers that depend only on a seed and a position."""
 
 import numpy as np
 import torch
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def uniform(seed: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1), one a pair: float64, of the shape of `seed` and `position` (integers).
+    """A number in [0, 1) for each pair: float64, in the shape of `seed` and `position` (integers).
 
-    SplitMix64 (Steele, Lea and Flood, 2014): the seed chooses the stream, the position the draw.
+    SplitMix64 (Steele, Lea and Flood, 2014): the seed selects the stream, the position the draw.
     """
     stream = _mix(seed.astype(np.uint64))
     draw = _mix(stream + position.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
@@ -22,14 +22,14 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def invert(probs: Tensor, number: Tensor) -> Tensor:
-    """The token at `number` of each row's cumulative distribution: int32 [B] of [B, V] and [B].
+    """The token at `number` of each row's cumulative distribution: int32 [B] from [B, V] and [B].
 
-    A token of probability 0 is never drawn. A row that is not a distribution (NaN) gives some token: its
-    log-prob tells.
+    A token of probability 0 is never drawn. A row that is not a distribution (NaN) gives an arbitrary token;
+    its log-prob shows the fault.
     """
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     target = number[:, None] * cumulative[:, -1:]
-    # Where rounding brings the target up to the sum, the last token that adds to the sum is meant.
+    # If rounding brings the target up to the sum, the last token that adds to the sum is meant.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     drawn = torch.searchsorted(cumulative, target, right=True)
     return torch.minimum(drawn, last).clamp_(max=probs.shape[-1] - 1)[:, 0].to(torch.int32)

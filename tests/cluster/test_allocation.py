@@ -1,4 +1,4 @@
-"""Which nodes a launch has: what every scheduler says, what is refused."""
+"""The nodes of a launch: the variables of every scheduler, and the combinations that are refused."""
 
 from collections.abc import Mapping
 
@@ -51,12 +51,12 @@ def test_a_step_of_slurm_may_have_fewer_nodes_than_its_job() -> None:
     assert found(SLURM | step)[:3] == (2, 1, "gpu09")
 
 
-def test_flags_silence_everything_else() -> None:
+def test_flags_override_everything_else() -> None:
     loud = SLURM | TORCHRUN | {"RAY_ADDRESS": "auto", "LOCAL_WORLD_SIZE": "8"}
     assert found(loud, ALL_FLAGS) == (2, 1, "10.0.0.1", 7000)
 
 
-def test_slurm_comes_before_torchrun_where_they_agree() -> None:
+def test_slurm_comes_before_torchrun_if_they_agree() -> None:
     agreeing = {"NNODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "elsewhere"}
     assert found(SLURM | agreeing)[2] == "gpu08"
     # Scripts for Slurm export these for programs that have one process a GPU.
@@ -73,7 +73,7 @@ def test_torchruns_variables_count_nodes_or_are_refused() -> None:
 
 
 def test_under_torchrun_its_own_store_has_the_port() -> None:
-    """What `torchrun --nnodes 4 --nproc-per-node 1` sets."""
+    """The environment is that of `torchrun --nnodes 4 --nproc-per-node 1`."""
     environment = {
         "WORLD_SIZE": "4", "RANK": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": "2",
         "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -112,7 +112,7 @@ def test_under_torchrun_its_own_store_has_the_port() -> None:
         ({"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "a"}, Flags(), "WORLD_SIZE=4 counts processes"),
     ],
 )
-def test_what_is_half_said_or_contradicts_itself_is_one_line(
+def test_incomplete_or_contradictory_settings_are_one_line(
     environment: dict[str, str], flags: Flags, message: str
 ) -> None:
     with pytest.raises(AllocationError, match=message) as caught:
@@ -136,8 +136,8 @@ def test_nodelists(text: str, names: list[str]) -> None:
 @pytest.mark.parametrize(
     "text", ["", "a[", "a[]", "a]", "a,", "a[1-2", "a[1-x]", "a[1-2-3]", "a b", "a[[1]]"]
 )
-def test_what_is_no_nodelist(text: str) -> None:
-    with pytest.raises(AllocationError, match="no list of Slurm's nodes"):
+def test_texts_that_are_not_nodelists_are_refused(text: str) -> None:
+    with pytest.raises(AllocationError, match="not a Slurm node list"):
         expand_nodelist(text)
 
 
@@ -152,7 +152,9 @@ def test_what_is_no_nodelist(text: str) -> None:
         max_size=4,
     )
 )
-def test_a_nodelist_names_what_it_was_made_of(groups: list[tuple[str, list[tuple[int, int]], int]]) -> None:
+def test_a_nodelist_expands_to_the_names_it_was_made_of(
+    groups: list[tuple[str, list[tuple[int, int]], int]],
+) -> None:
     """Each group: a prefix, ranges as (first, how many more), the width of their numbers."""
     items: list[str] = []
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""The scripts and the manifest in examples/cluster: they parse, call what exists, and their numbers agree."""
+"""The scripts and the manifest in examples/cluster parse, call existing commands and agree in numbers."""
 
 import os
 import re
@@ -18,7 +18,7 @@ CONFIG = "examples/cluster/two_nodes.yaml"
 
 @pytest.fixture
 def tools(tmp_path: Path) -> dict[str, str]:
-    """An environment whose `srun` and `treepo` print what they are asked for."""
+    """An environment whose `srun` and `treepo` print their arguments."""
     for name in ("srun", "bin/treepo", ".venv/bin/treepo"):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Two real engines that are killed while they sample: no tree is lost, none is mixed, and both come back."""
+"""Two real engines are killed while they sample: no tree is lost or mixed, and both engines come back."""
 
 import asyncio
 import os
@@ -21,8 +21,7 @@ from treepo.data.prompts import Prompt
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
-from treepo.weight_sync.open import open_sender
-from treepo.weight_sync.send import Outcome, WeightStream
+from treepo.weight_sync.send import Outcome, WeightStream, open_sender
 from treepo.weight_sync.wire import Manifest, TensorInfo
 
 pytestmark = pytest.mark.slow
@@ -34,7 +33,7 @@ def decode(tokens: np.ndarray) -> str:
 
 
 class FakeTrainer:
-    """Has some weights, and sends them as the trainer's first rank does."""
+    """Sends fixed weights as trainer rank 0 does."""
 
     def __init__(self, weights: dict[str, Tensor], folder: Path) -> None:
         self._weights = weights
@@ -47,19 +46,21 @@ class FakeTrainer:
         tensors, manifest = iter(self._weights.items()), await self.manifest()
         return await asyncio.to_thread(self._stream.send, tensors, manifest, version, sinks)
 
+    async def release_cache(self) -> None: ...
+
 
 async def _pids(actor: Any) -> tuple[int, list[int]]:
-    """Of an engine's actor, and of the SGLang processes that it started."""
+    """The process of an engine's actor, and the SGLang processes that it started."""
     return await actor.__ray_call__.remote(
-        lambda engine: (os.getpid(), [child.pid for child in engine._server._children])
+        lambda engine: (os.getpid(), [child.pid for child in engine._sglang._children])
     )
 
 
 async def _kill_while_it_answers(driver: TreeDriver, engine: int, pid: int, stop: list[int]) -> None:
-    """SIGKILL with requests in flight: SGLang (`stop`) is halted first, so that it cannot answer them."""
+    """SIGKILL with requests in flight. SGLang (`stop`) is halted first, so that it cannot answer them."""
     for process in stop:
         os.kill(process, signal.SIGSTOP)
-    while not any(waiting.engine == engine for waiting in driver.waiting()):
+    while not any(pending.engine == engine for pending in driver.pending()):
         await asyncio.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
 
@@ -69,10 +70,11 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
     from transformers import Qwen2ForCausalLM
 
     from tests.support.real_engine import perturbed, write_model
-    from treepo.cluster.ray_engine import EnginePool
-    from treepo.cluster.ray_session import ray_session
-    from treepo.cluster.supervised_engine import State
-    from treepo.weight_sync.transaction import sync_weights, update_weights
+    from treepo.cluster.engine_pool import TrainingEnginePool
+    from treepo.cluster.pooled_engine import State
+    from treepo.cluster.ray_engine import EngineLauncher
+    from treepo.cluster.reservation import unreserved_engines
+    from treepo.cluster.session import ray_session
 
     config = RolloutConfig.model_validate(
         {
@@ -89,13 +91,15 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
     trainer = FakeTrainer(weights, tmp_path)
 
     async def scenario() -> None:
-        pool = EnginePool(config, StopRule(policy, decode))
+        options = unreserved_engines(config.engine)
+        launcher = EngineLauncher(config, StopRule(policy, decode), options, shares_devices=False)
+        pool = TrainingEnginePool(launcher, config.engine, trainer, shares_devices=False)
         try:
             await pool.ready()
-            pool.restore = lambda process: update_weights(trainer, [process], 1, 60)
             first, second = pool.engines
-            await sync_weights(trainer, pool, 1, 60)
-            driver = TreeDriver(pool.engines, policy, decode, seed=3, kv_tokens=pool.capacity)
+            async with pool.offloaded():
+                await pool.sync_weights(1)
+            driver = TreeDriver(pool.engines, policy, decode, seed=3, kv_tokens=pool.kv_tokens)
             (_, one), (actor, other) = [await _pids(engine.process.actor) for engine in pool.engines]
             trees = await _sample(driver, lambda: _kill_both(driver, first, one, actor, other))
             assert driver.stats.failed_requests >= 2
@@ -125,7 +129,7 @@ PROMPTS = [
 
 
 async def _sample(driver: TreeDriver, disturb: Any) -> list[Tree]:
-    """All trees; `disturb` runs beside the sampling, from the first tree on."""
+    """Sample all trees; `disturb` runs beside the sampling, from the first tree on."""
     trees: list[Tree] = []
     async with asyncio.TaskGroup() as group, aclosing(driver.sample(PROMPTS, step=0)) as results:
         async for result in results:
@@ -137,8 +141,8 @@ async def _sample(driver: TreeDriver, disturb: Any) -> list[Tree]:
 
 
 async def _kill_both(driver: TreeDriver, first: Any, one: list[int], actor: int, other: list[int]) -> None:
-    """SGLang of the first engine, then, once the second has answered meanwhile, the second's Ray actor."""
-    from treepo.cluster.supervised_engine import State
+    """Kill the first engine's SGLang; then, once the second engine has answered, the second's Ray actor."""
+    from treepo.cluster.pooled_engine import State
 
     await _kill_while_it_answers(driver, 0, one[0], stop=one)
     while first.state is State.SERVING:
@@ -150,12 +154,12 @@ async def _kill_both(driver: TreeDriver, first: Any, one: list[int], actor: int,
 
 
 async def _check(tree: Tree, engine: Any) -> None:
-    """A restarted engine scores the tree's responses as they were sampled: its weights are those of the
-    version, and every segment was sampled under what the tree shows above it.
+    """A restarted engine computes the log-probs with which the tree was sampled: it has the weights of the
+    version, and every segment was sampled under the tokens that the tree shows above it.
     """
     for leaf in tree.leaves:
         whole = np.concatenate([tree.prompt, tree.response(leaf)])
-        scored = (await engine.call("score", whole))[len(tree.prompt) - 1 :]
+        computed = (await engine.process.actor.log_probs.remote(whole))[len(tree.prompt) - 1 :]
         sampled = np.concatenate([tree.segments[i].log_probs for i in tree.path(leaf.segment)])
-        # float32 of one model, in one pass and token by token: a few roundings apart.
-        np.testing.assert_allclose(sampled, scored, atol=2e-5, rtol=1e-5)
+        # Float32 of one model, in one pass and token by token: a few roundings apart.
+        np.testing.assert_allclose(sampled, computed, atol=2e-5, rtol=1e-5)

@@ -1,8 +1,8 @@
-"""Engines that die, hang and fail to start: what is lost (nothing), who serves then, and when it is over."""
+"""Engines that die, hang and fail to start: the pool loses no tree, and says when no engine is left."""
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -12,8 +12,8 @@ import pytest
 from tests.support.fake_engine import FakeEngine, decode, prompt_tokens
 from tests.support.fake_process import FakeProcess
 from tests.support.sampling_policies import sampling
-from treepo.cluster.engine_pool import Fleet
-from treepo.cluster.supervised_engine import State, SupervisedEngine
+from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
+from treepo.cluster.pooled_engine import PooledEngine, State
 from treepo.config.engine import EngineConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import DeadEngineError, EngineError, NoEngineError
@@ -22,9 +22,8 @@ from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.rollout.watchdog import watched
 from treepo.tree import Tree, to_json
 from treepo.weight_sync.send import Outcome
-from treepo.weight_sync.transaction import sync_weights, update_weights
 
-type FakeFleet = Fleet[FakeProcess]
+type FakePool = TrainingEnginePool[FakeProcess]
 REQUEST = GenerateRequest(np.array([5, 6], np.int32), 2, 4, 1.0, 0)
 
 
@@ -46,27 +45,70 @@ class Fakes:
         return process
 
 
+async def nothing(_version: int) -> None: ...
+
+
+class FakeTrainer:
+    """Implements `treepo.weight_sync.transaction.WeightSender` and sends nothing.
+
+    happens: awaited with the version whenever weights are sent. released: called with each release of the
+    device's memory. sent: the versions.
+    """
+
+    def __init__(
+        self,
+        happens: Callable[[int], Awaitable[None]] = nothing,
+        released: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.sent: list[int] = []
+        self._happens, self._released = happens, released
+
+    async def manifest(self) -> tuple[()]:
+        return ()
+
+    async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
+        del sinks
+        self.sent.append(version)
+        await self._happens(version)
+        return Outcome()
+
+    async def release_cache(self) -> None:
+        self._released()
+
+
 def run(
-    scenario: Callable[[FakeFleet, Fakes], Any],
+    scenario: Callable[[FakePool, Fakes], Any],
     fakes: Fakes | None = None,
     count: int = 1,
-    shares_device: bool = False,
+    trainer: FakeTrainer | None = None,
+    shares_devices: bool = False,
     **settings: Any,
 ) -> None:
-    """The scenario on a fleet that is ready; every process that was made is ended afterwards."""
+    """Run the scenario on a pool that is ready; every process is ended afterwards."""
 
     async def main() -> None:
         launch = fakes or Fakes()
-        fleet = Fleet(launch, EngineConfig.model_validate({"count": count} | settings), shares_device)
+        config = EngineConfig.model_validate({"count": count} | settings)
+        pool = TrainingEnginePool(launch, config, trainer or FakeTrainer(), shares_devices)
         try:
-            await fleet.ready()
+            await pool.ready()
             async with asyncio.timeout(20):
-                await scenario(fleet, launch)
+                await scenario(pool, launch)
         finally:
-            await fleet.close()
+            await pool.close()
         assert all(process.ended for processes in launch.made.values() for process in processes)
 
     asyncio.run(main())
+
+
+async def sync(pool: FakePool, version: int) -> None:
+    async with pool.offloaded():
+        await pool.sync_weights(version)
+
+
+def versions(fakes: Fakes) -> list[int]:
+    """What the newest process of each engine serves."""
+    return [fakes.made[index][-1].engine.version for index in sorted(fakes.made)]
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -74,14 +116,19 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def serves(engine: SupervisedEngine[FakeProcess]) -> Callable[[], bool]:
+async def let_others_run() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def serves(engine: PooledEngine[FakeProcess]) -> Callable[[], bool]:
     return lambda: engine.state is State.SERVING
 
 
-async def trees(fleet: FakeFleet, count: int) -> list[str]:
-    """Sampled by the fleet, as lines; none may have failed."""
+async def trees(pool: FakePool, count: int) -> list[str]:
+    """Trees that the pool samples, as JSON lines; none may fail."""
     prompts = [Prompt(f"train:{i}", prompt_tokens(i), "", "", "") for i in range(count)]
-    driver = TreeDriver(fleet.engines, sampling(retry_seconds=0.0, attempts=12), decode, seed=7)
+    driver = TreeDriver(pool.engines, sampling(retry_seconds=0.0, attempts=12), decode, seed=7)
     async with aclosing(driver.sample(prompts, step=0)) as results:
         finished: list[Tree | FailedTree] = [result async for result in results]
     assert not [result for result in finished if isinstance(result, FailedTree)]
@@ -91,8 +138,8 @@ async def trees(fleet: FakeFleet, count: int) -> list[str]:
 def undisturbed(count: int) -> list[str]:
     found: list[str] = []
 
-    async def scenario(fleet: FakeFleet, _: Fakes) -> None:
-        found.extend(await trees(fleet, count))
+    async def scenario(pool: FakePool, _: Fakes) -> None:
+        found.extend(await trees(pool, count))
 
     run(scenario)
     return found
@@ -100,26 +147,26 @@ def undisturbed(count: int) -> list[str]:
 
 @pytest.mark.parametrize("engines", [1, 2, 3])
 def test_deaths_lose_no_tree_and_change_none(engines: int) -> None:
-    """Every process but the third of each engine dies after a while: trees are those of an engine that lives,
-    token for token, because nothing that was finished is sampled again under anything else.
+    """Every process but the third of each engine dies after a while. The trees are those of an engine that
+    lives, token for token: a finished segment is never sampled again under another context.
     """
     fakes = Fakes(lambda index, number: {"dies_at": 7 + 11 * index + 5 * number if number < 2 else None})
 
-    async def scenario(fleet: FakeFleet, _: Fakes) -> None:
-        assert await trees(fleet, 12) == undisturbed_trees
+    async def scenario(pool: FakePool, _: Fakes) -> None:
+        assert await trees(pool, 12) == undisturbed_trees
 
     undisturbed_trees = undisturbed(12)
     run(scenario, fakes, engines, max_restarts=2 * engines)
     assert all(len(processes) > 1 for processes in fakes.made.values())
 
 
-def test_a_request_waits_for_the_successor_only_where_no_other_engine_serves() -> None:
+def test_a_request_waits_for_a_restart_only_if_no_other_engine_serves() -> None:
     fakes = Fakes(
         lambda index, number: {"hangs_at": 1} if number == 0 and index == 0 else {"slow": number > 0}
     )
 
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        first, second = fleet.engines
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        first, second = pool.engines
         lost = asyncio.ensure_future(first.generate(REQUEST))
         await until(lambda: first._outstanding == 1)
         first.fail("it was lost")
@@ -128,10 +175,9 @@ def test_a_request_waits_for_the_successor_only_where_no_other_engine_serves() -
         with pytest.raises(DeadEngineError, match=r"engine 0 is .*: it was lost"):
             await first.generate(REQUEST)
         second.fail("so was this one")
-        one, other = (asyncio.ensure_future(engine.generate(REQUEST)) for engine in fleet.engines)
+        one, other = (asyncio.ensure_future(engine.generate(REQUEST)) for engine in pool.engines)
         await until(lambda: all(len(fakes.made[index]) == 2 for index in (0, 1)))
-        for _ in range(50):
-            await asyncio.sleep(0)
+        await let_others_run()
         assert not one.done()
         assert not other.done()
         fakes.made[1][1].loaded.set()
@@ -143,43 +189,43 @@ def test_a_request_waits_for_the_successor_only_where_no_other_engine_serves() -
 
 
 def test_a_restarted_engine_serves_only_after_it_has_the_weights_and_nobody_changes_them_meanwhile() -> None:
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        version = 3
-        given: list[int] = []
-
-        async def restore(process: FakeProcess) -> None:
-            assert fleet.weights.locked()
-            assert engine.state is State.STARTING
-            process.engine.version = version
-            given.append(version)
-
-        fleet.restore = restore
-        (engine,) = fleet.engines
-        async with fleet.weights:
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        pools.append(pool)
+        (engine,) = pool.engines
+        await sync(pool, 3)
+        async with pool.offloaded():
             fakes.made[0][0].die()
             await until(lambda: len(fakes.made[0]) == 2)
             waiting = asyncio.ensure_future(engine.generate(REQUEST))
-            for _ in range(50):
-                await asyncio.sleep(0)
-            assert not given
-            version = 4
+            await let_others_run()
+            assert trainer.sent == [3]
+            await pool.sync_weights(4)
+            assert trainer.sent == [3], "no engine serves"
         assert (await waiting).version == 4
-        assert given == [4]
+        assert trainer.sent == [3, 4]
 
-    run(scenario)
+    async def happens(_version: int) -> None:
+        states.append((pools[0].updating(), pools[0].engines[0].state))
+
+    states: list[tuple[bool, State]] = []
+    pools: list[FakePool] = []
+    trainer = FakeTrainer(happens)
+
+    run(scenario, trainer=trainer)
+    assert states == [(True, State.SERVING), (True, State.STARTING)]
 
 
 def test_silence_is_death_but_work_is_not() -> None:
-    """Both engines answer no request; one shows life when asked, and is left alone."""
-    fakes = Fakes(lambda index, number: {"hangs_at": 1, "lively": index == 1} if not number else {})
+    """Neither engine answers a request; the one that passes health checks is left alone."""
+    fakes = Fakes(lambda index, number: {"hangs_at": 1, "healthy": index == 1} if not number else {})
 
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        silent, busy = fleet.engines
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        silent, busy = pool.engines
         working = asyncio.ensure_future(busy.generate(REQUEST))
         with pytest.raises(DeadEngineError, match="no sign of life"):
             await silent.generate(REQUEST)
         await until(serves(silent))
-        await until(lambda: fakes.made[1][0].probes > 3)
+        await until(lambda: fakes.made[1][0].health_checks > 3)
         assert busy.state is State.SERVING
         assert not working.done()
         working.cancel()
@@ -188,147 +234,167 @@ def test_silence_is_death_but_work_is_not() -> None:
     assert [len(fakes.made[index]) for index in (0, 1)] == [2, 1]
 
 
-def test_nobody_who_has_no_request_is_asked_for_a_sign_of_life() -> None:
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        await fleet.engines[0].generate(REQUEST)
+def test_an_engine_without_a_request_gets_no_health_check() -> None:
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        (engine,) = pool.engines
+        await engine.generate(REQUEST)
+        (process,) = fakes.made[0]
+        checks = process.health_checks  # a slow machine may have taken the deadline for this one answer
         await asyncio.sleep(0.05)
-        assert not fakes.made[0][0].probes
+        assert process.health_checks == checks
 
-    run(scenario, health_seconds=0.001)
+    run(scenario, Fakes(lambda _, __: {"healthy": True}), health_seconds=0.001)
 
 
 def test_restarts_are_bounded_over_the_run_and_the_rest_goes_on() -> None:
     fakes = Fakes(lambda index, number: {"start_error": "no memory"} if index == 0 and number else {})
 
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        first, second = fleet.engines
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        first, second = pool.engines
         fakes.made[0][0].die()
         await until(lambda: first.state is State.GIVEN_UP)
         assert len(fakes.made[0]) == 4
         assert first.reason == "no memory"
-        assert len(await trees(fleet, 4)) == 4
+        assert len(await trees(pool, 4)) == 4
         fakes.made[1][0].die()
         await until(lambda: second.state is State.GIVEN_UP)
         with pytest.raises(NoEngineError, match=r"no engine is left: engine 0 .*no memory; engine 1 .*ended"):
             await second.generate(REQUEST)
         with pytest.raises(ExceptionGroup) as raised:
-            await trees(fleet, 4)
+            await trees(pool, 4)
         assert raised.group_contains(NoEngineError)
 
     run(scenario, fakes, 2, max_restarts=3)
 
 
-def test_weights_that_cannot_be_restored_cost_a_restart_and_another_fault_ends_what_waits() -> None:
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        errors: list[Exception] = [EngineError("refused"), ValueError("a fault of ours")]
+def test_a_failed_update_costs_a_restart_and_another_fault_ends_the_requests_that_wait() -> None:
+    errors: list[Exception] = [EngineError("refused"), ValueError("a fault of ours")]
 
-        async def restore(_: FakeProcess) -> None:
+    async def happens(version: int) -> None:
+        if version == 1 and trainer.sent != [1]:
             raise errors.pop(0)
 
-        fleet.restore = restore
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        await sync(pool, 1)
         fakes.made[0][0].die()
-        await until(lambda: fleet.engines[0].state is not State.SERVING)
+        await until(lambda: pool.engines[0].state is not State.SERVING)
         with pytest.raises(ValueError, match="a fault of ours"):
-            await fleet.engines[0].generate(REQUEST)
+            await pool.engines[0].generate(REQUEST)
         assert len(fakes.made[0]) == 3
 
-    run(scenario)
-
-
-class FakeTrainer:
-    """Sends nothing, in good order; somebody may die meanwhile."""
-
-    def __init__(self, happens: Callable[[], None] = lambda: None) -> None:
-        self._happens = happens
-
-    async def manifest(self) -> tuple[()]:
-        return ()
-
-    async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
-        del version, sinks
-        self._happens()
-        return Outcome()
+    trainer = FakeTrainer(happens)
+    run(scenario, trainer=trainer)
 
 
 @pytest.mark.parametrize("lost", [(), (0,), (1,), (0, 1)])
 @pytest.mark.parametrize("dies", [False, True])
-def test_who_does_not_take_an_update_is_replaced_by_one_that_has_it(
+def test_an_engine_that_does_not_take_an_update_is_replaced_by_one_that_has_it(
     lost: tuple[int, ...], dies: bool
 ) -> None:
-    """By refusing it or by dying in it, one of two engines or both: the run goes on with the new weights."""
-    fakes = Fakes(lambda index, number: {"refuses": not dies and index in lost and not number})
+    """One of two engines, or both, refuse the weights or die: the run goes on with the new weights."""
+    fakes = Fakes(lambda index, number: {"refuses_weights": not dies and index in lost and not number})
 
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        async def restore(process: FakeProcess) -> None:
-            await update_weights(FakeTrainer(), [process], 5, 10)
+    async def happens(_version: int) -> None:
+        for index in lost if dies and len(trainer.sent) == 1 else ():
+            fakes.made[index][0].die()
 
-        def happens() -> None:
-            for index in lost if dies else ():
-                fakes.made[index][0].die()
-
-        fleet.restore = restore
-        async with fleet.weights:
-            await sync_weights(FakeTrainer(happens), fleet, 5, 10)
-        await until(lambda: all(serves(engine)() for engine in fleet.engines))
-        assert await fleet.call("version") == [5, 5]
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        await sync(pool, 5)
+        await until(lambda: all(serves(engine)() for engine in pool.engines))
+        assert versions(fakes) == [5, 5]
         assert [len(fakes.made[index]) for index in (0, 1)] == [1 + (index in lost) for index in (0, 1)]
 
-    run(scenario, fakes, 2)
+    trainer = FakeTrainer(happens)
+    run(scenario, fakes, 2, trainer)
 
 
-def test_an_update_that_nobody_is_there_for_is_the_successor_s() -> None:
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        async with fleet.weights:
+def test_a_process_that_replaces_another_during_an_update_is_not_asked_to_commit() -> None:
+    """It has begun nothing; it takes the weights by an update of its own."""
+
+    async def happens(_version: int) -> None:
+        if len(trainer.sent) == 1:
             fakes.made[0][0].die()
-            await until(lambda: not fleet.serving())
-            await sync_weights(FakeTrainer(), fleet, 5, 10)
-            assert not fleet.serving()
+            await until(lambda: len(fakes.made[0]) == 2)
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        await sync(pool, 5)
+        await until(lambda: len(pool.serving()) == 2)
+        assert versions(fakes) == [5, 5]
+        assert fakes.made[0][1].commits == 1
+
+    fakes, trainer = Fakes(), FakeTrainer(happens)
+    run(scenario, fakes, 2, trainer)
+    assert trainer.sent == [5, 5]
+
+
+def test_an_update_without_a_serving_engine_is_taken_after_the_restart() -> None:
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        async with pool.offloaded():
+            fakes.made[0][0].die()
+            await until(lambda: not pool.serving())
+            await pool.sync_weights(5)
+            assert not pool.serving()
+        await until(serves(pool.engines[0]))
+        assert versions(fakes) == [5]
 
     run(scenario)
 
 
-def test_shared_memory_is_the_trainer_s_while_it_computes() -> None:
-    """An engine that does not let go of it is ended at once, and its successor starts only afterwards."""
-    fakes = Fakes(lambda index, number: {"clings": index == 0 and not number})
+@pytest.mark.parametrize("updates", [True, False])
+def test_shared_memory_is_the_trainer_s_while_it_computes(updates: bool) -> None:
+    """The engines take it back only after the trainer has released its cache: first the weights, which an
+    update overwrites, then the rest. An engine that keeps its memory is ended at once, and restarted after.
+    """
+    fakes = Fakes(lambda index, number: {"keeps_memory": index == 0 and not number})
+    at_release: list[set[str]] = []
 
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        async with fleet.resting():
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        kept = fakes.made[1][0]
+        async with pool.offloaded():
             await until(lambda: fakes.made[0][-1].ended == 1 or len(fakes.made[0]) == 2)
-            for _ in range(50):
-                await asyncio.sleep(0)
-            assert not fakes.made[1][0].memory
-            assert fleet.engines[0].state is not State.SERVING
-            await fleet.restore_memory("weights")
-            assert fakes.made[1][0].memory == {"weights"}
+            await let_others_run()
+            assert kept.memory == set()
+            assert pool.engines[0].state is not State.SERVING
             assert len(fakes.made[0]) == 1
-        assert fakes.made[1][0].memory == {"weights", "cache"}
-        await until(serves(fleet.engines[0]))
+            if updates:
+                await pool.sync_weights(1)
+                assert kept.memory == {"weights"}
+        assert kept.memory == {"weights", "cache"}
+        assert at_release == ([set(), {"weights"}] if updates else [set()])
+        await until(serves(pool.engines[0]))
         assert fakes.made[0][1].memory == {"weights", "cache"}
+        assert versions(fakes) == ([1, 1] if updates else [0, 0])
 
-    run(scenario, fakes, 2, shares_device=True)
+    trainer = FakeTrainer(released=lambda: at_release.append(set(fakes.made[1][0].memory)))
+    run(scenario, fakes, 2, trainer, shares_devices=True)
 
 
 def test_memory_that_is_not_shared_is_left_alone() -> None:
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        async with fleet.resting():
-            assert fleet.weights.locked()
-            await fleet.restore_memory("weights")
+    releases: list[None] = []
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        async with pool.offloaded():
+            assert pool.updating()
+            await pool.sync_weights(1)
             assert fakes.made[0][0].memory == {"weights", "cache"}
+        assert not releases
 
-    run(scenario)
+    run(scenario, trainer=FakeTrainer(released=lambda: releases.append(None)))
 
 
-def test_a_stall_says_who_owes_what(caplog: pytest.LogCaptureFixture) -> None:
-    fakes = Fakes(lambda index, number: {"slow": True} if number else {"hangs_at": 1, "lively": index == 0})
+def test_a_stall_is_logged_with_each_engine_s_status_and_oldest_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fakes = Fakes(lambda index, number: {"slow": True} if number else {"hangs_at": 1, "healthy": index == 0})
     messages: list[str] = []
 
-    async def scenario(fleet: FakeFleet, _: Fakes) -> None:
-        driver = TreeDriver(fleet.engines, sampling(initial_branching=2), decode, seed=7)
+    async def scenario(pool: FakePool, _: Fakes) -> None:
+        driver = TreeDriver(pool.engines, sampling(initial_branching=2), decode, seed=7)
         prompts = [Prompt(f"train:{i}", prompt_tokens(i), "", "", "") for i in range(2)]
-        async with watched(driver, fleet.engines, 0.01), aclosing(driver.sample(prompts, 0)) as results:
+        async with watched(driver, pool.engines, 0.01), aclosing(driver.sample(prompts, 0)) as results:
             sampling_trees = asyncio.ensure_future(anext(results))
-            await until(lambda: any(engine._outstanding for engine in fleet.engines))
-            fleet.engines[1].fail("its memory is full")
+            await until(lambda: any(engine._outstanding for engine in pool.engines))
+            pool.engines[1].fail("its memory is full")
             while not any("memory" in text and "train:0" in text for text in caplog.messages):
                 await asyncio.sleep(0.005)
             messages.extend(caplog.messages)
@@ -341,17 +407,27 @@ def test_a_stall_says_who_owes_what(caplog: pytest.LogCaptureFixture) -> None:
         r"engine 0 is serving and owes \d answers, the oldest to request 0 of prompt train:0", stall
     )
     lost = next(text for text in messages if "memory" in text and "train:0" in text)
-    assert re.search(r"engine 1 is \w+ \(it was lost: its memory is full\) and owes ", lost)
+    assert re.search(r"engine 1 is \w+: its memory is full and owes ", lost)
 
 
-def test_a_call_goes_to_those_who_serve() -> None:
-    async def scenario(fleet: FakeFleet, fakes: Fakes) -> None:
-        fakes.made[0][0].engine.version = 1
-        assert await fleet.call("version") == [1, 0]
-        fleet.engines[0].fail("lost")
-        assert await fleet.call("version") == [0]
+def test_the_status_of_an_engine_says_why_it_does_not_serve() -> None:
+    fakes = Fakes(lambda _, number: {"slow": number == 1})
 
-    run(scenario, count=2)
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        (engine,) = pool.engines
+        assert (engine.name, engine.status) == ("engine 0", "serving")
+        engine.fail("its memory is full")
+        assert engine.status == "down: its memory is full"
+        await until(lambda: len(fakes.made[0]) == 2)
+        assert engine.status == "starting: its memory is full"
+        fakes.made[0][1].loaded.set()
+        await until(serves(engine))
+        assert engine.status == "serving"
+        fakes.made[0][1].die()
+        await until(lambda: engine.state is State.GIVEN_UP)
+        assert engine.status == "given up: its process ended"
+
+    run(scenario, fakes, max_restarts=1)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -359,12 +435,12 @@ def test_a_first_start_that_fails_ends_the_run(late: bool) -> None:
     async def scenario() -> None:
         fakes = Fakes(lambda _, __: {"start_error": None if late else "no such model"})
         config = EngineConfig.model_validate({"count": 2, "start_seconds": 0.01})
-        fleet = Fleet(fakes, config)
+        pool = EnginePool(fakes, config)
         if late:
             fakes.made[1][0].loaded.clear()
         with pytest.raises(EngineError, match="has not started after 0.01 s" if late else "no such model"):
-            await fleet.ready()
-        await fleet.close()
+            await pool.ready()
+        await pool.close()
         assert all(process.ended for processes in fakes.made.values() for process in processes)
 
     asyncio.run(scenario())

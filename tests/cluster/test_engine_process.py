@@ -1,4 +1,4 @@
-"""The processes of the real SGLang engine: what a death does to requests, and what is left behind."""
+"""The real SGLang engine's processes: a death fails the running requests, and nothing is left behind."""
 
 import asyncio
 import multiprocessing
@@ -14,8 +14,8 @@ from treepo.errors import DeadEngineError, EngineError
 pytestmark = pytest.mark.slow
 
 
-def others() -> set[int]:
-    """Our children, but for multiprocessing's own tracker of shared memory, which stays."""
+def living_children() -> set[int]:
+    """The children of this process, without multiprocessing's tracker of shared memory, which stays."""
     children = psutil.Process().children(recursive=True)
     alive = (child for child in children if child.status() != psutil.STATUS_ZOMBIE)
     return {child.pid for child in alive if "resource_tracker" not in " ".join(child.cmdline())}
@@ -26,13 +26,13 @@ def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Pat
 
     stranger = multiprocessing.get_context("spawn").Process(target=signal.pause)
     stranger.start()
-    before = others()
+    before = living_children()
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
     async def scenario() -> None:
         real = start(write_model(tmp_path), asyncio.get_running_loop())
         try:
-            started = others() - before
+            started = living_children() - before
             assert started
             assert (await real.engine.generate(request([5, 6, 7]))).version == 0
             await real.engine.health_check()
@@ -64,7 +64,7 @@ def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Pat
             real.engine.close()
 
     asyncio.run(scenario())
-    assert others() == before
+    assert living_children() == before
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     stranger.terminate()
     stranger.join()
@@ -74,10 +74,10 @@ def test_a_start_that_fails_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     from sglang_rollout.engine import SGLangEngine
     from tests.support.real_engine import write_model
 
-    before = others()
+    before = living_children()
     folder = write_model(tmp_path)
     config = folder / "config.json"
     config.write_text(config.read_text().replace("Qwen2ForCausalLM", "NoSuchModel"))
     with pytest.raises(EngineError, match="does not start"):
         SGLangEngine(folder, "float32", EngineConfig.model_validate({}), seed=0)
-    assert others() == before
+    assert living_children() == before

@@ -1,4 +1,4 @@
-"""`treepo launch` on two hosts for real: Ray, SGLang and Megatron-Core across a network."""
+"""`treepo launch` on two hosts, with real Ray, SGLang and Megatron-Core across a network."""
 
 import json
 import os
@@ -26,16 +26,16 @@ SECONDS = 600
 
 @pytest.fixture
 def ray_folder() -> Iterator[Path]:
-    """A short path: sockets below it have names of at most 107 bytes."""
+    """A short path, because the sockets below it may have paths of at most 107 bytes."""
     folder = Path(tempfile.mkdtemp(prefix="tp", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
 
 
 def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """The quickstart's configuration with a random model, trainer and engine on devices of their own.
+    """Launch the quickstart with a random model, and trainer and engine on devices of their own.
 
-    host: one of two; None: this machine, alone.
+    host: one of two hosts; None is this machine alone.
     """
     shutil.copy(QUICKSTART, folder)
     overrides = [
@@ -44,7 +44,7 @@ def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object
     ]
     program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "launch", QUICKSTART.name]
     command = [*program, *overrides, *map(str, arguments)]
-    # An interface of this machine is none of the hosts'.
+    # The hosts do not have this machine's interfaces.
     environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
     return subprocess.Popen(
         command if host is None else host.command(*command, "--nodes", "2", "--cpus", "1"),
@@ -57,8 +57,8 @@ def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object
 
 
 def test_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
-    """Each has a place for the trainer or for the engine; weights travel by gloo. Beside it, on the first
-    host, a launch waits for a second node that never comes.
+    """Each host can hold the trainer or the engine; weights are sent by gloo. Meanwhile, on the first host,
+    another launch waits for a second node that never comes.
     """
     write_model_and_problems(tmp_path, tmp_path / "train.jsonl", count=8)
     with two_hosts() as hosts:
@@ -76,7 +76,7 @@ def test_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
         assert "all devices are there" in outputs[0]
         assert "2/2" in outputs[0]
         assert "What the run came to" in outputs[0]
-        assert "\x1b" not in outputs[0], "plain lines where the output is no terminal"
+        assert "\x1b" not in outputs[0], "lines must be plain if the output is not a terminal"
         assert outputs[1].endswith("the head has ended with exit code 0\n")
         _assert_trained_apart(tmp_path / "run", hosts)
 
@@ -113,7 +113,7 @@ def test_one_machine_trains_until_it_is_terminated(tmp_path: Path, ray_folder: P
         assert line, output
         output += line
     ours = [one for one in psutil.process_iter() if _environment(one).get("RAY_TMPDIR") == str(ray_folder)]
-    assert len(ours) > 5  # Ray's, the training's, the engine's
+    assert len(ours) > 5  # of Ray, the training and the engine
     process.terminate()
     output += process.communicate(timeout=SECONDS)[0]
     assert process.returncode == 143, output
@@ -131,7 +131,9 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def test_what_cannot_be_trained_ends_before_anything_starts(tmp_path: Path, ray_folder: Path) -> None:
+def test_a_wrong_configuration_ends_the_launch_before_anything_starts(
+    tmp_path: Path, ray_folder: Path
+) -> None:
     with two_hosts() as hosts:
         head = f"{hosts[0].address}:{free_ports(1)[0]}"
         ranks = [
@@ -141,6 +143,6 @@ def test_what_cannot_be_trained_ends_before_anything_starts(tmp_path: Path, ray_
         outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
         assert ranks[0].returncode == 2, outputs[0]
         assert "error: model: " in outputs[0]
-        assert ranks[1].returncode != 0  # 2 where it came in time to be told
+        assert ranks[1].returncode != 0  # 2 if it connected in time to get the exit code
         assert not any("Ray" in output for output in outputs)
         assert list(ray_folder.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What holds of a launch without any cluster: Ray on this node that ends early, interrupts, the command."""
+"""Parts of a launch without a cluster: Ray that ends early, interrupts, the command, secrets."""
 
 import asyncio
 import os
@@ -12,13 +12,13 @@ import pytest
 
 from tests.support.paths import ROOT
 from treepo.cluster.launch import Launch, _unless_ended
-from treepo.cluster.ray_node import Slots, new_secrets
+from treepo.cluster.ray_node import NodeResources, new_secrets
 from treepo.config.load import load_config
 from treepo.errors import ClusterError
 
 
 class FakeNode:
-    """Ray on a node, until `end` is set."""
+    """Ray on a node; it runs until `end` is set."""
 
     def __init__(self) -> None:
         self.end = asyncio.Event()
@@ -36,11 +36,11 @@ async def unless_ended(node: FakeNode, work: Any, say: Callable[[str], None] | N
 def order(*arguments: str, width: int = 8) -> Launch:
     config = load_config(ROOT / "examples/quickstart.yaml", [f"sampling.width={width}"])
     return Launch(
-        config, arguments, lambda: None, 1.0, Slots(), None, say=lambda _: None, write=lambda _: None
+        config, arguments, lambda: None, 1.0, NodeResources(), None, say=lambda _: None, write=lambda _: None
     )
 
 
-def test_the_work_counts_while_ray_lives() -> None:
+def test_the_work_s_result_or_error_is_returned_while_ray_runs() -> None:
     async def scenario() -> None:
         assert await unless_ended(FakeNode(), asyncio.sleep(0, 7)) == 7
         with pytest.raises(ZeroDivisionError):
@@ -49,7 +49,7 @@ def test_the_work_counts_while_ray_lives() -> None:
     asyncio.run(scenario())
 
 
-def test_work_is_cleaned_up_when_ray_ends() -> None:
+def test_the_work_is_cleaned_up_when_ray_ends() -> None:
     async def scenario() -> None:
         node, cleaned = FakeNode(), asyncio.Event()
 
@@ -69,31 +69,31 @@ def test_work_is_cleaned_up_when_ray_ends() -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_an_interrupt_waits_for_the_heads_farewell_and_says_so(waits: bool) -> None:
+def test_an_interrupt_waits_for_the_head_to_end_and_says_so(waits: bool) -> None:
     said: list[str] = []
 
     async def scenario() -> None:
-        begun, farewell, heard = asyncio.Event(), asyncio.Event(), []
+        begun, exit_code, received = asyncio.Event(), asyncio.Event(), []
 
         async def work() -> None:
             begun.set()
-            await farewell.wait()
-            heard.append(True)
+            await exit_code.wait()
+            received.append(True)
 
         task = asyncio.create_task(unless_ended(FakeNode(), work(), said.append if waits else None))
         await begun.wait()
         task.cancel()
         if waits:
             await asyncio.sleep(0)
-            farewell.set()
+            exit_code.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert bool(heard) == bool(said) == waits
+        assert bool(received) == bool(said) == waits
 
     asyncio.run(scenario())
 
 
-def test_what_is_launched_has_a_fingerprint() -> None:
+def test_equal_launches_have_equal_fingerprints() -> None:
     one = order("run.yaml").fingerprint()
     assert one == order("run.yaml").fingerprint()
     assert (
@@ -112,7 +112,7 @@ def test_the_command_survives_a_shell(tmp_path: Path, monkeypatch: pytest.Monkey
     assert shlex.split(program)[-4:] == ["train", *awkward]
 
 
-def test_a_launch_has_a_token_of_its_own_unless_the_user_has_decided() -> None:
+def test_a_launch_has_a_token_of_its_own_unless_the_user_sets_one() -> None:
     first, second = new_secrets({}), new_secrets({"HOME": "/root"})
     assert first["RAY_AUTH_MODE"] == second["RAY_AUTH_MODE"] == "token"
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]

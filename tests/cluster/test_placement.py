@@ -1,4 +1,4 @@
-"""Layouts on clusters of many shapes: who sits where, and what is refused."""
+"""Layouts on clusters of many shapes: where ranks and engines are placed, and which layouts are refused."""
 
 import itertools
 from collections import Counter
@@ -17,7 +17,7 @@ def cluster(*gpus: int, cpus: int = 1000) -> list[Node]:
 
 
 def sizes(layout: Layout, shared: bool) -> list[int]:
-    """GPUs that must be together, by a straight-line reading of the rules."""
+    """GPUs of each bundle, by a naive reading of the rules."""
     if not shared:
         groups, rest = divmod(layout.ranks, layout.group)
         return [layout.group] * groups + [rest] * bool(rest) + [layout.tensor] * layout.engines
@@ -32,7 +32,7 @@ def sizes(layout: Layout, shared: bool) -> list[int]:
 
 
 def fits(parts: Sequence[int], nodes: Sequence[int]) -> bool:
-    """Whether some assignment of the parts to nodes holds; every one is tried."""
+    """Whether some assignment of the parts to nodes fits; all are tried."""
     if not parts:
         return True
     return any(
@@ -43,7 +43,7 @@ def fits(parts: Sequence[int], nodes: Sequence[int]) -> bool:
 
 
 def check(layout: Layout, nodes: Sequence[Node], placed: Sequence[tuple[Bundle, Node]]) -> None:
-    """Everybody has one place, no node holds more than it has, nothing that belongs together is apart."""
+    """Every rank and engine is placed once, no node is overfull, and no group or engine spans nodes."""
     bundles = [bundle for bundle, _ in placed]
     assert sorted(itertools.chain(*(bundle.ranks for bundle in bundles))) == list(range(layout.ranks))
     assert sorted(itertools.chain(*(bundle.engines for bundle in bundles))) == list(range(layout.engines))
@@ -75,7 +75,7 @@ def check(layout: Layout, nodes: Sequence[Node], placed: Sequence[tuple[Bundle, 
     engines=st.integers(1, 3),
     gpus=st.lists(st.integers(0, 8), min_size=1, max_size=3),
 )
-def test_a_plan_is_sound_and_refuses_only_what_fits_in_no_way(
+def test_a_plan_is_sound_and_refuses_only_layouts_that_cannot_fit(
     placement: str, group: int, groups: int, tensor: int, engines: int, gpus: list[int]
 ) -> None:
     layout = Layout(placement, groups * group, group, engines, tensor)  # type: ignore[arg-type]  # sampled from its values
@@ -113,7 +113,7 @@ def test_sizes_that_do_not_divide_each_other_are_placed_soundly_too(
             assert engines * tensor > (ranks if placement == "colocated" else 128 - 64)
 
 
-def test_places_without_gpus_are_counted_in_cpus() -> None:
+def test_without_gpus_every_rank_and_engine_takes_a_cpu() -> None:
     layout = Layout("colocated", 2, 2, 3, 2)
     nodes = cluster(0, 0, cpus=3)
     check(layout, nodes, plan(layout, nodes))
@@ -141,7 +141,7 @@ def test_a_refusal_shows_the_arithmetic() -> None:
         (Layout("split", 8, 8, 1, 8), cluster(8, 8), False),
     ],
 )
-def test_who_shares_a_machine_with_the_rank_that_sends(
+def test_whether_all_engines_share_a_machine_with_the_sending_rank(
     layout: Layout, nodes: Sequence[Node], expected: bool
 ) -> None:
     assert on_one_machine(plan(layout, nodes)) is expected

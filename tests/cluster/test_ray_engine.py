@@ -1,31 +1,44 @@
-"""Engines behind Ray actors: what goes wrong there is one line here that names the engine and the cause."""
+"""Engines behind Ray actors: an error there is one line here that names the engine and the cause."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from treepo.cluster.ray_engine import HostedEngine, RemoteEngine
+from treepo.cluster.ray_engine import HostedEngine, RayEngine, RaySink
 from treepo.config.engine import EngineConfig
-from treepo.errors import EngineError, ModelError, TreepoError
+from treepo.errors import DeadEngineError, EngineError, ModelError, TransportError, TreepoError
+from treepo.weight_sync.wire import Bucket
+
+
+class FailingCall:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __await__(self) -> Generator[None]:
+        raise self._error
+        yield
+
+    def future(self) -> "Future[None]":
+        failed: Future[None] = Future()
+        failed.set_exception(self._error)
+        return failed
 
 
 class FailingMethod:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def remote(self, *_arguments: object) -> Awaitable[None]:
-        async def fail() -> None:
-            raise self._error
-
-        return fail()
+    def remote(self, *_arguments: object) -> FailingCall:
+        return FailingCall(self._error)
 
 
 class FailingActor:
-    """Stands for a Ray actor, as far as a RemoteEngine sees one: every method fails with `error`."""
+    """A Ray actor whose every method fails with `error`."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -35,9 +48,9 @@ class FailingActor:
 
 
 def raised_by(error: Exception) -> BaseException:
-    engine = RemoteEngine("engine 3", FailingActor(error), ranks=1)
+    engine = RayEngine("engine 3", FailingActor(error), ranks=1)
     with pytest.raises((TreepoError, RayTaskError)) as raised:
-        asyncio.run(engine.call("capacity"))
+        asyncio.run(engine.start())
     return raised.value
 
 
@@ -45,27 +58,38 @@ def in_task(cause: Exception) -> RayTaskError:
     return RayTaskError("capacity", "a traceback\nof many lines", cause)
 
 
-@pytest.mark.parametrize("kind", [EngineError, ModelError])
+def raised_to_the_sender(error: Exception) -> BaseException | None:
+    return RaySink("engine 3", "key", 1, FailingActor(error)).load(Bucket((), 0, None)).exception()
+
+
+@pytest.mark.parametrize("kind", [EngineError, ModelError, TransportError])
 def test_our_own_errors_arrive_with_the_engine_s_name(kind: type[TreepoError]) -> None:
     error = raised_by(in_task(kind("models/x: no weights")))
     assert type(error) is kind
     assert str(error) == "engine 3: models/x: no weights"
 
 
+def test_the_rank_that_sends_gets_our_own_errors_too() -> None:
+    cause = TransportError("the sender is gone")
+    assert raised_to_the_sender(in_task(cause)) is cause
+    assert isinstance(raised_to_the_sender(ActorDiedError()), DeadEngineError)
+
+
 def test_a_fault_keeps_its_traceback() -> None:
     fault = in_task(KeyError("a bug"))
     assert raised_by(fault) is fault
+    assert raised_to_the_sender(fault) is fault
 
 
 def test_an_actor_that_died_is_one_line() -> None:
     error = raised_by(ActorDiedError(in_task(MemoryError("killed"))))
-    assert isinstance(error, EngineError)
-    assert str(error).startswith("engine 3 died: ")
+    assert isinstance(error, DeadEngineError)
+    assert str(error).startswith("engine 3: it died: ")
     assert len(str(error).splitlines()) == 1
 
 
 @pytest.mark.parametrize("make", [lambda folder: folder, lambda folder: folder / "nowhere"])
-def test_an_engine_that_cannot_start_says_why_when_it_is_asked(
+def test_an_engine_that_cannot_start_says_why_when_it_is_asked_for_its_capacity(
     tmp_path: Path, make: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else the engine sets it, for the rest of this process

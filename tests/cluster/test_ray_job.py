@@ -1,6 +1,4 @@
-"""A cluster's job server: what a command says, how it ends, how it is stopped; and a launch that comes to a
-cluster that is there.
-"""
+"""A cluster's job server runs and interrupts a command; a launch uses a cluster that already runs."""
 
 import asyncio
 import os
@@ -11,11 +9,11 @@ import pytest
 import yaml
 
 from tests.support.command import write_model_and_problems
-from treepo.cluster.ray_node import Slots, free_ports, new_secrets, ray_head
+from treepo.cluster.ray_node import NodeResources, free_ports, new_secrets, ray_head
 
 pytestmark = pytest.mark.slow
 
-# In a process of its own: Ray reads when it is imported what opens a cluster.
+# In a process of its own: Ray reads a cluster's secrets when it is imported.
 SCENARIO = """
 import asyncio, os, sys
 from treepo.errors import ClusterError
@@ -65,7 +63,7 @@ except Exception as error:
 
 
 def test_jobs_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also: a launch that finds the cluster by RAY_ADDRESS asks it for devices, and leaves it as it is."""
+    """A launch that finds the cluster by RAY_ADDRESS checks its devices, and does not stop it."""
     monkeypatch.chdir(tmp_path)
     write_model_and_problems(tmp_path, tmp_path / "train.jsonl", count=4)
     config = {
@@ -84,7 +82,7 @@ async def _scenario(folder: Path) -> None:
 
     host, (port, dashboard_port) = ray.util.get_node_ip_address(), free_ports(2)
     secrets = new_secrets({})
-    async with ray_head(host, port, dashboard_port, Slots(cpus=1), secrets) as node:
+    async with ray_head(host, port, dashboard_port, NodeResources(cpus=1), secrets) as node:
         environment = os.environ | secrets
         url = f"http://127.0.0.1:{dashboard_port}"
         code, output = await _python(SCENARIO, url, environment=environment)

@@ -1,4 +1,4 @@
-"""Nodes that meet at the head, over real sockets."""
+"""The rendezvous of a launch's nodes at the head, over real sockets."""
 
 import asyncio
 import socket
@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from treepo.cluster.ray_node import free_ports
-from treepo.cluster.rendezvous import Gathering, RayAddress, gather, join, own_address
+from treepo.cluster.rendezvous import RayAddress, Rendezvous, join, open_rendezvous, own_address
 from treepo.cluster.schedulers import Allocation
 from treepo.errors import AllocationError, ClusterError
 
@@ -21,10 +21,10 @@ def allocation(rank: int, port: int, nodes: int = 3) -> Allocation:
 
 
 @asynccontextmanager
-async def head(lost: list[int]) -> AsyncIterator[tuple[Gathering, int]]:
+async def head(lost: list[int]) -> AsyncIterator[tuple[Rendezvous, int]]:
     (port,) = free_ports(1)
-    async with gather(allocation(0, port), "127.0.0.1", "same", lost.append) as gathering:
-        yield gathering, port
+    async with open_rendezvous(allocation(0, port), "127.0.0.1", "same", lost.append) as rendezvous:
+        yield rendezvous, port
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -36,15 +36,15 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_every_node_learns_where_ray_is_and_how_it_ended() -> None:
     async def scenario() -> None:
         lost: list[int] = []
-        async with head(lost) as (gathering, port):
-            assert gathering.missing() == [1, 2]
+        async with head(lost) as (rendezvous, port):
+            assert rendezvous.missing() == [1, 2]
             early = await join(allocation(2, port), "same", SECONDS)
-            await until(lambda: gathering.missing() == [1])
-            gathering.announce(RAY)
+            await until(lambda: rendezvous.missing() == [1])
+            rendezvous.announce(RAY)
             late = await join(allocation(1, port), "same", SECONDS)
             assert await early.next() == await late.next() == RAY
-            assert early.host == gathering.here[2] == "127.0.0.1"
-            ending = asyncio.create_task(gathering.end(7))
+            assert early.host == rendezvous.connected[2] == "127.0.0.1"
+            ending = asyncio.create_task(rendezvous.end(7))
             assert await early.next() == await late.next() == 7
             early.close()
             await asyncio.sleep(0)
@@ -56,13 +56,13 @@ def test_every_node_learns_where_ray_is_and_how_it_ended() -> None:
     asyncio.run(scenario())
 
 
-def test_who_does_not_belong_is_refused() -> None:
+def test_a_node_that_does_not_belong_is_refused() -> None:
     async def scenario() -> None:
-        async with head([]) as (gathering, port):
+        async with head([]) as (rendezvous, port):
             first = await join(allocation(1, port), "same", SECONDS)
-            await until(lambda: gathering.missing() == [2])
+            await until(lambda: rendezvous.missing() == [2])
             for stranger, config, reason in (
-                (allocation(1, port), "same", "node 1 is there already, at 127.0.0.1"),
+                (allocation(1, port), "same", "node 1 is already connected, from 127.0.0.1"),
                 (allocation(2, port), "other", "launches another configuration"),
                 (allocation(2, port, nodes=4), "same", "another number of nodes"),
             ):
@@ -76,27 +76,27 @@ def test_who_does_not_belong_is_refused() -> None:
                 writer.write_eof()
                 assert await reader.read() == b""
                 writer.close()
-            assert gathering.missing() == [2]
+            assert rendezvous.missing() == [2]
             first.close()
 
     asyncio.run(scenario())
 
 
-def test_a_node_that_is_gone_is_told_of_and_may_come_back() -> None:
+def test_a_node_that_is_lost_is_reported_and_may_come_back() -> None:
     async def scenario() -> None:
         lost: list[int] = []
-        async with head(lost) as (gathering, port):
+        async with head(lost) as (rendezvous, port):
             (await join(allocation(2, port), "same", SECONDS)).close()
             await until(lambda: lost == [2])
-            assert gathering.missing() == [1, 2]
+            assert rendezvous.missing() == [1, 2]
             again = await join(allocation(2, port), "same", SECONDS)
-            await until(lambda: gathering.missing() == [1])
+            await until(lambda: rendezvous.missing() == [1])
             again.close()
 
     asyncio.run(scenario())
 
 
-def test_a_head_that_is_gone_or_never_comes() -> None:
+def test_a_head_that_is_gone_or_never_listens() -> None:
     async def scenario() -> None:
         (port,) = free_ports(1)
         with pytest.raises(ClusterError, match=rf"no head at 127.0.0.1:{port} within 0.1 s: "):
@@ -108,19 +108,19 @@ def test_a_head_that_is_gone_or_never_comes() -> None:
 
         async with await asyncio.start_server(die, "127.0.0.1", port):
             connection = await join(allocation(1, port), "same", SECONDS)
-            with pytest.raises(ClusterError, match="is gone, and has not said"):
+            with pytest.raises(ClusterError, match="is gone and did not say"):
                 await connection.next()
             connection.close()
 
     asyncio.run(scenario())
 
 
-def test_a_port_that_is_taken_is_said() -> None:
+def test_a_taken_port_is_an_error() -> None:
     async def scenario() -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            with pytest.raises(AllocationError, match=f"port {port}: .* another launch's"):
-                async with gather(allocation(0, port), "127.0.0.1", "same", print):
+            with pytest.raises(AllocationError, match=f"port {port}: .* another launch"):
+                async with open_rendezvous(allocation(0, port), "127.0.0.1", "same", print):
                     raise AssertionError("it listens on a taken port")
 
     asyncio.run(scenario())

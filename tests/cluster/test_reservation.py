@@ -1,4 +1,4 @@
-"""Real Ray with GPUs that are only numbers: actors land where the plan says, and who must wait says why."""
+"""Real Ray with GPUs that are only numbers: actors land where the plan says, and a refusal says why."""
 
 import asyncio
 import os
@@ -16,36 +16,36 @@ def test_actors_land_as_planned() -> None:
     import ray
 
     from treepo.cluster.placement import Layout
-    from treepo.cluster.reservation import engines_alone, reserve
+    from treepo.cluster.reservation import reserve, unreserved_engines
 
     @ray.remote
     class Witness:
         def gpus(self) -> list[str]:
-            """What Ray gives it, and what a library would see."""
+            """The GPUs that Ray gives it, which must be those that a library would see."""
             given = [str(gpu) for gpu in ray.get_gpu_ids()]
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             assert not given or given == visible
             return visible
 
-    async def witnesses(seats: Any) -> list[list[str]]:
+    async def witnesses(options: Any) -> list[list[str]]:
         witness: Any = Witness
-        actors = [witness.options(**seat).remote() for seat in seats]
+        actors = [witness.options(**of_actor).remote() for of_actor in options]
         return [await actor.gpus.remote() for actor in actors]
 
     async def scenario() -> None:
-        seats = await reserve(Layout("colocated", 2, 1, 1, 2), 60)
-        ranks = [device for (device,) in await witnesses(seats.ranks)]
-        assert await witnesses(seats.for_engines(ranks)) == [ranks], "the engine is told the ranks' devices"
-        alone = await reserve(Layout("split", 1, 1, 1, 2), 60)
-        (own,) = await witnesses(alone.ranks)
-        (pair,) = await witnesses(alone.for_engines())
+        shared = await reserve(Layout("colocated", 2, 1, 1, 2), 60)
+        ranks = [device for (device,) in await witnesses(shared.ranks)]
+        assert await witnesses(shared.engine_options(ranks)) == [ranks], "the engine gets the ranks' devices"
+        split = await reserve(Layout("split", 1, 1, 1, 2), 60)
+        (own,) = await witnesses(split.ranks)
+        (pair,) = await witnesses(split.engine_options([]))
         assert sorted([*ranks, *own, *pair]) == ["0", "1", "2", "3", "4"]
         with pytest.raises(PlacementError, match="4 GPUs are needed and 1 are free in all"):
             await reserve(Layout("split", 2, 1, 1, 2), 0.5)
         with pytest.raises(PlacementError, match="need 8 GPUs"):
             await reserve(Layout("split", 4, 1, 2, 2), 60)
         with pytest.raises(PlacementError, match="3 engines of 4"):
-            engines_alone(EngineConfig.model_validate({"count": 3, "tensor": 4}))
+            unreserved_engines(EngineConfig.model_validate({"count": 3, "tensor": 4}))
 
     ray.init(address="local", num_cpus=16, num_gpus=6, include_dashboard=False, log_to_driver=False)
     try:

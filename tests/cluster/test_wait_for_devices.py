@@ -1,4 +1,4 @@
-"""Waiting for a cluster's nodes, on a cluster that grows as a test wants it to."""
+"""Waiting for a cluster's nodes, on a fake cluster that grows step by step."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ def cluster(*gpus: int, cpus: int = 16) -> list[Node]:
 def wait(
     growth: Sequence[list[Node]], nodes: int, *, seconds: float = 60, may_grow: bool = False
 ) -> tuple[list[str], int]:
-    """The lines that were said, and how often was looked, while the cluster is what `growth` says in turn."""
+    """Wait while the cluster grows through the states in `growth`; returns the lines and the looks taken."""
     said: list[str] = []
     looks = 0
     states: Iterator[list[Node]] = iter(growth)
@@ -50,7 +50,7 @@ def wait(
     return said, looks
 
 
-def test_it_goes_on_at_the_last_node_and_says_each_state_once() -> None:
+def test_it_returns_at_the_last_node_and_says_each_state_once() -> None:
     said, looks = wait([cluster(), cluster(4), cluster(4), cluster(4, 2), cluster(4, 2, 2)], nodes=3)
     assert looks == 5
     assert said == [
@@ -60,13 +60,13 @@ def test_it_goes_on_at_the_last_node_and_says_each_state_once() -> None:
     ]
 
 
-def test_a_head_without_gpus_is_no_cluster_without_gpus() -> None:
-    """The layout would fit into the head's CPUs; the nodes with the GPUs are yet to come."""
+def test_a_head_without_gpus_does_not_make_a_cluster_without_gpus() -> None:
+    """The layout would fit into the head's CPUs, but nodes with GPUs are still missing."""
     _, looks = wait([cluster(0), cluster(0), cluster(0, 8)], nodes=2)
     assert looks == 3
 
 
-def test_what_cannot_fit_into_all_nodes_is_refused_at_once() -> None:
+def test_a_layout_that_does_not_fit_into_all_nodes_is_refused_at_once() -> None:
     with pytest.raises(PlacementError, match=r"need 8 GPUs .* 10.0.0.1 has 4 GPUs .* 10.0.0.2 has 2 GPUs"):
         wait([cluster(4), cluster(4, 2)], nodes=2)
 

@@ -93,7 +93,7 @@ async def sample(engine: Engine) -> list[list[tuple[int, int]]]:
 
 def records(real: "RealEngine") -> int:
     """One for so many decoding steps as SGLang logs together."""
-    (state,) = real.run(real.engine._server.manager.get_internal_state())
+    (state,) = real.run(real.engine._sglang.manager.get_internal_state())
     return sum(map(len, state["step_time_dict"].values()))
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from treepo.config.sampling import AllocationConfig, SamplingConfig
 from treepo.rollout import branching
-
-POLICIES = ["average", "low_sum", "high_sum", "low_mean", "high_mean", "low_last", "high_last"]
+from treepo.rollout.policies import ALLOCATIONS, largest_remainder
 
 
 def config(**values: Any) -> SamplingConfig:
@@ -40,7 +39,7 @@ def test_a_finished_path_passes_its_share_on() -> None:
     assert branching.step_budget(config(), 2, 16, active=3, finished_now=1, finished=1) == 8
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", list(ALLOCATIONS))
 @given(
     paths=st.lists(st.lists(st.floats(-30, 0, width=32), min_size=1, max_size=20), min_size=1, max_size=8),
     extra=st.integers(0, 20),
@@ -75,7 +74,7 @@ def test_each_policy_favours_its_paths(policy: str, favoured: int) -> None:
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=9), st.integers(0, 30))
 def test_largest_remainders(weights: list[float], total: int) -> None:
     shares = np.array(weights) / sum(weights)
-    result = branching.largest_remainder(shares, total)
+    result = largest_remainder(shares, total)
     assert sum(result) == total
     assert all(math.floor(share * total) <= got for share, got in zip(shares, result, strict=True))
     remainders = [share * total - math.floor(share * total) for share in shares]
@@ -134,7 +133,7 @@ def test_ranges_are_drawn_from_both_ends_included() -> None:
         ({"initial_branching": "2-20"}, "initial_branching = 2-20 is more than width = 16"),
         ({"initial_branching": "4-2"}, "'4-2' is neither"),
         ({"branching": 0}, "0 is neither"),
-        ({"fallback": {"window_tokens": 12}}, "fallback.window_tokens = 12 is no multiple of"),
+        ({"fallback": {"window_tokens": 12}}, "fallback.window_tokens = 12 is not a multiple of"),
         ({"fallback": {"min_windows": 2}}, "order = boxed_or_eos with min_windows = 2"),
         ({"fallback": {"order": "boxed_long"}}, "order = boxed_long with min_windows = None"),
         ({"fallback": {"cut": "block", "max_windows": 2}}, "max_windows = 2 does nothing with cut = block"),

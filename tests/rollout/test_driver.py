@@ -16,7 +16,8 @@ from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout.boxed import BoxScan
-from treepo.rollout.driver import FailedTree, Stats, TreeDriver
+from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.stats import Stats
 from treepo.rollout.stopping import StopRule
 from treepo.tree import PROMPT, Finish, Stop, Tree, from_json, to_json
 
@@ -227,7 +228,7 @@ def test_a_tree_that_cannot_go_on_is_named_and_the_others_go_on() -> None:
     sound = {result.prompt_id: result for result in results if isinstance(result, Tree)}
     del calm["train:4"]
     assert same(calm, sound)
-    assert driver.waiting() == []
+    assert driver.pending() == []
 
 
 def test_a_malformed_output_counts_as_a_failure() -> None:
@@ -240,7 +241,10 @@ def test_a_malformed_output_counts_as_a_failure() -> None:
     driver = TreeDriver([Greedy()], sampling(), decode, seed=7)
     (result,) = asyncio.run(collect(driver, 1))
     assert isinstance(result, FailedTree)
-    assert "asked for 8 tokens the engine returned 16" in result.reason
+    assert (
+        "the engine returned 16 tokens with 16 log-probs, finish length; 8 tokens were requested"
+        in result.reason
+    )
 
 
 def test_a_caller_may_stop_early() -> None:
@@ -260,7 +264,7 @@ def test_a_caller_may_stop_early() -> None:
 
     assert len(asyncio.run(take_three())) == 3
     assert engine.cancelled > 0
-    assert driver.waiting() == []
+    assert driver.pending() == []
     assert int(next(asked).id.split(":")[1]) < 30  # prompts are taken as there is room for them
     # The driver is as good as new.
     assert len(asyncio.run(collect(driver, 5))) == 5
@@ -276,9 +280,9 @@ def test_what_waits_is_known() -> None:
 
     async def look() -> None:
         running = asyncio.create_task(collect(driver, 2))
-        while len(driver.waiting()) < 4:
+        while len(driver.pending()) < 4:
             await asyncio.sleep(0)
-        assert {(one.prompt_id, one.ask, one.engine) for one in driver.waiting()} == {
+        assert {(one.prompt_id, one.number, one.engine) for one in driver.pending()} == {
             ("train:0", 0, 0), ("train:0", 1, 0), ("train:1", 0, 0), ("train:1", 1, 0)
         }  # fmt: skip  # two prompts, a line
         running.cancel()

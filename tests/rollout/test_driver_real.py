@@ -9,7 +9,8 @@ import pytest
 from tests.support.sampling_policies import POLICIES, sampling
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
-from treepo.rollout.driver import FailedTree, Stats, TreeDriver
+from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.stats import Stats
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
 
@@ -54,7 +55,7 @@ def test_every_segment_was_sampled_under_what_the_tree_shows(real_engine: "RealE
         assert len(tree.leaves) <= config.width
         for leaf in tree.leaves:
             whole = np.concatenate([tree.prompt, tree.response(leaf)])
-            scored = real_engine.run(real_engine.engine.score(whole))[len(tree.prompt) - 1 :]
+            scored = real_engine.run(real_engine.engine.log_probs(whole))[len(tree.prompt) - 1 :]
             sampled = np.concatenate([tree.segments[i].log_probs for i in tree.path(leaf.segment)])
             # float32 of one model, computed in one pass and token by token: a few roundings apart.
             # Under a wrong context it would differ by about 1.

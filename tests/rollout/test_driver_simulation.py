@@ -224,10 +224,10 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
 
 def grow(config: SamplingConfig, rule: StopRule, engine: FakeEngine, index: int) -> GrowingTree:
     tree = GrowingTree(Prompt(str(index), prompt_tokens(index), "", "", ""), config, rule, seed=3, step=0)
-    while tree.asks:
-        for ask in tree.asks:
-            while not ask.complete:
-                tree.receive(ask, engine.answer(tree.request(ask)))
+    while tree.path_requests:
+        for path in tree.path_requests:
+            while not path.complete:
+                tree.receive(path, engine.answer(tree.generate_request(path)))
         tree.advance()
     return tree
 

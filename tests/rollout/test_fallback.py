@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo.config.sampling import SamplingConfig
-from treepo.rollout.fallback import Candidate, cut_point, order
+from treepo.rollout.fallback import cut_point, order
+from treepo.rollout.policies import CUTS, Candidate
 from treepo.tree import Stop
 
-CUTS = ["random", "min_log_prob", "block", "inverse_block", "from_start"]
 DRAWS = 4000
 
 
@@ -26,7 +26,7 @@ def candidate(length: int, stop: Stop = Stop.BOXED, log_probs: np.ndarray | None
     return Candidate(stop, values, [*range(8, length, 8), length])
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", list(CUTS))
 @pytest.mark.parametrize("aligned", [True, False])
 @given(length=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
 def test_a_cut_leaves_something_to_sample(cut: str, aligned: bool, length: int, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-# float32 on both sides, logits of about one unit: two summation orders differ by some 1e-6.
+# float32 on both sides, logits of about one unit: two summation orders differ by about 1e-6. Tensor-parallel
+# ranks add a third.
 TOLERANCE = 1e-5
 
 
@@ -47,11 +49,11 @@ def test_log_probs_are_those_of_the_sampling_distribution(
         np.testing.assert_allclose(output.log_probs, expected, atol=TOLERANCE)
 
 
-def test_score_agrees_with_hugging_face(real_engine: "RealEngine") -> None:
+def test_log_probs_of_given_tokens_agree_with_hugging_face(real_engine: "RealEngine") -> None:
     for tokens in prompts(5, seed=2):
         expected = real_engine.log_probs(tokens[:1], tokens[1:], 1.0)
         np.testing.assert_allclose(
-            real_engine.run(real_engine.engine.score(tokens)), expected, atol=TOLERANCE
+            real_engine.run(real_engine.engine.log_probs(tokens)), expected, atol=TOLERANCE
         )
 
 
@@ -157,7 +159,7 @@ def test_a_seed_decides_the_tokens_whatever_runs_beside_it(real_engine: "RealEng
     assert same_context[0].tokens.tolist() != same_context[1].tokens.tolist()
 
 
-def test_a_request_that_cannot_be_served_says_why(real_engine: "RealEngine") -> None:
+def test_the_error_of_a_request_that_cannot_be_served_says_why(real_engine: "RealEngine") -> None:
     with pytest.raises(EngineError, match=r"together they may be 10\d\d"):
         real_engine.generate([5] * 10, max_tokens=5000)
     with pytest.raises(EngineError, match="vocabulary of 128"):
@@ -167,7 +169,7 @@ def test_a_request_that_cannot_be_served_says_why(real_engine: "RealEngine") -> 
 def test_the_longest_request_is_served_in_full_and_no_longer_one_at_all(real_engine: "RealEngine") -> None:
     """The model has 1024 positions; SGLang would answer a request for all of them with fewer tokens."""
     context, seeds = np.full(1000, 5, dtype=np.int32), iter(range(1000))
-    longest = real_engine.engine._server.longest
+    longest = real_engine.engine._sglang.longest
     assert 1000 < longest <= 1024
     while True:
         output = real_engine.generate(context, max_tokens=longest - 1000, seed=next(seeds))
@@ -176,7 +178,7 @@ def test_the_longest_request_is_served_in_full_and_no_longer_one_at_all(real_eng
     assert len(output.tokens) == longest - 1000
     last = np.concatenate([context, output.tokens[:-1]])
     assert len(real_engine.generate(last, max_tokens=1).tokens) == 1
-    with pytest.raises(EngineError, match="asked for"):
+    with pytest.raises(EngineError, match="were requested"):
         real_engine.generate(context, max_tokens=longest - 999)
 
 
@@ -196,3 +198,26 @@ def test_a_cancelled_request_leaves_the_engine_usable(real_engine: "RealEngine")
     np.testing.assert_allclose(
         output.log_probs, real_engine.log_probs(context, output.tokens, 1.0), atol=TOLERANCE
     )
+
+
+def test_two_tensor_parallel_ranks_give_the_references_log_probs_and_take_new_weights(tmp_path: Path) -> None:
+    from tests.support.real_engine import perturbed, start, write_model
+
+    with asyncio.Runner() as runner:
+        real = start(write_model(tmp_path), runner.get_loop(), tensor=2)
+        try:
+            for version in (0, 1):
+                if version:
+                    assert real.update(perturbed(real.reference)) == 1
+                contexts = prompts(8, seed=1)
+                for context, output in zip(contexts, sample(real, contexts, max_tokens=40), strict=True):
+                    assert output.version == version
+                    expected = real.log_probs(context, output.tokens, 1.0)
+                    np.testing.assert_allclose(output.log_probs, expected, atol=TOLERANCE)
+            ranks = real.engine._sglang._children
+            assert len(ranks) == 2
+            ranks[1].kill()  # the rank that answers nothing itself
+            assert "ended" in real.run(asyncio.wait_for(real.engine.died(), 30))
+        finally:
+            real.engine.close()
+    assert not any(rank.is_running() for rank in ranks)

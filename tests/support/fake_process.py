@@ -1,22 +1,24 @@
-"""An engine's process that dies, hangs and starts as a test wants it to."""
+"""A fake engine process that dies, hangs or fails to start when a test says so."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.support.fake_engine import FakeEngine
+from treepo.cluster.pooled_engine import Memory
 from treepo.errors import DeadEngineError, EngineError
+from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.weight_sync.wire import Manifest
 
 
 @dataclass(eq=False)
 class FakeProcess:
-    """Serves as `engine` does, until it is told to die or to hang.
+    """Implements `treepo.cluster.pooled_engine.EngineProcess`: answers as `engine` does.
 
-    start_error: what its start fails with. slow: it has started once `loaded` is set. dies_at: the request
-    (from 1) that ends it. hangs_at: from which on it answers nothing. lively: whether it shows life though
-    it answers no request. clings: whether it keeps its memory. refuses: whether it takes no weights. memory:
-    what it has.
+    start_error: the error of its start. slow: it starts once `loaded` is set. dies_at, hangs_at: the number,
+    from 1, of the request at which it dies, or from which on it answers nothing. healthy: whether it passes
+    health checks though it answers no request. keeps_memory: it fails to offload. refuses_weights: it fails
+    to commit. memory: the parts that are on the device.
     """
 
     name: str
@@ -25,14 +27,15 @@ class FakeProcess:
     slow: bool = False
     dies_at: int | None = None
     hangs_at: int | None = None
-    lively: bool = False
-    clings: bool = False
-    refuses: bool = False
-    probes: int = 0
-    _begun: int = 0
+    healthy: bool = False
+    keeps_memory: bool = False
+    refuses_weights: bool = False
+    health_checks: int = 0
+    commits: int = 0
     ended: int = 0
     memory: set[str] = field(default_factory=lambda: {"weights", "cache"})
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
+    _begun: int = 0
     _death: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -48,68 +51,61 @@ class FakeProcess:
             raise EngineError(self.start_error)
         return 1000
 
-    async def call(self, method: str, *arguments: Any) -> Any:
-        calls: dict[str, Callable[..., Any]] = {
-            "died": self._died,
-            "health_check": self._show_life,
-            "generate": self._generate,
-            "version": self._version,
-            "begin": self._begin,
-            "commit": self._commit,
-            "abort": self._abort,
-            "release_memory": self._release,
-            "restore_memory": self._restore,
-        }
-        if self._death.is_set():
-            raise DeadEngineError(f"{self.name} is dead")
-        return await calls[method](*arguments)
-
-    def sink(self) -> Any:
-        """What FakeTrainer (test_fleet.py) sends to."""
-        return self
-
-    async def end(self) -> None:
-        self.ended += 1
-        self.die()
-
-    async def _died(self) -> str:
+    async def wait_for_death(self) -> str:
         await self._death.wait()
         return "its process ended"
 
-    async def _version(self) -> int:
-        return self.engine.version
-
-    async def _begin(self, version: int, _manifest: Any) -> None:
-        self._begun = version
-
-    async def _commit(self) -> None:
-        if self.refuses:
-            raise EngineError(f"{self.name} refuses the weights")
-        self.engine.version = self._begun
-
-    async def _abort(self, _reason: str) -> None:
-        pass
-
-    async def _release(self) -> None:
-        if self.clings:
-            raise EngineError("it does not release its memory")
-        self.memory = set()
-
-    async def _restore(self, part: str) -> None:
-        self.memory.add(part)
-
-    async def _show_life(self) -> None:
-        self.probes += 1
-        if not self.lively:
+    async def health_check(self) -> None:
+        self._check_alive()
+        self.health_checks += 1
+        if not self.healthy:
             await asyncio.Event().wait()
 
-    async def _generate(self, request: Any) -> Any:
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        self._check_alive()
         number = len(self.engine.requests) + 1
         if self.dies_at is not None and number >= self.dies_at:
             self.die()
         if self.hangs_at is not None and number >= self.hangs_at:
             await asyncio.Event().wait()
         output = await self.engine.generate(request)
-        if self._death.is_set():
-            raise DeadEngineError(f"{self.name} died while it answered")
+        self._check_alive()
         return output
+
+    async def begin(self, version: int, manifest: Manifest) -> None:
+        del manifest
+        self._check_alive()
+        self._begun = version
+
+    def sink(self) -> Any:
+        """The test's trainer sends to the process itself."""
+        return self
+
+    async def commit(self) -> None:
+        self._check_alive()
+        self.commits += 1
+        if self.refuses_weights:
+            raise EngineError(f"{self.name} refuses the weights")
+        self.engine.version = self._begun
+
+    async def abort(self, reason: str) -> None:
+        del reason
+        self._check_alive()
+
+    async def offload(self) -> None:
+        self._check_alive()
+        if self.keeps_memory:
+            raise EngineError("it does not release its memory")
+        self.memory = set()
+
+    async def reload(self, memory: Memory) -> None:
+        self._check_alive()
+        self.memory.add(memory)
+
+    async def end(self) -> None:
+        self.ended += 1
+        self.die()
+
+    def _check_alive(self) -> None:
+        if self._death.is_set():
+            raise DeadEngineError(f"{self.name} is dead")

@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a pair of virtual interfaces: two hosts on one machine, for root."""
+"""Two hosts on one machine: network namespaces joined by a pair of virtual interfaces. Needs root."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A namespace. Programs in it see its address and its own loopback, and nothing else of a network."""
+    """A network namespace. A program in it sees only its address and its own loopback."""
 
     namespace: str
     address: str
@@ -21,13 +21,13 @@ class Host:
         return ["ip", "netns", "exec", self.namespace, *command]
 
     def processes(self) -> list[int]:
-        """Ids of what runs on it."""
+        """Ids of the processes on this host."""
         return [int(pid) for pid in _ip("netns", "pids", self.namespace).split()]
 
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Skips the test where namespaces are not to be had."""
+    """Set up both hosts while the body runs. Skips the test if the machine does not allow it."""
     if shutil.which("ip") is None:
         pytest.skip("two hosts need iproute2")
     # 198.18.0.0/15 is reserved for tests of networks.

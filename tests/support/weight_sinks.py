@@ -1,4 +1,4 @@
-"""Engines of threads for the tests of transports: they receive, check and keep what a real one would load."""
+"""Fake engines for the tests of transports: threads that receive weights, check them and keep them."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +15,10 @@ _keys = count()
 
 
 class FakeSink:
-    """A `treepo.weight_sync.send.Sink` of `ranks` threads. received: by rank, the tensors by name.
+    """Implements `treepo.weight_sync.send.WeightSink` with one thread for each rank.
 
-    fault: called with "join" or the number of a bucket before every rank obeys; what it raises is the answer.
+    received: each rank's tensors of this update, by name. fault: called by every rank with "join" or the
+    number of a bucket; what it raises is the answer.
     """
 
     def __init__(
@@ -27,17 +28,21 @@ class FakeSink:
         self.key = str(next(_keys))
         self.received: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
         self._receivers: list[Receiver | None] = [None] * ranks
-        self._threads = [ThreadPoolExecutor(1) for _ in range(ranks)]  # in order, as SGLang's processes
-        self._gather = ThreadPoolExecutor(1)
+        self._threads = [ThreadPoolExecutor(1) for _ in range(ranks)]  # in order, like SGLang's processes
+        self._collector = ThreadPoolExecutor(1)
         self._buckets = 0
+
+    def forget(self) -> None:
+        """Begin another update: nothing is received yet."""
+        self._buckets = 0
+        self.received = [{} for _ in range(self.ranks)]
 
     def join(self, address: Address) -> "Future[None]":
         def obey(rank: int) -> None:
             self.fault("join")
             self._receivers[rank] = _moved(lambda: address.join(rank, CPU))
 
-        self._buckets = 0
-        self.received = [{} for _ in range(self.ranks)]
+        self.forget()
         return self._all(obey)
 
     def load(self, bucket: Bucket) -> "Future[None]":
@@ -58,19 +63,19 @@ class FakeSink:
         for receiver in self._receivers:
             if receiver is not None:
                 receiver.close()
-        for thread in (*self._threads, self._gather):
+        for thread in (*self._threads, self._collector):
             thread.shutdown()
 
     def _all(self, obey: Callable[[int], None]) -> "Future[None]":
-        """Done when every rank has obeyed; fails as the first that failed."""
+        """Done once every rank has obeyed; fails with the first rank's error."""
         calls = [thread.submit(obey, rank) for rank, thread in enumerate(self._threads)]
 
-        def gather() -> None:
+        def collect() -> None:
             errors = [error for call in calls if (error := call.exception())]
             if errors:
                 raise errors[0]
 
-        return self._gather.submit(gather)
+        return self._collector.submit(collect)
 
 
 def _moved[T](transfer: Callable[[], T]) -> T:

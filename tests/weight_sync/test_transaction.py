@@ -1,4 +1,4 @@
-"""The weight transaction over real transports, with engines that fail at every stage of it."""
+"""The weight transaction over real transports, with engines that fail at every stage."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -12,39 +12,35 @@ from torch import Tensor
 from tests.support.weight_sinks import FakeSink
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError
-from treepo.weight_sync import transaction as weight_update
-from treepo.weight_sync.open import open_sender
-from treepo.weight_sync.send import Outcome, WeightStream
+from treepo.weight_sync import transaction
+from treepo.weight_sync.send import Outcome, WeightStream, open_sender
 from treepo.weight_sync.transaction import update_weights
 from treepo.weight_sync.wire import Manifest, TensorInfo
 
 TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
 TENSORS = 6  # each a bucket of its own
 STAGES = ("begin", "join", 0, TENSORS // 2, TENSORS - 1, "commit")
-SECONDS = 3.0  # a broken broadcast takes so long to end
+SECONDS = 3.0  # after which a broken broadcast ends
 
 
 class FakeEngine:
-    """serves: a version, or None where it refuses. stages: what was asked of it."""
+    """Implements `ReceivingEngine`. serves: a version, or None if it refuses requests. fault: called at each
+    stage ("begin", "join", the number of a bucket, "commit"); what it raises is the engine's error.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self.serves = name, 0
         self.fault: Callable[[str | int], None] = lambda _: None
         self._sink = FakeSink(name, fault=self._at)
         self._dirty = False
-        self.stages: list[str | int] = []
 
     def sink(self) -> FakeSink:
         return self._sink
 
-    async def call(self, method: str, *arguments: Any) -> None:
-        await getattr(self, method)(*arguments)
-
     async def begin(self, version: int, manifest: Manifest) -> None:
         self._at("begin")
         self._announced, self._version = manifest, version
-        self._sink.received = [{}]
-        self._sink._buckets = 0
+        self._sink.forget()
 
     async def commit(self) -> None:
         self._at("commit")
@@ -60,18 +56,16 @@ class FakeEngine:
         self._sink.close()
 
     def _at(self, stage: str | int) -> None:
-        self.stages.append(stage)
         self.fault(stage)
         self._dirty = self._dirty or isinstance(stage, int)
 
 
 class FakeTrainer:
-    """failure: raised before tensor number `fails_at`."""
+    """Sends `TENSORS` tensors that tell the version by their values; fails before tensor `fails_at`."""
 
     def __init__(self, stream: WeightStream) -> None:
         self._stream = stream
         self.fails_at: int | None = None
-        self.value = 0.0
 
     async def manifest(self) -> Manifest:
         return tuple(TensorInfo(f"t{index}", "float32", (5,)) for index in range(TENSORS))
@@ -80,6 +74,8 @@ class FakeTrainer:
         return await asyncio.to_thread(
             self._stream.send, self._tensors(version), await self.manifest(), version, sinks
         )
+
+    async def release_cache(self) -> None: ...
 
     def _tensors(self, version: int) -> Iterator[tuple[str, Tensor]]:
         for index in range(TENSORS):
@@ -115,10 +111,10 @@ def assert_serves(engine: FakeEngine, version: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_that_fails_is_left_out_and_the_others_commit(
+def test_an_engine_that_fails_is_left_out_and_the_others_commit(
     trainer: FakeTrainer, engines: list[FakeEngine], stage: str | int
 ) -> None:
-    """And it takes part again when it has recovered."""
+    """It takes part again once it has recovered."""
 
     def fail(at: str | int) -> None:
         if at == stage:
@@ -137,7 +133,7 @@ def test_one_that_fails_is_left_out_and_the_others_commit(
         assert_serves(engine, 2)
 
 
-def test_where_all_fail_the_update_fails_and_nobody_serves_it(
+def test_if_all_engines_fail_the_update_fails_and_none_serves_it(
     trainer: FakeTrainer, engines: list[FakeEngine]
 ) -> None:
     def fail(at: str | int) -> None:
@@ -152,7 +148,7 @@ def test_where_all_fail_the_update_fails_and_nobody_serves_it(
 
 
 @pytest.mark.parametrize("fails_at", [0, TENSORS - 1])
-def test_where_the_trainer_fails_nobody_serves_a_mixture(
+def test_if_the_trainer_fails_no_engine_serves_a_mixture(
     trainer: FakeTrainer, engines: list[FakeEngine], fails_at: int
 ) -> None:
     trainer.fails_at = fails_at
@@ -161,10 +157,10 @@ def test_where_the_trainer_fails_nobody_serves_a_mixture(
     assert {engine.serves for engine in engines} == ({0} if fails_at == 0 else {None})
 
 
-def test_an_engine_that_does_not_answer_holds_nobody_up(
+def test_an_engine_that_does_not_answer_does_not_hold_up_the_others(
     trainer: FakeTrainer, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_update, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(transaction, "_GRACE_SECONDS", 0.0)
 
     async def silent(version: int, manifest: Manifest) -> None:  # noqa: ARG001  as of every engine
         await asyncio.get_running_loop().create_future()

@@ -3,37 +3,41 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import numpy as np
 import psutil
 import pytest
 
-from sglang_rollout.receiver import Load
 from tests.support.paths import ROOT
 from tests.support.random_trees import random_tree
 from tests.support.tiny import write_tiny_qwen2
+from treepo.cluster import ray_engine, trainer_group
+from treepo.cluster.engine_pool import EnginePool
+from treepo.cluster.placement import run_layout
+from treepo.cluster.ray_engine import EngineLauncher, HostedEngine, RayEngine
+from treepo.cluster.reservation import reserve
+from treepo.cluster.session import ray_session
+from treepo.cluster.trainer_group import TrainerGroup, TrainerRank
 from treepo.config.learning import LearningConfig
 from treepo.config.run import RunConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.errors import EngineError, TrainerError
 from treepo.learning import advantage, loss
 from treepo.learning.packing import Pack, pack_trees
-from treepo.protocols import GenerateRequest
+from treepo.protocols import GenerateRequest, MiniBatch
 from treepo.rollout.stopping import StopRule
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
-
-if TYPE_CHECKING:
-    from treepo.cluster.ray_engine import RemoteEngine
-    from treepo.cluster.trainer_group import TrainerGroup
+from treepo.weight_sync.transaction import update_weights
+from treepo.weight_sync.wire import Bucket
 
 pytestmark = pytest.mark.slow
 
-TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
+Transport = Literal["colocated", "broadcast", "host_broadcast", "disk"]
+TRANSPORTS: tuple[Transport, ...] = ("colocated", "broadcast", "host_broadcast", "disk")
 VOCABULARY = 1024
 # Float32 on both sides: the same tokens through two implementations of two layers.
 TOLERANCE = 1e-4
@@ -61,22 +65,20 @@ def config_of(folder: Path) -> RunConfig:
 
 
 def batch() -> tuple[list[Pack], float]:
-    """A few trees in one pack, as one replica trains them."""
+    """A few trees in one pack, as one replica trains on them, and the loss denominator."""
     rng, learning = np.random.default_rng(0), LearningConfig()
     trees = [random_tree(rng, f"p{index}", vocabulary=VOCABULARY) for index in range(3)]
     (packs,) = pack_trees(trees, advantage.estimate(trees, learning), 512, 1)
     return packs, loss.denominator([packs], learning)
 
 
-async def take_step(trainer: "TrainerGroup") -> None:
+async def take_step(trainer: TrainerGroup) -> None:
     packs, denominator = batch()
-    scores = (await trainer.log_probs([packs], 1.0))[0]
-    trained = [replace(pack, old_log_prob=score) for pack, score in zip(packs, scores, strict=True)]
-    await trainer.train_step([trained], 1.0, denominator)
+    await trainer.train_batch([MiniBatch([packs], denominator)], 1.0)
 
 
-async def chain_log_probs(trainer: "TrainerGroup", tokens: np.ndarray) -> np.ndarray:
-    """The trainer's log-probs of a chain of tokens but the first."""
+async def chain_log_probs(trainer: TrainerGroup, tokens: np.ndarray) -> np.ndarray:
+    """The trainer's log-probs of a chain of tokens, without the first token."""
     segment = Segment(PROMPT, tokens[1:], np.zeros(len(tokens) - 1, dtype=np.float32), 0, Finish.LENGTH)
     tree = Tree("chain", tokens[:1], (segment,), (Leaf(0, Stop.EOS, 1.0, Verdict.CORRECT),))
     (packs,) = pack_trees([tree], advantage.estimate([tree], LearningConfig()), 512, 1)
@@ -84,52 +86,54 @@ async def chain_log_probs(trainer: "TrainerGroup", tokens: np.ndarray) -> np.nda
 
 
 async def assert_serve(
-    engines: Sequence["RemoteEngine"], version: int, trainer: "TrainerGroup", old: np.ndarray
+    engines: Sequence[RayEngine], version: int, trainer: TrainerGroup, old: np.ndarray
 ) -> None:
-    """The engines have the trainer's weights, which are not those that gave `old`."""
+    """The engines have the trainer's weights, which differ from those that gave `old`."""
     expected = await chain_log_probs(trainer, TOKENS)
     assert np.abs(expected - old).max() > 10 * TOLERANCE
     for engine in engines:
-        assert (await engine.call("generate", REQUEST)).version == version
-        np.testing.assert_allclose(await engine.call("score", TOKENS), expected, atol=TOLERANCE)
+        assert (await engine.generate(REQUEST)).version == version
+        np.testing.assert_allclose(await engine.actor.log_probs.remote(TOKENS), expected, atol=TOLERANCE)
 
 
-def use(trainer: Any, transport: str) -> None:
-    """In the process of a trainer rank: open another transport at the next update."""
-    weights = trainer._config.weights.model_copy(update={"transport": transport})
-    trainer._config = trainer._config.model_copy(update={"weights": weights})
-    if trainer._stream is not None:
-        trainer._stream.close()
-        trainer._stream = None
+class SwitchingRank(TrainerRank):
+    """A trainer rank whose transport can change between updates."""
+
+    def use_transport(self, transport: Transport) -> None:
+        weights = self._config.weights.model_copy(update={"transport": transport})
+        self._config = self._config.model_copy(update={"weights": weights})
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
-def at_second_bucket(engine: Any, happens: Callable[[], None]) -> None:
-    """In the process of an engine: something happens while the second bucket comes."""
-    order, loads = engine._order, []
+class FaultyEngine(HostedEngine):
+    """An engine that kills processes while the second bucket of an update arrives."""
 
-    async def disturbed(action: Any) -> None:
-        loads.extend([action] if isinstance(action, Load) else [])
-        if len(loads) == 2:
-            happens()
-        await order(action)
+    _victims: tuple[int, ...] = ()
+    _loads = 0
 
-    engine._order = disturbed
+    def at_second_bucket_kill(self, *pids: int) -> None:
+        self._victims, self._loads = pids, 0
 
+    def children(self) -> list[int]:
+        return [child.pid for child in psutil.Process().children(recursive=True)]
 
-def die_at_second_bucket(engine: Any) -> None:
-    def die() -> None:
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-
-    at_second_bucket(engine, die)
-
-
-def kill_at_second_bucket(engine: Any, pid: int) -> None:
-    at_second_bucket(engine, lambda: os.kill(pid, signal.SIGKILL))
+    async def load(self, bucket: Bucket) -> None:
+        self._loads += 1
+        if self._loads == 2:
+            for pid in self._victims:
+                os.kill(pid, signal.SIGKILL)
+        await super().load(bucket)
 
 
 def test_every_transport_and_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # Ray's workers run functions of this file
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # Ray's workers import this file
+    monkeypatch.setattr(trainer_group, "TrainerRank", SwitchingRank)
+    monkeypatch.setattr(ray_engine, "HostedEngine", FaultyEngine)
     write_tiny_qwen2(
         tmp_path / "model", vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, eos_token_id=1
     )
@@ -137,17 +141,15 @@ def test_every_transport_and_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 async def _scenario(folder: Path) -> None:
-    from treepo.cluster.ray_engine import EnginePool
-    from treepo.cluster.ray_session import ray_session
-    from treepo.cluster.trainer_group import TrainerGroup
-    from treepo.weight_sync.transaction import update_weights
-
     config = config_of(folder)
     async with AsyncExitStack() as stack:
         stack.enter_context(ray_session(6))
-        pool = EnginePool(config, StopRule(SamplingConfig(), str))
+        reservation = await reserve(run_layout(config), 60)
+        options = reservation.engine_options([])
+        launcher = EngineLauncher(config, StopRule(SamplingConfig(), str), options, shares_devices=False)
+        pool = EnginePool(launcher, config.engine)
         stack.push_async_callback(pool.close)
-        trainer = TrainerGroup(config)
+        trainer = TrainerGroup(config, reservation.ranks)
         await asyncio.gather(pool.ready(), trainer.ready())
         engines = [engine.process for engine in pool.engines]
         for version, transport in enumerate(TRANSPORTS, start=1):
@@ -157,26 +159,23 @@ async def _scenario(folder: Path) -> None:
             assert await update_weights(trainer, engines, version, 60) == {}
             await assert_serve(engines, version, trainer, old)
 
-        await engines[1].actor.__ray_call__.remote(die_at_second_bucket)
+        dying = engines[1].actor
+        await dying.at_second_bucket_kill.remote(*await dying.children.remote())
         await use_transport(trainer, "broadcast")
         old = await chain_log_probs(trainer, TOKENS)
         await take_step(trainer)
-        failed = await update_weights(trainer, engines, 4, 60)
+        failed = await update_weights(trainer, engines, 5, 60)
         assert list(failed) == [engines[1]]
         assert "ended" in failed[engines[1]]
-        await assert_serve(engines[:1], 4, trainer, old)
+        await assert_serve(engines[:1], 5, trainer, old)
 
-        await engines[0].actor.__ray_call__.remote(kill_at_second_bucket, await pid_of(trainer._ranks[0]))
+        await engines[0].actor.at_second_bucket_kill.remote(await trainer._ranks[0].pid.remote())
         with pytest.raises(TrainerError, match="rank 0"):
-            await update_weights(trainer, engines[:1], 5, 60)
+            await update_weights(trainer, engines[:1], 6, 60)
         with pytest.raises(EngineError, match="incomplete"):
-            await engines[0].call("generate", REQUEST)
+            await engines[0].generate(REQUEST)
         assert not (folder / "run" / "weights" / ".partial").exists()
 
 
-async def use_transport(trainer: "TrainerGroup", transport: str) -> None:
-    await asyncio.gather(*(rank.__ray_call__.remote(use, transport) for rank in trainer._ranks))
-
-
-async def pid_of(trainer: Any) -> int:
-    return await trainer.__ray_call__.remote(lambda _: os.getpid())
+async def use_transport(trainer: TrainerGroup, transport: Transport) -> None:
+    await asyncio.gather(*(rank.use_transport.remote(transport) for rank in trainer._ranks))

@@ -1,4 +1,4 @@
-"""Weight transports between threads: every byte arrives, faults stay with whom they belong to."""
+"""Weight transports between threads: every byte arrives, and an engine's fault stays its own."""
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +17,16 @@ from tests.support.weight_sinks import FakeSink
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError, TransportError
 from treepo.weight_sync.colocated import SharedBytes, SharedSender
-from treepo.weight_sync.open import open_sender
-from treepo.weight_sync.send import Outcome, WeightStream
+from treepo.weight_sync.send import Outcome, WeightStream, open_sender
 from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksum, plan_buckets, views
 
 TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
-SECONDS = 20.0  # of a step: far more than any takes
+SECONDS = 20.0  # for a step: far more than any takes
 BUCKET = 4096
 
 
 def random_model(seed: int) -> dict[str, Tensor]:
-    """Tensors of all sizes and of mixed types, so that some are not aligned; one larger than a bucket."""
+    """Tensors of all sizes and of mixed types, so that some are not aligned; one is larger than a bucket."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(3, 5), (), (7,), (40, 33), (1,), (2, 3, 4), (3 * BUCKET,), (11, 13), (5,)]
     dtypes = [torch.float32, torch.bfloat16, torch.uint8]
@@ -92,8 +91,7 @@ def test_every_tensor_reaches_every_rank_update_after_update(transport, make_str
         assert send(stream, model, sinks) == Outcome()
         for sink in sinks:
             assert_has(sink, model)
-            sink.received = [{} for _ in sink.received]
-            sink._buckets = 0
+            sink.forget()
     others = [sinks[1], *make_sinks(1)]  # one stays, two go, one comes
     model = random_model(2)
     assert send(stream, model, others) == Outcome()
@@ -103,8 +101,8 @@ def test_every_tensor_reaches_every_rank_update_after_update(transport, make_str
 
 @pytest.mark.parametrize("stage", ["join", 0, 3])
 def test_an_engine_that_refuses_hurts_no_other(transport, stage, make_stream, make_sinks) -> None:
-    """Engines that share a collective lose it together, and begin anew without the one at fault."""
-    seconds = 3.0 if transport.endswith("broadcast") else SECONDS  # the time that a broken collective takes
+    """Engines that share a collective lose it together, and begin again without the one at fault."""
+    seconds = 3.0 if transport.endswith("broadcast") else SECONDS  # after which a broken collective ends
     stream, sinks = make_stream(transport, seconds), make_sinks(1, 2, 1)
     model = random_model(0)
 
@@ -113,17 +111,17 @@ def test_an_engine_that_refuses_hurts_no_other(transport, stage, make_stream, ma
             raise EngineError("no")
 
     sinks[1].fault = refuse
-    left = 0
+    read = 0
 
     def counted() -> Iterator[tuple[str, Tensor]]:
-        nonlocal left
+        nonlocal read
         for item in model.items():
-            left += 1
+            read += 1
             yield item
 
     outcome = stream.send(counted(), manifest_of(model), 1, sinks)
     assert outcome.failed == {"engine 1": "no"}
-    assert left == len(model), "the trainer's other ranks would wait"
+    assert read == len(model), "the trainer's other ranks would wait"
     innocent = [sinks[0], sinks[2]]
     if transport.endswith("broadcast"):
         assert outcome.broken
@@ -134,7 +132,7 @@ def test_an_engine_that_refuses_hurts_no_other(transport, stage, make_stream, ma
         assert_has(sink, model)
 
 
-def test_where_every_engine_fails_the_tensors_are_still_read(transport, make_stream, make_sinks) -> None:
+def test_if_every_engine_fails_the_tensors_are_still_read(transport, make_stream, make_sinks) -> None:
     stream, sinks = make_stream(transport, 3.0), make_sinks(1, 1)
 
     def refuse(at: str | int) -> None:
@@ -153,7 +151,7 @@ def test_where_every_engine_fails_the_tensors_are_still_read(transport, make_str
 def test_two_buckets_and_one_tensor_are_all_that_is_held(
     make_stream, make_sinks, monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> None:
-    """Tensors that are joined for the update are dropped one by one; what is held at one time is counted."""
+    """Joined tensors are dropped one by one. The bytes that are held at one time are counted."""
     stream, sinks = make_stream("colocated"), make_sinks(1)
     sizes = [400] * 100 + [largest] + [400] * 100
     infos = tuple(TensorInfo(f"t{index}", "uint8", (size,)) for index, size in enumerate(sizes))
@@ -229,7 +227,7 @@ def test_a_torn_bucket_is_not_loaded(make_stream, make_sinks, monkeypatch: pytes
     assert outcome.failed == {"engine 0": "checksum"}
 
 
-def test_a_folder_that_cannot_be_written_is_one_error_and_all_tensors_are_read(
+def test_a_folder_that_cannot_be_written_is_one_error_after_all_tensors_are_read(
     tmp_path: Path, make_stream, make_sinks
 ) -> None:
     """The trainer's other ranks would wait for ever."""
@@ -241,7 +239,7 @@ def test_a_folder_that_cannot_be_written_is_one_error_and_all_tensors_are_read(
     assert next(source, None) is None
 
 
-def test_a_version_on_disk_is_complete_or_not_there(tmp_path: Path, make_stream, make_sinks) -> None:
+def test_a_version_on_disk_is_complete_or_absent(tmp_path: Path, make_stream, make_sinks) -> None:
     stream, sinks = make_stream("disk"), make_sinks(1)
     folder = tmp_path / "weights"
 

@@ -110,7 +110,7 @@ def engines(config: "EvalConfig", inputs: "EvaluationInputs") -> "AbstractAsyncC
         from treepo.cluster.session import evaluation_session
 
         return evaluation_session(config, StopRule(config.sampling, inputs.tokenizer.decode))
-    from sglang_rollout.remote import ServerEngine, server_session
+    from sglang_rollout.http_engine import ServerEngine, server_session
 
     stops = config.sampling.stops
     engine = ServerEngine(

@@ -39,7 +39,7 @@ def launch(
     where = find_allocation(os.environ, Flags(nodes, node_rank, head, port))
     from treepo.cluster.launch import Launch
     from treepo.cluster.launch import launch as run
-    from treepo.cluster.ray_node import Slots
+    from treepo.cluster.ray_node import NodeResources
 
     def check() -> None:
         from treepo.preflight.inputs import read_train_inputs
@@ -54,7 +54,7 @@ def launch(
         [str(config), *(overrides or []), *(["--resume"] if resume else [])],
         check,
         wait,
-        Slots(cpus, gpus),
+        NodeResources(cpus, gpus),
         dashboard_port,
         say=lambda text: output.print(
             f"[bold]launch:[/bold] {escape(text)}", highlight=False, soft_wrap=True

@@ -1,9 +1,9 @@
-"""Which nodes a launch has, and which of them this is.
+"""Finds the nodes of a launch, and which of them this machine is.
 
-Who may say so, the first that does decides: flags; Slurm; torchrun-style variables
-(treepo.cluster.schedulers); RAY_ADDRESS, a cluster that is there already (KubeRay), in which nothing is
-started or stopped; nobody, and then it is this machine alone. Two of the environment that contradict each
-other are refused; flags silence them all.
+The first of these that says anything decides: the command line's flags; Slurm; torchrun-style variables
+(treepo.cluster.schedulers); RAY_ADDRESS, which names a cluster that already runs (KubeRay) and in which
+nothing is started or stopped. Otherwise the launch is on this machine alone. Environment variables that
+contradict each other are an error, unless flags override them all.
 """
 
 import re
@@ -22,7 +22,7 @@ from treepo.errors import AllocationError
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """What the command line says; None where it says nothing. head: HOST or HOST:PORT."""
+    """The command line's flags; None if not given. head: HOST or HOST:PORT."""
 
     nodes: int | None = None
     rank: int | None = None
@@ -32,22 +32,22 @@ class Flags:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A Ray cluster that is there already. nodes: it is waited for so many at least."""
+    """A Ray cluster that already runs. nodes: the least number of nodes to wait for."""
 
     address: str
     nodes: int
 
 
 def find_allocation(environment: Mapping[str, str], flags: Flags) -> Allocation | Cluster:
-    """Raises AllocationError: one line of what was found where."""
+    """Raises AllocationError, which lists the flags and variables that were found."""
     if flags.rank is not None or flags.head is not None:
         return _of_flags(flags)
     found = _of_schedulers(environment)
     address = environment.get("RAY_ADDRESS")
     if address and found is not None:
         raise AllocationError(
-            f"RAY_ADDRESS={address} names a cluster that is there, and {found.source} nodes to start one on: "
-            "unset the one that is not meant"
+            f"RAY_ADDRESS={address} names a running cluster, and {found.source} names nodes to start one on: "
+            "unset the one that you do not mean"
         )
     if address:
         return Cluster(address, flags.nodes or 1)
@@ -55,7 +55,7 @@ def find_allocation(environment: Mapping[str, str], flags: Flags) -> Allocation 
         if flags.nodes is not None and flags.nodes > 1:
             raise AllocationError(
                 f"--nodes {flags.nodes}, but neither Slurm, torchrun's variables nor RAY_ADDRESS say which "
-                "node this is: --node-rank R --head HOST[:PORT] are needed too"
+                "node this is: add --node-rank R --head HOST[:PORT]"
             )
         return Allocation("this machine", nodes=1, rank=0)
     if flags.nodes is not None and flags.nodes != found.nodes:

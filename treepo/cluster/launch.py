@@ -1,9 +1,9 @@
-"""A training run on the nodes of an allocation, or on a Ray cluster that is there: `treepo launch`.
+"""`treepo launch`: train on the nodes of an allocation, or on a Ray cluster that already runs.
 
-The head (rank 0) checks the configuration and its data, starts Ray, waits until the devices that the run
-needs are there, and submits `treepo train` as a job of Ray. The other nodes join and end with the head, with
-its exit code. Configuration, code, model, data and run folder are on a filesystem that all nodes share:
-nothing is uploaded.
+The head (rank 0) checks the configuration and its data, starts Ray, waits for the devices that the run needs,
+and submits `treepo train` as a Ray job. The other nodes join Ray, and end when the head ends, with its exit
+code. Nothing is uploaded: all nodes share a filesystem with the configuration, code, model, data and run
+folder.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from treepo.cluster.allocation import Cluster
 from treepo.cluster.placement import Node
-from treepo.cluster.ray_node import RayNode, Slots, free_ports, new_secrets, ray_head, ray_worker
-from treepo.cluster.rendezvous import Gathering, RayAddress, gather, join, own_address
+from treepo.cluster.ray_node import NodeResources, RayNode, free_ports, new_secrets, ray_head, ray_worker
+from treepo.cluster.rendezvous import RayAddress, Rendezvous, join, open_rendezvous, own_address
 from treepo.cluster.schedulers import Allocation
 from treepo.cluster.wait_for_devices import wait_for_devices
 from treepo.config.load import dump_config
@@ -27,44 +27,45 @@ from treepo.config.run import RunConfig
 from treepo.errors import EXIT_INTERRUPTED, ClusterError, TreepoError
 
 EXIT_TERMINATED = 143
-_FAREWELL_SECONDS = 120.0  # in which an interrupted head says how it ended; the training's clean-up included
-_START_SECONDS = 180.0  # for Ray's head on this machine
+_FAREWELL_SECONDS = 120.0  # for an interrupted head to clean up its training and send the exit code
+_START_SECONDS = 180.0  # for Ray's head to start on this machine
 _LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What is launched, and how.
+    """What to launch, and how.
 
-    arguments: of `treepo train`. check: what the head checks before anything starts. wait: seconds in which
-    all devices must have come. slots: of this node. dashboard_port: a free one where None. say: shows a line.
-    write: shows what the job says.
+    arguments: of `treepo train`. check: called on the head before anything starts; raises TreepoError. wait:
+    seconds for all devices to appear. resources: that this node offers. dashboard_port: None picks a free
+    one. say: shows a line. write: shows the job's output.
     """
 
     config: RunConfig
     arguments: Sequence[str]
     check: Callable[[], None]
     wait: float
-    slots: Slots
+    resources: NodeResources
     dashboard_port: int | None
     say: Callable[[str], None]
     write: Callable[[str], None]
 
     def fingerprint(self) -> str:
-        """The same on all nodes that launch the same."""
+        """A hash of what is launched: equal on nodes that launch the same."""
         text = "\0".join([dump_config(self.config), *self.arguments])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def command(self) -> str:
-        """For a shell of the head."""
+        """The training's command line, for a shell on the head."""
         program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", *self.arguments]
         return f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(program)}"
 
 
 async def launch(where: Allocation | Cluster, order: Launch) -> int:
-    """The exit code of the training, on every node. Raises TreepoError where it did not come to training.
+    """Train, and return the training's exit code on every node.
 
-    SIGTERM ends it as Ctrl-C does: first the training, in its own way, then what was started for it.
+    Raises TreepoError if the training did not start. SIGTERM and Ctrl-C end the training first, which cleans
+    up after itself, and then the processes that were started for it.
     """
     loop, terminated = asyncio.get_running_loop(), asyncio.Event()
     task = asyncio.ensure_future(_launch(where, order, terminated))
@@ -91,13 +92,13 @@ async def _launch(where: Allocation | Cluster, order: Launch, terminated: asynci
 
 
 async def _use(cluster: Cluster, order: Launch) -> int:
-    """Train on a cluster that is there."""
+    """Train on a cluster that already runs."""
     await asyncio.to_thread(order.check)
     return await _train(order, None, cluster.nodes, lambda _: (), may_grow=True)
 
 
 async def _lead(allocation: Allocation, order: Launch, terminated: asyncio.Event) -> int:
-    """Rank 0: the other nodes learn how it ended, and have left, before Ray's head is stopped."""
+    """Rank 0: train, send the exit code to the other nodes, and stop Ray's head once they have left."""
     alone = allocation.nodes == 1
     host = _LOOPBACK if alone else own_address(allocation)
     async with AsyncExitStack() as stack:
@@ -105,13 +106,15 @@ async def _lead(allocation: Allocation, order: Launch, terminated: asyncio.Event
         def lost(rank: int) -> None:
             order.say(f"{allocation.name(rank)} is gone")
 
-        gathering = Gathering(1, "", lost)
+        rendezvous = Rendezvous(1, "", lost)
         if not alone:
-            gathering = await stack.enter_async_context(gather(allocation, host, order.fingerprint(), lost))
-        exit_code = 1  # of an error that nobody foresaw
+            rendezvous = await stack.enter_async_context(
+                open_rendezvous(allocation, host, order.fingerprint(), lost)
+            )
+        exit_code = 1  # of any error but a TreepoError
         try:
             await asyncio.to_thread(order.check)
-            exit_code = await _start_and_train(allocation, host, gathering, order, stack)
+            exit_code = await _start_and_train(allocation, host, rendezvous, order, stack)
         except asyncio.CancelledError:
             exit_code = EXIT_TERMINATED if terminated.is_set() else EXIT_INTERRUPTED
             raise
@@ -119,28 +122,28 @@ async def _lead(allocation: Allocation, order: Launch, terminated: asyncio.Event
             exit_code = error.exit_code
             raise
         finally:
-            await gathering.end(exit_code)
+            await rendezvous.end(exit_code)
         return exit_code
 
 
 async def _start_and_train(
-    allocation: Allocation, host: str, gathering: Gathering, order: Launch, stack: AsyncExitStack
+    allocation: Allocation, host: str, rendezvous: Rendezvous, order: Launch, stack: AsyncExitStack
 ) -> int:
     port, dashboard_port = free_ports(2)
     dashboard_port = order.dashboard_port or dashboard_port
     secrets = new_secrets(os.environ)
     _open_ray(secrets)
-    slots = _enough_slots(order) if allocation.nodes == 1 else order.slots
-    node = await stack.enter_async_context(ray_head(host, port, dashboard_port, slots, secrets))
+    resources = _enough_cpus(order) if allocation.nodes == 1 else order.resources
+    node = await stack.enter_async_context(ray_head(host, port, dashboard_port, resources, secrets))
     url = f"http://{_LOOPBACK}:{dashboard_port}"
     order.say(f"starts Ray; its dashboard is at {url}")
 
     def awaited(there: Sequence[Node]) -> list[str]:
-        names = {one.name for one in there}
-        connected = {0: host} | gathering.here
-        coming = [rank for rank, address in sorted(connected.items()) if address not in names]
-        return [allocation.name(rank) for rank in gathering.missing()] + [
-            f"Ray on {allocation.name(rank)}" for rank in coming
+        names = {node.name for node in there}
+        connected = {0: host} | rendezvous.connected
+        without_ray = [rank for rank, address in sorted(connected.items()) if address not in names]
+        return [allocation.name(rank) for rank in rendezvous.missing()] + [
+            f"Ray on {allocation.name(rank)}" for rank in without_ray
         ]
 
     async def train() -> int:
@@ -149,7 +152,7 @@ async def _start_and_train(
             url,
             allocation.nodes,
             awaited,
-            up=lambda: gathering.announce(RayAddress(f"{host}:{port}", secrets)),
+            ray_is_up=lambda: rendezvous.announce(RayAddress(f"{host}:{port}", secrets)),
         )
 
     return await _unless_ended(node, train())
@@ -161,17 +164,20 @@ async def _train(
     nodes: int,
     awaited: Callable[[Sequence[Node]], Sequence[str]],
     *,
-    up: Callable[[], None] | None = None,
+    ray_is_up: Callable[[], None] | None = None,
     may_grow: bool = False,
 ) -> int:
-    """url: the job server's; None: that of RAY_ADDRESS. up: called once Ray is there."""
-    # Ray reads when it is imported who may use the cluster.
+    """Submit the training once the devices are there, and return its exit code.
+
+    url: of the job server; None takes that of RAY_ADDRESS. ray_is_up: called once Ray answers.
+    """
+    # Ray reads the secrets of the cluster from the environment when it is imported.
     from treepo.cluster.placement import run_layout
     from treepo.cluster.ray_job import job_server
 
     server = await job_server(url, order.wait if url is None else _START_SECONDS)
-    if up is not None:
-        up()
+    if ray_is_up is not None:
+        ray_is_up()
     layout = run_layout(order.config)
     await wait_for_devices(
         layout, nodes, server.nodes, awaited, order.say, seconds=order.wait, may_grow=may_grow
@@ -181,7 +187,7 @@ async def _train(
 
 
 async def _join(allocation: Allocation, order: Launch) -> int:
-    """Another rank: a part of the cluster until the head says how it ended."""
+    """Another rank: take part in the cluster until the head sends the exit code."""
     order.say(f"looking for the head at {allocation.head}:{allocation.port}")
     connection = await join(allocation, order.fingerprint(), order.wait)
     try:
@@ -189,7 +195,7 @@ async def _join(allocation: Allocation, order: Launch) -> int:
         if isinstance(news, int):
             order.say(f"the head ended with exit code {news} before anything began; its output says why")
             return news
-        async with ray_worker(connection.host, news.address, order.slots, news.secrets) as node:
+        async with ray_worker(connection.host, news.address, order.resources, news.secrets) as node:
             order.say(f"joins Ray at {news.address} as {connection.host}")
             outcome = await _unless_ended(node, connection.next(), order.say)
     finally:
@@ -200,9 +206,10 @@ async def _join(allocation: Allocation, order: Launch) -> int:
 
 
 async def _unless_ended[T](node: RayNode, work: Awaitable[T], say: Callable[[str], None] | None = None) -> T:
-    """What `work` comes to. Raises ClusterError where Ray on this node ends first.
+    """The result of `work`. Raises ClusterError if Ray on this node ends first.
 
-    say: on a node that the head says farewell to: it is waited for where this is cancelled.
+    say: given on a node that waits for the head's exit code. If this is cancelled, it says so and goes on
+    waiting for a while.
     """
     working, ended = asyncio.ensure_future(work), asyncio.ensure_future(node.ended())
     try:
@@ -212,10 +219,7 @@ async def _unless_ended[T](node: RayNode, work: Awaitable[T], say: Callable[[str
         raise ClusterError(f"Ray on this node: {ended.result()}")
     except asyncio.CancelledError:
         if say is not None:
-            say(
-                f"waits up to {_FAREWELL_SECONDS:g} s for the head to end the training; this node alone ends "
-                "nothing"
-            )
+            say(f"waits up to {_FAREWELL_SECONDS:g} s for the head to end the training: only the head can")
             await asyncio.wait(
                 (working, ended), timeout=_FAREWELL_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
@@ -227,16 +231,16 @@ async def _unless_ended[T](node: RayNode, work: Awaitable[T], say: Callable[[str
 
 
 def _open_ray(secrets: Mapping[str, str]) -> None:
-    """Let this process use the cluster that it starts, and look for no other."""
+    """Give this process access to the cluster that it starts, and to no other."""
     os.environ.update(secrets)
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
-    beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = f"{beside},{_LOOPBACK}" if beside else _LOOPBACK
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{others},{_LOOPBACK}" if others else _LOOPBACK
 
 
-def _enough_slots(order: Launch) -> Slots:
-    """Of one node alone: as `treepo train` by itself, it has a place for every rank and engine."""
-    places = order.config.trainer.parallel.ranks + order.config.engine.count
-    cpus = max(places, os.cpu_count() or 1) if order.slots.cpus is None else order.slots.cpus
-    return Slots(cpus, order.slots.gpus)
+def _enough_cpus(order: Launch) -> NodeResources:
+    """A single node's resources: like `treepo train`, it offers Ray a CPU for every rank and engine."""
+    actors = order.config.trainer.parallel.ranks + order.config.engine.count
+    cpus = max(actors, os.cpu_count() or 1) if order.resources.cpus is None else order.resources.cpus
+    return NodeResources(cpus, order.resources.gpus)

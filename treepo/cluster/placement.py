@@ -1,11 +1,11 @@
-"""Where everything runs: which trainer ranks and engines share a bundle of devices, and which node holds it.
+"""Decides which node runs each trainer rank and each engine.
 
-Pure arithmetic on what the cluster reports, so that a layout that does not fit is refused before anything
-starts. A bundle never spans nodes. A device is a GPU; without any in the cluster, places are counted in CPUs
-(one for each engine and each trainer rank), and nothing is shared.
+Pure arithmetic on the nodes that the cluster reports, so that a layout that does not fit is refused before
+anything starts. Ranks and engines that must be on one node form a bundle. A device is a GPU. In a cluster
+without GPUs, each engine and each trainer rank takes a CPU, and no device is shared.
 
-`colocated`: engine i runs on the devices of the trainer ranks from i x engine.tensor on, and every engine has
-    trainer ranks on all of its devices; there may be ranks without an engine, not the reverse.
+`colocated`: engine i runs on the devices of the trainer ranks from i x engine.tensor on. Every device of an
+    engine has a trainer rank; a rank's device may have no engine.
 `split`: each engine and each tensor-parallel group of the trainer has devices of its own.
 """
 
@@ -22,7 +22,7 @@ Placement = Literal["colocated", "split"]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster, and what it has in all. name: an address that a person knows."""
+    """A machine of the cluster with its total resources. name: an address that people recognise."""
 
     id: str
     name: str
@@ -32,8 +32,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What is to be placed. ranks: of the trainer, 0 where nothing is trained; each `group` of them in a row
-    (its tensor-parallel groups) belongs on one node. tensor: ranks of one engine.
+    """The ranks and engines to place.
+
+    ranks: of the trainer; 0 without one. group: size of a tensor-parallel group of the trainer, whose ranks
+    follow each other and must be on one node. tensor: ranks of one engine.
     """
 
     placement: Placement
@@ -45,7 +47,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Trainer ranks and engines that belong on one node. gpus: that they use; 0 in a cluster without any."""
+    """Trainer ranks and engines that must be on one node. gpus: their GPUs; 0 in a cluster without any."""
 
     ranks: range
     engines: range
@@ -57,16 +59,16 @@ class Bundle:
 
 
 def run_layout(config: RunConfig) -> Layout:
-    """Of a training run."""
+    """The layout of a training run."""
     parallel, engine = config.trainer.parallel, config.engine
     return Layout(config.placement, parallel.ranks, parallel.tensor, engine.count, engine.tensor)
 
 
 def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:
-    """A place for every rank and engine, each in one bundle. Raises PlacementError with the arithmetic.
+    """Place every bundle on a node. Raises PlacementError with the arithmetic if they do not fit.
 
-    First fit, the largest bundles first: what is refused fits in no way where the sizes divide each other,
-    as those of real layouts do.
+    First fit, largest bundles first. If the bundles' sizes divide each other, as in real layouts, this finds
+    a placement whenever there is one.
     """
     bundles = _bundles(layout, _on_gpus(nodes))
     free = [(node.gpus, node.cpus) for node in nodes]
@@ -89,19 +91,19 @@ def shares_devices(layout: Layout, nodes: Sequence[Node]) -> bool:
 
 
 def on_one_machine(placed: Sequence[tuple[Bundle, Node]]) -> bool:
-    """Whether every engine is on the node of the trainer's rank 0."""
+    """Whether every engine is on the node of trainer rank 0."""
     first = {node.id for bundle, node in placed if 0 in bundle.ranks}
     return {node.id for bundle, node in placed if bundle.engines} <= first
 
 
 def demand(layout: Layout, nodes: Sequence[Node]) -> tuple[int, int]:
-    """GPUs and CPUs that the layout takes in all; no GPUs where no node has any."""
+    """Total GPUs and CPUs of the layout; 0 GPUs if no node has any."""
     bundles = _bundles(layout, _on_gpus(nodes))
     return sum(bundle.gpus for bundle in bundles), sum(bundle.cpus for bundle in bundles)
 
 
 def needs(layout: Layout, *, on_gpus: bool) -> str:
-    """What the layout takes, in words. Raises PlacementError where engines outnumber their devices."""
+    """The layout's needs in words. Raises PlacementError if colocated engines outnumber the devices."""
     return _needs(layout, _bundles(layout, on_gpus))
 
 
@@ -126,13 +128,13 @@ def _separate(layout: Layout, on_gpus: bool) -> list[Bundle]:
 
 
 def _shared(layout: Layout) -> list[Bundle]:
-    """Ranks in parts that neither a group of the trainer nor an engine crosses."""
+    """Bundles whose borders cross neither a group of the trainer nor an engine."""
     tensor, devices = layout.tensor, layout.engines * layout.tensor
     if devices > layout.ranks:
         raise PlacementError(
             f"placement = colocated: engine.count x engine.tensor = {layout.engines} x {tensor} = {devices} "
-            f"devices, but trainer.parallel has {layout.ranks} ranks, one a device; an engine needs a rank on "
-            "each of its devices (or placement = split)"
+            f"devices, but trainer.parallel has {layout.ranks} ranks, one a device; an engine needs a rank "
+            "on each of its devices (or placement = split)"
         )
     return [
         Bundle(

@@ -1,9 +1,12 @@
-"""What every Ray actor of a run needs: its environment, and the network interface of its process groups."""
+"""What engines and trainer ranks share as Ray actors: environment, network interface, errors."""
 
 import os
 
 import psutil
 import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from treepo.errors import TreepoError
 
 
 def actor_environment(**more: str) -> dict[str, dict[str, str]]:
@@ -30,3 +33,15 @@ def interface_of(address: str) -> str | None:
     """The name of this machine's network interface that has the address."""
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, has in interfaces if address in [entry.address for entry in has]), None)
+
+
+def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
+    """Translate an error of Ray's: the TreepoError raised in the actor, or `death` if the actor died.
+
+    Any other error stays as it is, because its traceback tells of a bug.
+    """
+    if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
+        return error.cause
+    if isinstance(error, RayActorError):
+        return death(f"it died: {' '.join(str(error).split())}")
+    return error

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
 from treepo.cluster.pooled_engine import Memory
-from treepo.cluster.ray_actor import use_interface_of_node
+from treepo.cluster.ray_actor import own_error, use_interface_of_node
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
 from treepo.errors import DeadEngineError, TreepoError
@@ -120,10 +120,10 @@ class RayEngine:
         await self._answer(self.actor.abort, reason)
 
     async def offload(self) -> None:
-        await self._answer(self.actor.release_memory)
+        await self._answer(self.actor.offload)
 
     async def reload(self, memory: Memory) -> None:
-        await self._answer(self.actor.restore_memory, memory)
+        await self._answer(self.actor.reload, memory)
 
     def sink(self) -> "RaySink":
         return RaySink(self.name, self.actor._actor_id.hex(), self._ranks, self.actor)
@@ -149,7 +149,7 @@ class RayEngine:
             ray.cancel(reference)
             raise
         except (RayTaskError, RayActorError) as error:
-            own = _own_error(error)
+            own = own_error(error, DeadEngineError)
             if isinstance(own, TreepoError):
                 raise type(own)(f"{self.name}: {own}") from None
             raise
@@ -165,13 +165,13 @@ class RaySink:
     actor: Any
 
     def join(self, address: Address) -> "Future[None]":
-        return _with_own_errors(self.actor.join.remote(address).future())
+        return _withown_errors(self.actor.join.remote(address).future())
 
     def load(self, bucket: Bucket) -> "Future[None]":
-        return _with_own_errors(self.actor.load.remote(bucket).future())
+        return _withown_errors(self.actor.load.remote(bucket).future())
 
 
-def _with_own_errors(call: "Future[None]") -> "Future[None]":
+def _withown_errors(call: "Future[None]") -> "Future[None]":
     """The same result, with this project's errors instead of Ray's."""
     result: Future[None] = Future()
 
@@ -180,18 +180,7 @@ def _with_own_errors(call: "Future[None]") -> "Future[None]":
         if error is None:
             result.set_result(None)
         else:
-            result.set_exception(_own_error(error))
+            result.set_exception(own_error(error, DeadEngineError))
 
     call.add_done_callback(done)
     return result
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """The TreepoError behind an error of Ray's: the one raised in the actor, or DeadEngineError if the actor
-    died. Any other error stays as it is, because its traceback tells of a bug.
-    """
-    if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
-        return error.cause
-    if isinstance(error, RayActorError):
-        return DeadEngineError(f"it died: {' '.join(str(error).split())}")
-    return error

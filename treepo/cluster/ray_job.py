@@ -1,4 +1,4 @@
-"""A command as a job of a Ray cluster: submitted, followed, stopped, through the cluster's job server."""
+"""Runs a command as a job of a Ray cluster: submits, follows and stops it through the job server."""
 
 import asyncio
 import logging
@@ -18,26 +18,26 @@ from treepo.cluster.placement import Node
 from treepo.errors import ClusterError
 
 STOP_SECONDS = 90
-"""From Ctrl-C to SIGKILL: what a run started has deadlines of its own for its end, all of them shorter."""
+"""From Ctrl-C to SIGKILL. The processes of a run have shorter deadlines of their own for their end."""
 
-_LOOK_SECONDS = 0.5
-_SILENCE_SECONDS = 60.0  # after which a job server that does not answer is given up
-# What Ray's client raises where the server does not answer, or not well.
+_POLL_SECONDS = 0.5
+_SILENCE_SECONDS = 60.0  # after which a job server that does not answer counts as gone
+# What Ray's client raises if the server does not answer, or answers nonsense.
 _UNREACHABLE = (RuntimeError, OSError, ClientError)
 _log = logging.getLogger(__name__)
-# The job's own; SIGINT is what a run cleans up on, as at a terminal.
+# Of the job. A run cleans up on SIGINT, as at a terminal.
 _ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
 
 
 class JobServer:
-    """A cluster's job server at `url`; None: of the cluster that RAY_ADDRESS names."""
+    """A cluster's job server at `url`; None means that of the cluster that RAY_ADDRESS names."""
 
     def __init__(self, url: str | None, client: JobSubmissionClient) -> None:
         self._url, self._client = url, client
         self._warned = ""
 
     async def nodes(self) -> list[Node]:
-        """Nodes that are alive, with all that they have; none while the server cannot say yet."""
+        """The living nodes with their total resources; none while the server cannot list them yet."""
         try:
             states: list[Any] = await asyncio.to_thread(
                 list_nodes, self._url, detail=True, limit=RAY_MAX_LIMIT_FROM_API_SERVER
@@ -59,9 +59,9 @@ class JobServer:
         ]
 
     async def run(self, command: str, write: Callable[[str], None]) -> int:
-        """The exit code of `command` (for a shell), whose output goes to `write` as it comes.
+        """Run a shell command, pass its output to `write`, and return its exit code.
 
-        Cancelled, it stops the job and waits for its end. Raises ClusterError where Ray loses the job.
+        If cancelled, stop the job and wait for its end. Raises ClusterError if Ray loses the job.
         """
         submitting = asyncio.ensure_future(
             asyncio.to_thread(
@@ -72,7 +72,7 @@ class JobServer:
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
-            # Where the server is gone, so is the job.
+            # If the server is gone, so is the job.
             with suppress(TimeoutError, ClusterError, *_UNREACHABLE):
                 await asyncio.to_thread(self._client.stop_job, await submitting)
                 await asyncio.wait_for(asyncio.shield(following), STOP_SECONDS + 10)
@@ -84,15 +84,15 @@ class JobServer:
         try:
             job = await asyncio.shield(submitting)
         except _UNREACHABLE as error:
-            raise ClusterError(f"Ray does not take the job: {' '.join(str(error).split())}") from None
+            raise ClusterError(f"Ray does not accept the job: {' '.join(str(error).split())}") from None
         written = 0
         while True:
             written = await self._tail(job, write, written)
             info = await _ask(self._client.get_job_info, job)
             if info.status.is_terminal():
                 break
-            await asyncio.sleep(_LOOK_SECONDS)
-        # A stream that broke has not had the last words.
+            await asyncio.sleep(_POLL_SECONDS)
+        # If the stream broke, the last lines are missing.
         write((await _ask(self._client.get_job_logs, job))[written:])
         if info.status is JobStatus.STOPPED:
             raise ClusterError(f"the job {job} was stopped")
@@ -102,8 +102,9 @@ class JobServer:
         return info.driver_exit_code
 
     async def _tail(self, job: str, write: Callable[[str], None], written: int) -> int:
-        """Write what the job says beyond its first `written` characters; returns how many there were when the
-        stream ended or broke.
+        """Write the job's output after its first `written` characters.
+
+        Returns the number of characters written in all once the stream ends or breaks.
         """
         seen = 0
         try:
@@ -118,7 +119,7 @@ class JobServer:
 
 
 async def _ask[T](question: Callable[[str], T], job: str) -> T:
-    """The job server's answer. Raises ClusterError where there is none for a while."""
+    """The job server's answer. Raises ClusterError after `_SILENCE_SECONDS` without one."""
     deadline = time.monotonic() + _SILENCE_SECONDS
     while True:
         try:
@@ -129,12 +130,12 @@ async def _ask[T](question: Callable[[str], T], job: str) -> T:
                 raise ClusterError(
                     f"Ray's job server has not answered for {_SILENCE_SECONDS:g} s: {reason}"
                 ) from None
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 async def job_server(url: str | None, seconds: float) -> JobServer:
-    """The job server, as soon as it answers. Raises ClusterError after `seconds`, and where it refuses."""
-    # It reports the end of every stream.
+    """Wait until the job server answers. Raises ClusterError after `seconds`, and if it refuses access."""
+    # Ray's client logs the end of every stream.
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     deadline = time.monotonic() + seconds
     while True:
@@ -147,4 +148,4 @@ async def job_server(url: str | None, seconds: float) -> JobServer:
                 raise ClusterError(
                     f"no answer from Ray's job server within {seconds:g} s: {' '.join(str(error).split())}"
                 ) from None
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(_POLL_SECONDS)

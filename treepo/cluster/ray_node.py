@@ -1,8 +1,8 @@
-"""Ray's processes on this machine, started for one launch and ended with it: never another's.
+"""Starts Ray on this machine for one launch, and ends these processes with it, never another launch's.
 
-Ports are free ones and Ray's files are in a folder of the launch's own, so that launches may share a host.
-Ray's own servers listen on all interfaces, whatever one asks; a token that only this launch has keeps others
-out. What the user has set about that (RAY_AUTH_MODE) is left alone.
+Launches can share a host: each uses free ports, and a folder of its own for Ray's files. Ray's servers listen
+on all interfaces and cannot be told otherwise, so a token that only this launch has keeps others out. If the
+user has set RAY_AUTH_MODE, that setting stays.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ from pathlib import Path
 
 import psutil
 
-_STOP_SECONDS = 45.0  # Ray gives actors 30 to end
+_STOP_SECONDS = 45.0  # Ray gives its actors 30 s to end
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LINES = 5  # of Ray's words that an error shows
+_LINES = 5  # of Ray's output that an error shows
 
 
 @dataclass(frozen=True, slots=True)
-class Slots:
-    """What a node offers; None: what Ray finds."""
+class NodeResources:
+    """The resources that a node offers to Ray; None means all that Ray finds."""
 
     cpus: int | None = None
     gpus: int | None = None
@@ -46,13 +46,13 @@ class RayNode:
         self._ended = asyncio.ensure_future(process.wait())
 
     async def ended(self) -> str:
-        """Why it ended, as soon as it has."""
+        """Wait until it ends; returns the reason."""
         code = await asyncio.shield(self._ended)
         last = " / ".join(self._log.read_text(errors="replace").split("\n")[-_LINES - 1 :]).strip(" /")
-        return f"`ray start` ended with exit code {code}; the last that it said: {last}"
+        return f"`ray start` ended with exit code {code}; its last output: {last}"
 
     async def stop(self) -> None:
-        """End it and what it started, which is all in one session."""
+        """End Ray and every process that it started: all of them are in one session."""
         if not self._ended.done():
             self._process.terminate()
             await asyncio.wait((self._ended,), timeout=_STOP_SECONDS)
@@ -62,7 +62,7 @@ class RayNode:
         await self._ended
 
     def _session(self) -> list[psutil.Process]:
-        """What is left of it: nothing, unless Ray's end was not in order."""
+        """The processes that are left; there are none if Ray ended properly."""
         left: list[psutil.Process] = []
         for process in psutil.process_iter():
             with suppress(ProcessLookupError):
@@ -72,7 +72,9 @@ class RayNode:
 
 
 def new_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that open the cluster to those who have them; the user's own where there are any."""
+    """Environment variables that give access to the cluster: the user's own RAY_AUTH_* if RAY_AUTH_MODE is
+    set, else a new token.
+    """
     if "RAY_AUTH_MODE" in environment:
         return {name: value for name, value in environment.items() if name.startswith("RAY_AUTH_")}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -80,9 +82,9 @@ def new_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 @asynccontextmanager
 async def ray_head(
-    address: str, port: int, dashboard_port: int, slots: Slots, secrets: Mapping[str, str]
+    address: str, port: int, dashboard_port: int, resources: NodeResources, secrets: Mapping[str, str]
 ) -> AsyncIterator[RayNode]:
-    """A cluster's first node, while the block runs. Its dashboard, which takes jobs, is on loopback."""
+    """Run a cluster's first node while the body runs. Its dashboard, which takes jobs, is on loopback."""
     options = [
         "--head",
         f"--port={port}",
@@ -91,16 +93,16 @@ async def ray_head(
         f"--dashboard-port={dashboard_port}",
         f"--ray-client-server-port={free_ports(1)[0]}",
     ]
-    async with _ray_start(address, [*options, *slots.options()], secrets) as node:
+    async with _ray_start(address, [*options, *resources.options()], secrets) as node:
         yield node
 
 
 @asynccontextmanager
 async def ray_worker(
-    address: str, head: str, slots: Slots, secrets: Mapping[str, str]
+    address: str, head: str, resources: NodeResources, secrets: Mapping[str, str]
 ) -> AsyncIterator[RayNode]:
-    """A further node of the cluster at `head` (HOST:PORT), while the block runs."""
-    async with _ray_start(address, [f"--address={head}", *slots.options()], secrets) as node:
+    """Run another node of the cluster at `head` (HOST:PORT) while the body runs."""
+    async with _ray_start(address, [f"--address={head}", *resources.options()], secrets) as node:
         yield node
 
 
@@ -108,7 +110,7 @@ async def ray_worker(
 async def _ray_start(
     address: str, options: Sequence[str], secrets: Mapping[str, str]
 ) -> AsyncIterator[RayNode]:
-    # Short: paths of sockets below it may have 107 bytes.
+    # A short path, because the sockets below it may have paths of at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="treepo-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
     agent, autoscaler, dashboard = free_ports(3)
     environment = (
@@ -121,7 +123,7 @@ async def _ray_start(
         }
     )
     environment.pop("RAY_ADDRESS", None)
-    # Python's compiled modules halve the start of every worker.
+    # Compiled Python modules halve the start of every worker.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [
         sys.executable,
@@ -152,12 +154,12 @@ async def _ray_start(
 
 
 def _end_with_parent() -> None:
-    """In the child before it begins: SIGTERM when the launch is gone, however it ended."""
+    """Runs in the child before `ray`: the kernel will send it SIGTERM once the launch has ended, however."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
+    """Different ports on which nothing listens now."""
     with ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
         return [server.getsockname()[1] for server in servers]

@@ -13,7 +13,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
 from treepo.cluster.ray_actor import actor_environment
 from treepo.config.engine import EngineConfig
-from treepo.config.trainer import ParallelConfig
 from treepo.errors import PlacementError
 
 _log = logging.getLogger(__name__)
@@ -36,9 +35,10 @@ class Reservation:
     def engine_options(self, devices: Sequence[str]) -> list[dict[str, Any]]:
         """`engines`, each told its devices if they are the trainer's.
 
-        devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks; used only if devices
-        are shared. Ray gives a GPU to its rank alone, because an actor can have a part of one GPU but not of
-        several; so CUDA_VISIBLE_DEVICES names the engine's GPUs. SGLang numbers the GPUs it sees from 0.
+        devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks; used only if the
+        devices are shared. Ray gives a GPU to its rank alone, because an actor can have a part of one GPU but
+        not of several; so CUDA_VISIBLE_DEVICES names the engine's GPUs. SGLang numbers the GPUs it sees from
+        0.
         """
         if not self.shares_devices:
             return list(self.engines)
@@ -106,17 +106,9 @@ def unreserved_engines(config: EngineConfig) -> list[dict[str, Any]]:
     Raises PlacementError if the cluster cannot hold them.
     """
     bundles = plan(Layout("split", 0, 1, config.count, config.tensor), cluster_nodes())
-    return [_unreserved(bundle.gpus) for bundle, _ in bundles]
-
-
-def unreserved_ranks(parallel: ParallelConfig) -> list[dict[str, Any]]:
-    """The same for a trainer without engines."""
-    bundles = plan(Layout("split", parallel.ranks, parallel.tensor, 0, 1), cluster_nodes())
-    return [_unreserved(min(bundle.gpus, 1)) for bundle, _ in bundles for _ in bundle.ranks]
-
-
-def _unreserved(gpus: int) -> dict[str, Any]:
-    return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": actor_environment()}
+    return [
+        {"num_cpus": 1, "num_gpus": bundle.gpus, "runtime_env": actor_environment()} for bundle, _ in bundles
+    ]
 
 
 def _members(bundle: Bundle) -> str:

@@ -1,10 +1,10 @@
-"""What Slurm and torchrun-style launchers tell each node by environment variables. Pure.
+"""Reads the environment variables by which Slurm and torchrun-style launchers describe a node. Pure.
 
-Slurm: SLURM_NNODES, SLURM_NODEID, SLURM_JOB_NODELIST; those of the step (SLURM_STEP_*) where they are given,
-for a step may have fewer nodes than its job. The head is the first host of the list.
+Slurm: SLURM_NNODES, SLURM_NODEID, SLURM_JOB_NODELIST. The variables of a step (SLURM_STEP_*) come first,
+because a step may have fewer nodes than its job. The head is the first host of the list.
 
 torchrun style: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, each also as PET_*. WORLD_SIZE and RANK count
-processes under torchrun and nodes in a PyTorchJob; they are read only where that makes no difference: one
+processes under torchrun but nodes in a PyTorchJob, so they are read only if both readings agree: with one
 process in all, or one on each node (LOCAL_WORLD_SIZE=1).
 """
 
@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from treepo.errors import AllocationError
 
 PORT = 29400
-"""Where the nodes meet at the head, if nobody says otherwise."""
+"""The default port of the rendezvous, on the head."""
 
-_SLURM_PORTS = range(20_000, 32_000)  # below those that Linux hands out
+_SLURM_PORTS = range(20_000, 32_000)  # below the ports that Linux hands out
 _REMEDY = "--nodes N --node-rank R --head HOST[:PORT] decide"
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The nodes of a launch. source: who says so. head, port: where the nodes meet. hosts: their names in the
-    order of ranks, where the source has them.
+    """The nodes of a launch, and the rank of this one.
+
+    source: the flags or variables that say so, for errors. head, port: of the rendezvous. hosts: the nodes'
+    names in the order of ranks; empty if the source has none.
     """
 
     source: str
@@ -45,7 +47,7 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A variable that is set."""
+    """A variable that is set, printed as NAME=value."""
 
     name: str
     value: str
@@ -67,7 +69,7 @@ def slurm_allocation(environment: Mapping[str, str]) -> Allocation | None:
     if nodes is None and rank is None and hosts is None:
         return None
     if nodes is None or rank is None or hosts is None:
-        raise _half("Slurm", {"SLURM_NNODES": nodes, "SLURM_NODEID": rank, "SLURM_JOB_NODELIST": hosts})
+        raise _incomplete("Slurm", {"SLURM_NNODES": nodes, "SLURM_NODEID": rank, "SLURM_JOB_NODELIST": hosts})
     tasks = _first(environment, "SLURM_STEP_NUM_TASKS")
     if tasks is not None and tasks.number() != nodes.number():
         raise AllocationError(f"{tasks} for {nodes}: run one task on each node (--ntasks-per-node=1)")
@@ -79,7 +81,7 @@ def slurm_allocation(environment: Mapping[str, str]) -> Allocation | None:
 
 
 def torchrun_allocation(environment: Mapping[str, str]) -> Allocation | None:
-    """None where no such variable says anything. Raises AllocationError."""
+    """None if these variables say nothing of nodes. Raises AllocationError."""
     per_node = _processes_per_node(environment)
     nodes, rank, head, port = (
         _agreeing(environment, name, f"PET_{name}")
@@ -98,15 +100,13 @@ def torchrun_allocation(environment: Mapping[str, str]) -> Allocation | None:
     if count == 1:
         return Allocation(str(nodes), 1, 0 if rank is None else rank.number())
     if count is None or rank is None or head is None:
-        raise _half("torchrun's variables", {"NNODES": nodes, "NODE_RANK": rank, "MASTER_ADDR": head})
+        raise _incomplete("torchrun's variables", {"NNODES": nodes, "NODE_RANK": rank, "MASTER_ADDR": head})
     source = f"{nodes}, {rank}, {head}"
     return Allocation(source, count, rank.number(), head.value, _torchrun_port(environment, port))
 
 
 def check_torchrun_agrees(allocation: Allocation, environment: Mapping[str, str]) -> None:
-    """Scripts for Slurm often set some of torchrun's variables too. Raises AllocationError where they say
-    something else.
-    """
+    """Raises AllocationError if torchrun's variables contradict Slurm's: scripts for Slurm often set some."""
     _processes_per_node(environment)
     nodes = _agreeing(environment, "NNODES", "PET_NNODES")
     rank = _agreeing(environment, "NODE_RANK", "PET_NODE_RANK")
@@ -117,10 +117,10 @@ def check_torchrun_agrees(allocation: Allocation, environment: Mapping[str, str]
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """Slurm's short form of host names: "gpu[08-10,12],login" is gpu08, gpu09, gpu10, gpu12, login."""
+    """Expand Slurm's short form of host names: "gpu[08-10,12],login" is gpu08, gpu09, gpu10, gpu12, login."""
     names: list[str] = []
     if not re.fullmatch(r"(?:[^\[\],\s]|\[[\d,-]+\])+(?:,(?:[^\[\],\s]|\[[\d,-]+\])+)*", text):
-        raise AllocationError(f"{text!r} is no list of Slurm's nodes; {_REMEDY}")
+        raise AllocationError(f"{text!r} is not a Slurm node list; {_REMEDY}")
     for item in re.findall(r"(?:[^\[\],]|\[[^\]]*\])+", text):
         parts = re.findall(r"\[([^\]]*)\]|([^\[]+)", item)
         choices = [_numbers(ranges, text) if ranges else [plain] for ranges, plain in parts]
@@ -129,25 +129,25 @@ def expand_nodelist(text: str) -> list[str]:
 
 
 def _numbers(ranges: str, text: str) -> list[str]:
-    """Of "08-10,12": 08, 09, 10, 12; as wide as the first of each range is written."""
+    """Expand "08-10,12" to 08, 09, 10, 12: each as wide as the first number of its range."""
     numbers: list[str] = []
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:
-            raise AllocationError(f"{text!r} is no list of Slurm's nodes: [{ranges}]; {_REMEDY}")
+            raise AllocationError(f"{text!r} is not a Slurm node list: [{ranges}]; {_REMEDY}")
         first, last = match[1], match[2] or match[1]
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
-    """All nodes of a job know it, and another job that shares the host hardly has the same."""
+    """A port that all nodes of a job compute alike, and hardly another job that shares the host."""
     job = _first(environment, "SLURM_JOB_ID")
     return PORT if job is None else _SLURM_PORTS[job.number() % len(_SLURM_PORTS)]
 
 
 def _torchrun_port(environment: Mapping[str, str], port: _Found | None) -> int:
-    """MASTER_PORT, but under torchrun itself, whose own store listens there."""
+    """MASTER_PORT, unless torchrun itself runs: its own store listens there."""
     if port is None or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return PORT
     if not 0 < port.number() < 65536:
@@ -163,7 +163,7 @@ def _processes_per_node(environment: Mapping[str, str]) -> _Found | None:
 
 
 def _node_count(nodes: _Found) -> int:
-    """NNODES may be a range, "2:2"; only one without choice is a number of nodes."""
+    """The value of NNODES. It may be a range if both ends are equal: "2:2"."""
     low, _, high = nodes.value.partition(":")
     if high and high != low:
         raise AllocationError(f"{nodes}: a launch has a fixed number of nodes")
@@ -175,14 +175,14 @@ def _first(environment: Mapping[str, str], *names: str) -> _Found | None:
 
 
 def _agreeing(environment: Mapping[str, str], *names: str) -> _Found | None:
-    """The same said under several names."""
+    """One value under several names. Raises AllocationError if the names differ in value."""
     found = [_Found(name, environment[name]) for name in names if environment.get(name)]
     if len({variable.value for variable in found}) > 1:
         raise AllocationError(f"{' and '.join(map(str, found))} contradict each other; {_REMEDY}")
     return found[0] if found else None
 
 
-def _half(who: str, parts: Mapping[str, _Found | None]) -> AllocationError:
+def _incomplete(source: str, parts: Mapping[str, _Found | None]) -> AllocationError:
     found = ", ".join(str(variable) for variable in parts.values() if variable is not None)
     missing = " and ".join(name for name, variable in parts.items() if variable is None)
-    return AllocationError(f"{who} has {found}, but no {missing}; {_REMEDY}")
+    return AllocationError(f"{source} has {found}, but no {missing}; {_REMEDY}")

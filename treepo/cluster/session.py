@@ -120,8 +120,8 @@ def _check_transport(config: RunConfig, reservation: Reservation) -> None:
     shared = reservation.shares_devices
     if config.weights.transport == "colocated" and not reservation.one_machine:
         raise PlacementError(
-            "weights.transport = colocated: an engine is on another machine than trainer rank 0, which sends; "
-            f"{'host_broadcast' if shared else 'broadcast, host_broadcast'} and disk are allowed"
+            "weights.transport = colocated: some engine is on another machine than trainer rank 0, which "
+            f"sends; {'host_broadcast' if shared else 'broadcast, host_broadcast'} and disk are allowed"
         )
     if config.weights.transport == "broadcast" and shared:
         raise PlacementError(

@@ -10,10 +10,9 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from treepo.cluster.ray_actor import use_interface_of_node
-from treepo.cluster.reservation import unreserved_ranks
+from treepo.cluster.ray_actor import own_error, use_interface_of_node
 from treepo.config.run import RunConfig
-from treepo.errors import TrainerError, TreepoError
+from treepo.errors import TrainerError
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
 from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
@@ -86,16 +85,14 @@ class TrainerGroup:
     """All trainer ranks: `treepo.protocols.Trainer`, and the weight sender of the engine pool.
 
     Construction returns at once; `ready` builds the model. Ranks are numbered in Megatron's order: tensor
-    parallel fastest, then data, then pipeline. options: Ray's options for each rank's actor; None if nothing
-    is reserved.
+    parallel fastest, then data, then pipeline. options: Ray's options for each rank's actor.
     """
 
-    def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]] | None = None) -> None:
+    def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]]) -> None:
         parallel = config.trainer.parallel
         self._config = config
         self._tensor, self._replicas = parallel.tensor, parallel.data
         self._manifest: Manifest = ()
-        options = unreserved_ranks(parallel) if options is None else options
         remote: Any = ray.remote(TrainerRank)
         self._ranks: list[Any] = [remote.options(**of_rank).remote() for of_rank in options]
 
@@ -190,9 +187,7 @@ class TrainerGroup:
             gone = await self._gone(calls)
             if gone:
                 raise TrainerError(f"the trainer lost {', '.join(gone)}") from error
-            if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
-                raise error.cause from None
-            raise
+            raise own_error(error, TrainerError) from None
 
     async def _gone(self, calls: Sequence[Any]) -> list[str]:
         """Find the ranks that died; ranks that waited for them only fail in the collective."""

@@ -1,4 +1,4 @@
-"""Waiting until a cluster has what a layout needs."""
+"""Waits until a cluster has the devices that a layout needs."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from treepo.cluster.placement import Layout, Node, demand, plan
 from treepo.errors import ClusterError, PlacementError
 
 Look = Callable[[], Awaitable[Sequence[Node]]]
-_REPEAT_SECONDS = 60.0  # between two lines that say the same
+_REPEAT_SECONDS = 60.0  # between two equal lines
 
 
 async def wait_for_devices(
@@ -22,11 +22,12 @@ async def wait_for_devices(
     may_grow: bool = False,
     pause: float = 1.0,
 ) -> None:
-    """Return as soon as `nodes` nodes are there and hold the layout.
+    """Return once at least `nodes` nodes have joined and hold the layout; say meanwhile what is missing.
 
-    look: the nodes that are there. awaited: who is not, by name. may_grow: whether more than `nodes` may
-    come; otherwise a layout that does not fit into them is refused at once. Raises PlacementError for
-    that, and ClusterError where some are missing after `seconds`.
+    look: returns the nodes that have joined. awaited: names what has not, given these nodes. may_grow:
+    whether more than `nodes` nodes may join; if not, a layout that does not fit into them is refused at once.
+    pause: seconds between two looks.
+    Raises PlacementError if the layout does not fit, and ClusterError if nodes are missing after `seconds`.
     """
     deadline = time.monotonic() + seconds
     said, repeat = "", 0.0
@@ -46,7 +47,7 @@ async def wait_for_devices(
         if now >= deadline:
             if refusal is not None:
                 raise PlacementError(f"after {seconds:g} s: {refusal}")
-            raise ClusterError(f"what the run needs is not there after {seconds:g} s: {state}")
+            raise ClusterError(f"the devices of the run are not there after {seconds:g} s: {state}")
         if state != said or now >= repeat:
             say(state)
             said, repeat = state, now + _REPEAT_SECONDS

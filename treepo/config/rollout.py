@@ -1,4 +1,4 @@
-"""What `treepo rollout` needs: a model, prompts, how to sample; its sections are those of training."""
+"""The configuration of `treepo rollout`: a model, prompts, sampling. Its sections are those of training."""
 
 from pydantic import Field
 
@@ -11,16 +11,16 @@ from treepo.config.sampling import SamplingConfig
 
 class RolloutConfig(Section):
     out: PathField
-    """The folder to write to: trees, summary, config, log."""
+    """The folder for trees, summary, config and log."""
     seed: int = Field(default=0, ge=0)
-    """Of everything random; the same seed samples the same trees as far as the engine does."""
+    """Seed of everything random. The same seed gives the same trees, as far as the engine samples by seed."""
     max_prompts: int | None = Field(default=None, ge=1)
-    """Only the first so many usable prompts; all of them by default."""
+    """Most usable prompts, from the start of the data; all of them by default."""
     model: ModelConfig
     """The model that samples; its dtype is the engine's."""
     data: RolloutDataConfig
     """Prompts."""
     sampling: SamplingConfig = SamplingConfig()
-    """How trees are sampled; a schedule stands at its first step."""
+    """How trees are sampled; schedules stay at their first step."""
     engine: EngineConfig = EngineConfig()
-    """The sampler."""
+    """The engines that sample."""

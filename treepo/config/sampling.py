@@ -1,18 +1,22 @@
-"""How trees are sampled: the parameters of the paper's section 3 and every policy of its official code.
+"""How trees are sampled: the parameters of the paper's section 3 and the policies of its official code.
 
-docs/sampling.md says what each policy does and which knob of the official recipe it stands for.
+docs/sampling.md explains every policy; docs/from_treepo.md maps the official recipe's options to these keys.
+The names of budgets, allocations, leaf orders and cut rules come from `treepo.rollout.policies`.
 """
 
 import re
-from typing import Annotated, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticKnownError
 
 from treepo.config.base import Section
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS
 
 
 def bounds(value: int | str) -> tuple[int, int]:
-    """Lowest and highest of a number or of a range such as "2-8", both included."""
+    """Lowest and highest value of a number or of a range such as "2-8", both included."""
     low, _, high = str(value).partition("-")
     return int(low), int(high or low)
 
@@ -29,30 +33,49 @@ def _number_or_range(value: object) -> object:
 
 
 NumberOrRange = Annotated[int | str, BeforeValidator(_number_or_range)]
-"""A number from 1, or a range "low-high" from which one is drawn."""
+"""A number from 1, or a range "low-high" from which a number is drawn."""
+
+
+def _one_of(names: Iterable[str]) -> tuple[BeforeValidator, WithJsonSchema]:
+    """Annotations of a key that takes a registered name; its errors and its schema are those of a Literal."""
+    allowed = list(names)
+    quoted = [f"'{name}'" for name in allowed]
+    expected = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return value
+
+    return BeforeValidator(check), WithJsonSchema({"type": "string", "enum": allowed})
+
+
+BudgetName = Annotated[str, *_one_of(BUDGETS)]
+AllocationName = Annotated[str, *_one_of(ALLOCATIONS)]
+OrderName = Annotated[str, *_one_of(ORDERS)]
+CutName = Annotated[str, *_one_of([*CUTS, "none"])]
 
 
 class AllocationConfig(Section):
     """How a tree step's children are divided among the active paths."""
 
-    policy: Literal["average", "low_sum", "high_sum", "low_mean", "high_mean", "low_last", "high_last"] = (
-        "average"
+    policy: AllocationName = Field(
+        default="average",
+        description=f"{ALLOCATIONS.describe()} "
+        "All but `average` give each path one child and divide the rest by a softmax over the paths.",
     )
-    """`average`: the same for each, the remainder to the last path. The others give every path one child and
-    divide the rest by a softmax over the paths' log-probs, favouring `low` or `high` ones: summed over the
-    response, its mean over the response, or over its last segment_tokens tokens."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of that softmax; with a schedule, its value at the first step."""
+    """Temperature of that softmax; with a schedule, its value at the first step."""
     schedule: Literal["constant", "sinusoidal"] = "constant"
-    """Over training, `sinusoidal` leads the temperature from `temperature` to `final_temperature` along
-    half a sine wave."""
+    """`sinusoidal` moves the temperature over training from `temperature` to `final_temperature`, along half
+    a sine wave."""
     final_temperature: float | None = Field(default=None, gt=0)
-    """The softmax's temperature at step `schedule_steps` and after it."""
+    """The softmax's temperature from step `schedule_steps` on."""
     schedule_steps: int | None = Field(default=None, ge=1)
     """Training steps that the schedule takes."""
 
     @model_validator(mode="after")
-    def _schedule_is_whole(self) -> Self:
+    def _schedule_is_complete(self) -> Self:
         given = {"final_temperature": self.final_temperature, "schedule_steps": self.schedule_steps}
         if self.schedule == "sinusoidal" and None in given.values():
             missing = " and ".join(name for name, value in given.items() if value is None)
@@ -64,51 +87,53 @@ class AllocationConfig(Section):
 
 
 class RepetitionConfig(Section):
-    """A response loops when its last tokens have occurred often before, anywhere in it, without overlap."""
+    """A response loops when its last tokens have occurred in it many times, anywhere and without overlap."""
 
     check: Literal["first", "last", "off"] = "last"
-    """Before every other stop, after every other stop, or never."""
+    """Look for loops before every other stop, after every other stop, or never."""
     window_tokens: int = Field(default=32, ge=1)
-    """How many last tokens."""
+    """Length of the run of last tokens that is looked for."""
     count: int = Field(default=8, ge=2)
     """Occurrences, the last one included, that make a loop."""
     min_distinct: int = Field(default=5, ge=1)
-    """Where the last tokens are fewer distinct ones (a table rule, a row of zeros), only occurrences less
+    """If the run has fewer distinct tokens than this (a table rule, a row of zeros), only occurrences less
     than a window apart count."""
 
 
 class StopsConfig(Section):
-    """When a path ends. The end of sequence, the response limit and the depth always end it."""
+    """When a path ends. The end of sequence, the response limit and the depth limit always end it."""
 
     boxed: Literal["end", "with_eos", "off"] = "end"
-    """`end`: a complete box ends the path at the next segment boundary. `with_eos`: only the end of sequence
-    does, and a leaf with a box then counts as boxed. `off`: boxes are not looked for."""
+    """`end`: a complete box ends the path at the next segment boundary. `with_eos`: a box does not end the
+    path, but a leaf that has one at the end of sequence counts as boxed. `off`: boxes are not looked for."""
     repetition: RepetitionConfig = RepetitionConfig()
-    """Paths that loop."""
+    """When a response counts as a loop."""
 
 
 class FallbackConfig(Section):
-    """Where a tree goes on that has no active path and leaves to sample."""
+    """How a tree that has no active path and wants more leaves goes on: it cuts finished responses."""
 
-    cut: Literal["random", "min_log_prob", "block", "inverse_block", "from_start", "none"] = "random"
-    """Where the chosen leaf's response is cut: at a random window boundary, at its least likely token, at the
-    start of a block drawn by softmax of its negative (`block`) or positive (`inverse_block`) mean log-prob,
-    or at the prompt. `none`: a tree may end with fewer leaves than `width`."""
-    order: Literal["finished_strict", "finished", "random", "boxed_or_eos", "longer", "boxed_long"] = (
-        "boxed_or_eos"
+    cut: CutName = Field(
+        default="random",
+        description="Where the chosen leaf's response is cut. "
+        + CUTS.describe().removesuffix(".")
+        + "; `none`: nowhere, and a tree may end with fewer leaves than `width`.",
     )
-    """Which leaves are cut first: by how they ended, strictly or by chance; at random; boxed and ended ones
-    only; longer ones by chance; boxed ones of at least `min_windows` only. Without any: the prompt."""
+    order: OrderName = Field(
+        default="boxed_or_eos",
+        description=f"Which leaves are continued first; the prompt, if none is admitted. {ORDERS.describe()}",
+    )
     window_tokens: int | None = Field(default=None, ge=1)
-    """Grid of the random cuts; segment_tokens by default. A leaf shorter than this restarts at the prompt."""
+    """Grid of the random cuts; segment_tokens by default. A response shorter than this restarts at the
+    prompt."""
     max_windows: int | None = Field(default=None, ge=1)
-    """Random cuts lie within this many windows of the leaf's end."""
+    """Random cuts lie within this many windows of the response's end."""
     min_windows: int | None = Field(default=None, ge=1)
-    """Windows that a leaf must have for `boxed_long`."""
+    """Least length, in windows, of a response that `boxed_long` admits."""
     block_tokens: int = Field(default=128, ge=1)
     """Size of the blocks of the cuts `block` and `inverse_block`."""
     aligned: bool = True
-    """Cuts move back to the segment boundary before them. Otherwise a cut may split a segment."""
+    """Whether a cut moves back to the segment boundary before it; otherwise it may split a segment."""
 
     @model_validator(mode="after")
     def _windows_are_used(self) -> Self:
@@ -126,46 +151,55 @@ class FallbackConfig(Section):
 
 class SamplingConfig(Section):
     mode: Literal["tree", "sequential"] = "tree"
-    """`tree`, or `sequential`: `width` independent samples through the same path, the baseline."""
+    """`tree`, or `sequential`: `width` independent samples of each prompt by the same code, as a baseline."""
     segment_tokens: int = Field(default=512, ge=1)
-    """Most tokens in one segment; paths are looked at, and branch, only at segment boundaries."""
+    """Most tokens in one segment; paths stop and branch only at segment boundaries."""
     max_depth: int = Field(default=14, ge=1)
-    """Most segments on one path; not looked at in `sequential` mode."""
+    """Most segments on one path; `sequential` mode ignores it."""
     width: int = Field(default=16, ge=1)
     """Leaves (trajectories) per prompt."""
     branching: NumberOrRange = 2
-    """Children that the budget grants an active path at each step; also continuations of a fallback's cut."""
+    """Children of an active path at each step, by the budget; also the continuations of one fallback cut."""
     initial_branching: NumberOrRange = 2
-    """Children of the prompt at the first step; a range is drawn from for each prompt."""
+    """Children of the prompt at the first step; from a range, each prompt draws its own."""
     max_response_tokens: int = Field(default=7168, ge=1)
     """Most tokens in one response."""
     temperature: float = Field(default=1.0, gt=0)
-    """Softmax temperature of sampling; the trainer scores with the same one."""
-    budget: Literal["fixed", "random", "tokens"] = "fixed"
-    """Children of one tree step: `branching` for each path that was active before it (so a finished path's
-    share passes to the others); the same with `branching` drawn from its range at each step; or
-    `tokens_per_step` divided by segment_tokens. Never fewer than one for each path."""
+    """Softmax temperature of sampling; the trainer computes its log-probs at the same one."""
+    budget: BudgetName = Field(
+        default="fixed",
+        description="Children of all active paths together at one tree step, never fewer than one for each. "
+        f"{BUDGETS.describe()} A finished path leaves its share to the others.",
+    )
     tokens_per_step: int | None = Field(default=None, ge=1)
-    """Tokens that one tree may ask for in one step under `budget: tokens`."""
+    """Under `budget: tokens`, most tokens that one tree samples in one step."""
     cap: Literal["trajectories", "response_tokens"] = "trajectories"
     """What bounds a tree: `width` leaves, or also `tree_response_tokens`."""
     tree_response_tokens: int | None = Field(default=None, ge=1)
-    """Under `cap: response_tokens`, tokens of all of a tree's responses together, a shared token once for
-    each; an estimate from the lengths so far, checked when the tree branches or falls back."""
+    """Under `cap: response_tokens`, tokens of all of a tree's responses together; a shared token counts once
+    for each. The number of leaves is estimated from the lengths so far when the tree branches or falls
+    back."""
     min_width: int = Field(default=1, ge=1)
-    """Leaves that a tree is given even when `tree_response_tokens` are used up."""
+    """Leaves that a tree gets even after `tree_response_tokens` are used up."""
     allocation: AllocationConfig = AllocationConfig()
     """How the budget is divided among the paths."""
     stops: StopsConfig = StopsConfig()
     """When a path ends."""
     fallback: FallbackConfig = FallbackConfig()
-    """Where a tree goes on that ran out of active paths."""
+    """How a tree that ran out of active paths goes on."""
     max_live_trees: int | None = Field(default=None, ge=1)
-    """Trees that one engine holds at once; by default as many as its KV cache can keep."""
+    """Most trees on one engine at once; by default as many as its KV cache can hold."""
     attempts: int = Field(default=4, ge=1)
-    """Tries of one request before its tree is given up."""
+    """Attempts at one request before its tree is given up."""
     retry_seconds: float = Field(default=1.0, ge=0)
-    """Wait before the second try; doubled before each further one."""
+    """Wait before the second attempt; it doubles before each further one."""
+
+    @property
+    def longest_response(self) -> int:
+        """Most tokens that one response can have."""
+        if self.mode == "sequential":
+            return self.max_response_tokens
+        return min(self.max_depth * self.segment_tokens, self.max_response_tokens)
 
     @model_validator(mode="after")
     def _budget_fits(self) -> Self:
@@ -221,7 +255,7 @@ class SamplingConfig(Section):
         window = self.fallback.window_tokens
         if window is not None and self.fallback.aligned and window % self.segment_tokens:
             raise ValueError(
-                f"fallback.window_tokens = {window} is no multiple of "
+                f"fallback.window_tokens = {window} is not a multiple of "
                 f"segment_tokens = {self.segment_tokens}; allowed with fallback.aligned = false"
             )
         return self

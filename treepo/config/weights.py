@@ -9,13 +9,13 @@ from treepo.config.base import PathField, Section
 
 class WeightsConfig(Section):
     transport: Literal["colocated", "broadcast", "host_broadcast", "disk"] = "colocated"
-    """`colocated`: through memory that trainer and engines share, on one machine. `broadcast`: one collective
-    to all engines, on devices of their own (NCCL; gloo on a CPU). `host_broadcast`: the same through the
-    hosts' memory (gloo), for engines on the trainer's devices on several machines. `disk`: through a folder
-    that all see."""
+    """`colocated`: through memory that trainer and engines share on one machine. `broadcast`: one collective
+    to all engines, which have devices of their own (NCCL; gloo on a CPU). `host_broadcast`: the same through
+    the hosts' memory (gloo), for engines on the trainer's devices on several machines. `disk`: through a
+    folder that all machines share."""
     bucket_mb: int = Field(default=256, ge=1)
-    """Weights travel in buckets of so many MiB; a larger tensor is a bucket of its own. Two are in memory."""
+    """MiB of one bucket of weights; a larger tensor is a bucket of its own. Two buckets are in memory."""
     folder: PathField | None = None
-    """Of `disk`: where versions are written; `weights/` in the run folder where null."""
+    """Where `disk` writes versions; null means `weights/` in the run folder."""
     keep: int = Field(default=2, ge=1)
-    """Of `disk`: so many of the newest versions stay."""
+    """How many of the newest versions `disk` keeps."""

@@ -65,7 +65,7 @@ async def exercise(engine: "SGLangEngine", toy: "Toy") -> Outcome:
 
     request = GenerateRequest(toy.tokens, len(toy.tokens), _NEW_TOKENS, temperature=1.0, seed=0)
     sampled = await engine.generate(request)
-    before = difference(await engine.score(toy.tokens), toy.log_probs(toy.tokens))
+    before = difference(await engine.log_probs(toy.tokens), toy.log_probs(toy.tokens))
     if not before <= toy.tolerance:  # a NaN fails too
         return failed(
             f"log-probs differ from transformers' by {before:.2g}, at most {toy.tolerance:g}", _WEIGHTS
@@ -74,7 +74,7 @@ async def exercise(engine: "SGLangEngine", toy: "Toy") -> Outcome:
     if broken:
         return failed(f"a weight update did not arrive: {broken}", "")
     again = await engine.generate(request)
-    scores = await engine.score(toy.tokens)
+    scores = await engine.log_probs(toy.tokens)
     after = difference(scores, toy.log_probs(toy.tokens, new=True))
     if not after <= toy.tolerance or again.version != 1:
         return failed(

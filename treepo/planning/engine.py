@@ -14,10 +14,9 @@ from treepo.planning.simulation.lengths import InstantEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import Workload, text_of, workload
 from treepo.rollout.driver import TreeDriver
-from treepo.rollout.growing_tree import longest_response
 
 _REMEMBERED_TREES = 64  # by which a driver knows how large trees become
-_CPU_TOKENS = 1 << 17  # KV cache of an engine on a CPU (sglang_rollout/server.py)
+_CPU_TOKENS = 1 << 17  # KV cache of an engine on a CPU (sglang_rollout/processes.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ def engine_memory(config: RunConfig, folder: Path, left: float) -> EngineMemory:
         kv_tokens = min(kv_tokens, limit)
     load = workload(config)
     expected = _expected_tree(load)
-    longest = config.data.max_prompt_tokens + longest_response(load.sampling) * load.sampling.width
+    longest = config.data.max_prompt_tokens + load.sampling.longest_response * load.sampling.width
     kept = left * (1 - fraction)
     memory = Memory(
         owner="engine" if engine.tensor == 1 else f"engine, each of {engine.tensor} ranks",
@@ -105,7 +104,7 @@ def _expected_tree(load: Workload) -> int:
             pass
 
     run_virtually(grow())
-    return driver.room_of_a_tree(load.prompt_tokens)
+    return driver.expected_tree_tokens(load.prompt_tokens)
 
 
 def _problem(
@@ -118,7 +117,7 @@ def _problem(
             f"may have {max(budget, 0) / GIB:.1f} GiB (engine.tensor = {config.engine.tensor}, "
             "engine.memory_fraction)"
         )
-    request = config.data.max_prompt_tokens + longest_response(load.sampling)
+    request = config.data.max_prompt_tokens + load.sampling.longest_response
     if kv_tokens < request:
         return (
             f"engine: its KV cache holds {kv_tokens:,} tokens, and one request may have {request:,} "

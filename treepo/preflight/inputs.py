@@ -19,7 +19,6 @@ from treepo.data.inputs import Benchmark, EvaluationInputs, RolloutInputs, Train
 from treepo.data.prompts import Prompt, check_prompts, load_prompts
 from treepo.data.tokenizer import Tokenizer, check_model_folder, load_tokenizer
 from treepo.errors import ConfigError
-from treepo.rollout.growing_tree import longest_response
 
 
 def read_train_inputs(config: RunConfig) -> TrainInputs:
@@ -54,7 +53,7 @@ def read_rollout_inputs(config: RolloutConfig) -> RolloutInputs:
     data = config.data
     check_model_folder(config.model.path)
     check_prompts(data.prompts, data.columns, data)
-    _check_served(config.model.path, data.max_prompt_tokens, longest_response(config.sampling), config.engine)
+    _check_served(config.model.path, data.max_prompt_tokens, config.sampling.longest_response, config.engine)
     tokenizer = load_tokenizer(config.model.path)
     prompts = load_prompts(data.prompts, data.columns, tokenizer, data)
     return RolloutInputs(tokenizer, prompts[: config.max_prompts])
@@ -67,12 +66,12 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
         check_model_folder(folder)
     for benchmark in data.benchmarks:
         check_prompts(benchmark.path, benchmark.columns, data.prompts())
-    prompt, response = data.max_prompt_tokens, longest_response(config.sampling)
+    prompt, response = data.max_prompt_tokens, config.sampling.longest_response
     if folder is not None:
         _check_served(folder, prompt, response, config.engine)
         tokenizer, model, kv_tokens = load_tokenizer(folder), model_fingerprint(folder), None
     else:
-        from sglang_rollout.remote import server_facts
+        from sglang_rollout.http_engine import server_facts
 
         assert url is not None
         facts = asyncio.run(server_facts(url))

@@ -1,16 +1,15 @@
-r"""Boxed answers: `\boxed{...}` in a response, whatever the depth of the braces inside.
+r"""Finds boxed answers, `\boxed{...}`, in a response, with braces inside to any depth.
 
-`\boxed {5}` and `\fbox{5}` count too; a brace behind a backslash is text, not structure. Only complete
-boxes count: a response that is cut inside its last box has the answer of the box before. A box with nothing
-in it ("I will put the answer in \boxed{}") is none. The official recipe looks at the last segment only and
-at three levels of braces.
+`\boxed {5}` and `\fbox{5}` count too. An escaped brace is text, not structure. Only complete boxes count: if
+a response ends inside its last box, its answer is the box before. An empty box ("I will put the answer in
+\boxed{}") does not count. The official recipe looks at the last segment only and at three levels of braces.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# `rest` is an end that more text may complete to a box.
+# `rest` is an end of the text that further text may complete to the start of a box.
 _MARKS = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*\{)"
     r"|(?P<rest>\\(?:b|bo|box|boxe|boxed\s*|f|fb|fbo|fbox\s*)?\Z)"
@@ -20,7 +19,7 @@ _MARKS = re.compile(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the box that opens last among the complete ones; None where there is none.
+    r"""Contents of the complete box that opens last; None if there is no complete box.
 
     >>> last_boxed(r"so \boxed{\frac{1}{2}}, not \boxed{2")
     '\\frac{1}{2}'
@@ -30,7 +29,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def count_boxes(text: str) -> int:
-    """Complete boxes, one inside of another counted too."""
+    """Number of complete boxes, nested ones included."""
     return sum(1 for _ in _boxes(text))
 
 
@@ -50,11 +49,11 @@ def _boxes(text: str) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class BoxScan:
-    r"""What has to be remembered of a text to go on looking for its first complete box.
+    r"""State of the search for the first complete box in a text that arrives in pieces.
 
-    depths: for each open box, outermost first, the braces open in it, its own included, those of the boxes
-    inside it not. blank: nothing but space so far in the innermost of them. rest: an end that more text may
-    complete to a box ("\box").
+    depths: for each open box, outermost first, the number of braces open in it: its own counts, those of
+    boxes inside it do not. blank: whether the innermost open box has only white space so far. rest: an end of
+    the text that further text may complete to the start of a box ("\box").
     """
 
     found: bool = False
@@ -63,7 +62,7 @@ class BoxScan:
     rest: str = ""
 
     def extend(self, text: str) -> "BoxScan":
-        """The scan of the text so far with `text` after it."""
+        """The state after `text` has been appended."""
         if self.found or not (self.depths or self.rest or "\\" in text):
             return self
         text = self.rest + text
@@ -91,5 +90,5 @@ class BoxScan:
 
 
 def _blank(text: str, start: int, end: int) -> bool:
-    """Whether there is nothing but space between two places. Ends at the first thing it finds."""
+    """Whether `text[start:end]` is only white space. Returns at the first other character."""
     return all(text[at].isspace() for at in range(start, end))

@@ -1,8 +1,9 @@
-"""How many children a tree step has and which paths they go to (paper, section 3; TreePO's code).
+"""How many children a tree step has and which paths get them (paper, section 3; TreePO's code).
 
-Pure functions of one prompt's state. Departures from the official code: a range of initial branchings
-works; `tokens` budgets are a tree's own instead of a rank's divided by its live prompts, so that no tree
-depends on another; random factors are drawn for each tree.
+Pure functions of one prompt's state. The budgets and allocations themselves are in `policies`. Departures
+from the official code: a range of initial branchings works; a budget of tokens belongs to one tree instead of
+being a rank's divided by its live prompts, so no tree depends on another; random factors are drawn for each
+tree.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from treepo.config.sampling import AllocationConfig, SamplingConfig, bounds
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, ActivePaths
 
 
 def initial_children(config: SamplingConfig, rng: np.random.Generator) -> int:
@@ -21,17 +23,18 @@ def initial_children(config: SamplingConfig, rng: np.random.Generator) -> int:
 
 
 def branching_factor(config: SamplingConfig, rng: np.random.Generator) -> int:
-    """Children for each path at one step, or under a `tokens` budget for all of them together."""
+    """Children of each path at one step; under `tokens_per_step`, of all paths together."""
     if config.tokens_per_step is not None:
         return config.tokens_per_step // config.segment_tokens
     return _draw(config.branching, rng)
 
 
 def leaf_bound(config: SamplingConfig, finished: Sequence[int], active: Sequence[int]) -> int:
-    """Leaves that the tree may have in the end, given the lengths in tokens of the responses so far.
+    """Most leaves that the tree may have in the end, between min_width and width.
 
-    Under a cap by tokens the rest of the budget buys responses as long as the active ones are after one
-    more segment; without an active path, as long as the finished ones. Between min_width and width.
+    finished, active: lengths in tokens of the responses so far. Under a cap by tokens, the rest of the cap
+    buys responses as long as the active ones will be after one more segment; without an active path, as long
+    as the finished ones.
     """
     if config.tree_response_tokens is None:
         return config.width
@@ -44,12 +47,12 @@ def leaf_bound(config: SamplingConfig, finished: Sequence[int], active: Sequence
 def step_budget(
     config: SamplingConfig, factor: int, bound: int, active: int, finished_now: int, finished: int
 ) -> int:
-    """Children of all active paths together: at least one each.
+    """Children of all active paths together, at least one for each.
 
-    finished_now: paths that ended in this step; under `fixed` and `random` their share passes to the
-    active ones. finished: leaves of the tree so far, finished_now included.
+    bound: most leaves of the tree. finished_now: paths that ended in this step. finished: leaves of the tree
+    so far, finished_now included.
     """
-    wanted = factor if config.budget == "tokens" else factor * (active + finished_now)
+    wanted = BUDGETS[config.budget](factor, active, finished_now)
     return max(min(wanted, bound - finished), active)
 
 
@@ -60,29 +63,19 @@ def allocate[Path](
     log_probs: Callable[[Path], np.ndarray],
     step: int,
 ) -> list[int]:
-    """Children of each active path, `budget` in total. log_probs: a path's response to float32 [T]."""
-    allocation = config.allocation
+    """Children of each active path, `budget` in total.
+
+    log_probs: from a path to the log-probs of its response, float32 [T]. step: the training step.
+    """
     if budget == len(paths):
         return [1] * budget
-    if allocation.policy == "average":
-        share, remainder = divmod(budget, len(paths))
-        return [share] * (len(paths) - 1) + [share + remainder]
-    favour, statistic = allocation.policy.split("_")
-    scores = np.array([_STATISTICS[statistic](log_probs(path), config.segment_tokens) for path in paths])
-    if favour == "low":
-        scores = -scores
-    weights = np.exp((scores - scores.max()) / allocation_temperature(allocation, step))
-    extra = largest_remainder(weights / weights.sum(), budget - len(paths))
-    return [1 + share for share in extra]
-
-
-def largest_remainder(weights: np.ndarray, total: int) -> list[int]:
-    """`total` divided into whole shares in proportion to `weights` (which sum to 1); ties go to the first."""
-    exact = weights * total
-    shares = np.floor(exact).astype(int)
-    by_remainder = np.argsort(shares - exact, kind="stable")
-    shares[by_remainder[: total - shares.sum()]] += 1
-    return shares.tolist()
+    active = ActivePaths(
+        count=len(paths),
+        log_probs=lambda index: log_probs(paths[index]),
+        segment_tokens=config.segment_tokens,
+        temperature=allocation_temperature(config.allocation, step),
+    )
+    return ALLOCATIONS[config.allocation.policy](budget, active)
 
 
 def allocation_temperature(config: AllocationConfig, step: int) -> float:
@@ -97,10 +90,3 @@ def allocation_temperature(config: AllocationConfig, step: int) -> float:
 def _draw(number_or_range: int | str, rng: np.random.Generator) -> int:
     low, high = bounds(number_or_range)
     return low if low == high else int(rng.integers(low, high, endpoint=True))
-
-
-_STATISTICS: dict[str, Callable[[np.ndarray, int], float]] = {
-    "sum": lambda path, _: float(path.sum(dtype=np.float64)),
-    "mean": lambda path, _: float(path.mean(dtype=np.float64)),
-    "last": lambda path, segment_tokens: float(path[-segment_tokens:].mean(dtype=np.float64)),
-}

@@ -1,12 +1,13 @@
-"""One tree while it grows: a state machine that knows no engine and no clock.
+"""One tree while it grows: a state machine that knows neither engines nor time.
 
-A round is a set of asks, one for each active path. When the driver has every ask's tokens, `advance`
-classifies the paths, branches, falls back if none is active, and sets the next round's asks. As long as
-the tree may still branch an ask is for one segment; after that it is for all that its path may still have
-(the official code goes on segment by segment, in step with every other prompt; the trees are the same).
+A round is a set of path requests, one for each active path. When all of them are complete, `advance`
+classifies the paths, branches, falls back if no path is active, and makes the path requests of the next
+round. While the tree may still branch, a path request is for one segment; after that it is for everything
+that its path may still get. (The official code goes on segment by segment, in step with all other prompts;
+the trees are the same.)
 
-Depth counts segments of `segment_tokens` that the response fills, begun ones included; the pieces of a
-segment that a fallback cut count as the one they were.
+Depth counts the segments of `segment_tokens` that a response fills, the last one even if partly; the two
+pieces of a segment that a fallback cut has split count as one.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,10 @@ from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A segment in a growing tree. end: response tokens down to its last one; box: the scan of those."""
+    """A segment of a growing tree.
+
+    end: length in tokens of the response that ends here. box: the search for a box in that response.
+    """
 
     parent: "Node | None"
     tokens: np.ndarray
@@ -38,7 +42,7 @@ class Node:
     box: BoxScan
 
     def path(self) -> "list[Node]":
-        """Nodes from the prompt's child down to this one, both included."""
+        """The nodes from the prompt's child down to this one, both included."""
         nodes, node = [], self
         while node is not None:
             nodes.append(node)
@@ -51,32 +55,33 @@ class Node:
 
 
 @dataclass(slots=True, eq=False)
-class Ask:
-    """What one path needs in one round.
+class PathRequest:
+    """The tokens that one path needs in one round.
 
-    number: in the order of asking, unique in the tree. context: int32 [T], prompt and response so far.
-    goal: response tokens at which the path has what it needs. tip: the path's last node, None at the
-    prompt. new: the nodes of this round. stop: why the path ended, None while it has not.
+    number: unique in the tree, in the order of creation. context: int32 [T], prompt and response so far.
+    target_length: response tokens at which the request is complete. last_node: the path's last node, None at
+    the prompt. new_nodes: nodes that this round added. stop: why the path ended; None while it goes on.
     """
 
     number: int
     context: np.ndarray
-    goal: int
-    tip: Node | None
-    new: list[Node] = field(default_factory=list)
+    target_length: int
+    last_node: Node | None
+    new_nodes: list[Node] = field(default_factory=list)
     stop: Stop | None = None
 
     @property
     def length(self) -> int:
-        return self.tip.end if self.tip else 0
+        """Response tokens so far."""
+        return self.last_node.end if self.last_node else 0
 
     @property
     def complete(self) -> bool:
-        return self.stop is not None or self.length == self.goal
+        return self.stop is not None or self.length == self.target_length
 
 
-def _unseen(node: Node | None, seen: set[int]) -> int:
-    """Tokens of the node and its ancestors that are not in `seen` yet, where they are added."""
+def _unseen_tokens(node: Node | None, seen: set[int]) -> int:
+    """Tokens of the node and its ancestors that are not in `seen` (ids of nodes) yet; adds them to it."""
     tokens = 0
     while node is not None and id(node) not in seen:
         seen.add(id(node))
@@ -85,24 +90,16 @@ def _unseen(node: Node | None, seen: set[int]) -> int:
     return tokens
 
 
-def longest_response(config: SamplingConfig) -> int:
-    """Most tokens that a response can have."""
-    if config.mode == "sequential":
-        return config.max_response_tokens
-    return min(config.max_depth * config.segment_tokens, config.max_response_tokens)
-
-
 class GrowingTree:
-    """A tree of one prompt. Everything random in it is keyed by (seed, step, prompt id) and a place in it.
+    """The tree of one prompt. Everything random in it is keyed by (seed, step, prompt id) and a place in the
+    tree.
 
-    asks: the current round, empty when the tree is complete. tokens: response tokens that it holds.
-    branchings: paths that were given more than one child. fallbacks: rounds that it had no active path
-    for and continued finished leaves instead.
+    path_requests: the current round; empty when the tree is complete. branchings: paths that got more than
+    one child. fallbacks: rounds that continued finished leaves because no path was active.
     """
 
     def __init__(self, prompt: Prompt, config: SamplingConfig, rule: StopRule, seed: int, step: int) -> None:
         self.prompt = prompt
-        self.tokens = 0
         self.branchings = 0
         self.fallbacks = 0
         self._config = config
@@ -111,98 +108,103 @@ class GrowingTree:
         self._names = (seed, step, prompt.id)
         self._nodes: list[Node] = []
         self._leaves: list[tuple[Node, Stop]] = []
-        self._asked = 0
+        self._requested = 0
         self._round = 0
         if config.mode == "sequential":
             children = config.width
         else:
             children = branching.initial_children(config, self._generator("initial"))
-        self.asks = self._ask_below([None], [children])
+        self.path_requests = self._request_below([None], [children])
 
-    def request(self, ask: Ask) -> GenerateRequest:
-        """What an engine has to be asked next for `ask`."""
-        wanted, segment_tokens = ask.goal - ask.length, self._config.segment_tokens
+    def generate_request(self, path: PathRequest) -> GenerateRequest:
+        """The request to send to an engine next for `path`."""
+        wanted, segment_tokens = path.target_length - path.length, self._config.segment_tokens
         return GenerateRequest(
-            context=ask.context,
+            context=path.context,
             prompt_tokens=len(self.prompt.tokens),
             max_tokens=wanted,
             temperature=self._config.temperature,
-            seed=rng.seed(*self._names, "request", ask.number, ask.length),
+            seed=rng.seed(*self._names, "request", path.number, path.length),
             check_every=segment_tokens if wanted > segment_tokens else 0,
         )
 
-    def receive(self, ask: Ask, output: GenerateOutput) -> int:
-        """Take in tokens of one ask, segment by segment, up to the first boundary at which the path ends.
+    def receive(self, path: PathRequest, output: GenerateOutput) -> int:
+        """Add an engine's tokens to `path`, segment by segment, up to the first boundary at which the path
+        ends.
 
-        Returns how many tokens were taken. An engine may return less than asked, at a segment boundary; the
-        ask is then not complete. Raises EngineError for an output that does not fit the request.
+        Returns how many tokens were taken. If an engine returns less than requested, up to a segment
+        boundary, the path request is not complete yet. Raises EngineError for an output that does not fit the
+        request.
         """
         segment_tokens, total = self._config.segment_tokens, len(output.tokens)
-        wanted = ask.goal - ask.length
+        wanted = path.target_length - path.length
         short = output.finish == "length" and total < wanted and total % segment_tokens
         if not 0 < total <= wanted or total != len(output.log_probs) or short:
             raise EngineError(
-                f"asked for {wanted} tokens the engine returned {total} with {len(output.log_probs)} "
-                f"log-probs, finish {output.finish}"
+                f"the engine returned {total} tokens with {len(output.log_probs)} log-probs, finish "
+                f"{output.finish}; {wanted} tokens were requested"
             )
-        base, prompt_tokens = len(ask.context), len(self.prompt.tokens)
-        context = np.concatenate([ask.context, output.tokens])
+        base, prompt_tokens = len(path.context), len(self.prompt.tokens)
+        context = np.concatenate([path.context, output.tokens])
         taken = 0
-        while taken < total and ask.stop is None:
+        while taken < total and path.stop is None:
             piece = slice(taken, min(taken + segment_tokens, total))
             taken = piece.stop
             eos = output.finish == "eos" and taken == total
-            ask.tip = self._node(ask.tip, output, piece, Finish.EOS if eos else Finish.LENGTH)
-            ask.new.append(ask.tip)
-            ask.stop = self._rule.classify(context[prompt_tokens : base + taken], ask.tip.box, eos)
-        ask.context = context[: base + taken]
-        self.tokens += taken
+            node = self._node(path.last_node, output, piece, Finish.EOS if eos else Finish.LENGTH)
+            path.last_node = node
+            path.new_nodes.append(node)
+            path.stop = self._rule.classify(context[prompt_tokens : base + taken], node.box, eos)
+        path.context = context[: base + taken]
         return taken
 
     def advance(self) -> None:
-        """End the round: every ask is complete. Classify, branch, and fall back if no path is active."""
+        """End the round, whose path requests must be complete: classify, then branch or fall back."""
         active: list[Node] = []
         finished_before = len(self._leaves)
-        for ask in self.asks:
-            assert ask.complete
-            assert ask.tip is not None
-            self._nodes += ask.new
-            if ask.stop is None:
-                active.append(ask.tip)
+        for path in self.path_requests:
+            assert path.complete
+            assert path.last_node is not None
+            self._nodes += path.new_nodes
+            if path.stop is None:
+                active.append(path.last_node)
             else:
-                self._leaves.append((ask.tip, ask.stop))
+                self._leaves.append((path.last_node, path.stop))
         self._round += 1
         if active:
-            self.asks = self._branch(active, len(self._leaves) - finished_before)
+            self.path_requests = self._branch(active, len(self._leaves) - finished_before)
         else:
-            self.asks = self._fall_back()
+            self.path_requests = self._fall_back()
 
     def held(self) -> list[tuple[int, int]]:
-        """For the end of each of this round's paths: leaves to come, and response tokens on the unfinished
-        paths, a shared one once. These had to stay in a prefix cache, had all been decoded at one rate.
-        Called when the round is complete.
+        """What a prefix cache had to hold in this round, which must be complete.
+
+        For the end of each path, shortest addition last: (leaves to come then, response tokens on the
+        unfinished paths then, a shared one once), as if all paths had been decoded at one rate.
         """
         grown = sorted(
-            ((sum(len(node.tokens) for node in ask.new), ask) for ask in self.asks), key=itemgetter(0)
+            ((sum(len(node.tokens) for node in path.new_nodes), path) for path in self.path_requests),
+            key=itemgetter(0),
         )
-        leaves = self._config.width - len(self._leaves) - sum(ask.stop is not None for ask in self.asks)
+        ended = sum(path.stop is not None for path in self.path_requests)
+        leaves = self._config.width - len(self._leaves) - ended
         seen: set[int] = set()
         above = 0
         held: list[tuple[int, int]] = []
-        for number, (length, ask) in enumerate(reversed(grown), start=1):
-            above += _unseen(ask.new[0].parent, seen)
-            leaves += ask.stop is not None
-            held.append((leaves, above + number * length))
+        for running, (length, path) in enumerate(reversed(grown), start=1):
+            above += _unseen_tokens(path.new_nodes[0].parent, seen)
+            leaves += path.stop is not None
+            held.append((leaves, above + running * length))
         return held
 
     def above(self) -> int:
-        """Response tokens above the ends of the paths that have not ended, a shared one once."""
+        """Response tokens above the ends of the unfinished paths, a shared one once."""
         seen: set[int] = set()
-        return sum(_unseen(ask.tip, seen) for ask in self.asks if ask.stop is None)
+        return sum(_unseen_tokens(path.last_node, seen) for path in self.path_requests if path.stop is None)
 
     def finished(self) -> Tree:
-        """The tree, once it has no asks left."""
-        assert not self.asks
+        """The complete tree."""
+        assert not self.path_requests
         nodes = self._depth_first()
         index_of = {id(node): index for index, node in enumerate(nodes)}
         return Tree(
@@ -222,9 +224,9 @@ class GrowingTree:
         )
 
     def _depth_first(self) -> list[Node]:
-        """Parents before children, a subtree in one piece, siblings in the order of asking.
+        """Parents before children, each subtree in one piece, siblings in the order of their path requests.
 
-        So the rest of a segment that was cut is the first child of its upper part.
+        So the lower piece of a segment that was cut is the first child of the upper one.
         """
         children: dict[int, list[Node]] = {}
         for node in self._nodes:
@@ -249,7 +251,7 @@ class GrowingTree:
             box=self._rule.scan(box, tokens),
         )
 
-    def _branch(self, active: list[Node], finished_now: int) -> list[Ask]:
+    def _branch(self, active: list[Node], finished_now: int) -> list[PathRequest]:
         config = self._config
         bound = branching.leaf_bound(
             config, [node.end for node, _ in self._leaves], [node.end for node in active]
@@ -258,10 +260,10 @@ class GrowingTree:
         budget = branching.step_budget(config, factor, bound, len(active), finished_now, len(self._leaves))
         children = branching.allocate(config, budget, active, Node.response_log_probs, self._step)
         self.branchings += sum(count > 1 for count in children)
-        return self._ask_below(active, children)
+        return self._request_below(active, children)
 
-    def _fall_back(self) -> list[Ask]:
-        """Continue finished leaves from a cut, a few times each, until the tree has asked for its width."""
+    def _fall_back(self) -> list[PathRequest]:
+        """Continue finished leaves from a cut, a few times each, until the tree has requested its width."""
         config, leaves = self._config, self._leaves
         remaining = branching.leaf_bound(config, [node.end for node, _ in leaves], []) - len(leaves)
         if remaining <= 0 or config.fallback.cut == "none":
@@ -272,22 +274,22 @@ class GrowingTree:
             fallback.Candidate(stop, node.response_log_probs(), [above.end for above in node.path()])
             for node, stop in leaves
         ]
-        tips: list[Node | None] = []
+        last_nodes: list[Node | None] = []
         children: list[int] = []
         chosen = fallback.order(candidates, config, generator)
         if config.fallback.cut == "from_start":
             chosen = chosen[:1]
         for index in chosen or [None]:
             cut = 0 if index is None else fallback.cut_point(candidates[index], config, generator)
-            tips.append(None if index is None else self._cut(leaves[index][0], cut))
+            last_nodes.append(None if index is None else self._cut(leaves[index][0], cut))
             children.append(min(branching.branching_factor(config, generator), remaining))
             remaining -= children[-1]
             if remaining == 0:
                 break
-        return self._ask_below(tips, children)
+        return self._request_below(last_nodes, children)
 
     def _cut(self, leaf: Node, cut: int) -> Node | None:
-        """The node that ends after `cut` tokens of the leaf's response; a node that spans it is split."""
+        """The node that ends after `cut` tokens of the leaf's response; splits a node that spans the cut."""
         if cut == 0:
             return None
         node = next(node for node in leaf.path() if node.end >= cut)
@@ -308,20 +310,24 @@ class GrowingTree:
         self._nodes.append(upper)
         return upper
 
-    def _ask_below(self, tips: Sequence[Node | None], children: Sequence[int]) -> list[Ask]:
+    def _request_below(self, last_nodes: Sequence[Node | None], children: Sequence[int]) -> list[PathRequest]:
+        """Path requests for the children of each node; None is the prompt."""
         saturated = len(self._leaves) + sum(children) >= self._config.width
-        asks: list[Ask] = []
-        for tip, count in zip(tips, children, strict=True):
-            above = [node.tokens for node in tip.path()] if tip else []
+        requests: list[PathRequest] = []
+        for node, count in zip(last_nodes, children, strict=True):
+            above = [ancestor.tokens for ancestor in node.path()] if node else []
             context = np.concatenate([self.prompt.tokens, *above])
-            goal = self._goal(tip.end if tip else 0, saturated)
-            numbers = range(self._asked, self._asked + count)
-            asks += (Ask(number=number, context=context, goal=goal, tip=tip) for number in numbers)
-            self._asked += count
-        return asks
+            target = self._target_length(node.end if node else 0, saturated)
+            numbers = range(self._requested, self._requested + count)
+            requests += (PathRequest(number, context, target, node) for number in numbers)
+            self._requested += count
+        return requests
 
-    def _goal(self, length: int, saturated: bool) -> int:
-        """Response length up to which a path of `length` tokens asks in one go."""
+    def _target_length(self, length: int, saturated: bool) -> int:
+        """Response tokens to which a path of `length` tokens grows in its next round.
+
+        saturated: the tree will not branch again.
+        """
         config = self._config
         if config.mode == "sequential":
             return config.max_response_tokens

@@ -1,8 +1,8 @@
-"""Randomness by name: a generator depends on what it is for, never on when it is asked.
+"""Randomness by name: a generator depends on its purpose, never on the order of the draws.
 
-A tree draws from `generator(seed, step, prompt_id, *node_path)`, so the same seed gives the same tree
-whatever order the engine answers in. Philox is counter-based: generators with different keys are
-independent streams.
+A tree draws from `generator(seed, step, prompt_id, purpose, round)`, so the same seed gives the same tree in
+whatever order the engine answers. Philox is counter-based: generators with different keys are independent
+streams.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
-"""Which engine a tree lives on, and how many may live on one at once: as many as its KV cache keeps.
+"""Routes each tree to an engine and admits new trees while the engine's KV cache can hold them.
 
-A prefix that is needed again must not be evicted meanwhile. So a tree is given room for the most that it
-will hold on its unfinished paths; what has ended may leave the cache. How much that is follows from how many
-leaves are to come: the average of what the trees that finished last had from there on. A tree that turns out
-larger counts for what it has. A tree alone on an engine has room, whatever it needs.
+A prefix that a tree will extend must not be evicted. So the router expects of each tree the most tokens that
+its unfinished paths will hold at one time; finished paths may leave the cache. The expectation depends on how
+many leaves are still to come: it is the average of what the trees that finished last held from that point on.
+A tree that turns out larger counts for what it holds. An engine without trees admits any tree, however large.
 
-Units: tokens of the KV cache. Arrays are indexed by the number of leaves to come, 0 to width.
+Units: tokens of the KV cache. Arrays are indexed by the number of leaves to come, from 0 to width.
 """
 
 from collections import deque
@@ -15,166 +15,173 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from treepo.config.sampling import SamplingConfig
-from treepo.protocols import Engine
-from treepo.rollout.growing_tree import GrowingTree, longest_response
+from treepo.protocols import Sampler
+from treepo.rollout.growing_tree import GrowingTree
 
-_REMEMBERED_TREES = 64
+REMEMBERED_TREES = 64
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
-    """An engine, the trees that live on it, and their leaves that are still to come.
+class RoutedEngine:
+    """An engine with the trees that live on it.
 
-    capacity: KV tokens, None where unknown. failures: of its requests, since the last that it answered.
-    needed: what its trees hold or will hold.
+    kv_tokens: tokens that its KV cache holds; None: unbounded. leaves: of its trees, still to come. failures:
+    of its requests, since the last one that it answered. expected_tokens: the sum of its trees'.
     """
 
     index: int
-    engine: Engine
-    capacity: int | None
+    engine: Sampler
+    kv_tokens: int | None
     trees: "set[LiveTree]" = field(default_factory=set)
     leaves: int = 0
     failures: int = 0
-    needed: int = 0
+    expected_tokens: int = 0
 
     @property
-    def burden(self) -> tuple[int, int]:
-        """The engine with the least of it is chosen. An engine that fails its requests soon has no leaves, so
-        failures come first.
+    def load(self) -> tuple[int, int]:
+        """The router prefers the engine with the least load. Failures come first: an engine that fails its
+        requests soon has no leaves to come.
         """
         return self.failures, self.leaves
 
 
 @dataclass(slots=True, eq=False)
 class LiveTree:
-    """A tree on a lane. leaves: still to come. needed: tokens that it counts for on its lane. above: response
-    tokens above its unfinished paths' ends, when one of them or a round last ended.
+    """A tree that has been admitted to an engine.
 
-    held: most response tokens on its unfinished paths at one time, while so many leaves were to come.
+    home: the engine that it lives on. leaves: still to come. held: by leaves to come, the most response
+    tokens that its unfinished paths held at one time. expected_tokens: what it counts for on its engine.
+    above: response tokens above the ends of its unfinished paths, as of the last path or round that ended.
     """
 
     tree: GrowingTree
-    lane: Lane
+    home: RoutedEngine
     leaves: int
     held: np.ndarray
-    needed: int = 0
+    expected_tokens: int = 0
     above: int = 0
 
 
-class Lanes:
-    """All engines of a driver. capacities: KV tokens of each, None where trees are not bounded by them."""
+class Router:
+    """All engines of a driver. kv_tokens: tokens of each engine's KV cache; None: trees are not bounded by
+    it.
+    """
 
     def __init__(
-        self, engines: Sequence[Engine], sampling: SamplingConfig, capacities: Sequence[int] | None
+        self, engines: Sequence[Sampler], sampling: SamplingConfig, kv_tokens: Sequence[int] | None
     ) -> None:
-        self.lanes = [
-            Lane(index, engine, capacity)
-            for index, (engine, capacity) in enumerate(
-                zip(engines, capacities or [None] * len(engines), strict=True)
+        self.engines = [
+            RoutedEngine(index, engine, tokens)
+            for index, (engine, tokens) in enumerate(
+                zip(engines, kv_tokens or [None] * len(engines), strict=True)
             )
         ]
         self._width = sampling.width
         self._max_live_trees = sampling.max_live_trees
-        self._most = longest_response(sampling) * sampling.width
-        self._tokens = 0  # in all trees so far, a shared token once
-        self._leaves = 0  # ended in them
-        self._finished: deque[np.ndarray] = deque(maxlen=_REMEMBERED_TREES)
-        self._expected = self._guess()
+        self._largest_tree = sampling.longest_response * sampling.width
+        self._tokens = 0  # of all trees so far, a shared token once
+        self._leaves = 0  # that have ended in them
+        self._finished: deque[np.ndarray] = deque(maxlen=REMEMBERED_TREES)
+        self._expected = self._first_expectation()
 
-    def with_room(self, prompt_tokens: int) -> Lane | None:
-        """The least burdened engine that has room for a new tree, None where none has."""
-        needed = self.room_of_a_tree(prompt_tokens)
-        return self._least([lane for lane in self.lanes if self._has_room(lane, needed)])
+    def engine_with_room(self, prompt_tokens: int) -> RoutedEngine | None:
+        """The engine with the least load that has room for a new tree; None if all are full."""
+        expected = self.expected_tree_tokens(prompt_tokens)
+        return _least_loaded([engine for engine in self.engines if self._has_room(engine, expected)])
 
-    def seat(self, tree: GrowingTree, lane: Lane) -> LiveTree:
-        """A new tree on `lane`."""
-        live = LiveTree(tree, lane, self._width, np.zeros(self._width + 1, dtype=np.int64))
-        self._put(live, lane)
+    def expected_tree_tokens(self, prompt_tokens: int) -> int:
+        """What a new tree counts for: the most that the trees before it held at one time, on average."""
+        return prompt_tokens + int(self._expected[self._width])
+
+    def admit(self, tree: GrowingTree, engine: RoutedEngine) -> LiveTree:
+        """Let a new tree live on `engine`."""
+        live = LiveTree(tree, engine, self._width, np.zeros(self._width + 1, dtype=np.int64))
+        self._add(live, engine)
         return live
 
-    def leave(self, live: LiveTree) -> None:
-        """The tree ends, finished or not."""
-        live.lane.trees.remove(live)
-        live.lane.leaves -= live.leaves
-        live.lane.needed -= live.needed
+    def remove(self, live: LiveTree) -> None:
+        """Take a tree off its engine, finished or not."""
+        live.home.trees.remove(live)
+        live.home.leaves -= live.leaves
+        live.home.expected_tokens -= live.expected_tokens
 
     def move(self, live: LiveTree) -> None:
-        """To the least burdened other engine, one with room if there is any. What it holds is computed there
-        anew; a tree that must leave is not kept waiting, and no new tree is seated before all have room.
-        """
-        others = [lane for lane in self.lanes if lane is not live.lane]
-        roomy = [lane for lane in others if self._has_room(lane, live.needed)]
-        if (lane := self._least(roomy or others)) is not None:
-            self.leave(live)
-            self._put(live, lane)
+        """Move a tree to the least loaded other engine, preferably one with room.
 
-    def took(self, tokens: int) -> None:
-        """Some tree has so many tokens more."""
+        The new engine computes the tree's prefixes again. A tree that must move does not wait for room;
+        instead no new tree is admitted until all have room again. Without another engine the tree stays.
+        """
+        others = [engine for engine in self.engines if engine is not live.home]
+        with_room = [engine for engine in others if self._has_room(engine, live.expected_tokens)]
+        if (engine := _least_loaded(with_room or others)) is not None:
+            self.remove(live)
+            self._add(live, engine)
+
+    def count_tokens(self, tokens: int) -> None:
+        """Some tree has grown by this many tokens."""
         self._tokens += tokens
 
     def leaf_ended(self, live: LiveTree) -> None:
+        """One of the tree's paths has ended."""
         live.leaves -= 1
-        live.lane.leaves -= 1
+        live.home.leaves -= 1
         self._leaves += 1
         if not self._finished:
-            self._expect(self._guess())
-        self._look(live)
+            self._expect(self._first_expectation())
+        self._measure(live)
 
     def round_ended(self, live: LiveTree) -> None:
-        """Called before the tree advances."""
+        """All path requests of a round are complete. To be called before the tree advances."""
         for leaves, tokens in live.tree.held():
             live.held[leaves] = max(live.held[leaves], tokens)
-        self._look(live)
+        self._measure(live)
 
-    def finished(self, live: LiveTree) -> None:
-        """The tree has left with all its leaves: later ones are expected to be like it."""
+    def tree_finished(self, live: LiveTree) -> None:
+        """The removed tree had all its leaves: later trees are expected to be like it."""
         self._finished.append(np.maximum.accumulate(live.held))
         self._expect(np.mean(self._finished, axis=0))
 
-    def _guess(self) -> np.ndarray:
-        """Expectation before any tree has finished: so many leaves at what one has cost so far.
+    def _first_expectation(self) -> np.ndarray:
+        """Expectation before any tree has finished: each leaf to come costs what one has cost so far.
 
-        The paths that have not ended count in this, so it starts too high and falls, as the first to end are
-        the short ones. Before any has ended: the most that a tree can have.
+        It counts the tokens of unfinished paths too, and the first paths to end are the short ones, so it
+        starts too high and falls. Before any path has ended it is the most that a tree can hold.
         """
-        whole = self._most
+        tokens = self._largest_tree
         if self._leaves:
-            whole = min(whole, self._tokens * self._width / self._leaves)
-        return whole * np.arange(self._width + 1) / self._width
+            tokens = min(tokens, self._tokens * self._width / self._leaves)
+        return tokens * np.arange(self._width + 1) / self._width
 
     def _expect(self, expected: np.ndarray) -> None:
         self._expected = expected
-        for lane in self.lanes:
-            for live in lane.trees:
-                self._count(live)
+        for engine in self.engines:
+            for live in engine.trees:
+                self._update_expected_tokens(live)
 
-    def _look(self, live: LiveTree) -> None:
+    def _measure(self, live: LiveTree) -> None:
         live.above = live.tree.above()
-        self._count(live)
+        self._update_expected_tokens(live)
 
-    def _count(self, live: LiveTree) -> None:
+    def _update_expected_tokens(self, live: LiveTree) -> None:
         response = max(int(self._expected[live.leaves]), live.above)
-        needed = len(live.tree.prompt.tokens) + response
-        live.lane.needed += needed - live.needed
-        live.needed = needed
+        expected = len(live.tree.prompt.tokens) + response
+        live.home.expected_tokens += expected - live.expected_tokens
+        live.expected_tokens = expected
 
-    def room_of_a_tree(self, prompt_tokens: int) -> int:
-        """What a new tree counts for: the most that those before it held at one time, on average."""
-        return prompt_tokens + int(self._expected[self._width])
-
-    def _has_room(self, lane: Lane, needed: int) -> bool:
-        if not lane.trees:
+    def _has_room(self, engine: RoutedEngine, expected: int) -> bool:
+        if not engine.trees:
             return True
         if self._max_live_trees is not None:
-            return len(lane.trees) < self._max_live_trees
-        return lane.capacity is None or lane.needed + needed <= lane.capacity
+            return len(engine.trees) < self._max_live_trees
+        return engine.kv_tokens is None or engine.expected_tokens + expected <= engine.kv_tokens
 
-    def _least(self, lanes: Sequence[Lane]) -> Lane | None:
-        return min(lanes, key=lambda lane: lane.burden, default=None)
+    def _add(self, live: LiveTree, engine: RoutedEngine) -> None:
+        live.home = engine
+        engine.trees.add(live)
+        engine.leaves += live.leaves
+        engine.expected_tokens += live.expected_tokens
+        self._update_expected_tokens(live)
 
-    def _put(self, live: LiveTree, lane: Lane) -> None:
-        live.lane = lane
-        lane.trees.add(live)
-        lane.leaves += live.leaves
-        lane.needed += live.needed
-        self._count(live)
+
+def _least_loaded(engines: Sequence[RoutedEngine]) -> RoutedEngine | None:
+    return min(engines, key=lambda engine: engine.load, default=None)

@@ -1,13 +1,15 @@
 """When a trajectory ends: boxed answer, end of sequence, response limit, depth, repetition.
 
-Rules look at the whole response at every segment boundary. Boxes are found in the text of single tokens
-strung together, so where a response was cut into segments makes no difference (what a byte-level
-tokenizer splits inside of a character is never part of a box); repetition is counted in tokens, of the run
-that ends at the boundary: a model that found its way out of a loop goes on. The official code looks at the
-last segment only, and for repetition at any 32 characters, overlapping ones included, so that a table rule
-of 39 dashes ends a path.
+The rules look at the whole response at every segment boundary.
 
-The engine holds the same `StopRule` as the driver, to end a request of many segments early.
+- Boxes are looked for in the concatenated texts of single tokens, so the segment boundaries make no
+  difference. (A character that a byte-level tokenizer splits is never part of a box.)
+- Repetition is counted in tokens, of the run that ends at the boundary: a model that has left a loop goes on.
+
+The official code looks at the last segment only. For repetition it takes any 32 characters and counts
+overlapping occurrences, so a table rule of 39 dashes ends a path.
+
+The engine holds the same `StopRule` as the driver, so that it can end a request of many segments early.
 """
 
 from collections.abc import Callable
@@ -20,10 +22,10 @@ from treepo.tree import Stop
 
 
 class StopRule:
-    """The stops of one sampling configuration, for responses that `decode` turns into text.
+    """Decides where responses end, by one sampling configuration.
 
-    Picklable where `decode` is. Called with the tokens of a response so far (int32 [T], prompt excluded,
-    end tokens not yet), it says whether the response ends here.
+    decode: token ids to text. Picklable if `decode` is. Called with the tokens of a response so far (int32
+    [T], without the prompt, no end token yet), it says whether the response ends here.
     """
 
     def __init__(self, config: SamplingConfig, decode: Callable[[np.ndarray], str]) -> None:
@@ -37,15 +39,15 @@ class StopRule:
         return self._repeats(response)
 
     def scan(self, before: BoxScan, tokens: np.ndarray) -> BoxScan:
-        """The search for a box in a response, carried on over further tokens."""
+        """Continue the search for a box in a response over further tokens (int32 [T])."""
         if before.found or self._config.stops.boxed == "off":
             return before
         return before.extend(self._text(tokens))
 
     def classify(self, response: np.ndarray, box: BoxScan, eos: bool) -> Stop | None:
-        """Why the response ends here, None where it goes on.
+        """Why the response (int32 [T]) ends here; None if it goes on.
 
-        box: the scan of the whole response. eos: the last token ends the sequence.
+        box: the scan of the whole response. eos: whether the last token ends the sequence.
         """
         config, stops = self._config, self._config.stops
         if stops.repetition.check == "first" and self._repeats(response):
@@ -77,10 +79,11 @@ class StopRule:
 
 
 def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:
-    """Whether the last `window_tokens` tokens of int32 [T] occur in it `count` times without overlap.
+    """Whether the last `window_tokens` tokens of a response (int32 [T]) occur in it `count` times without
+    overlap.
 
-    A last run of fewer than `min_distinct` different tokens counts back only as far as each occurrence is
-    within a window of the next: dashes in ten tables are no loop, an endless row of them is one.
+    If these last tokens have fewer than `min_distinct` distinct ones, occurrences count only while each is
+    within a window of the next: dashes in ten tables are no loop, an endless row of dashes is.
     """
     window, count = config.window_tokens, config.count
     if len(tokens) < window * count:

@@ -1,9 +1,9 @@
-"""Weights by one collective broadcast to all engines: NCCL between devices, gloo between hosts' memories.
+"""Sends weights by one broadcast to all engines: NCCL between devices, gloo between hosts' memories.
 
-NCCL takes one process a device, so engines need devices of their own for it. gloo does not care.
+NCCL allows one process on a device, so its engines need devices of their own. gloo has no such limit.
 
-One group of the sending rank and every rank of every engine, kept from update to update. It belongs to no
-default process group, so the trainer's own groups and the engines' do not know of it.
+The group has the sending rank and every rank of every engine, and is kept from update to update. It is not
+part of a default process group, so it does not interfere with the groups of the trainer and of the engines.
 """
 
 import socket
@@ -23,7 +23,7 @@ from treepo.weight_sync.wire import Bucket, Manifest
 
 @dataclass(frozen=True, slots=True)
 class InBroadcast:
-    """Bytes that are sent when everyone is there; nothing to look for."""
+    """The bytes arrive by the broadcast itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class BroadcastAddress:
 
 
 class BroadcastSender:
-    """device: that of the buffers. seconds: deadline of each step."""
+    """device: of the buffers. seconds: deadline of each step."""
 
     collective: ClassVar[bool] = True
 
@@ -129,7 +129,7 @@ class BroadcastReceiver:
 
 
 def _group(store: Store, name: str, rank: int, size: int, seconds: float, device: torch.device) -> Any:
-    """A process group outside of torch's default one. Blocks until all ranks have come."""
+    """Form a process group outside of torch's default one. Blocks until all ranks have joined."""
     timeout = timedelta(seconds=seconds)
     prefixed = PrefixStore(name, store)
     if device.type == "cpu":
@@ -140,6 +140,6 @@ def _group(store: Store, name: str, rank: int, size: int, seconds: float, device
 
 
 def _leave(group: Any) -> None:
-    """Leave a group, whatever state it is in: a collective that still waits ends in an error."""
+    """Leave a group in whatever state it is: a collective that still waits ends with an error."""
     if group is not None and hasattr(group, "abort"):
         group.abort()

@@ -1,7 +1,7 @@
-"""Weights through memory that trainer and engine share, on one machine.
+"""Sends weights through memory that trainer and engine share on one machine.
 
-The buffers have no name in any file system: a receiver opens them through the sender's process, and they are
-gone with the last process that has them mapped, however it ends.
+The buffers have no name in a file system: a receiver opens them through the sender's process. The kernel
+frees them with the last process that has them mapped, however it ends.
 """
 
 import os
@@ -17,7 +17,7 @@ from treepo.weight_sync.wire import Bucket, Manifest
 
 
 class SharedBytes:
-    """Memory of this process that others on the machine can map by its `path`."""
+    """Memory of this process that other processes on the machine can map by its `path`."""
 
     def __init__(self, nbytes: int) -> None:
         self._descriptor = os.memfd_create("treepo")
@@ -26,18 +26,18 @@ class SharedBytes:
         self.bytes = map_bytes(self.path, nbytes)
 
     def close(self) -> None:
-        """No one can map it from now on; who has it mapped keeps it."""
+        """Allow no further mapping. A process that has the memory mapped keeps it."""
         os.close(self._descriptor)
 
 
 def map_bytes(path: str, nbytes: int) -> Tensor:
-    """The shared memory at `path`: uint8 [nbytes]. Raises RuntimeError where its process has gone."""
+    """Map the shared memory at `path`: uint8 [nbytes]. Raises RuntimeError if its process has ended."""
     return torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPlace:
-    """mapped: bytes at `path`. serial: of the buffer among its sender's, as paths come again."""
+    """mapped: bytes at `path`. serial: number of the buffer, because the sender reuses paths."""
 
     path: str
     mapped: int
@@ -48,7 +48,7 @@ class SharedPlace:
 class SharedAddress:
     host: str
 
-    def join(self, rank: int, device: torch.device) -> "SharedReceiver":  # noqa: ARG002  of every transport
+    def join(self, rank: int, device: torch.device) -> "SharedReceiver":  # noqa: ARG002  the signature of every transport
         if socket.gethostname() != self.host:
             raise RuntimeError(
                 f"weights.transport = colocated: the trainer is on {self.host}, this engine on "
@@ -58,7 +58,7 @@ class SharedAddress:
 
 
 class SharedSender:
-    """Two buffers, used in turn."""
+    """Two buffers that take turns."""
 
     collective: ClassVar[bool] = False
 
@@ -83,7 +83,7 @@ class SharedSender:
         return held.bytes[:nbytes]
 
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> SharedPlace:
-        del flat, tensors  # the receivers see what was written
+        del flat, tensors  # the receivers map the buffer itself
         held = self._buffers[index % 2]
         return SharedPlace(held.path, len(held.bytes), self._serials[index % 2])
 
@@ -103,7 +103,7 @@ class SharedSender:
 
 
 class SharedReceiver:
-    """Maps each buffer once."""
+    """Maps each buffer once and copies buckets from it to the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

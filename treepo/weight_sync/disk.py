@@ -1,7 +1,7 @@
-"""Weights through a folder that trainer and engines see, for engines elsewhere.
+"""Sends weights through a folder that trainer and engines share, also between machines.
 
-`version-N/` has safetensors files, one a bucket, and their index, as Hugging Face folders have. Engines load
-each file as soon as it is written; the folder gets its name when all are.
+`version-N/` holds one safetensors file for each bucket and their index, like a Hugging Face folder. Engines
+load each file as soon as it is written; the folder gets its name once all files are.
 """
 
 import shutil
@@ -24,7 +24,7 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True, slots=True)
 class FilePlace:
-    """data: where the bucket's bytes begin."""
+    """data: offset of the bucket's bytes in the file."""
 
     path: str
     data: int
@@ -38,7 +38,7 @@ class DiskAddress:
 
 
 class DiskSender:
-    """keep: complete versions that stay, the newest ones."""
+    """keep: number of complete versions that stay, the newest ones."""
 
     collective: ClassVar[bool] = False
 
@@ -47,7 +47,7 @@ class DiskSender:
         self._partial = folder / _PARTIAL
         self._buffers: dict[int, Tensor] = {}
         self._files: dict[str, Manifest] = {}
-        self.close()  # what a process left that was killed
+        self.close()  # removes the files of a process that was killed
 
     def addresses(self, ranks: Sequence[int]) -> list[DiskAddress]:
         return [DiskAddress()] * len(ranks)
@@ -79,7 +79,7 @@ class DiskSender:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (self._partial / _INDEX).write_bytes(orjson.dumps(index))
         target = self._folder / f"version-{version}"
-        shutil.rmtree(target, ignore_errors=True)  # of an attempt in which no engine was left
+        shutil.rmtree(target, ignore_errors=True)  # of an attempt that no engine survived
         self._partial.rename(target)
         self._files.clear()
         self._buffers.clear()
@@ -103,7 +103,7 @@ class DiskReceiver:
         size = place.data + bucket.nbytes
         written = Path(place.path).stat().st_size
         if written != size:
-            raise OSError(f"{place.path} has {written} bytes; {size} were written")
+            raise OSError(f"{place.path} has {written} bytes here; {size} were written")
         mapped = torch.from_file(place.path, shared=False, size=size, dtype=torch.uint8)
         return mapped[place.data :].to(self._device)
 
@@ -113,7 +113,7 @@ class DiskReceiver:
 
 
 def _header(tensors: Manifest) -> bytes:
-    """A safetensors file up to its data: length and JSON, padded to a multiple of 8 bytes."""
+    """The part of a safetensors file before its data: length and JSON, padded to a multiple of 8 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:

@@ -25,7 +25,7 @@ _GRACE_SECONDS = 10.0  # an engine reports a missed deadline a little after it
 
 
 class WeightSink(Protocol):
-    """One engine, as the sending rank uses it. Calls return at once; a future that fails has an EngineError."""
+    """One engine, as the sending rank uses it. Calls return at once; their futures fail with EngineError."""
 
     @property
     def name(self) -> str: ...

@@ -1,7 +1,7 @@
-"""What travels in a weight update: first a manifest of all tensors, then their bytes, bucket by bucket.
+"""The parts of a weight update: a manifest of all tensors, then their bytes, bucket by bucket.
 
-A bucket is one flat run of bytes, its tensors one after the other without padding, under their Hugging Face
-names. Sender and receiver compute the same checksum over them. Sizes are bytes.
+A bucket is one flat run of bytes: its tensors follow each other without padding, under their Hugging Face
+names. Sender and receiver compute the same checksum over it. Sizes are in bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-_ROW = 512  # words that are summed before they are weighted: long enough to run at the memory's speed
+_ROW = 512  # words that are summed before they are weighted: enough to run at memory bandwidth
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a model. dtype: torch's name for it, "bfloat16"."""
+    """One tensor of a model. dtype: torch's name, for example "bfloat16"."""
 
     name: str
     dtype: str
@@ -38,12 +38,12 @@ Manifest = tuple[TensorInfo, ...]
 
 
 class Place(Protocol):
-    """Where a bucket's bytes are, as its transport tells the receiver."""
+    """Where the receiver finds a bucket's bytes; each transport has its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """checksum: of the bytes, as `checksum` computes it. place: what the transport's receiver needs."""
+    """One bucket, as an engine is told of it. checksum: of its bytes, by the function of that name."""
 
     tensors: Manifest
     checksum: int
@@ -62,50 +62,50 @@ class Receiver(Protocol):
         ...
 
     def end(self) -> None:
-        """The update is complete: release what only an update needs."""
+        """Release the memory that only an update needs: the update is complete."""
         ...
 
     def close(self) -> None: ...
 
 
 class Address(Protocol):
-    """How an engine reaches the sender. It is sent to the engine's ranks, and joined there."""
+    """How an engine reaches the sender. It is sent to each of the engine's ranks, which join it."""
 
     def join(self, rank: int, device: torch.device) -> Receiver:
-        """The receiver of tensor-parallel rank `rank` of the engine."""
+        """Connect tensor-parallel rank `rank` of the engine to the sender."""
         ...
 
 
 class Sender(Protocol):
-    """The trainer's end of a transport, on the rank that has the joined tensors.
+    """The trainer's end of a transport, on rank 0, which has the joined tensors.
 
-    collective: whether all engines take part in one operation, so that the failure of one is everyone's.
+    collective: whether all engines take part in one operation, so that one failure breaks it for all.
     """
 
     collective: ClassVar[bool]
 
     def addresses(self, ranks: Sequence[int]) -> Sequence[Address]:
-        """One for each engine, of so many ranks."""
+        """One address for each engine. ranks: number of ranks of each engine."""
         ...
 
     def connect(self) -> None:
-        """Meet the receivers, which are joining meanwhile. Raises RuntimeError at the deadline."""
+        """Wait for the receivers, which join meanwhile. Raises RuntimeError at the deadline."""
         ...
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
-        """uint8 [nbytes] to write bucket `index` into. It is reused two buckets later."""
+        """The memory for bucket `index`: uint8 [nbytes]. It is reused two buckets later."""
         ...
 
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> Place:
-        """Begin to send bucket `index`, whose bytes are in its buffer; the receivers are told after."""
+        """Begin to send bucket `index`, whose bytes are in its buffer. The receivers are told afterwards."""
         ...
 
     def finish(self) -> None:
-        """Wait until the last bucket has left. Raises RuntimeError where it cannot, or at the deadline."""
+        """Wait until the last bucket has been sent. Raises RuntimeError if it fails, or at the deadline."""
         ...
 
     def end(self, version: int) -> None:
-        """The update is complete: release what only an update needs."""
+        """Release the memory that only an update needs: the update is complete."""
         ...
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Sender(Protocol):
 
 
 def plan_buckets(manifest: Manifest, size: int) -> list[Manifest]:
-    """Consecutive tensors of at most `size` bytes together, or one tensor that is larger."""
+    """Divide the tensors, in order, into buckets of at most `size` bytes, or of one larger tensor."""
     buckets: list[list[TensorInfo]] = []
     used = size
     for tensor in manifest:
@@ -127,7 +127,7 @@ def plan_buckets(manifest: Manifest, size: int) -> list[Manifest]:
 
 
 def views(flat: Tensor, tensors: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a bucket's bytes, under their names. Nothing is copied where dtypes are aligned."""
+    """The tensors in a bucket's bytes, with their names. Only a tensor that is not aligned is copied."""
     start = 0
     for tensor in tensors:
         dtype = getattr(torch, tensor.dtype)
@@ -139,10 +139,11 @@ def views(flat: Tensor, tensors: Manifest) -> Iterator[tuple[str, Tensor]]:
 
 
 def checksum(flat: Tensor) -> int:
-    """Of uint8 [bytes]: changes with any byte, and with the order of rows of 4 KiB. At the memory's speed.
+    """A checksum of uint8 [bytes] that changes with any byte, and with the order of rows of 4 KiB.
 
-    The int64 words of a row are summed and the sums weighted by odd numbers, modulo 2^64: no cryptography,
-    but a bucket that was torn, cut, shifted or taken for another is found.
+    The int64 words of a row are summed, and the sums weighted by odd numbers, modulo 2^64. This runs at
+    memory bandwidth. It is not cryptographic, but it detects a bucket that is torn, cut, shifted or confused
+    with another.
     """
     words = flat[: flat.numel() // 8 * 8].view(torch.int64)
     rows = words[: words.numel() // _ROW * _ROW].view(-1, _ROW).sum(1)

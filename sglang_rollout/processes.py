@@ -1,8 +1,8 @@
-"""The SGLang processes behind one engine: how they start, how their death is noticed, how they end.
+"""The SGLang processes behind one engine: starts them, notices when one dies, ends them.
 
-SGLang's own front end assumes that it owns the process it is constructed in: when a child fails it kills
-every child of this process and then the process itself, and its `shutdown` ends children that it did not
-start. Here only SGLang's own processes are ended, and a death is an error of the requests it hurts.
+SGLang's own front end assumes that it owns the process that constructs it: when a child fails, it kills every
+child of this process and then the process itself, and its `shutdown` ends children that it did not start.
+Here only SGLang's own processes are ended, and a death is an error of the requests in flight.
 """
 
 import asyncio
@@ -20,31 +20,31 @@ from typing import Any
 import psutil
 import torch
 
-from sglang_rollout.cpu.groups import rank_environment
-from sglang_rollout.receiver import LOADER
+from sglang_rollout.weight_loader import LOADER
 from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError
 
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
-# Memory can be given away and taken back; the weights are kept in the host's memory meanwhile, so that an
-# engine that misses an update still has those of a version.
+# The device's memory can be offloaded and reloaded. The weights are kept in the host's memory meanwhile, so
+# that an engine that misses an update still has the weights of a version.
 _SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
-_CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
-_RESERVED_TOKENS = 64
-"""KV tokens that SGLang sets aside for what a request may still sample. Its own 4096 suit strangers;
-here the driver gives each tree room. A request that waits for a reserve waits with its prefix unlocked, and
-that is evicted. Too small a reserve costs little: the request that has least is put off, and its tokens are
-prefilled once more.
+CPU_KV_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of the memory, which others use too
+RESERVED_TOKENS = 64
+"""KV tokens that SGLang sets aside for the tokens that a request may still sample; its default is 4096.
+
+Here the router already admits only as many trees as fit. A request that waits for a reserve has its prefix
+unlocked, and the prefix is evicted. Too small a reserve costs little: SGLang retracts the request with the
+fewest tokens and prefills them once more.
 """
 
 
-class Server:
+class SGLangProcesses:
     """One running SGLang. The constructor blocks until the model is loaded.
 
-    manager: SGLang's tokenizer manager, through which requests and control messages go.
-    ranks: SGLang's processes that hold weights. capacity: tokens in the KV cache. longest: most tokens of one
-    context and what is sampled below it; SGLang shortens a longer request without a word.
-    Raises EngineError where SGLang does not start.
+    manager: SGLang's tokenizer manager, which takes requests and control messages. ranks: number of processes
+    that hold weights. kv_tokens: tokens in the KV cache. longest: most tokens of one context and its
+    continuation together; SGLang silently shortens a longer request. Raises EngineError if SGLang does not
+    start.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Server:
         self.manager: Any = engine.tokenizer_manager
         self.manager._subprocess_watchdog.stop()
         limits = engine._scheduler_init_result.scheduler_infos[0]
-        self.capacity = int(limits["max_total_num_tokens"])
+        self.kv_tokens = int(limits["max_total_num_tokens"])
         self.longest = int(limits["max_req_input_len"])
         self.ranks = config.tensor
         self._children = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
@@ -67,7 +67,7 @@ class Server:
 
     @property
     def death(self) -> asyncio.Future[str]:
-        """Resolves to the reason when this server can no longer answer. Binds it to the running loop."""
+        """Resolves to the reason when SGLang can no longer answer. Binds this object to the running loop."""
         if self._death is None:
             loop = asyncio.get_running_loop()
             self._death = loop.create_future()
@@ -78,15 +78,15 @@ class Server:
                 descriptor = os.pidfd_open(child.pid)
                 self._watched.append(descriptor)
                 loop.add_reader(descriptor, self._die, f"SGLang's process {child.pid} ended")
-            # In the place of SGLang's auto_create_handle_loop, which takes over SIGTERM and SIGQUIT.
+            # Instead of SGLang's auto_create_handle_loop, which would take over SIGTERM and SIGQUIT.
             self.manager.event_loop = loop
-            receiver = loop.create_task(self.manager.handle_loop())
-            receiver.add_done_callback(self._receiver_done)
-            self.manager.asyncio_tasks.add(receiver)
+            answers = loop.create_task(self.manager.handle_loop())
+            answers.add_done_callback(self._answers_ended)
+            self.manager.asyncio_tasks.add(answers)
         return self._death
 
     async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float, what: str) -> T:
-        """`work`'s result. Raises EngineError at the deadline, DeadEngineError as soon as SGLang has died."""
+        """The result of `work`. Raises EngineError at the deadline, DeadEngineError when SGLang dies."""
         death = self.death
         if death.done():
             work.close()
@@ -104,8 +104,8 @@ class Server:
         raise EngineError(f"{what} took longer than {seconds:g} s")
 
     def close(self) -> None:
-        """End SGLang's processes, and no other. May be called again."""
-        from sglang_rollout.token_engine import close_sockets
+        """End SGLang's processes and no others. May be called again."""
+        from sglang_rollout.without_detokenizer import close_sockets
 
         if self._closed:
             return
@@ -118,9 +118,9 @@ class Server:
         close_sockets(self.manager)
         _end(self._children)
 
-    def _receiver_done(self, receiver: asyncio.Task[None]) -> None:
-        if not receiver.cancelled():
-            self._die(f"SGLang's answers cannot be read: {receiver.exception()!r}")
+    def _answers_ended(self, answers: asyncio.Task[None]) -> None:
+        if not answers.cancelled():
+            self._die(f"SGLang's answers cannot be read: {answers.exception()!r}")
 
     def _die(self, reason: str) -> None:
         assert self._death is not None
@@ -133,25 +133,25 @@ class Server:
 
 
 def _start(arguments: dict[str, Any]) -> Any:
-    """A running `sglang.Engine`; where it does not start, nothing that it started is left."""
-    from sglang_rollout.token_engine import TokenEngine
+    """A running `sglang.Engine`. If the start fails, every process that it started is ended."""
+    from sglang_rollout.without_detokenizer import EngineWithoutDetokenizer
 
     others = set(multiprocessing.active_children())
     try:
-        engine: Any = TokenEngine(**arguments)
+        engine: Any = EngineWithoutDetokenizer(**arguments)
     except BaseException as error:
         started = set(multiprocessing.active_children()) - others
         _end([psutil.Process(child.pid) for child in started if child.pid is not None])
-        if isinstance(error, Exception):  # SGLang lets through whatever any of its modules raises
+        if isinstance(error, Exception):  # of any type: SGLang passes on whatever its modules raise
             raise EngineError(f"SGLang does not start on {arguments['model_path']}: {error}") from error
         raise
     atexit.unregister(engine.shutdown)
-    engine.send_to_rpc.close(linger=0)  # a second way in, for calls that are not made here
+    engine.send_to_rpc.close(linger=0)  # for calls that are not made here
     return engine
 
 
 def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict[str, Any]:
-    """What this project asks of SGLang; everything else is SGLang's default."""
+    """SGLang's arguments; everything else is its default."""
     arguments = {
         "model_path": str(model),
         "dtype": dtype,
@@ -175,28 +175,44 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "disable_cuda_graph": True,
         "disable_overlap_schedule": True,  # there is no device to overlap with
         "sleep_on_idle": True,  # the trainer computes on the same cores
-        "max_total_tokens": config.max_total_tokens or _CPU_TOKENS,
+        "max_total_tokens": config.max_total_tokens or CPU_KV_TOKENS,
     }
 
 
 def _child_failed(signum: int, frame: object) -> None:
-    """A failing child says so by SIGQUIT before it ends; its end is what `Server.death` reports."""
+    """A failing child sends SIGQUIT before it ends; `SGLangProcesses.death` reports its end."""
+
+
+def _rank_environment(tensor: int) -> dict[str, str]:
+    """Environment of `tensor` ranks on one machine's CPU: each gets a share of the cores.
+
+    SGLang binds each rank to a NUMA node of its own and refuses to start more ranks than nodes, unless the
+    cores are named. Without sgl_kernel's CPU build nothing is bound.
+    """
+    cores = os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS", cores))
+    return {
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join([f"0-{cores - 1}"] * tensor),
+        "OMP_NUM_THREADS": str(max(threads // tensor, 1)),
+    }
 
 
 @contextmanager
 def _start_environment(config: EngineConfig) -> Iterator[None]:
-    """What SGLang's processes inherit, and what its start must not change for the rest of this process."""
+    """Set the environment and logging that SGLang's processes inherit; restore our own afterwards."""
     environment, root = dict(os.environ), logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles thousands of modules again
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a model is a folder
-    os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(_RESERVED_TOKENS)
-    os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for devices that are not here
+    os.environ.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # otherwise every process compiles thousands of modules again
+    os.environ["HF_HUB_OFFLINE"] = "1"  # models are folders
+    os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(RESERVED_TOKENS)
+    os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for absent devices
     os.environ["TQDM_DISABLE"] = "1"
     if config.tensor > 1 and not torch.cuda.is_available():
-        os.environ.update(rank_environment(config.tensor))
+        os.environ.update(_rank_environment(config.tensor))
     logging.getLogger("sglang").setLevel(config.log_level.upper())
-    # It would report each signal handler and each dead child as an error; the exceptions say more.
+    # It reports each signal handler and each dead child as an error; our exceptions say more.
     logging.getLogger("sglang.srt.entrypoints.engine").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -210,9 +226,9 @@ def _start_environment(config: EngineConfig) -> Iterator[None]:
 
 
 def _end(children: Sequence[psutil.Process]) -> None:
-    """End these children and theirs, and wait until they have ended.
+    """End these processes and their children, and wait until they have ended.
 
-    psutil knows a process by its start too, so that none is hit that has got the id of one that is gone.
+    psutil also compares start times, so it never hits a new process with the id of one that has ended.
     """
     family: list[psutil.Process] = []
     for child in children:

@@ -1,7 +1,7 @@
-"""SGLang's attention backend for the CPU platform.
+"""The classes that replace SGLang's own on the CPU platform: attention, sampler, KV allocator.
 
-The torch-native backend attends one request at a time, and one whose prefix is cached as if all of it were
-new; see padded_attention.py for what is done instead.
+They subclass SGLang's, so this module can be imported only after SGLang has loaded; `platform` registers
+them. The arithmetic is in `padded_attention` and `seeded_draw`, without SGLang.
 """
 
 from typing import Any
@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.layers.sampler import Sampler
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import KVCache, KVWriteLoc
 from torch import Tensor
 
 from sglang_rollout.cpu.padded_attention import Chunk, Steps, attend, plan
+from sglang_rollout.cpu.seeded_draw import invert, uniform
 
 
 class CpuAttention(TorchNativeAttnBackend):
-    """Plain causal self-attention as above; every other kind of layer as in the torch-native backend."""
+    """Plain causal self-attention in padded batches; every other kind of layer as in the torch-native
+    backend.
+
+    The torch-native backend attends one request at a time, and computes a cached prefix as if it were new.
+    """
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
@@ -75,3 +82,40 @@ def _is_plain(layer: Any, sliding_window_pool: bool) -> bool:
         and not sliding_window_pool
         and (layer.sliding_window_size is None or layer.sliding_window_size < 0)
     )
+
+
+class SeededSampler(Sampler):
+    """SGLang's sampler, with seeded draws when the whole distribution is sampled from.
+
+    SGLang samples reproducibly only in its deterministic mode, whose kernels are for GPUs. Here each token is
+    drawn by inverting the cumulative distribution at a uniform number that depends only on the request's seed
+    and the token's position. So a request gives the same tokens whatever runs beside it, unless rounding,
+    which depends on the size of the batch, moves a probability across that number.
+    """
+
+    def _sample_from_probs(
+        self, probs: Tensor, sampling_info: Any, positions: Tensor, simple_sampling_case: bool
+    ) -> Tensor:
+        if not simple_sampling_case:
+            return super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
+        number = uniform(sampling_info.sampling_seed.numpy(), positions.numpy())
+        return invert(probs, torch.from_numpy(number))
+
+
+def add_seeds(info: Any, _class: type, batch: Any, _vocab_size: int) -> None:
+    """Hook after `SamplingBatchInfo.from_schedule_batch`, which keeps seeds in deterministic mode only."""
+    seeds = [request.sampling_params.sampling_seed or 0 for request in batch.reqs]
+    info.sampling_seed = torch.tensor(seeds, dtype=torch.int64)
+
+
+class TokenAllocator(TokenToKVPoolAllocator):
+    """The KV allocator with pages of one token. SGLang gives every out-of-tree allocator a page size; its own
+    token allocator takes none.
+    """
+
+    def __init__(
+        self, size: int, page_size: int, dtype: torch.dtype, device: str, kvcache: KVCache, need_sort: bool
+    ) -> None:
+        if page_size != 1:
+            raise ValueError(f"page_size = {page_size}: the CPU platform has pages of one token")
+        super().__init__(size, dtype=dtype, device=device, kvcache=kvcache, need_sort=need_sort)

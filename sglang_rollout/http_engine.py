@@ -1,9 +1,9 @@
-"""A running SGLang server as an engine: its HTTP interface, tokens in, tokens out.
+"""An engine that talks to a running SGLang server over HTTP: tokens in, tokens out.
 
-It may be any SGLang server of this or a near version, with or without a tokenizer of its own; nothing of it
-is changed. A request of many segments is asked for segment by segment, so that the driver's stop rules see
-each boundary; the server's prefix cache makes the repeated context cheap. A failure is an EngineError, and
-the driver tries again.
+The server may be of this SGLang version or a near one, with or without a tokenizer; it is only asked, never
+changed. A request of many segments is sent segment by segment, so that the driver's stop rules see each
+boundary; the server's prefix cache makes the repeated context cheap. A failure is an EngineError, and the
+driver tries again.
 """
 
 from collections.abc import AsyncIterator
@@ -20,13 +20,13 @@ from treepo.protocols import GenerateOutput, GenerateRequest
 
 _CONNECT_SECONDS = 10.0
 _INFO_SECONDS = 60.0
-_SHOWN = 200  # characters of a server's own words in an error
+_SHOWN = 200  # characters of the server's answer that an error quotes
 
 
 class ServerEngine:
-    """Implements `treepo.protocols.Engine`; a context manager, to be used on one loop.
+    """Implements `treepo.protocols.Engine`. A context manager, to be used on one event loop.
 
-    end_tokens: ids that end a sequence. boundaries: whether any stop rule looks at segment boundaries; where
+    end_tokens: ids that end a sequence. boundaries: whether any stop rule looks at segment boundaries; if
     not, a request is never divided.
     """
 
@@ -51,7 +51,7 @@ class ServerEngine:
         await self._session.close()
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        """Sample; at most up to the request's next boundary. Raises EngineError."""
+        """Sample, at most up to the request's next boundary. Raises EngineError."""
         wanted = request.max_tokens
         if self._boundaries and request.check_every:
             wanted = min(wanted, request.check_every)
@@ -75,9 +75,9 @@ class ServerEngine:
         try:
             meta = answer["meta_info"]
             finish = meta["finish_reason"]["type"]
-            scored = meta["output_token_logprobs"]
-            tokens = np.array([token for _, token, *_ in scored], dtype=np.int32)
-            log_probs = np.array([score for score, *_ in scored], dtype=np.float32)
+            sampled = meta["output_token_logprobs"]
+            tokens = np.array([token for _, token, *_ in sampled], dtype=np.int32)
+            log_probs = np.array([log_prob for log_prob, *_ in sampled], dtype=np.float32)
             weights, cached = meta.get("weight_version"), int(meta["cached_tokens"])
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(f"{self._url}: not an answer of SGLang's /generate: {error!r}") from error
@@ -90,12 +90,12 @@ class ServerEngine:
         self._weights = self._weights or weights
         if weights != self._weights:
             raise EngineError(
-                f"{self._url}: its weights changed from version {self._weights} to {weights} meanwhile"
+                f"{self._url}: its weights changed from version {self._weights} to {weights} during sampling"
             )
         ended = len(tokens) > 0 and int(tokens[-1]) in self._end_tokens
         if not ended and len(tokens) < wanted:
             raise EngineError(
-                f"{self._url}: asked for {wanted} tokens it stopped after {len(tokens)} ({finish}), and not "
+                f"{self._url}: the server stopped after {len(tokens)} of {wanted} tokens ({finish}), and not "
                 f"at an end token of {list(self._end_tokens)}"
             )
         return GenerateOutput(
@@ -123,20 +123,20 @@ async def server_session(engine: ServerEngine, kv_tokens: int | None) -> AsyncIt
 
 
 async def server_facts(url: str) -> dict[str, Any]:
-    """What the server says of its model and of itself (/model_info and /server_info). Raises EngineError."""
+    """The server's answers to /model_info and /server_info, in one dictionary. Raises EngineError."""
     timeout = aiohttp.ClientTimeout(total=_INFO_SECONDS, connect=_CONNECT_SECONDS)
     facts: dict[str, Any] = {}
     async with aiohttp.ClientSession(timeout=timeout) as session:
         for page in ("model_info", "server_info"):
             answer = await _answer(session.get(f"{url.rstrip('/')}/{page}"), url)
             if not isinstance(answer, dict):
-                raise EngineError(f"{url}: /{page} is no JSON object: it is no SGLang server")
+                raise EngineError(f"{url}: /{page} is not a JSON object: this is not an SGLang server")
             facts |= answer
     return facts
 
 
 async def _answer(response: Any, url: str) -> Any:
-    """The JSON of a response that is under way. Raises EngineError."""
+    """The JSON of a response. Raises EngineError."""
     try:
         async with response as reply:
             if reply.status != 200:

@@ -1,8 +1,8 @@
-"""The half of a weight update that runs in SGLang's own processes, one for each tensor-parallel rank.
+"""The part of a weight update that runs in SGLang's own processes, one for each tensor-parallel rank.
 
-SGLang calls `obey` as the model's weight loader (its `custom_weight_loader`), so the ranks fetch weights by
-our transports, check them, and hand them to SGLang's own loading of checkpoints, which shards and fuses them.
-An exception here would end SGLang's process: what fails is written to a receipt instead.
+SGLang calls `execute` as the model's weight loader (its `custom_weight_loader`). Each rank fetches weights by
+our transports, checks them, and hands them to SGLang's own checkpoint loading, which shards and fuses them.
+An exception here would end SGLang's process, so a failure is written to a receipt instead.
 """
 
 import pickle
@@ -17,21 +17,23 @@ from treepo.errors import EngineError, TransportError
 from treepo.weight_sync.colocated import SharedBytes, map_bytes
 from treepo.weight_sync.wire import Address, Bucket, Receiver, checksum, views
 
-LOADER = f"{__name__}.obey"
-_RECEIPT_BYTES = 4096  # of each rank: an exception, cut to fit
+LOADER = f"{__name__}.execute"
+_RECEIPT_BYTES = 4096  # for each rank: an exception, cut to fit
 
-_receiver: Receiver | None = None  # of this process: SGLang's hook gives no other place to keep it
+_receiver: Receiver | None = None  # of this process: SGLang's hook offers no other place to keep it
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Meet the sender; an earlier one is left."""
+    """Meet the sender of an update; the sender of an earlier update is left."""
 
     address: Address
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
+    """Receive a bucket and overwrite the weights in it."""
+
     bucket: Bucket
 
 
@@ -40,28 +42,23 @@ class End:
     """The update is complete."""
 
 
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """Leave the sender."""
-
-
-Action = Join | Load | End | Leave
+Order = Join | Load | End
 
 
 class Receipts:
-    """Where the ranks write what became of an order; the engine's process owns it."""
+    """Shared memory in which each rank reports the outcome of one order. The engine's process owns it."""
 
     def __init__(self, ranks: int) -> None:
         self._shared = SharedBytes(ranks * _RECEIPT_BYTES)
         self._ranks = ranks
 
-    def order(self, action: Action) -> Tensor:
-        """What SGLang is to carry to every rank: uint8 [bytes]."""
-        text = pickle.dumps((action, self._shared.path, self._ranks))
+    def message(self, order: Order) -> Tensor:
+        """The message that SGLang carries to every rank: uint8 [bytes]."""
+        text = pickle.dumps((order, self._shared.path, self._ranks))
         return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def check(self) -> None:
-        """Raises what a rank failed with: TransportError or EngineError."""
+        """Raise the failure that a rank reported: TransportError or EngineError."""
         for rank, receipt in enumerate(self._shared.bytes.view(self._ranks, _RECEIPT_BYTES)):
             length = int(receipt[:4].view(torch.int32))
             kind, message = pickle.loads(receipt[4 : 4 + length].numpy().tobytes()) if length else (None, "")
@@ -74,36 +71,36 @@ class Receipts:
         self._shared.close()
 
 
-def obey(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Do what the one order in `named_tensors` says, and write a receipt."""
+def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Execute the one order in `named_tensors` and write a receipt."""
     from sglang.srt.distributed import get_tensor_model_parallel_rank
 
-    ((_, order),) = named_tensors
-    action, path, ranks = pickle.loads(order.cpu().numpy().tobytes())
+    ((_, message),) = named_tensors
+    order, path, ranks = pickle.loads(message.cpu().numpy().tobytes())
     rank = get_tensor_model_parallel_rank()
     try:
-        _act(action, model, rank)
+        _execute(order, model, rank)
     except TransportError as error:
         outcome = ("transport", str(error))
-    except Exception as error:
+    except Exception as error:  # the engine's process raises it again
         outcome = ("weights", f"{type(error).__name__}: {error}")
     else:
         outcome = (None, "")
     _write_receipt(path, ranks, rank, outcome)
 
 
-def _act(action: Action, model: nn.Module, rank: int) -> None:
+def _execute(order: Order, model: nn.Module, rank: int) -> None:
     global _receiver
-    match action:
+    match order:
         case Join(address):
-            _leave()
+            _leave_sender()
             device = next(model.parameters()).device
-            _receiver = _moved(lambda: address.join(rank, device))
+            _receiver = _transferred(lambda: address.join(rank, device))
         case Load(bucket):
             receiver = _receiver
             if receiver is None:
-                raise TransportError("a bucket came before the sender was met")
-            flat = _moved(lambda: receiver.receive(bucket))
+                raise TransportError("a bucket arrived before the sender was met")
+            flat = _transferred(lambda: receiver.receive(bucket))
             if (found := checksum(flat)) != bucket.checksum:
                 raise EngineError(
                     f"a bucket of {bucket.nbytes} bytes has checksum {found}, not {bucket.checksum}"
@@ -113,19 +110,17 @@ def _act(action: Action, model: nn.Module, rank: int) -> None:
         case End():
             if _receiver is not None:
                 _receiver.end()
-        case Leave():
-            _leave()
 
 
-def _moved[T](transfer: Callable[[], T]) -> T:
-    """What a transport raises is a TransportError."""
+def _transferred[T](transfer: Callable[[], T]) -> T:
+    """The result of a transport; its errors become TransportErrors."""
     try:
         return transfer()
     except (RuntimeError, OSError) as error:
         raise TransportError(str(error)) from error
 
 
-def _leave() -> None:
+def _leave_sender() -> None:
     global _receiver
     if _receiver is not None:
         receiver, _receiver = _receiver, None

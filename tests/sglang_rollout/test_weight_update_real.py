@@ -30,13 +30,13 @@ def test_an_update_is_visible_and_old_prefixes_are_not(real_engine: "RealEngine"
 
     real_engine.generate(CONTEXT)
     assert real_engine.generate(CONTEXT).cached_tokens == len(CONTEXT) - 1
-    before = real_engine.run(real_engine.engine.score(CONTEXT))
+    before = real_engine.run(real_engine.engine.log_probs(CONTEXT))
     version = real_engine.update(perturbed(real_engine.reference))
     assert version == real_engine.engine.version
     after = real_engine.generate(CONTEXT)
     assert after.cached_tokens == 0
     assert after.version == version
-    assert np.abs(real_engine.run(real_engine.engine.score(CONTEXT)) - before).max() > 0.01
+    assert np.abs(real_engine.run(real_engine.engine.log_probs(CONTEXT)) - before).max() > 0.01
     assert_agrees(real_engine)
 
 

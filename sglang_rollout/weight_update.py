@@ -1,7 +1,7 @@
-"""A weight update as one engine sees it: what must arrive, what has, and how SGLang is told.
+"""A weight update as one engine sees it: the tensors that must arrive and those that have.
 
-A transaction: nothing is served from `begin` to `commit`. What was announced is checked against the model
-before the first byte comes, every bucket by its checksum, and the commit needs every tensor once.
+The announced tensors are checked against the model before the first byte arrives, and the commit needs each
+of them exactly once.
 """
 
 from collections import Counter
@@ -19,8 +19,10 @@ _OUTPUT = "lm_head.weight"
 
 
 def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model folder, from its safetensors' headers. The output layer that
-    some folders repeat although it is tied to the embedding is left out.
+    """Name and shape of every tensor in a model folder, from the headers of its safetensors files.
+
+    Leaves out an output layer that is tied to the embedding, which some folders store again. Raises
+    ModelError.
     """
     files = sorted(model.glob("*.safetensors"))
     if not files:
@@ -32,15 +34,17 @@ def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
                 for name in tensors.keys():  # noqa: SIM118 - a safetensors file is no mapping
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
-            raise ModelError(f"{file}: no readable safetensors file: {error}") from error
+            raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
     if orjson.loads((model / "config.json").read_bytes()).get("tie_word_embeddings"):
         shapes.pop(_OUTPUT, None)
     return shapes
 
 
 def check_manifest(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises EngineError unless the manifest names exactly the model's tensors, in their shapes: SGLang skips
-    an unknown name silently, and a wrong shape is found only after half of the weights are overwritten.
+    """Raise EngineError unless the manifest has exactly the model's tensors, in their shapes.
+
+    SGLang would silently skip an unknown name, and would find a wrong shape only after overwriting other
+    weights.
     """
     check_names([tensor.name for tensor in manifest], shapes, "the model's")
     for tensor in manifest:
@@ -51,7 +55,7 @@ def check_manifest(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def check_names(arrived: Sequence[str], expected: Iterable[str], whose: str) -> None:
-    """Raises EngineError unless exactly the expected tensors are there, each once."""
+    """Raise EngineError unless exactly the expected tensors have arrived, each once."""
     wanted, faults = set(expected), []
     if missing := sorted(wanted - set(arrived)):
         faults.append(f"{len(missing)} missing: {_spelled(missing)}")
@@ -68,8 +72,8 @@ def _spelled(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-class Update:
-    """One update under way. manifest: what it consists of."""
+class WeightUpdate:
+    """One update under way. manifest: the tensors that it consists of."""
 
     def __init__(self, version: int, manifest: Manifest) -> None:
         self.version, self._manifest = version, manifest
@@ -77,11 +81,11 @@ class Update:
 
     @property
     def touched(self) -> bool:
-        """Whether some of the old weights may be gone."""
+        """Whether old weights may have been overwritten."""
         return bool(self._arrived)
 
-    def arrives(self, tensors: Manifest) -> None:
-        """Tensors are about to be loaded. Raises EngineError for one that was not announced so."""
+    def add(self, tensors: Manifest) -> None:
+        """Count tensors that are about to be loaded. Raises EngineError for one that was not announced."""
         if unknown := set(tensors) - set(self._manifest):
             raise EngineError(
                 f"weights: {_spelled(sorted(tensor.name for tensor in unknown))}: not as announced"
@@ -89,5 +93,5 @@ class Update:
         self._arrived += [tensor.name for tensor in tensors]
 
     def check_complete(self) -> None:
-        """Raises EngineError unless every tensor has arrived once."""
+        """Raise EngineError unless every tensor has arrived exactly once."""
         check_names(self._arrived, [tensor.name for tensor in self._manifest], "the announced")

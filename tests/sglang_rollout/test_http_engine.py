@@ -1,4 +1,6 @@
-"""A running server as an engine: the same trees as from one at hand, and every failure a plain error."""
+"""A running server as an engine: the same trees as from a local engine, and a plain error for every
+failure.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -8,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_rollout.remote import ServerEngine, server_facts
+from sglang_rollout.http_engine import ServerEngine, server_facts
 from tests.support.fake_engine import EOS, FakeEngine, decode, prompt_tokens
 from tests.support.sglang_http import FakeServer
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
-from treepo.protocols import Engine, GenerateOutput, GenerateRequest
+from treepo.protocols import GenerateOutput, GenerateRequest, Sampler
 from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.tree import Tree, to_json
 
@@ -49,14 +51,14 @@ def test_an_answer_is_the_engines_own() -> None:
 
 
 @pytest.mark.parametrize(("boundaries", "asked"), [(True, 4), (False, 12)])
-def test_a_long_request_is_divided_where_somebody_looks_at_its_boundaries(
+def test_a_long_request_is_divided_if_a_stop_rule_looks_at_its_boundaries(
     boundaries: bool, asked: int
 ) -> None:
     output = generate(FakeServer(FakeEngine()), request(12, check_every=4), boundaries=boundaries)
     assert (len(output.tokens), output.finish) == (asked, "length")
 
 
-async def sample(engine: Engine, config: SamplingConfig) -> list[bytes]:
+async def sample(engine: Sampler, config: SamplingConfig) -> list[bytes]:
     prompts = [Prompt(f"p:{index}", prompt_tokens(index), "", "", "") for index in range(6)]
     driver = TreeDriver([engine], config, decode, seed=0)
     trees = [result async for result in driver.sample(prompts, step=0)]
@@ -65,7 +67,7 @@ async def sample(engine: Engine, config: SamplingConfig) -> list[bytes]:
 
 
 @pytest.mark.parametrize("mode", ["tree", "sequential"])
-def test_trees_are_those_of_an_engine_that_is_asked_segment_by_segment(mode: str) -> None:
+def test_trees_are_those_of_a_local_engine_that_is_asked_segment_by_segment(mode: str) -> None:
     config = SamplingConfig.model_validate(
         {"mode": mode, "segment_tokens": 4, "max_depth": 5, "max_response_tokens": 20, "width": 6}
     )
@@ -113,7 +115,7 @@ def _with(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (_with(output_token_logprobs=[]), "stopped after 0"),
     ],
 )
-def test_an_answer_that_cannot_be_used_says_why(
+def test_the_error_of_an_unusable_answer_says_why(
     change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     with pytest.raises(EngineError, match=message):
@@ -126,7 +128,7 @@ def test_a_server_that_refuses_is_quoted_in_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_change_meanwhile_are_an_error() -> None:
+def test_weights_that_change_during_sampling_are_an_error() -> None:
     async def run() -> None:
         server = FakeServer(FakeEngine(), weight_version="1")
         url = await server.start()
@@ -170,7 +172,7 @@ def test_a_deadline_and_a_dead_server_are_errors_that_the_driver_counts() -> Non
     assert "attempt 2 of 2" in dead.reason
 
 
-def test_facts_of_a_server_and_of_what_is_none() -> None:
+def test_a_server_s_facts_are_read_and_a_missing_server_is_an_error() -> None:
     async def run() -> dict[str, Any]:
         server = FakeServer(FakeEngine())
         url = await server.start()

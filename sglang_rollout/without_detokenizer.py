@@ -1,4 +1,4 @@
-"""SGLang's engine for tokens in, tokens out."""
+"""SGLang's own `Engine`, started without its detokenizer: tokens in, tokens out."""
 
 from multiprocessing import Process
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 
 
-class TokenEngine(Engine):
-    """Without the detokenizer's process: with `skip_tokenizer_init` nothing is ever sent to it, and starting
-    it costs as much time and memory as the imports of a scheduler.
+class EngineWithoutDetokenizer(Engine):
+    """With `skip_tokenizer_init`, SGLang sends nothing to the detokenizer's process, and starting it costs as
+    much time and memory as importing a scheduler.
 
-    A start that fails closes the sockets that it opened: left to the garbage collector, their context may be
-    finalized before them, and waits for them for ever.
+    If a start fails, the sockets that it opened are closed here. The garbage collector may finalize their
+    context first, which then waits for them for ever.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -34,6 +34,6 @@ class TokenEngine(Engine):
 
 
 def close_sockets(manager: Any) -> None:
-    """Close a tokenizer manager's sockets, and wait for no reader of what was not read yet."""
+    """Close a tokenizer manager's sockets without waiting for messages that nobody will read."""
     for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer):
         socket.close(linger=0)

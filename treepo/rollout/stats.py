@@ -1,0 +1,59 @@
+"""What a driver counts while it samples: trees, requests, tokens, and the ratios that follow from them."""
+
+from dataclasses import dataclass
+
+from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.tree import Tree
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters of a driver, since it was made or `take_stats` was last called."""
+
+    trees: int = 0
+    failed_trees: int = 0
+    leaves: int = 0
+    branchings: int = 0  # paths that got more than one child
+    fallbacks: int = 0  # times that a tree ran out of active paths before it had its leaves
+    requests: int = 0
+    failed_requests: int = 0
+    decoded_tokens: int = 0
+    dropped_tokens: int = 0  # decoded past the boundary at which the path ended
+    total_tokens: int = 0  # of all responses; a shared token counts once for each
+    prompt_tokens: int = 0  # contexts of all requests
+    cached_tokens: int = 0  # of those, found in the prefix cache
+    # Contexts of requests below a segment. The last token of each is left out: an engine always computes it.
+    continuation_tokens: int = 0
+    continuation_cached_tokens: int = 0
+
+    @property
+    def cached_token_ratio(self) -> float:
+        """Share of the continuations' reusable context that was found in the prefix cache."""
+        return self.continuation_cached_tokens / max(self.continuation_tokens, 1)
+
+    @property
+    def total_over_unique(self) -> float:
+        """Tokens that independent samples of the same responses would decode, over those decoded here."""
+        return self.total_tokens / max(self.decoded_tokens - self.dropped_tokens, 1)
+
+    def count_request(
+        self, request: GenerateRequest, output: GenerateOutput, taken: int, below_prompt: bool
+    ) -> None:
+        """Add an answered request. taken: tokens that the tree kept of it."""
+        context_tokens = len(request.context)
+        self.requests += 1
+        self.decoded_tokens += len(output.tokens)
+        self.dropped_tokens += len(output.tokens) - taken
+        self.prompt_tokens += context_tokens
+        self.cached_tokens += output.cached_tokens
+        if not below_prompt:
+            self.continuation_tokens += context_tokens - 1
+            self.continuation_cached_tokens += output.cached_tokens
+
+    def count_tree(self, tree: Tree, branchings: int, fallbacks: int) -> None:
+        """Add a finished tree."""
+        self.trees += 1
+        self.leaves += len(tree.leaves)
+        self.total_tokens += tree.total_tokens()
+        self.branchings += branchings
+        self.fallbacks += fallbacks
