@@ -72,7 +72,7 @@ def with_old_log_prob(pack: Pack) -> Pack:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random model of each architecture, its norms and biases off their initial values."""
+    """A random model of each architecture, with norms and biases away from their initial values."""
     root = tmp_path_factory.mktemp("models")
     for name, config in CONFIGS.items():
         torch.manual_seed(3)
@@ -112,7 +112,7 @@ SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0
 
 
 def standard(name: str, model: Path, replicas: Sequence[Sequence[Pack]], denominator: float) -> Case:
-    """Two steps on the same batch: the second sees what the first did."""
+    """Two steps on the same batch: the second sees the effect of the first."""
     return Case(name, model, [replicas] * 2, denominator, temperature=TEMPERATURE)
 
 
@@ -173,7 +173,7 @@ def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
         cases.append(replace(case, layout=layout, steps=steps(batch.packed), recompute=recompute))
     if name not in VARIANTS:
         return cases
-    # Nothing may be left of a step that fails: the same results as without it.
+    # A failed step must leave nothing behind: the results are those without it.
     cases[0] = replace(cases[0], spoilt=[spoilt(batch.packed), batch.packed][: layout.data])
     plain = replace(cases[0], spoilt=())
     return [
@@ -193,7 +193,7 @@ def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
 
 
 def with_reference(steps: Sequence[Sequence[Sequence[Pack]]]) -> list[list[list[Pack]]]:
-    """Any reference does: that it is the trainer's own is what `test_reference_...` looks at."""
+    """Any reference will do; `test_reference_...` checks that the trainer has the right one."""
     return [
         [[replace(pack, reference_log_prob=pack.old_log_prob) for pack in packs] for packs in replicas]
         for replicas in steps
@@ -257,7 +257,7 @@ def test_export_is_a_model_for_transformers(name: str, one_rank, models, batch) 
 
 
 def test_training_changes_the_weights_and_the_clips_bind(one_rank) -> None:
-    """Else the comparisons below would compare nothing."""
+    """Otherwise the comparisons below would prove nothing."""
     result = one_rank["qwen2"]
     for name, tensor in result.initial.items():
         assert not torch.equal(tensor, result.final[name]), name
@@ -277,7 +277,7 @@ def test_packed_and_flat_are_the_same_step_at_every_layout(layout: str, parallel
 
 
 def test_padding_changes_nothing(one_rank) -> None:
-    """More than a block of it, which has nothing to attend to."""
+    """Also more than a block of padding, which attends to nothing."""
     assert_same_step(one_rank["padded"], one_rank["qwen2"])
     for ours, reference in zip(one_rank["padded"].before[0], one_rank["qwen2"].before[0], strict=True):
         np.testing.assert_allclose(ours[: len(reference)], reference, **CLOSE)
@@ -286,7 +286,7 @@ def test_padding_changes_nothing(one_rank) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) -> None:
-    """By autograd through transformers on whole trajectories: divided once, and clipped to norm 1."""
+    """Autograd through transformers on whole trajectories: divided once, and clipped to norm 1."""
     network = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
     # The padding token would have no gradient, and the trees use it.
     network.get_input_embeddings().padding_idx = None  # type: ignore[assignment]  # torch types it as a module
@@ -368,9 +368,9 @@ def test_bfloat16_accumulates_steps_in_float32_master_weights(one_rank, models) 
 def test_bfloat16_takes_the_same_course_at_every_layout(layout: str, parallel, one_rank) -> None:
     ours, reference = parallel[f"{layout}: bfloat16"], one_rank["bfloat16"]
     for step, other in zip(ours.metrics, reference.metrics, strict=True):
-        # Activations of 8 bits. The gradient's norm jumps where one more token is clipped, the loss does not.
+        # Activations of 8 bits. The gradient's norm jumps if one more token is clipped; the loss does not.
         assert step["loss"] == pytest.approx(other["loss"], rel=1e-2)
-    assert ours.metrics[-1]["loss"] < 0.9 * ours.metrics[0]["loss"]  # which the comparison can see
+    assert ours.metrics[-1]["loss"] < 0.9 * ours.metrics[0]["loss"]  # enough for the comparison to see
     moved = (ours.final["lm_head.weight"] != ours.initial["lm_head.weight"]).float().mean()
     assert moved > 0.3  # else the master weights were not in float32
 

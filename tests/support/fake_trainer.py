@@ -1,4 +1,4 @@
-"""A trainer and an engine pool that learn nothing and remember what the loop asked of them."""
+"""A trainer that learns nothing and an engine pool; both record the calls of the loop."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager

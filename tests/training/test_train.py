@@ -1,4 +1,4 @@
-"""The loop with fakes: who is asked for what and when, and a run that resumes."""
+"""The training loop with fakes: the order of its calls, its files, and a run that resumes."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ class Seen:
 
 
 class LengthRewards:
-    """Responses of even length are correct. verdict: of all of them, where given."""
+    """Responses of even length are correct. verdict: of every response, if given."""
 
     def __init__(self, verdict: Verdict | None = None) -> None:
         self._verdict = verdict
@@ -88,7 +88,7 @@ def config_of(folder: Path, out: Path, steps: int, **changes: Any) -> RunConfig:
 
 
 def run(config: RunConfig, *, resume: bool = False) -> tuple[dict[str, Any], list[str], Seen]:
-    """Train; returns the summary, the events of pool and trainer, and what was reported."""
+    """Train; return the summary, the calls of pool and trainer, and the reports."""
     events: list[str] = []
     seen, inputs = Seen(), read_train_inputs(config)
 

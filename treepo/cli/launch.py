@@ -64,7 +64,7 @@ def launch(
     try:
         exit_code = asyncio.run(run(where, order))
     except KeyboardInterrupt:
-        errors.print("Interrupted. What was started has ended.")
+        errors.print("Interrupted. All processes have ended.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     raise typer.Exit(exit_code)
 
