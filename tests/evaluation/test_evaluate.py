@@ -119,7 +119,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_failed_problem_is_reported_and_tried_again_by_the_next_command(
+def test_a_failed_problem_is_reported_and_the_next_command_tries_it_again(
     folder: Path, tmp_path: Path
 ) -> None:
     first, second, third = Answering(silent="25"), Answering(), Answering()

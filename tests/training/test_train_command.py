@@ -127,7 +127,7 @@ def test_ctrl_c_leaves_no_process_and_readable_files(folder: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path) -> None:
-    """As after a kill in a later step: lines of steps without a checkpoint, one of them torn, and an incomplete
+    """As after a kill in a later step: lines of steps without a checkpoint, one of them torn, and half a
     checkpoint. Trees, metrics and model equal those of the run that was not interrupted.
     """
     straight, interrupted = folder / "run", folder / "interrupted"
