@@ -217,10 +217,10 @@ def test_a_torn_bucket_is_not_loaded(make_stream, make_sinks, monkeypatch: pytes
     start = SharedSender.start
 
     def torn(self: SharedSender, index: int, flat: Tensor, tensors: Manifest):
-        place = start(self, index, flat, tensors)
+        location = start(self, index, flat, tensors)
         if index == 1:
             monkeypatch.setattr("treepo.weight_sync.send.checksum", lambda flat: checksum(flat) + 1)
-        return place
+        return location
 
     monkeypatch.setattr(SharedSender, "start", torn)
     outcome = send(make_stream("colocated"), random_model(0), make_sinks(1))

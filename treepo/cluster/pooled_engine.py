@@ -1,4 +1,4 @@
-"""One engine of a pool: it keeps its name and its place when its process is lost and replaced.
+"""One engine of a pool: it keeps its name and its index when its process is lost and replaced.
 
 An engine is lost when its process ends, when a user of it says so (`fail`), or when its requests have waited
 for `engine.health_seconds` without any answer and it then fails a health check of the same length.

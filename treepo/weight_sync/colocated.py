@@ -36,7 +36,7 @@ def map_bytes(path: str, nbytes: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedPlace:
+class SharedLocation:
     """mapped: bytes at `path`. serial: number of the buffer, because the sender reuses paths."""
 
     path: str
@@ -82,10 +82,10 @@ class SharedSender:
             self._serials[slot] = self._made
         return held.bytes[:nbytes]
 
-    def start(self, index: int, flat: Tensor, tensors: Manifest) -> SharedPlace:
+    def start(self, index: int, flat: Tensor, tensors: Manifest) -> SharedLocation:
         del flat, tensors  # the receivers map the buffer itself
         held = self._buffers[index % 2]
-        return SharedPlace(held.path, len(held.bytes), self._serials[index % 2])
+        return SharedLocation(held.path, len(held.bytes), self._serials[index % 2])
 
     def finish(self) -> None: ...
 
@@ -107,14 +107,14 @@ class SharedReceiver:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._mapped: dict[SharedPlace, Tensor] = {}
+        self._mapped: dict[SharedLocation, Tensor] = {}
 
     def receive(self, bucket: Bucket) -> Tensor:
-        place = bucket.place
-        assert isinstance(place, SharedPlace)
-        if place not in self._mapped:
-            self._mapped[place] = map_bytes(place.path, place.mapped)
-        return self._mapped[place][: bucket.nbytes].to(self._device)
+        location = bucket.location
+        assert isinstance(location, SharedLocation)
+        if location not in self._mapped:
+            self._mapped[location] = map_bytes(location.path, location.mapped)
+        return self._mapped[location][: bucket.nbytes].to(self._device)
 
     def end(self) -> None:
         self._mapped.clear()

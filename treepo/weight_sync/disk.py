@@ -23,7 +23,7 @@ _PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
-class FilePlace:
+class FileLocation:
     """data: offset of the bucket's bytes in the file."""
 
     path: str
@@ -60,7 +60,7 @@ class DiskSender:
             held = self._buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8)
         return held[:nbytes]
 
-    def start(self, index: int, flat: Tensor, tensors: Manifest) -> FilePlace:
+    def start(self, index: int, flat: Tensor, tensors: Manifest) -> FileLocation:
         if index == 0:
             self._partial.mkdir(parents=True)
         path = self._partial / f"model-{index:05d}.safetensors"
@@ -69,7 +69,7 @@ class DiskSender:
             file.write(header)
             file.write(flat.numpy().data)
         self._files[path.name] = tensors
-        return FilePlace(str(path), len(header))
+        return FileLocation(str(path), len(header))
 
     def finish(self) -> None: ...
 
@@ -98,14 +98,14 @@ class DiskReceiver:
         self._device = device
 
     def receive(self, bucket: Bucket) -> Tensor:
-        place = bucket.place
-        assert isinstance(place, FilePlace)
-        size = place.data + bucket.nbytes
-        written = Path(place.path).stat().st_size
+        location = bucket.location
+        assert isinstance(location, FileLocation)
+        size = location.data + bucket.nbytes
+        written = Path(location.path).stat().st_size
         if written != size:
-            raise OSError(f"{place.path} has {written} bytes here; {size} were written")
-        mapped = torch.from_file(place.path, shared=False, size=size, dtype=torch.uint8)
-        return mapped[place.data :].to(self._device)
+            raise OSError(f"{location.path} has {written} bytes here; {size} were written")
+        mapped = torch.from_file(location.path, shared=False, size=size, dtype=torch.uint8)
+        return mapped[location.data :].to(self._device)
 
     def end(self) -> None: ...
 

@@ -132,8 +132,8 @@ class WeightStream:
             if not live or outcome.broken:
                 travelling = {}
                 continue
-            place = self._sender.start(index, flat, planned)
-            bucket = Bucket(planned, checksum(flat), place)
+            location = self._sender.start(index, flat, planned)
+            bucket = Bucket(planned, checksum(flat), location)
             travelling = {name: sink.load(bucket) for name, sink in live.items()}
         self._settle(travelling, live, outcome)
         if live and not outcome.broken:

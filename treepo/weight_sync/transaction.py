@@ -98,7 +98,10 @@ class _Transaction[E: ReceivingEngine]:
                 if outcome.broken is None:
                     return await self._each(live, "commit", lambda engine: engine.commit())
                 _log.warning(
-                    "weights, version %d: %s; %d begin anew", self._version, outcome.broken, len(live)
+                    "weights of version %d: %s; %d engines begin again",
+                    self._version,
+                    outcome.broken,
+                    len(live),
                 )
         except BaseException:
             await self._abort(live, "the trainer did not send them all")

@@ -37,17 +37,17 @@ Manifest = tuple[TensorInfo, ...]
 """All tensors of a model, each once, in the order in which they are sent."""
 
 
-class Place(Protocol):
+class Location(Protocol):
     """Where the receiver finds a bucket's bytes; each transport has its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One bucket, as an engine is told of it. checksum: of its bytes, by the function of that name."""
+    """What an engine is told of a bucket. checksum: of its bytes. location: for the transport's receiver."""
 
     tensors: Manifest
     checksum: int
-    place: Place
+    location: Location
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +96,7 @@ class Sender(Protocol):
         """The memory for bucket `index`: uint8 [nbytes]. It is reused two buckets later."""
         ...
 
-    def start(self, index: int, flat: Tensor, tensors: Manifest) -> Place:
+    def start(self, index: int, flat: Tensor, tensors: Manifest) -> Location:
         """Begin to send bucket `index`, whose bytes are in its buffer. The receivers are told afterwards."""
         ...
 
