@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a process, its exit code, what it prints."""
+"""The command line as a user meets it: a process, its exit code, its output."""
 
 import subprocess
 import sys

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a byte tokenizer, and problems enough for a kill to come in between."""
+    """A random model with a byte tokenizer, and enough problems for a kill in between."""
     folder = tmp_path_factory.mktemp("eval")
     tokenizer = byte_tokenizer(max_tokens=1024).hugging_face
     write_tiny_qwen2(
@@ -69,7 +69,7 @@ def test_the_same_command_goes_on_after_a_kill_without_repeating_a_problem(folde
     assert engines
     process.kill()
     process.communicate()
-    # What holds the model's memory must be gone; Ray's own agents look for their master now and then.
+    # The processes that hold the model's memory must have ended; Ray's agents may take a while.
     _, alive = psutil.wait_procs(engines, timeout=60)
     assert not alive
     finished = [line for line in trees.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -79,7 +79,7 @@ def test_the_same_command_goes_on_after_a_kill_without_repeating_a_problem(folde
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert f"{len(finished)} of {PROBLEMS} problems were finished before" in output
-    assert "\x1b" not in output, "plain lines where the output is no terminal"
+    assert "\x1b" not in output, "plain lines outside a terminal"
     lines = trees.read_bytes().splitlines(keepends=True)
     assert lines[: len(finished)] == finished
     names = [f"sums:{index}" for index in range(PROBLEMS)]

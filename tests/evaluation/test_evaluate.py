@@ -1,4 +1,4 @@
-"""The evaluation's loop against a server of chance: what is written, what fails, what is tried again."""
+"""The evaluation's loop against a random server: files, failures, and the next command."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ TOKENIZER = byte_tokenizer(max_tokens=1024)
 
 
 class Answering(FakeEngine):
-    """Boxes 0, 1 or 2 as the seed chooses, and ends; refuses a prompt that ends in one of `silent`."""
+    """Boxes 0, 1 or 2 by the seed, and ends; refuses a prompt that ends in a character of `silent`."""
 
     def __init__(self, silent: str = "") -> None:
         super().__init__()
@@ -92,7 +92,7 @@ Outcome = dict[str, Any] | EngineError | RewardError
 
 
 def evaluations(folder: Path, out: Path, *engines: FakeEngine, **changes: Any) -> list[tuple[Outcome, Seen]]:
-    """What the same command comes to, run once for each engine, and what it reported."""
+    """Run the same command once for each engine; return its outcomes and reports."""
 
     async def work() -> list[tuple[Outcome, Seen]]:
         server = FakeServer(FakeEngine(), weight_version="0")
@@ -119,7 +119,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_failed_is_reported_and_tried_again_by_the_next_command(folder: Path, tmp_path: Path) -> None:
+def test_a_failed_problem_is_reported_and_the_next_command_tries_it_again(
+    folder: Path, tmp_path: Path
+) -> None:
     first, second, third = Answering(silent="25"), Answering(), Answering()
     (before, seen), (after, again), (last, idle) = evaluations(folder, tmp_path, first, second, third)
     assert isinstance(before, dict)
@@ -185,7 +187,7 @@ def test_a_reward_of_the_users_own_has_no_votes(folder: Path, tmp_path: Path) ->
 def test_a_problem_that_could_not_be_graded_is_not_finished(
     folder: Path, tmp_path: Path, share: float, stops: bool
 ) -> None:
-    """`obey` raises LookupError for what is no action, so no response is graded."""
+    """`obey` raises LookupError for an unknown action, so no response is graded."""
     own = {"workers": 1, "function": "tests.support.reward_functions:obey", "max_failed_share": share}
     ((failed, seen),) = evaluations(folder, tmp_path, Answering(), reward=own)
     assert isinstance(failed, RewardError if stops else EngineError)

@@ -12,13 +12,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.support import megatron_ranks
-from tests.support.megatron_ranks import Case, Result
+from tests.support.megatron_ranks import BatchCase, Case, Result
 from tests.support.random_trees import random_tree
-from tests.support.trainer_layouts import CONFIGS, LAYOUTS, MODELS, PAIRS, RECOMPUTE, VARIANTS, VOCABULARY
+from tests.support.trainer_layouts import (
+    BATCHES,
+    CONFIGS,
+    LAYOUTS,
+    MODELS,
+    PAIRS,
+    RECOMPUTE,
+    VARIANTS,
+    VOCABULARY,
+)
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import OptimizerConfig
 from treepo.learning import advantage, loss
-from treepo.learning.packing import Pack, pack_flat, pack_trees, padded
+from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, padded
 from treepo.tree import PROMPT, Tree
 
 pytestmark = pytest.mark.slow
@@ -63,7 +72,7 @@ def with_old_log_prob(pack: Pack) -> Pack:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random model of each architecture, its norms and biases off their initial values."""
+    """A random model of each architecture, with norms and biases away from their initial values."""
     root = tmp_path_factory.mktemp("models")
     for name, config in CONFIGS.items():
         torch.manual_seed(3)
@@ -103,7 +112,7 @@ SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0
 
 
 def standard(name: str, model: Path, replicas: Sequence[Sequence[Pack]], denominator: float) -> Case:
-    """Two steps on the same batch: the second sees what the first did."""
+    """Two steps on the same batch: the second sees the effect of the first."""
     return Case(name, model, [replicas] * 2, denominator, temperature=TEMPERATURE)
 
 
@@ -114,18 +123,41 @@ def spoilt(packs: Sequence[Pack]) -> list[Pack]:
 
 
 @pytest.fixture(scope="module")
-def parallel(models, batch, tmp_path_factory) -> dict[str, Result]:
+def parallel(models, batch, tmp_path_factory) -> dict[str, Any]:
     """Results by "layout: model" and "layout: variant"; all layouts of a number of ranks share processes.
 
     Replicas get unequal numbers of packs, one even none in the second step.
     """
     cases = [case for layout in LAYOUTS for case in cases_at(layout, models, batch)]
+    cases += [case for layout in BATCHES for case in batch_cases(layout, models, batch)]
     root = tmp_path_factory.mktemp("ranks")
-    results: dict[str, Result] = {}
+    results: dict[str, Any] = {}
     for ranks in (2, 4):
         group = [case for case in cases if case.layout.ranks == ranks]
         results |= megatron_ranks.run(group, root / str(ranks))
     return results
+
+
+def batch_cases(name: str, models: dict[str, Path], batch: Batch) -> list[BatchCase]:
+    """The same batch in two mini-batches, as a whole and by hand; one replica has no pack in the second."""
+    plain = [replace(pack, old_log_prob=None) for pack in batch.packed]
+    steps = [[plain[:1], plain[2:]], [plain[1:2], []]]
+    if LAYOUTS[name].data == 1:
+        steps = [[plain[:3]], [plain[3:]]]
+    whole = [(packs, loss.denominator(packs, KL)) for packs in steps]
+    # Blank packs are not given the log-probs that the loss needs, unless they are there from the beginning.
+    by_hand = [(filled(packs), denominator) for packs, denominator in whole]
+    model = models[MODELS[name][0]]
+    return [
+        BatchCase(f"{name}: batch", model, whole, LAYOUTS[name], KL, by_hand=False),
+        BatchCase(f"{name}: by hand", model, by_hand, LAYOUTS[name], KL, by_hand=True),
+    ]
+
+
+def filled(replicas: Sequence[Sequence[Pack]]) -> list[list[Pack]]:
+    """As many packs for every replica, and an even number."""
+    most = max(map(len, replicas))
+    return [[*packs, *[blank_pack()] * (most + most % 2 - len(packs))] for packs in replicas]
 
 
 def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
@@ -141,7 +173,7 @@ def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
         cases.append(replace(case, layout=layout, steps=steps(batch.packed), recompute=recompute))
     if name not in VARIANTS:
         return cases
-    # Nothing may be left of a step that fails: the same results as without it.
+    # A failed step must leave nothing behind: the results are those without it.
     cases[0] = replace(cases[0], spoilt=[spoilt(batch.packed), batch.packed][: layout.data])
     plain = replace(cases[0], spoilt=())
     return [
@@ -161,7 +193,7 @@ def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
 
 
 def with_reference(steps: Sequence[Sequence[Sequence[Pack]]]) -> list[list[list[Pack]]]:
-    """Any reference does: that it is the trainer's own is what `test_reference_...` looks at."""
+    """Any reference will do; `test_reference_...` checks that the trainer has the right one."""
     return [
         [[replace(pack, reference_log_prob=pack.old_log_prob) for pack in packs] for packs in replicas]
         for replicas in steps
@@ -225,7 +257,7 @@ def test_export_is_a_model_for_transformers(name: str, one_rank, models, batch) 
 
 
 def test_training_changes_the_weights_and_the_clips_bind(one_rank) -> None:
-    """Else the comparisons below would compare nothing."""
+    """Otherwise the comparisons below would prove nothing."""
     result = one_rank["qwen2"]
     for name, tensor in result.initial.items():
         assert not torch.equal(tensor, result.final[name]), name
@@ -245,7 +277,7 @@ def test_packed_and_flat_are_the_same_step_at_every_layout(layout: str, parallel
 
 
 def test_padding_changes_nothing(one_rank) -> None:
-    """More than a block of it, which has nothing to attend to."""
+    """Also more than a block of padding, which attends to nothing."""
     assert_same_step(one_rank["padded"], one_rank["qwen2"])
     for ours, reference in zip(one_rank["padded"].before[0], one_rank["qwen2"].before[0], strict=True):
         np.testing.assert_allclose(ours[: len(reference)], reference, **CLOSE)
@@ -254,7 +286,7 @@ def test_padding_changes_nothing(one_rank) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) -> None:
-    """By autograd through transformers on whole trajectories: divided once, and clipped to norm 1."""
+    """Autograd through transformers on whole trajectories: divided once, and clipped to norm 1."""
     network = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
     # The padding token would have no gradient, and the trees use it.
     network.get_input_embeddings().padding_idx = None  # type: ignore[assignment]  # torch types it as a module
@@ -336,9 +368,9 @@ def test_bfloat16_accumulates_steps_in_float32_master_weights(one_rank, models) 
 def test_bfloat16_takes_the_same_course_at_every_layout(layout: str, parallel, one_rank) -> None:
     ours, reference = parallel[f"{layout}: bfloat16"], one_rank["bfloat16"]
     for step, other in zip(ours.metrics, reference.metrics, strict=True):
-        # Activations of 8 bits. The gradient's norm jumps where one more token is clipped, the loss does not.
+        # Activations of 8 bits. The gradient's norm jumps if one more token is clipped; the loss does not.
         assert step["loss"] == pytest.approx(other["loss"], rel=1e-2)
-    assert ours.metrics[-1]["loss"] < 0.9 * ours.metrics[0]["loss"]  # which the comparison can see
+    assert ours.metrics[-1]["loss"] < 0.9 * ours.metrics[0]["loss"]  # enough for the comparison to see
     moved = (ours.final["lm_head.weight"] != ours.initial["lm_head.weight"]).float().mean()
     assert moved > 0.3  # else the master weights were not in float32
 
@@ -391,3 +423,19 @@ def test_reference_is_the_initial_model_and_gives_way_to_the_trained_one(layout:
     for before, reference, after in zip(*values, strict=True):
         np.testing.assert_array_equal(reference, before)
         assert not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("layout", BATCHES)
+def test_a_batch_is_its_log_probs_and_its_steps(layout: str, parallel) -> None:
+    """Log-probs of the whole batch come before its first step, and no rank needs another's."""
+    (result, final), (expected, other) = (parallel[f"{layout}: {way}"] for way in ("batch", "by hand"))
+    assert result.mismatch.mean == pytest.approx(expected.mismatch.mean, rel=1e-6)
+    assert result.mismatch.largest == pytest.approx(expected.mismatch.largest, rel=1e-5)
+    assert result.mismatch.weight == expected.mismatch.weight > 0
+    for update, by_hand in zip(result.updates, expected.updates, strict=True):
+        assert update.keys() == by_hand.keys()
+        for key, value in by_hand.items():
+            assert update[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    assert len(result.updates) == 2
+    for name, tensor in other.items():
+        torch.testing.assert_close(final[name], tensor, **CLOSE, msg=name)

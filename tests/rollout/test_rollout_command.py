@@ -69,7 +69,7 @@ def test_a_damaged_model_is_found_before_anything_starts(folder: Path, tmp_path:
         read_rollout_inputs(config)
 
 
-def test_only_the_first_prompts_where_so_many_are_wanted(
+def test_max_prompts_takes_the_first_prompts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
@@ -77,7 +77,7 @@ def test_only_the_first_prompts_where_so_many_are_wanted(
     assert [prompt.id for prompt in inputs.prompts] == ["problems:0", "problems:1", "problems:2"]
 
 
-def test_files_that_are_no_rollouts_are_not_touched(folder: Path) -> None:
+def test_other_files_in_the_folder_are_not_touched(folder: Path) -> None:
     process = start(folder, "rollout", "rollout.yaml", "out=.")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -108,7 +108,7 @@ def test_every_prompt_gets_a_tree(folder: Path) -> None:
     assert summary["decoded_tokens"] >= sum(tree.unique_tokens() for tree in trees)
     assert summary["cached_token_ratio"] > 0.98
     assert f"{PROMPTS}/{PROMPTS} trees" in output
-    assert "\x1b" not in output, "plain lines where the output is no terminal"
+    assert "\x1b" not in output, "plain lines outside a terminal"
 
 
 @pytest.mark.slow

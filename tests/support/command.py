@@ -1,4 +1,4 @@
-"""A `treepo` command as a user runs it, in a process of its own, and what it needs in its folder."""
+"""Runs a `treepo` command as a user does, in a process of its own, and makes the files that it needs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ POSITIONS = 1024
 
 
 def write_model_and_problems(folder: Path, problems: Path, count: int) -> None:
-    """`folder`/model, a random model with a byte tokenizer, and a file of problems that it can read."""
+    """Write `folder`/model, a random model with a byte tokenizer, and a file of problems."""
     tokenizer: Any = byte_tokenizer(max_tokens=POSITIONS).hugging_face
     model = write_tiny_qwen2(
         folder / "model",
@@ -37,7 +37,7 @@ def write_model_and_problems(folder: Path, problems: Path, count: int) -> None:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`treepo ARGUMENTS` in `folder`; modules of tests/ can be named in its configuration."""
+    """Start `treepo ARGUMENTS` in `folder`; its configuration can name modules of tests/."""
     return subprocess.Popen(
         [sys.executable, "-c", "from treepo.cli.main import main; main()", *arguments],
         cwd=folder,
@@ -49,8 +49,8 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[str, str]:
-    """Ctrl-C as soon as there is something in `file`: it must end in a line and leave no process. Returns
-    standard output and standard error.
+    """Send Ctrl-C as soon as `file` has content. The command must end with one line and leave no process.
+    Returns standard output and standard error.
     """
     deadline = time.monotonic() + 300
     while not (file.exists() and file.read_bytes()):

@@ -1,7 +1,7 @@
 """Real Megatron-Core ranks over gloo for the tests: one group of processes runs all cases of its size.
 
-The processes come from a fork server that has Megatron-Core imported, so that a rank starts in a fraction
-of a second and still begins with a clean process.
+The processes come from a fork server that has imported Megatron-Core, so a rank starts in a fraction of a
+second and still begins as a clean process.
 """
 
 import multiprocessing
@@ -9,7 +9,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -24,24 +24,25 @@ from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import OptimizerConfig, ParallelConfig, TrainerConfig
 from treepo.errors import ModelError
+from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
+from treepo.protocols import BatchResult
 from treepo.weight_sync.wire import TensorInfo
 
 DEADLINE = 600  # seconds until some rank of a group must have ended
 
-# Adam's step is then the learning rate times the gradient: the plain one divides it by its own size, which
-# turns rounding noise in a gradient of almost 0 into a full step.
+# With these Adam's step is the learning rate times the gradient. Plain Adam divides by the gradient's size,
+# which turns rounding noise in a gradient of almost 0 into a full step.
 LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, epsilon=1.0, betas=[0.0, 0.0], weight_decay=0.0)
 
 Life = tuple[str, Callable[..., Any], Any]
-"""A name, what every rank runs (a module's function of case, layout, rank, store, folder), and its case."""
+"""A name, the function that every rank runs (of case, layout, rank, store, folder), and its case."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One trainer's life. steps: for each optimizer step and replica its packs; the last step's weights are
-    kept, and all log-probs before and after. chunk_bytes: of logits at once. spoilt: for each replica packs
-    whose step must fail, before the others, because the gradient is not finite.
+    """One trainer's life. steps: each replica's packs, for each optimizer step. chunk_bytes: of logits at
+    once. spoilt: packs of each replica for a first step that must fail, because the gradient is not finite.
     """
 
     name: str
@@ -61,8 +62,8 @@ class Case:
 @dataclass
 class Result:
     """before, after: the log-probs of the first step's packs, replica by replica. initial, final: weights by
-    their Hugging Face names. export: the folder that was written in the end. reference: the first step's
-    log-probs by the reference model, asked for before `after`; empty without a KL term.
+    their Hugging Face names. export: the folder that was written at the end. reference: the log-probs of the
+    first step's packs by the reference model, computed before `after`; empty without a KL term.
     """
 
     before: list[list[np.ndarray]]
@@ -74,14 +75,31 @@ class Result:
     reference: list[list[np.ndarray]]
 
 
-def run(cases: Sequence[Case], folder: Path) -> dict[str, Result]:
-    """Every case at its own layout, all of equally many ranks; raises where a rank does."""
+@dataclass(frozen=True)
+class BatchCase:
+    """A trainer that learns from one batch, without old log-probs. mini_batches: each replica's packs and the
+    denominator. by_hand: log-probs, reference and each optimizer step are asked for one by one.
+    """
+
+    name: str
+    model: Path
+    mini_batches: Sequence[tuple[Sequence[Sequence[Pack]], float]]
+    layout: ParallelConfig
+    learning: LearningConfig
+    by_hand: bool
+
+
+def run(cases: Sequence[Case | BatchCase], folder: Path) -> dict[str, Any]:
+    """Run every case at its own layout, all of the same number of ranks; raises if a rank does. Returns
+    each one's Result, or a BatchCase's BatchResult and final weights.
+    """
     assert len({case.layout.ranks for case in cases}) == 1
-    return run_lives([(case.name, _live, case) for case in cases], cases[0].layout, folder)
+    lives = [(case.name, _learn if isinstance(case, BatchCase) else _live, case) for case in cases]
+    return run_lives(lives, cases[0].layout, folder)
 
 
 def run_lives(lives: Sequence[Life], layout: ParallelConfig, folder: Path) -> dict[str, Any]:
-    """What rank 0 returns of each life, by name; raises where a rank does."""
+    """Return what rank 0 returns for each life, by name; raises if a rank does."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_bridge.trainer"])
     folder.mkdir()
@@ -105,7 +123,7 @@ def run_lives(lives: Sequence[Life], layout: ParallelConfig, folder: Path) -> di
 
 
 def weights_of(trainer) -> dict[str, Tensor]:
-    """What would be sent to engines, by its Hugging Face names: on rank 0, and as it is announced."""
+    """The tensors that would be sent to engines, on rank 0; they are those that the manifest announces."""
     named = [(name, tensor.clone()) for name, tensor in trainer.tensors()]
     infos = tuple(TensorInfo.of(name, tensor) for name, tensor in named)
     assert infos == (trainer.manifest() if torch.distributed.get_rank() == 0 else ())
@@ -150,9 +168,9 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
     # Ranks count tensor parallelism fastest, then data, then pipeline.
     replica = rank // layout.tensor % layout.data
 
-    def everyone(packs: Sequence[Sequence[Pack]], score=trainer.log_probs) -> list[list[np.ndarray]]:
+    def everyone(packs: Sequence[Sequence[Pack]], compute=trainer.log_probs) -> list[list[np.ndarray]]:
         gathered: list[tuple[int, list[np.ndarray]]] = [(0, [])] * layout.ranks
-        mine = (replica, score(packs[replica], case.temperature))
+        mine = (replica, compute(packs[replica], case.temperature))
         torch.distributed.all_gather_object(gathered, mine)
         by_replica: list[list[np.ndarray]] = []
         for index in range(layout.data):
@@ -177,3 +195,41 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
         trainer.export(export)
     trainer.close()
     return Result(before, metrics, after, initial, final, export, reference)
+
+
+def _learn(
+    case: BatchCase, _: ParallelConfig, rank: int, store, folder: Path
+) -> tuple[BatchResult, dict[str, Tensor]]:
+    from megatron_bridge.trainer import MegatronTrainer
+
+    del folder
+    layout, temperature = case.layout, 0.8
+    replica = rank // layout.tensor % layout.data
+    config = TrainerConfig(parallel=layout, optimizer=LINEAR)
+    trainer = MegatronTrainer(case.model, "float32", config, case.learning, rank, layout.ranks, store)
+    shares = [(packs[replica], denominator) for packs, denominator in case.mini_batches]
+    if not case.by_hand:
+        result = trainer.train_batch(shares, temperature)
+        assert set(result.seconds) == {"log_probs", "train"}
+    else:
+        batch = [_with(packs, "old_log_prob", trainer.log_probs(packs, temperature)) for packs, _ in shares]
+        if case.learning.kl_coefficient:
+            batch = [
+                _with(packs, "reference_log_prob", trainer.reference_log_probs(packs, temperature))
+                for packs in batch
+            ]
+        mismatch = [LogProbMismatch()] * layout.ranks
+        torch.distributed.all_gather_object(mismatch, LogProbMismatch.of(chain.from_iterable(batch)))
+        firsts = [index * layout.tensor for index in range(layout.data)]  # a rank of each replica
+        updates = [
+            trainer.train_step(packs, temperature, denominator)
+            for packs, (_, denominator) in zip(batch, case.mini_batches, strict=True)
+        ]
+        result = BatchResult(updates, sum((mismatch[first] for first in firsts), LogProbMismatch()), {})
+    final = weights_of(trainer)
+    trainer.close()
+    return result, final
+
+
+def _with(packs: Sequence[Pack], field: str, values: Sequence[np.ndarray]) -> list[Pack]:
+    return [replace(pack, **{field: value}) for pack, value in zip(packs, values, strict=True)]

@@ -1,4 +1,4 @@
-"""The models and layouts of the tests of Megatron-Core ranks: which is tried where."""
+"""The models and layouts of the tests of Megatron-Core ranks, and which model runs at which layout."""
 
 from typing import Any
 
@@ -84,4 +84,6 @@ MODELS = {
 }
 PAIRS = [(layout, model) for layout, models in MODELS.items() for model in models]
 RECOMPUTE = {"tensor 2, expert 2": "selective", "pipeline 2, data 2, expert 2": "full"}
-VARIANTS = ["data 2", "tensor 2, pipeline 2"]  # where the first model is also trained in other ways
+VARIANTS = ["data 2", "tensor 2, pipeline 2"]  # layouts at which the first model is trained in other ways too
+# Layouts at which a whole batch is trained: packs are filled up, padded, and shared by experts.
+BATCHES = ["data 2", "data 2, expert 2", "pipeline 2, interleaved", "tensor 2, pipeline 2"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.support.fake_trainer import FakeTrainer
 from tests.support.random_trees import random_tree
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.load import load_config
@@ -18,7 +19,6 @@ from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import DataReport, PromptSet
 from treepo.errors import ConfigError
-from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.training.checkpoints import Checkpoints, newest
 from treepo.training.resume import find_resume
 from treepo.training.run_folder import RunFolder
@@ -26,23 +26,6 @@ from treepo.training.run_state import Clock, RunState
 from treepo.tree import from_json
 
 DATA = "fingerprint of the data"
-
-
-class FakeSaver:
-    """Writes manifests. As the trainer does, `save` leaves a hidden folder, and `finish_save` names it."""
-
-    def __init__(self) -> None:
-        self._pending: tuple[Path, Path] | None = None
-
-    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
-        partial = folder.with_name(f".{folder.name}.partial")
-        partial.mkdir(parents=True)
-        CheckpointManifest("float32", True, run["steps_done"], {}, run).write(partial)
-        self._pending = partial, folder
-
-    async def finish_save(self) -> None:
-        assert self._pending is not None
-        self._pending[0].rename(self._pending[1])
 
 
 def state_after(step: int, sizes: dict[str, int] | None = None) -> RunState:
@@ -76,7 +59,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 def write_run(config: RunConfig, steps: int, saved: int) -> None:
     """Write a run that was killed after `steps` steps, with a checkpoint of the step `saved`."""
-    checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeSaver())
+    checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeTrainer())
     with RunFolder(config) as folder:
         write_steps(folder, range(1, saved + 1))
         asyncio.run(checkpoints.begin(state_after(saved, folder.sizes())))
@@ -93,16 +76,16 @@ def write_steps(folder: RunFolder, steps: range) -> None:
 
 
 def test_checkpoints_come_every_so_many_steps_and_at_the_end(config: RunConfig) -> None:
-    checkpoints = Checkpoints(config.out, CheckpointConfig(every=4), config.steps, FakeSaver())
+    checkpoints = Checkpoints(config.out, CheckpointConfig(every=4), config.steps, FakeTrainer())
     assert [step for step in range(1, 10) if checkpoints.due(step)] == [4, 8, 9]
-    none = Checkpoints(config.out, CheckpointConfig(every=None), config.steps, FakeSaver())
+    none = Checkpoints(config.out, CheckpointConfig(every=None), config.steps, FakeTrainer())
     assert not any(none.due(step) for step in range(1, 10))
 
 
 @pytest.mark.parametrize("keep", [1, 3, None])
 def test_the_newest_checkpoints_stay(config: RunConfig, keep: int | None) -> None:
     """Counted by step, not by name: 9 is before 10."""
-    checkpoints = Checkpoints(config.out, CheckpointConfig(keep=keep), config.steps, FakeSaver())
+    checkpoints = Checkpoints(config.out, CheckpointConfig(keep=keep), config.steps, FakeTrainer())
     for step in (9, 10, 100_000):
         asyncio.run(checkpoints.begin(state_after(step)))
         found = newest(config.out)

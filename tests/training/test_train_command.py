@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def reward_even_length(prompt: str, response: str, answer: str, extra: object) -> float:  # noqa: ARG001  the signature of every reward
-    """Something that a random model is right about half of the time."""
+    """A reward that a random model gets about half of the time."""
     return 1.0 if len(response) % 2 == 0 else -1.0
 
 
@@ -76,7 +76,7 @@ def test_three_steps_end_to_end(folder: Path) -> None:
     assert summary["sequential_tokens"] == sum(tree.total_tokens() for tree in trees)
     assert summary["max_logprob_difference"] == max(line["logprob_difference_max"] for line in metrics)
     assert "3/3" in output
-    assert "\x1b" not in output, "plain lines where the output is no terminal"
+    assert "\x1b" not in output, "plain lines outside a terminal"
     _assert_checkpoint_generates(run / "checkpoint", differs_from=folder / "model")
 
 
@@ -120,15 +120,15 @@ def test_ctrl_c_leaves_no_process_and_readable_files(folder: Path) -> None:
     checkpoint = folder / "interrupted" / "checkpoints" / "step-00001" / "checkpoint.json"
     output, errors = interrupt_once_written(process, checkpoint)
     assert "check log-probs" not in output
-    assert "--resume goes on from step" in errors
+    assert "--resume continues after step" in errors
     assert _lines(metrics)[0]["step"] == 1
     for line in (folder / "interrupted" / "trees.jsonl").read_bytes().splitlines():
         from_json(line)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path) -> None:
-    """As after a kill in a later step: lines of steps that have no checkpoint, one of them torn, and a
-    checkpoint that is half there. Trees, metrics and model are those of the run that went straight.
+    """As after a kill in a later step: lines of steps without a checkpoint, one of them torn, and half a
+    checkpoint. Trees, metrics and model equal those of the run that was not interrupted.
     """
     straight, interrupted = folder / "run", folder / "interrupted"
     checkpoints = interrupted / "checkpoints"
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path) -> None:
     process = start(folder, "train", "run.yaml", "--resume", "out=interrupted", "checkpoint.keep=2")
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    assert "the run goes on after step 1" in output
+    assert "the run continues after step 1" in output
     assert "steps = 1000, now 3" in output
     assert sorted(entry.name for entry in checkpoints.iterdir()) == ["step-00002", "step-00003"]
 

@@ -1,4 +1,4 @@
-"""The terminal that every command writes to."""
+"""The consoles of every command: standard output and standard error."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -13,6 +13,6 @@ errors = Console(stderr=True)
 
 
 def show_data(reports: "Iterable[DataReport]") -> None:
-    """What each file holds, a line each."""
+    """Show the contents of each data file, one line each."""
     for report in reports:
         output.print(report.summary(), highlight=False, markup=False, soft_wrap=True)

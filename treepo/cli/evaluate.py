@@ -96,7 +96,7 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
             results = asyncio.run(run(eval_config, inputs, display, start, anew=force))
     except KeyboardInterrupt:
         errors.print(
-            f"Interrupted. What was started has ended; the same command goes on from {eval_config.out}/"
+            f"Interrupted. All processes have ended; the same command continues in {eval_config.out}/"
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_evaluation(output, results, eval_config.out)

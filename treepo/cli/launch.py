@@ -1,4 +1,4 @@
-"""`treepo launch`: the same training run on many nodes."""
+"""`treepo launch`: a training run on many nodes."""
 
 import asyncio
 import os
@@ -14,24 +14,24 @@ from treepo.errors import EXIT_INTERRUPTED
 
 
 def launch(
-    config: Annotated[Path, typer.Argument(help="A YAML file; on a filesystem that all nodes share.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file, on a file system that all nodes share.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="As of `treepo train`.")] = False,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes in all.")] = None,
-    node_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
-    head: Annotated[str | None, typer.Option(help="HOST[:PORT] of node 0, as the others reach it.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where nodes meet at the head.")] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds in which all devices must come.")] = 600,
+    resume: Annotated[bool, typer.Option("--resume", help="As in `treepo train`.")] = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes.")] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Rank of this node, from 0.")] = None,
+    head: Annotated[str | None, typer.Option(help="HOST[:PORT] at which others reach node 0.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Rendezvous port on the head.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds until all devices must be there.")] = 600,
     dashboard_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Of Ray's dashboard, on the head's loopback.")
     ] = None,
-    cpus: Annotated[int | None, typer.Option(min=0, help="CPUs that this node offers; all of them.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that this node offers; all of them.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=0, help="CPUs of this node to use; by default all.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of this node to use; by default all.")] = None,
 ) -> None:
-    """Train on many nodes: the same command on each of them, or once where a Ray cluster is.
+    """Train on many nodes: run the same command on each of them, or once on a running Ray cluster.
 
-    Slurm's and torchrun's variables say which node this is, or --nodes, --node-rank and --head; RAY_ADDRESS
-    names a cluster that is there. Without any of them it is this machine alone.
+    The node's rank comes from Slurm's or torchrun's variables, or from --nodes, --node-rank and --head.
+    RAY_ADDRESS names a running cluster. Without any of these the run uses this machine alone.
     """
     run_config = load_config(config, overrides or [])
     from treepo.cluster.allocation import Flags, find_allocation
@@ -64,12 +64,12 @@ def launch(
     try:
         exit_code = asyncio.run(run(where, order))
     except KeyboardInterrupt:
-        errors.print("Interrupted. What was started has ended.")
+        errors.print("Interrupted. All processes have ended.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     raise typer.Exit(exit_code)
 
 
 def _write(text: str) -> None:
-    """What another process has printed, as it is."""
+    """Write another process's output unchanged."""
     output.file.write(text)
     output.file.flush()

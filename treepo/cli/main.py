@@ -1,4 +1,4 @@
-"""The `treepo` command: parses, checks, calls and shows. Nothing heavy is imported before it is needed."""
+"""The `treepo` command. Commands import heavy modules only when they need them."""
 
 import logging
 import os
@@ -33,18 +33,18 @@ app.command()(doctor)
 
 
 def main() -> None:
-    """Entry point: an error that a user can understand is one line."""
-    # The progress bars of libraries would draw over ours.
+    """Run a command. A TreepoError becomes one line on standard error and an exit code."""
+    # Progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()
-    # A reward function's own traceback is for its author, who sits at the terminal.
+    # The traceback of a reward function is for its author, who sits at the terminal.
     if logging.lastResort is not None:
         logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
     exit_code = 0
     try:
         app()
     except* TreepoError as group:
-        # What many tasks wait for fails in all of them: that is said once.
+        # Many tasks may fail for the same reason, which is shown once.
         for text, error in {str(error): error for error in _single(group)}.items():
             errors.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
             exit_code = max(exit_code, error.exit_code)
@@ -52,11 +52,13 @@ def main() -> None:
 
 
 def _show_warnings() -> None:
-    """On the terminal too, whatever else happens to the log; what ends a run is shown as an error instead."""
+    """Show warnings on the terminal, whatever else happens to the log. Exceptions are left out: the error
+    that ends a run is shown as such.
+    """
     warnings: logging.Handler
     if errors.is_terminal:
         warnings = RichHandler(logging.WARNING, errors, show_time=False, show_path=False)
-    else:  # a line each, however long: a file has no width
+    else:  # one line each, however long: a file has no width
         warnings = logging.StreamHandler()
         warnings.setLevel(logging.WARNING)
         warnings.setFormatter(logging.Formatter("%(levelname)s %(message)s"))

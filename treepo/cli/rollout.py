@@ -36,7 +36,7 @@ def rollout(
             summary = asyncio.run(run(rollout_config, inputs, display, start))
     except KeyboardInterrupt:
         errors.print(
-            f"Interrupted. What was started has ended; the trees so far are in {rollout_config.out}/"
+            f"Interrupted. All processes have ended; the trees so far are in {rollout_config.out}/"
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_rollout(output, summary, rollout_config.out)

@@ -46,8 +46,8 @@ def train(
             start = partial(training_session, run_config, stop_rule)
             summary = asyncio.run(run(run_config, inputs, display, start, origin))
     except KeyboardInterrupt:
-        errors.print(f"Interrupted. What was started has ended; what was written is in {run_config.out}/")
+        errors.print(f"Interrupted. All processes have ended; the files so far are in {run_config.out}/")
         if (last := newest(run_config.out)) is not None:
-            errors.print(f"--resume goes on from step {last[1].steps_done}")
+            errors.print(f"--resume continues after step {last[1].steps_done}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_summary(output, summary, run_config.out)

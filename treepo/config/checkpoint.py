@@ -1,4 +1,4 @@
-"""Training checkpoints: what `--resume` goes on from."""
+"""Training checkpoints, from which `--resume` continues."""
 
 from pydantic import Field
 
@@ -7,6 +7,6 @@ from treepo.config.base import Section
 
 class CheckpointConfig(Section):
     every: int | None = Field(default=10, ge=1)
-    """Steps between training checkpoints; the last step has one too. Null: none, and nothing to resume."""
+    """Steps between training checkpoints; the last step has one too. Null: no checkpoints, and no resume."""
     keep: int | None = Field(default=2, ge=1)
-    """Only the newest so many stay; null: all. One takes 14 bytes a parameter in bfloat16, 12 in float32."""
+    """Newest checkpoints to keep; null: all. One takes 14 bytes a parameter in bfloat16, 12 in float32."""

@@ -1,4 +1,4 @@
-"""One YAML file names everything that a run needs; this is its shape."""
+"""The schema of the YAML file that configures a training run."""
 
 from typing import Literal, Self
 
@@ -21,7 +21,7 @@ class ModelConfig(Section):
     path: PathField
     """A Hugging Face folder: config.json, safetensors, tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the trainer's parameters (with float32 master weights) and of the engine's."""
+    """Of the parameters in the trainer (with float32 master weights) and in the engines."""
 
 
 class HeldoutConfig(Section):
@@ -30,14 +30,14 @@ class HeldoutConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     max_problems: int | None = Field(default=None, ge=1)
-    """Only the first so many held-out problems; all of them by default."""
+    """Held-out problems to use, the first ones; all by default."""
 
 
 class RunConfig(Section):
     out: PathField
-    """The run folder: config, metrics, trees, checkpoint, log, summary."""
+    """The run folder: config, metrics, trees, checkpoints, log, summary."""
     seed: int = Field(default=0, ge=0)
-    """Of everything random: data order, sampling policy, grading order."""
+    """Seed of everything random: data order, sampling, tree policies."""
     steps: int = Field(ge=1)
     """Training steps: each samples `data.prompts_per_step` trees and learns from them."""
     model: ModelConfig
@@ -53,20 +53,20 @@ class RunConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     """The trainer."""
     placement: Literal["colocated", "split"] = "colocated"
-    """`colocated`: the engines run on the trainer's GPUs, and take turns with it; `split`: on their own.
-    Without GPUs there is no difference."""
+    """`colocated`: the engines run on the trainer's GPUs and take turns with it; `split`: on GPUs of their
+    own. Without GPUs there is no difference."""
     engine: EngineConfig = EngineConfig()
-    """The sampler."""
+    """The SGLang engines."""
     weights: WeightsConfig = WeightsConfig()
     """How the trainer's weights reach the engines."""
     evaluation: HeldoutConfig = HeldoutConfig()
-    """Held-out accuracy before and after."""
+    """Held-out accuracy before and after training."""
     log_prob_check: LogProbCheckConfig = LogProbCheckConfig()
-    """Whether trainer and engines agree, before the first step."""
+    """The check before the first step that trainer and engines agree."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """What an interrupted run goes on from."""
+    """Training checkpoints, from which an interrupted run continues."""
     plan: PlanConfig = PlanConfig()
-    """What `treepo plan` assumes; training reads nothing of it."""
+    """Assumptions of `treepo plan`; training does not read them."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
@@ -75,8 +75,8 @@ class RunConfig(Section):
         if prompt + response > pack:
             raise ValueError(
                 f"data.max_prompt_tokens + sampling.max_response_tokens = {prompt} + {response} = "
-                f"{prompt + response} is more than trainer.max_tokens_per_pack = {pack}: a pack must hold the "
-                "longest trajectory"
+                f"{prompt + response} is more than trainer.max_tokens_per_pack = {pack}: a pack must hold "
+                "the longest trajectory"
             )
         if buffer is not None and buffer > response:
             raise ValueError(

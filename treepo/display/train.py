@@ -51,7 +51,7 @@ def toy_progress(console: Console) -> Iterator[Callable[[int, int, float], None]
 
 
 def show_toy(console: Console, report: ToyReport) -> None:
-    """Show what was made, and where it is."""
+    """Show the toy: model, problems, accuracy."""
     table = Table(title="The toy", title_justify="left", show_header=False, pad_edge=False)
     table.add_row("model", f"{report.model}/  ({report.parameters / 1e6:.1f}M parameters, Qwen2)")
     table.add_row("problems", f"{report.train}, {report.heldout}")
@@ -110,7 +110,7 @@ def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
         console.print(f"{out} has no checkpoint: the run begins", highlight=False, soft_wrap=True)
         return
     console.print(
-        f"{resume.checkpoint}: the run goes on after step {resume.state.steps_done}",
+        f"{resume.checkpoint}: the run continues after step {resume.state.steps_done}",
         highlight=False,
         soft_wrap=True,
     )
@@ -138,7 +138,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     console.print(table)
     files = (
         (f"{CHECKPOINT}/", "the trained model, a Hugging Face folder"),
-        (f"{CHECKPOINTS}/", "what `treepo train --resume` goes on from"),
+        (f"{CHECKPOINTS}/", "what `treepo train --resume` continues from"),
         (TREES, "every tree: segments, log-probs, versions, rewards"),
         (METRICS, "every step's numbers"),
         (f"{TENSORBOARD}/", f"the same: tensorboard --logdir {folder / TENSORBOARD}"),

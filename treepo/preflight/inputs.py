@@ -1,7 +1,7 @@
 """Reads and checks everything that a command needs, before any engine or trainer starts.
 
-The cheap checks come first. An error is one line about what is wrong, and where: ConfigError, DataError,
-ModelError, or EngineError of a running server.
+The cheap checks come first. An error is one line: ConfigError, DataError, ModelError, or EngineError of a
+running server.
 """
 
 import asyncio

@@ -1,9 +1,11 @@
 """`treepo rollout`: samples a tree for every prompt of a file, without grading or training.
 
-config.yaml      the effective configuration, overrides applied
-trees.jsonl      one tree a line (treepo.tree.to_json), with the prompt's gold answer; written when finished
-summary.json     totals of the rollout
-log.txt          the log
+    config.yaml      the effective configuration, overrides applied
+    trees.jsonl      one tree a line (treepo.tree.to_json), with the prompt's gold answer; not graded
+    summary.json     totals of the rollout
+    log.txt          the log
+
+A tree is written as soon as it is finished.
 """
 
 import json

@@ -83,7 +83,7 @@ async def train(
 
 async def _restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer, clock: Clock) -> None:
     """Give trainer and engines the weights of the checkpoint."""
-    with clock.phase(f"go on from {resume.checkpoint.name}", announce=True):
+    with clock.phase(f"continue from {resume.checkpoint.name}", announce=True):
         async with engines.offloaded():
             await trainer.load(resume.checkpoint.resolve())
             await engines.sync_weights(resume.state.steps_done)

@@ -1,0 +1,192 @@
+"""The training loop with fakes: the order of its calls, its files, and a run that resumes."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.command import write_model_and_problems
+from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
+from treepo.config.run import RunConfig
+from treepo.errors import LogProbCheckError, RewardError
+from treepo.preflight.inputs import read_train_inputs
+from treepo.rewards.grade import Grade, GradeItem
+from treepo.training import train as module
+from treepo.training.resume import find_resume
+from treepo.training.train import train
+from treepo.tree import Verdict, from_json
+
+
+class Seen:
+    """A `Reporter`."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.steps: list[int] = []
+
+    def phase(self, name: str, announce: bool = False) -> None:  # noqa: ARG002
+        self.phases.append(name)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
+        self.steps.append(step)
+
+
+class LengthRewards:
+    """Responses of even length are correct. verdict: of every response, if given."""
+
+    def __init__(self, verdict: Verdict | None = None) -> None:
+        self._verdict = verdict
+
+    async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
+        return [self._grade(item) for item in items]
+
+    def _grade(self, item: GradeItem) -> Grade:
+        if self._verdict is not None:
+            return Grade(None, self._verdict)
+        right = len(item.response) % 2 == 0
+        return Grade(float(right), Verdict.CORRECT if right else Verdict.WRONG)
+
+
+def use_rewards(monkeypatch: pytest.MonkeyPatch, rewards: LengthRewards) -> None:
+    @asynccontextmanager
+    async def opened(_: object) -> AsyncIterator[LengthRewards]:
+        yield rewards
+
+    monkeypatch.setattr(module, "open_rewards", opened)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loop")
+    write_model_and_problems(folder, folder / "problems.jsonl", 9)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def graded(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_rewards(monkeypatch, LengthRewards())
+
+
+def config_of(folder: Path, out: Path, steps: int, **changes: Any) -> RunConfig:
+    data = {"train": str(folder / "problems.jsonl"), "heldout": str(folder / "problems.jsonl")}
+    return RunConfig.model_validate(
+        {
+            "out": str(out),
+            "steps": steps,
+            "model": {"path": str(folder / "model"), "dtype": "float32"},
+            "data": data | {"prompts_per_step": 4, "max_prompt_tokens": 256},
+            "sampling": {"segment_tokens": 4, "max_depth": 4, "max_response_tokens": 16, "width": 4},
+            "learning": {"mini_batches": 2},
+            "checkpoint": {"every": 2},
+        }
+        | changes
+    )
+
+
+def run(config: RunConfig, *, resume: bool = False) -> tuple[dict[str, Any], list[str], Seen]:
+    """Train; return the summary, the calls of pool and trainer, and the reports."""
+    events: list[str] = []
+    seen, inputs = Seen(), read_train_inputs(config)
+
+    @asynccontextmanager
+    async def start() -> AsyncIterator[tuple[FakePool, FakeTrainer]]:
+        yield FakePool(NamedEngine(end=0.1), events), FakeTrainer(events)
+        events.append("end")
+
+    origin = find_resume(config, inputs) if resume else None
+    return asyncio.run(train(config, inputs, seen, start, origin)), events, seen
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_step_samples_learns_and_serves_the_next_version(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, tmp_path / "run", steps=3)
+    summary, events, seen = run(config)
+    steps = [["offload", "train 2", f"sync {step}", "reload"] for step in (1, 2, 3)]
+    assert events == [*steps[0], *steps[1], *steps[2], "export checkpoint", "end"]
+    assert seen.steps == [1, 2, 3]
+
+    trees = [from_json(line) for line in (config.out / "trees.jsonl").read_bytes().splitlines()]
+    versions = [{segment.version for segment in tree.segments} for tree in trees]
+    assert versions == [{step} for step in (0, 1, 2) for _ in range(4)]
+    metrics = lines(config.out / "metrics.jsonl")
+    assert [line["logprob_difference_mean"] for line in metrics] == [0.5] * 3
+    assert [line["logprob_difference_max"] for line in metrics] == [1.5] * 3
+    assert all(line["seconds/train"] == 5.0 for line in metrics)
+    assert all(line["train/optimizer_steps"] == 2 for line in metrics)
+
+    assert summary == json.loads((config.out / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert summary["max_logprob_difference"] == 1.5
+    assert summary["decoded_tokens"] == sum(line["rollout/decoded_tokens"] for line in metrics)
+    assert summary["sequential_tokens"] == sum(tree.total_tokens() for tree in trees)
+    assert summary["log_prob_check"]["max"] == 0.0
+    assert summary["phase_seconds"]["train"] == 15.0
+    assert sorted(entry.name for entry in (config.out / "checkpoints").iterdir()) == [
+        "step-00002",
+        "step-00003",
+    ]
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder: Path, tmp_path: Path) -> None:
+    straight, _, _ = run(config_of(folder, tmp_path / "straight", steps=5))
+    run(config_of(folder, tmp_path / "run", steps=2))
+    config = config_of(folder, tmp_path / "run", steps=5)
+    summary, events, seen = run(config, resume=True)
+    assert events[:5] == ["offload", "load step-00002", "sync 2", "reload", "offload"]
+    assert seen.steps == [3, 4, 5]
+    assert "evaluate before" not in seen.phases
+    assert (config.out / "trees.jsonl").read_bytes() == (tmp_path / "straight" / "trees.jsonl").read_bytes()
+    assert [line["step"] for line in lines(config.out / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    timed = ("seconds", "phase_seconds")
+    assert {key: value for key, value in summary.items() if key not in timed} == {
+        key: value for key, value in straight.items() if key not in timed
+    }
+    assert summary["phase_seconds"]["train"] == straight["phase_seconds"]["train"] == 25.0
+
+
+def test_dynamic_sampling_takes_each_prompt_once_a_step(folder: Path, tmp_path: Path) -> None:
+    learning = {"dynamic_sampling": True, "max_refills": 3}
+    config = config_of(folder, tmp_path / "run", steps=3, learning=learning)
+    # With two leaves a tree, about half of the trees are dropped.
+    config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"width": 2})})
+    run(config)
+    sampled = [(line["step"], line["prompt_id"]) for line in lines(config.out / "trees.jsonl")]
+    assert len(set(sampled)) == len(sampled)
+    dropped = {line["step"]: line["dropped/equal"] for line in lines(config.out / "metrics.jsonl")}
+    assert sum(dropped.values()) > 0, "else nothing is replaced"
+    for step, number in dropped.items():
+        kept = sum(of_step == step for of_step, _ in sampled) - number
+        assert kept == 4 or (kept < 4 and number >= 3)
+
+
+def test_a_step_without_any_grade_stops_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_rewards(monkeypatch, LengthRewards(Verdict.TIMEOUT))
+    data = config_of(folder, tmp_path, steps=1).data.model_copy(update={"heldout": None})
+    config = config_of(folder, tmp_path / "run", steps=1, reward={"max_failed_share": 1.0})
+    config = config.model_copy(update={"data": data})
+    with pytest.raises(RewardError, match="no response of this step could be graded"):
+        run(config)
+
+
+def test_a_disagreement_stops_the_run_before_its_first_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def off_by_one(_: FakeTrainer, packs: Any, temperature: float) -> Any:
+        del temperature
+        return [[pack.rollout_log_prob + 1.0 for pack in replica] for replica in packs]
+
+    monkeypatch.setattr(FakeTrainer, "log_probs", off_by_one)
+    config = config_of(folder, tmp_path / "run", steps=1)
+    with pytest.raises(LogProbCheckError, match="trainer and engine 0 disagree"):
+        run(config)
+    assert not (config.out / "metrics.jsonl").read_text()
+    run(config_of(folder, tmp_path / "off", steps=1, log_prob_check={"enabled": False}))
