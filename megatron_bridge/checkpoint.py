@@ -148,7 +148,9 @@ class Checkpointer:
             state["rng"] = _generators()
         try:
             # This reads the optimizer state into the optimizer's own memory.
-            loaded: Any = dist_checkpointing.load(state, str(folder / TRAINER), validate_access_integrity=False)
+            loaded: Any = dist_checkpointing.load(
+                state, str(folder / TRAINER), validate_access_integrity=False
+            )
         except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
             raise ModelError(f"{folder}: not readable as this model's: {one_line(error)[:300]}") from None
         for index, chunk in enumerate(self._chunks):

@@ -69,9 +69,7 @@ def test_a_damaged_model_is_found_before_anything_starts(folder: Path, tmp_path:
         read_rollout_inputs(config)
 
 
-def test_max_prompts_takes_the_first_prompts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_max_prompts_takes_the_first_prompts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     inputs = read_rollout_inputs(load_as(RolloutConfig, Path("rollout.yaml"), ["max_prompts=3"]))
     assert [prompt.id for prompt in inputs.prompts] == ["problems:0", "problems:1", "problems:2"]
