@@ -249,7 +249,9 @@ class SGLangEngine:
         if not np.isfinite(log_probs).all():
             raise EngineError("SGLang returned a log-prob that is not finite: the weights may have diverged")
         if meta["weight_version"] != str(self._version):
-            raise EngineError(f"sampled by weights {meta['weight_version']}, not by {self._version}")
+            raise EngineError(
+                f"SGLang sampled with weights of version {meta['weight_version']}, not {self._version}"
+            )
         return GenerateOutput(
             tokens=tokens,
             log_probs=log_probs,

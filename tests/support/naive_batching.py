@@ -1,4 +1,4 @@
-"""Continuous batching, simulated naively one step after another, with a cache that never fills."""
+"""Continuous batching one step after another, as slowly as it can be written; the cache never fills."""
 
 import asyncio
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from treepo.protocols import GenerateOutput, GenerateRequest
 
 @dataclass(frozen=True)
 class StatedRates:
-    """Made-up rates: as contexts grow, a decoding step becomes bound by reading instead of computing."""
+    """A step is bound by reading or by computing; which of the two changes as contexts grow."""
 
     latency: float = 0.0
 
@@ -30,7 +30,7 @@ class Request:
 
 
 class NaiveEngine:
-    """Decodes one token a step for each request and caches every prefix that it has computed."""
+    """Caches every prefix of what it has computed; a token a step for each request."""
 
     def __init__(self, rates: StatedRates) -> None:
         self.rates = rates
