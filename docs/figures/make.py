@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from treepo.display.train import TrainDisplay, show_summary
-from treepo.training.run_folder import METRICS, SUMMARY
 
 FIGURES = Path(__file__).parent
 EXAMPLE = "examples/quickstart.yaml"
@@ -244,8 +243,8 @@ def learning_curve(run: Path) -> str:
 
 def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """The metrics of every step, and the summary."""
-    steps = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
-    return steps, json.loads((run / SUMMARY).read_text(encoding="utf-8"))
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return steps, json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 
 def main(folders: list[str]) -> None:
