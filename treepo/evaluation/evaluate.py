@@ -21,7 +21,7 @@ from treepo.config.run import ModelConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.evaluation.folder import PLOT, REPORT, RESULTS, Answered, EvaluationFolder, Spent
-from treepo.evaluation.metrics import NO_VOTE, ProblemResult
+from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.report.page import evaluation_page
 from treepo.evaluation.report.plot import accuracy_plot, curve
 from treepo.evaluation.results import results_document
@@ -31,7 +31,7 @@ from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.open import open_rewards
 from treepo.rewards.pool import RewardPool
-from treepo.rewards.voting import pool_equality, vote_classes
+from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
 from treepo.rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree

@@ -165,9 +165,7 @@ class Run:
         """All trees of the step, those to learn from (rewards shaped), and how many were dropped and why."""
         prompts, learning = self.config.data.prompts_per_step, self.config.learning
         if learning.dynamic_sampling:
-            # Only this step's trees are sampled by the weights that are trained: none may wait.
-            sampler = DynamicSampler(prompts, learning.max_refills, max_staleness=0)
-            sampler.start(version=step - 1)
+            sampler = DynamicSampler(prompts, learning.max_refills)
             sampled: list[Tree] = []
             used: set[int] = set()
             while missing := sampler.missing():
@@ -177,7 +175,7 @@ class Run:
                 round_trees = await self._sample_and_write(fresh, step) if fresh else []
                 sampler.offer(round_trees)
                 sampled += round_trees
-            batch, dropped = sampler.take()
+            batch, dropped = sampler.batch, sampler.dropped
         else:
             batch = sampled = await self._sample_and_write(self.order.next(prompts), step)
             dropped = {}
