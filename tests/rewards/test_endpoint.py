@@ -14,7 +14,7 @@ from treepo.config.reward import RewardConfig
 from treepo.errors import ConfigError
 from treepo.rewards import endpoint
 from treepo.rewards.grade import Grade, GradeItem
-from treepo.rewards.open import open_rewards
+from treepo.rewards.pool import open_rewards
 from treepo.tree import Verdict
 
 Handler = Callable[[list[dict[str, Any]]], Awaitable[web.Response | None]]

@@ -34,8 +34,8 @@ class LearningConfig(Section):
     dual_clip: float = Field(default=10.0, gt=1)
     """The loss of a negative advantage is at most its size times this."""
     normalisation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """The loss is the mean over the mini-batch's tokens; the mean over trajectories of each one's own mean; or
-    the sum over tokens divided by trajectories x normalisation_tokens (Dr. GRPO)."""
+    """The loss is the mean over the mini-batch's tokens, the mean over trajectories of each one's own mean,
+    or the sum over tokens divided by trajectories x normalisation_tokens (Dr. GRPO)."""
     normalisation_tokens: int | None = Field(default=None, ge=1)
     """Tokens that a trajectory counts as under `normalisation: constant`; usually max_response_tokens."""
     importance_cap: float | None = Field(default=2.0, gt=0)

@@ -29,8 +29,7 @@ from treepo.preflight.evaluate import Inputs
 from treepo.protocols import Engine
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
-from treepo.rewards.open import open_rewards
-from treepo.rewards.pool import RewardPool
+from treepo.rewards.pool import RewardPool, open_rewards
 from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
 from treepo.rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.rollout.stopping import StopRule

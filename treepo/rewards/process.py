@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treepo.config.reward import RewardConfig
-from treepo.rewards.grade import GradeItem
-from treepo.rewards.messages import Ready, Reply
+from treepo.rewards.grade import GradeItem, Ready, Reply
 
 START_SECONDS = 120.0
 

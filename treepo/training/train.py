@@ -17,7 +17,7 @@ from treepo.errors import PlacementError
 from treepo.evaluation.metrics import evaluation_sampling
 from treepo.preflight.train import Inputs
 from treepo.rewards.failures import FailedGrades
-from treepo.rewards.open import open_rewards
+from treepo.rewards.pool import open_rewards
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.stopping import StopRule
 from treepo.training.checkpoints import Checkpoints
