@@ -194,7 +194,7 @@ def test_lengths_that_do_not_fit_are_found_before_anything_starts(
 
 
 def test_a_servers_tokenizer_must_be_on_this_machine(options: dict[str, Any]) -> None:
-    async def ask(**more: Any) -> Any:
+    async def read(**more: Any) -> Any:
         server = FakeServer(FakeEngine())
         url = await server.start()
         try:
@@ -205,11 +205,11 @@ def test_a_servers_tokenizer_must_be_on_this_machine(options: dict[str, Any]) ->
     with pytest.raises(
         ConfigError, match="folder of its tokenizer, /nowhere/model, is not on this machine; --tok"
     ):
-        asyncio.run(ask())
-    inputs = asyncio.run(ask(tokenizer=Path("model")))
+        asyncio.run(read())
+    inputs = asyncio.run(read(tokenizer=Path("model")))
     assert (len(inputs.prompts), inputs.kv_tokens) == (12, 5000)
     with pytest.raises(ConfigError, match="takes 900 tokens in all"):
-        asyncio.run(ask(tokenizer=Path("model"), max_tokens=800))
+        asyncio.run(read(tokenizer=Path("model"), max_tokens=800))
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' files are not there")

@@ -203,7 +203,7 @@ def test_metrics_do_not_depend_on_the_packing(options: dict[str, object]) -> Non
     assert packed == pytest.approx(flat, rel=1e-10)
 
 
-def scored(
+def loss_of_tokens(
     advantage: Sequence[float], log_ratio: Sequence[float], count: Sequence[float], **options: object
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and metrics of tokens that have log-prob -1 under the old policy and the engine."""
@@ -224,7 +224,7 @@ def scored(
 
 def test_metrics_by_hand() -> None:
     # Ratios 2, 1, 0.5, 20 and, not trained, 7; seen by 1, 2, 3, 4 and 0 leaves.
-    loss, metrics = scored(
+    loss, metrics = loss_of_tokens(
         [1.0, 0.0, -1.0, -0.5, 0.0],
         [math.log(2), 0.0, math.log(0.5), math.log(20), math.log(7)],
         [1, 2, 3, 4, 0],

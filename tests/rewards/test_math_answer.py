@@ -140,7 +140,7 @@ def verdicts(pool: RewardPool, items: list[GradeItem]) -> list[Verdict]:
 
 
 def check_gold_answers(pool: RewardPool, answers: list[str]) -> None:
-    """Each is correct as it stands, and where the text differs so that math-verify has to compare."""
+    """Each is correct as it is, and with another text, so that math-verify has to compare."""
     for response in (r"\boxed{%s}", r"\boxed{\displaystyle %s}"):
         result = verdicts(pool, [GradeItem(response.replace("%s", answer), answer) for answer in answers])
         assert [answer for answer, verdict in zip(answers, result, strict=True) if verdict != "correct"] == []

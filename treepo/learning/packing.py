@@ -49,7 +49,7 @@ class Pack:
     tree: np.ndarray  # int32 [T], -1 on padding
     segment: np.ndarray  # int32 [T], PROMPT on the prompt
     offset: np.ndarray  # int32 [T]
-    leaf_weight: float  # summed weight of the leaves whose last token is trained here
+    leaf_weight: float  # summed weight of the leaves with their last token trained here
     old_log_prob: np.ndarray | None = None  # float32 [T], the trainer's before this step's updates
     reference_log_prob: np.ndarray | None = None  # float32 [T], the reference model's
 

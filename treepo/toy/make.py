@@ -44,7 +44,7 @@ def make_toy(
     progress: Callable[[int, int, float], None] | None = None,
     recipe: Recipe = RECIPE,
 ) -> ToyReport:
-    """Make the toy in the folder `out`; if it is there already, only `force` makes it again.
+    """Make the toy in the folder `out`, or return the one that is there unless `force` is set.
 
     progress: called with (step, steps, loss) after each step of the warm start. Raises ConfigError if `out`
     is a file.
