@@ -90,7 +90,7 @@ class Worker:
 def _import_path(path: Sequence[str]) -> list[str]:
     """List the folders that a worker imports from: those of the parent's `path`, and this package's.
 
-    An empty entry, as `python -c` has, means the working directory; it may be another one now than it was when
+    An empty entry, as `python -c` has, means the working directory, which may have changed since
     the parent imported this package.
     """
     own = str(Path(__file__).parents[2])
