@@ -24,8 +24,7 @@ from treepo.evaluation.results import RESULTS, results_document
 from treepo.protocols import EnginePool
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
-from treepo.rewards.open import open_rewards
-from treepo.rewards.pool import RewardPool
+from treepo.rewards.pool import RewardPool, open_rewards
 from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
 from treepo.rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.tree import Tree
