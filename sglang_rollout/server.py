@@ -29,8 +29,8 @@ _END_SECONDS = 10  # from SIGTERM to SIGKILL
 # Memory can be given away and taken back; the weights are kept in the host's memory meanwhile, so that an
 # engine that misses an update still has those of a version.
 _SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
-_CPU_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
-_RESERVED_TOKENS = 64
+CPU_KV_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of a memory that others use too
+RESERVED_TOKENS = 64
 """KV tokens that SGLang sets aside for what a request may still sample. Its own 4096 suit strangers;
 here the driver gives each tree room. A request that waits for a reserve waits with its prefix unlocked, and
 that is evicted. Too small a reserve costs little: the request that has least is put off, and its tokens are
@@ -175,7 +175,7 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "disable_cuda_graph": True,
         "disable_overlap_schedule": True,  # there is no device to overlap with
         "sleep_on_idle": True,  # the trainer computes on the same cores
-        "max_total_tokens": config.max_total_tokens or _CPU_TOKENS,
+        "max_total_tokens": config.max_total_tokens or CPU_KV_TOKENS,
     }
 
 
@@ -190,7 +190,7 @@ def _start_environment(config: EngineConfig) -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles thousands of modules again
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model is a folder
-    os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(_RESERVED_TOKENS)
+    os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(RESERVED_TOKENS)
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for devices that are not here
     os.environ["TQDM_DISABLE"] = "1"
     if config.tensor > 1 and not torch.cuda.is_available():

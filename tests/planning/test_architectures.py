@@ -52,7 +52,7 @@ def test_the_examples_divide_their_models_and_fit_their_devices(path: Path) -> N
     fitted = fit(config, folder)
     assert fitted.problem is None
     if config.plan.device != "cpu":  # no node is left with idle devices
-        assert fitted.places.devices == fitted.places.nodes * config.plan.devices_per_node
+        assert fitted.footprint.devices == fitted.footprint.nodes * config.plan.devices_per_node
 
 
 def test_the_toys_shape_is_what_treepo_toy_makes() -> None:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from megatron_bridge.architecture import read_architecture
-from treepo.planning.flops import forward_flops
+from treepo.planning.speed.flops import forward_flops
 
 SIZES: dict[str, Any] = {
     "vocab_size": 509,

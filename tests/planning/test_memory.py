@@ -14,16 +14,17 @@ from megatron_bridge.architecture import read_architecture
 from tests.support import megatron_ranks
 from tests.support.memory_ranks import Measured, MemoryCase, measure
 from treepo.config.run import RunConfig
-from treepo.planning import activations
-from treepo.planning.trainer import (
+from treepo.planning.memory import activations
+from treepo.planning.memory.host import trainer_node_memory
+from treepo.planning.memory.trainer import (
     largest_micro_batch,
     stage_shards,
     trainer_memory,
+    checkpoint_bytes,
     work_in_layers,
     work_on_logits,
 )
-from treepo.planning.trainer_host import checkpoint_bytes, host_memory
-from treepo.planning.update_memory import exported_bytes
+from treepo.planning.memory.weight_sync import exported_bytes
 
 TOKENS = 1024
 SIZES: dict[str, Any] = {
@@ -200,7 +201,7 @@ def test_checkpoint_and_export_are_as_large_as_planned(name: str, cases, measure
     """But for the files' headers; and so is the host's copy while it is written, of all ranks together."""
     config = cases[name].config
     first, *_ = ranks = measured[name]
-    copied = host_memory(config, config.model.path).parts["checkpoint being written"]
+    copied = trainer_node_memory(config, config.model.path).parts["checkpoint being written"]
     assert copied == pytest.approx(sum(rank.copied for rank in ranks), rel=0.02)
     assert checkpoint_bytes(config, config.model.path) == pytest.approx(first.checkpoint, rel=0.02)
     assert exported_bytes(config, config.model.path) == pytest.approx(first.export, rel=0.01)

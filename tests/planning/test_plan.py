@@ -12,8 +12,7 @@ from treepo.config.load import load_config
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 from treepo.planning.fit import fit
-from treepo.planning.model import model_folder
-from treepo.planning.plan import Plan, make_plan
+from treepo.planning.plan import Plan, make_plan, model_folder
 
 QWEN3_8B = "examples/models/qwen3-8b.yaml"
 SMALL = (  # a step that is soon sampled
@@ -56,7 +55,7 @@ def test_what_fits_is_planned_in_full() -> None:
     assert plan.parameters == 8_190_735_360
     assert plan.step is not None
     assert plan.sampling is not None
-    assert list(plan.step.phases) == ["sample", "score", "train", "optimizer", "update"]
+    assert list(plan.step.phases) == ["sample", "log_probs", "train", "optimizer", "weight_sync"]
     assert plan.step.seconds == pytest.approx(sum(phase.seconds for phase in plan.step.phases.values()))
     assert plan.sampling.leaf_tokens > plan.sampling.decoded_tokens > 0
     assert not plan.proposals
@@ -99,7 +98,7 @@ def test_more_processes_of_this_machine_need_more_of_its_memory() -> None:
         (["plan.node_memory_gib=100"], "host memory of a node: needs"),
         (
             ["plan.devices_per_node=2"],
-            "need 8 GPUs and 12 CPUs, 4 of the GPUs on one node; nodes of 2 do not hold that",
+            "need 8 GPUs and 12 CPUs, 4 of the GPUs on one node; no number of nodes with 2 GPUs holds that",
         ),
         (["weights.transport=broadcast"], "NCCL takes one process a GPU"),
         (["plan.devices_per_node=4", "engine.memory_fraction=0.8"], "weights.transport = colocated"),

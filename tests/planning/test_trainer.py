@@ -1,4 +1,4 @@
-"""What a plan of the trainer obeys at any size; that it is true is what tests/planning/test_memory.py tests."""
+"""Properties of planned trainer memory at any size; test_memory.py compares it with real ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from megatron_bridge.architecture import read_architecture
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 from treepo.planning.hardware import GIB
-from treepo.planning.memory import Memory
-from treepo.planning.trainer import parameters, trainer_memory
-from treepo.planning.trainer_host import checkpoint_bytes, host_memory
-from treepo.planning.update_memory import bucket_bytes, exported_bytes
+from treepo.planning.memory.host import trainer_node_memory
+from treepo.planning.memory.parts import Memory
+from treepo.planning.memory.trainer import checkpoint_bytes, parameter_count, trainer_memory
+from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
 
 PARAMETERS = 8_030_261_248  # Llama 3.1 8B
 
@@ -55,7 +55,7 @@ def test_one_rank_holds_eighteen_bytes_a_parameter(llama: Path) -> None:
     state = {name: stage.parts[name] for name in ("weights", "gradients", "optimizer")}
     for name, size in {"weights": 2, "gradients": 4, "optimizer": 12}.items():
         assert state[name] == pytest.approx(size * PARAMETERS, rel=1e-4)
-    assert parameters(llama) == PARAMETERS
+    assert parameter_count(llama) == PARAMETERS
     assert exported_bytes(config_of(), llama) == 2 * PARAMETERS
     assert checkpoint_bytes(config_of(), llama) == 14 * PARAMETERS
     assert {name: update.parts[name] for name in state} == state
@@ -105,14 +105,14 @@ def test_logits_are_bounded_whatever_the_pack(llama: Path) -> None:
 def test_host_memory_is_of_the_fullest_node(llama: Path) -> None:
     """Rank 0's has the weights that go out, too; a reference is two copies while it scores."""
     parallel = {"tensor": 4, "data": 4}
-    plain = host_memory(config_of({"parallel": parallel}), llama)
-    assert plain.parts["weights on their way out"] == 4 * GIB  # one file of an exported folder
+    plain = trainer_node_memory(config_of({"parallel": parallel}), llama)
+    assert plain.parts["outgoing weights"] == 4 * GIB  # one file of an exported folder
     assert plain.parts["checkpoint being written"] == pytest.approx(
         8 * (2 + 12 / 4) * PARAMETERS / 4, rel=1e-3
     )
-    kl = host_memory(config_of({"parallel": parallel}, learning={"kl_coefficient": 0.1}), llama)
+    kl = trainer_node_memory(config_of({"parallel": parallel}, learning={"kl_coefficient": 0.1}), llama)
     assert kl.parts["reference weights"] == pytest.approx(8 * 2 * 2 * PARAMETERS / 4, rel=1e-3)
-    none = host_memory(config_of({"parallel": parallel}, checkpoint={"every": None}), llama)
+    none = trainer_node_memory(config_of({"parallel": parallel}, checkpoint={"every": None}), llama)
     assert "checkpoint being written" not in none.parts
 
 
@@ -124,8 +124,8 @@ def test_buckets_are_on_the_device_only_where_they_are_broadcast(llama: Path) ->
     assert table < size <= 2 * table
     assert trainer_memory(broadcast, llama)[-1].parts["weight buckets"] == size
     assert "weight buckets" not in trainer_memory(config_of(), llama)[-1].parts
-    parts = host_memory(broadcast, llama).parts
-    assert parts["weights on their way out"] == 4 * GIB
+    parts = trainer_node_memory(broadcast, llama).parts
+    assert parts["outgoing weights"] == 4 * GIB
 
 
 def test_experts_are_sharded_over_the_ranks_that_hold_the_same(tmp_path: Path) -> None:

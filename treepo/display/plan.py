@@ -10,7 +10,7 @@ from rich.table import Table
 
 from treepo.display.live import live_progress
 from treepo.planning.hardware import GIB
-from treepo.planning.memory import Memory
+from treepo.planning.memory.parts import Memory
 from treepo.planning.plan import Plan
 
 
@@ -42,10 +42,10 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.expert > 1:
         layout.append(f"expert {parallel.expert}")
-    where = f"{_count(fitted.places.devices, 'process', 'es')} on this machine"
+    where = f"{_count(fitted.footprint.devices, 'process', 'es')} on this machine"
     if fitted.device.name != "cpu":
-        nodes = _count(fitted.places.nodes, "node")
-        where = f"{fitted.places.devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
+        nodes = _count(fitted.footprint.nodes, "node")
+        where = f"{fitted.footprint.devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
     console.print(
         f"[bold]{escape(name)}[/bold]: {plan.parameters:,} parameters, {where}",
         highlight=False,

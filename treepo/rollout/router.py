@@ -18,7 +18,7 @@ from treepo.config.sampling import SamplingConfig
 from treepo.protocols import Engine
 from treepo.rollout.growing_tree import GrowingTree, longest_response
 
-_REMEMBERED_TREES = 64
+REMEMBERED_TREES = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +78,7 @@ class Lanes:
         self._most = longest_response(sampling) * sampling.width
         self._tokens = 0  # in all trees so far, a shared token once
         self._leaves = 0  # ended in them
-        self._finished: deque[np.ndarray] = deque(maxlen=_REMEMBERED_TREES)
+        self._finished: deque[np.ndarray] = deque(maxlen=REMEMBERED_TREES)
         self._expected = self._guess()
 
     def with_room(self, prompt_tokens: int) -> Lane | None:

@@ -1,7 +1,7 @@
-"""What an engine's forward passes take: straight lines in what they read and compute.
+"""Seconds of an engine's forward passes, as straight lines in what they read and compute.
 
-A decoding step of n requests takes the largest of a few lines in the KV tokens that it reads; these, summed
-over many steps in which nothing but the length of the contexts changes, have a closed form. Seconds; tokens.
+A decoding step of n requests takes the largest of a few lines in the KV tokens that it reads. Steps in which
+only the contexts grow have a sum in closed form.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Seconds of a step: `fixed` + `per_token` for each KV token that is read."""
+    """Seconds of a step: `fixed` + `per_token` for each KV token that it reads."""
 
     fixed: float
     per_token: float
@@ -24,8 +24,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """One batch of contexts. new: tokens that are computed. context: with those whose KV was cached. pairs:
-    of a new token and one that it attends to, itself included.
+    """One batch of contexts.
+
+    new: tokens to compute. context: all tokens, cached ones included. pairs: a new token and one that it
+    attends to, itself included.
     """
 
     requests: int
@@ -35,31 +37,31 @@ class Prefill:
 
 
 class Rates(Protocol):
-    """latency: seconds from an answer to the arrival of what the driver asks for next."""
+    """latency: seconds from an answer to the arrival of the driver's next request."""
 
     @property
     def latency(self) -> float: ...
 
     def decode(self, requests: int) -> Sequence[Line]:
-        """A step of so many requests takes the largest of these."""
+        """A step of `requests` requests takes the largest of these lines."""
         ...
 
     def prefill(self, batch: Prefill) -> float: ...
 
 
 def steps_seconds(lines: Sequence[Line], tokens: int, requests: int, steps: int) -> float:
-    """`steps` steps, the first of which reads `tokens` KV tokens, and each `requests` more than the last."""
+    """`steps` steps: the first reads `tokens` KV tokens, every later one `requests` more than the last."""
     edges = [0, *sorted(_crossings(lines, tokens, requests, steps)), steps]
     total = 0.0
     for start, stop in pairwise(edges):
-        # The line that is on top in the middle is on top everywhere between two crossings.
+        # The line that is largest in the middle is largest everywhere between two crossings.
         middle = tokens + requests * (start + stop - 1) / 2
         total += (stop - start) * max(line.at(middle) for line in lines)
     return total
 
 
 def whole_steps(lines: Sequence[Line], tokens: int, requests: int, most: int, seconds: float) -> int:
-    """The fewest steps, at least one and at most `most`, that take at least `seconds`."""
+    """The fewest steps, from 1 to `most`, that take at least `seconds`."""
     low, high = 1, most
     while low < high:
         middle = (low + high) // 2
@@ -71,7 +73,7 @@ def whole_steps(lines: Sequence[Line], tokens: int, requests: int, most: int, se
 
 
 def _crossings(lines: Sequence[Line], tokens: int, requests: int, steps: int) -> set[int]:
-    """First steps at which another line may be on top."""
+    """First steps at which another line may be the largest."""
     edges: set[int] = set()
     for first, second in combinations(lines, 2):
         if first.per_token != second.per_token:

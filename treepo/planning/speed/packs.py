@@ -1,7 +1,7 @@
-"""A step's packs by the real packing of simulated trees: what the trainer's time follows from.
+"""Packs of a step, made of simulated trees by the real packing: the trainer's time follows from them.
 
-Every other leaf is right: advantages do not change what a pack costs. As many replicas' shares of one
-mini-batch are packed as the trees at hand make up, at most; the others are like them.
+Every other leaf is correct, because advantages do not change what a pack costs. The trees make up one
+mini-batch of as many replicas as they fill; the other replicas are like these.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,15 @@ from treepo.learning.advantage import estimate
 from treepo.learning.packing import Pack, pack_flat, pack_trees
 from treepo.tree import Tree
 
-_MOST_TREES = 128  # that are packed: a packed token takes about 80 bytes
+_MAX_TREES = 128  # a packed token takes about 80 bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """One replica's part of one mini-batch. tokens, pairs: of each micro-batch, repeated context included; a
-    pair is a token and one that it attends to, itself included. scale: parts that are like what was packed.
+    """One replica's part of one mini-batch.
+
+    tokens, pairs: of each micro-batch, repeated context included; a pair is a token and one that it attends
+    to, itself included. scale: the whole part over the part that was packed.
     """
 
     tokens: tuple[int, ...]
@@ -40,22 +42,17 @@ class ReplicaWork:
         return sum(self.pairs) * self.scale
 
 
-def replica_work(
-    config: RunConfig, trees: Sequence[Tree], most_trees: int = _MOST_TREES
-) -> list[ReplicaWork]:
-    """Of some replicas, in one mini-batch. most_trees: that are packed."""
+def replica_work(config: RunConfig, trees: Sequence[Tree], max_trees: int = _MAX_TREES) -> list[ReplicaWork]:
+    """Some replicas' parts of one mini-batch. max_trees: that are packed."""
     learning, trainer = config.learning, config.trainer
     share = config.data.prompts_per_step // (learning.mini_batches * trainer.parallel.data)
-    used = trees[: min(len(trees), most_trees)]
+    used = trees[:max_trees]
     replicas = max(1, min(len(used) // share, trainer.parallel.data))
     used = [_graded(tree) for tree in used[: replicas * share]]
     pack = pack_trees if learning.packing == "tree" else pack_flat
     packed = pack(used, estimate(used, learning), trainer.max_tokens_per_pack, replicas)
     scale = replicas * share / len(used)
-    return [
-        ReplicaWork(tuple(len(pack) for pack in packs), tuple(_pairs(pack) for pack in packs), scale)
-        for packs in packed
-    ]
+    return [ReplicaWork(tuple(map(len, packs)), tuple(map(_pairs, packs)), scale) for packs in packed]
 
 
 def _graded(tree: Tree) -> Tree:
@@ -64,5 +61,5 @@ def _graded(tree: Tree) -> Tree:
 
 
 def _pairs(pack: Pack) -> int:
-    """A token attends to those above it, as many as its position, and to itself."""
+    """A token attends to the tokens above it, as many as its position, and to itself."""
     return int(pack.position.sum(dtype=np.int64)) + len(pack)

@@ -1,29 +1,29 @@
-"""How fast a device serves a model, from its peak rates: nothing in here was measured on a GPU.
+"""How fast an engine's devices serve a model, from `treepo.planning.hardware`'s rates; not measured on a GPU.
 
-A forward pass takes the longer of reading and computing, at stated parts of the device's peaks
-(`hardware.Device.memory_efficiency`, `.efficiency`), plus what tensor-parallel ranks send each other, plus a
-constant (`.pass_seconds`: scheduling, sampling, launching). Reading: the weights, of experts those that the
-batch's tokens are sent to (each to a random choice), and the whole KV of every request; a shared prefix is
-read once for each, as SGLang's attention kernels do. Sent: two all-reduces a layer of the new tokens' hidden
-states, in a ring.
+A forward pass takes the longer of reading and computing, plus all-reduces of tensor-parallel ranks, plus a
+constant for scheduling, sampling and launching (`Device.pass_seconds`).
+
+- Read: the weights, of experts those that the tokens are sent to (each to a random choice), and the whole KV
+of every request; a shared prefix is read once for each request, as SGLang's attention kernels do. - Sent: two
+all-reduces a layer of the new tokens' hidden states, in a ring.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bridge.architecture import Architecture
-from treepo.planning.engine_shard import EngineShard
-from treepo.planning.flops import layers_flops, logits_flops, pair_flops
 from treepo.planning.hardware import Device
+from treepo.planning.memory.engine_shard import EngineShard
 from treepo.planning.simulation.rates import Line, Prefill
+from treepo.planning.speed.flops import layers_flops, logits_flops, pair_flops
 
 _LATENCY = 2e-3  # driver and SGLang's processes between an answer and the next request
-_ALL_REDUCE_SECONDS = 10e-6  # of one that is short: launch and synchronisation
+_ALL_REDUCE_SECONDS = 10e-6  # launch and synchronisation
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRates:
-    """Of an engine of `tensor` ranks. value_bytes: of a weight and of a number in the KV cache."""
+    """`Rates` of an engine of `tensor` ranks. value_bytes: one weight, or one number in the KV cache."""
 
     device: Device
     architecture: Architecture
@@ -33,42 +33,42 @@ class DeviceRates:
     latency: float = _LATENCY
 
     def decode(self, requests: int) -> Sequence[Line]:
-        more = self._besides(requests)
+        fixed = self._fixed_seconds(requests)
         token = layers_flops(self.architecture) + logits_flops(self.architecture)
         return (
-            Line(self._weights_seconds(requests) + more, self._kv_seconds()),
-            Line(
-                requests * token / self._flops + more,
-                pair_flops(self.architecture) / self._flops,
-            ),
+            Line(self._weights_seconds(requests) + fixed, self._kv_seconds),
+            Line(requests * token / self._flops + fixed, pair_flops(self.architecture) / self._flops),
         )
 
     def prefill(self, batch: Prefill) -> float:
         architecture = self.architecture
-        operations = (
+        flops = (
             batch.new * layers_flops(architecture)
             + batch.requests * logits_flops(architecture)
             + batch.pairs * pair_flops(architecture)
         )
-        reading = self._weights_seconds(batch.new) + batch.context * self._kv_seconds()
-        return max(reading, operations / self._flops) + self._besides(batch.new)
+        reading = self._weights_seconds(batch.new) + batch.context * self._kv_seconds
+        return max(reading, flops / self._flops) + self._fixed_seconds(batch.new)
 
     @property
     def _flops(self) -> float:
-        """A second, of all ranks."""
+        """Operations per second of all ranks."""
         return self.device.flops * self.device.efficiency * self.tensor
 
     @property
     def _bandwidth(self) -> float:
-        """Bytes a second, of each rank."""
+        """Bytes per second of each rank."""
         return self.device.memory_bandwidth * self.device.memory_efficiency
 
+    @property
     def _kv_seconds(self) -> float:
         """To read one token's KV."""
         return self.shard.kv_values * self.value_bytes / self._bandwidth
 
     def _weights_seconds(self, tokens: int) -> float:
-        """To read what `tokens` new tokens need: of the embedding only their rows, where it is no output."""
+        """To read the weights for `tokens` new tokens. An embedding that is not the output is not read
+        whole.
+        """
         shard = self.shard
         read = shard.layers + (shard.output or shard.embedding)
         if self.architecture.experts is not None:
@@ -76,8 +76,8 @@ class DeviceRates:
             read += shard.experts * (1 - (1 - chance) ** tokens)
         return read * self.value_bytes / self._bandwidth
 
-    def _besides(self, tokens: int) -> float:
-        """What comes on top of reading and computing."""
+    def _fixed_seconds(self, tokens: int) -> float:
+        """The constant and the all-reduces."""
         if self.tensor == 1:
             return self.device.pass_seconds
         rounds = 2 * self.architecture.dimensions.layers
