@@ -15,12 +15,12 @@ from tests.support import megatron_ranks
 from tests.support.memory_ranks import Measured, MemoryCase, measure
 from treepo.config.run import RunConfig
 from treepo.planning.memory import activations
-from treepo.planning.memory.host import trainer_node_memory
+from treepo.planning.memory.host import trainer_node
 from treepo.planning.memory.trainer import (
+    checkpoint_bytes,
     largest_micro_batch,
     stage_shards,
     trainer_memory,
-    checkpoint_bytes,
     work_in_layers,
     work_on_logits,
 )
@@ -201,7 +201,8 @@ def test_checkpoint_and_export_are_as_large_as_planned(name: str, cases, measure
     """But for the files' headers; and so is the host's copy while it is written, of all ranks together."""
     config = cases[name].config
     first, *_ = ranks = measured[name]
-    copied = trainer_node_memory(config, config.model.path).parts["checkpoint being written"]
+    *stages, _ = trainer_memory(config, config.model.path)
+    copied = trainer_node(config, config.model.path, stages).parts["checkpoint being written"]
     assert copied == pytest.approx(sum(rank.copied for rank in ranks), rel=0.02)
     assert checkpoint_bytes(config, config.model.path) == pytest.approx(first.checkpoint, rel=0.02)
     assert exported_bytes(config, config.model.path) == pytest.approx(first.export, rel=0.01)

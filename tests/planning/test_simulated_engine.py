@@ -11,7 +11,6 @@ from treepo.config.sampling import SamplingConfig
 from treepo.errors import EngineError
 from treepo.planning.simulation.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
 from treepo.planning.simulation.prefix_cache import PrefixCache
-from treepo.planning.simulation.rates import Line, steps_seconds, whole_steps
 from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import text_of
@@ -73,23 +72,6 @@ def test_who_waits_for_nothing_is_told() -> None:
 
     with pytest.raises(RuntimeError, match="never come"):
         run_virtually(forever())
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_steps_in_closed_form_are_the_sum_of_steps(seed: int) -> None:
-    draw = random.Random(seed)
-    # Small slopes, equal slopes and a line that is never on top among them.
-    lines = [
-        Line(draw.choice([0.0, 0.5, draw.random()]), draw.choice([0.0, 0.01, draw.random() / 50]))
-        for _ in range(draw.randint(1, 3))
-    ]
-    tokens, requests, steps = draw.randint(1, 60), draw.randint(1, 5), draw.randint(1, 40)
-    naive = [max(line.at(tokens + requests * j) for line in lines) for j in range(steps)]
-    # The same few dozen numbers summed in another order.
-    assert steps_seconds(lines, tokens, requests, steps) == pytest.approx(sum(naive), rel=1e-12, abs=1e-12)
-    seconds = draw.uniform(0, sum(naive))
-    fewest = next(n for n in range(1, steps + 1) if n == steps or sum(naive[:n]) >= seconds)
-    assert whole_steps(lines, tokens, requests, steps, seconds) == fewest
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -10,7 +10,7 @@ from megatron_bridge.architecture import read_architecture
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 from treepo.planning.hardware import GIB
-from treepo.planning.memory.host import trainer_node_memory
+from treepo.planning.memory.host import trainer_node
 from treepo.planning.memory.parts import Memory
 from treepo.planning.memory.trainer import checkpoint_bytes, parameter_count, trainer_memory
 from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
@@ -47,6 +47,11 @@ def config_of(trainer: dict[str, Any] | None = None, **sections: Any) -> RunConf
 
 def fullest(config: RunConfig, folder: Path) -> Memory:
     return max(trainer_memory(config, folder), key=lambda memory: memory.total)
+
+
+def host(config: RunConfig, folder: Path) -> Memory:
+    *stages, _ = trainer_memory(config, folder)
+    return trainer_node(config, folder, stages)
 
 
 def test_one_rank_holds_eighteen_bytes_a_parameter(llama: Path) -> None:
@@ -105,14 +110,14 @@ def test_logits_are_bounded_whatever_the_pack(llama: Path) -> None:
 def test_host_memory_is_of_the_fullest_node(llama: Path) -> None:
     """Rank 0's has the weights that go out, too; a reference is two copies while it scores."""
     parallel = {"tensor": 4, "data": 4}
-    plain = trainer_node_memory(config_of({"parallel": parallel}), llama)
+    plain = host(config_of({"parallel": parallel}), llama)
     assert plain.parts["outgoing weights"] == 4 * GIB  # one file of an exported folder
     assert plain.parts["checkpoint being written"] == pytest.approx(
         8 * (2 + 12 / 4) * PARAMETERS / 4, rel=1e-3
     )
-    kl = trainer_node_memory(config_of({"parallel": parallel}, learning={"kl_coefficient": 0.1}), llama)
+    kl = host(config_of({"parallel": parallel}, learning={"kl_coefficient": 0.1}), llama)
     assert kl.parts["reference weights"] == pytest.approx(8 * 2 * 2 * PARAMETERS / 4, rel=1e-3)
-    none = trainer_node_memory(config_of({"parallel": parallel}, checkpoint={"every": None}), llama)
+    none = host(config_of({"parallel": parallel}, checkpoint={"every": None}), llama)
     assert "checkpoint being written" not in none.parts
 
 
@@ -124,7 +129,7 @@ def test_buckets_are_on_the_device_only_where_they_are_broadcast(llama: Path) ->
     assert table < size <= 2 * table
     assert trainer_memory(broadcast, llama)[-1].parts["weight buckets"] == size
     assert "weight buckets" not in trainer_memory(config_of(), llama)[-1].parts
-    parts = trainer_node_memory(broadcast, llama).parts
+    parts = host(broadcast, llama).parts
     assert parts["outgoing weights"] == 4 * GIB
 
 

@@ -80,10 +80,9 @@ def fit(config: RunConfig, folder: Path) -> Fit:
     runtime = RUNTIME if on_gpus else 0
     kept = max(memory.subtotal(STATE) for memory in trainer) + runtime if shared else 0
     engine = engine_memory(config, folder, hardware.memory - runtime - kept)
+    host = node_memory(config, folder, trainer[:-1], engine)
     if on_gpus:
         trainer = _with_runtime(trainer, engine, shared)
-    host = node_memory(config, folder, engine)
-    if on_gpus:
         limits = _gpu_limits(config, hardware, trainer, host)
     else:
         limits = _cpu_limits(config, hardware, trainer, engine, host)

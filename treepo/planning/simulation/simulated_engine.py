@@ -23,7 +23,7 @@ import numpy as np
 from sglang_rollout.server import RESERVED_TOKENS
 from treepo.errors import EngineError
 from treepo.planning.simulation.prefix_cache import Node, PrefixCache
-from treepo.planning.simulation.rates import Prefill, Rates, steps_seconds, whole_steps
+from treepo.planning.simulation.rates import Prefill, Rates
 from treepo.protocols import GenerateOutput, GenerateRequest
 
 _RESERVED_FOR_RUNNING = 7  # for each running request: SGLang's estimate falls to a tenth of RESERVED_TOKENS
@@ -244,12 +244,11 @@ class SimulatedEngine:
             self._retract()
             return
         most = min(running.until_end(), room // count)
-        lines = self._rates.decode(count)
-        steps, seconds = most, steps_seconds(lines, running.kv, count, most)
-        passed = await self._sleep(seconds)
+        ends = np.cumsum(self._rates.decode(count, running.kv + count * np.arange(most)))
+        passed = await self._sleep(float(ends[-1]))
+        steps = 1 + int(np.searchsorted(ends, passed))  # the step during which a request arrived is completed
+        seconds = float(ends[steps - 1])
         if passed < seconds:
-            steps = whole_steps(lines, running.kv, count, most, passed)
-            seconds = steps_seconds(lines, running.kv, count, steps)
             await asyncio.sleep(seconds - passed)
         self._evict_for(steps * count)
         self.counts.steps += steps

@@ -8,14 +8,15 @@ of every request; a shared prefix is read once for each request, as SGLang's att
 all-reduces a layer of the new tokens' hidden states, in a ring.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from megatron_bridge.architecture import Architecture
 from treepo.planning.hardware import Device
 from treepo.planning.memory.engine_shard import EngineShard
-from treepo.planning.simulation.rates import Line, Prefill
-from treepo.planning.speed.flops import layers_flops, logits_flops, pair_flops
+from treepo.planning.simulation.rates import Prefill
+from treepo.planning.speed.flops import forward_flops, logits_flops, pair_flops
 
 _LATENCY = 2e-3  # driver and SGLang's processes between an answer and the next request
 _ALL_REDUCE_SECONDS = 10e-6  # launch and synchronisation
@@ -32,21 +33,15 @@ class DeviceRates:
     value_bytes: int
     latency: float = _LATENCY
 
-    def decode(self, requests: int) -> Sequence[Line]:
-        fixed = self._fixed_seconds(requests)
-        token = layers_flops(self.architecture) + logits_flops(self.architecture)
-        return (
-            Line(self._weights_seconds(requests) + fixed, self._kv_seconds),
-            Line(requests * token / self._flops + fixed, pair_flops(self.architecture) / self._flops),
-        )
+    def decode(self, requests: int, kv_tokens: np.ndarray) -> np.ndarray:
+        flops = forward_flops(self.architecture, requests, 0) + pair_flops(self.architecture) * kv_tokens
+        reading = self._weights_seconds(requests) + self._kv_seconds * kv_tokens
+        return np.maximum(reading, flops / self._flops) + self._fixed_seconds(requests)
 
     def prefill(self, batch: Prefill) -> float:
-        architecture = self.architecture
-        flops = (
-            batch.new * layers_flops(architecture)
-            + batch.requests * logits_flops(architecture)
-            + batch.pairs * pair_flops(architecture)
-        )
+        without_logits = batch.new - batch.requests
+        flops = forward_flops(self.architecture, batch.new, batch.pairs)
+        flops -= without_logits * logits_flops(self.architecture)
         reading = self._weights_seconds(batch.new) + batch.context * self._kv_seconds
         return max(reading, flops / self._flops) + self._fixed_seconds(batch.new)
 

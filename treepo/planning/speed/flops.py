@@ -9,11 +9,11 @@ from megatron_bridge.architecture import Architecture
 
 def forward_flops(architecture: Architecture, tokens: float, pairs: float) -> float:
     """`tokens` packed tokens with logits, and `pairs` of a token and one it attends to (itself included)."""
-    per_token = layers_flops(architecture) + logits_flops(architecture)
+    per_token = _layers_flops(architecture) + logits_flops(architecture)
     return tokens * per_token + pairs * pair_flops(architecture)
 
 
-def layers_flops(architecture: Architecture) -> float:
+def _layers_flops(architecture: Architecture) -> float:
     """One token in the matrices of all layers, without attention's scores and sums.
 
     Only the experts that a token is sent to count.

@@ -21,25 +21,13 @@ _MAX_TREES = 128  # a packed token takes about 80 bytes
 class ReplicaWork:
     """One replica's part of one mini-batch.
 
-    tokens, pairs: of each micro-batch, repeated context included; a pair is a token and one that it attends
-    to, itself included. scale: the whole part over the part that was packed.
+    tokens: of all micro-batches, repeated context included. pairs: of a token and one that it attends to, itself
+    included.
     """
 
-    tokens: tuple[int, ...]
-    pairs: tuple[int, ...]
-    scale: float
-
-    @property
-    def micro_batches(self) -> float:
-        return len(self.tokens) * self.scale
-
-    @property
-    def total_tokens(self) -> float:
-        return sum(self.tokens) * self.scale
-
-    @property
-    def total_pairs(self) -> float:
-        return sum(self.pairs) * self.scale
+    micro_batches: float
+    tokens: float
+    pairs: float
 
 
 def replica_work(config: RunConfig, trees: Sequence[Tree], max_trees: int = _MAX_TREES) -> list[ReplicaWork]:
@@ -51,8 +39,11 @@ def replica_work(config: RunConfig, trees: Sequence[Tree], max_trees: int = _MAX
     used = [_graded(tree) for tree in used[: replicas * share]]
     pack = pack_trees if learning.packing == "tree" else pack_flat
     packed = pack(used, estimate(used, learning), trainer.max_tokens_per_pack, replicas)
-    scale = replicas * share / len(used)
-    return [ReplicaWork(tuple(map(len, packs)), tuple(map(_pairs, packs)), scale) for packs in packed]
+    scale = replicas * share / len(used)  # fewer trees than one replica has stand for all
+    return [
+        ReplicaWork(scale * len(packs), scale * sum(map(len, packs)), scale * sum(map(_pairs, packs)))
+        for packs in packed
+    ]
 
 
 def _graded(tree: Tree) -> Tree:

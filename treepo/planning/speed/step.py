@@ -90,7 +90,7 @@ def _training_passes(
         return 4.0, 3
     if config.trainer.recompute == "none":
         return 3.0, 2
-    tokens, pairs = sum(one.total_tokens for one in work), sum(one.total_pairs for one in work)
+    tokens, pairs = sum(one.tokens for one in work), sum(one.pairs for one in work)
     attention = forward_flops(architecture, 0, pairs) / forward_flops(architecture, tokens, pairs)
     return 3.0 + attention, 2
 
@@ -102,13 +102,13 @@ def _passes(
     hardware, mini_batches = device(config.plan.device), config.learning.mini_batches
     parallel = config.trainer.parallel
     ranks = parallel.tensor * parallel.pipeline
-    slowest = max(work, key=lambda one: forward_flops(architecture, one.total_tokens, one.total_pairs))
-    flops = forward_flops(architecture, slowest.total_tokens, slowest.total_pairs)
+    slowest = max(work, key=lambda one: forward_flops(architecture, one.tokens, one.pairs))
+    flops = forward_flops(architecture, slowest.tokens, slowest.pairs)
     computing = passes * flops / (ranks * hardware.flops * hardware.efficiency)
-    sending = sends * slowest.total_tokens * _sending_seconds(config, architecture) / parallel.pipeline
+    sending = sends * slowest.tokens * _sending_seconds(config, architecture) / parallel.pipeline
     idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / slowest.micro_batches
     seconds = mini_batches * (computing + sending) * (1 + idle)
-    tokens = mini_batches * slowest.total_tokens
+    tokens = mini_batches * slowest.tokens
     note = (
         f"{passes:g} x {mini_batches * flops:.2e} flops for {tokens:,.0f} packed tokens of a replica, on "
         f"{ranks} devices at {hardware.efficiency:.0%} of {hardware.flops / 1e12:.0f} Tflop/s"
