@@ -1,4 +1,4 @@
-"""Continuous batching one step after another, as slowly as it can be written; the cache never fills."""
+"""Continuous batching step by step, naively; the cache never fills."""
 
 import asyncio
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from treepo.protocols import GenerateOutput, GenerateRequest
 
 @dataclass(frozen=True)
 class StatedRates:
-    """A step is bound by reading or by computing; which of the two changes as contexts grow."""
+    """A step is bound by reading or by computing, depending on the contexts' length."""
 
     latency: float = 0.0
 
@@ -31,7 +31,7 @@ class Request:
 
 
 class NaiveEngine:
-    """Caches every prefix of what it has computed; a token a step for each request."""
+    """Caches every prefix it has computed; decodes one token a step for each request."""
 
     def __init__(self, rates: StatedRates) -> None:
         self.rates = rates

@@ -108,8 +108,10 @@ def _with_runtime(trainer: Sequence[Memory], engine: EngineMemory, shared: bool)
 
     The engines reload their weights before a sync, and their KV cache after it.
     """
-    runtime = {"CUDA and NCCL": RUNTIME} | ({"engine's CUDA and NCCL": RUNTIME} if shared else {})
-    reloaded = {"engine's weights": engine.memory.parts["weights"]} if shared else {}
+    runtime, reloaded = {"CUDA and NCCL": (RUNTIME, "")}, {}
+    if shared:
+        runtime["engine's CUDA and NCCL"] = RUNTIME, ""
+        reloaded["engine's weights"] = engine.memory.parts["weights"], ""
     *stages, syncing = trainer
     return [*(stage.plus(runtime) for stage in stages), syncing.plus(runtime | reloaded)]
 

@@ -30,7 +30,7 @@ _GIB_IN_MIB = 1024
 class EngineMemory:
     """One device of an engine.
 
-    kv_tokens: the engine's cache, of which every rank holds its heads. kv_token_bytes: one token on one rank.
+    kv_tokens: the engine's cache, of which every rank holds its heads.
     longest_tree: the most KV tokens of a tree with its prompt. expected_tree: KV tokens that the driver
     admits a tree with, once it knows how large trees become. problem: why the engine cannot serve, in one
     line; None if it can.
@@ -39,7 +39,6 @@ class EngineMemory:
     memory: Memory
     shard: EngineShard
     kv_tokens: int
-    kv_token_bytes: int
     max_requests: int
     chunk_tokens: int
     longest_tree: int
@@ -78,23 +77,20 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
     expected = _expected_tree(load)
     memory = Memory(
         owner="engine" if engine.tensor == 1 else f"engine, each of {engine.tensor} ranks",
-        parts={
-            "weights": weights,
-            "KV cache": kv_tokens * token_bytes,
-            "activations and runtime": free * (1 - fraction),
-        },
-        notes={
-            "weights": f"{shard.parameters:,} parameters x {value_bytes} bytes",
-            "KV cache": f"{kv_tokens:,} tokens x {token_bytes:,} bytes",
-            "activations and runtime": f"1 - {fraction:g} of the {free / GIB:.1f} GiB that it finds free; "
-            + ("engine.memory_fraction" if engine.memory_fraction else "SGLang's default"),
+        noted={
+            "weights": (weights, f"{shard.parameters:,} parameters x {value_bytes} bytes"),
+            "KV cache": (kv_tokens * token_bytes, f"{kv_tokens:,} tokens x {token_bytes:,} bytes"),
+            "activations and runtime": (
+                free * (1 - fraction),
+                f"1 - {fraction:g} of the {free / GIB:.1f} GiB that it finds free; "
+                + ("engine.memory_fraction" if engine.memory_fraction else "SGLang's default"),
+            ),
         },
     )
     return EngineMemory(
         memory=memory,
         shard=shard,
         kv_tokens=kv_tokens,
-        kv_token_bytes=token_bytes,
         max_requests=_max_requests(kv_tokens, architecture.max_positions),
         chunk_tokens=chosen.chunk_tokens,
         longest_tree=config.data.max_prompt_tokens + longest_response(load.sampling) * load.sampling.width,

@@ -28,19 +28,23 @@ _DRIVER = 4 * GIB
 
 def node_memory(config: RunConfig, folder: Path, trainer: Sequence[Memory], engine: EngineMemory) -> Memory:
     """The fullest node; if trainer and engines share nodes, it has both. trainer: one rank of each stage."""
-    ranks = trainer_node(config, folder, trainer)
-    engine_ranks = ranks_per_node(config, config.engine.count * config.engine.tensor)
-    parts, notes = dict(ranks.parts), dict(ranks.notes)
-    parts["engines"] = engine_ranks * _ENGINE_RANK
-    notes["engines"] = f"{engine_ranks} x {_ENGINE_RANK / GIB:g} GiB of code and libraries"
+    count = ranks_per_node(config, config.engine.count * config.engine.tensor)
+    note = f"{count} x {_ENGINE_RANK / GIB:g} GiB of code and libraries"
+    engines: dict[str, tuple[float, str]] = {"engines": (count * _ENGINE_RANK, note)}
     if shares_devices(config):
-        parts["engines' offloaded weights"] = engine_ranks * engine.memory.parts["weights"]
-        notes["engines' offloaded weights"] = "while the trainer computes"
-    parts["reward workers"] = config.reward.workers * config.reward.memory_mb * 2.0**20
-    notes["reward workers"] = f"{config.reward.workers} of at most {config.reward.memory_mb} MiB"
-    parts["driver"] = _DRIVER
-    notes["driver"] = "code, prompts, a step's trees; Ray"
-    return Memory("host memory of a node", parts, notes)
+        offloaded = count * engine.memory.parts["weights"]
+        engines["engines' offloaded weights"] = offloaded, "while the trainer computes"
+    reward = config.reward
+    others = {
+        "reward workers": (
+            reward.workers * reward.memory_mb * 2.0**20,
+            f"{reward.workers} of at most {reward.memory_mb} MiB",
+        ),
+        "driver": (_DRIVER, "code, prompts, a step's trees; Ray"),
+    }
+    return Memory(
+        "host memory of a node", {**trainer_node(config, folder, trainer).noted, **engines, **others}
+    )
 
 
 def trainer_node(config: RunConfig, folder: Path, trainer: Sequence[Memory]) -> Memory:
@@ -52,24 +56,24 @@ def trainer_node(config: RunConfig, folder: Path, trainer: Sequence[Memory]) -> 
     per_stage, size = parallel.tensor * parallel.data, ranks_per_node(config, parallel.ranks)
     ranks = [trainer[rank // per_stage] for rank in range(parallel.ranks)]
     nodes = [_node(config, ranks[first : first + size]) for first in range(0, parallel.ranks, size)]
-    nodes[0] = nodes[0].plus({"outgoing weights": _outgoing(config, folder)})
+    outgoing = _outgoing(config, folder), "buckets for the engines, or one file of an exported folder"
+    nodes[0] = nodes[0].plus({"outgoing weights": outgoing})
     return max(nodes, key=lambda node: node.total)
 
 
 def _node(config: RunConfig, ranks: Sequence[Memory]) -> Memory:
     process = _CPU_RANK if config.plan.device == "cpu" else _CUDA_RANK
-    parts = {"trainer ranks": len(ranks) * process}
+    note = f"{len(ranks)} x {process / GIB:g} GiB of code and libraries"
+    parts: dict[str, tuple[float, str]] = {"trainer ranks": (len(ranks) * process, note)}
     if config.learning.kl_coefficient:
-        parts["reference weights"] = 2 * sum(rank.parts["weights"] for rank in ranks)
+        weights = sum(rank.parts["weights"] for rank in ranks)
+        note = "the initial ones; the current ones while the reference computes"
+        parts["reference weights"] = 2 * weights, note
     if config.checkpoint.every is not None:
-        parts["checkpoint being written"] = sum(rank.subtotal(("weights", "optimizer")) for rank in ranks)
-    notes = {
-        "trainer ranks": f"{len(ranks)} x {process / GIB:g} GiB of code and libraries",
-        "reference weights": "the initial ones; the current ones while the reference computes",
-        "checkpoint being written": "each rank's weights and its share of the optimizer, copied",
-        "outgoing weights": "buckets for the engines, or one file of an exported folder",
-    }
-    return Memory("trainer, host of one node", parts, notes)
+        copied = sum(rank.subtotal(("weights", "optimizer")) for rank in ranks)
+        note = "each rank's weights and its share of the optimizer, copied"
+        parts["checkpoint being written"] = copied, note
+    return Memory("trainer, host of one node", parts)
 
 
 def _outgoing(config: RunConfig, folder: Path) -> float:

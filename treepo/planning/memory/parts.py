@@ -6,29 +6,34 @@ from dataclasses import dataclass
 from treepo.config.run import RunConfig
 
 FLOAT32 = 4
+Parts = Mapping[str, tuple[float, str]]
+"""Bytes and their arithmetic ("" if there is none) by the part's name, in display order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one process holds at its peak.
-
-    owner: as the user knows it ("trainer, pipeline stage 0"). parts: bytes by name, in display order. notes:
-    the arithmetic of a part, by its name.
-    """
+    """What one process holds at its peak. owner: as the user knows it ("trainer, pipeline stage 0")."""
 
     owner: str
-    parts: Mapping[str, float]
-    notes: Mapping[str, str]
+    noted: Parts
 
-    def plus(self, parts: Mapping[str, float]) -> "Memory":
-        return Memory(self.owner, {**self.parts, **parts}, self.notes)
+    @property
+    def parts(self) -> dict[str, float]:
+        return {name: size for name, (size, _) in self.noted.items()}
 
-    def subtotal(self, parts: Iterable[str]) -> float:
-        return sum(self.parts[part] for part in parts)
+    @property
+    def notes(self) -> dict[str, str]:
+        return {name: note for name, (_, note) in self.noted.items() if note}
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values())
+        return self.subtotal(self.noted)
+
+    def subtotal(self, names: Iterable[str]) -> float:
+        return sum(self.noted[name][0] for name in names)
+
+    def plus(self, more: Parts) -> "Memory":
+        return Memory(self.owner, {**self.noted, **more})
 
 
 def element_bytes(config: RunConfig) -> int:

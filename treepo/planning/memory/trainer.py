@@ -30,7 +30,7 @@ from treepo.config.run import RunConfig
 from treepo.config.trainer import ParallelConfig
 from treepo.planning.memory import activations
 from treepo.planning.memory.activations import MicroBatch
-from treepo.planning.memory.parts import FLOAT32, Memory, element_bytes
+from treepo.planning.memory.parts import FLOAT32, Memory, Parts, element_bytes
 from treepo.planning.memory.weight_sync import sync_memory
 
 
@@ -48,8 +48,7 @@ def trainer_memory(config: RunConfig, folder: Path) -> list[Memory]:
     architecture, shards = read_architecture(folder), stage_shards(folder, config.trainer.parallel)
     batch = largest_micro_batch(config, architecture)
     stages = [_stage(config, batch, shard) for shard in shards]
-    first = Memory("", *_state(config, shards[0]))
-    return [*stages, sync_memory(config, architecture, shards, first)]
+    return [*stages, sync_memory(config, architecture, shards, held=_state(config, shards[0]))]
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
@@ -96,49 +95,51 @@ def largest_micro_batch(config: RunConfig, architecture: Architecture) -> MicroB
 
 def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
     parallel = config.trainer.parallel
-    parts, notes = _state(config, shard)
     in_flight = _micro_batches_in_flight(parallel, shard.stage)
-    parts["activations"] = in_flight * _kept(batch, shard, parallel)
+    kept = in_flight * _kept(batch, shard, parallel)
     last_of_several = 0 < shard.stage == parallel.pipeline - 1
     if last_of_several:  # it holds what it received and sent back until the next loss is computed
-        parts["activations"] += 2 * batch.stream
-    notes["activations"] = (
-        f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.trainer.recompute}"
-    )
+        kept += 2 * batch.stream
     work, logits = work_in_layers(batch, shard), work_on_logits(config, batch, shard)
-    parts["layer in work"] = work if work >= logits else 0.0
-    parts["logits"] = logits if work < logits else 0.0
-    lesser, greater = ("logits", "layer in work") if work >= logits else ("layer in work", "logits")
-    if logits:
-        notes[lesser] = f"{min(work, logits) / 2**30:.2f} GiB, not at the same time as {greater}"
-    parts["gather buffer"] = batch.whole if parallel.sequence_parallel else 0.0
-    notes["gather buffer"] = "all tokens' hidden states, for matrices whose input is divided"
-    # A stage also holds the packs that only some of its chunks have had, and the last stage the one before.
-    parts["tree packs"] = (ceil(in_flight) + last_of_several) * activations.pack(batch)
-    notes["tree packs"] = "fields, rotary angles, block mask"
-    return Memory(f"trainer, pipeline stage {shard.stage}", parts, notes)
+    lesser = f"{min(work, logits) / 2**30:.2f} GiB, not at the same time as " if logits else ""
+    return Memory(
+        f"trainer, pipeline stage {shard.stage}",
+        {
+            **_state(config, shard),
+            "activations": (
+                kept,
+                f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.trainer.recompute}",
+            ),
+            "layer in work": (work, "") if work >= logits else (0.0, lesser + "logits"),
+            "logits": (logits, "") if work < logits else (0.0, lesser and lesser + "layer in work"),
+            "gather buffer": (
+                batch.whole if parallel.sequence_parallel else 0.0,
+                "all tokens' hidden states, for matrices whose input is divided",
+            ),
+            # Packs that only some of its chunks have had too, and on the last stage the one before.
+            "tree packs": (
+                (ceil(in_flight) + last_of_several) * activations.pack(batch),
+                "fields, rotary angles, block mask",
+            ),
+        },
+    )
 
 
-def _state(config: RunConfig, shard: Shard) -> tuple[dict[str, float], dict[str, str]]:
-    """Weights, gradients and optimizer state of one rank, with their notes."""
+def _state(config: RunConfig, shard: Shard) -> Parts:
+    """Weights, gradients and optimizer state of one rank."""
     parallel, element = config.trainer.parallel, element_bytes(config)
-    held = optimizer = 0
+    held = owned = 0
     for chunk in shard.chunks:
         for expert, ranks in ((False, parallel.data), (True, expert_data_ranks(parallel))):
             elements = buffer_elements([each for each in chunk if each.expert == expert], ranks)
             held += elements
-            optimizer += elements // ranks
-    parts: dict[str, float] = {
-        "weights": element * held,
-        "gradients": FLOAT32 * held,
-        "optimizer": optimizer_bytes(config) * optimizer,
+            owned += elements // ranks
+    state = optimizer_bytes(config)
+    return {
+        "weights": (element * held, f"{shard.elements():,} parameters x {element}"),
+        "gradients": (FLOAT32 * held, "float32"),
+        "optimizer": (state * owned, f"{owned:,} of them on each replica x {state}"),
     }
-    notes = {
-        "weights": f"{shard.elements():,} parameters x {element}",
-        "gradients": "float32",
-        "optimizer": f"{optimizer:,} of them on each replica x {optimizer_bytes(config)}",
-    }
-    return parts, notes
 
 
 def _layers(shard: Shard) -> set[int]:

@@ -10,21 +10,20 @@ from megatron_bridge.architecture import Architecture, read_architecture
 from megatron_bridge.shards import Shard, tensor_shapes
 from megatron_bridge.weights import QKV, VOCABULARY, expand
 from treepo.config.run import RunConfig
-from treepo.planning.memory.parts import Memory, element_bytes
+from treepo.planning.memory.parts import Memory, Parts, element_bytes
 from treepo.weight_sync.wire import TensorInfo, plan_buckets
 
 
 def sync_memory(
-    config: RunConfig, architecture: Architecture, shards: tuple[Shard, ...], held: Memory
+    config: RunConfig, architecture: Architecture, shards: tuple[Shard, ...], held: Parts
 ) -> Memory:
     """Rank 0 during a sync. held: what it holds throughout."""
-    parts, notes = dict(held.parts), dict(held.notes)
-    parts["joined tensor"] = _joined_bytes(config, architecture, shards)
-    notes["joined tensor"] = "the largest parameter's shards and the tensors made of them"
+    joined = _joined_bytes(config, architecture, shards)
+    parts = {**held, "joined tensor": (joined, "the largest parameter's shards and the tensors made of them")}
     if config.weights.transport == "broadcast":
-        parts["weight buckets"] = bucket_bytes(config, architecture)
-        notes["weight buckets"] = f"two of weights.bucket_mb = {config.weights.bucket_mb} MiB, or one tensor"
-    return Memory("trainer, rank 0 in a weight sync", parts, notes)
+        note = f"two of weights.bucket_mb = {config.weights.bucket_mb} MiB, or one tensor"
+        parts["weight buckets"] = bucket_bytes(config, architecture), note
+    return Memory("trainer, rank 0 in a weight sync", parts)
 
 
 def _joined_bytes(config: RunConfig, architecture: Architecture, shards: tuple[Shard, ...]) -> float:

@@ -10,8 +10,8 @@ import numpy as np
 class Prefill:
     """One batch of contexts.
 
-    new: tokens to compute. context: all tokens, cached ones included. pairs: a new token and one that it attends
-    to, itself included.
+    new: tokens to compute. context: all tokens, cached ones included. pairs: a new token and one that it
+    attends to, itself included.
     """
 
     requests: int

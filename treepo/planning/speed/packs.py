@@ -21,8 +21,8 @@ _MAX_TREES = 128  # a packed token takes about 80 bytes
 class ReplicaWork:
     """One replica's part of one mini-batch.
 
-    tokens: of all micro-batches, repeated context included. pairs: of a token and one that it attends to, itself
-    included.
+    tokens: of all micro-batches, repeated context included. pairs: of a token and one that it attends to,
+    itself included.
     """
 
     micro_batches: float
