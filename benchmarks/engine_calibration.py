@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from sglang_rollout.engine import SGLangEngine
-from treepo.planning.simulation.rates import Line, Prefill
+from treepo.planning.simulation.rates import Prefill
 from treepo.protocols import GenerateRequest
 
 _DECODES = [(1, 32), (8, 32), (48, 32), (8, 256), (48, 256)]
@@ -51,8 +51,8 @@ class FittedRates:
     new: float
     pair: float
 
-    def decode(self, requests: int) -> Sequence[Line]:
-        return (Line(self.step + self.request * requests, self.token),)
+    def decode(self, requests: int, kv_tokens: np.ndarray) -> np.ndarray:
+        return self.step + self.request * requests + self.token * kv_tokens
 
     def prefill(self, batch: Prefill) -> float:
         return self.batch + self.context * batch.requests + self.new * batch.new + self.pair * batch.pairs

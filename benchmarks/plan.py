@@ -1,13 +1,12 @@
-"""The sampling that `treepo plan` simulates against the sampling of one real engine on a CPU.
+"""Simulated sampling, as `treepo plan` does it, against the sampling of one real engine on a CPU.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.plan
+    OMP_NUM_THREADS=1 python -m benchmarks.plan    # in the repository's root
 
-Run it in the repository's root. A random model that this script writes, forced response lengths
-(treepo/planning/simulation/lengths.py). In each repeat the engine's passes are timed (engine_calibration.py),
-then the real driver samples on it; afterwards the same driver samples the same trees on a simulated engine at
-the fitted rates. One JSON line a setting: medians over repeats of simulated over measured seconds, by the
-clock and by CPU time of SGLang's processes, and the fitted rates. The GPU rates of
-treepo/planning/simulation/device_rates.py are not tested by this.
+The script writes a random model and forces response lengths (treepo/planning/simulation/lengths.py). Each
+repeat times the engine's passes (engine_calibration.py) and then samples on it with the real driver. Then the
+same driver samples the same trees on a simulated engine at the fitted rates. One JSON line a setting: medians
+over repeats of simulated over measured seconds, by the clock and by CPU time of SGLang's processes, and the
+fitted rates. It does not test the GPU rates of treepo/planning/speed/device_rates.py.
 """
 
 import argparse
@@ -40,16 +39,16 @@ from treepo.planning.simulation.simulated_engine import Counts, SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.protocols import Engine
 from treepo.rollout.driver import TreeDriver
+from treepo.rollout.router import REMEMBERED_TREES
 from treepo.tree import Tree
 
 PROMPT_TOKENS, SEGMENT_TOKENS, MAX_DEPTH = 64, 64, 6
-_WARM_UP_TREES = 64  # as many as a driver remembers
 _STOPS = {"boxed": "off", "repetition": {"check": "off"}}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """kv_tokens: that the driver fills. Lengths: log-normal, on average 2 segments."""
+    """kv_tokens: the cache that the driver fills."""
 
     mode: str = "tree"
     width: int = 16
@@ -77,7 +76,7 @@ LENGTHS = LogNormal(2 * SEGMENT_TOKENS, 0.5)
 
 
 class Sampler:
-    """One driver on one engine, real or simulated; it has grown other trees before."""
+    """One driver on one engine, real or simulated, that has grown other trees before."""
 
     def __init__(self, setting: Setting, engine: Engine) -> None:
         self._setting, self._engine = setting, engine
@@ -85,7 +84,7 @@ class Sampler:
         self._driver = TreeDriver([self._forced], setting.sampling, lambda _: "", 0, setting.kv_tokens)
 
     async def warm_up(self) -> None:
-        await self._grow(_WARM_UP_TREES, step=0)
+        await self._grow(REMEMBERED_TREES, step=0)
         self._forced.engine = self._engine
 
     async def sample(self, step: int) -> list[Tree]:
@@ -101,13 +100,15 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
+    """seconds: virtual. tokens: of all trees, a shared token once."""
+
     seconds: float
     tokens: int
     counts: Counts
 
 
 async def simulate(setting: Setting, rates: FittedRates, step: int) -> Simulated:
-    """On a virtual clock."""
+    """One sampling on a virtual clock."""
     engine = SimulatedEngine(rates, setting.kv_tokens)
     sampler = Sampler(setting, engine)
     await sampler.warm_up()
@@ -118,7 +119,7 @@ async def simulate(setting: Setting, rates: FittedRates, step: int) -> Simulated
 
 
 async def measure(engine: SGLangEngine, names: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Samplings and calibrations in turn. Returns, by setting, the times and tokens of each repeat."""
+    """Alternates samplings and calibrations. Returns times and tokens of each repeat, by setting."""
     calibration = Calibration(engine, MODEL["vocab_size"])
     samplers = {name: Sampler(SETTINGS[name], engine) for name in names}
     for sampler in samplers.values():
@@ -143,6 +144,7 @@ async def measure(engine: SGLangEngine, names: Sequence[str], repeats: int) -> d
 def compare(
     setting: Setting, measured: Sequence[tuple[Timed, int]], calibration: Calibration
 ) -> dict[str, Any]:
+    """One setting's JSON line."""
     by_clock, by_cpu = calibration.fit(cpu=False), calibration.fit(cpu=True)
     ratios, cpu_ratios, batches = [], [], []
     for step, (times, tokens) in enumerate(measured, start=1):

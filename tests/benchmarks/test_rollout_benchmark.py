@@ -1,4 +1,4 @@
-"""The forced lengths and the lock-step driver of benchmarks/rollout*.py."""
+"""Forced lengths and the lock-step driver of benchmarks/rollout*.py."""
 
 import asyncio
 import json
@@ -36,8 +36,8 @@ def _shape(tree: Tree) -> list[tuple[int, int]]:
     return [(segment.parent, len(segment.tokens)) for segment in tree.segments]
 
 
-def test_lengths_have_their_mean_wherever_they_are_drawn_from() -> None:
-    """Drawing on, given that a response is longer than it is so far, must not change its distribution."""
+def test_lengths_have_their_mean_however_often_they_are_redrawn() -> None:
+    """Redrawing a length, given that it exceeds the response so far, keeps its distribution."""
     at_once = [LENGTHS.draw(0, seed) for seed in range(4000)]
     in_steps = []
     for seed in range(4000):
@@ -46,15 +46,15 @@ def test_lengths_have_their_mean_wherever_they_are_drawn_from() -> None:
             above += 8
             length = LENGTHS.draw(above, seed=10_000 + 100 * seed + above)
         in_steps.append(length)
-    # Half a token more by rounding up. The standard deviation of one draw is 15, of the mean of 4000 it is
-    # 0.24: four of those.
+    # Rounding up adds half a token. One draw's standard deviation is 15, the mean's of 4000 is 0.24; the
+    # tolerance is four of those.
     assert statistics.mean(at_once) == pytest.approx(28.5, abs=1.0)
     assert statistics.mean(in_steps) == pytest.approx(28.5, abs=1.0)
     spread = np.percentile(at_once, [10, 50, 90]) - np.percentile(in_steps, [10, 50, 90])
     assert np.abs(spread).max() < 2.5  # a tenth of these numbers, five standard deviations of the last
 
 
-def test_in_lockstep_the_same_trees_grow() -> None:
+def test_lockstep_grows_the_same_trees() -> None:
     drawn = DrawnEnds(LENGTHS)
     trees = _collect(ForcedLengths(FakeEngine(), drawn), SAMPLING)
     lockstep = asyncio.run(

@@ -1,4 +1,4 @@
-"""The benchmarks of the trainer run dry, and count what they say."""
+"""Dry runs of the trainer's benchmarks, and their counts of tokens, pairs and operations."""
 
 import json
 import os
@@ -11,13 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.support.paths import ROOT
-
-sys.path.append(str(ROOT))  # the benchmarks are run from there and not installed
-
 from benchmarks.packed_and_flat import Setting, work
 from benchmarks.random_model import SHAPES
 from benchmarks.step_flops import Counts, every_token, step_flops, unique_tokens
+from tests.support.paths import ROOT
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -26,8 +23,8 @@ def test_flops_are_those_that_torch_counts() -> None:
     model: Any = Qwen2ForCausalLM(Qwen2Config(**options))
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, length, dtype=torch.long)).logits.sum().backward()
-    # It computes every pair and masks half of them, and predicts after every token. Its rotary angles, which
-    # need no gradient, are a matrix product too.
+    # transformers computes every pair, masks half of them, and predicts after every token. Its rotary angles,
+    # which need no gradient, are a matrix product too.
     ours = step_flops(sizes, Counts(tokens=length, trained=length, pairs=length**2))
     head_size = sizes["hidden_size"] // sizes["num_attention_heads"]
     assert counter.get_total_flops() == ours + 2 * (head_size // 2) * length
@@ -73,7 +70,7 @@ def test_the_cpu_benchmark_runs_dry() -> None:
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_dry_on_a_cpu() -> None:
     (line,) = _run("benchmarks.gpu.train_step", "--profile")
-    # Float32: the tree's attention and flash attention of the same trajectories.
+    # Tree attention and flash attention of the same trajectories, in float32.
     assert 0 < line["log_prob_difference_mean"] <= line["log_prob_difference_max"] < 1e-5
     assert line["ideal_ratio"] > 1
     assert line["share_of_ideal"] == pytest.approx(line["flat_over_packed_time"] / line["ideal_ratio"])

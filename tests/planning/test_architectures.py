@@ -1,4 +1,4 @@
-"""The shapes in examples/architectures are the published models': parameters add up to the same number."""
+"""Shapes in examples/architectures have the published models' numbers of parameters."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from treepo.toy.warmstart import new_model
 EXAMPLES = ROOT / "examples"
 ARCHITECTURES = EXAMPLES / "architectures"
 
-PARAMETERS = {  # by safetensors' own count, as the models' pages show it; the toy's by its own
+PARAMETERS = {  # safetensors' count on the models' pages; the toy's own
     "Llama-3.1-70B": 70_553_706_496,
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen2.5-32B": 32_763_876_352,
@@ -36,7 +36,7 @@ def test_parameters_are_those_of_the_published_model(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
-# Paths in a configuration are relative to the working directory, which is the repository's for the examples.
+# Paths in a configuration are relative to the working directory; the examples assume the repository's.
 PLANNED = [
     EXAMPLES / "quickstart.yaml",
     *(path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.parent.name in ("paper", "models")),
@@ -52,7 +52,7 @@ def test_the_examples_divide_their_models_and_fit_their_devices(path: Path) -> N
     fitted = fit(config, folder)
     assert fitted.problem is None
     if config.plan.device != "cpu":  # no node is left with idle devices
-        assert fitted.places.devices == fitted.places.nodes * config.plan.devices_per_node
+        assert fitted.footprint.devices == fitted.footprint.nodes * config.plan.devices_per_node
 
 
 def test_the_toys_shape_is_what_treepo_toy_makes() -> None:

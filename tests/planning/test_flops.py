@@ -1,4 +1,4 @@
-"""Forward FLOPs against those that torch counts in transformers' model."""
+"""Forward FLOPs against torch's count of transformers' model."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from megatron_bridge.architecture import read_architecture
-from treepo.planning.flops import forward_flops
+from treepo.planning.speed.flops import forward_flops
 
 SIZES: dict[str, Any] = {
     "vocab_size": 509,
@@ -37,7 +37,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=12),
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    # As many experts a token as there are: each has all tokens, whatever the router says.
+    # Every token goes to all experts, whatever the router says.
     "qwen3_moe": Qwen3MoeConfig(**(SIZES | EXPERTS)),
 }
 TOKENS = 40
@@ -45,7 +45,7 @@ TOKENS = 40
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_flops_are_those_of_the_matrix_products(kind: str, tmp_path: Path) -> None:
-    """Exactly: eager attention multiplies all pairs, and rotation's angles are one product with 1 column."""
+    """Exactly: eager attention multiplies all pairs; the rotary angles are one product with one column."""
     config = CONFIGS[kind]
     config.save_pretrained(tmp_path)
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # which torch can count
@@ -58,7 +58,7 @@ def test_flops_are_those_of_the_matrix_products(kind: str, tmp_path: Path) -> No
 
 
 def test_only_chosen_experts_count(tmp_path: Path) -> None:
-    """Half of them: half of their products; the router sees all."""
+    """Half the experts, half their products; the router computes all."""
     flops = []
     for chosen in (2, 4):
         folder = tmp_path / str(chosen)

@@ -1,4 +1,4 @@
-"""Layouts that a plan proposes in place of one that does not fit: valid, different, the nearest first."""
+"""Layouts proposed in place of one that does not fit: valid, different, nearest first."""
 
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ def config_of(**parallel: int) -> RunConfig:
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Architecture:
-    """28 layers, 4 key-value heads: as Qwen2.5-7B has."""
+    """28 layers and 4 key-value heads, like Qwen2.5-7B."""
     Qwen2Config(
         num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, hidden_size=3584,
         intermediate_size=18944, tie_word_embeddings=False,
@@ -87,7 +87,7 @@ def test_one_small_change_comes_first_and_more_devices_last(dense: Architecture)
     assert any(more)
 
 
-def test_what_changes_more_than_a_layout_that_fits_is_no_further_proposal() -> None:
+def test_a_layout_that_changes_more_than_one_that_fits_goes_beyond_it() -> None:
     config = config_of()
     one = Neighbour(config, {"trainer.recompute": "full"}, {})
     both = Neighbour(config, {"trainer.recompute": "full", "engine.tensor": 4}, {"engine.count": 2})

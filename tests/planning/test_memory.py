@@ -1,4 +1,4 @@
-"""A plan's memory of the trainer against what real Megatron-Core ranks allocate on CPU, part by part."""
+"""Planned trainer memory against the allocations of real Megatron-Core ranks on CPU, part by part."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,16 +14,17 @@ from megatron_bridge.architecture import read_architecture
 from tests.support import megatron_ranks
 from tests.support.memory_ranks import Measured, MemoryCase, measure
 from treepo.config.run import RunConfig
-from treepo.planning import activations
-from treepo.planning.trainer import (
+from treepo.planning.memory import activations
+from treepo.planning.memory.host import trainer_node
+from treepo.planning.memory.trainer import (
+    checkpoint_bytes,
     largest_micro_batch,
     stage_shards,
     trainer_memory,
     work_in_layers,
     work_on_logits,
 )
-from treepo.planning.trainer_host import checkpoint_bytes, host_memory
-from treepo.planning.update_memory import exported_bytes
+from treepo.planning.memory.weight_sync import exported_bytes
 
 TOKENS = 1024
 SIZES: dict[str, Any] = {
@@ -135,11 +136,12 @@ def measured(cases, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[
 
 
 def compared(config: RunConfig, ranks: list[Measured]) -> Iterator[tuple[str, float, float]]:
-    """Each part of each stage: its name, what was planned, and the mean of what the stage's ranks allocated
-    (where experts are chosen unequally often, one has what another has not).
+    """Name, planned and allocated bytes of each part of each stage.
+
+    Allocated is the mean over the stage's ranks, because experts are chosen unequally often.
     """
     folder, parallel = config.model.path, config.trainer.parallel
-    *stages, update = trainer_memory(config, folder)
+    *stages, syncing = trainer_memory(config, folder)
     batch = largest_micro_batch(config, read_architecture(folder))
     per_stage = parallel.tensor * parallel.data
     for plan, shard in zip(stages, stage_shards(folder, parallel), strict=True):
@@ -158,7 +160,7 @@ def compared(config: RunConfig, ranks: list[Measured]) -> Iterator[tuple[str, fl
         }
         for name, value in planned.items():
             yield f"{plan.owner}: {name}", value, fmean(getattr(rank, name) for rank in own)
-    yield "joined", update.parts["joined tensor"], ranks[0].joined
+    yield "joined", syncing.parts["joined tensor"], ranks[0].joined
 
 
 @pytest.mark.slow
@@ -166,9 +168,7 @@ def compared(config: RunConfig, ranks: list[Measured]) -> Iterator[tuple[str, fl
 def test_every_part_is_what_ranks_allocate(
     name: str, cases, measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 15%, or 1% of the rank's whole memory where a part is small beside it: the peaks of phases are
-    taken as differences of much larger numbers.
-    """
+    """Within 15%, or 1% of the rank's memory: peaks of phases are differences of much larger numbers."""
     monkeypatch.setattr(activations, "CHUNK_BYTES", cases[name].chunk_bytes)
     rows = list(compared(cases[name].config, measured[name]))
     whole = max(plan.total for plan in trainer_memory(cases[name].config, cases[name].config.model.path))
@@ -179,7 +179,7 @@ def test_every_part_is_what_ranks_allocate(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_parameters_are_those_that_ranks_hold(name: str, cases, measured) -> None:
-    """Exactly; and weights, gradients and optimizer but for the gaps that Megatron-Core leaves."""
+    """Parameters exactly; weights, gradients and optimizer except for the gaps that Megatron-Core leaves."""
     config = cases[name].config
     parallel = config.trainer.parallel
     per_stage = parallel.tensor * parallel.data
@@ -197,10 +197,11 @@ def test_parameters_are_those_that_ranks_hold(name: str, cases, measured) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.saves])
 def test_checkpoint_and_export_are_as_large_as_planned(name: str, cases, measured) -> None:
-    """But for the files' headers; and so is the host's copy while it is written, of all ranks together."""
+    """Except for the files' headers. The host's copy of all ranks while they save is as planned, too."""
     config = cases[name].config
     first, *_ = ranks = measured[name]
-    copied = host_memory(config, config.model.path).parts["checkpoint being written"]
+    *stages, _ = trainer_memory(config, config.model.path)
+    copied = trainer_node(config, config.model.path, stages).parts["checkpoint being written"]
     assert copied == pytest.approx(sum(rank.copied for rank in ranks), rel=0.02)
     assert checkpoint_bytes(config, config.model.path) == pytest.approx(first.checkpoint, rel=0.02)
     assert exported_bytes(config, config.model.path) == pytest.approx(first.export, rel=0.01)

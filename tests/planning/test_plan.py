@@ -1,4 +1,4 @@
-"""`treepo plan`: what fits is planned to the last second, what does not ends with layouts that do."""
+"""`treepo plan`: a run that fits is planned in full, one that does not ends with layouts that do."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,10 @@ from treepo.config.load import load_config
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 from treepo.planning.fit import fit
-from treepo.planning.model import model_folder
-from treepo.planning.plan import Plan, make_plan
+from treepo.planning.plan import Plan, make_plan, model_folder
 
 QWEN3_8B = "examples/models/qwen3-8b.yaml"
-SMALL = (  # a step that is soon sampled
+SMALL = (  # a step that is sampled quickly
     "data.prompts_per_step=8",
     "learning.mini_batches=1",
     "reward.overlong_buffer_tokens=64",
@@ -30,7 +29,7 @@ TOO_LARGE = ("trainer.parallel.tensor=1", "trainer.parallel.data=8", "trainer.re
 
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples name their architectures from there."""
+    """Examples name their architectures relative to the repository."""
     monkeypatch.chdir(ROOT)
 
 
@@ -38,8 +37,8 @@ def config_of(*overrides: str) -> RunConfig:
     return load_config(Path(QWEN3_8B), [*SMALL, *overrides])
 
 
-def silent(doing: str) -> None:
-    del doing
+def silent(work: str) -> None:
+    del work
 
 
 def planned(*overrides: str) -> Plan:
@@ -50,13 +49,13 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["plan", QWEN3_8B, *SMALL, *arguments])
 
 
-def test_what_fits_is_planned_in_full() -> None:
+def test_a_run_that_fits_is_planned_in_full() -> None:
     plan = planned()
     assert plan.fit.problem is None
     assert plan.parameters == 8_190_735_360
     assert plan.step is not None
     assert plan.sampling is not None
-    assert list(plan.step.phases) == ["sample", "score", "train", "optimizer", "update"]
+    assert list(plan.step.phases) == ["sample", "log_probs", "train", "optimizer", "weight_sync"]
     assert plan.step.seconds == pytest.approx(sum(phase.seconds for phase in plan.step.phases.values()))
     assert plan.sampling.leaf_tokens > plan.sampling.decoded_tokens > 0
     assert not plan.proposals
@@ -76,7 +75,7 @@ def test_every_proposal_fits_and_is_another_idea() -> None:
     assert len({frozenset(idea) for idea in ideas}) == 3
 
 
-def test_another_way_for_the_weights_is_proposed() -> None:
+def test_another_transport_is_proposed() -> None:
     plan = planned("weights.transport=broadcast")
     assert plan.proposals[0].overrides == ("weights.transport=colocated",)
 
@@ -99,7 +98,7 @@ def test_more_processes_of_this_machine_need_more_of_its_memory() -> None:
         (["plan.node_memory_gib=100"], "host memory of a node: needs"),
         (
             ["plan.devices_per_node=2"],
-            "need 8 GPUs and 12 CPUs, 4 of the GPUs on one node; nodes of 2 do not hold that",
+            "need 8 GPUs and 12 CPUs, 4 of the GPUs on one node; no number of nodes with 2 GPUs holds that",
         ),
         (["weights.transport=broadcast"], "NCCL takes one process a GPU"),
         (["plan.devices_per_node=4", "engine.memory_fraction=0.8"], "weights.transport = colocated"),
@@ -128,7 +127,7 @@ def test_exit_codes_and_the_document() -> None:
     assert refused["assumed"]["device"] == "h100"
 
 
-def test_what_is_printed_says_whether_it_fits() -> None:
+def test_the_terminal_says_whether_the_run_fits() -> None:
     fits, too_large = run(), run(*TOO_LARGE)
     assert "8,190,735,360 parameters, 8 x h100 on 1 node of 8" in fits.stdout
     assert "It fits." in fits.stdout
@@ -136,7 +135,7 @@ def test_what_is_printed_says_whether_it_fits() -> None:
     assert "The nearest that fit:" in too_large.stdout
 
 
-def test_a_model_that_is_not_at_hand_needs_its_shape() -> None:
+def test_a_model_that_is_not_downloaded_needs_its_shape() -> None:
     with pytest.raises(ConfigError, match=r"models/Qwen3-8B has no config\.json"):
         planned("plan.architecture=null")
     with pytest.raises(ConfigError, match=r"plan\.architecture: examples has no config\.json"):

@@ -1,4 +1,4 @@
-"""Shards of any layout, built without memory: exact counts, and no layout that loses or repeats a tensor."""
+"""Shards of any layout, built without memory: exact counts, no tensor lost or repeated."""
 
 import random
 from dataclasses import replace
@@ -80,7 +80,7 @@ def random_layout(rng: random.Random, experts: bool) -> ParallelConfig:
 
 
 def counted_by_transformers(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Tensors as they are saved: transformers' experts are fused while they compute."""
+    """Tensors as they are saved: transformers fuses experts for computing."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     shapes: dict[str, tuple[int, ...]] = {}
@@ -102,8 +102,9 @@ def counted_by_transformers(folder: Path) -> dict[str, tuple[int, ...]]:
 def test_shards_of_random_layouts_are_the_model_of_transformers(
     kind: str, tied: bool, tmp_path: Path
 ) -> None:
-    """Ranks hold each parameter once, apart from what is on all of them by design: norms, router, the second
-    end's copy of tied embeddings, the vocabulary's padding.
+    """Ranks together hold each parameter once.
+
+    By design not: norms and router, the last stage's copy of tied embeddings, the vocabulary's padding.
     """
     architecture = read_architecture(write_config(kind, tied, tmp_path))
     expected = counted_by_transformers(tmp_path)
@@ -130,7 +131,7 @@ def test_shards_of_random_layouts_are_the_model_of_transformers(
         assert held == total + rows + replicated, parallel
 
 
-def test_a_thousand_ranks_of_a_large_model_and_none_left_behind(tmp_path: Path) -> None:
+def test_a_thousand_fake_ranks_leave_nothing_behind(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {
         "hidden_size": 8192,
         "intermediate_size": 28672,
@@ -153,7 +154,7 @@ def test_a_thousand_ranks_of_a_large_model_and_none_left_behind(tmp_path: Path) 
     assert layout_shards(architecture, ParallelConfig(pipeline=2))  # another one in the same process
 
 
-def test_tied_embeddings_are_at_both_ends(tmp_path: Path) -> None:
+def test_tied_embeddings_are_on_the_first_and_last_stage(tmp_path: Path) -> None:
     architecture = read_architecture(write_config("qwen2", True, tmp_path))
     shards = layout_shards(architecture, ParallelConfig(pipeline=4))
     names = [{each.name for each in shard.parameters} for shard in shards]
@@ -163,7 +164,7 @@ def test_tied_embeddings_are_at_both_ends(tmp_path: Path) -> None:
     assert OUTPUT not in {each.name for each in alone.parameters}
 
 
-def test_what_is_an_expert(tmp_path: Path) -> None:
+def test_experts_are_marked_and_divided(tmp_path: Path) -> None:
     architecture = read_architecture(write_config("qwen3_moe", False, tmp_path))
     (shard,) = layout_shards(architecture, ParallelConfig(tensor=2, data=4, expert=4))
     assert expert_data_ranks(ParallelConfig(tensor=2, data=4, expert=4)) == 2
@@ -175,7 +176,7 @@ def test_what_is_an_expert(tmp_path: Path) -> None:
 
 
 def edited(shards: list[Shard], stage: int, edit) -> list[Shard]:
-    """The shards with one stage's parameters changed."""
+    """The shards with one stage's parameters edited."""
     chunks = tuple(tuple(edit(list(chunk))) for chunk in shards[stage].chunks)
     return [*shards[:stage], replace(shards[stage], chunks=chunks), *shards[stage + 1 :]]
 

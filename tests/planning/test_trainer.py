@@ -1,19 +1,19 @@
-"""What a plan of the trainer obeys at any size; that it is true is what tests/planning/test_memory.py tests."""
+"""Properties of planned trainer memory at any size; test_memory.py compares it with real ranks."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_bridge.architecture import read_architecture
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 from treepo.planning.hardware import GIB
-from treepo.planning.memory import Memory
-from treepo.planning.trainer import parameters, trainer_memory
-from treepo.planning.trainer_host import checkpoint_bytes, host_memory
-from treepo.planning.update_memory import bucket_bytes, exported_bytes
+from treepo.planning.memory.host import trainer_node
+from treepo.planning.memory.parts import Memory
+from treepo.planning.memory.trainer import checkpoint_bytes, parameter_count, trainer_memory
+from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
 
 PARAMETERS = 8_030_261_248  # Llama 3.1 8B
 
@@ -49,13 +49,18 @@ def fullest(config: RunConfig, folder: Path) -> Memory:
     return max(trainer_memory(config, folder), key=lambda memory: memory.total)
 
 
+def host(config: RunConfig, folder: Path) -> Memory:
+    *stages, _ = trainer_memory(config, folder)
+    return trainer_node(config, folder, stages)
+
+
 def test_one_rank_holds_eighteen_bytes_a_parameter(llama: Path) -> None:
     """bfloat16 weights, float32 gradients, master weights and two moments."""
     stage, update = trainer_memory(config_of(), llama)
     state = {name: stage.parts[name] for name in ("weights", "gradients", "optimizer")}
     for name, size in {"weights": 2, "gradients": 4, "optimizer": 12}.items():
         assert state[name] == pytest.approx(size * PARAMETERS, rel=1e-4)
-    assert parameters(llama) == PARAMETERS
+    assert parameter_count(llama) == PARAMETERS
     assert exported_bytes(config_of(), llama) == 2 * PARAMETERS
     assert checkpoint_bytes(config_of(), llama) == 14 * PARAMETERS
     assert {name: update.parts[name] for name in state} == state
@@ -63,7 +68,7 @@ def test_one_rank_holds_eighteen_bytes_a_parameter(llama: Path) -> None:
 
 
 def test_more_recomputation_keeps_less(llama: Path) -> None:
-    """Of attention's core alone it does so on a CPU only: FlexAttention keeps no more than its inputs."""
+    """Recomputing attention alone helps only on a CPU: FlexAttention keeps no more than its inputs."""
     for device in ("cpu", "h100"):
         full, selective, none = (
             fullest(config_of({"recompute": recompute}, plan={"device": device}), llama).parts["activations"]
@@ -95,7 +100,7 @@ def test_stages_hold_fewer_micro_batches_from_first_to_last(llama: Path) -> None
 
 
 def test_logits_are_bounded_whatever_the_pack(llama: Path) -> None:
-    """512 MiB of float32 logits at once, with what their gradient takes."""
+    """512 MiB of float32 logits at once, and their gradient."""
     trainer = {"parallel": {"pipeline": 4}, "recompute": "full", "max_tokens_per_pack": 65536}
     *_, last, _ = trainer_memory(config_of(trainer), llama)
     hidden = 65536 * 4096 * 2
@@ -103,29 +108,29 @@ def test_logits_are_bounded_whatever_the_pack(llama: Path) -> None:
 
 
 def test_host_memory_is_of_the_fullest_node(llama: Path) -> None:
-    """Rank 0's has the weights that go out, too; a reference is two copies while it scores."""
+    """Rank 0's node also has the outgoing weights; a reference is two copies while it computes."""
     parallel = {"tensor": 4, "data": 4}
-    plain = host_memory(config_of({"parallel": parallel}), llama)
-    assert plain.parts["weights on their way out"] == 4 * GIB  # one file of an exported folder
+    plain = host(config_of({"parallel": parallel}), llama)
+    assert plain.parts["outgoing weights"] == 4 * GIB  # one file of an exported folder
     assert plain.parts["checkpoint being written"] == pytest.approx(
         8 * (2 + 12 / 4) * PARAMETERS / 4, rel=1e-3
     )
-    kl = host_memory(config_of({"parallel": parallel}, learning={"kl_coefficient": 0.1}), llama)
+    kl = host(config_of({"parallel": parallel}, learning={"kl_coefficient": 0.1}), llama)
     assert kl.parts["reference weights"] == pytest.approx(8 * 2 * 2 * PARAMETERS / 4, rel=1e-3)
-    none = host_memory(config_of({"parallel": parallel}, checkpoint={"every": None}), llama)
+    none = host(config_of({"parallel": parallel}, checkpoint={"every": None}), llama)
     assert "checkpoint being written" not in none.parts
 
 
-def test_buckets_are_on_the_device_only_where_they_are_broadcast(llama: Path) -> None:
-    """Two of 256 MiB but for the vocabulary, whose tensors are larger."""
+def test_buckets_are_on_the_device_only_if_they_are_broadcast(llama: Path) -> None:
+    """Two of 256 MiB, except that the vocabulary's tensors are larger."""
     broadcast = config_of(weights={"transport": "broadcast"})
     size = bucket_bytes(broadcast, read_architecture(llama))
     table = 128256 * 4096 * 2
     assert table < size <= 2 * table
     assert trainer_memory(broadcast, llama)[-1].parts["weight buckets"] == size
     assert "weight buckets" not in trainer_memory(config_of(), llama)[-1].parts
-    parts = host_memory(broadcast, llama).parts
-    assert parts["weights on their way out"] == 4 * GIB
+    parts = host(broadcast, llama).parts
+    assert parts["outgoing weights"] == 4 * GIB
 
 
 def test_experts_are_sharded_over_the_ranks_that_hold_the_same(tmp_path: Path) -> None:
@@ -147,6 +152,29 @@ def test_experts_are_sharded_over_the_ranks_that_hold_the_same(tmp_path: Path) -
     assert together.parts["weights"] - apart.parts["weights"] == pytest.approx(2 * experts * 7 / 8, rel=1e-3)
     # A rank has the optimizer state of an eighth of the experts either way.
     assert together.parts["optimizer"] == pytest.approx(apart.parts["optimizer"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gib", "tolerance"),
+    # The flat pack attends by torch's flash attention, which keeps a little more than FlexAttention.
+    [(11520, 27.716, 0.01), (20736, 40.089, 0.01), (28672, 52.060, 0.03)],
+    ids=["tree of 16 leaves", "tree that branches into 8 at once", "flat"],
+)
+def test_peaks_are_those_of_an_h200(tokens: int, gib: float, tolerance: float, tmp_path: Path) -> None:
+    """benchmarks/gpu/train_step.py, 2026-11-27: the 0.5B shape without Transformer Engine, one pack."""
+    Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+    ).save_pretrained(tmp_path)
+    trainer = {"recompute": "none", "max_tokens_per_pack": tokens}
+    data = {"train": "unused", "prompts_per_step": 64, "max_prompt_tokens": 256}
+    config = config_of(trainer, data=data, sampling={"max_response_tokens": 1536}, plan={"device": "h200"})
+    stage, _ = trainer_memory(config, tmp_path)
+    assert stage.total / GIB == pytest.approx(gib, rel=tolerance)
 
 
 def test_a_layout_that_does_not_divide_is_one_line(llama: Path) -> None:

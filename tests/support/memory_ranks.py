@@ -1,4 +1,4 @@
-"""What one rank of the trainer really allocates, part by part, in real Megatron-Core ranks on CPU."""
+"""Allocations of real Megatron-Core trainer ranks on CPU, part by part."""
 
 import time
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ _SETTLE_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """packs: of each replica, all alike. saves: a folder's name, where it also writes."""
+    """packs: of each replica, all alike. saves: name of the folder it also saves to, if any."""
 
     config: RunConfig
     packs: int = 2
@@ -31,12 +31,12 @@ class MemoryCase:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of one rank. parameters: elements by name, as the families' tables have them.
+    """Bytes of one rank; all but the state are peaks.
 
-    kept: at most, of activations of all micro-batches in flight and their packs. logits, work: the most
-    beyond what is kept while logits and loss are computed and differentiated, and in the backward pass of the
-    layers; fullest: the most of all at once. joined: the most while the weights are gathered for an update.
-    copied: the most while a checkpoint is begun. checkpoint, export: what was written.
+    parameters: elements, by the names of the families' tables. kept: activations of all micro-batches in
+    flight and their packs. logits, work: beyond `kept`, from logits to loss and back, and in the layers'
+    backward pass. fullest: everything at once. joined: while weights are gathered for a sync. copied: while a
+    checkpoint is begun. checkpoint, export: sizes of the written files.
     """
 
     parameters: dict[str, int]
@@ -55,7 +55,7 @@ class Measured:
 
 
 def chain(tokens: int) -> Pack:
-    """One trajectory as long as the pack, all of it trained but the first token."""
+    """One trajectory that fills the pack; all its tokens but the first are trained."""
     index = np.arange(tokens, dtype=np.int32)
     trained = np.ones(tokens)
     trained[0] = 0.0
@@ -78,7 +78,7 @@ def chain(tokens: int) -> Pack:
 
 
 def measure(case: MemoryCase, layout: ParallelConfig, rank: int, store, folder: Path) -> list[Measured]:
-    """Every rank's, in their order. Memory is that of the second step: the first one makes the moments."""
+    """All ranks' memory, in their order, in the second step: the first one creates the optimizer state."""
     del layout
     from megatron_bridge import log_prob
     from megatron_bridge.trainer import MegatronTrainer
@@ -90,21 +90,21 @@ def measure(case: MemoryCase, layout: ParallelConfig, rank: int, store, folder: 
     )
     packs = [chain(config.trainer.max_tokens_per_pack)] * case.packs
     trainer.train_step(packs, 1.0, 1e3)
-    live, update = _Phases(), LiveBytes()
+    live, sync = _Phases(), LiveBytes()
     with live.watching(trainer):
         trainer.train_step(packs, 1.0, 1e3)
-    with update:
+    with sync:
         for _ in trainer.tensors():
             pass
     written = _written(trainer, folder / case.saves) if case.saves else (0, 0, 0)
-    everyone: list[Measured] = [_measured(trainer, live, update, written)] * ranks
+    everyone: list[Measured] = [_measured(trainer, live, sync, written)] * ranks
     torch.distributed.all_gather_object(everyone, everyone[0])
     trainer.close()
     return everyone
 
 
 class _Phases(LiveBytes):
-    """The peaks of a step's phases, each over what was alive when it began and stays so."""
+    """Peaks of a step's phases, each above the memory that was alive when it began and stays alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class _Phases(LiveBytes):
         finalize, handles = module.finalize_model_grads, []
 
         def layers_done(_norm, inputs: tuple[Tensor]) -> None:
-            """Their output belongs to what comes after them."""
+            """The layers' output counts for the phase after them."""
             self._settle()
             base = self.live - inputs[0].untyped_storage().nbytes()
             self._begin("logits", base)
@@ -149,7 +149,7 @@ class _Phases(LiveBytes):
                 handle.remove()
 
     def _settle(self) -> None:
-        """Wait until nothing more goes: gloo's threads hold what they have sent until they come to let go."""
+        """Waits until memory is steady: gloo's threads hold what they sent until they get to free it."""
         seen = -1
         while seen != self.live:
             seen = self.live
@@ -165,7 +165,7 @@ class _Phases(LiveBytes):
 
 
 def _written(trainer, folder: Path) -> tuple[int, int, int]:
-    """What is copied for a training checkpoint, and the sizes of its tensors and of an exported folder's."""
+    """Bytes copied for a training checkpoint, and the sizes of its tensors and of an exported folder's."""
     copying = LiveBytes()
     with copying:
         trainer.save(folder / "checkpoint", {})
@@ -176,7 +176,7 @@ def _written(trainer, folder: Path) -> tuple[int, int, int]:
     return copying.peak, checkpoint, export
 
 
-def _measured(trainer, live: _Phases, update: LiveBytes, written: tuple[int, int, int]) -> Measured:
+def _measured(trainer, live: _Phases, sync: LiveBytes, written: tuple[int, int, int]) -> Measured:
     from megatron.core import parallel_state
     from megatron.core.optimizer import ChainedOptimizer
 
@@ -186,7 +186,7 @@ def _measured(trainer, live: _Phases, update: LiveBytes, written: tuple[int, int
     optimizer = trainer._optimizer
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     masters = [value for part in parts for group in part.optimizer.param_groups for value in group["params"]]
-    moments = [
+    state = [
         value
         for part in parts
         for values in part.optimizer.state.values()
@@ -199,17 +199,17 @@ def _measured(trainer, live: _Phases, update: LiveBytes, written: tuple[int, int
         {name: parameter.numel() for name, parameter in named.items()},
         sum(weights.values()),
         sum(_storages(parameter.main_grad for parameter in named.values()).values()),
-        sum(size for key, size in _storages([*masters, *moments]).items() if key not in weights),
+        sum(size for key, size in _storages([*masters, *state]).items() if key not in weights),
         sum(_storages(buffers).values()),
         live.kept,
         live.logits,
         live.work,
         live.fullest,
-        update.peak,
+        sync.peak,
         *written,
     )
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of every storage, each once."""
+    """Bytes of each storage by its address."""
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

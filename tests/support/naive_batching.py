@@ -1,22 +1,23 @@
-"""Continuous batching one step after another, as slowly as it can be written; the cache never fills."""
+"""Continuous batching step by step, naively; the cache never fills."""
 
 import asyncio
 from dataclasses import dataclass
 
 import numpy as np
 
-from treepo.planning.simulation.rates import Line, Prefill
+from treepo.planning.simulation.rates import Prefill
 from treepo.protocols import GenerateOutput, GenerateRequest
 
 
 @dataclass(frozen=True)
 class StatedRates:
-    """A step is bound by reading or by computing; which of the two changes as contexts grow."""
+    """A step is bound by reading or by computing, depending on the contexts' length."""
 
     latency: float = 0.0
 
-    def decode(self, requests: int) -> list[Line]:
-        return [Line(0.01, 3e-5), Line(0.002 + 0.0015 * requests, 1e-5), Line(0.012, 0.0)]
+    def decode(self, requests: int, kv_tokens: np.ndarray) -> np.ndarray:
+        reading, computing = 0.01 + 3e-5 * kv_tokens, 0.002 + 0.0015 * requests + 1e-5 * kv_tokens
+        return np.maximum(np.maximum(reading, computing), 0.012)
 
     def prefill(self, batch: Prefill) -> float:
         return 0.005 + 1e-4 * batch.new + 1e-6 * batch.pairs + 1e-5 * batch.context + 1e-3 * batch.requests
@@ -30,7 +31,7 @@ class Request:
 
 
 class NaiveEngine:
-    """Caches every prefix of what it has computed; a token a step for each request."""
+    """Caches every prefix it has computed; decodes one token a step for each request."""
 
     def __init__(self, rates: StatedRates) -> None:
         self.rates = rates
@@ -58,7 +59,7 @@ class NaiveEngine:
             else:
                 kv = sum(len(item.request.context) + item.made for item in running)
                 batch, running = running, []
-                await asyncio.sleep(max(line.at(kv) for line in self.rates.decode(len(batch))))
+                await asyncio.sleep(float(self.rates.decode(len(batch), np.array([kv]))[0]))
                 self.steps += 1
             for item in batch:
                 item.made += 1

@@ -1,4 +1,4 @@
-"""`treepo plan`: what a training run will need, worked out without a GPU."""
+"""`treepo plan`: the needs of a training run, worked out without a GPU."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,16 +17,16 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
-    """What a training run will need and how long its steps take, worked out without a GPU or the weights.
+    """Work out a run's memory and the time of its steps, without a GPU or the weights.
 
-    Exit code 2 where it does not fit; the nearest layouts that do are named.
+    Exit code 2 if it does not fit; the nearest layouts that do are named.
     """
     run_config = load_config(config, overrides or [])
     from treepo.display.plan import plan_progress, show_plan
     from treepo.planning import plan as planning
 
-    with plan_progress(errors) as doing:
-        made = planning.make_plan(run_config, doing)
+    with plan_progress(errors) as report:
+        made = planning.make_plan(run_config, report)
     if as_json:
         output.print_json(data=planning.as_json(made))
     else:

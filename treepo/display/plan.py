@@ -1,4 +1,4 @@
-"""What a person sees of `treepo plan`: memory by part, the step by phase, and whether it fits."""
+"""`treepo plan` on a terminal: memory by part, the step by phase, and whether the run fits."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,24 +10,24 @@ from rich.table import Table
 
 from treepo.display.live import live_progress
 from treepo.planning.hardware import GIB
-from treepo.planning.memory import Memory
+from treepo.planning.memory.parts import Memory
 from treepo.planning.plan import Plan
 
 
 @contextmanager
 def plan_progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """Says what is being worked out where the output is live."""
+    """Shows the work in progress on a live terminal."""
     progress = live_progress(console, SpinnerColumn(), TextColumn("{task.description}"))
     task = progress.add_task("", total=None)
     with progress:
-        yield lambda doing: progress.update(task, description=doing)
+        yield lambda work: progress.update(task, description=work)
 
 
 def show_plan(console: Console, name: str, plan: Plan) -> None:
-    """Everything; the last lines say whether it fits, and what would."""
+    """Prints everything; the last lines say whether the run fits, or which layouts would."""
     _show_run(console, name, plan)
     if plan.fit.device.name == "cpu":
-        console.print("Memory is this machine's, rates are assumed ones of a common server's core.")
+        console.print("Memory is this machine's; rates are assumed, those of one core of a common server.")
     _show_memory(console, plan)
     if plan.step is not None:
         _show_step(console, plan)
@@ -42,10 +42,11 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.expert > 1:
         layout.append(f"expert {parallel.expert}")
-    where = f"{_count(fitted.places.devices, 'process', 'es')} on this machine"
+    devices = fitted.footprint.devices
+    where = f"{_count(devices, 'process', 'es')} on this machine"
     if fitted.device.name != "cpu":
-        nodes = _count(fitted.places.nodes, "node")
-        where = f"{fitted.places.devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
+        nodes = _count(fitted.footprint.nodes, "node")
+        where = f"{devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
     console.print(
         f"[bold]{escape(name)}[/bold]: {plan.parameters:,} parameters, {where}",
         highlight=False,
@@ -67,7 +68,7 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
 
 def _show_memory(console: Console, plan: Plan) -> None:
     fitted, engine = plan.fit, plan.fit.engine
-    _memory_table(console, "Trainer: each device at its fullest", fitted.trainer)
+    _memory_table(console, "Trainer: each device at its peak", fitted.trainer)
     _memory_table(console, "Engine: each device", [engine.memory])
     console.print(
         f"The cache holds {engine.kv_tokens:,} tokens: {engine.expected_trees:,} trees of the expected "
@@ -85,7 +86,7 @@ def _show_memory(console: Console, plan: Plan) -> None:
 
 
 def _memory_table(console: Console, title: str, memories: Sequence[Memory]) -> None:
-    """A column for each; where there is one, its notes beside it."""
+    """A column for each process; a single one has its notes beside it."""
     table = Table(title=title, title_justify="left", pad_edge=False)
     table.add_column("")
     for memory in memories:
@@ -105,7 +106,7 @@ def _memory_table(console: Console, title: str, memories: Sequence[Memory]) -> N
 
 
 def _heading(memory: Memory) -> str:
-    """The owner without what the table's title says."""
+    """The owner without words of the table's title."""
     return memory.owner.removeprefix("trainer, ").removeprefix("pipeline ")
 
 
@@ -118,19 +119,19 @@ def _show_step(console: Console, plan: Plan) -> None:
     table.add_column("s", justify="right")
     table.add_column("how", style="dim")
     for name, phase in step.phases.items():
-        table.add_row(name, f"{phase.seconds:,.1f}", escape(phase.note))
+        table.add_row(name.replace("_", " "), f"{phase.seconds:,.1f}", escape(phase.note))
     table.add_section()
     table.add_row(
         "all",
         f"{step.seconds:,.1f}",
         f"{step.tokens_per_second:,.0f} tokens of answers a second; "
-        f"{sampling.leaf_tokens / sampling.decoded_tokens:.2f} for each that is decoded",
+        f"{sampling.leaf_tokens / sampling.decoded_tokens:.2f} for each decoded token",
     )
     console.print(table)
     learning = plan.config.learning
     if learning.dynamic_sampling:
         console.print(
-            f"Not in it: what learning.dynamic_sampling samples again, up to {learning.max_refills} times.",
+            f"Not included: refills of learning.dynamic_sampling, at most {learning.max_refills} a step.",
             highlight=False,
         )
 
@@ -148,7 +149,7 @@ def _show_verdict(console: Console, plan: Plan) -> None:
         f"[bold red]It does not fit:[/bold red] {escape(plan.fit.problem)}", highlight=False, soft_wrap=True
     )
     if not plan.proposals:
-        console.print("No layout near it, on up to four times the devices, fits either.")
+        console.print("No similar layout on up to four times the devices fits either.")
         return
     console.print("The nearest that fit:")
     for proposal in plan.proposals:

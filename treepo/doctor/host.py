@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from treepo.doctor.check import Outcome, passed_if, skipped
-from treepo.planning.cgroup import cgroup_room
+from treepo.planning.hardware import control_group_room
 
 _GIB = 1 << 30
 _SHARED_MEMORY = _GIB
@@ -72,7 +72,7 @@ def judge_locked_memory(soft: int, adapters: list[str]) -> Outcome:
 def memory() -> Outcome:
     """Free host memory, within the limits of the container or job."""
     host = psutil.virtual_memory()
-    return judge_memory(min([host.available, *cgroup_room()]), host.total)
+    return judge_memory(min([host.available, *control_group_room()]), host.total)
 
 
 def judge_memory(available: int, total: int) -> Outcome:

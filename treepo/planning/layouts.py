@@ -1,14 +1,15 @@
-"""Other layouts of the same run, the nearest first: what to try where the one asked for does not fit.
+"""Other layouts of the same run, nearest first: what to try if the configured one does not fit.
 
-A neighbour has the same model, batch and lengths. It differs in tensor, pipeline and expert parallelism,
-recomputation, pack size, the engines' tensor parallelism and their share of memory, on the same devices or on
-two or four times as many; data parallelism and the number of engines follow.
+A neighbour keeps the model, the batch and the lengths. It changes tensor, pipeline and expert parallelism,
+recomputation, pack size, the engines' tensor parallelism and share of memory, and a transport that cannot
+work, on the same devices or on two or four times as many. Data parallelism and the number of engines follow.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import log2
+from operator import attrgetter
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -17,18 +18,17 @@ from megatron_bridge.architecture import Architecture, check_layout
 from treepo.config.run import RunConfig
 from treepo.config.weights import WeightsConfig
 from treepo.errors import ConfigError
-from treepo.planning.places import places
-from treepo.planning.update_problem import update_problem
+from treepo.planning.nodes import footprint, transport_problem
 
 _RECOMPUTE = ("none", "selective", "full")
 _FRACTIONS = (0.6, 0.7, 0.8, 0.9)
 _SMALL_STEP = 0.5  # another recomputation, pack size or memory share is less than a doubling of parallelism
-_MORE_DEVICES = 3.0  # a doubling of the devices: only where nothing fits on those that there are
+_MORE_DEVICES = 3.0  # a doubling of the devices is the last resort
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """changes: dotted keys and their new values; derived: those that follow from them."""
+    """changes: dotted keys and their new values. derived: keys that follow from them."""
 
     config: RunConfig
     changes: Mapping[str, Any]
@@ -36,16 +36,16 @@ class Neighbour:
 
     @property
     def overrides(self) -> list[str]:
-        """As they are written on the command line."""
+        """Both, as overrides on the command line."""
         return [f"{key}={value}" for key, value in {**self.changes, **self.derived}.items()]
 
     def goes_beyond(self, other: "Neighbour") -> bool:
-        """Whether all that `other` changes is changed here too."""
+        """Whether everything that `other` changes is changed here too."""
         return self.changes.keys() >= other.changes.keys()
 
 
 def neighbours(config: RunConfig, architecture: Architecture) -> Iterator[Neighbour]:
-    """Valid ones in the order of their distance, `config` itself left out."""
+    """Valid layouts by their distance from `config`, which is left out."""
     points = sorted(_points(config, architecture), key=lambda point: point[0])
     for _, point in points:
         neighbour = _neighbour(config, architecture, point)
@@ -58,17 +58,17 @@ def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[flo
     parallel, engine = config.trainer.parallel, config.engine
     fraction = engine.memory_fraction
     shortest_pack = config.data.max_prompt_tokens + config.sampling.max_response_tokens
-    on_a_node = _powers_of_two(config.plan.devices_per_node)
+    in_a_node = _powers_of_two(config.plan.devices_per_node)
     choices: dict[str, tuple[Any, Iterable[Any]]] = {
         "devices": (1, (1, 2, 4)),
-        "trainer.parallel.tensor": (parallel.tensor, on_a_node),
+        "trainer.parallel.tensor": (parallel.tensor, in_a_node),
         "trainer.parallel.pipeline": (parallel.pipeline, _powers_of_two(architecture.dimensions.layers)),
         "trainer.parallel.expert": (parallel.expert, _powers_of_two(architecture.dimensions.experts or 1)),
         "trainer.recompute": (config.trainer.recompute, _RECOMPUTE),
         "trainer.max_tokens_per_pack": (config.trainer.max_tokens_per_pack, (shortest_pack,)),
-        "engine.tensor": (engine.tensor, on_a_node),
-        # Written out where it was: SGLang's own choice follows the device.
-        "weights.transport": (config.weights.transport, _open_ways(config)),
+        "engine.tensor": (engine.tensor, in_a_node),
+        "weights.transport": (config.weights.transport, _other_transports(config)),
+        # Only if it is configured: SGLang's own choice already follows the device.
         "engine.memory_fraction": (fraction, [more for more in _FRACTIONS if fraction and more > fraction]),
     }
     values = [sorted({now, *others}, key=str) for now, others in choices.values()]
@@ -78,12 +78,12 @@ def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[flo
         yield distance, point
 
 
-def _open_ways(config: RunConfig) -> list[str]:
-    """Other transports, where that of the configuration cannot be used."""
-    if update_problem(config, places(config)) is None:
+def _other_transports(config: RunConfig) -> list[str]:
+    """Transports to try, if the configured one cannot reach the engines."""
+    if transport_problem(config, footprint(config)) is None:
         return []
-    ways = get_args(WeightsConfig.model_fields["transport"].annotation)
-    return [way for way in ways if way != config.weights.transport]
+    transports = get_args(WeightsConfig.model_fields["transport"].annotation)
+    return [transport for transport in transports if transport != config.weights.transport]
 
 
 def _distance(key: str, now: Any, then: Any) -> float:
@@ -99,7 +99,7 @@ def _distance(key: str, now: Any, then: Any) -> float:
 
 
 def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str, Any]) -> Neighbour | None:
-    """None where the settings do not divide the model, the batch or the devices."""
+    """None if the settings do not divide the model, the batch or the devices."""
     parallel, engine, factor = config.trainer.parallel, config.engine, point["devices"]
     tensor, pipeline = point["trainer.parallel.tensor"], point["trainer.parallel.pipeline"]
     ranks, engine_devices = parallel.ranks * factor, engine.count * engine.tensor * factor
@@ -107,15 +107,15 @@ def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str
         return None
     settings = {key: value for key, value in point.items() if key != "devices"}
     data = {"trainer.parallel.data": ranks // (tensor * pipeline)}
-    follow = {"engine.count": engine_devices // point["engine.tensor"]}
-    if factor > 1:  # what the further devices are for
+    derived = {"engine.count": engine_devices // point["engine.tensor"]}
+    if factor > 1:  # the purpose of the further devices
         settings |= data
     else:
-        follow |= data
+        derived |= data
     if pipeline == 1:
-        follow["trainer.parallel.virtual_pipeline"] = 1
+        derived["trainer.parallel.virtual_pipeline"] = 1
     values = config.model_dump()
-    for key, value in {**settings, **follow}.items():
+    for key, value in {**settings, **derived}.items():
         *parents, last = key.split(".")
         section = values
         for parent in parents:
@@ -126,18 +126,11 @@ def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str
         check_layout(architecture, other.trainer.parallel)
     except (ValidationError, ConfigError):
         return None
-    return Neighbour(other, _changed(config, settings), _changed(config, follow))
+    return Neighbour(other, _changed(config, settings), _changed(config, derived))
 
 
 def _changed(config: RunConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if _value(config, key) != value}
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+    return {key: value for key, value in settings.items() if attrgetter(key)(config) != value}
 
 
 def _powers_of_two(most: int) -> list[int]:

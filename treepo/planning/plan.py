@@ -1,4 +1,6 @@
-"""What a run will need and how fast it will be, without a GPU; and where it does not fit, what would."""
+"""What a run will need and how fast it will be, worked out without a GPU; if it does not fit, layouts that
+do.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,24 +10,23 @@ from typing import Any
 
 from megatron_bridge.architecture import read_architecture
 from treepo.config.run import RunConfig
+from treepo.errors import ConfigError
 from treepo.planning.fit import Fit, fit
 from treepo.planning.layouts import Neighbour, neighbours
-from treepo.planning.memory import Memory
-from treepo.planning.model import model_folder
-from treepo.planning.sampling import Sampling, simulate
-from treepo.planning.step import StepTime, step_time
-from treepo.planning.trainer import parameters
-from treepo.planning.trainer_host import checkpoint_bytes
-from treepo.planning.update_memory import exported_bytes
+from treepo.planning.memory.parts import Memory
+from treepo.planning.memory.trainer import checkpoint_bytes, parameter_count
+from treepo.planning.memory.weight_sync import exported_bytes
+from treepo.planning.speed.sampling import Sampling, simulate
+from treepo.planning.speed.step import StepTime, step_time
 
 _PROPOSALS = 3
 _SEARCH_SECONDS = 20.0
-_SAMPLED = ("seconds", "decoded_tokens", "leaf_tokens", "mean_batch", "peak_tokens")  # the trees left out
+_SAMPLED = ("seconds", "decoded_tokens", "leaf_tokens", "mean_batch", "peak_tokens")  # all but the trees
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Another layout of the same run that fits. fullest: the limit that it comes nearest to, in words."""
+    """Another layout of the same run that fits. fullest: its limit nearest to being reached, in words."""
 
     overrides: tuple[str, ...]
     fullest: str
@@ -33,9 +34,11 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """architecture: the folder whose config.json was read. checkpoint, exported: bytes of a training
-    checkpoint and of a Hugging Face folder. sampling, step: None where the run does not fit: it has no speed
-    then. proposals: only then, as many as were found.
+    """Everything that `treepo plan` shows.
+
+    architecture: the folder whose config.json was read. checkpoint, exported: bytes of a training checkpoint
+    and of a Hugging Face folder. sampling, step: None if the run does not fit. proposals: only then, as many
+    as were found.
     """
 
     config: RunConfig
@@ -49,24 +52,24 @@ class Plan:
     proposals: tuple[Proposal, ...]
 
 
-def make_plan(config: RunConfig, doing: Callable[[str], None]) -> Plan:
-    """Within a minute. doing: told what is being worked out. Raises ConfigError, ModelError."""
+def make_plan(config: RunConfig, report: Callable[[str], None]) -> Plan:
+    """Plans within a minute. report: told the work in progress. Raises ConfigError or ModelError."""
     folder = model_folder(config)
-    doing("build the model without memory")
+    report("build the model without memory")
     fitted = fit(config, folder)
     sampling = step = None
     proposals: tuple[Proposal, ...] = ()
     if fitted.problem is None:
-        doing("sample a step on simulated engines")
+        report("sample a step on simulated engines")
         sampling = simulate(config, folder, fitted.engine)
         step = step_time(config, folder, sampling)
     else:
-        doing("look for layouts that fit")
+        report("look for layouts that fit")
         proposals = tuple(_proposals(config, folder))
     return Plan(
         config,
         folder,
-        parameters(folder),
+        parameter_count(folder),
         fitted,
         checkpoint_bytes(config, folder),
         exported_bytes(config, folder),
@@ -76,8 +79,23 @@ def make_plan(config: RunConfig, doing: Callable[[str], None]) -> Plan:
     )
 
 
+def model_folder(config: RunConfig) -> Path:
+    """The folder whose config.json a plan reads. Raises ConfigError if neither path has one."""
+    if (config.model.path / "config.json").is_file():
+        return config.model.path
+    architecture = config.plan.architecture
+    if architecture is None:
+        raise ConfigError(
+            f"model.path: {config.model.path} has no config.json; download the model, or name a folder with "
+            "its config.json in plan.architecture"
+        )
+    if not (architecture / "config.json").is_file():
+        raise ConfigError(f"plan.architecture: {architecture} has no config.json")
+    return architecture
+
+
 def _proposals(config: RunConfig, folder: Path) -> Iterator[Proposal]:
-    """The nearest layouts that fit, none of which changes more than another does."""
+    """The nearest layouts that fit, none of which changes all that another changes."""
     found: list[Neighbour] = []
     deadline = time.monotonic() + _SEARCH_SECONDS
     for neighbour in neighbours(config, read_architecture(folder)):
@@ -92,7 +110,7 @@ def _proposals(config: RunConfig, folder: Path) -> Iterator[Proposal]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The whole plan as one document; bytes and seconds."""
+    """The whole plan as one document, in bytes and seconds."""
     fitted, engine, sampling, step = plan.fit, plan.fit.engine, plan.sampling, plan.step
     return {
         "fits": fitted.problem is None,
@@ -101,8 +119,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "architecture": str(plan.architecture),
         "parameters": plan.parameters,
         "device": asdict(fitted.device),
-        "devices": fitted.places.devices,
-        "nodes": fitted.places.nodes,
+        "devices": fitted.footprint.devices,
+        "nodes": fitted.footprint.nodes,
         "trainer": [_memory(memory) for memory in fitted.trainer],
         "engine": _memory(engine.memory)
         | {

@@ -1,8 +1,8 @@
-"""Answers' lengths that are drawn instead of sampled: of an engine that decodes for real, or a simulated one.
+"""Answers whose lengths are drawn instead of sampled, from a real or a simulated engine. Lengths: response
+tokens.
 
-A path that has reached `a` response tokens ends at a length drawn from a log-normal given that it is longer
-than `a`, by the seed of its request. So every path ends as a sample of the policy would, whatever came above
-it. Lengths are in tokens of the response.
+A path of `a` response tokens ends at a length drawn from a log-normal given that it is greater than `a`, by
+the seed of its request. So every path ends as a sample of the policy would, whatever is above it.
 """
 
 import math
@@ -23,27 +23,25 @@ Ends = Callable[[GenerateRequest], int]
 
 @dataclass(frozen=True, slots=True)
 class LogNormal:
-    """Response lengths in tokens: their mean, and the standard deviation of their logarithm."""
+    """Response lengths: their mean, and the standard deviation of their logarithm."""
 
     mean: float
     sigma: float
 
     def draw(self, above: int, seed: int) -> int:
-        """A length, given that it is more than `above`. Without spread a path that is longer than the mean
-        ends with its next token.
-        """
+        """A length greater than `above`. With sigma 0 a path beyond the mean ends with its next token."""
         if self.sigma == 0:
             return max(above + 1, math.ceil(self.mean))
         centre = math.log(self.mean) - self.sigma**2 / 2
         longer = _NORMAL.cdf((centre - math.log(above)) / self.sigma) if above else 1.0
-        # Far beyond the mean the chance of being longer underflows, and with it what is drawn.
+        # Far beyond the mean the chance of being longer underflows, and the drawn chance with it.
         chance = max(rng.generator("length", seed).uniform(1e-12, 1 - 1e-12) * longer, 1e-300)
-        # Rounded up, so that a response is longer than `above` exactly where the log-normal is.
+        # Rounded up, so that a response is longer than `above` exactly if the log-normal is.
         return max(above + 1, math.ceil(math.exp(centre - self.sigma * _NORMAL.inv_cdf(chance))))
 
 
 class DrawnEnds:
-    """Ends drawn once for every seed: who asks on with the seed of an earlier request has that one's end."""
+    """`Ends` drawn once for each seed: a later request with the same seed has the same end."""
 
     def __init__(self, lengths: LogNormal) -> None:
         self._lengths = lengths
@@ -57,7 +55,7 @@ class DrawnEnds:
 
 
 class InstantEngine:
-    """Answers at once, with tokens that only the request's seed decides."""
+    """Answers at once, with tokens that depend on the request's seed alone."""
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         tokens = np.random.default_rng(request.seed).integers(0, 2**16, request.max_tokens, dtype=np.int32)
@@ -66,7 +64,7 @@ class InstantEngine:
 
 
 class ForcedLengths:
-    """An engine whose paths end where `ends` says. last_token: what they end with; as sampled where None."""
+    """An engine whose paths end where `ends` says. last_token: replaces a path's last token unless None."""
 
     def __init__(self, engine: Engine, ends: Ends, last_token: int | None = None) -> None:
         self.engine = engine

@@ -1,8 +1,7 @@
-"""A radix cache as SGLang's, without the tensors: which prefix of a context has its KV in memory.
+"""SGLang's radix cache without tensors: which prefix of a context has its KV in memory. Units: tokens.
 
-A node holds a run of tokens; a path from the root spells a prefix. Nodes that a running request is below are
-locked; of the others the leaf that was used longest ago is evicted first. Pages are of one token. Units:
-tokens.
+A node holds a run of tokens, and a path from the root spells a prefix. Nodes above a running request's last
+node are locked; of the others, the leaf that was used longest ago is evicted first. Pages have one token.
 """
 
 import heapq
@@ -33,12 +32,8 @@ class PrefixCache:
         self._evictable: list[tuple[int, int, Node]] = []  # a heap; entries may be out of date
         self._pushed = 0
 
-    @property
-    def evictable(self) -> int:
-        return self.size - self.locked
-
     def match(self, context: np.ndarray) -> tuple[Node, int]:
-        """The node where the longest cached prefix of `context` ends, and that prefix's length."""
+        """The node at which the longest cached prefix of `context` ends, and that prefix's length."""
         self._clock += 1
         node, length = self._root, 0
         while length < len(context):
@@ -53,7 +48,7 @@ class PrefixCache:
         return node, length
 
     def insert(self, context: np.ndarray) -> tuple[Node, int]:
-        """Have all of `context` in the cache. Returns its last node, and how many of its tokens were new."""
+        """Caches all of `context`. Returns its last node, and the number of its tokens that were new."""
         node, length = self.match(context)
         new = len(context) - length
         if new:
@@ -65,7 +60,7 @@ class PrefixCache:
         return node, new
 
     def lock(self, node: Node) -> None:
-        """Keep the path down to `node`."""
+        """Keeps the path down to `node`."""
         above: Node | None = node
         while above is not None and above.parent is not None:
             if above.locks == 0:
@@ -83,7 +78,7 @@ class PrefixCache:
             above = above.parent
 
     def evict(self, tokens: int) -> None:
-        """Make room for `tokens` more, whole leaves at a time, as far as that is possible."""
+        """Frees at least `tokens` if that many are unlocked, whole leaves at a time."""
         left = tokens
         while left > 0 and self._evictable:
             used, _, node = heapq.heappop(self._evictable)
@@ -91,7 +86,7 @@ class PrefixCache:
             if parent is None or node.used != used or node.locks or node.children:
                 continue
             del parent.children[int(node.tokens[0])]
-            node.parent = None  # later entries of it are out of date
+            node.parent = None  # its later entries are out of date
             self.size -= len(node.tokens)
             left -= len(node.tokens)
             self._offer(parent)
@@ -106,7 +101,7 @@ class PrefixCache:
             heapq.heappush(self._evictable, (node.used, self._pushed, node))
 
     def _split(self, node: Node, length: int) -> Node:
-        """A node of its first `length` tokens is put above it."""
+        """Moves the node's first `length` tokens to a new node above it."""
         assert node.parent is not None
         upper = Node(node.tokens[:length], node.parent, locks=node.locks, used=node.used)
         upper.children[int(node.tokens[length])] = node
@@ -116,7 +111,7 @@ class PrefixCache:
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:
-    """Tokens that both begin with."""
+    """Length of the common prefix."""
     length = min(len(first), len(second))
     different = first[:length] != second[:length]
     at = int(different.argmax()) if length else 0

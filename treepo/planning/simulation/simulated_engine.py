@@ -1,12 +1,15 @@
 """SGLang without a model: continuous batching and a radix cache, in virtual time.
 
-What is modelled: requests that have arrived are prefilled together before the next decoding step, as far as
-there is room; one step decodes a token for every running request; a finished request's tokens but the last
-stay in the cache until their room is needed; where a step has no room, the request that has least is put off
-and prefilled once more. The scheduler's rules are those of SGLang 0.5.16 with the settings of
-`sglang_rollout/server.py`. What is not: chunks of one prefill (a batch may be longer than a chunk by one
-context), pages of more than one token, the slow fall of SGLang's estimate of what running requests still
-need. An event is a request that comes or ends, never a token. Lengths are those that are asked for.
+The scheduler follows SGLang 0.5.16 with the settings of `sglang_rollout/processes.py`:
+
+- Requests that have arrived are prefilled together before the next decoding step, as far as the cache has
+room. - One step decodes a token for every running request. - The tokens of a finished request but the last
+stay in the cache until their room is needed. - If a step has no room, the request with the fewest tokens is
+retracted and prefilled again later.
+
+Not modelled: chunks of one prefill (a batch may be longer than a chunk by one context), pages of more than
+one token, the slow fall of SGLang's estimate of what running requests still need. Events are requests that
+arrive or end, never single tokens. An answer is as long as its request asks for.
 """
 
 import asyncio
@@ -17,26 +20,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sglang_rollout.processes import RESERVED_TOKENS
 from treepo.errors import EngineError
 from treepo.planning.simulation.prefix_cache import Node, PrefixCache
-from treepo.planning.simulation.rates import Prefill, Rates, steps_seconds, whole_steps
+from treepo.planning.simulation.rates import Prefill, Rates
 from treepo.protocols import GenerateOutput, GenerateRequest
 
-_RESERVED_TOKENS = 64  # for what a new request may sample (sglang_rollout/server.py)
-_RESERVED_RUNNING = 7  # of those for each running one: SGLang's estimate falls to a tenth of them
+_RESERVED_FOR_RUNNING = 7  # for each running request: SGLang's estimate falls to a tenth of RESERVED_TOKENS
 _TABLE = 1 << 16
 _VOCABULARY = 4096
 
 
 @dataclass(slots=True)
 class Counts:
-    """Sums since the engine was made. steps: of decoding. request_steps: running requests, summed over them.
-    peak_tokens: most KV tokens that running requests had at one time.
+    """Sums since the engine was made.
+
+    steps: decoding steps. request_steps: running requests, summed over the steps. peak_tokens: the most KV
+    tokens of running requests at one time.
     """
 
     decoded_tokens: int = 0
     prefilled_tokens: int = 0
-    prefills: int = 0
     steps: int = 0
     request_steps: int = 0
     retractions: int = 0
@@ -45,15 +49,18 @@ class Counts:
 
     @property
     def mean_batch(self) -> float:
-        """Requests that one decoding step decodes for."""
+        """Requests in a decoding step."""
         return self.request_steps / max(self.steps, 1)
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A request. context: what is in the cache before it decodes, with the tokens that it had when it was put
-    off. made: tokens so far. own: of those, tokens whose KV no cache has yet. cached: of its context, when it
-    was prefilled last; reported: when it was prefilled first. node: the cache's, locked while it runs.
+    """A request in the engine.
+
+    context: tokens in the cache before it decodes; after a retraction, with the tokens that it had by then.
+    made: tokens so far. own: of those, tokens whose KV is in no cache yet. cached: tokens of the context that
+    the last prefill found in the cache; reported: that the first one found. node: the cache's, locked while
+    the job runs.
     """
 
     request: GenerateRequest
@@ -73,8 +80,10 @@ class _Job:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """The jobs that decode, by the step at which they end. step: number of the last one. kv: tokens that the
-    next step reads. own: of these, what is in no cache yet.
+    """The decoding jobs in a heap of (the step at which it ends, order of joining, job).
+
+    step: number of the last one. kv: tokens that the next step reads. own: of these, tokens that are in no
+    cache yet.
     """
 
     jobs: list[tuple[int, int, _Job]] = field(default_factory=list)
@@ -87,7 +96,7 @@ class _Running:
         return len(self.jobs)
 
     def join(self, job: _Job) -> None:
-        """After its prefill, which has made a token."""
+        """After the job's prefill, which has made one token."""
         self.joined += 1
         heapq.heappush(self.jobs, (self.step + job.left, self.joined, job))
         self.kv += len(job.context) + 1
@@ -97,7 +106,7 @@ class _Running:
         return self.jobs[0][0] - self.step
 
     def advance(self, steps: int) -> list[_Job]:
-        """Decode; returns who has ended."""
+        """Decodes `steps` steps and returns the jobs that have ended."""
         self.step += steps
         self.kv += steps * len(self)
         self.own += steps * len(self)
@@ -106,8 +115,8 @@ class _Running:
             ended.append(self._leave(heapq.heappop(self.jobs)))
         return ended
 
-    def put_off(self) -> _Job:
-        """The job that has least leaves."""
+    def retract(self) -> _Job:
+        """Removes the job with the fewest tokens."""
         least = min(self.jobs, key=lambda entry: len(entry[2].tokens) - (entry[0] - self.step))
         self.jobs.remove(least)
         heapq.heapify(self.jobs)
@@ -123,10 +132,10 @@ class _Running:
 
 
 class SimulatedEngine:
-    """Implements `treepo.protocols.Engine` on a virtual clock (`virtual_clock.run_virtually`).
+    """A `treepo.protocols.Engine` on a virtual clock (`virtual_clock.run_virtually`).
 
-    kv_tokens: of the cache. max_requests: that run at once. chunk_tokens: of a prefill, after which no
-    further request is added to it. Raises EngineError for a request that the cache cannot hold.
+    kv_tokens: of the cache. max_requests: that run at once. chunk_tokens: no further request joins a prefill
+    that has reached them.
     """
 
     def __init__(
@@ -138,34 +147,29 @@ class SimulatedEngine:
         self._cache = PrefixCache()
         self._waiting: deque[_Job] = deque()
         self._running = _Running()
-        self._full = False  # nothing more is admitted before a request ends
+        self._full = False  # no request is admitted before another ends
         self._serving: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None
         generator = np.random.default_rng(0)
-        self._table = generator.integers(0, _VOCABULARY, _TABLE, dtype=np.int32)
-        self._scores = -generator.random(_TABLE, dtype=np.float32)
+        self._tokens = generator.integers(0, _VOCABULARY, _TABLE, dtype=np.int32)
+        self._log_probs = -generator.random(_TABLE, dtype=np.float32)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        """Exactly `max_tokens` tokens, which only the request's seed decides."""
+        """Exactly `max_tokens` tokens, which depend on the request's seed alone.
+
+        Raises EngineError if the cache cannot hold the request.
+        """
         whole = len(request.context) + request.max_tokens
         if whole > self._kv_tokens:
             raise EngineError(f"{whole} tokens do not fit into a KV cache of {self._kv_tokens}")
         await asyncio.sleep(self._rates.latency)
         answer = asyncio.get_running_loop().create_future()
-        job = _Job(request, self._drawn(self._table, request), answer, request.context)
-        self._waiting.append(job)
+        self._waiting.append(_Job(request, _drawn(self._tokens, request), answer, request.context))
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         elif self._wake is not None and not self._full and not self._wake.done():
             self._wake.set_result(None)
         return await answer
-
-    def _drawn(self, table: np.ndarray, request: GenerateRequest) -> np.ndarray:
-        """A stretch of `table` that belongs to the request's seed; what is longer goes round."""
-        start = request.seed % _TABLE
-        if start + request.max_tokens <= _TABLE:
-            return table[start : start + request.max_tokens]
-        return np.take(table, np.arange(start, start + request.max_tokens), mode="wrap")
 
     async def _serve(self) -> None:
         while self._waiting or len(self._running):
@@ -177,7 +181,9 @@ class SimulatedEngine:
         self._serving = None
 
     def _admit(self) -> Sequence[_Job]:
-        """Waiting requests that can be prefilled together; they hold what is cached of their contexts."""
+        """Takes waiting requests that can be prefilled together, and locks the cached prefixes of their
+        contexts.
+        """
         batch: list[_Job] = []
         new = wanted = 0
         while self._waiting and new < self._chunk_tokens:
@@ -185,9 +191,9 @@ class SimulatedEngine:
             node, cached = self._cache.match(job.context[:-1])
             self._cache.lock(node)
             computed = len(job.context) - cached
-            wanted += computed + min(job.left, _RESERVED_TOKENS)
+            wanted += computed + min(job.left, RESERVED_TOKENS)
             running = len(batch) + len(self._running)
-            room = self._kv_tokens - self._cache.locked - self._running.own - _RESERVED_RUNNING * running
+            room = self._room() - _RESERVED_FOR_RUNNING * running
             if running == self._max_requests or (running and wanted >= room):
                 self._cache.unlock(node)
                 self._full = True
@@ -201,9 +207,9 @@ class SimulatedEngine:
         return batch
 
     async def _prefill(self, batch: Sequence[_Job]) -> None:
-        """Compute the contexts, and a token for each."""
+        """Computes the contexts, and one token of each job."""
         new = [len(job.context) - job.cached for job in batch]
-        self._make_room(sum(new))
+        self._evict_for(sum(new))
         work = Prefill(
             requests=len(batch),
             new=sum(new),
@@ -214,7 +220,6 @@ class SimulatedEngine:
         )
         seconds = self._rates.prefill(work)
         await asyncio.sleep(seconds)
-        self.counts.prefills += 1
         self.counts.prefilled_tokens += work.new
         self.counts.busy_seconds += seconds
         for job in batch:
@@ -231,22 +236,21 @@ class SimulatedEngine:
         self._note_peak()
 
     async def _decode(self) -> None:
-        """Steps until a request ends, comes, or has no room."""
-        running, cache = self._running, self._cache
+        """Decodes until a request ends, arrives or has no room."""
+        running = self._running
         count = len(running)
-        room = self._kv_tokens - cache.locked - running.own
+        room = self._room()
         if room < count:
-            self._put_off()
+            self._retract()
             return
         most = min(running.until_end(), room // count)
-        lines = self._rates.decode(count)
-        steps, seconds = most, steps_seconds(lines, running.kv, count, most)
-        passed = await self._sleep(seconds)
+        ends = np.cumsum(self._rates.decode(count, running.kv + count * np.arange(most)))
+        passed = await self._sleep(float(ends[-1]))
+        steps = 1 + int(np.searchsorted(ends, passed))  # the step during which a request arrived is completed
+        seconds = float(ends[steps - 1])
         if passed < seconds:
-            steps = whole_steps(lines, running.kv, count, most, passed)
-            seconds = steps_seconds(lines, running.kv, count, steps)
             await asyncio.sleep(seconds - passed)
-        self._make_room(steps * count)
+        self._evict_for(steps * count)
         self.counts.steps += steps
         self.counts.request_steps += steps * count
         self.counts.busy_seconds += seconds
@@ -256,7 +260,7 @@ class SimulatedEngine:
             self._end(job)
 
     async def _sleep(self, seconds: float) -> float:
-        """Until they have passed or a request has come; returns how many have passed."""
+        """Sleeps for `seconds` or until a request arrives; returns the seconds that have passed."""
         loop = asyncio.get_running_loop()
         start, self._wake = loop.time(), loop.create_future()
         timer = loop.call_later(seconds, _wake_up, self._wake)
@@ -266,19 +270,18 @@ class SimulatedEngine:
         return min(loop.time() - start, seconds)
 
     def _end(self, job: _Job) -> None:
-        """Answer. Its tokens but the last stay in the cache until their room is needed."""
+        """Answers the request. The KV of its tokens but the last becomes evictable."""
         assert job.node is not None
         self._cache.insert(np.concatenate([job.request.context, job.tokens[:-1]]))
         self._cache.unlock(job.node)
         self._full = False
         self.counts.decoded_tokens += len(job.tokens)
         if not job.answer.done():  # the driver may have cancelled it
-            scores = self._drawn(self._scores, job.request)
-            output = GenerateOutput(job.tokens, scores, 0, "length", job.reported)
-            job.answer.set_result(output)
+            log_probs = _drawn(self._log_probs, job.request)
+            job.answer.set_result(GenerateOutput(job.tokens, log_probs, 0, "length", job.reported))
 
-    def _put_off(self) -> None:
-        job = self._running.put_off()
+    def _retract(self) -> None:
+        job = self._running.retract()
         assert job.node is not None
         self._cache.unlock(job.node)
         job.context = np.concatenate([job.request.context, job.tokens[: job.made]])
@@ -286,8 +289,11 @@ class SimulatedEngine:
         self._full = True
         self.counts.retractions += 1
 
-    def _make_room(self, tokens: int) -> None:
-        """Evict what `tokens` more need."""
+    def _room(self) -> int:
+        """Tokens that are free or can be evicted."""
+        return self._kv_tokens - self._cache.locked - self._running.own
+
+    def _evict_for(self, tokens: int) -> None:
         free = self._kv_tokens - self._cache.size - self._running.own
         if free < tokens:
             self._cache.evict(tokens - free)
@@ -295,6 +301,14 @@ class SimulatedEngine:
     def _note_peak(self, ended: int = 0) -> None:
         held = self._cache.locked + self._running.own + ended
         self.counts.peak_tokens = max(self.counts.peak_tokens, held)
+
+
+def _drawn(table: np.ndarray, request: GenerateRequest) -> np.ndarray:
+    """The stretch of `table` that belongs to the request's seed, wrapped round at its end."""
+    start = request.seed % _TABLE
+    if start + request.max_tokens <= _TABLE:
+        return table[start : start + request.max_tokens]
+    return np.take(table, np.arange(start, start + request.max_tokens), mode="wrap")
 
 
 def _wake_up(wake: "asyncio.Future[None]") -> None:

@@ -1,7 +1,7 @@
-"""An event loop whose time passes only when every task waits: hours in moments, the same at every run.
+"""An event loop whose time passes only when every task waits: hours take moments, and every run is the same.
 
-The loop's own clock is virtual (`asyncio.get_running_loop().time()`, `asyncio.sleep`, timeouts); the system's
-is not. Nothing may wait for a file, a socket, a thread or a process. Seconds start at 0.
+The loop's clock is virtual (`asyncio.get_running_loop().time()`, `asyncio.sleep`, timeouts) and starts at 0
+s; the system's is not. Tasks may not wait for a file, a socket, a thread or a process.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Selector(selectors.SelectSelector):
-    """Where a loop would sleep until its next timer, the time of that timer has come."""
+    """Moves the clock on to the next timer instead of sleeping until then."""
 
     now = 0.0
 
@@ -32,13 +32,13 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def run_virtually[T](work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work` in virtual time. Raises RuntimeError where all tasks wait without a timer."""
+    """The result of `work` in virtual time. Raises RuntimeError if all tasks wait without a timer."""
     results: list[T] = []
 
     async def keep() -> None:
         results.append(await work)
 
     with asyncio.Runner(loop_factory=_Loop) as runner:
-        # Not returned by the task: a runner formats its task, result and all, when it restores a signal.
+        # The task returns nothing: a runner formats its task, result and all, when it restores a signal.
         runner.run(keep())
     return results[0]

@@ -1,8 +1,10 @@
-"""What a step samples, as `plan` assumes it: prompts and answers' lengths, and the policy's own settings.
+"""The workload of a planned step: the policy's own settings, on prompts and answers of assumed lengths.
 
-Departures from a real run: no answer loops, so the repetition stop is off; log-probs are random; boxes are
-looked for only where the fallback tells boxed answers from others that have ended, and then all are boxed;
-prompts that `learning.dynamic_sampling` would sample in place of others are not sampled. Units: tokens.
+Departures from a real run. Units: tokens.
+
+- No answer loops, so the repetition stop is off. Log-probs are random. - Boxes are looked for only if the
+fallback distinguishes boxed answers from other finished ones; then all are boxed. - Prompts that
+`learning.dynamic_sampling` would sample in place of others are not sampled.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ _ORDERS_BY_BOX = ("finished", "boxed_long")
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """prompts: of a step."""
+    """prompts: of one step."""
 
     sampling: SamplingConfig
     lengths: LogNormal
@@ -34,17 +36,17 @@ class Workload:
         return random_prompts(count, self.prompt_tokens, _VOCABULARY)
 
     def engine(self, engine: Engine) -> ForcedLengths:
-        """The same engine with answers of these lengths."""
+        """`engine` with answers of these lengths."""
         return ForcedLengths(engine, DrawnEnds(self.lengths), last_token=_BOX)
 
 
 def text_of(tokens: np.ndarray) -> str:
-    """For the stop rules: a box where an answer ends, nothing elsewhere."""
+    """The stop rules' text: a box if an answer ends, nothing otherwise."""
     return "\\boxed{0}" if _BOX in tokens else ""
 
 
 def workload(config: RunConfig) -> Workload:
-    """As the configuration's `plan` says, or half of what is allowed."""
+    """Lengths as the section `plan` says, by default half of what is allowed."""
     sampling, plan = config.sampling, config.plan
     stops = sampling.stops
     quiet = stops.model_copy(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from treepo.planning.cgroup import cgroup_room
+from treepo.planning.hardware import control_group_room
 
 
 def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
@@ -14,7 +14,7 @@ def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
         (group / "memory.max").write_text(f"{limit}\n")
         (group / "memory.current").write_text(f"{used}\n")
         (group / "memory.stat").write_text(f"anon 7\ninactive_file {inactive}\n")
-    assert cgroup_room(tmp_path / "fs", membership) == [700]
+    assert control_group_room(tmp_path / "fs", membership) == [700]
 
 
 def test_control_groups_of_version_1(tmp_path: Path) -> None:
@@ -25,8 +25,8 @@ def test_control_groups_of_version_1(tmp_path: Path) -> None:
     (group / "memory.limit_in_bytes").write_text("5000\n")
     (group / "memory.usage_in_bytes").write_text("1000\n")
     (group / "memory.stat").write_text("total_inactive_file 500\n")
-    assert cgroup_room(tmp_path / "fs", membership) == [4500]
+    assert control_group_room(tmp_path / "fs", membership) == [4500]
 
 
 def test_no_control_groups(tmp_path: Path) -> None:
-    assert cgroup_room(tmp_path, tmp_path / "none") == []
+    assert control_group_room(tmp_path, tmp_path / "none") == []

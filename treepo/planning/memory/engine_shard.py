@@ -1,10 +1,9 @@
-"""What one tensor-parallel rank of an SGLang engine holds of a model: parameters, and KV bytes of a token.
+"""What one tensor-parallel rank of an SGLang 0.5.16 engine holds of a model: parameters and KV values.
 
-As SGLang 0.5.16 shards: heads and rows of the MLP (of every expert) are divided, key-value heads until each
-rank has one and replicated from there on, the vocabulary is padded to a multiple of 64 and divided; norms and
-routers are whole on every rank. SGLang's Qwen3-MoE knows no dense layers; here they are what the model says.
-Its tables of rotations (float32, positions x head size) are counted with
-the runtime's memory.
+Heads and the rows of every MLP and expert are divided among the ranks. Key-value heads are divided until each
+rank has one, and replicated from there on. The vocabulary is padded to a multiple of 64 and divided; norms
+and routers are whole on every rank. SGLang's Qwen3-MoE has no dense layers; here they are counted as the
+model's configuration says. SGLang's rotary tables (float32, positions x head size) count as runtime memory.
 """
 
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ _VOCABULARY_MULTIPLE = 64
 
 @dataclass(frozen=True, slots=True)
 class EngineShard:
-    """Parameters of one rank. embedding: of the table of input tokens, of which a step reads a row a request.
-    output: of the output matrix, 0 where it is the embedding. experts: of all routed experts.
+    """Parameters and KV values of one rank.
 
-    kv_values: numbers that the KV cache keeps of one token.
+    embedding: the input table, of which a step reads one row a request. output: the output matrix, 0 if it is
+    the embedding. experts: all routed experts. kv_values: numbers in the KV cache for one token.
     """
 
     embedding: int
@@ -35,7 +34,7 @@ class EngineShard:
 
 
 def engine_shard(architecture: Architecture, tensor: int) -> EngineShard:
-    """Raises ConfigError where `tensor` ranks cannot share the model."""
+    """Raises ConfigError if `tensor` ranks cannot share the model."""
     _check(architecture, tensor)
     dimensions, hidden, family = architecture.dimensions, architecture.hidden, architecture.family
     size = dimensions.head_dim
@@ -51,7 +50,7 @@ def engine_shard(architecture: Architecture, tensor: int) -> EngineShard:
     if architecture.experts is not None:
         router = sparse * hidden * dimensions.experts
         experts = sparse * dimensions.experts * 3 * hidden * (architecture.experts.intermediate // tensor)
-    rows = padded_vocabulary(dimensions.vocabulary, tensor) // tensor
+    rows = _padded_vocabulary(dimensions.vocabulary, tensor) // tensor
     return EngineShard(
         embedding=rows * hidden,
         output=0 if architecture.tied else rows * hidden,
@@ -61,8 +60,8 @@ def engine_shard(architecture: Architecture, tensor: int) -> EngineShard:
     )
 
 
-def padded_vocabulary(vocabulary: int, tensor: int) -> int:
-    """Rows of SGLang's tables, over all ranks."""
+def _padded_vocabulary(vocabulary: int, tensor: int) -> int:
+    """Rows of SGLang's tables over all ranks."""
     multiple = _VOCABULARY_MULTIPLE
     if -(-vocabulary // multiple) * multiple % tensor:
         multiple *= tensor
@@ -71,12 +70,12 @@ def padded_vocabulary(vocabulary: int, tensor: int) -> int:
 
 def _check(architecture: Architecture, tensor: int) -> None:
     dimensions = architecture.dimensions
-    parts = [("attention heads", architecture.heads)]
+    divided = [("attention heads", architecture.heads)]
     if len(dimensions.sparse_layers) < dimensions.layers:
-        parts.append(("rows of the MLP", architecture.intermediate))
+        divided.append(("rows of the MLP", architecture.intermediate))
     if architecture.experts is not None:
-        parts.append(("rows of an expert", architecture.experts.intermediate))
-    for what, size in parts:
+        divided.append(("rows of an expert", architecture.experts.intermediate))
+    for what, size in divided:
         if size % tensor:
             raise ConfigError(
                 f"engine.tensor = {tensor} does not divide the model's {size} {what} "

@@ -1,0 +1,224 @@
+"""Bytes of activations that one trainer rank keeps for the backward pass, and needs beside them at the peak.
+
+Derived operation by operation from what the layers of `megatron_bridge` save. The CPU's side (plain torch
+norms, gathered keys) agrees with real ranks (tests/planning/test_memory.py). CUDA's side (fused norms,
+FlexAttention) agrees with one H200 (tests/planning/test_trainer.py), where recomputation, experts and
+parallelism were not measured. Transformer Engine's layers keep the same inputs and outputs of matrices.
+"""
+
+from dataclasses import dataclass
+
+from megatron_bridge.architecture import Architecture
+from megatron_bridge.attention import CPU_BLOCK, CUDA_BLOCK
+from megatron_bridge.log_prob import CHUNK_BYTES
+from treepo.config.trainer import TrainerConfig
+from treepo.planning.memory.parts import FLOAT32
+
+_GATHER_PADDING = 1.12
+"""Keys that the CPU's attention gathers over those it needs: blocks share a call with up to a third more."""
+_LARGEST_GROUP = 0.45
+"""Share of all gathered keys in the largest call of the CPU's attention, on chains."""
+_COLUMN_BYTES = 76
+"""A token's fields in a pack on the device (`treepo.learning.packing.Pack`, with both further log-probs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A pack as one rank computes it.
+
+    tokens: with padding. context: tokens that a token attends to, on average. element: bytes of a value.
+    eager: plain torch on a CPU, whose norms and attention keep more.
+    """
+
+    architecture: Architecture
+    trainer: TrainerConfig
+    tokens: int
+    context: float
+    element: int
+    eager: bool
+
+    @property
+    def tensor(self) -> int:
+        return self.trainer.parallel.tensor
+
+    @property
+    def own_tokens(self) -> float:
+        """Tokens of this rank outside attention and MLP: sequence parallelism divides them."""
+        return self.tokens / (self.tensor if self.trainer.parallel.sequence_parallel else 1)
+
+    @property
+    def stream(self) -> float:
+        """One copy of the residual stream."""
+        return self.own_tokens * self.architecture.hidden * self.element
+
+    @property
+    def whole(self) -> float:
+        """One copy of all tokens' hidden states."""
+        return self.tokens * self.architecture.hidden * self.element
+
+    @property
+    def queries(self) -> float:
+        """Query heads of this rank, all tokens."""
+        return self._heads(self.architecture.heads)
+
+    @property
+    def keys(self) -> float:
+        """Key heads of this rank, all tokens; values are as large."""
+        return self._heads(self.architecture.dimensions.groups)
+
+    def _heads(self, count: int) -> float:
+        return self.tokens * count * self.architecture.dimensions.head_dim * self.element / self.tensor
+
+
+def layer_kept(batch: MicroBatch, sparse: bool) -> float:
+    """Kept by one layer from forward to backward pass. sparse: whether its MLP has experts."""
+    if batch.trainer.recompute == "full":
+        return batch.stream
+    if batch.trainer.recompute == "selective":
+        return _selective_attention(batch) + _mlp(batch, sparse)
+    return _attention(batch) + _mlp(batch, sparse)
+
+
+def layer_work(batch: MicroBatch, sparse: bool) -> float:
+    """The most that one layer's backward pass needs beyond `layer_kept`.
+
+    That is what it computes again, and gradients of activations, in the MLP or in attention.
+    """
+    in_mlp, in_attention = _work_in_mlp(batch, sparse), _work_in_attention(batch) - _mlp(batch, sparse)
+    if batch.trainer.recompute == "full":  # the whole layer, and its output
+        return _attention(batch) + _mlp(batch, sparse) + max(in_mlp, in_attention)
+    if batch.trainer.recompute == "selective":
+        return max(in_mlp, in_attention + _attention_core(batch))
+    return max(in_mlp, in_attention)
+
+
+def after_layers(batch: MicroBatch) -> float:
+    """Kept by the last norm, and the input of the logits."""
+    gathered = batch.whole if batch.trainer.parallel.sequence_parallel else 0.0
+    return _norm(batch, batch.stream) + batch.stream + gathered + batch.whole
+
+
+def logits(batch: MicroBatch, entropy_gradient: bool) -> float:
+    """The most that logits and their loss need at once.
+
+    Forward: the product, its float32 copy and the softmax of one chunk of tokens. Backward: the gradient of
+    the output matrix beside that of the product.
+    """
+    rows = -(-batch.architecture.dimensions.vocabulary // batch.tensor)
+    chunk = max(1, CHUNK_BYTES // (FLOAT32 * rows))
+    chunks = -(-batch.tokens // chunk)
+    values = min(batch.tokens, chunk) * rows
+    copies = 0 if batch.element == FLOAT32 else batch.element
+    forward = values * (4 * FLOAT32 if entropy_gradient else 2 * FLOAT32 + copies)
+    matrix = rows * batch.architecture.hidden * batch.element
+    backward = values * batch.element + matrix + batch.whole
+    return max(forward, backward) + (matrix if chunks > 1 else 0.0)
+
+
+def pack(batch: MicroBatch) -> float:
+    """A micro-batch's fields, rotary angles and attention plan on the device."""
+    angles = batch.tokens * batch.architecture.dimensions.head_dim * batch.element
+    if batch.eager:
+        plan = _gathered_blocks(batch) * batch.tokens * (CPU_BLOCK * batch.element + 8)
+    else:
+        plan = 16 * (batch.tokens / CUDA_BLOCK) ** 2  # four index tables of int32
+    return batch.tokens * _COLUMN_BYTES + angles + plan
+
+
+def _norm(batch: MicroBatch, size: float) -> float:
+    """Kept by a norm of `size` bytes of input, without its output.
+
+    A fused kernel keeps the input; plain torch keeps the input and the normed input, both in float32.
+    """
+    return 2 * size * FLOAT32 / batch.element if batch.eager else size
+
+
+def _attention(batch: MicroBatch) -> float:
+    """Kept by a layer's attention with its norm, nothing of it recomputed."""
+    return _around_core(batch) + _attention_core(batch)
+
+
+def _attention_core(batch: MicroBatch) -> float:
+    """Kept by tree attention itself: query, keys and values, output, the softmax's sums.
+
+    On a CPU, keys and values are those gathered for each block of queries, and the output is copied once
+    more.
+    """
+    sums = batch.tokens * batch.architecture.heads / batch.tensor * FLOAT32
+    keys_values = _gathered_keys(batch) if batch.eager else 2 * batch.keys
+    return keys_values + (2 if batch.eager else 1) * batch.queries + sums
+
+
+def _gathered_keys(batch: MicroBatch) -> float:
+    """The CPU's copies of keys and values: a block of queries has its own and those above it."""
+    return _gathered_blocks(batch) * 2 * batch.keys
+
+
+def _gathered_blocks(batch: MicroBatch) -> float:
+    """Keys that the CPU's attention gathers for a block of queries, in blocks."""
+    return min(batch.context + CPU_BLOCK / 2, batch.tokens) / CPU_BLOCK * _GATHER_PADDING
+
+
+def _around_core(batch: MicroBatch) -> float:
+    kept = _norm(batch, batch.stream) + batch.stream + batch.queries  # the inputs of both projections
+    if batch.architecture.family.qk_norm:
+        kept += _norm(batch, batch.queries) + _norm(batch, batch.keys)
+        if not batch.eager or batch.element == FLOAT32:  # the key is part of the projection's output
+            kept += batch.queries + batch.keys
+    return kept
+
+
+def _selective_attention(batch: MicroBatch) -> float:
+    """As `_attention`, but only the inputs of the recomputed core are kept."""
+    projected = batch.queries + 2 * batch.keys  # the value is part of it
+    kept = _around_core(batch) + batch.queries
+    if not batch.architecture.family.qk_norm:
+        return kept + projected
+    return kept + batch.keys + (projected if batch.eager and batch.element != FLOAT32 else 0.0)
+
+
+def _mlp(batch: MicroBatch, sparse: bool) -> float:
+    """Kept by a layer's MLP or experts with its norm. Experts are assumed to be chosen equally often."""
+    kept = _norm(batch, batch.stream) + batch.stream
+    if not sparse:
+        return kept + 5 * _inner(batch, sparse=False)
+    experts = batch.architecture.experts
+    assert experts is not None
+    router = 4 * batch.own_tokens * batch.architecture.dimensions.experts * FLOAT32
+    return kept + router + batch.stream * experts.per_token + 6 * _inner(batch, sparse=True)
+
+
+def _inner(batch: MicroBatch, sparse: bool) -> float:
+    """Values between the MLP's matrices: gate, up, their activation and their product are each as large."""
+    experts = batch.architecture.experts
+    if sparse:
+        assert experts is not None
+        return batch.own_tokens * experts.per_token * experts.intermediate * batch.element
+    return batch.tokens * batch.architecture.intermediate * batch.element / batch.tensor
+
+
+def _work_in_mlp(batch: MicroBatch, sparse: bool) -> float:
+    """Gradients of the residual stream and of two of three inner values, or of one and all hidden states.
+
+    The last matrix's input has gone by then. Experts one by one need less: the gradients of their outputs, in
+    two orders, and as they were sent.
+    """
+    inner = _inner(batch, sparse)
+    if not sparse:
+        return batch.stream + inner + max(inner, batch.whole if batch.tensor > 1 else 0.0)
+    assert batch.architecture.experts is not None
+    sent = batch.stream * batch.architecture.experts.per_token
+    if batch.eager:
+        return 2 * batch.stream + (3 if batch.trainer.parallel.expert > 1 else 2) * sent
+    return batch.stream + sent + 2 * inner
+
+
+def _work_in_attention(batch: MicroBatch) -> float:
+    """Gradients beyond what the core keeps.
+
+    On a CPU the largest call comes last: the gradients of keys and values and of what it gathered are there
+    when those of the other calls have gone.
+    """
+    if batch.eager:
+        return (2 * _LARGEST_GROUP - (1 - _LARGEST_GROUP)) * _gathered_keys(batch)
+    return 3 * batch.queries

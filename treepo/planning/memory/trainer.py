@@ -1,0 +1,192 @@
+"""Trainer memory: each pipeline stage's ranks at their peak, rank 0 in a weight sync, and a checkpoint's
+size.
+
+Parameters are counted on the real model, built without memory (`megatron_bridge.layout_shards`). Gradients are
+summed in float32. Adam's two moments and, unless the model is float32, a float32 master copy are divided
+among the replicas that hold a parameter (`megatron_bridge.optimizer`). Activations follow Megatron-Core's
+pipeline schedules. Units: bytes.
+
+Compared with real ranks on CPU in tests/planning/test_memory.py. Not counted: memory that the allocator loses
+between blocks; CUDA's and NCCL's context (`fit.RUNTIME`); the optimizer's own step, which runs when
+activations are gone (Transformer Engine's Adam works in place; torch's takes some further bytes for each
+value of a rank's share).
+"""
+
+from functools import cache
+from math import ceil, prod
+from pathlib import Path
+
+from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.layout_shards import (
+    EMBEDDING,
+    Shard,
+    buffer_elements,
+    expert_data_ranks,
+    layout_shards,
+    tensor_shapes,
+)
+from megatron_bridge.tensor_surgery import padded_vocabulary
+from treepo.config.run import RunConfig
+from treepo.config.trainer import ParallelConfig
+from treepo.planning.memory import activations
+from treepo.planning.memory.activations import MicroBatch
+from treepo.planning.memory.parts import FLOAT32, Memory, Parts, element_bytes
+from treepo.planning.memory.weight_sync import sync_memory
+
+
+def parameter_count(folder: Path) -> int:
+    """Parameters of the whole model, each once: transformers' count."""
+    return sum(map(prod, tensor_shapes(read_architecture(folder)).values()))
+
+
+def trainer_memory(config: RunConfig, folder: Path) -> list[Memory]:
+    """One rank of each pipeline stage at the peak of a training step, then rank 0 in a weight sync.
+
+    Ranks of a stage are alike; in a sync no activations are held. Raises ConfigError if the layout does not
+    divide the model.
+    """
+    architecture, shards = read_architecture(folder), stage_shards(folder, config.trainer.parallel)
+    batch = largest_micro_batch(config, architecture)
+    stages = [_stage(config, batch, shard) for shard in shards]
+    return [*stages, sync_memory(config, architecture, shards, held=_state(config, shards[0]))]
+
+
+def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
+    """One training checkpoint: weights and optimizer state, the vocabulary with tensor parallelism's
+    padding.
+    """
+    architecture = read_architecture(folder)
+    vocabulary = architecture.dimensions.vocabulary
+    padding = padded_vocabulary(vocabulary, config.trainer.parallel.tensor) - vocabulary
+    written = parameter_count(folder) + padding * architecture.hidden * (1 if architecture.tied else 2)
+    return written * (element_bytes(config) + optimizer_bytes(config))
+
+
+def optimizer_bytes(config: RunConfig) -> int:
+    """Optimizer state of one parameter: two moments, and a master copy unless the parameter is float32."""
+    return FLOAT32 * (2 if element_bytes(config) == FLOAT32 else 3)
+
+
+def stage_shards(folder: Path, parallel: ParallelConfig) -> tuple[Shard, ...]:
+    """`layout_shards`, built once for each layout."""
+    return _stage_shards(folder, parallel)  # type: ignore[reportArgumentType]  # frozen, hence hashable
+
+
+@cache
+def _stage_shards(folder: Path, parallel: ParallelConfig) -> tuple[Shard, ...]:
+    return tuple(layout_shards(read_architecture(folder), parallel))
+
+
+def largest_micro_batch(config: RunConfig, architecture: Architecture) -> MicroBatch:
+    """A full pack whose responses are as long as allowed and branch early."""
+    parallel, tokens = config.trainer.parallel, config.trainer.max_tokens_per_pack
+    if parallel.sequence_parallel:
+        tokens += -tokens % parallel.tensor
+    context = config.data.max_prompt_tokens + config.sampling.max_response_tokens / 2
+    return MicroBatch(
+        architecture,
+        config.trainer,
+        tokens,
+        min(context, tokens),
+        element_bytes(config),
+        eager=config.plan.device == "cpu",
+    )
+
+
+def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
+    parallel = config.trainer.parallel
+    in_flight = _micro_batches_in_flight(parallel, shard.stage)
+    kept = in_flight * _kept(batch, shard, parallel)
+    last_of_several = 0 < shard.stage == parallel.pipeline - 1
+    if last_of_several:  # it holds what it received and sent back until the next loss is computed
+        kept += 2 * batch.stream
+    work, logits = work_in_layers(batch, shard), work_on_logits(config, batch, shard)
+    lesser = f"{min(work, logits) / 2**30:.2f} GiB, not at the same time as " if logits else ""
+    return Memory(
+        f"trainer, pipeline stage {shard.stage}",
+        {
+            **_state(config, shard),
+            "activations": (
+                kept,
+                f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.trainer.recompute}",
+            ),
+            "layer in work": (work, "") if work >= logits else (0.0, lesser + "logits"),
+            "logits": (logits, "") if work < logits else (0.0, lesser and lesser + "layer in work"),
+            "gather buffer": (
+                batch.whole if parallel.sequence_parallel else 0.0,
+                "all tokens' hidden states, for matrices whose input is divided",
+            ),
+            # Packs that only some of its chunks have had too, and on the last stage the one before.
+            "tree packs": (
+                (ceil(in_flight) + last_of_several) * activations.pack(batch),
+                "fields, rotary angles, block mask",
+            ),
+        },
+    )
+
+
+def _state(config: RunConfig, shard: Shard) -> Parts:
+    """Weights, gradients and optimizer state of one rank."""
+    parallel, element = config.trainer.parallel, element_bytes(config)
+    held = owned = 0
+    for chunk in shard.chunks:
+        for expert, ranks in ((False, parallel.data), (True, expert_data_ranks(parallel))):
+            elements = buffer_elements([each for each in chunk if each.expert == expert], ranks)
+            held += elements
+            owned += elements // ranks
+    state = optimizer_bytes(config)
+    return {
+        "weights": (element * held, f"{shard.elements():,} parameters x {element}"),
+        "gradients": (FLOAT32 * held, "float32"),
+        "optimizer": (state * owned, f"{owned:,} of them on each replica x {state}"),
+    }
+
+
+def _layers(shard: Shard) -> set[int]:
+    """A stage's layers, numbered over the whole model."""
+    names = (each.name.split(".") for each in shard.parameters)
+    return {int(name[2]) for name in names if name[:2] == ["decoder", "layers"]}
+
+
+def _kept(batch: MicroBatch, shard: Shard, parallel: ParallelConfig) -> float:
+    """Kept of one micro-batch by all layers of the stage, with the output sent to the next stage."""
+    sparse = batch.architecture.dimensions.sparse_layers
+    kept = sum(activations.layer_kept(batch, layer in sparse) for layer in _layers(shard))
+    if shard.stage < parallel.pipeline - 1:
+        kept += batch.stream * parallel.virtual_pipeline
+    return kept
+
+
+def work_in_layers(batch: MicroBatch, shard: Shard) -> float:
+    """The most beyond kept activations in the layers' backward pass.
+
+    Tied embeddings on one rank have their output's gradient until their input's is computed. With full
+    recomputation, experts hold the router's output, and so the input of a recomputed layer and its gradient,
+    until the next micro-batch.
+    """
+    layers, sparse = _layers(shard), set(batch.architecture.dimensions.sparse_layers)
+    work = max(activations.layer_work(batch, layer in sparse) for layer in layers)
+    held = max(0, len(layers & sparse) - 1) if batch.trainer.recompute == "full" else 0
+    tied = batch.architecture.tied and batch.trainer.parallel.pipeline == 1
+    gradient = sum(each.elements for each in shard.parameters if tied and each.name == EMBEDDING)
+    return work + held * batch.stream + gradient * batch.element
+
+
+def work_on_logits(config: RunConfig, batch: MicroBatch, shard: Shard) -> float:
+    """The most beyond kept activations from the last layer to the loss and back; 0 before the last stage."""
+    if shard.stage < config.trainer.parallel.pipeline - 1:
+        return 0.0
+    with_gradient = config.learning.entropy_coefficient > 0
+    return activations.after_layers(batch) + activations.logits(batch, with_gradient)
+
+
+def _micro_batches_in_flight(parallel: ParallelConfig, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once, if there are at least as many as stages.
+
+    1F1B: those that later stages have not sent back. Interleaved: chunks of micro-batches count as fractions.
+    """
+    behind = parallel.pipeline - 1 - stage
+    chunks = parallel.virtual_pipeline
+    if chunks == 1:
+        return behind + 1
+    return (2 * behind + (chunks - 1) * parallel.pipeline + 1) / chunks

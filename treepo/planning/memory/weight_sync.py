@@ -1,0 +1,67 @@
+"""Bytes of a weight sync: the tensor being joined on trainer rank 0, the buckets, and the whole model.
+
+Rank 0 receives a parameter's shards, one parameter at a time, joins them, and copies the tensors into a
+bucket while the previous bucket travels (`megatron_bridge.weight_transfer`, `treepo.weight_sync`).
+"""
+
+from pathlib import Path
+
+from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.layout_shards import Shard, tensor_shapes
+from megatron_bridge.hf_weight_map import expand
+from megatron_bridge.tensor_surgery import QKV, VOCABULARY
+from treepo.config.run import RunConfig
+from treepo.planning.memory.parts import Memory, Parts, element_bytes
+from treepo.weight_sync.wire import TensorInfo, plan_buckets
+
+
+def sync_memory(
+    config: RunConfig, architecture: Architecture, shards: tuple[Shard, ...], held: Parts
+) -> Memory:
+    """Rank 0 during a sync. held: what it holds throughout."""
+    joined = _joined_bytes(config, architecture, shards)
+    parts = {**held, "joined tensor": (joined, "the largest parameter's shards and the tensors made of them")}
+    if config.weights.transport == "broadcast":
+        note = f"two of weights.bucket_mb = {config.weights.bucket_mb} MiB, or one tensor"
+        parts["weight buckets"] = bucket_bytes(config, architecture), note
+    return Memory("trainer, rank 0 in a weight sync", parts)
+
+
+def _joined_bytes(config: RunConfig, architecture: Architecture, shards: tuple[Shard, ...]) -> float:
+    """The largest sum of shards that came from other ranks and the tensors joined from them.
+
+    The vocabulary's shards are received into one tensor. Query, key and value are taken apart after joining.
+    """
+    ranks, largest = config.trainer.parallel.tensor, 0.0
+    surgeries = {
+        rule.parameter: rule.surgery for rule in expand(architecture.family.rules, architecture.dimensions)
+    }
+    for shard in shards:
+        for each in shard.parameters:
+            pieces = 1 if each.expert else ranks
+            surgery = surgeries[each.name]
+            elsewhere = shard.stage > 0 or (each.expert and config.trainer.parallel.expert > 1)
+            foreign = (pieces if elsewhere else pieces - 1) / pieces
+            if surgery.replicated or surgery is VOCABULARY:
+                copies = float(foreign > 0)
+            else:
+                copies = foreign + (2 if surgery is QKV else 1)
+            largest = max(largest, each.elements * pieces * copies)
+    return largest * element_bytes(config)
+
+
+def bucket_bytes(config: RunConfig, architecture: Architecture) -> float:
+    """Both buffers in which buckets are filled and sent in turn; each is as large as its largest bucket."""
+    buckets = plan_buckets(_manifest(config, architecture), config.weights.bucket_mb << 20)
+    sizes = [sum(tensor.nbytes for tensor in bucket) for bucket in buckets]
+    return max(sizes[0::2]) + max(sizes[1::2], default=0)
+
+
+def exported_bytes(config: RunConfig, folder: Path) -> int:
+    """A Hugging Face folder of the weights; a sync sends the same bytes."""
+    return sum(tensor.nbytes for tensor in _manifest(config, read_architecture(folder)))
+
+
+def _manifest(config: RunConfig, architecture: Architecture) -> tuple[TensorInfo, ...]:
+    shapes = tensor_shapes(architecture)
+    return tuple(TensorInfo(name, config.model.dtype, shape) for name, shape in shapes.items())

@@ -1,0 +1,56 @@
+"""Packs of a step, made of simulated trees by the real packing: the trainer's time follows from them.
+
+Every other leaf is correct, because advantages do not change what a pack costs. The trees make up one
+mini-batch of as many replicas as they fill; the other replicas are like these.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from treepo.config.run import RunConfig
+from treepo.learning.advantage import estimate
+from treepo.learning.packing import Pack, pack_flat, pack_trees
+from treepo.tree import Tree
+
+_MAX_TREES = 128  # a packed token takes about 80 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaWork:
+    """One replica's part of one mini-batch.
+
+    tokens: of all micro-batches, repeated context included. pairs: of a token and one that it attends to,
+    itself included.
+    """
+
+    micro_batches: float
+    tokens: float
+    pairs: float
+
+
+def replica_work(config: RunConfig, trees: Sequence[Tree], max_trees: int = _MAX_TREES) -> list[ReplicaWork]:
+    """Some replicas' parts of one mini-batch. max_trees: that are packed."""
+    learning, trainer = config.learning, config.trainer
+    share = config.data.prompts_per_step // (learning.mini_batches * trainer.parallel.data)
+    used = trees[:max_trees]
+    replicas = max(1, min(len(used) // share, trainer.parallel.data))
+    used = [_graded(tree) for tree in used[: replicas * share]]
+    pack = pack_trees if learning.packing == "tree" else pack_flat
+    packed = pack(used, estimate(used, learning), trainer.max_tokens_per_pack, replicas)
+    scale = replicas * share / len(used)  # fewer trees than one replica has stand for all
+    return [
+        ReplicaWork(scale * len(packs), scale * sum(map(len, packs)), scale * sum(map(_pairs, packs)))
+        for packs in packed
+    ]
+
+
+def _graded(tree: Tree) -> Tree:
+    leaves = (replace(leaf, reward=float(index % 2)) for index, leaf in enumerate(tree.leaves))
+    return replace(tree, leaves=tuple(leaves))
+
+
+def _pairs(pack: Pack) -> int:
+    """A token attends to the tokens above it, as many as its position, and to itself."""
+    return int(pack.position.sum(dtype=np.int64)) + len(pack)

@@ -1,0 +1,204 @@
+"""Seconds of a training step, phase by phase, from stated rates (`treepo.planning.hardware`).
+
+No phase was compared with a GPU. What is counted:
+
+- Passes over the packs, whose matrix products run at `Device.efficiency` of the peak. Log-probs take one
+forward pass (two with a reference), training takes three (a backward pass counts twice) and a fourth if it
+recomputes everything. - The pipeline's idle time: (stages - 1) / (chunks of each) of one micro-batch. -
+Traffic of tensor-parallel ranks (two gathers and two scatters of the hidden states a layer) and of experts'
+ranks (there and back), once forward and once backward, none of it hidden. - Gradients and parameters between
+replicas, and the optimizer's passes over its state. - The weight sync. Rank 0 gathers bucket k + 1 while
+bucket k travels and is loaded (docs/weights.md), so the slower side sets the pace, and the faster one is
+waited for once.
+
+Left out: traffic between pipeline stages, grading (it runs during sampling), checkpoints.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, log2
+from pathlib import Path
+
+from megatron_bridge.architecture import Architecture, read_architecture
+from treepo.config.run import RunConfig
+from treepo.planning.hardware import FILE_SYSTEM, FROM_HOST, GLOO, TO_HOST, device
+from treepo.planning.memory.engine_shard import engine_shard
+from treepo.planning.memory.parts import element_bytes
+from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
+from treepo.planning.nodes import footprint, link_rate, shares_devices
+from treepo.planning.speed.flops import forward_flops
+from treepo.planning.speed.packs import ReplicaWork, replica_work
+from treepo.planning.speed.sampling import Sampling
+
+_OPTIMIZER_BYTES = 30
+"""Adam reads and writes these for a parameter: gradient, master weight and two moments in float32, there and
+back, and the parameter.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Part of a step. note: the arithmetic in words."""
+
+    seconds: float
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """phases: by name, in their order. leaf_tokens: all responses of the step with their shared tokens."""
+
+    phases: Mapping[str, Phase]
+    leaf_tokens: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.leaf_tokens / self.seconds
+
+
+def step_time(config: RunConfig, folder: Path, sampling: Sampling) -> StepTime:
+    """A step with this sampling, of the model in `folder`."""
+    architecture = read_architecture(folder)
+    work = replica_work(config, sampling.trees)
+    rate = sampling.decoded_tokens / sampling.seconds
+    forward = 2 if config.learning.kl_coefficient else 1
+    return StepTime(
+        {
+            "sample": Phase(
+                sampling.seconds,
+                f"{sampling.decoded_tokens:,.0f} tokens at {rate:,.0f} a second; {sampling.mean_batch:.0f} "
+                "requests in an engine's decoding step",
+            ),
+            "log_probs": _passes(config, architecture, work, forward, sends=forward),
+            "train": _passes(config, architecture, work, *_training_passes(config, architecture, work)),
+            "optimizer": _optimizer(config, architecture),
+            "weight_sync": sync_weights(config, folder),
+        },
+        sampling.leaf_tokens,
+    )
+
+
+def _training_passes(
+    config: RunConfig, architecture: Architecture, work: list[ReplicaWork]
+) -> tuple[float, int]:
+    """Training's computation and its traffic, both in forward passes."""
+    if config.trainer.recompute == "full":
+        return 4.0, 3
+    if config.trainer.recompute == "none":
+        return 3.0, 2
+    tokens, pairs = sum(one.tokens for one in work), sum(one.pairs for one in work)
+    attention = forward_flops(architecture, 0, pairs) / forward_flops(architecture, tokens, pairs)
+    return 3.0 + attention, 2
+
+
+def _passes(
+    config: RunConfig, architecture: Architecture, work: list[ReplicaWork], passes: float, sends: int
+) -> Phase:
+    """`passes` forward passes over the step's packs by the slowest replica, `sends` of them with traffic."""
+    hardware, mini_batches = device(config.plan.device), config.learning.mini_batches
+    parallel = config.trainer.parallel
+    ranks = parallel.tensor * parallel.pipeline
+    slowest = max(work, key=lambda one: forward_flops(architecture, one.tokens, one.pairs))
+    flops = forward_flops(architecture, slowest.tokens, slowest.pairs)
+    computing = passes * flops / (ranks * hardware.flops * hardware.efficiency)
+    sending = sends * slowest.tokens * _sending_seconds(config, architecture) / parallel.pipeline
+    idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / slowest.micro_batches
+    seconds = mini_batches * (computing + sending) * (1 + idle)
+    tokens = mini_batches * slowest.tokens
+    note = (
+        f"{passes:g} x {mini_batches * flops:.2e} flops for {tokens:,.0f} packed tokens of a replica, on "
+        f"{ranks} devices at {hardware.efficiency:.0%} of {hardware.flops / 1e12:.0f} Tflop/s"
+    )
+    if sending:
+        note += f"; {mini_batches * sending:.1f} s sending"
+    if idle:
+        note += f"; {idle:.0%} idle, {slowest.micro_batches:.0f} micro-batches in {parallel.pipeline} stages"
+    return Phase(seconds, note)
+
+
+def _sending_seconds(config: RunConfig, architecture: Architecture) -> float:
+    """Traffic of one token in one forward pass of all layers."""
+    parallel = config.trainer.parallel
+    values = element_bytes(config) * architecture.hidden
+    tensor = 4 * (parallel.tensor - 1) / parallel.tensor * values * architecture.dimensions.layers
+    seconds = tensor / device(config.plan.device).link
+    if architecture.experts is not None and parallel.expert > 1:
+        away = (parallel.expert - 1) / parallel.expert * architecture.experts.per_token
+        sparse = len(architecture.dimensions.sparse_layers)
+        seconds += 2 * away * values * sparse / parallel.tensor / link_rate(config, parallel.expert)
+    return seconds
+
+
+def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
+    """Gradients to the ranks that own them, Adam, parameters back; once a mini-batch."""
+    parallel, hardware = config.trainer.parallel, device(config.plan.device)
+    shard, steps = engine_shard(architecture, 1), config.learning.mini_batches
+    dense = (shard.parameters - shard.experts) / (parallel.tensor * parallel.pipeline)
+    experts = shard.experts / (parallel.expert * parallel.pipeline)
+    owners, expert_owners = parallel.data, parallel.tensor * parallel.data / parallel.expert
+    sent = dense * (owners - 1) / owners + experts * (expert_owners - 1) / expert_owners
+    rate = link_rate(config, parallel.tensor * parallel.data)
+    sending = steps * sent * (4 + element_bytes(config)) / rate
+    owned = dense / owners + experts / expert_owners
+    updating = steps * owned * _OPTIMIZER_BYTES / (hardware.memory_bandwidth * hardware.memory_efficiency)
+    note = (
+        f"{steps} x {dense + experts:.2e} parameters: gradients in float32 and parameters back over "
+        f"{rate / 1e9:.0f} GB/s, {sending:.1f} s; Adam {updating:.1f} s"
+    )
+    return Phase(sending + updating, note)
+
+
+def sync_weights(config: RunConfig, folder: Path) -> Phase:
+    """From the last optimizer step to engines that serve again."""
+    whole = exported_bytes(config, folder)
+    send, load, way = _send_and_load(config, whole)
+    send += _gather_seconds(config, whole)
+    bucket = bucket_bytes(config, read_architecture(folder)) / 2 / whole
+    seconds = max(send, load) + bucket * min(send, load)
+    note = f"{whole / 1e9:.1f} GB over {way}: gathered and written in {send:.1f} s, read in {load:.1f} s"
+    if shares_devices(config):
+        shard = engine_shard(read_architecture(folder), config.engine.tensor)
+        # SGLang offloads to pinned memory.
+        moved = 2 * shard.parameters * element_bytes(config) / device(config.plan.device).pinned
+        seconds += moved
+        note += f"; engines' weights to the host and back {moved:.1f} s"
+    return Phase(seconds, note)
+
+
+def _send_and_load(config: RunConfig, whole: float) -> tuple[float, float, str]:
+    """Seconds on rank 0, seconds on the engines after that, and the way in words.
+
+    Buckets on the host are in pageable memory.
+    """
+    link = device(config.plan.device).link
+    on_gpu = config.plan.device != "cpu"
+    to_host, from_host = whole / (TO_HOST if on_gpu else link), whole / (FROM_HOST if on_gpu else link)
+    match config.weights.transport:
+        case "colocated":
+            return to_host, from_host, "the host's memory"
+        case "disk":
+            return to_host + whole / FILE_SYSTEM, whole / FILE_SYSTEM, "a shared file system"
+        case "host_broadcast":
+            hops = ceil(log2(1 + config.engine.count * config.engine.tensor))
+            return to_host, hops * whole / GLOO, f"gloo in {hops} hops"
+        case "broadcast" if footprint(config).nodes > 1:
+            return 0.0, whole / (config.plan.network_gb_per_second * 1e9), "the network"
+        case "broadcast":
+            return 0.0, whole / link, "links within the node"
+
+
+def _gather_seconds(config: RunConfig, whole: float) -> float:
+    """Rank 0 receives what it lacks from the other ranks of its replica, one after another.
+
+    Experts count as if the replica had them all, although some may come from other replicas.
+    """
+    parallel = config.trainer.parallel
+    owned = whole / (parallel.tensor * parallel.pipeline)
+    same_stage = owned * (parallel.tensor - 1)
+    other_stages = whole - owned - same_stage
+    # Ranks are numbered tensor, data, pipeline: the last stage is that far away.
+    return same_stage / device(config.plan.device).link + other_stages / link_rate(config, parallel.ranks)
