@@ -1,15 +1,15 @@
-"""The exceptions that a user sees: the command line shows each as one line."""
+"""The exceptions that a user sees; the command line shows each as one line."""
 
 from typing import ClassVar
 
 EXIT_INTERRUPTED = 130
-"""Of a command that Ctrl-C ended."""
+"""The exit code of a command that Ctrl-C ended."""
 
 
 class TreepoError(Exception):
-    """Base of every error that ends in one clear line; its text names the place and what is allowed.
+    """Base of all errors that end a command with one clear line: the place, and what is allowed.
 
-    exit_code: of the command that it ends; 2 for what the user gave it, 1 for what broke on the way.
+    exit_code: the command's; 2 for bad input, 1 for something that broke on the way.
     """
 
     exit_code: ClassVar[int] = 2
@@ -24,7 +24,7 @@ class DataError(TreepoError):
 
 
 class ModelError(TreepoError):
-    """A model folder that cannot be used; the text names the folder and what it lacks."""
+    """A model folder that cannot be used; the text names the folder and what is missing."""
 
 
 class EngineError(TreepoError):
@@ -34,49 +34,49 @@ class EngineError(TreepoError):
 
 
 class DeadEngineError(EngineError):
-    """An engine that can answer nothing any more."""
+    """An engine that no longer answers."""
 
 
 class NoEngineError(TreepoError):
-    """No engine is left to sample with; the text says what became of each."""
+    """No engine is left to sample with; the text says why each was lost."""
 
     exit_code = 1
 
 
 class LogProbCheckError(TreepoError):
-    """Trainer and engine disagree on log-probs; the text has the figures and the usual suspects."""
+    """Trainer and engine disagree on log-probs; the text has the figures and likely causes."""
 
     exit_code = 1
 
 
 class TrainerError(TreepoError):
-    """A rank of the trainer that is gone; the text names it."""
+    """A trainer rank that is gone; the text names it."""
 
     exit_code = 1
 
 
 class PlacementError(TreepoError):
-    """A layout that the cluster cannot hold; the text says what is needed and what is there."""
+    """A layout that does not fit the cluster; the text compares what it needs with what there is."""
 
 
 class AllocationError(TreepoError):
-    """Nodes of which too little or too much is said; the text has what was found where."""
+    """Missing or contradictory variables that describe the nodes; the text lists what was found where."""
 
 
 class ClusterError(TreepoError):
-    """A Ray cluster that does not come about or is gone; the text says what is missing."""
+    """A Ray cluster that does not start or is gone; the text says what is missing."""
 
     exit_code = 1
 
 
 class RewardError(TreepoError):
-    """Grading that cannot go on; the text says why."""
+    """Grading that cannot go on; the text gives the reason."""
 
     exit_code = 1
 
 
 class TransportError(EngineError):
-    """Weights that did not reach an engine; it says nothing of who is at fault."""
+    """Weights that did not reach an engine; sender or engine may be at fault."""
 
 
 class CheckpointError(TreepoError):

@@ -1,9 +1,9 @@
 """A rollout tree: one prompt, the segments sampled under it, and the leaves where trajectories end.
 
-A segment is a run of tokens sampled under one parent; segment indices are topological (a parent comes
-before its children) and `PROMPT` is the parent of the segments that start right after the prompt. A
-trajectory is the path from the prompt to a leaf. Two leaves may carry equal tokens; they are still two
-trajectories. Every childless segment is a leaf and every leaf is childless.
+A segment is a run of tokens sampled under one parent. Indices are topological: a parent comes before its
+children. `PROMPT` is the parent of the segments that start right after the prompt. A trajectory is the path
+from the prompt to a leaf; two leaves with equal tokens are two trajectories. The leaves are exactly the
+childless segments.
 
     prompt ── 0 ──┬── 1            leaves: segments 1, 3, 4
                   └── 2 ──┬── 3    the tokens of segments 0 and 2 are shared
@@ -25,9 +25,9 @@ PROMPT = -1
 class Finish(StrEnum):
     """Why a segment has no further tokens."""
 
-    LENGTH = "length"  # it is as long as it was allowed to be; the path may go on below it
+    LENGTH = "length"  # it has the length that was asked for; the path may go on below it
     EOS = "eos"  # its last token ends the sequence
-    CUT = "cut"  # a fallback cut it here: the rest of what was sampled is its first child
+    CUT = "cut"  # a fallback cut it here; its first child holds the rest of its tokens
 
 
 class Stop(StrEnum):
@@ -41,7 +41,7 @@ class Stop(StrEnum):
 
 
 class Verdict(StrEnum):
-    """A grader's word on one response. The last two are masked from training, never scored as wrong."""
+    """A grader's verdict on one response. The last two are masked from training, never counted as wrong."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -51,15 +51,16 @@ class Verdict(StrEnum):
 
     @property
     def graded(self) -> bool:
+        """Whether the response has a grade."""
         return self not in (Verdict.TIMEOUT, Verdict.ERROR)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Tokens sampled in one go under `parent`.
+    """Tokens sampled in one go under `parent`, the index of a segment or PROMPT.
 
-    tokens: int32 [T], T >= 1. log_probs: float32 [T], of each token under the policy that sampled it
-    (temperature applied). version: the committed weight version that sampled it.
+    tokens: int32 [T], T >= 1. log_probs: float32 [T], under the policy that sampled the tokens, temperature
+    applied. version: the committed weight version of that policy.
     """
 
     parent: int
@@ -71,9 +72,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """The end of one trajectory. `reward` is None until it is graded, and stays None if it cannot be.
+    """The end of one trajectory. reward: None until it is graded, or if it cannot be graded.
 
-    terms: what is added to the reward before training, by name. numbers: what the grader returned besides.
+    terms: added to the reward before training, by name. numbers: the grader's further numbers, by name.
     """
 
     segment: int
@@ -86,7 +87,7 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tree:
-    """One prompt's rollout. Raises ValueError where the parts do not form a tree."""
+    """One prompt's rollout. Raises ValueError if the parts do not form a tree."""
 
     prompt_id: str
     prompt: np.ndarray  # int32 [T]
@@ -110,7 +111,7 @@ class Tree:
             raise ValueError(f"tree {self.prompt_id}: its leaves are not exactly its childless segments")
 
     def path(self, segment: int) -> list[int]:
-        """Segment indices from the prompt's child down to `segment`, both included."""
+        """List segment indices from the prompt's child down to `segment`, both included."""
         path = []
         while segment != PROMPT:
             path.append(segment)
@@ -118,15 +119,15 @@ class Tree:
         return path[::-1]
 
     def response(self, leaf: Leaf) -> np.ndarray:
-        """Tokens of the trajectory that ends at `leaf`, without the prompt: int32 [T]."""
+        """Concatenate the tokens of the trajectory that ends at `leaf`, without the prompt: int32 [T]."""
         return np.concatenate([self.segments[index].tokens for index in self.path(leaf.segment)])
 
     def unique_tokens(self) -> int:
-        """Response tokens in the tree, each counted once."""
+        """Count the response tokens in the tree, shared ones once."""
         return sum(len(segment.tokens) for segment in self.segments)
 
     def total_tokens(self) -> int:
-        """Response tokens of all trajectories, a shared token once for each: what n samples would decode."""
+        """Count the response tokens of all trajectories: what as many independent samples would decode."""
         depth_S = np.zeros(len(self.segments), dtype=np.int64)
         for index, segment in enumerate(self.segments):
             above = depth_S[segment.parent] if segment.parent != PROMPT else 0
@@ -134,7 +135,7 @@ class Tree:
         return int(sum(depth_S[leaf.segment] for leaf in self.leaves))
 
     def graded(self, grades: list[tuple[float | None, Verdict]]) -> "Tree":
-        """The same tree with a reward and a verdict for each leaf, in the order of `leaves`."""
+        """Set a reward and a verdict on each leaf, in the order of `leaves`."""
         leaves = (
             replace(leaf, reward=reward, verdict=verdict)
             for leaf, (reward, verdict) in zip(self.leaves, grades, strict=True)
@@ -143,7 +144,10 @@ class Tree:
 
 
 def to_json(tree: Tree, **extra: object) -> bytes:
-    """One line (with its newline). Floats are the shortest that read back equal in float32."""
+    """Write the tree, and `extra` keys, as one line with its newline.
+
+    Floats are the shortest that read back equal in float32.
+    """
     record = {
         "prompt_id": tree.prompt_id,
         **extra,
@@ -174,7 +178,7 @@ def to_json(tree: Tree, **extra: object) -> bytes:
 
 
 def from_json(line: bytes | str) -> Tree:
-    """The tree of one line that `to_json` wrote; further keys are ignored, terms and numbers may lack."""
+    """Read a line that `to_json` wrote; extra keys are ignored, and terms and numbers may be missing."""
     record = orjson.loads(line)
     return Tree(
         prompt_id=record["prompt_id"],

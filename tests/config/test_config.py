@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from tests.support.paths import ROOT
 from treepo.config.base import Section
 from treepo.config.evaluate import EvalConfig
-from treepo.config.load import dump_config, load_as, load_config
+from treepo.config.load import RENAMED_KEYS, dump_config, load_as, load_config
 from treepo.config.rollout import RolloutConfig
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
@@ -67,6 +67,15 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
     [
         (MINIMAL + "smpling: {}\n", [], "run.yaml:6: smpling: unknown key; did you mean 'sampling'?"),
         (MINIMAL, ["sampling.widht=3"], "did you mean 'width'?"),
+        (MINIMAL + "actor: {}\n", [], "run.yaml:6: actor: unknown key; it is now called 'trainer'"),
+        (MINIMAL, ["learning.estimator=gpro"], "found 'gpro'; did you mean 'grpo'?"),
+        (MINIMAL, ["learning.kl_estimator=k4"], "should be one of k1, k2, k3, found 'k4'; did you mean 'k"),
+        (
+            MINIMAL,
+            ["reward.terms.lenght=1"],
+            "reward.terms.lenght: should be one of format_boxed, ",
+        ),
+        (MINIMAL, ["data.columns=gsm9k"], "data.columns: should be one of aime24, amc23, gsm8k, "),
         (MINIMAL + "sampling:\n  width: four\n", [], "run.yaml:7: sampling.width: should be a valid integer"),
         (MINIMAL + "steps: 4\n", [], "run.yaml:6: steps: given twice, first at"),
         (MINIMAL, ["model=3"], "model: should be a section (keys and values), found 3"),
@@ -83,6 +92,12 @@ def test_a_mistake_is_named_with_its_place(write, text: str, overrides: list[str
     with pytest.raises(ConfigError) as error:
         load_config(write(text), overrides)
     assert any(message in line for line in str(error.value).splitlines()), error.value
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_a_key_that_has_a_new_name_is_told_so(write, old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=f": {old}: unknown key; it is now called '{new}'$"):
+        load_config(write(MINIMAL), [f"{old}={{}}"])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.data.test_prompts import PLAIN, Utf8Tokenizer, configure
+from tests.data.test_prompts import PLAIN, configure
+from tests.support.utf8_tokenizer import Utf8Tokenizer
 from treepo.data import rows
 from treepo.data.prompts import PromptSet, load_prompts
 from treepo.errors import DataError

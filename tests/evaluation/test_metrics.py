@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo.evaluation.metrics import (
-    NO_VOTE,
     RESAMPLES,
     ProblemResult,
     estimate,
@@ -20,6 +19,7 @@ from treepo.evaluation.metrics import (
     problem_metrics,
     sample_counts,
 )
+from treepo.rewards.voting import NO_VOTE
 from treepo.tree import Stop, Verdict
 
 

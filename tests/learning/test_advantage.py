@@ -11,9 +11,9 @@ import pytest
 from tests.support.naive_advantage import NAIVE, WHITENED, children_of, naive_estimate, rewards_below
 from tests.support.paths import ROOT
 from tests.support.small_trees import config_of, random_batch, relabelled, tree_of, without_ungraded
-from treepo.config.learning import LearningConfig
-from treepo.learning import advantage
-from treepo.learning.advantage import ESTIMATORS, Advantages, Batch, estimate, inverse_branching
+from treepo.learning import estimators
+from treepo.learning.advantage import Advantages, estimate
+from treepo.learning.estimators import ESTIMATORS, Batch, inverse_branching
 from treepo.learning.forest import Forest
 from treepo.tree import PROMPT, Leaf, Tree, Verdict
 
@@ -36,8 +36,8 @@ TREEPO_OPTIONS = [
 
 
 def values_of(advantages: Advantages, tree: int, leaf: int) -> np.ndarray:
-    index = advantages.first_leaf_P[tree] + leaf
-    return advantages.value_M[advantages.offset_L[index] : advantages.offset_L[index + 1]]
+    index = advantages.forest.first_leaf_P[tree] + leaf
+    return advantages.value_M[slice(*advantages.forest.path_offset_L[index : index + 2])]
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,17 @@ def test_every_estimator_has_a_straight_line_version() -> None:
     assert set(ESTIMATORS) == set(NAIVE)
 
 
-def test_an_estimator_is_added_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimator_is_added_as_documented() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", ALGORITHM.read_text(), re.DOTALL)
-    monkeypatch.setattr(advantage, "ESTIMATORS", ESTIMATORS.copy())
-    exec(example, {**vars(advantage), "LearningConfig": LearningConfig})
-    (name,) = advantage.ESTIMATORS.keys() - ESTIMATORS.keys()
-    forest = Forest.of([tree_of([-1, -1], [1.0, -1.0])])
-    values = advantage.ESTIMATORS[name].function(Batch(forest, np.ones(2)), config_of())
-    np.testing.assert_array_equal(values, [0.0, -2.0])
+    before = set(ESTIMATORS)
+    exec(example, vars(estimators).copy())
+    (name,) = ESTIMATORS.keys() - before
+    try:
+        tree = tree_of([-1, -1], [1.0, -1.0])
+        np.testing.assert_array_equal(unwhitened(tree, estimator=name), [0.0, -2.0])
+        np.testing.assert_array_equal(estimate([tree], config_of(estimator=name)).value_M, [0.0, -2.0])
+    finally:
+        del ESTIMATORS[name]
 
 
 # --- by hand -------------------------------------------------------------------------------------------
@@ -83,8 +86,8 @@ def unwhitened(tree: Tree, **options: object) -> np.ndarray:
     """What the estimator says before whitening."""
     config = config_of(**options)
     forest = Forest.of([tree])
-    batch = Batch(forest, forest.graded_L.astype(float))
-    return ESTIMATORS[config.estimator].function(batch, config)
+    batch, estimator = Batch(forest, forest.graded_L.astype(float)), ESTIMATORS[config.estimator]
+    return estimator.function(batch, **{name: getattr(config, name) for name in estimator.options})
 
 
 def test_treepo_by_hand() -> None:
@@ -214,7 +217,7 @@ def test_whitening_spans_the_batchs_trained_tokens(name: str) -> None:
 def test_part_of_a_batch_keeps_its_values() -> None:
     trees = random_batch(np.random.default_rng(5), 5)
     whole = estimate(trees, config_of())
-    part = whole.of_trees(1, 4)
+    part = whole.part(1, 4)
     for number in range(3):
         for index in range(len(trees[number + 1].leaves)):
             np.testing.assert_array_equal(values_of(part, number, index), values_of(whole, number + 1, index))
@@ -379,7 +382,7 @@ def test_token_weights_sum_to_what_the_normalisation_counts(normalisation: str) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "gpro"}, r"estimator = gpro is not one of .*\bgrpo\b"),
+        ({"estimator": "gpro"}, r"should be one of .*, found 'gpro'; did you mean 'grpo'\?"),
         ({"estimator": "grpo", "weighting": "size"}, "weighting = size with estimator = grpo: only treepo"),
         ({"eta": 0.5}, "eta = 0.5 with estimator = treepo: only treepo_segment"),
         ({"normalisation": "constant"}, "normalisation_tokens = None"),

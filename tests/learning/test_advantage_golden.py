@@ -49,8 +49,8 @@ def values_of_paths(case: dict[str, Any], config: LearningConfig) -> list[np.nda
     """For each path of the case one advantage a segment."""
     trees, places = golden_trees(case)
     advantages = estimate(trees, config)
-    leaves = [advantages.first_leaf_P[tree] + leaf for tree, leaf in places]
-    return [advantages.value_M[slice(*advantages.offset_L[leaf : leaf + 2])] for leaf in leaves]
+    leaves = [advantages.forest.first_leaf_P[tree] + leaf for tree, leaf in places]
+    return [advantages.value_M[slice(*advantages.forest.path_offset_L[leaf : leaf + 2])] for leaf in leaves]
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))

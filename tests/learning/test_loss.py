@@ -14,6 +14,7 @@ from tests.support.small_trees import config_of, random_batch
 from tests.support.tiny_policy import VOCABULARY, TinyPolicy
 from treepo.config.learning import LearningConfig
 from treepo.learning.advantage import estimate
+from treepo.learning.kl import KL_ESTIMATORS
 from treepo.learning.loss import denominator, policy_loss, summarise
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, split_mini_batches
@@ -26,7 +27,7 @@ OPTIONS = [
     {"estimator": "dr_grpo", "normalisation": "constant", "normalisation_tokens": 33},
     {"leaf_weights": "inverse_branching", "normalisation": "sequence_mean", "importance_cap": 0.05},
     {"leaf_weights": "inverse_branching", "normalisation": "constant", "normalisation_tokens": 9},
-    *({"kl_coefficient": 0.3, "kl_estimator": name} for name in ("k1", "k2", "k3")),
+    *({"kl_coefficient": 0.3, "kl_estimator": name} for name in KL_ESTIMATORS),
     {"entropy_coefficient": 0.2, "importance_cap": 0.05},
 ]
 LossOfPacks = Callable[[Sequence[Sequence[Pack]]], tuple[Tensor, dict[str, float]]]
@@ -109,7 +110,9 @@ class Scene:
                 )
                 response = slice(len(tree.prompt), None)
                 lengths = [len(tree.segments[node].tokens) for node in path]
-                values = self.advantages.value_M[slice(*self.advantages.offset_L[index : index + 2])]
+                values = self.advantages.value_M[
+                    slice(*self.advantages.forest.path_offset_L[index : index + 2])
+                ]
                 losses = naive_token_losses(
                     self.config,
                     log_prob[response],
@@ -167,7 +170,7 @@ def test_packed_loss_and_gradient_equal_the_leaves_one_by_one(options: dict[str,
     least = max(len(tree.prompt) + len(tree.response(leaf)) for tree in scene.trees for leaf in tree.leaves)
     for packer, budget, replicas in [
         (pack_trees, everything, 1),
-        (pack_trees, least, 3),  # every tree is cut, some tokens are context in several packs
+        (pack_trees, least, 3),  # every tree is split, some tokens are context in several packs
         (pack_flat, 2 * least, 2),
     ]:
         loss, metrics = scene.loss(scene.packs(packer, budget, replicas))

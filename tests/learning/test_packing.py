@@ -1,6 +1,7 @@
 """Packs: nothing lost, nothing doubled, every token sees exactly its own path."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from itertools import chain, combinations
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 
 from tests.support.small_trees import config_of, random_batch, relabelled, tree_of, without_ungraded
 from treepo.learning.advantage import Advantages, estimate
-from treepo.learning.packing import Pack, attach, blank_pack, pack_flat, pack_trees, split_mini_batches
+from treepo.learning.forest import Forest
+from treepo.learning.packing import (
+    Pack,
+    attach,
+    blank_pack,
+    pack_flat,
+    pack_trees,
+    padded,
+    split_mini_batches,
+)
 from treepo.tree import PROMPT, Tree
 
 Packer = Callable[..., list[list[Pack]]]
@@ -35,7 +45,7 @@ def longest(trees: Sequence[Tree]) -> int:
 
 
 def budgets(trees: Sequence[Tree]) -> list[int]:
-    """From the least that can work, by which every tree is cut, to one pack for everything."""
+    """From the least that can work, which splits every large tree, to one pack for everything."""
     least = longest(trees)
     return [least, 2 * least, sum(len(tree.prompt) + tree.unique_tokens() for tree in trees)]
 
@@ -61,7 +71,7 @@ def expected_sums(trees: Sequence[Tree], advantages: Advantages) -> dict[tuple[i
     leaf_index = 0
     for number, tree in enumerate(trees):
         for leaf in tree.leaves:
-            values = advantages.value_M[slice(*advantages.offset_L[leaf_index : leaf_index + 2])]
+            values = advantages.value_M[slice(*advantages.forest.path_offset_L[leaf_index : leaf_index + 2])]
             weight = advantages.token_weight_L[leaf_index]
             leaf_index += 1
             if leaf.reward is None:
@@ -102,7 +112,7 @@ def test_every_token_is_trained_once_for_every_leaf_below_it(packer: Packer) -> 
                 assert set(times.values()) == {1}
             weights = [pack.leaf_weight for replica in packs for pack in replica]
             assert sum(weights) == pytest.approx(advantages.leaf_weight_L.sum(), rel=TOLERANCE)
-    assert (context_tokens > 0) == (packer is pack_trees)  # some trees were cut
+    assert (context_tokens > 0) == (packer is pack_trees)  # some trees were split
 
 
 @PACKERS
@@ -169,19 +179,32 @@ def test_packs_keep_to_the_budget_and_replicas_are_balanced(packer: Packer) -> N
                 assert all(replica for replica in packs)
                 assert max(len(pack) for replica in packs for pack in replica) <= budget
                 loads = [sum(len(pack) for pack in replica) for replica in packs]
-                # No replica is ahead of another by more than one piece, and no piece is over the budget.
-                assert max(loads) - min(loads) <= budget
+                # No replica is ahead of another by more than one piece.
+                assert max(loads) - min(loads) <= min(budget, largest_piece(packer, trees))
+
+
+def largest_piece(packer: Packer, trees: Sequence[Tree]) -> int:
+    """Tokens of the largest tree or trajectory, of which one replica may have one more than another."""
+    if packer is pack_flat:
+        return longest(trees)
+    return max(len(tree.prompt) + tree.unique_tokens() for tree in trees)
+
+
+def test_whole_trees_that_fit_one_pack_share_one() -> None:
+    for trees, advantages in batches():
+        (packs,) = pack_trees(trees, advantages, budgets(trees)[-1], 1)
+        graded = [pruned for tree in trees if (pruned := without_ungraded(tree))]
+        assert [len(pack) for pack in packs] == [
+            sum(len(tree.prompt) + tree.unique_tokens() for tree in graded)
+        ]
 
 
 @PACKERS
 def test_padding_trains_nothing_and_sees_only_itself(packer: Packer) -> None:
     trees, advantages = next(batches())
-    budget = longest(trees) + 7
-    plain = packer(trees, advantages, budget, 2)
-    padded = packer(trees, advantages, budget, 2, capacities=range(8, budget + 8, 8))
-    for short, long in zip(chain(*plain), chain(*padded), strict=True):
-        assert len(long) % 8 == 0
-        assert len(long) - len(short) in range(8)
+    for short in chain(*packer(trees, advantages, longest(trees), 2)):
+        long = padded(short, len(short) + 5)
+        assert len(long) == len(short) + 5
         np.testing.assert_array_equal(long.token[: len(short)], short.token)
         padding = slice(len(short), None)
         np.testing.assert_array_equal(long.exit[padding], np.arange(len(short), len(long)) + 1)
@@ -197,8 +220,8 @@ def packed_tokens(tree: Tree, budget: int) -> int:
     return sum(len(pack) for replica in packs for pack in replica)
 
 
-def test_cuts_repeat_the_least_context() -> None:
-    """Against every way of cutting the depth-first order into stretches, on small trees."""
+def test_splits_repeat_the_least_context() -> None:
+    """Against every way of splitting the depth-first order into stretches, on small trees."""
     checked = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -229,7 +252,7 @@ def test_cuts_repeat_the_least_context() -> None:
     assert checked >= 15
 
 
-def test_what_no_graded_leaf_is_below_is_left_out() -> None:
+def test_nodes_without_a_graded_leaf_below_them_are_left_out() -> None:
     tree = tree_of([-1, 0, 0, -1, 3], [1.0, None, None])
     (replica,) = pack_trees([tree], estimate([tree], config_of()), 100, 1)
     (pack,) = replica
@@ -276,6 +299,10 @@ def test_mini_batches_are_whole_trees(trees: int, parts: int, sizes: list[int]) 
     assert [tree for part, _ in split for tree in part] == batch
     values = [theirs.value_M for _, theirs in split]
     np.testing.assert_array_equal(np.concatenate([*values, np.zeros(0)]), advantages.value_M)
+    for part, theirs in split:
+        alone = Forest.of(part)
+        for field in fields(Forest):
+            np.testing.assert_array_equal(getattr(theirs.forest, field.name), getattr(alone, field.name))
 
 
 def test_attached_log_probs_stay_with_their_pack() -> None:
@@ -295,12 +322,6 @@ def test_a_trajectory_longer_than_a_pack_is_refused(packer: Packer) -> None:
     tree = tree_of([-1, 0], [1.0], lengths=[5, 6])
     with pytest.raises(ValueError, match="13 tokens with its prompt; a pack holds 12"):
         packer([tree], estimate([tree], config_of()), 12, 1)
-
-
-def test_a_pack_no_capacity_holds_is_refused() -> None:
-    tree = tree_of([-1, 0], [1.0])
-    with pytest.raises(ValueError, match="largest capacity is 8; a pack may have 12"):
-        pack_trees([tree], estimate([tree], config_of()), 12, 1, capacities=(4, 8))
 
 
 def test_a_blank_pack_is_one_untrained_token() -> None:

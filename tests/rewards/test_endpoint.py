@@ -14,7 +14,7 @@ from treepo.config.reward import RewardConfig
 from treepo.errors import ConfigError
 from treepo.rewards import endpoint
 from treepo.rewards.grade import Grade, GradeItem
-from treepo.rewards.open import open_rewards
+from treepo.rewards.pool import open_rewards
 from treepo.tree import Verdict
 
 Handler = Callable[[list[dict[str, Any]]], Awaitable[web.Response | None]]
@@ -237,7 +237,10 @@ def test_what_json_cannot_hold_is_named_by_its_column(value: object) -> None:
         ({"function": "a:b", "correct": 2.0}, "correct = 2.0, but function grades"),
         ({"batch_size": 8}, "batch_size = 8, but math-verify grades, and only url read"),
         ({"url": "ftp://x"}, "should match pattern"),
-        ({"terms": {"overlng": 1.0}}, "terms.overlng: no such term; there are: format_boxed, format_one_box"),
+        (
+            {"terms": {"overlng": 1.0}},
+            "should be one of format_boxed, .*, found 'overlng'; did you mean 'overlong'",
+        ),
         ({"terms": {"length": 0.0}}, "greater than 0"),
         ({"terms": {"overlong": 1.0}}, "the term `overlong` needs a number of tokens"),
         ({"overlong_buffer_tokens": 8}, r"overlong_buffer_tokens = 8 with terms = {}"),

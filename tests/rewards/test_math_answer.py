@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks.rewards import draw_items, grade_all
 from tests.support.paths import SHARED
+from tests.support.utf8_tokenizer import Utf8Tokenizer
 from treepo.config.data import DataConfig
 from treepo.config.reward import RewardConfig
-from treepo.data.prompts import read_questions
+from treepo.data.prompts import load_prompts
 from treepo.rewards import math_answer
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.rewards.math_answer import equal_answers, grade_math
@@ -129,8 +130,8 @@ def gold_answers() -> list[str]:
     answers = []
     for name, size in BENCHMARKS.items():
         path = DATA / f"{name}.jsonl"
-        config = DataConfig.model_validate({"train": path, "columns": name})
-        found = [question.answer for question in read_questions(path, config.columns, config)]
+        config = DataConfig.model_validate({"train": path, "columns": name, "max_prompt_tokens": 10_000})
+        found = [prompt.answer for prompt in load_prompts(path, config.columns, Utf8Tokenizer(), config)]
         assert len(found) == size
         answers += found
     return answers

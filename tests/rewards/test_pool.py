@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from treepo.config.reward import RewardConfig
 from treepo.errors import ConfigError, RewardError
 from treepo.rewards.grade import Grade, GradeItem
@@ -239,7 +241,8 @@ from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
 
 async def main():
-    pool = RewardPool(RewardConfig(function="tests.support.reward_functions:obey", workers=2, deadline_seconds=600))
+    function = "tests.support.reward_functions:obey"
+    pool = RewardPool(RewardConfig(function=function, workers=2, deadline_seconds=600))
     await pool.ready()
     grading = asyncio.create_task(pool.grade([GradeItem("sleep 600", "")]))
     await asyncio.sleep(0.2)
@@ -251,15 +254,50 @@ asyncio.run(main())
 
 
 def test_workers_die_with_their_parent_idle_or_busy() -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
-        [sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         parent.kill()
     assert len(pids) == 2
     wait_until(lambda: not any(map(alive, pids)))
+
+
+_ELSEWHERE = """
+import asyncio, os, sys
+from treepo.config.reward import RewardConfig
+from treepo.rewards.grade import GradeItem
+from treepo.rewards.pool import RewardPool
+
+if sys.argv[1:]:
+    os.chdir(sys.argv[1])
+with RewardPool(RewardConfig(function="where:in_copy", workers=1)) as pool:
+    print(asyncio.run(pool.grade([GradeItem("", "")]))[0].reward)
+"""
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_workers_import_the_package_that_their_parent_runs(tmp_path: Path, moves: bool) -> None:
+    """From its sources in the working directory, also if the parent then works in another one."""
+    sources, elsewhere = tmp_path / "sources", tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "treepo", sources / "treepo")
+    elsewhere.mkdir()
+    for folder in (sources, elsewhere):
+        (folder / "where.py").write_text(
+            f"import treepo\ndef in_copy(*_): return {str(sources)!r} in treepo.__path__[0]\n"
+        )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [str(elsewhere)] if moves else []
+    done = subprocess.run(
+        [sys.executable, "-c", _ELSEWHERE, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=sources,
+        env=environment,
+        check=True,
+    )
+    assert done.stdout == "1.0\n"
 
 
 def test_what_a_function_prints_stays_out_of_the_parents_output(capfd: pytest.CaptureFixture[str]) -> None:

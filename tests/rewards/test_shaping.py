@@ -20,9 +20,11 @@ def config_of(**settings: object) -> RewardConfig:
     return RewardConfig.model_validate(settings)
 
 
-def responses_of(tokens: list[int], correct: list[bool] | None = None, limit: int = 7168) -> Responses:
+def responses_of(
+    tokens: list[int], correct: list[bool] | None = None, buffer: int | None = None
+) -> Responses:
     correct = [True] * len(tokens) if correct is None else correct
-    return Responses(("",) * len(tokens), np.array(tokens), np.array(correct), limit)
+    return Responses(("",) * len(tokens), np.array(tokens), np.array(correct), 7168, buffer)
 
 
 def random_grades(rng: np.random.Generator, tree: Tree) -> tuple[list[str], list[Grade]]:
@@ -39,26 +41,25 @@ def random_grades(rng: np.random.Generator, tree: Tree) -> tuple[list[str], list
 
 
 def test_overlong_in_the_papers_setting() -> None:
-    config = config_of(terms={"overlong": 1.0}, overlong_buffer_tokens=512)
     tokens = [0, 6656, 6784, 6912, 7168, 9000]
-    assert TERMS["overlong"](responses_of(tokens), config).tolist() == [0, 0, -0.25, -0.5, -1, -1]
+    assert TERMS["overlong"](responses_of(tokens, buffer=512)).tolist() == [0, 0, -0.25, -0.5, -1, -1]
 
 
 def test_length_is_relative_to_the_prompts_other_responses() -> None:
     length = TERMS["length"]
     # 100, 150 and 300 tokens: 0, a quarter and all of the way from the shortest to the longest.
-    assert length(responses_of([100, 150, 300]), config_of()).tolist() == [0.5, 0.25, -0.5]
+    assert length(responses_of([100, 150, 300])).tolist() == [0.5, 0.25, -0.5]
     wrong = responses_of([100, 150, 300], [False, True, False])
-    assert length(wrong, config_of()).tolist() == [0.0, 0.25, -0.5]
-    assert length(responses_of([100, 100]), config_of()).tolist() == [0, 0]
-    assert length(responses_of([7]), config_of()).tolist() == [0]
+    assert length(wrong).tolist() == [0.0, 0.25, -0.5]
+    assert length(responses_of([100, 100])).tolist() == [0, 0]
+    assert length(responses_of([7])).tolist() == [0]
 
 
 def test_format_terms_count_boxes() -> None:
     texts = ("none", r"\boxed{1}", r"\boxed{1} \boxed{2}", r"put it in \boxed{}: \boxed{3}", r"\boxed{1")
-    responses = Responses(texts, np.ones(5), np.ones(5, dtype=bool), limit=10)
-    assert TERMS["format_boxed"](responses, config_of()).tolist() == [0, 1, 1, 1, 0]
-    assert TERMS["format_one_box"](responses, config_of()).tolist() == [0, 1, 0, 1, 0]
+    responses = Responses(texts, np.ones(5), np.ones(5, dtype=bool), max_tokens=10)
+    assert TERMS["format_boxed"](responses).tolist() == [0, 1, 1, 1, 0]
+    assert TERMS["format_one_box"](responses).tolist() == [0, 1, 0, 1, 0]
 
 
 def test_rewards_are_the_graders_plus_each_weighted_term() -> None:
@@ -81,10 +82,11 @@ def test_rewards_are_the_graders_plus_each_weighted_term() -> None:
                 tuple(texts[i] for i in graded),
                 np.array([lengths[i] for i in graded]),
                 np.array([grades[i].verdict is Verdict.CORRECT for i in graded]),
-                limit=16,
+                max_tokens=16,
+                overlong_buffer_tokens=8,
             )
             place = graded.index(at)
-            expected = {n: w * float(TERMS[n](among, config)[place]) for n, w in ALL_TERMS.items()}
+            expected = {n: w * float(TERMS[n](among)[place]) for n, w in ALL_TERMS.items()}
             # Sums of the same few doubles, perhaps in another order.
             assert leaf.terms == pytest.approx(expected, abs=1e-15)
             assert trained.reward == pytest.approx(grade.reward + sum(expected.values()), abs=1e-14)
@@ -101,7 +103,7 @@ def test_an_ungraded_response_counts_in_no_term() -> None:
     result = with_grades(tree, texts, grades, config_of(terms={"length": 1.0}), max_response_tokens=99)
     rest = [leaf.terms["length"] for leaf in result.leaves if leaf.terms]
     graded = [length for length, grade in zip(lengths, grades, strict=True) if grade.reward is not None]
-    assert rest == TERMS["length"](responses_of(graded), config_of()).tolist()
+    assert rest == TERMS["length"](responses_of(graded)).tolist()
 
 
 def test_without_terms_nothing_changes() -> None:

@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import Sequence
 
 from treepo.config.reward import RewardConfig
-from treepo.evaluation.metrics import NO_VOTE
 from treepo.rewards.pool import RewardPool
-from treepo.rewards.voting import Equal, pool_equality, vote_classes
+from treepo.rewards.voting import NO_VOTE, Equal, pool_equality, vote_classes
 from treepo.tree import Verdict
 
 C, W, N, T = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TIMEOUT

@@ -1,4 +1,4 @@
-"""Prompts: where they come from and which columns they are in."""
+"""Prompts: their files, and the columns that hold them."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -6,20 +6,20 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from treepo.config.base import PathField, Section
+from treepo.config.base import PathField, Section, unknown_name
 
-_NAMED = Path(__file__).parents[1] / "data/columns"
+_SHIPPED = Path(__file__).parents[1] / "data/columns"
 
 
 def shipped_columns() -> dict[str, Path]:
-    """The column maps in treepo/data/columns by name."""
-    return {path.stem: path for path in _NAMED.glob("*.yaml")}
+    """The column maps in treepo/data/columns, by name."""
+    return {path.stem: path for path in _SHIPPED.glob("*.yaml")}
 
 
 class ColumnsConfig(Section):
-    """Column names; `a.b` reaches into a nested column. The defaults are m-a-p/TreePO_data's.
+    """Column names; `a.b` is b inside column a. The defaults are those of m-a-p/TreePO_data.
 
-    The name of a file in treepo/data/columns ("gsm8k") stands for what is in it.
+    The name of a file in treepo/data/columns ("gsm8k") stands for its content.
     """
 
     prompt: str = "prompt"
@@ -27,13 +27,13 @@ class ColumnsConfig(Section):
     answer: str = "reward_model.ground_truth"
     """The gold answer: a string, a number, or a list of which the last counts."""
     answer_after: str | None = Field(default=None, min_length=1)
-    """Where set, the answer is what follows the last occurrence of this text (gsm8k: "#### ")."""
+    """If set, the answer is what follows the last occurrence of this text (gsm8k: "#### ")."""
     answer_boxed: bool = False
-    r"""The answer is what the last \boxed{...} in its column holds (minerva_math's solutions)."""
+    r"""Whether the answer is the content of the last \boxed{...} in its column (minerva_math's solutions)."""
     source: str | None = "data_source"
-    """The name of the set a row belongs to; where null, the file's name without its ending."""
+    """The name of the set that a row belongs to; null: the file's name without its suffix."""
     extra: str | None = None
-    """A column with anything that a reward function of your own needs to know; it gets {} where null."""
+    """A column with anything that your own reward function needs; null: the function gets {}."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,15 +42,15 @@ class ColumnsConfig(Section):
             return value
         named = shipped_columns()
         if value not in named:
-            raise ValueError(f"no columns are named {value!r}; there are: {', '.join(sorted(named))}")
+            raise ValueError(unknown_name(value, named))
         return yaml.safe_load(named[value].read_text(encoding="utf-8"))
 
     @model_validator(mode="after")
     def _one_way_to_the_answer(self) -> Self:
         if self.answer_after is not None and self.answer_boxed:
             raise ValueError(
-                f"answer_after = {self.answer_after!r} and answer_boxed = true are two ways to cut the "
-                f"answer out of column {self.answer!r}; set one of them"
+                f"answer_after = {self.answer_after!r} and answer_boxed = true are two ways to take the "
+                f"answer from column {self.answer!r}; set one of them"
             )
         return self
 
@@ -59,11 +59,11 @@ class PromptsConfig(Section):
     """What makes a row of any file usable."""
 
     max_prompt_tokens: int = Field(default=1024, ge=1)
-    """Most tokens in one prompt, chat template included."""
+    """Largest number of tokens in a prompt, chat template included."""
     system_prompt: str | None = None
-    """Prepended as a system message where set, in place of the row's own."""
+    """If set, the system message of every prompt, in place of the row's own."""
     bad_rows: Literal["error", "skip"] = "error"
-    """A row that cannot be used (no prompt, no answer, too long) ends the run, or is counted and skipped."""
+    """Whether a row that cannot be used (no prompt, no answer, too long) ends the run or is skipped."""
 
 
 class RolloutDataConfig(PromptsConfig):

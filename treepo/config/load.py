@@ -1,7 +1,7 @@
-"""YAML and `a.b=c` overrides to a configuration, or one clear line about each thing that is wrong.
+"""Load a configuration from YAML and `a.b=c` overrides, or report one clear line for each mistake.
 
 A file may build on another: `extends: other.yaml`, relative to the file that says it. Sections are merged key
-by key; everything else, lists and an empty `{}` included, takes the place of what the other file says.
+by key; every other value, lists and an empty `{}` included, replaces the other file's.
 
 All other paths in a configuration are relative to the working directory.
 """
@@ -19,9 +19,12 @@ from treepo.config.base import Section
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 
+RENAMED_KEYS = {"actor": "trainer", "score_check": "log_prob_check"}
+"""Old dotted keys, and their new names in the same section."""
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML as everybody expects it: unlike in YAML 1.1, 1e-6 is a number and `off` a word."""
+    """Safe YAML without two surprises of YAML 1.1: here 1e-6 is a number and `off` is a word."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -40,16 +43,16 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A training run's configuration; see `load_as`."""
+    """Load a training run's configuration; see `load_as`."""
     return load_as(RunConfig, path, overrides)
 
 
 def load_as[Schema: Section](
     schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()
 ) -> Schema:
-    """The `schema` in `path` (or in nothing) with `overrides` ("a.b=c", c in YAML) applied in order.
+    """Load `path` (None: an empty file) as a `schema`, and apply `overrides` ("a.b=c", c in YAML) in order.
 
-    Raises ConfigError with one line for each fault: file and line, dotted key, what is allowed.
+    Raises ConfigError with one line for each mistake: file and line, dotted key, what is allowed.
     """
     values, places = ({}, {}) if path is None else _read(path)
     for override in overrides:
@@ -64,14 +67,14 @@ def load_as[Schema: Section](
 
 
 def dump_config(config: Section) -> str:
-    """The effective configuration as YAML; loading it gives the same configuration."""
+    """Write the effective configuration as YAML; loading it gives the same configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _read(path: Path, said_in: str = "", above: Sequence[Path] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of `path` and of what it extends, and where each dotted key stands ("file:line").
+    """Read `path` and the files that it extends: the values, and the place ("file:line") of each dotted key.
 
-    said_in: where `path` is named, if a file names it. above: the files that led here.
+    said_in: the place that names `path`, if a file does. above: the files that led here.
     """
     try:
         text = path.read_text()
@@ -99,7 +102,7 @@ def _circle(above: Sequence[Path], repeated: Path) -> str:
 
 
 def _merge(values: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Lay `new` over `values`, in place; yields each dotted key that is replaced as a whole, with a dot."""
+    """Lay `new` over `values` in place; yield each dotted key that it replaces as a whole, and a dot."""
     for key, value in new.items():
         dotted = f"{prefix}{key}."
         old = values.get(key)
@@ -111,7 +114,7 @@ def _merge(values: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> 
 
 
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values, and where each dotted key stands ("file:line")."""
+    """The values, and the place ("file:line") of each dotted key."""
     try:
         node = yaml.compose(text, _Loader)
         values = yaml.load(text, _Loader)
@@ -161,7 +164,7 @@ def _override(values: dict[str, Any], places: dict[str, str], override: str) -> 
 
 
 def _override_value(text: str, place: str) -> Any:
-    """YAML's reading of `text`, but text that YAML takes for a comment ("#### ") stays text."""
+    """Read `text` as YAML, except that text which YAML takes for a comment ("#### ") stays text."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -170,31 +173,36 @@ def _override_value(text: str, place: str) -> Any:
 
 
 def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], file: str) -> str:
-    """One line of pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
-    location = [str(part) for part in fault["loc"]]
+    """One line for pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
+    location = [str(part) for part in fault["loc"] if part != "[key]"]  # pydantic's mark of a mapping's key
     dotted = ".".join(location)
     place = _place(location, places) or file
     if fault["type"] == "extra_forbidden":
-        allowed = _keys_of(schema, location[:-1])
-        near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
-        if len(location) == 1:  # not the schema's own, so only where hardly anything else can be meant
-            near = difflib.get_close_matches(location[-1], ["extends"], cutoff=0.8) or near
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{place}: {dotted}: unknown key; {hint}"
+        return f"{place}: {dotted}: unknown key; {_suggestion(schema, location)}"
     if fault["type"] == "missing":
         return f"{place}: {dotted}: required, but not given"
     if fault["type"] == "model_type":
         return f"{place}: {dotted}: should be a section (keys and values), found {fault['input']!r}"
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    if (
-        fault["type"] == "value_error"
-    ):  # a cross-field rule: its message names its keys and shows their values
+    if fault["type"] == "value_error":  # a rule of ours: its message shows the values
         return f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"
     return f"{place}: {dotted}: {message}, found {fault['input']!r}"
 
 
+def _suggestion(schema: type[Section], location: Sequence[str]) -> str:
+    """What to write in place of the unknown key at `location`."""
+    allowed = _keys_of(schema, location[:-1])
+    new = RENAMED_KEYS.get(".".join(location))
+    if new in allowed:
+        return f"it is now called {new!r}"
+    near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
+    if len(location) == 1:  # `extends` is no key of the schema: suggest it only if nothing else is as near
+        near = difflib.get_close_matches(location[-1], ["extends"], cutoff=0.8) or near
+    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+
+
 def _place(location: Sequence[str], places: Mapping[str, str]) -> str | None:
-    """Where the key stands; else a key below it (an override creates its parents); else its section."""
+    """The place of the key, else of a key below it (an override creates its parents), else of its section."""
     dotted = ".".join(location)
     if not dotted:
         return None
@@ -206,7 +214,7 @@ def _keys_of(schema: type[Section], location: Sequence[str]) -> list[str]:
     """The keys allowed in the section of `schema` at `location`."""
     section: type[BaseModel] = schema
     for name in location:
-        if name.isdecimal():  # an item of a list, whose section the list's own key has led to
+        if name.isdecimal():  # an item of a list: the list's own key has led to its section
             continue
         section = _section_of(section.model_fields[name].annotation)
     return list(section.model_fields)

@@ -1,8 +1,8 @@
-"""Every configuration key with its type, default, limits and meaning, as the page docs/configuration.md:
+"""Write docs/configuration.md: every configuration key with its type, default, limits and meaning.
 
     python -m treepo.config.reference docs/configuration.md
 
-The schemas say everything that is in it. A section that another command shares is described once.
+Everything on the page comes from the schemas. A section that several commands share is described once.
 """
 
 import json
@@ -18,13 +18,8 @@ from treepo.config.base import Section
 from treepo.config.evaluate import EvalConfig
 from treepo.config.rollout import RolloutConfig
 from treepo.config.run import RunConfig
-from treepo.learning.advantage import ESTIMATORS
-from treepo.rewards.terms import TERMS
 
 COMMANDS: dict[str, type[Section]] = {"train": RunConfig, "rollout": RolloutConfig, "eval": EvalConfig}
-
-# Keys whose names are registered elsewhere, and may be more than these in a fork.
-_REGISTERED = {("LearningConfig", "estimator"): ESTIMATORS, ("RewardConfig", "terms"): TERMS}
 
 _TYPES = {
     "boolean": "true or false",
@@ -37,28 +32,27 @@ _TYPES = {
 _HEAD = """\
 # Configuration reference
 
-Made from the schemas in `treepo/config/` by `python -m treepo.config.reference docs/configuration.md`.
-
 One YAML file configures a command: `treepo train FILE`, `treepo rollout FILE`, `treepo eval FILE`; `launch`
-and `plan` take the file of `train`. Any key
-can be overridden behind it by its dotted name: `treepo train FILE sampling.width=8`. The value is read as
-YAML, and the last of several wins.
+and `plan` take the file of `train`. Override any key after the file by its dotted name:
+`treepo train FILE sampling.width=8`. The value is read as YAML; the last override of a key wins.
 
-- `extends: other.yaml`, a path relative to the file that says it, builds on another file: sections are merged
-  key by key, everything else, lists and an empty `{}` included, replaces what the other file says. That file
-  may extend a third one. `examples/paper/ablations/` has overlays of a few lines.
-- An unknown key, a wrong type and a combination that cannot work are errors, each one line with its file,
-  line and key and what is allowed; nothing starts before they are mended.
-- Words such as `off` and `no` are text; truth is `true` and `false`. `1e-6` is a number.
+- `extends: other.yaml`, a path relative to the file that says it, builds on another file, which may extend a
+  third. Sections are merged key by key; every other value, lists and an empty `{}` included, replaces the
+  other file's. `examples/paper/ablations/` has overlays of a few lines.
+- An unknown key, a wrong type or a combination that cannot work is an error of one line: file, line, key, and
+  what is allowed. Nothing starts before all of them are mended.
+- Words such as `off` and `no` are text; booleans are `true` and `false`. `1e-6` is a number.
 - All other paths are relative to the working directory. Every run writes its effective configuration, without
   `extends`, to `config.yaml` in its folder.
+
+This page is generated: `python -m treepo.config.reference docs/configuration.md`.
 """
 
 _TABLE = "| Key | Value | Default | Meaning |\n| --- | --- | --- | --- |"
 
 
 def render() -> str:
-    """The page in Markdown."""
+    """Render the page in Markdown."""
     places = {command: list(_walk(schema, command)) for command, schema in COMMANDS.items()}
     headings: dict[type[BaseModel], str] = {}
     for section, heading in chain.from_iterable(places.values()):
@@ -71,7 +65,7 @@ def render() -> str:
 
 
 def _walk(section: type[BaseModel], command: str, name: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """`section` and those in it, each with the heading that it would have here."""
+    """`section` and the sections in it, each with the heading that it would have here."""
     yield section, f"{command}: {name or 'top level'}"
     for key, field in section.model_fields.items():
         inner = _inner(field.annotation)
@@ -108,27 +102,26 @@ def _row(
         value = f"list of {value}s" if schema.get("type") == "array" else value
         default = _departures(field.default)
     else:
-        registered = _REGISTERED.get((section.__name__, key))
-        value = _value(schema) + (f": {_words(sorted(registered))}" if registered else "")
+        value = _value(schema)
         default = "" if field.is_required() else f"`{_default(schema['default'])}`"
     default = "required" if field.is_required() else default
     return f"| `{key}` | {value} | {default} | {_in_cell(_one_line(field.description or ''))} |"
 
 
 def _default(value: Any) -> str:
-    """As it would be written in YAML."""
+    """The value as one would write it in YAML."""
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _departures(default: Any) -> str:
-    """In what the default of a whole section is not that section's own."""
+    """The keys in which a whole section's default differs from the section's own defaults."""
     if not isinstance(default, BaseModel):
         return ""
     return ", ".join(f"`{key}: {value}`" for key, value in default.model_dump(exclude_defaults=True).items())
 
 
 def _value(schema: Mapping[str, Any]) -> str:
-    """What may be written, in words."""
+    """The allowed values, in words."""
     if "enum" in schema:
         return _words(schema["enum"])
     if "anyOf" in schema:
@@ -142,7 +135,8 @@ def _value(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "array":
         return f"list of {schema['maxItems']}: {_value(schema['items'])}"
     if schema["type"] == "object":
-        return f"names, each with a {_value(schema['additionalProperties'])}"
+        names = _words(schema["propertyNames"]["enum"])
+        return f"names, each with a {_value(schema['additionalProperties'])}: {names}"
     return _TYPES[schema["type"]] + _limits(schema)
 
 
@@ -168,7 +162,7 @@ def _same(field: Any, inherited: Any) -> bool:
 
 
 def _anchor(heading: str) -> str:
-    """As GitHub and MkDocs both make it of such headings."""
+    """The anchor that GitHub and MkDocs both make of the heading."""
     return "".join(c for c in heading.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
@@ -177,7 +171,7 @@ def _one_line(text: str) -> str:
 
 
 def _in_cell(text: str) -> str:
-    """A `|` divides cells, and only outside code can it be written otherwise."""
+    """Escape `|`, which divides cells; that is possible outside code only."""
     parts = text.split("`")
     assert not any("|" in code for code in parts[1::2]), text
     return "`".join(parts).replace("|", "&#124;")

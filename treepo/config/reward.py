@@ -1,13 +1,13 @@
-"""Grading: who grades, what a verdict is worth, what is added to it, and when too much has failed."""
+"""Grading: the grader, the reward of a verdict, the terms added to it, and how many failures stop a run."""
 
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from treepo.config.base import Section
+from treepo.config.base import Registered, Section
 from treepo.rewards.terms import TERMS
 
-# Keys that not every way of grading reads, and which do.
+# Keys that not every way of grading reads, and the ways that read them.
 _READERS = {
     "batch_size": ("url",),
     "attempts": ("url",),
@@ -20,32 +20,34 @@ _READERS = {
 class RewardConfig(Section):
     function: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """Your own reward, `module:function`, called in the grading processes as f(prompt, response, answer,
-    extra) -> float or dict (see treepo.rewards.custom); null grades mathematics with math-verify."""
+    extra) -> float or dict (see treepo.rewards.custom); null: math-verify grades."""
     url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+\S*$")
-    """Your own endpoint, which gets responses in batches (see treepo.rewards.endpoint); null: none."""
+    """Your own endpoint, which grades responses in batches (see treepo.rewards.endpoint); null: none."""
     workers: int = Field(default=4, ge=1)
     """Grading processes; with `url`, requests at a time."""
     deadline_seconds: float = Field(default=5.0, gt=0)
-    """A response not graded by then is killed with its worker; verdict `timeout`. With `url`: the time that
-    one request may take."""
+    """Time to grade one response; a worker that takes longer is killed, and the verdict is `timeout`. With
+    `url`: time for one request."""
     batch_size: int = Field(default=32, ge=1)
     """Most responses in one request to `url`."""
     attempts: int = Field(default=3, ge=1)
-    """How often a batch is sent to `url` that gets no reply in time, or status 408, 425, 429 or 5xx. The wait
-    in between starts at half a second and doubles."""
+    """How often a batch is sent to `url` if no reply comes in time, or status 408, 425, 429 or 5xx. The wait
+    between attempts starts at half a second and doubles."""
     memory_mb: int = Field(default=2048, ge=256)
-    """Address space (MiB) that one worker may use beyond what it starts with; verdict `error` above it."""
+    """Address space (MiB) that a worker may add to its start; above it the verdict is `error`."""
     correct: float = 1.0
     """Reward of a correct answer."""
     wrong: float = -1.0
-    """Reward of a wrong answer or of none."""
+    """Reward of a wrong answer, or of a response without one."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
-    """The run stops where more of a step's (or an evaluation's) responses than this share, and at least 8,
-    end in `timeout` or `error`."""
-    terms: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
-    """What is added to the rewards before training, by name, times this weight (treepo.rewards.terms)."""
+    """The run stops if more than this share of a step's (or an evaluation's) responses, and at least 8, end
+    in `timeout` or `error`."""
+    terms: dict[Annotated[str, Registered(TERMS)], Annotated[float, Field(gt=0, allow_inf_nan=False)]] = (
+        Field(default={})
+    )
+    """Terms added to the reward before training, each with its weight (treepo.rewards.terms)."""
     overlong_buffer_tokens: int | None = Field(default=None, ge=1)
-    """The term `overlong` falls over the last so many tokens below max_response_tokens."""
+    """The term `overlong` falls over this many tokens below max_response_tokens."""
 
     @model_validator(mode="after")
     def _one_grader(self) -> Self:
@@ -64,10 +66,7 @@ class RewardConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _terms_are_known(self) -> Self:
-        for name in self.terms:
-            if name not in TERMS:
-                raise ValueError(f"terms.{name}: no such term; there are: {', '.join(sorted(TERMS))}")
+    def _overlong_has_tokens(self) -> Self:
         if ("overlong" in self.terms) != (self.overlong_buffer_tokens is not None):
             raise ValueError(
                 f"overlong_buffer_tokens = {self.overlong_buffer_tokens} with terms = {self.terms}: the term "

@@ -1,4 +1,4 @@
-"""Whether two model folders hold the same weights, without reading gigabytes."""
+"""Tell model folders apart by their weights, without reading gigabytes."""
 
 import hashlib
 from pathlib import Path
@@ -8,9 +8,9 @@ _BLOCK_BYTES = 1 << 16
 
 
 def model_fingerprint(folder: Path) -> str:
-    """A digest of config.json and of blocks spread over each weight file, its first and last among them.
+    """Digest config.json and blocks spread over each weight file, the first and the last included.
 
-    Training changes weights everywhere, so it cannot miss them all; a change of a few numbers by hand it may.
+    Training changes weights everywhere, so some block always shows it; a few numbers changed by hand may not.
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):

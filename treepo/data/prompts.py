@@ -1,8 +1,8 @@
-"""Prompts from JSON lines and parquet, and the order in which training takes them.
+"""Prompts from JSON lines and parquet files, and the order in which training takes them.
 
-The configuration names the columns, so that a publisher's file is used as it is. A row that cannot be used
-is an error that names file, row and column, or is counted by its reason and skipped. A file may be larger
-than memory: what is kept of it is where its usable rows are.
+The configuration names the columns, so a publisher's file is used as it is. A row that cannot be used is an
+error that names file, row and column, or it is skipped and counted by reason. A file may be larger than
+memory: only the places of its usable rows are kept.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ _HINTS = {"no column": "data.columns names the columns", "no source": "data.colu
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """One row, ready to sample from. id: unique in its file ("train:17", the 0-based row).
+    """One row, ready to sample from. id: the file's name and the 0-based row ("train:17").
 
-    text: what the model is given, chat template applied. extra: for a reward function of the user's own.
+    text: the model's input, chat template applied. extra: for the user's own reward function.
     """
 
     id: str
@@ -47,11 +47,10 @@ class Prompt:
 
 @dataclass(slots=True)
 class DataReport:
-    """What a file holds. rows: all of them. duplicates: usable rows whose prompt another row had before.
-    fingerprint: of the usable rows' prompts and answers, in their order.
+    """A file's contents in numbers. rows: all rows. duplicates: usable rows that repeat an earlier prompt.
 
-    blank_lines: neither rows nor errors. skipped: rows left out, by reason; examples: the first row of each
-    reason, as an error would say it.
+    blank_lines: neither rows nor errors. fingerprint: of the usable rows' prompts and answers, in order.
+    skipped: rows left out, by reason. examples: for each reason, the error of its first row.
     """
 
     path: Path
@@ -78,15 +77,15 @@ class DataReport:
 
 
 class PromptSet(Sequence[Prompt]):
-    """A file's usable prompts, in file order, read and tokenized when they are asked for.
+    """A file's usable prompts in file order, read and tokenized on access.
 
-    A part of it (`prompts[:100]`) is a PromptSet too. Reading raises DataError where the file has changed.
+    A slice (`prompts[:100]`) is a PromptSet too. Reading raises DataError if the file has changed.
     """
 
     def __init__(
         self, report: DataReport, rows: RowFile, places_P: np.ndarray, convert: Callable[[Row], Prompt]
     ) -> None:
-        """places_P: int64 [P, 2], index and `at` of each usable row."""
+        """places_P: int64 [P, 2], `index` and `at` of each usable row (treepo.data.rows.Row)."""
         self.report = report
         self._rows = rows
         self._places_P = places_P
@@ -111,14 +110,14 @@ class PromptSet(Sequence[Prompt]):
             yield from self.take(range(start, min(start + _READ_AHEAD, len(self))))
 
     def take(self, indices: Sequence[int]) -> list[Prompt]:
-        """The prompts at `indices`, in this order; cheaper together than one by one."""
+        """Read the prompts at `indices`, in this order; cheaper than one by one."""
         places = [(int(index), int(at)) for index, at in self._places_P[list(indices)]]
         return [self._convert(row) for row in self._rows.read(places)]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A row as text, before any tokenizer."""
+class _Question:
+    """A row as text, before the tokenizer."""
 
     messages: tuple[Message, ...]
     answer: str
@@ -127,27 +126,22 @@ class Question:
 
 
 def check_prompts(path: Path, columns: ColumnsConfig, config: PromptsConfig) -> DataReport:
-    """Read the whole file and check every row, as far as that takes no tokenizer. Raises DataError."""
+    """Read the whole file and check every row, except what needs a tokenizer. Raises DataError."""
     report = DataReport(path)
-    for _ in _questions(columns, config, report):
+    for _ in _convert_rows(open_rows(path, _names(columns)), columns, config, report, lambda *_: None):
         pass
     return report
-
-
-def read_questions(path: Path, columns: ColumnsConfig, config: PromptsConfig) -> list[Question]:
-    """The usable rows as text. Raises DataError."""
-    return list(_questions(columns, config, DataReport(path)))
 
 
 def load_prompts(
     path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: PromptsConfig
 ) -> PromptSet:
-    """The file's prompts; of `config` only limits, system prompt and what to do with bad rows count.
+    """Open the file's prompts, with the limits, system prompt and treatment of bad rows of `config`.
 
-    Reads and tokenizes all of them once, to know which are usable. Raises DataError.
+    Reads and tokenizes every row once to find the usable ones. Raises DataError.
     """
 
-    def to_prompt(row: Row, question: Question) -> Prompt:
+    def to_prompt(row: Row, question: _Question) -> Prompt:
         try:
             text = tokenizer.render(_with_system_prompt(question.messages, config.system_prompt))
         except RefusedMessagesError as refusal:
@@ -168,7 +162,7 @@ def load_prompts(
             extra=question.extra,
         )
 
-    def place(row: Row, question: Question) -> tuple[int, int]:
+    def place(row: Row, question: _Question) -> tuple[int, int]:
         to_prompt(row, question)
         return row.index, row.at
 
@@ -187,9 +181,8 @@ def load_prompts(
 class PromptOrder:
     """Indices of n prompts in training order: epoch after epoch, each a permutation drawn from the seed.
 
-    `cursor`, the indices passed since the first epoch's start, is all that changes. What one call returns
-    belongs to one epoch, so that a step never holds a prompt twice: where fewer than it wants are left of an
-    epoch, they are passed over.
+    `cursor`, the number of indices passed since the start, is the whole state. All indices of one call are of
+    one epoch, so a step never holds a prompt twice; if too few are left of an epoch, they are passed over.
     """
 
     def __init__(self, n: int, seed: int, cursor: int = 0) -> None:
@@ -198,7 +191,7 @@ class PromptOrder:
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def next(self, k: int) -> list[int]:
-        """The next k indices, all different. Raises DataError where k is over n."""
+        """Take the next k indices, all different. Raises DataError if k is larger than n."""
         if k > self._n:
             raise DataError(f"{k} different prompts are wanted at once, but there are {self._n}")
         epoch, offset = divmod(self.cursor, self._n)
@@ -210,29 +203,9 @@ class PromptOrder:
             self._permutation = rng.generator("prompt order", self._seed, epoch).permutation(self._n)
         return self._permutation[offset : offset + k].tolist()
 
-    def state(self) -> dict[str, int]:
-        """Where the order stands, as JSON holds it; for a checkpoint."""
-        return {"prompts": self._n, "seed": self._seed, "cursor": self.cursor}
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from a `state`. Raises DataError where it is one of other data or of another seed."""
-        mine = self.state()
-        for name, of in (("prompts", "the data has {} usable prompts"), ("seed", "the seed is {}")):
-            if state[name] != mine[name]:
-                raise DataError(
-                    f"the order of prompts cannot go on: {of.format(mine[name])}, but was {state[name]} "
-                    "when the state was saved"
-                )
-        self.cursor = state["cursor"]
-
 
 def _names(columns: ColumnsConfig) -> frozenset[str]:
     return frozenset(filter(None, (columns.prompt, columns.answer, columns.source, columns.extra)))
-
-
-def _questions(columns: ColumnsConfig, config: PromptsConfig, report: DataReport) -> Iterator[Question]:
-    rows = open_rows(report.path, _names(columns))
-    return _convert_rows(rows, columns, config, report, lambda _row, question: question)
 
 
 def _convert_rows[T](
@@ -240,9 +213,9 @@ def _convert_rows[T](
     columns: ColumnsConfig,
     config: PromptsConfig,
     report: DataReport,
-    convert: Callable[[Row, Question], T],
+    convert: Callable[[Row, _Question], T],
 ) -> Iterator[T]:
-    """What `convert` makes of each usable row; the report grows on the way and is complete at the end."""
+    """Yield what `convert` makes of each usable row; `report` is complete at the end."""
     prompts = array("q")  # hashes
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
@@ -266,12 +239,12 @@ def _convert_rows[T](
         raise DataError(report.summary() if report.rows else f"{report.path}: it has no rows")
 
 
-def _question(row: Row, columns: ColumnsConfig, default_source: str) -> Question:
+def _question(row: Row, columns: ColumnsConfig, default_source: str) -> _Question:
     source = default_source if columns.source is None else row.column(columns.source)
     if not isinstance(source, str):
         raise BadRow("no source", f"column {columns.source!r} is {_show(source)}; a string is needed")
     extra = {} if columns.extra is None else row.column(columns.extra)
-    return Question(
+    return _Question(
         messages=_messages(row.column(columns.prompt), columns.prompt),
         answer=_answer(row.column(columns.answer), columns),
         source=source,
@@ -294,7 +267,7 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 
 def _answer(value: Any, columns: ColumnsConfig) -> str:
     scalar = value[-1] if isinstance(value, list) and value else value
-    if isinstance(scalar, Decimal):  # a number column of parquet may be
+    if isinstance(scalar, Decimal):  # the value of a decimal column of parquet
         scalar = format(scalar, "f")
     if isinstance(scalar, float) and math.isfinite(scalar) and scalar.is_integer():
         scalar = int(scalar)  # publishers write 27 as 27.0

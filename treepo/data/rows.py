@@ -1,8 +1,8 @@
-"""Rows of a data file: JSON lines or parquet, in order or by place, with the place that an error names.
+"""Rows of a JSON lines or parquet file, read in order or by place.
 
-A file may be larger than memory. Reading in order holds one row (JSON lines) or one batch of rows (parquet);
-reading by place holds what is asked for, and of a parquet file some row groups, whole: the last ones that
-were needed, up to 256 MiB of them and at least one.
+A file may be larger than memory. Reading in order holds one row (JSON lines) or one batch of rows (parquet).
+Reading by place holds the rows that are asked for, and of a parquet file the row groups used last: up to 256
+MiB of them, at least one.
 """
 
 import bisect
@@ -20,8 +20,8 @@ _BATCH_ROWS = 1024
 _KEPT_BYTES = 256 * 2**20
 
 
-class BadRow(Exception):  # noqa: N818 (not the user's last word: it becomes a DataError or a count)
-    """A row that cannot be used. reason: a few words under which it is counted."""
+class BadRow(Exception):  # noqa: N818 (the user does not see it: it becomes a DataError or a count)
+    """A row that cannot be used. reason: the few words under which it is counted."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -30,9 +30,9 @@ class BadRow(Exception):  # noqa: N818 (not the user's last word: it becomes a D
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """index: 0-based, blank lines not counted. place: for people ("gsm8k.jsonl:17"), 1-based.
+    """One row. index: 0-based, blank lines not counted. place: for messages ("gsm8k.jsonl:17"), 1-based.
 
-    content: the columns, or what is wrong with the whole row. at: for `RowFile.read`.
+    content: the columns, or the error if the whole row is unusable. at: its place for `RowFile.read`.
     """
 
     index: int
@@ -55,22 +55,22 @@ class Row:
 
 
 class RowFile(Protocol):
-    """A data file. Raises DataError where it cannot be read, or has changed since it was opened."""
+    """A data file. Its methods raise DataError if it cannot be read or has changed since it was opened."""
 
     blank_lines: int
-    """Lines without anything in them that the last complete reading passed over."""
+    """Blank lines that the last complete reading passed over."""
 
     def __iter__(self) -> Iterator[Row]:
-        """All rows in order."""
+        """Read all rows in order."""
         ...
 
     def read(self, rows: Sequence[tuple[int, int]]) -> list[Row]:
-        """The rows with these (index, at), in this order."""
+        """Read the rows with these (index, at), in this order."""
         ...
 
 
 def open_rows(path: Path, columns: frozenset[str]) -> RowFile:
-    """A .jsonl or .parquet file; of a parquet file only `columns` are read. Raises DataError."""
+    """Open a .jsonl or .parquet file; of a parquet file only `columns` are read. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix == ".jsonl":
@@ -81,7 +81,7 @@ def open_rows(path: Path, columns: frozenset[str]) -> RowFile:
 
 
 class _Unchanged:
-    """Notices that a file is no longer the one it was: places in it would be other rows'."""
+    """Notices that a file has changed: the places in it would be those of other rows."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -128,7 +128,7 @@ class JsonLines:
 
 
 def _json_object(line: bytes) -> dict[str, Any] | BadRow:
-    """Not orjson: it reads an integer of more than 64 bits, which an answer may be, as a rounded float."""
+    """Parse one line. Not with orjson, which rounds an integer of more than 64 bits, as an answer may be."""
     try:
         content = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -144,11 +144,11 @@ class ParquetRows:
     def __init__(self, path: Path, columns: frozenset[str]) -> None:
         self._path, self._columns = path, columns
         self._unchanged = _Unchanged(path)
-        self._groups: OrderedDict[int, Any] = OrderedDict()  # tables, the one needed last at the end
+        self._groups: OrderedDict[int, Any] = OrderedDict()  # tables, the last one used at the end
         self.blank_lines = 0
 
     def __iter__(self) -> Iterator[Row]:
-        import pyarrow  # here and below, not at the top: half a second that JSON lines need not pay
+        import pyarrow  # here and below, not at the top: it takes half a second that JSON lines need not pay
 
         index = 0
         try:
@@ -174,7 +174,7 @@ class ParquetRows:
         return Row(index, f"{self._path}, row {index + 1}", content, index)
 
     def _group(self, number: int) -> Any:
-        """A row group as a table."""
+        """Read a row group, or find it among those kept."""
         import pyarrow
 
         if number not in self._groups:
@@ -199,7 +199,7 @@ class ParquetRows:
 
     @cached_property
     def _top_columns(self) -> list[str]:
-        """The columns to read: a nested one comes with the whole column that it is in."""
+        """The columns to read; a nested one is read with the whole column that contains it."""
         names = self._file.schema_arrow.names
         wanted = {name: name if name in names else name.split(".")[0] for name in self._columns}
         for name, top in sorted(wanted.items()):

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer: prompts to token ids, responses to text, and which tokens end a sequence."""
+"""A model folder's tokenizer: prompts to token ids, responses to text, and the tokens that end a sequence."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ Message = Mapping[str, str]
 
 
 class RefusedMessagesError(ModelError):
-    """Messages that the model's chat template does not take, such as a system message."""
+    """Messages that the model's chat template refuses, such as a system message."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,15 +26,15 @@ class Tokenizer:
     end_tokens: tuple[int, ...]
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text that the model is given: the chat template applied and the assistant's turn opened.
+        """Apply the chat template to the messages and open the assistant's turn: the model's input as text.
 
-        A tokenizer without a chat template (a base model's) gets the plain contents of the messages, one
-        blank line between them. Raises RefusedMessagesError for messages that the template does not take, and
-        ModelError for a template that takes none.
+        Without a chat template (a base model) it is the plain contents of the messages, separated by blank
+        lines. Raises RefusedMessagesError for messages that the template refuses, and ModelError for a
+        template that is not valid.
         """
         if self.hugging_face.chat_template is None:
             return "\n\n".join(message["content"] for message in messages)
-        from jinja2 import TemplateError, TemplateSyntaxError  # only where there is a template to apply
+        from jinja2 import TemplateError, TemplateSyntaxError  # needed only to apply a template
 
         try:
             return self.hugging_face.apply_chat_template(
@@ -45,7 +45,7 @@ class Tokenizer:
                 f"{self.hugging_face.name_or_path}: its chat template is not valid: line {error.lineno}: "
                 f"{error.message}"
             ) from error
-        # What Python raises for a template that adds, looks up or calls something that is not there.
+        # Python raises the latter four if the template adds, looks up or calls something that is not there.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RefusedMessagesError(
@@ -53,18 +53,18 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [T], the ids of a rendered prompt. A chat template writes its own special tokens."""
+        """Encode a rendered prompt: int32 [T]. A chat template has written its own special tokens."""
         templated = self.hugging_face.chat_template is not None
         ids = self.hugging_face(text, add_special_tokens=not templated)["input_ids"]
         return np.asarray(ids, dtype=np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of a response, special tokens (such as the end token) left out."""
+        """Decode a response; special tokens, such as the end token, are left out."""
         return self.hugging_face.decode([int(token) for token in tokens], skip_special_tokens=True)
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise ModelError for a folder without model configuration or tokenizer. Imports nothing heavy."""
+    """Raise ModelError if the folder lacks a model configuration or a tokenizer. Imports nothing heavy."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; a Hugging Face model folder is needed")
     if not (folder / "config.json").is_file():
@@ -75,28 +75,28 @@ def check_model_folder(folder: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder has a tokenizer's files."""
+    """Whether the folder has the files of a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder on this disk. Raises ModelError naming the folder and what it lacks."""
+    """Load the tokenizer of a local model folder. Raises ModelError with the folder and what it lacks."""
     check_model_folder(folder)
-    from transformers import AutoTokenizer  # here, because it takes seconds: the command line stays light
+    from transformers import AutoTokenizer  # here: it takes seconds, and the command line stays fast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # its Rust half raises bare Exceptions; all of them mean a broken folder
+    except Exception as error:  # its Rust half raises bare Exceptions, for a broken folder only
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason[:300]}") from error
     return Tokenizer(tokenizer, end_tokens(folder, tokenizer.eos_token_id))
 
 
 def end_tokens(folder: Path, tokenizer_eos: int | None = None) -> tuple[int, ...]:
-    """Every id that ends a sequence by generation_config.json, config.json or the tokenizer, ascending.
+    """Every id that ends a sequence according to generation_config.json, config.json or the tokenizer.
 
-    They differ in practice: a chat model's generation_config names its end of turn and its end of text,
-    config.json one of the two. Raises ModelError where none of them names any.
+    Ascending. The three differ in practice: a chat model's generation_config.json names its end of turn and
+    its end of text, config.json one of the two. Raises ModelError if none of them names any.
     """
     found = set(_ids(tokenizer_eos))
     for name in ("generation_config.json", "config.json"):

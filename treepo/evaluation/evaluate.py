@@ -17,16 +17,15 @@ from treepo.data.inputs import EvaluationInputs
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.evaluation.folder import PLOT, REPORT, RESULTS, Answered, EvaluationFolder, Spent
-from treepo.evaluation.metrics import NO_VOTE, ProblemResult
+from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.report.page import evaluation_page
 from treepo.evaluation.report.plot import accuracy_plot, curve
 from treepo.evaluation.results import results_document
 from treepo.protocols import EnginePool
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
-from treepo.rewards.open import open_rewards
-from treepo.rewards.pool import RewardPool
-from treepo.rewards.voting import pool_equality, vote_classes
+from treepo.rewards.pool import RewardPool, open_rewards
+from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
 from treepo.rollout.driver import FailedTree, Stats, TreeDriver
 from treepo.tree import Tree
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from treepo.config.run import RunConfig
 from treepo.config.sampling import SamplingConfig
+from treepo.rewards.voting import NO_VOTE
 from treepo.rollout import rng
 from treepo.tree import Stop, Verdict
 
@@ -24,7 +25,6 @@ RESAMPLES = 1000
 """Of every bootstrap; the official evaluation's number."""
 LEVEL = 0.95
 """Of the intervals."""
-NO_VOTE = -1
 _RESAMPLES_AT_ONCE = 100  # a divisor of RESAMPLES; all at once would be gigabytes for a large benchmark
 TRUNCATED = (Stop.LIMIT, Stop.DEPTH)
 

@@ -1,32 +1,31 @@
-"""Dynamic sampling (DAPO, section 3.2): fill a batch with trees that can teach something.
+"""Dynamic sampling (DAPO, section 3.2): fill a batch with trees that have something to teach.
 
-A tree whose graded leaves all have the same reward has no advantage to learn from; it is dropped and another
-prompt is sampled instead, in a bounded number of refills. Trees beyond the batch wait for the next one, and
-are dropped there if the weights have moved on too far. Knows neither engines nor the loop:
+If all graded leaves of a tree have the same reward, its advantages are 0. Such a tree is dropped and another
+prompt is sampled in its place, for a bounded number of rounds. One sampler fills one batch and knows neither
+engines nor the loop:
 
-    sampler.start(version)
+    sampler = DynamicSampler(target, max_refills)
     while missing := sampler.missing():
         sampler.offer(sample(missing))
-    trees, dropped = sampler.take()
+    sampler.batch, sampler.dropped
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import StrEnum
 
 from treepo.tree import Tree
 
 
 class Dropped(StrEnum):
-    """Why a tree is in no batch."""
+    """Why a tree is not trained."""
 
     EQUAL = "equal"  # all graded leaves have the same reward
     UNGRADED = "ungraded"  # fewer than two leaves could be graded
-    STALE = "stale"  # it waited for a batch whose weights are too far from those that sampled it
 
 
 def uninformative(tree: Tree) -> Dropped | None:
-    """Why `tree` has nothing to teach; None where it has."""
+    """Say why `tree` has nothing to teach; None if it has."""
     rewards = [leaf.reward for leaf in tree.leaves if leaf.reward is not None]
     if len(rewards) < 2:
         return Dropped.UNGRADED
@@ -34,46 +33,29 @@ def uninformative(tree: Tree) -> Dropped | None:
 
 
 class DynamicSampler:
-    """target: trees in a batch. max_refills: rounds of sampling beyond the first.
-    max_staleness: versions that a waiting tree's oldest segment may lag behind the batch's weights.
+    """Collects one batch. target: its trees. max_refills: rounds of sampling after the first.
+
+    batch: the trees to train, fewer than `target` if the refills did not suffice. dropped: how many trees
+    were dropped, by reason.
     """
 
-    def __init__(self, target: int, max_refills: int, max_staleness: int) -> None:
+    def __init__(self, target: int, max_refills: int) -> None:
         self._target = target
-        self._max_refills = max_refills
-        self._max_staleness = max_staleness
-        self._kept: list[Tree] = []
-        self._rounds = 0
-        self._dropped: Counter[Dropped] = Counter()
-
-    def start(self, version: int) -> None:
-        """Begin a batch that trains weights `version`; of the trees that wait, the oldest go first."""
-        fresh = [
-            tree
-            for tree in self._kept
-            if version - min(segment.version for segment in tree.segments) <= self._max_staleness
-        ]
-        self._rounds = 0
-        self._dropped = Counter({Dropped.STALE: len(self._kept) - len(fresh)})
-        self._kept = fresh
+        self._rounds_left = 1 + max_refills
+        self.batch: list[Tree] = []
+        self.dropped: Counter[Dropped] = Counter(dict.fromkeys(Dropped, 0))
 
     def missing(self) -> int:
         """Prompts to sample next; 0 once the batch is full or its refills are used up."""
-        if self._rounds > self._max_refills:
-            return 0
-        return max(self._target - len(self._kept), 0)
+        return self._target - len(self.batch) if self._rounds_left else 0
 
-    def offer(self, trees: Iterable[Tree]) -> None:
-        """The graded trees of one round of sampling."""
-        self._rounds += 1
+    def offer(self, trees: Sequence[Tree]) -> None:
+        """Take the graded trees of one round of sampling, at most as many as are missing."""
+        assert len(trees) <= self.missing()
+        self._rounds_left -= 1
         for tree in trees:
             reason = uninformative(tree)
             if reason is None:
-                self._kept.append(tree)
+                self.batch.append(tree)
             else:
-                self._dropped[reason] += 1
-
-    def take(self) -> tuple[list[Tree], dict[Dropped, int]]:
-        """The batch, short where the refills did not suffice, and what was dropped on the way to it."""
-        batch, self._kept = self._kept[: self._target], self._kept[self._target :]
-        return batch, {reason: self._dropped[reason] for reason in Dropped}
+                self.dropped[reason] += 1

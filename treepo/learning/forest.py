@@ -1,12 +1,12 @@
 # ruff: noqa: N802, N815 - the suffix names the dimension (CONTRIBUTING.md)
-"""A batch of trees as flat arrays, so that whole batches are computed on at once.
+"""A batch of trees as flat arrays, so that numpy computes on the whole batch at once.
 
 Nodes are numbered tree by tree: a tree's prompt, then its segments in order. Segment s of tree p is node
-`first_P[p] + 1 + s`, and a parent's number is below its children's. Leaves are numbered tree by tree, in each
-tree's own order; a leaf's path lists its segments from the prompt's child down.
+`first_P[p] + 1 + s`, and a parent's number is below its children's. Leaves are numbered tree by tree, in the
+order of each tree's `leaves`. A leaf's path lists its segments from the prompt's child down.
 
-Suffixes: `_P` one value a tree, `_L` a leaf, `_N` a node, `_M` a segment on a leaf's path (all paths, one
-after another).
+Suffixes: `_P` one value a tree (its prompt), `_L` a leaf, `_N` a node, `_M` a step of a leaf's path (a
+segment on it; all paths one after another).
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from treepo.tree import Tree
 
 
 class Levels:
-    """Sums along the edges of a forest, level by level.
+    """Sums along the edges of a forest, one depth at a time.
 
     parent: int64 [N], -1 above a root. depth: int64 [N], 0 at a root, one more than the parent's elsewhere.
     """
@@ -31,14 +31,14 @@ class Levels:
         self._below_roots = np.split(by_depth, ends[:-1])[1:] if len(depth) else []
 
     def up(self, values: np.ndarray, combine: np.ufunc = np.add) -> np.ndarray:
-        """Each node's value combined with those of all nodes below it: [N]."""
+        """Combine each node's value with those of all nodes below it: [N]."""
         total = values.copy()
         for nodes in reversed(self._below_roots):
             combine.at(total, self.parent[nodes], total[nodes])
         return total
 
     def down(self, values: np.ndarray) -> np.ndarray:
-        """Each node's value plus those of all nodes above it: [N]."""
+        """Add to each node's value those of all nodes above it: [N]."""
         total = values.copy()
         for nodes in self._below_roots:
             total[nodes] += total[self.parent[nodes]]
@@ -49,10 +49,10 @@ class Levels:
 class Forest:
     """The structure and the rewards of a batch of trees.
 
-    first_P: int64 [P + 1], the node of each tree's prompt, then N.
+    first_P: int64 [P + 1], the node of each tree's prompt; the last entry is N.
     parent_N: int64, -1 for a prompt. depth_N: int64, segments on the path down to the node; 0 for a prompt.
-    length_N: int64, tokens. tree_N: int64.
-    leaf_node_L: int64. reward_L: float64, NaN where a leaf is not graded.
+    length_N: int64, tokens. tree_N: int64, the tree's number in the batch.
+    leaf_node_L: int64. reward_L: float64, NaN for a leaf that is not graded.
     """
 
     first_P: np.ndarray
@@ -96,6 +96,22 @@ class Forest:
             reward_L=np.array(rewards, dtype=np.float64),
         )
 
+    def part(self, start: int, stop: int) -> "Forest":
+        """The forest of the trees `start` to `stop`, numbered from 0; this one if that is all of them."""
+        if (start, stop) == (0, len(self.first_P) - 1):
+            return self
+        nodes = slice(self.first_P[start], self.first_P[stop])
+        leaves = slice(self.first_leaf_P[start], self.first_leaf_P[stop])
+        return Forest(
+            first_P=self.first_P[start : stop + 1] - nodes.start,
+            parent_N=np.maximum(self.parent_N[nodes] - nodes.start, -1),
+            depth_N=self.depth_N[nodes],
+            length_N=self.length_N[nodes],
+            tree_N=self.tree_N[nodes] - start,
+            leaf_node_L=self.leaf_node_L[leaves] - nodes.start,
+            reward_L=self.reward_L[leaves],
+        )
+
     @cached_property
     def levels(self) -> Levels:
         return Levels(self.parent_N, self.depth_N)
@@ -108,6 +124,11 @@ class Forest:
     @cached_property
     def tree_L(self) -> np.ndarray:
         return self.tree_N[self.leaf_node_L]
+
+    @cached_property
+    def first_leaf_P(self) -> np.ndarray:
+        """int64 [P + 1]: the leaves of tree p are `first_leaf_P[p]` to `first_leaf_P[p + 1]`."""
+        return np.searchsorted(self.tree_L, np.arange(len(self.first_P)))
 
     @cached_property
     def path_offset_L(self) -> np.ndarray:
@@ -130,7 +151,7 @@ class Forest:
 
     @cached_property
     def path_tokens_N(self) -> np.ndarray:
-        """int64: tokens from the prompt's first to the node's last, along its path."""
+        """int64: tokens on the node's path, from the prompt's first to the node's last."""
         return self.levels.down(self.length_N)
 
     @cached_property
@@ -139,7 +160,7 @@ class Forest:
         return self.path_tokens_N[self.leaf_node_L] - self.length_N[self.first_P[self.tree_L]]
 
     def sum_leaves(self, values_L: np.ndarray, combine: np.ufunc = np.add, empty: float = 0.0) -> np.ndarray:
-        """Each node's sum (or other combination) over the graded leaves below it: [N]."""
+        """Sum (or otherwise combine) each node's graded leaves: [N], `empty` for a node without any."""
         values_N = np.full(len(self.parent_N), empty)
         values_N[self.leaf_node_L[self.graded_L]] = values_L[self.graded_L]
         return self.levels.up(values_N, combine)

@@ -1,16 +1,16 @@
-"""The policy loss of one micro-batch, on tokens that several trajectories may share.
+"""The policy loss of one micro-batch whose tokens may be shared by several trajectories.
 
-A token shared by the leaves S has one probability ratio r, and the clipped, dual-clipped loss is
-positively homogeneous in the advantage for each of its signs, so
+A token shared by the leaves S has one probability ratio r. For either sign of the advantage, the clipped,
+dual-clipped loss is proportional to the advantage's size, so
 
     sum over k in S of L(r, A_k)  =  L(r, A+) + L(r, A-),   A+ = sum of max(A_k, 0), A- = sum of min(A_k, 0).
 
 A packed token therefore carries (A+, A-) and the summed weights (K+, K-) of the leaves behind each, and
 training it once is exact. KL and entropy terms count K+ + K- times. Every micro-batch's loss is divided by
-the whole mini-batch's `denominator`: micro-batches and data-parallel ranks only add up.
+the whole mini-batch's `denominator`, so micro-batches and data-parallel ranks simply add up.
 
-Beyond the paper: the importance weight between engine and trainer (on unless `importance_cap` is null), KL,
-entropy, and a token mean over the whole mini-batch where the official code takes it per micro-batch.
+Departures from the paper: an importance weight between engine and trainer (unless `importance_cap` is null),
+KL and entropy terms, and a token mean over the whole mini-batch instead of each micro-batch.
 """
 
 import math
@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from treepo.config.learning import LearningConfig
+from treepo.learning.kl import KL_ESTIMATORS, k3
 from treepo.learning.packing import Pack
 
 
 def denominator(packs: Iterable[Iterable[Pack]], config: LearningConfig) -> float:
-    """What the summed token losses of one mini-batch are divided by; `packs`: those of all replicas.
+    """Compute what one mini-batch's summed token losses are divided by. packs: those of all replicas.
 
-    Token mean: the tokens of all trajectories. Sequence mean: the trajectories (a token's weight is one
-    over its trajectory's length then). Constant: trajectories x `normalisation_tokens`. Leaf weights count
-    throughout. 0 where the mini-batch trains nothing: there is no step to take then.
+    Token mean: the tokens of all trajectories. Sequence mean: the trajectories (each token then weighs one
+    over its trajectory's length). Constant: trajectories x `normalisation_tokens`. Leaf weights count in all
+    three. 0 if the mini-batch trains nothing; skip the optimizer step then.
     """
     every = [pack for replica in packs for pack in replica]
     if config.normalisation_tokens is not None:
@@ -43,15 +44,16 @@ def policy_loss(
     denominator: float,
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One micro-batch's share of its mini-batch's loss (a scalar), and its metrics.
+    """Compute one micro-batch's share of its mini-batch's loss (a scalar), and its metrics.
 
-    log_prob: [T], of each token under the current policy (anything finite where a token is not trained).
-    pack: fields of `treepo.learning.packing.Pack` as tensors [T] on the same device. Without `old_log_prob` the
-        current policy is the old one; ValueError where `mini_batches` makes that untrue.
-    entropy: [T], of the distribution that predicts each token; ValueError where the bonus needs it.
+    log_prob: [T], of each token under the current policy; any finite value for an untrained token.
+    pack: columns of a Pack (treepo.learning.packing) as tensors [T] on the same device. With one mini-batch,
+        `old_log_prob` may be left out: the current policy is the old one.
+    entropy: [T], of the distribution that predicts each token; needed for the entropy bonus.
 
-    A metric's key ends in `_sum`, `_max` or `_min`: how it is reduced over micro-batches and ranks, before
-    `summarise`. Sums are float64 and weighted as the loss is.
+    The end of a metric's key (`_sum`, `_max` or `_min`) says how it is reduced over micro-batches and ranks
+    before `summarise`. Sums are float64 and weighted as the loss is. Raises ValueError if the configuration
+    needs a column or the entropy and it is not given.
     """
     count = (pack["count_pos"] + pack["count_neg"]).to(log_prob.dtype)
     trained = count > 0
@@ -88,11 +90,11 @@ def policy_loss(
 
 
 def summarise(reduced: Mapping[str, float]) -> dict[str, float]:
-    """The mini-batch's metrics, from those of `policy_loss` reduced over micro-batches and ranks.
+    """Turn the metrics of `policy_loss`, reduced over micro-batches and ranks, into the mini-batch's.
 
-    `loss` is the sum, `unique_tokens` counts packed tokens that were trained, `*_max` and `*_min` are
-    extremes; every other name is a mean over the trained tokens of all trajectories (`clip_high`,
-    `clip_low`, `dual_clip`, `importance_capped`: fractions).
+    `loss` is a sum, `unique_tokens` counts the packed tokens that were trained, `*_max` and `*_min` are
+    extremes. Every other metric is a mean over the trained tokens of all trajectories; `clip_high`,
+    `clip_low`, `dual_clip` and `importance_capped` are fractions of them.
     """
     summary = {"loss": reduced["loss_sum"], "unique_tokens": reduced["unique_tokens_sum"]}
     for key, value in reduced.items():
@@ -104,22 +106,13 @@ def summarise(reduced: Mapping[str, float]) -> dict[str, float]:
     return summary
 
 
-KL_ESTIMATORS = {
-    "k1": lambda log_ratio: log_ratio,
-    "k2": lambda log_ratio: 0.5 * log_ratio.square(),
-    "k3": lambda log_ratio: torch.expm1(-log_ratio) + log_ratio,
-}
-"""Estimates of KL(policy || other) from log(policy / other) of a token that the policy sampled: Schulman,
-"Approximating KL divergence" (2020). As a loss, k1 has no gradient on average, k2 the right one on-policy.
-"""
-
-
 def _surrogate(
     log_ratio: Tensor, pack: Mapping[str, Tensor], config: LearningConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each token's clipped, dual-clipped loss [T] from log(policy / old policy) [T], 0 where not trained.
+    """Each token's clipped, dual-clipped loss [T], and its metrics.
 
-    Bounds are applied to the logarithm: the same loss and gradient, and no ratio can overflow.
+    log_ratio: [T], log(policy / old policy), 0 for an untrained token. The bounds are applied to the
+    logarithm: loss and gradient are the same, and no ratio can overflow.
     """
     advantage_pos, advantage_neg, count_pos, count_neg = (
         pack[key].to(log_ratio.dtype) for key in ("advantage_pos", "advantage_neg", "count_pos", "count_neg")
@@ -133,8 +126,8 @@ def _surrogate(
         "clip_high_sum": _sum(count_pos * (value > high)),
         "clip_low_sum": _sum(count_neg * (value < low)),
         "dual_clip_sum": _sum(count_neg * (value > dual)),
-        # Of the old policy's samples, hence estimated the other way round.
-        "old_kl_sum": _sum((count_pos + count_neg) * KL_ESTIMATORS["k3"](-value)),
+        # KL(old || policy): the old policy sampled the tokens.
+        "old_kl_sum": _sum((count_pos + count_neg) * k3(-value)),
         "ratio_max": value.where(trained, -math.inf).max().exp(),
         "ratio_min": value.where(trained, math.inf).min().exp(),
     }

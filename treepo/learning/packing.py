@@ -1,14 +1,14 @@
 # ruff: noqa: N815 - the suffix names the dimension (CONTRIBUTING.md)
-"""Trees to packs: the micro-batches on which a shared token is trained once.
+"""Pack trees into micro-batches in which a shared token occurs, and is trained, once.
 
-A pack is a forest in depth-first order, and one token's ancestors are the tokens before it whose subtree it
-is in. A tree that is longer than a pack is cut between segments: each piece begins with the path above its
-first segment, as context that is not trained, so every token still sees exactly its own path and is trained
-in exactly one piece. `pack_flat` makes the same packs from whole trajectories, each a chain of its own; it
-is the baseline, and the two give the same loss and gradient.
+A pack is a forest of tokens in depth-first order; a token's ancestors are the earlier tokens whose subtrees
+contain it. A tree that is longer than a pack is split between segments. Each piece begins with the path
+above its first segment as context that is not trained, so every token still sees exactly its own path and is
+trained in exactly one piece. Nodes without a graded leaf below them are not packed.
 
-What no graded leaf is below is in no pack. Suffixes as in `treepo.learning.forest`; `_R`: a run, the tokens of one
-node in one pack; `_T`: a token.
+`pack_flat` packs whole trajectories that share nothing: the baseline, with the same loss and gradient.
+
+Suffixes as in treepo.learning.forest, and `_R`: a run, the tokens of one node in one pack.
 """
 
 import heapq
@@ -22,7 +22,7 @@ import numpy as np
 
 from treepo.learning.advantage import Advantages
 from treepo.learning.forest import Forest, Levels
-from treepo.learning.splitting import cut_trees
+from treepo.learning.splitting import split_trees
 from treepo.tree import PROMPT, Tree
 
 
@@ -30,16 +30,16 @@ from treepo.tree import PROMPT, Tree
 class Pack:
     """A forest of T tokens in depth-first order.
 
-    Token i may attend to token j iff j <= i < exit[j]; that is the whole attention mask. Token i is
-    `offset[i]` in segment `segment[i]` of the tree that was number `tree[i]` of those that were packed.
+    Token i may attend to token j iff j <= i < exit[j]; that is the whole attention mask. Token i is token
+    `offset[i]` of segment `segment[i]` of tree `tree[i]` of the mini-batch.
 
-    A leaf's token weight is 1 unless `leaf_weights` or `normalisation: sequence_mean` say otherwise.
+    A leaf's token weight is 1 unless `leaf_weights` or `normalisation: sequence_mean` changes it.
     """
 
     token: np.ndarray  # int32 [T]
     position: np.ndarray  # int32 [T], depth on the token's own path
     exit: np.ndarray  # int32 [T], index one past the token's subtree
-    source: np.ndarray  # int32 [T], index whose hidden state predicts this token; -1 for a tree's first
+    source: np.ndarray  # int32 [T], index whose hidden state predicts this token; -1 for a tree's first token
     advantage_pos: np.ndarray  # float64 [T], weighted sum of the positive advantages of the leaves below
     advantage_neg: np.ndarray  # float64 [T], weighted sum of the negative ones
     count_pos: np.ndarray  # float64 [T], token weight behind advantage_pos (an advantage of 0 counts here)
@@ -57,19 +57,19 @@ class Pack:
         return len(self.token)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The [T] fields that are set, by their names."""
+        """The fields of shape [T] that are set, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
-PADDING = {"tree": -1, "segment": PROMPT, "version": -1, "source": -1}  # everything else is padded with 0
+PADDING = {"tree": -1, "segment": PROMPT, "version": -1, "source": -1}  # all other columns are padded with 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
-    """Runs that must be in one pack: a tree, a part of one with the path above it, or one trajectory.
+    """Runs that must share a pack: a tree, a part of one with the path above it, or one trajectory.
 
-    node_R: each run's node. above_R: the run of its parent in this piece, -1 for the prompt's.
+    node_R: each run's node. above_R: the run of its parent in this piece, -1 for the prompt's run.
     weight_R: [4, R], the runs' advantage_pos, advantage_neg, count_pos, count_neg; 0 on context.
     """
 
@@ -83,25 +83,22 @@ class _Piece:
 def split_mini_batches(
     trees: Sequence[Tree], advantages: Advantages, parts: int
 ) -> list[tuple[Sequence[Tree], Advantages]]:
-    """The batch in at most `parts` mini-batches of whole trees, as equal in trees as can be."""
+    """Divide the batch into at most `parts` mini-batches of whole trees, of as equal numbers as possible."""
     edges = np.linspace(0, len(trees), min(parts, len(trees)) + 1).round().astype(int).tolist()
-    return [(trees[start:stop], advantages.of_trees(start, stop)) for start, stop in pairwise(edges)]
+    return [(trees[start:stop], advantages.part(start, stop)) for start, stop in pairwise(edges)]
 
 
 def pack_trees(
-    trees: Sequence[Tree],
-    advantages: Advantages,
-    max_tokens: int,
-    replicas: int,
-    capacities: Sequence[int] = (),
+    trees: Sequence[Tree], advantages: Advantages, max_tokens: int, replicas: int
 ) -> list[list[Pack]]:
-    """Packs of at most `max_tokens` tokens for each of `replicas` data-parallel replicas, at least one each.
+    """Pack `trees` for each of `replicas` data-parallel replicas: at least one pack each, of at most
+    `max_tokens` tokens.
 
-    Replicas get about equally many tokens, repeated context included. capacities: ascending lengths; a pack
-    is padded to the first that holds it (`range(128, 8193, 128)`: to multiples of 128).
-    Raises ValueError where a trajectory is longer than a pack, or a prompt is empty.
+    Replicas get about equally many tokens, repeated context included. `advantages` are those of `trees`.
+    Raises ValueError if a trajectory is longer than a pack or a prompt is empty.
     """
-    forest = _checked_forest(trees, max_tokens, capacities)
+    forest = advantages.forest
+    _check(forest, max_tokens)
     weight_N = np.stack([
         np.bincount(forest.path_node_M, weight_M, len(forest.parent_N))
         for weight_M in _weights(forest, advantages)
@@ -110,23 +107,20 @@ def pack_trees(
     leaf_weight_N[forest.leaf_node_L] = advantages.leaf_weight_L
     pieces = []
     slot_N = np.empty(len(forest.parent_N), dtype=np.int64)
-    for node_R, context_runs in cut_trees(forest, max_tokens):
+    for node_R, context_runs in split_trees(forest, max_tokens):
         weight_R = weight_N[:, node_R]
         weight_R[:, :context_runs] = 0.0
         leaf_weight = float(leaf_weight_N[node_R[context_runs:]].sum())
         pieces.append(_piece(forest, node_R, slot_N, weight_R, leaf_weight))
-    return _pack(trees, forest, pieces, max_tokens, replicas, capacities)
+    return _pack(trees, forest, pieces, max_tokens, replicas)
 
 
 def pack_flat(
-    trees: Sequence[Tree],
-    advantages: Advantages,
-    max_tokens: int,
-    replicas: int,
-    capacities: Sequence[int] = (),
+    trees: Sequence[Tree], advantages: Advantages, max_tokens: int, replicas: int
 ) -> list[list[Pack]]:
-    """As `pack_trees`, with every trajectory a sequence of its own and nothing shared."""
-    forest = _checked_forest(trees, max_tokens, capacities)
+    """Pack as `pack_trees` does, but with every trajectory a sequence of its own: nothing is shared."""
+    forest = advantages.forest
+    _check(forest, max_tokens)
     weight_M = np.stack(_weights(forest, advantages))
     slot_N = np.empty(len(forest.parent_N), dtype=np.int64)
     pieces = []
@@ -135,7 +129,7 @@ def pack_flat(
         node_R = np.concatenate([forest.first_P[forest.tree_L[leaf], None], forest.path_node_M[path]])
         weight_R = np.concatenate([np.zeros((4, 1)), weight_M[:, path]], axis=1)
         pieces.append(_piece(forest, node_R, slot_N, weight_R, float(advantages.leaf_weight_L[leaf])))
-    return _pack(trees, forest, pieces, max_tokens, replicas, capacities)
+    return _pack(trees, forest, pieces, max_tokens, replicas)
 
 
 def attach(
@@ -143,7 +137,7 @@ def attach(
     field: Literal["old_log_prob", "reference_log_prob"],
     values: Sequence[Sequence[np.ndarray]],
 ) -> list[list[Pack]]:
-    """The same packs with `values` (float32 [T] for each) as their `field`."""
+    """Set `field` of each pack to its entry of `values`, float32 [T]."""
     return [
         [replace(pack, **{field: value}) for pack, value in zip(replica, theirs, strict=True)]
         for replica, theirs in zip(packs, values, strict=True)
@@ -151,7 +145,7 @@ def attach(
 
 
 def padded(pack: Pack, length: int) -> Pack:
-    """`pack` with untrained tokens after it, up to `length`; each sees only itself."""
+    """Extend `pack` to `length` with untrained tokens, each of which sees only itself."""
     columns = {
         name: np.pad(column, (0, length - len(pack)), constant_values=PADDING.get(name, 0))
         for name, column in pack.columns().items()
@@ -161,7 +155,7 @@ def padded(pack: Pack, length: int) -> Pack:
 
 
 def blank_pack() -> Pack:
-    """One token that is not trained, for a replica that has nothing else to do in a collective."""
+    """One untrained token, so that a replica with nothing to train still joins the collectives."""
     zero, none = np.zeros(1, dtype=np.int32), np.full(1, -1, dtype=np.int32)
     weight = np.zeros(1)
     return Pack(
@@ -182,20 +176,16 @@ def blank_pack() -> Pack:
     )
 
 
-def _checked_forest(trees: Sequence[Tree], max_tokens: int, capacities: Sequence[int]) -> Forest:
-    forest = Forest.of(trees)
+def _check(forest: Forest, max_tokens: int) -> None:
     longest = forest.path_tokens_N.max(initial=0)
     if longest > max_tokens:
         raise ValueError(f"a trajectory has {longest} tokens with its prompt; a pack holds {max_tokens}")
-    if capacities and capacities[-1] < max_tokens:
-        raise ValueError(f"the largest capacity is {capacities[-1]}; a pack may have {max_tokens} tokens")
     if (forest.length_N == 0).any():
         raise ValueError("a prompt has no tokens: nothing would predict the first token of its response")
-    return forest
 
 
 def _weights(forest: Forest, advantages: Advantages) -> list[np.ndarray]:
-    """Four [M]: what each segment of each path adds to its tokens' advantage_pos, _neg, count_pos, _neg."""
+    """Four [M]: what each step of a path adds to advantage_pos, advantage_neg, count_pos and count_neg."""
     weight_M = advantages.token_weight_L[forest.path_leaf_M]
     positive_M = advantages.value_M >= 0
     return [
@@ -209,7 +199,7 @@ def _weights(forest: Forest, advantages: Advantages) -> list[np.ndarray]:
 def _piece(
     forest: Forest, node_R: np.ndarray, slot_N: np.ndarray, weight_R: np.ndarray, leaf_weight: float
 ) -> _Piece:
-    """`slot_N`: scratch [N]."""
+    """The piece of these runs. slot_N: scratch space."""
     slot_N[node_R] = np.arange(len(node_R))
     parent = forest.parent_N[node_R]
     return _Piece(
@@ -227,20 +217,16 @@ def _pack(
     pieces: list[_Piece],
     max_tokens: int,
     replicas: int,
-    capacities: Sequence[int],
 ) -> list[list[Pack]]:
     columns = _Columns(trees, forest)
-    packs = []
-    for share in _balance(pieces, replicas):
-        replica = columns.build(_fill(share, max_tokens)) if share else [blank_pack()]
-        if capacities:
-            replica = [padded(pack, next(c for c in capacities if c >= len(pack))) for pack in replica]
-        packs.append(replica)
-    return packs
+    return [
+        columns.build(_fill(share, max_tokens)) if share else [blank_pack()]
+        for share in _balance(pieces, replicas)
+    ]
 
 
 def _balance(pieces: list[_Piece], replicas: int) -> list[list[_Piece]]:
-    """Longest first, each to the replica with the fewest tokens; every share comes out longest first."""
+    """Give each piece, longest first, to the replica with the fewest tokens; shares stay longest first."""
     shares: list[list[_Piece]] = [[] for _ in range(replicas)]
     loads = [(0, replica) for replica in range(replicas)]
     for piece in sorted(pieces, key=lambda piece: -piece.tokens):
@@ -251,7 +237,7 @@ def _balance(pieces: list[_Piece], replicas: int) -> list[list[_Piece]]:
 
 
 def _fill(pieces: list[_Piece], max_tokens: int) -> list[list[_Piece]]:
-    """Best fit: each piece, longest first, to the pack that has the least room to spare for it."""
+    """Best fit: put each piece, longest first, into the fullest pack that still holds it."""
     packs: list[list[_Piece]] = []
     rooms: list[tuple[int, int]] = []  # sorted (tokens left, pack)
     for piece in pieces:
@@ -265,7 +251,7 @@ def _fill(pieces: list[_Piece], max_tokens: int) -> list[list[_Piece]]:
 
 
 class _Columns:
-    """Writes the token columns of packs, many packs at a time."""
+    """Writes the token columns of many packs at a time."""
 
     def __init__(self, trees: Sequence[Tree], forest: Forest) -> None:
         self._forest = forest
@@ -284,7 +270,7 @@ class _Columns:
         self._version_N = np.array(versions, dtype=np.int32)
 
     def build(self, packs: list[list[_Piece]]) -> list[Pack]:
-        """One pack for each list of pieces; all are views of the same few arrays."""
+        """Make one pack of each list of pieces; all packs are views of the same arrays."""
         pieces = [piece for pack in packs for piece in pack]
         runs_of_piece = np.array([len(piece.node_R) for piece in pieces])
         first_run = np.repeat(np.cumsum(runs_of_piece) - runs_of_piece, runs_of_piece)
@@ -308,7 +294,7 @@ class _Columns:
     def _token_columns(
         self, node_R: np.ndarray, above_R: np.ndarray, pack_start_R: np.ndarray, weight_R: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Every [T] field of the packs whose runs these are, all packs' tokens one after another."""
+        """Every column of the packs with these runs, the packs' tokens one after another: [T] each."""
         forest = self._forest
         length_R = forest.length_N[node_R]
         end_R = np.cumsum(length_R)

@@ -1,8 +1,7 @@
-"""Trees to pieces that fit a pack: depth-first order, and where to cut a tree that is too long.
+"""Split trees into pieces that fit a pack.
 
-A piece is a stretch of a tree's depth-first order and, before it, the path above its first segment as
-context. Everything that a segment of the piece has above it is then in the piece. Suffixes as in
-`treepo.learning.forest`.
+A piece is a stretch of a tree's depth-first order, preceded by the path above its first segment as context.
+So every ancestor of a segment in the piece is in the piece too. Suffixes as in treepo.learning.forest.
 """
 
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from treepo.learning.forest import Forest
 
 
 def depth_first(forest: Forest) -> np.ndarray:
-    """The nodes above graded leaves, tree by tree, each followed by everything below it."""
+    """List the nodes above graded leaves tree by tree, each followed by everything below it."""
     graded_N = forest.sum_leaves(np.ones(len(forest.leaf_node_L))) > 0
     size_N = forest.levels.up(graded_N.astype(np.int64))
     by_parent = np.argsort(forest.parent_N, kind="stable")  # siblings side by side; prompts are siblings too
@@ -28,8 +27,11 @@ def depth_first(forest: Forest) -> np.ndarray:
     return order
 
 
-def cut_trees(forest: Forest, max_tokens: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The batch's pieces: each one's nodes in depth-first order, and how many of the first are context."""
+def split_trees(forest: Forest, max_tokens: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield the batch's pieces: each one's nodes in depth-first order, and how many of them are context.
+
+    A tree of at most `max_tokens` tokens is one piece without context.
+    """
     order = depth_first(forest)
     above_N = forest.path_tokens_N - forest.length_N
     ends = np.searchsorted(forest.tree_N[order], np.arange(len(forest.first_P)))
@@ -39,7 +41,7 @@ def cut_trees(forest: Forest, max_tokens: int) -> Iterator[tuple[np.ndarray, int
             if len(nodes):
                 yield nodes, 0
             continue
-        for first, last in _cuts(forest.length_N[nodes], above_N[nodes], max_tokens):
+        for first, last in _best_split(forest.length_N[nodes], above_N[nodes], max_tokens):
             context, node = [], int(forest.parent_N[nodes[first]])
             while node >= 0:
                 context.append(node)
@@ -47,15 +49,15 @@ def cut_trees(forest: Forest, max_tokens: int) -> Iterator[tuple[np.ndarray, int
             yield np.concatenate([np.array(context[::-1], dtype=np.int64), nodes[first:last]]), len(context)
 
 
-def _cuts(length: np.ndarray, above: np.ndarray, max_tokens: int) -> list[tuple[int, int]]:
-    """Where to cut a tree's depth-first nodes so that the least context is repeated, then into fewest pieces.
+def _best_split(length: np.ndarray, above: np.ndarray, max_tokens: int) -> list[tuple[int, int]]:
+    """Split a tree's depth-first nodes so that the least context is repeated, then into the fewest pieces.
 
-    length, above: tokens of each node, and on the path above it. A piece from node i on repeats above[i]
-    tokens, for everything that a node of the piece has above it is in the piece or above its first node.
+    length, above: tokens of each node, and of the path above it. A piece that starts at node i repeats
+    above[i] tokens: every ancestor of its nodes is in the piece itself or above node i.
     """
     nodes = len(length)
     ends = np.cumsum(length)
-    # The last node that a piece from each node on can hold.
+    # One past the last node that fits a piece starting at each node.
     reach = np.searchsorted(ends, max_tokens - above + (ends - length), side="right")
     cost = np.zeros(nodes + 1, dtype=np.int64)
     after = np.zeros(nodes, dtype=np.int64)

@@ -1,9 +1,9 @@
-"""A reward function of the user's own, named `module:function` in the configuration.
+"""The user's own reward function, named `module:function` in the configuration.
 
-It is called as f(prompt, response, answer, extra), all strings except `extra`, the row's extra column as a
-dict. It returns the reward as a float, or a dict of numbers of which `reward` is the reward and the others
-are logged under their names; a boolean `correct` in it is the verdict, which otherwise is whether the
-reward is above 0.
+It is called as f(prompt, response, answer, extra): strings, and the row's extra column as a dict. It
+returns the reward as a number, or a dict of numbers with the reward under `reward`. A boolean `correct` in
+the dict is the verdict; without it, a response is correct if its reward is above 0. All other numbers are
+logged under their names.
 """
 
 import importlib
@@ -19,7 +19,7 @@ RewardFunction = Callable[[str, str, str, Mapping[str, object]], object]
 
 
 def load_function(name: str) -> RewardFunction:
-    """Import `module:function`; the working directory counts as a place to import from."""
+    """Import `module:function`, from the working directory too."""
     module_name, function_name = name.split(":")
     sys.path.append(os.getcwd())
     function = getattr(importlib.import_module(module_name), function_name)
@@ -29,12 +29,12 @@ def load_function(name: str) -> RewardFunction:
 
 
 def call(function: RewardFunction, item: GradeItem) -> Grade:
-    """The grade that the function gives. Raises ValueError for a result that is no reward."""
+    """Grade `item` with the function. Raises ValueError if its result is no reward."""
     return grade_of(function(item.prompt, item.response, item.answer, item.extra))
 
 
 def grade_of(result: object) -> Grade:
-    """The grade that a number, or a dict of numbers, stands for. Raises ValueError."""
+    """Make a grade of a number or a dict of numbers. Raises ValueError for anything else."""
     numbers = result if isinstance(result, Mapping) else {"reward": result}
     if "reward" not in numbers:
         raise ValueError(f'the dict that it returned has no "reward", only {sorted(map(str, numbers))}')

@@ -1,12 +1,12 @@
-"""Grading by an HTTP endpoint of the user's own (a reward model, a sandbox), batch by batch.
+"""Grade batches of responses by the user's own HTTP endpoint: a reward model, a sandbox.
 
     POST reward.url    {"items": [{"prompt": ..., "response": ..., "answer": ..., "extra": {...}}, ...]}
     200                {"grades": [0.5, {"reward": 1, "correct": true, "style": 0.2}, null, ...]}
 
-One grade an item, in order: a number, or an object as a reward function returns it (treepo.rewards.custom),
-or null for an item that the endpoint could not grade. At the start an empty list of items is sent, to see
-that somebody answers. Whatever has no usable grade in the end is a verdict `timeout` or `error`, masked from
-training.
+One grade for each item, in order: a number, an object as a reward function returns it
+(treepo.rewards.custom), or null for an item that the endpoint could not grade. At the start an empty list of
+items is sent to check that the endpoint answers. An item without a usable grade after all attempts gets the
+verdict `timeout` or `error` and is masked from training.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ _FIRST_WAIT_SECONDS = 0.5  # doubled after each further attempt
 _WORTH_ANOTHER_ATTEMPT = (408, 425, 429)  # and everything from 500 up
 
 
-class BadReply(Exception):  # noqa: N818 (not the user's last word: it becomes a grade or a ConfigError)
-    """A reply without usable grades. transient: another attempt may succeed."""
+class BadReply(Exception):  # noqa: N818 (the user does not see it: it becomes a grade or a ConfigError)
+    """A reply without usable grades. transient: whether another attempt may succeed."""
 
     def __init__(self, message: str, verdict: Verdict = Verdict.ERROR, transient: bool = False) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class BadReply(Exception):  # noqa: N818 (not the user's last word: it becomes a
 
 
 class HttpRewards:
-    """A context manager; `config.workers` requests at a time. Belongs to the event loop that enters it."""
+    """Grades by `reward.url`, `config.workers` requests at a time. A context manager of one event loop."""
 
     def __init__(self, config: RewardConfig) -> None:
         assert config.url is not None
@@ -50,7 +50,7 @@ class HttpRewards:
         self._shown: set[str] = set()
 
     async def __aenter__(self) -> Self:
-        # The slots bound the connections, so that waiting for one never counts against the deadline.
+        # The slots bound the connections: waiting for a slot does not count against the deadline.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=self._config.deadline_seconds),
             connector=aiohttp.TCPConnector(limit=0),
@@ -63,14 +63,14 @@ class HttpRewards:
         await self._session.close()
 
     async def ready(self) -> None:
-        """Raises ConfigError where the endpoint does not answer an empty batch."""
+        """Send an empty batch. Raises ConfigError if the endpoint does not answer it."""
         try:
             await self._request([])
         except BadReply as bad:
             raise ConfigError(f"reward.url = {self._url}: {bad}") from bad
 
     async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """One grade an item, in the same order. Raises ConfigError for an item that JSON cannot hold."""
+        """Grade the items, in the same order. Raises ConfigError if an item cannot be written as JSON."""
         parts = batched(items, self._config.batch_size)
         return [grade for part in await asyncio.gather(*map(self._grade_batch, parts)) for grade in part]
 
@@ -85,7 +85,7 @@ class HttpRewards:
         return grades
 
     async def _request(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """The grades of one batch, after as many attempts as it takes. Raises BadReply."""
+        """Send one batch, again if that may help. Raises BadReply once the attempts are used up."""
         body, attempt = _encode(items), 1
         while True:
             try:
@@ -97,7 +97,7 @@ class HttpRewards:
             attempt += 1
 
     async def _post(self, body: bytes) -> bytes:
-        """The body of a reply with status 200. Raises BadReply."""
+        """Return the body of a reply with status 200. Raises BadReply for any other."""
         headers = {"Content-Type": "application/json"}
         try:
             async with self._slots, self._session.post(self._url, data=body, headers=headers) as response:
@@ -114,7 +114,7 @@ class HttpRewards:
         return content
 
     def _show(self, message: str) -> None:
-        """Log a failure, the first of its kind only: an endpoint that fails does so on every batch."""
+        """Log the first failure of each kind only: a broken endpoint fails on every batch."""
         kind = message.partition(":")[0]
         if kind not in self._shown:
             self._shown.add(kind)
@@ -135,7 +135,7 @@ def _encode(items: Sequence[GradeItem]) -> bytes:
 
 
 def _decode(content: bytes, count: int) -> list[Grade]:
-    """The grades in a reply about `count` items. Raises BadReply."""
+    """Read the grades of `count` items from a reply. Raises BadReply."""
     try:
         reply = json.loads(content)
     except (ValueError, RecursionError) as error:

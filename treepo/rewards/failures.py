@@ -1,7 +1,7 @@
-"""Whether too many responses could not be graded: a broken grader must not starve a run unnoticed.
+"""Stop a run if too many responses cannot be graded: a broken grader must not starve it unnoticed.
 
-Judged over all responses of a step, its refills included, or of an evaluation, once they are graded. A few
-failures are never too many: a prompt whose answers all hang the grader is no broken grader.
+The share is taken over all responses of a step (its refills included) or of an evaluation, after grading. A
+few failures never stop a run: one prompt whose answers all hang the grader does not mean that it is broken.
 """
 
 from collections import Counter
@@ -11,11 +11,11 @@ from treepo.errors import RewardError
 from treepo.rewards.grade import Grade
 from treepo.tree import Verdict
 
-LEAST_FAILED = 8  # fewer failures than this stop nothing, whatever their share
+LEAST_FAILED = 8  # fewer failures do not stop a run, whatever their share
 
 
 class FailedGrades:
-    """A count of grades by verdict. max_share: of `timeout` and `error` among them."""
+    """Counts grades by verdict. max_share: the largest share of `timeout` and `error` that is allowed."""
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
@@ -29,9 +29,9 @@ class FailedGrades:
                 self._first = self._first or grade.message
 
     def check_and_clear(self, what: str) -> None:
-        """Raise RewardError where more than `max_share` of the grades since the last call failed.
+        """Raise RewardError if more than `max_share` of the grades since the last call failed.
 
-        what: whose they are, for the message.
+        what: what was graded, for the message.
         """
         timeouts, errors = self._count[Verdict.TIMEOUT], self._count[Verdict.ERROR]
         failed, total, first = timeouts + errors, self._count.total(), self._first

@@ -1,4 +1,4 @@
-"""What is graded, and what a grader says of it."""
+"""The items that are graded, the grades, and the messages of a grading process."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from treepo.tree import Verdict
 
 @dataclass(frozen=True, slots=True)
 class GradeItem:
-    """One response to grade. `prompt` and `extra` are there for a reward function of the user's own."""
+    """One response to grade. `prompt` and `extra` are for a user's own reward function."""
 
     response: str
     answer: str
@@ -19,10 +19,10 @@ class GradeItem:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """The outcome. reward: None where the verdict is `timeout` or `error`.
+    """The grade of one response. reward: None if the verdict is `timeout` or `error`.
 
-    answer_text: what was taken as the response's answer. message: why there is no reward. terms: further
-    numbers that a reward function returned, by their name.
+    answer_text: the text that was taken as the response's answer. message: why there is no reward. terms:
+    further numbers of a reward function, by name.
     """
 
     reward: float | None
@@ -33,8 +33,27 @@ class Grade:
 
 
 class Rewards(Protocol):
-    """Whoever grades: processes of this machine (RewardPool) or an endpoint (HttpRewards)."""
+    """A grader: processes of this machine (RewardPool) or an endpoint (HttpRewards)."""
 
     async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """One grade an item, in the same order. Raises ConfigError or RewardError where none is possible."""
+        """Grade the items, in the same order. Raises ConfigError or RewardError if nothing can be graded."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A grading process's first message: it can grade, or `failure` is the traceback of why it cannot."""
+
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A grading process's answer to one item. The grade of a mathematical answer has no reward yet.
+
+    traceback: of an exception in the grader. retire: whether the worker has grown and should be replaced.
+    """
+
+    grade: Grade
+    traceback: str | None = None
+    retire: bool = False

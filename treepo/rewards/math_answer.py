@@ -1,8 +1,8 @@
-r"""Grading of mathematics: the last boxed answer of a response against the gold answer, by math-verify.
+r"""Grade mathematics: compare the last boxed answer of a response with the gold answer, by math-verify.
 
-Nothing here bounds time or memory: math-verify's own time-outs rest on SIGALRM, which a long operation
-inside one C function does not notice, so they are off and the process around this (treepo.rewards.worker)
-is what gets killed. math-verify answers "not equal" when a comparison raises; here it raises.
+Nothing here bounds time or memory. math-verify's own time-outs use SIGALRM, which a long operation inside one
+C function ignores; they are off, and the grading process (treepo.rewards.worker) is killed instead. If a
+comparison raises, math-verify says "not equal"; this module lets the exception through.
 """
 
 import math
@@ -19,16 +19,16 @@ from treepo.rollout.boxed import last_boxed
 from treepo.tree import Verdict
 
 _TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-# 4.5e33 as programs write it, which LaTeX reads as 4.5 times Euler's number times 33.
+# 4.5e33 as programs write it; LaTeX reads it as 4.5 times Euler's number times 33.
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\w.^{])")
-# A point that ends a sentence, or a number as in 1./3, and makes LaTeX's grammar refuse all of it.
+# A point that ends a sentence, or a number as in 1./3: LaTeX's grammar refuses the whole text for it.
 _IDLE_POINT = re.compile(r"(?<=\d)\.(?![\d.])|(?<![\\.])[.,]$")
 
 
 def grade_math(response: str, answer: str) -> tuple[Verdict, str | None]:
-    """The verdict, `correct`, `wrong` or `no_answer`, and the text of the boxed answer that it is about.
+    """Return the verdict (`correct`, `wrong` or `no_answer`) and the text of the boxed answer.
 
-    Raises whatever math-verify raises when it can neither accept nor refuse the answer.
+    Raises what math-verify raises if it can neither accept nor refuse the answer.
     """
     boxed = last_boxed(response)
     if boxed is None:
@@ -37,13 +37,13 @@ def grade_math(response: str, answer: str) -> tuple[Verdict, str | None]:
 
 
 def math_grader(item: GradeItem) -> Grade:
-    """`grade_math` as a grade, the reward still open."""
+    """Grade one item; the pool adds the reward of the verdict."""
     verdict, answer_text = grade_math(item.response, item.answer)
     return Grade(None, verdict, answer_text)
 
 
 def equal_answers(gold: str, other: str) -> bool:
-    """Whether two answers are mathematically equal. Not symmetric: the form of `gold` decides what counts."""
+    """Whether two answers are mathematically equal. Not symmetric: the form of `gold` decides the rules."""
     if gold.strip() == other.strip():
         return True
     failure: Exception | None = None
@@ -65,7 +65,7 @@ def equal_answers(gold: str, other: str) -> bool:
 
 
 def _parse(answer: str) -> list:
-    """The forms of an answer that can be compared: sympy expressions, if it is one, and its text."""
+    """The comparable forms of an answer: its sympy expressions, if it has any, and its text."""
     text = _IDLE_POINT.sub("", answer.strip())
     forms = _parse_latex(text)
     if (scientific := _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)) != text:
@@ -78,9 +78,9 @@ def _parse_latex(text: str) -> list:
 
 
 def _decimals(gold: object) -> int:
-    """Decimals to which math-verify rounds before it compares decimal fractions: 6, as it does by default.
+    """Decimals to which math-verify rounds before it compares decimal fractions: by default 6.
 
-    That would make 0 of 1e-8, so a tiny gold answer keeps six significant digits.
+    That would round 1e-8 to 0, so a tiny gold answer keeps six significant digits.
     """
     if not (isinstance(gold, Expr) and gold.is_number and gold.is_real) or gold == 0 or abs(gold) >= 1e-4:
         return 6

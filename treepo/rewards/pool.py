@@ -1,16 +1,17 @@
-"""Grading in processes that can be killed, so that no response can stop a run or disturb another's grade.
+"""Grade in processes that can be killed, so that no response stops a run or disturbs another's grade.
 
-One thread a worker takes items from a common queue, sends them to its process and waits for the reply with
-a deadline. A process that misses it, or dies, is killed with whatever it started and replaced; imports do
-not count against the deadline. multiprocessing.Pool cannot do this: it has no way to kill one task.
+Each worker has a thread that takes items from a common queue, sends them to its process and waits for the
+reply with a deadline. A process that misses the deadline or dies is killed with its children and replaced;
+imports do not count against the deadline. (multiprocessing.Pool has no way to kill one task.)
 """
 
 import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -18,12 +19,30 @@ from typing import Self
 
 from treepo.config.reward import RewardConfig
 from treepo.errors import ConfigError, RewardError
-from treepo.rewards.grade import Grade, GradeItem
+from treepo.rewards.grade import Grade, GradeItem, Rewards
 from treepo.rewards.process import Worker, WorkerDied
 from treepo.tree import Verdict
 
 _log = logging.getLogger(__name__)
 _START_ATTEMPTS = 3
+
+
+@asynccontextmanager
+async def open_rewards(config: RewardConfig) -> AsyncIterator[Rewards]:
+    """Open the grader that `config` asks for, a pool or an endpoint, and yield it when it is ready.
+
+    Raises ConfigError if a function cannot be imported or an endpoint does not answer.
+    """
+    if config.url is None:
+        with RewardPool(config) as pool:
+            await pool.ready()
+            yield pool
+        return
+    from treepo.rewards.endpoint import HttpRewards  # here: it takes a quarter of a second to import
+
+    async with HttpRewards(config) as rewards:
+        await rewards.ready()
+        yield rewards
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,23 +52,23 @@ class _Task:
 
 
 class RewardPool:
-    """`config.workers` grading processes, started in the background by the constructor.
+    """`config.workers` grading processes, which the constructor starts in the background.
 
-    Any number of coroutines of any number of event loops may grade at the same time. `restarts` counts the
-    processes that were replaced.
+    Coroutines of any number of event loops may grade at the same time. `restarts` counts the processes that
+    were replaced.
     """
 
     def __init__(self, config: RewardConfig) -> None:
         self._config = config
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()  # None ends one thread
-        self._lock = threading.Lock()  # of everything below
-        self._failure: Exception | None = None  # once set, nothing is queued, started or graded
+        self._lock = threading.Lock()  # guards everything below
+        self._failure: Exception | None = None  # once set, nothing more is queued, started or graded
         self._workers: dict[int, Worker] = {}
         self._traceback_shown = False
         self.restarts = 0
         self._ready: list[Future[None]] = [Future() for _ in range(config.workers)]
         for ready in self._ready:
-            ready.set_running_or_notify_cancel()  # who stops waiting for it does not cancel it
+            ready.set_running_or_notify_cancel()  # a caller that stops waiting does not cancel it
         self._threads = [
             threading.Thread(target=self._run, args=(slot,), name=f"reward-{slot}", daemon=True)
             for slot in range(config.workers)
@@ -62,7 +81,7 @@ class RewardPool:
         await asyncio.gather(*map(asyncio.wrap_future, self._ready))
 
     async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """One grade an item, in the same order. Raises ConfigError as `ready` does, and RewardError."""
+        """Grade the items, in the same order. Raises ConfigError as `ready` does, and RewardError."""
         tasks = [_Task(item) for item in items]
         with self._lock:
             if self._failure is not None:
@@ -72,12 +91,12 @@ class RewardPool:
         return await asyncio.gather(*(asyncio.wrap_future(task.future) for task in tasks))
 
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers, those that are still starting included."""
+        """Process ids of the workers, starting ones included."""
         with self._lock:
             return [worker.pid for worker in self._workers.values()]
 
     def close(self) -> None:
-        """Kill every worker and wait until it is gone; what is not graded yet raises RewardError."""
+        """Kill every worker and wait until it is gone; items not yet graded raise RewardError."""
         self._fail(RewardError("the reward pool is closed"))
         for thread in self._threads:
             thread.join()
@@ -91,7 +110,7 @@ class RewardPool:
         self.close()
 
     def _fail(self, failure: Exception) -> None:
-        """Grade nothing from now on: every waiting and later item raises `failure`."""
+        """Stop grading: every waiting and every later item raises `failure`."""
         with self._lock:
             self._failure = self._failure or failure
             for worker in self._workers.values():
@@ -105,7 +124,7 @@ class RewardPool:
                 self._tasks.put(None)
 
     def _run(self, slot: int) -> None:
-        """One worker's thread: start it, then serve items until None comes."""
+        """Run one worker's thread: start the worker, then serve items until None comes."""
         try:
             worker = self._start(slot)
             self._ready[slot].set_result(None)
@@ -120,7 +139,7 @@ class RewardPool:
             self._discard(slot)
 
     def _start(self, slot: int) -> Worker:
-        """A worker that is ready. Raises what the pool failed with, ConfigError and RewardError."""
+        """Start a worker that is ready to grade. Raises ConfigError, RewardError or the pool's failure."""
         reason: Exception | None = None
         for _ in range(_START_ATTEMPTS):
             self._discard(slot)
@@ -147,9 +166,9 @@ class RewardPool:
             worker.close()
 
     def _serve(self, slot: int, worker: Worker, task: _Task) -> Worker:
-        """Grade one item; returns the worker for the next one.
+        """Grade one item; return the worker for the next one.
 
-        A worker that dies may have been killed from outside, so the item is tried once more.
+        A dead worker may have been killed from outside, so its item is tried once more.
         """
         try:
             try:
@@ -179,7 +198,7 @@ class RewardPool:
         return self._start(slot)
 
     def _show(self, trace: str) -> None:
-        """Log a grader's traceback, the first one only: a faulty function fails on every response."""
+        """Log the first traceback of a grader only: a faulty function fails on every response."""
         with self._lock:
             shown, self._traceback_shown = self._traceback_shown, True
         if not shown:

@@ -1,4 +1,4 @@
-"""The parent's end of one grading process: start, ask with a deadline, kill."""
+"""The parent's end of one grading process: start it, ask it with a deadline, kill it."""
 
 import contextlib
 import os
@@ -6,22 +6,23 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Pipe
+from pathlib import Path
 from typing import Any
 
 from treepo.config.reward import RewardConfig
-from treepo.rewards.grade import GradeItem
-from treepo.rewards.messages import Ready, Reply
+from treepo.rewards.grade import GradeItem, Ready, Reply
 
 START_SECONDS = 120.0
 
 
-class WorkerDied(Exception):  # noqa: N818 (an event that the pool handles, not an error of the user)
+class WorkerDied(Exception):  # noqa: N818 (an event that the pool handles, not a user's error)
     """The process ended before it answered; the text says how."""
 
 
 class Worker:
-    """One grading process, owned by the thread that makes it: when that thread ends, the kernel kills it."""
+    """One grading process, owned by the thread that starts it: the kernel kills it when that thread ends."""
 
     def __init__(self, config: RewardConfig) -> None:
         self._stopping = threading.Lock()
@@ -29,12 +30,13 @@ class Worker:
         arguments = [str(child.fileno()), str(os.getpid()), str(config.memory_mb)]
         if config.function is not None:
             arguments.append(config.function)
+        environment = {"PYTHONPATH": os.pathsep.join(_import_path(sys.path)), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "treepo.rewards.worker", *arguments],
             stdin=subprocess.DEVNULL,
             pass_fds=[child.fileno()],
-            start_new_session=True,  # Ctrl-C is the parent's to handle, and children are killed with it
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # the parent handles Ctrl-C, and kills the worker with its children
+            env=os.environ | environment,
         )
         child.close()
 
@@ -69,9 +71,9 @@ class Worker:
         return f"the grading process {how}"
 
     def stop(self) -> None:
-        """Kill the process and what it started, and wait until it is gone. From any thread, repeatedly.
+        """Kill the process and its children, and wait until it is gone. From any thread, any number of times.
 
-        A process that is dead already but not yet waited for keeps its id, so that no other is hit.
+        A dead process keeps its id until it is waited for, so no other process is hit.
         """
         with self._stopping:
             if self._process.returncode is None:
@@ -80,6 +82,17 @@ class Worker:
                 self._process.wait()
 
     def close(self) -> None:
-        """Stop, and free the pipe: for the owning thread."""
+        """Stop the process and free the pipe. From the owning thread only."""
         self.stop()
         self._connection.close()
+
+
+def _import_path(path: Sequence[str]) -> list[str]:
+    """The folders that a worker imports from: those of the parent's `path`, and its own package's.
+
+    An empty entry (of `python -c`) is the working directory, and was it when this package was imported.
+    """
+    own = str(Path(__file__).parents[2])
+    here = [os.getcwd()] if own in path else [os.getcwd(), own]
+    folders = [folder for entry in path for folder in ([entry] if entry else here)]
+    return folders if own in folders else [*folders, own]

@@ -1,4 +1,4 @@
-"""From grades to rewards on a tree: the grader's first, the terms beside it, in the end their sum."""
+"""Put grades on a tree's leaves, and add the terms to the grader's reward."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +14,10 @@ from treepo.tree import Tree, Verdict
 def with_grades(
     tree: Tree, texts: Sequence[str], grades: Sequence[Grade], config: RewardConfig, max_response_tokens: int
 ) -> Tree:
-    """The tree with the grader's reward, verdict and numbers on each leaf, and the terms' values.
+    """Set the grader's reward, verdict and numbers on each leaf, and the weighted value of each term.
 
     texts, grades: one a leaf, in the order of `leaves`. A leaf that could not be graded has no terms and
-    counts in none. The reward is still the grader's alone; `shaped` adds the terms.
+    counts in none. The reward is the grader's alone; `shaped` adds the terms.
     """
     leaves = [
         replace(leaf, reward=grade.reward, verdict=grade.verdict, numbers=grade.terms)
@@ -29,9 +29,10 @@ def with_grades(
             text_L=tuple(texts[at] for at in graded),
             tokens_L=np.array([len(tree.response(leaves[at])) for at in graded]),
             correct_L=np.array([leaves[at].verdict is Verdict.CORRECT for at in graded]),
-            limit=max_response_tokens,
+            max_tokens=max_response_tokens,
+            overlong_buffer_tokens=config.overlong_buffer_tokens,
         )
-        value_L_of = {name: weight * TERMS[name](responses, config) for name, weight in config.terms.items()}
+        value_L_of = {name: weight * TERMS[name](responses) for name, weight in config.terms.items()}
         for place, at in enumerate(graded):
             terms = {name: float(value_L[place]) for name, value_L in value_L_of.items()}
             leaves[at] = replace(leaves[at], terms=terms)
@@ -39,10 +40,9 @@ def with_grades(
 
 
 def shaped(tree: Tree) -> Tree:
-    """The same tree, its terms added to the reward of each graded leaf; verdicts stay.
+    """Add each graded leaf's terms to its reward; verdicts stay. Returns `tree` itself if no leaf has terms.
 
-    Comes after dynamic sampling, which asks whether answers differ, not whether lengths do. The tree itself
-    where no leaf has terms.
+    Call it after dynamic sampling, which asks whether answers differ, not whether lengths do.
     """
     if not any(leaf.terms for leaf in tree.leaves):
         return tree

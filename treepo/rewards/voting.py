@@ -1,35 +1,36 @@
-r"""Which answers of one problem are the same answer: mathematical equality, decided in the grading processes.
+r"""Group the answers to one problem into classes of mathematically equal ones, for majority votes.
 
-All correct answers are one class, since each of them equals the gold answer; so a class is correct or wrong
-as a whole. Wrong answers are compared with the first answer of each class so far.
+All correct answers are one class, because each equals the gold answer; so a class is correct or wrong as a
+whole. A wrong answer is compared with the first answer of each class so far, in the grading processes.
 """
 
 import re
 from collections.abc import Awaitable, Callable, Sequence
 
-from treepo.evaluation.metrics import NO_VOTE
 from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
 from treepo.rollout.boxed import last_boxed
 from treepo.tree import Verdict
 
+NO_VOTE = -1
+"""The class of a response that casts no vote."""
 _CORRECT = 0
 _PLAIN = "1"
 _INTEGER = re.compile(r"[+-]?\d+")
 
 Equal = Callable[[str, str], Awaitable[bool | None]]
-"""Whether two answers are equal; None where that could not be decided."""
+"""Whether two answers are equal; None if that cannot be decided."""
 
 
 def pool_equality(pool: RewardPool) -> Equal:
-    """Equality by math-verify in the pool's processes, under their deadline and memory limit.
+    """Compare answers by math-verify in the pool's processes, under their deadline and memory limit.
 
-    The pool must grade mathematics: a reward function of the user's own compares nothing.
+    The pool must grade mathematics: a user's own reward function compares nothing.
     """
 
     async def equal(first: str, second: str) -> bool | None:
         response = rf"\boxed{{{second}}}"
-        if last_boxed(response) != second:  # it has a box of its own inside
+        if last_boxed(response) != second:  # the answer contains a box
             return None
         (grade,) = await pool.grade([GradeItem(response, first)])
         return grade.verdict is Verdict.CORRECT if grade.verdict.graded else None
@@ -38,13 +39,13 @@ def pool_equality(pool: RewardPool) -> Equal:
 
 
 async def vote_classes(answers: Sequence[str | None], verdicts: Sequence[Verdict], equal: Equal) -> list[int]:
-    """A class number for each answer, `NO_VOTE` for a response without one or that was not graded.
+    """Return a class number for each answer, `NO_VOTE` for a response without an answer or a grade.
 
-    Two answers whose comparison could not be decided count as different; and where one of them cannot be
-    compared with a plain number either, it is compared with no other: it equals its own text only.
+    Two answers count as different if their comparison cannot be decided. An answer that cannot be compared
+    with a plain number either is compared with no other: it equals its own text only.
     """
     class_of: dict[str, int] = {}
-    first_of: dict[int, str] = {}  # the classes that may still be compared with
+    first_of: dict[int, str] = {}  # the first answer of each class that can be compared
     for answer in dict.fromkeys(_wrong(answers, verdicts)):
         number = await _find(answer, first_of, equal)
         if number is None:
@@ -72,10 +73,10 @@ def _wrong(answers: Sequence[str | None], verdicts: Sequence[Verdict]) -> list[s
 
 
 async def _find(answer: str, first_of: dict[int, str], equal: Equal) -> int | None:
-    """The class of `answer`, None where it is a new one, `NO_VOTE` where it can be compared with none."""
+    """The class of `answer`: None for a new class, `NO_VOTE` for an answer that cannot be compared."""
     for number, first in list(first_of.items()):
         if _INTEGER.fullmatch(first) and _INTEGER.fullmatch(answer):
-            same = _integer(first) == _integer(answer)  # most answers are: no need to ask a process
+            same = _integer(first) == _integer(answer)  # the common case needs no process
         else:
             same = await equal(first, answer)
         if same:
@@ -89,6 +90,6 @@ async def _find(answer: str, first_of: dict[int, str], equal: Equal) -> int | No
 
 
 def _integer(text: str) -> tuple[bool, str]:
-    """Sign and digits: int() refuses more than a few thousand of them."""
+    """Whether it is negative, and its digits; int() refuses more than a few thousand digits."""
     digits = text.lstrip("+-").lstrip("0")
     return text.startswith("-") and bool(digits), digits

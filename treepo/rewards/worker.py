@@ -1,7 +1,7 @@
-"""A grading process: takes responses from a pipe one at a time and answers each.
+"""A grading process: reads responses from a pipe one at a time and answers each.
 
-Started by treepo.rewards.process as `python -P -m treepo.rewards.worker FD PARENT MEMORY_MB [FUNCTION]`.
-It may be killed at any moment. It ends by itself when the pipe closes or the parent dies.
+treepo.rewards.process starts it as `python -P -m treepo.rewards.worker FD PARENT MEMORY_MB [FUNCTION]`. It
+may be killed at any moment, and ends by itself when the pipe closes or the parent dies.
 """
 
 import contextlib
@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Self
 
 from treepo.rewards.custom import call, load_function
-from treepo.rewards.grade import Grade, GradeItem
-from treepo.rewards.messages import Ready, Reply
+from treepo.rewards.grade import Grade, GradeItem, Ready, Reply
 from treepo.tree import Verdict
 
 Grader = Callable[[GradeItem], Grade]
 _PR_SET_PDEATHSIG = 1
-_MONITOR = 3  # a tool id of sys.monitoring that no kind of tool is assigned to
+_MONITOR = 3  # a tool id of sys.monitoring that is not reserved for any kind of tool
 
 
 class Exhaustion:
-    """Watches for memory or stack running out anywhere in Python code.
+    """Notices if memory or stack runs out anywhere in Python code.
 
-    sympy and math-verify swallow every exception and go on with "not equal"; a verdict reached like that is
-    none.
+    sympy and math-verify swallow every exception and go on with "not equal"; such a verdict does not count.
     """
 
     def __init__(self) -> None:
@@ -53,18 +51,18 @@ class Exhaustion:
 
 
 def make_grader(function: str | None) -> Grader:
-    """The grader, warm: what it imports and compiles on first use must not count against an item."""
+    """Make the grader and warm it up: imports and first compilations must not count against an item."""
     if function is not None:
         own = load_function(function)
         return lambda item: call(own, item)
-    from treepo.rewards.math_answer import math_grader  # sympy, which a function of one's own may do without
+    from treepo.rewards.math_answer import math_grader  # here: a user's function may not need sympy
 
     math_grader(GradeItem(r"\boxed{\frac{1}{2}x}", "0.5x"))
     return math_grader
 
 
 def grade(grader: Grader, item: GradeItem, exhaustion: Exhaustion) -> tuple[Grade, str | None]:
-    """One item's grade, and the traceback if the grader raised."""
+    """Grade one item; return the traceback too if the grader raised."""
     exhaustion.seen = None
     try:
         result = grader(item)
@@ -77,7 +75,7 @@ def grade(grader: Grader, item: GradeItem, exhaustion: Exhaustion) -> tuple[Grad
 
 
 def _own_traceback(error: BaseException) -> str:
-    """The traceback from the first frame on that is not ours; all of it where every frame is."""
+    """The traceback from the first frame that is not ours; all of it if every frame is ours."""
     trace = error.__traceback__
     while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
         trace = trace.tb_next
@@ -112,9 +110,9 @@ def serve(connection: Connection, grader: Grader, memory_bytes: int) -> None:
 
 def main(fd: int, parent: int, memory_mb: int, function: str | None = None) -> None:
     die_with(parent)
-    # Ctrl-C is the parent's to handle; Ray, which stops a job, sends it to every descendant.
+    # The parent handles Ctrl-C; Ray sends the signal to every descendant when it stops a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.dup2(2, 1)  # what a reward function prints must not land in the table that the parent draws
+    os.dup2(2, 1)  # a reward function's prints must not land in the table that the parent draws
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     connection = Connection(fd)
     try:

@@ -60,9 +60,7 @@ class BatchSampler:
         self, number: int, step: int
     ) -> tuple[list[Tree], list[Tree], Mapping[Dropped, int]]:
         """Replace trees that teach nothing by further prompts, in a bounded number of rounds."""
-        # Only this step's trees are sampled by the weights that are trained: none may wait.
-        dynamic = DynamicSampler(number, self._config.learning.max_refills, max_staleness=0)
-        dynamic.start(version=step - 1)
+        dynamic = DynamicSampler(number, self._config.learning.max_refills)
         sampled: list[Tree] = []
         used: set[int] = set()
         while missing := dynamic.missing():
@@ -72,7 +70,7 @@ class BatchSampler:
             trees = await self._sample_and_write(fresh, step) if fresh else []
             dynamic.offer(trees)
             sampled += trees
-        return sampled, *dynamic.take()
+        return sampled, dynamic.batch, dynamic.dropped
 
     async def _sample_and_write(self, indices: Sequence[int], step: int) -> list[Tree]:
         """Sample and grade trees for the training prompts at `indices`."""

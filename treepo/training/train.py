@@ -10,7 +10,7 @@ from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import Prompt, PromptOrder
 from treepo.evaluation.metrics import evaluation_sampling
 from treepo.protocols import BatchResult, Trainer, TrainingEnginePool
-from treepo.rewards.open import open_rewards
+from treepo.rewards.pool import open_rewards
 from treepo.training.batch import Batch, BatchSampler, mini_batches
 from treepo.training.checkpoints import Checkpoints
 from treepo.training.graded_trees import GradedSampler
