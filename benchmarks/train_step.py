@@ -2,13 +2,16 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.train_step
 
-Run it in the repository's root. A random model that this script writes; every rank is a process of one
-thread, and the ranks meet over gloo. Packed and flat steps alternate. One JSON line a layout, leaf length and
-initial branching: `packed_over_flat_time` is by the clock, `..._cpu` by the CPU seconds of all ranks, which
-other work on the machine disturbs less (waiting for another rank counts in the first only); both are medians
-over repeats. They are to be seen beside `unique_over_total`, the tokens of the trees over those of their
-trajectories, prompts included, and `packed_over_flat_tokens`, the same with the context that is repeated
-where a tree is longer than a micro-batch.
+Run it in the repository's root. The script writes a random model. Every rank is a process of one thread,
+and the ranks meet over gloo. Packed and flat steps alternate. Each layout, leaf length and initial branching
+gives one JSON line:
+
+packed_over_flat_time: ratio of clock seconds, the median over repeats.
+packed_over_flat_cpu: ratio of the CPU seconds of all ranks, likewise. Other work on the machine disturbs it
+    less, and it leaves out the time that a rank waits for another.
+unique_over_total: tokens of the trees over those of their trajectories, prompts included. Compare the ratios
+    with it.
+packed_over_flat_tokens: the same, including the context that is repeated in trees longer than a micro-batch.
 """
 
 import argparse
@@ -47,7 +50,7 @@ LAYOUTS = (ParallelConfig(), ParallelConfig(tensor=2, pipeline=2))
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured."""
+    """The measurements of one run."""
 
     model: dict[str, int]
     settings: list[Setting]
@@ -56,7 +59,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one train step."""
+    """The cost of one train step."""
 
     seconds: float
     cpu_seconds: float  # of all ranks
@@ -81,7 +84,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
 
 
 def cost(step: Callable[[], object]) -> Cost:
-    """Collective. All ranks begin together; a step's optimizer waits for all of them."""
+    """Time a step. Collective: all ranks begin together, and a step's optimizer waits for all of them."""
     dist.barrier()
     start, cpu_start = time.perf_counter(), time.process_time()
     step()
@@ -91,7 +94,7 @@ def cost(step: Callable[[], object]) -> Cost:
 
 
 def run_rank(rank: int, layout: ParallelConfig, folder: Path, plan: Plan, ports: Any) -> None:
-    """One rank's life; rank 0 prints."""
+    """Measure every setting as one rank; rank 0 prints."""
     from megatron_bridge.trainer import MegatronTrainer, create_store
 
     torch.set_num_threads(1)
@@ -137,7 +140,7 @@ def _compared(packed: Sequence[Cost], flat: Sequence[Cost]) -> dict[str, float]:
 
 
 def run_layout(layout: ParallelConfig, folder: Path, plan: Plan) -> None:
-    """Start the ranks and wait for them; one that fails ends them all."""
+    """Start the ranks and wait for them. If one fails, all are killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_bridge.trainer"])  # imported once
     ports = context.SimpleQueue()
@@ -161,7 +164,7 @@ def _wait(ranks: Sequence[Any]) -> None:
         for sentinel in wait(list(running)):
             process = running.pop(sentinel)  # type: ignore[arg-type]  # all are numbers
             if process.exitcode:
-                raise SystemExit(f"a rank ended with exit code {process.exitcode}: see its output above")
+                raise SystemExit(f"a rank ended with exit code {process.exitcode}; its output is above")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a Hugging Face config says of a model, as far as the trainer needs it."""
+"""Reads the architecture of a Hugging Face model, and checks that the trainer and a layout support it."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -7,24 +7,25 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from megatron_bridge.hf_weight_map import FAMILIES, OUTPUT, Family, Rule, expand
 from megatron_bridge.rotary import inverse_frequency
-from megatron_bridge.weights import FAMILIES, Dimensions, Family
+from megatron_bridge.tensor_surgery import Dimensions
 from treepo.config.trainer import ParallelConfig
 from treepo.errors import ConfigError, ModelError
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """What stands in place of the MLP in an architecture's sparse layers (`Dimensions` says which)."""
+    """The experts that replace the MLP in the sparse layers, which `Dimensions` lists."""
 
     intermediate: int
     per_token: int
-    normalised: bool  # a token's experts' probabilities are scaled to sum to 1
+    normalised: bool  # the probabilities of a token's experts are scaled to sum to 1
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What `folder`/config.json says, as far as the trainer needs it."""
+    """The part of config.json that the trainer needs."""
 
     family: Family
     dimensions: Dimensions
@@ -37,14 +38,21 @@ class Architecture:
     frequency: Tensor  # float32 [head_dim / 2], rotary radians per position
     experts: Experts | None = None
 
+    def weight_rules(self) -> list[Rule]:
+        """The family's table with every layer and expert filled in; tied embeddings have no output layer."""
+        rules = expand(self.family.rules, self.dimensions)
+        return [rule for rule in rules if not (self.tied and rule.parameter == OUTPUT)]
+
 
 def read_architecture(folder: Path) -> Architecture:
-    """Raises ModelError where the model is of no known family or has a feature that is not built."""
+    """Read `folder`/config.json. Raises ModelError if its family or one of its features is not supported."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.model_type not in FAMILIES:
-        raise ModelError(f"{folder}: model_type {config.model_type!r}; known are {', '.join(FAMILIES)}")
+        raise ModelError(
+            f"{folder}: model_type {config.model_type!r} is not supported; {', '.join(FAMILIES)} are"
+        )
     _check_features(folder, config)
     sparse_layers = _sparse_layers(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -70,7 +78,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def _sparse_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """The layers with experts, as transformers' decoder layers decide it."""
+    """The layers with experts, by the rule of transformers' decoder layers."""
     if not getattr(config, "num_experts", 0):
         return ()
     return tuple(
@@ -84,7 +92,7 @@ def _experts(folder: Path, config: PreTrainedConfig) -> Experts:
     if config.num_experts_per_tok == 1 and config.norm_topk_prob:
         raise ModelError(
             f"{folder}: num_experts_per_tok = 1 with norm_topk_prob = true is not supported: the one "
-            "probability is always 1, and the router learns nothing"
+            "probability is always 1, so the router would learn nothing"
         )
     return Experts(config.moe_intermediate_size, config.num_experts_per_tok, config.norm_topk_prob)
 
@@ -103,7 +111,7 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raises ConfigError, with the arithmetic, where the model cannot be divided so."""
+    """Raises ConfigError, with the arithmetic, if the layout does not divide the model."""
     dimensions = architecture.dimensions
     stages = "trainer.parallel.pipeline"
     if parallel.virtual_pipeline > 1:
@@ -134,18 +142,19 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
 
 
 def check_layers(transformer_impl: str) -> None:
-    """Raises ConfigError where Transformer Engine is asked for and not installed."""
+    """Raises ConfigError if `te` is configured and Transformer Engine is not installed."""
     if transformer_impl == "te" and find_spec("transformer_engine") is None:
         raise ConfigError(
-            "trainer.transformer_impl = te, but transformer_engine is not installed; auto and local do without"
+            "trainer.transformer_impl = te, but transformer_engine is not installed; "
+            "install it, or use auto or local"
         )
 
 
 def check_same_model(folder: Path, model: Path) -> None:
-    """Raises ModelError where the weights that belong to `folder`'s config are not such as `model`'s."""
+    """Raises ModelError if weights of `folder`'s config do not fit the architecture of `model`."""
     ours, theirs = read_architecture(model), read_architecture(folder)
     if ours.family != theirs.family:
-        raise ModelError(f"{folder}: not the model of {model}: it is of another family")
+        raise ModelError(f"{folder}: not the model of {model}: it belongs to another family")
     for name in ("dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
         expected, found = getattr(ours, name), getattr(theirs, name)
         if expected != found:

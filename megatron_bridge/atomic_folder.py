@@ -1,31 +1,38 @@
-"""Folders that are there complete or not at all: written under a hidden name, and renamed at the end."""
+"""Folders that exist complete or not at all: written under a hidden name, and renamed at the end."""
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+WRITE_FAILURES = (OSError, SafetensorError)
+"""The exceptions of a write that the disk refuses."""
+
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Where to write; the block's end makes it `folder`, an error in the block makes it nothing."""
-    partial = start_folder(folder)
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to write into. It becomes `folder` when the block ends, and is removed if the
+    block raises.
+    """
+    partial = begin_folder(folder)
     try:
         yield partial
         commit_folder(folder)
     except BaseException:
-        discard_folder(folder)
+        abort_folder(folder)
         raise
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where the files of `folder` are before they are complete."""
+    """The hidden folder that holds the files of `folder` until they are complete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
-def start_folder(folder: Path) -> Path:
-    """Make the empty partial folder; what a killed process left there goes."""
+def begin_folder(folder: Path) -> Path:
+    """Make the empty partial folder; remove what a killed process left in its place."""
     partial = partial_folder(folder)
     if partial.exists():
         shutil.rmtree(partial)
@@ -34,7 +41,7 @@ def start_folder(folder: Path) -> Path:
 
 
 def commit_folder(folder: Path) -> None:
-    """Give the partial folder its name, once everything in it has reached the disk."""
+    """Rename the partial folder to `folder`, once all of its files have reached the disk."""
     partial = partial_folder(folder)
     for place, _, names in os.walk(partial):
         for name in names:
@@ -44,9 +51,33 @@ def commit_folder(folder: Path) -> None:
     _sync(folder.parent)
 
 
-def discard_folder(folder: Path) -> None:
-    """Free the disk of a partial folder that will not be completed."""
+def abort_folder(folder: Path) -> None:
+    """Remove the partial folder, which frees its disk space."""
     shutil.rmtree(partial_folder(folder), ignore_errors=True)
+
+
+def split_into_files[Item](
+    items: Iterable[Item], size: Callable[[Item], int], limit: int
+) -> Iterator[list[Item]]:
+    """Groups consecutive items into files of at most `limit` bytes. A larger item is a file of its own."""
+    group: list[Item] = []
+    used = 0
+    for item in items:
+        if group and used + size(item) > limit:
+            yield group
+            group, used = [], 0
+        group.append(item)
+        used += size(item)
+    if group:
+        yield group
+
+
+def one_line(error: BaseException) -> str:
+    """The error's reason and file, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        name = error.filename2 or error.filename  # filename2: a copy's target
+        return f"{error.strerror}: {name}" if name else error.strerror
+    return " ".join(str(error).split())
 
 
 def _sync(path: Path) -> None:

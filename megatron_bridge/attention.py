@@ -1,13 +1,13 @@
 """Tree attention: token i of a depth-first pack attends to token j iff j <= i < exit[j].
 
-A plan is made once per micro-batch from `exit` and `position`; every layer of every pipeline stage, and
-recomputation, uses the same plan. It travels as Megatron-Core's `attention_bias`, which reaches the core
-attention untouched: a plan is a bias of 0 and -inf, in factored form.
+A plan is made once per micro-batch from `exit` and `position`. Every layer of every pipeline stage, and
+recomputation, uses that plan. It travels as Megatron-Core's `attention_bias`, which reaches the core
+attention untouched: a plan is a bias of 0 and -inf in factored form.
 
-Both plans cut the queries into blocks of consecutive tokens. The keys of the block [a, b) are the tokens
-above a (j < a < exit[j]) and the block itself: a token of the block has no other ancestor, because an
-ancestor of i >= a that lies before a is open at a too. So the cost follows the pairs that the mask
-allows, not T^2, whatever the lengths of the segments.
+Both kinds of plan cut the queries into blocks of consecutive tokens. The keys of the block [a, b) are the
+block itself and the tokens above a (j < a < exit[j]). These suffice: any ancestor j < a of a query i >= a has
+exit[j] > i >= a, so it is above a too. The cost therefore follows the pairs that the mask allows, not T^2,
+whatever the lengths of the segments.
 """
 
 from collections.abc import Callable
@@ -24,24 +24,24 @@ from megatron_bridge.rotary import cos_sin, rotate
 
 CPU_BLOCK = 64  # queries in a block on CPU; 32 and 128 are as fast on short segments
 CUDA_BLOCK = 128  # FlexAttention's own
-GROUP_SHARE = 0.75  # a group's shortest block has at least this share of the keys of its longest
+GROUP_SHARE = 0.75  # least share of keys that a group's shortest block has of its longest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockGroup:
-    """Query blocks with about equally many keys, attended to in one call.
+    """Query blocks with about equally many keys, computed in one call.
 
-    key: int64 [N * K], token indices, block by block. bias: [N, 1, CPU_BLOCK, K], 0 or -inf.
+    key: int64 [blocks * keys], token indices, block by block. bias: [blocks, 1, CPU_BLOCK, keys], 0 or -inf.
     """
 
-    block: Tensor  # int64 [N], indices of the query blocks
+    block: Tensor  # int64 [blocks], indices of the query blocks
     key: Tensor
     bias: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatherPlan:
-    """The CPU's plan. order: int64 [blocks], where the groups' concatenated output holds each block."""
+    """The CPU's plan. order: int64 [blocks], the place of each block in the groups' concatenated output."""
 
     groups: tuple[BlockGroup, ...]
     order: Tensor
@@ -49,7 +49,7 @@ class GatherPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """Everything that the core attention of any layer needs to know of a micro-batch of T tokens."""
+    """All that the core attention of any layer needs to know about a micro-batch of T tokens."""
 
     cos: Tensor  # [T, 1, head_dim / 2]
     sin: Tensor
@@ -59,7 +59,7 @@ class AttentionPlan:
 def plan_attention(
     exit_T: np.ndarray, position_T: np.ndarray, frequency: Tensor, dtype: torch.dtype, device: torch.device
 ) -> AttentionPlan:
-    """The plan of one pack. frequency: `rotary.inverse_frequency` of the model."""
+    """Make the plan of one pack. frequency: the model's `rotary.inverse_frequency`."""
     cos, sin = cos_sin(torch.tensor(position_T, device=device), frequency, dtype)
     if device.type == "cuda":
         return AttentionPlan(cos, sin, block_mask(torch.tensor(exit_T, device=device)))
@@ -67,7 +67,7 @@ def plan_attention(
 
 
 def gather_plan(exit_T: np.ndarray, dtype: torch.dtype) -> GatherPlan:
-    """Gather indices and biases for every query block, blocks grouped by their number of keys."""
+    """Gather indices and biases of every query block, grouped by the number of keys."""
     length = len(exit_T)
     keys = []
     for start in range(0, length, CPU_BLOCK):
@@ -84,8 +84,8 @@ def gather_plan(exit_T: np.ndarray, dtype: torch.dtype) -> GatherPlan:
 
 
 def _group(blocks: list[int], keys: list[np.ndarray], exit_T: np.ndarray, dtype: torch.dtype) -> BlockGroup:
-    """Pads the blocks' keys to the longest. A query past the end of the pack sees one key: an empty row has
-    no softmax.
+    """Pad every block's keys to the longest. A query past the end of the pack gets one key, because an empty
+    row has no softmax.
     """
     length = len(exit_T)
     key = np.full((len(blocks), max(map(len, keys))), length)
@@ -120,20 +120,22 @@ def attend_gathered(query: Tensor, key: Tensor, value: Tensor, plan: GatherPlan)
 
 
 def block_mask(exit_T: Tensor) -> BlockMask:
-    """FlexAttention's mask from `exit` alone: which blocks have an allowed pair follows from the largest
-    exit in a block of keys, which are allowed throughout from the smallest. It is [blocks, blocks] and never
-    [T, T]. Past the end it has tokens that see themselves alone, up to a whole number of blocks.
+    """FlexAttention's mask, made from `exit` alone; it is [blocks, blocks] and never [T, T].
+
+    A block of queries and an earlier block of keys have an allowed pair if the keys' largest exit lies beyond
+    the queries' start, and only allowed pairs if their smallest exit lies beyond the queries' end. The tokens
+    are padded to whole blocks; a padding token sees itself alone.
     """
     length, rest = len(exit_T), -len(exit_T) % CUDA_BLOCK
-    past_end = torch.arange(length + 1, length + rest + 1, dtype=exit_T.dtype, device=exit_T.device)
-    exits = torch.cat([exit_T, past_end])
-    exit_B = exits.view(-1, CUDA_BLOCK)
-    start_B = torch.arange(0, len(exits), CUDA_BLOCK, device=exit_T.device)
-    below = start_B[None, :] < start_B[:, None]  # [query block, key block]: the keys lie before the queries
-    some = (below & (exit_B.amax(1)[None, :] > start_B[:, None])) | torch.eye(
-        len(start_B), dtype=torch.bool, device=exit_T.device
+    padding = torch.arange(length + 1, length + rest + 1, dtype=exit_T.dtype, device=exit_T.device)
+    exits = torch.cat([exit_T, padding])
+    block_exits = exits.view(-1, CUDA_BLOCK)
+    start = torch.arange(0, len(exits), CUDA_BLOCK, device=exit_T.device)
+    earlier = start[None, :] < start[:, None]  # [query block, key block]
+    some = (earlier & (block_exits.amax(1)[None, :] > start[:, None])) | torch.eye(
+        len(start), dtype=torch.bool, device=exit_T.device
     )
-    full = below & (exit_B.amin(1)[None, :] >= start_B[:, None] + CUDA_BLOCK)
+    full = earlier & (block_exits.amin(1)[None, :] >= start[:, None] + CUDA_BLOCK)
 
     def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < exits[key])
@@ -148,7 +150,9 @@ def block_mask(exit_T: Tensor) -> BlockMask:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [1, 1, Q] and indices [1, 1, Q, K], the chosen ones first, of a boolean [Q, K]."""
+    """Of a boolean [queries, keys]: counts [1, 1, queries], and indices [1, 1, queries, keys], chosen ones
+    first.
+    """
     chosen = blocks[None, None].to(torch.int32)
     index = chosen.argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32), index.to(torch.int32)
@@ -163,10 +167,10 @@ def attend_sparse(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) ->
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """The part that is compiled: [blocks, CUDA_BLOCK, heads or groups, D] to [blocks, CUDA_BLOCK, heads, D].
+    """The compiled part: [blocks, CUDA_BLOCK, heads or groups, D] to [blocks, CUDA_BLOCK, heads, D].
 
-    Cut into blocks outside, so that the compiler knows the length to be a multiple of CUDA_BLOCK where it
-    does not know the length: only then do the kernels leave out the checks at the end.
+    The caller cuts the tokens into blocks, so that the compiler knows a variable length to be a multiple of
+    CUDA_BLOCK. Only then do the kernels omit the bounds checks.
     """
     query, key, value = (x.flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
     output = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
@@ -174,8 +178,9 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) ->
 
 
 def _in_blocks(x: Tensor) -> Tensor:
-    """[T, heads, D] to [blocks, CUDA_BLOCK, heads, D], padded with 0, always contiguous: each kind of strides
-    would be compiled anew.
+    """[T, heads, D] to [blocks, CUDA_BLOCK, heads, D], padded with 0.
+
+    Always contiguous, because every new kind of strides would be compiled again.
     """
     rest = -len(x) % CUDA_BLOCK
     x = pad(x, (0, 0, 0, 0, 0, rest)) if rest else x.contiguous()
@@ -184,12 +189,13 @@ def _in_blocks(x: Tensor) -> Tensor:
 
 @cache
 def _compiled_attend_blocks() -> Callable[..., Tensor]:
-    # Lengths are compiled in once, then left open. Whole, or an error: not compiled it would be T x T.
+    # The first length is compiled as a constant, later ones as a variable. fullgraph: without compilation
+    # FlexAttention would make a T x T matrix, so a graph break must be an error.
     return torch.compile(attend_blocks, fullgraph=True)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-    """Rotates by position, then attends along the tree. query: [T, heads, D]; key and value: [T, groups, D].
+    """Rotate by position, then attend along the tree. query: [T, heads, D]; key and value: [T, groups, D].
     Returns [T, heads, D].
     """
     query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)

@@ -1,10 +1,10 @@
-"""Training checkpoints to Hugging Face folders and back, by one process, in bounded memory.
+"""Converts training checkpoints to Hugging Face folders and back, in one process and bounded memory.
 
-What is in memory at once is one file of what is written (`folder.SHARD_BYTES`, twice while safetensors writes
-it; `stored.FILE_BYTES`) and the tensors of one parameter.
+Memory holds the tensors of one parameter, and one file while it is written: `hf_folder.SHARD_BYTES`, which
+safetensors holds twice, or `distributed_checkpoint.FILE_BYTES`.
 """
 
-import megatron_bridge.quiet  # noqa: F401  # isort: skip  # before anything of Megatron-Core
+import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 
 from megatron_bridge.architecture import Architecture, read_architecture
-from megatron_bridge.atomic_folder import new_folder
-from megatron_bridge.checkpoint import declare_format
-from megatron_bridge.collective import FAILURES, reason
-from megatron_bridge.distributed_checkpoint import Stored, TensorReader, stored_parameters, write_tensors
-from megatron_bridge.folder import INDEX, SHARD_BYTES, Checkpoint, add_other_files, write_folder
-from megatron_bridge.weights import Rule, expand
+from megatron_bridge.atomic_folder import WRITE_FAILURES, atomic_folder, one_line
+from megatron_bridge.distributed_checkpoint import (
+    CheckpointTensor,
+    DistributedCheckpointReader,
+    checkpoint_tensors,
+    write_distributed_checkpoint,
+)
+from megatron_bridge.hf_folder import (
+    SHARD_BYTES,
+    SafetensorsReader,
+    copy_model_files,
+    has_weights,
+    write_hf_folder,
+)
+from megatron_bridge.hf_weight_map import Rule
 from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
     HUGGING_FACE,
@@ -30,16 +39,16 @@ from treepo.training.checkpoint_manifest import (
 )
 
 Progress = Callable[[int, int], None]
-"""Called with how many tensors are written, of how many."""
+"""Called with the number of tensors written so far, and of all tensors."""
 
 
 def silent(done: int, total: int) -> None:
-    """Show nothing."""
+    """A `Progress` that shows nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """what: "Hugging Face folder" or "training checkpoint", of so many tensors and parameters."""
+    """The result of a conversion. what: "Hugging Face folder" or "training checkpoint"."""
 
     what: str
     tensors: int
@@ -48,9 +57,10 @@ class Converted:
 
 
 def convert(source: Path, target: Path, progress: Progress = silent) -> Converted:
-    """A training checkpoint to a Hugging Face folder, a Hugging Face folder to a training checkpoint.
+    """Convert a training checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
 
-    Raises ModelError where `source` is neither or `target` exists, CheckpointError where the disk refuses.
+    Raises ModelError if `source` is neither or `target` exists, CheckpointError if `target` cannot be
+    written.
     """
     if target.exists():
         raise ModelError(f"{target} exists: nothing is overwritten")
@@ -58,8 +68,8 @@ def convert(source: Path, target: Path, progress: Progress = silent) -> Converte
         if is_checkpoint(source):
             return to_hugging_face(source, target, progress)
         return to_checkpoint(source, target, progress)
-    except FAILURES as error:
-        raise CheckpointError(f"{target}: {reason(error)}") from None
+    except WRITE_FAILURES as error:
+        raise CheckpointError(f"{target}: {one_line(error)}") from None
 
 
 def to_hugging_face(
@@ -68,71 +78,70 @@ def to_hugging_face(
     progress: Progress = silent,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
-    """The weights of a training checkpoint, of any layout, with its config and tokenizer."""
+    """Write the weights of a training checkpoint of any layout, with its config and tokenizer."""
     manifest = read_manifest(source)
     architecture = read_architecture(source / HUGGING_FACE)
-    stored = stored_parameters(architecture)
-    reader = TensorReader(source / TRAINER)
-    rules = _rules(architecture)
+    tensors_of = checkpoint_tensors(architecture)
+    reader = DistributedCheckpointReader(source / TRAINER)
+    rules = architecture.weight_rules()
     total = sum(len(rule.tensors) for rule in rules)
     count = parameters = 0
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal count, parameters
         for rule in rules:
-            whole = torch.cat([reader.read(each.key) for each in stored[rule.parameter]])
+            whole = torch.cat([reader.read(tensor.key) for tensor in tensors_of[rule.parameter]])
             for named in zip(rule.tensors, rule.surgery.join([whole], architecture.dimensions), strict=True):
                 yield named
                 count += 1
                 parameters += named[1].numel()
                 progress(count, total)
 
-    write_folder(tensors(), source / HUGGING_FACE, target, shard_bytes)
+    write_hf_folder(tensors(), source / HUGGING_FACE, target, shard_bytes)
     return Converted("Hugging Face folder", count, parameters, manifest.dtype)
 
 
 def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Converted:
-    """The weights of a Hugging Face folder, for any layout; there is no optimizer's state."""
+    """Write the weights of a Hugging Face folder as a checkpoint for any layout, without optimizer state."""
     _check_hugging_face(source)
     architecture = read_architecture(source)
-    weights = Checkpoint(source)
+    weights = SafetensorsReader(source)
     places = _places(architecture)
     dtype = weights.read("model.embed_tokens.weight").dtype
     count = parameters = 0
 
     def make(key: str) -> Tensor:
         nonlocal count, parameters
-        rule, stored, first_row = places[key]
+        rule, tensor, first_row = places[key]
         (whole,) = rule.surgery.split(
             [weights.read(name) for name in rule.tensors], 1, architecture.dimensions
         )
-        rows = whole[first_row : first_row + stored.shape[0]]
-        if rows.shape != stored.shape or rows.dtype != dtype:
+        rows = whole[first_row : first_row + tensor.shape[0]]
+        if rows.shape != tensor.shape or rows.dtype != dtype:
             raise ModelError(
                 f"{source}: {' + '.join(rule.tensors)} give {rows.dtype} {tuple(rows.shape)} for {key}, "
-                f"which needs {dtype} {tuple(stored.shape)}"
+                f"which needs {dtype} {tuple(tensor.shape)}"
             )
         count += 1
         parameters += rows.numel()
         progress(count, len(places))
         return rows
 
-    with new_folder(target) as partial:
+    with atomic_folder(target) as partial:
         (partial / TRAINER).mkdir()
         (partial / HUGGING_FACE).mkdir()
         name = str(dtype).removeprefix("torch.")
-        add_other_files(source, partial / HUGGING_FACE, name)
+        copy_model_files(source, partial / HUGGING_FACE, name)
         CheckpointManifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
-        declare_format(partial / TRAINER)
-        shapes = {key: (stored.shape, dtype) for key, (_, stored, _) in places.items()}
-        write_tensors(partial / TRAINER, shapes, make)
+        shapes = {key: (tensor.shape, dtype) for key, (_, tensor, _) in places.items()}
+        write_distributed_checkpoint(partial / TRAINER, shapes, make)
     return Converted("training checkpoint", count, parameters, name)
 
 
 def _check_hugging_face(source: Path) -> None:
     if not source.is_dir():
         raise ModelError(f"{source}: no such folder")
-    if (source / INDEX).is_file() or (source / "model.safetensors").is_file():
+    if has_weights(source):
         return
     if checkpoints := sorted(source.glob("checkpoints/step-*"), key=lambda path: (len(path.name), path.name)):
         raise ModelError(f"{source}: a run's folder; its newest checkpoint is {checkpoints[-1]}")
@@ -142,18 +151,13 @@ def _check_hugging_face(source: Path) -> None:
     )
 
 
-def _rules(architecture: Architecture) -> list[Rule]:
-    rules = expand(architecture.family.rules, architecture.dimensions)
-    return [rule for rule in rules if not architecture.tied or rule.parameter != "output_layer.weight"]
-
-
-def _places(architecture: Architecture) -> dict[str, tuple[Rule, Stored, int]]:
-    """For each tensor of a checkpoint its rule, itself, and its first row in the rule's parameter."""
-    stored = stored_parameters(architecture)
-    places: dict[str, tuple[Rule, Stored, int]] = {}
-    for rule in _rules(architecture):
+def _places(architecture: Architecture) -> dict[str, tuple[Rule, CheckpointTensor, int]]:
+    """For each key of a checkpoint its rule, its tensor, and its first row in the rule's parameter."""
+    tensors_of = checkpoint_tensors(architecture)
+    places: dict[str, tuple[Rule, CheckpointTensor, int]] = {}
+    for rule in architecture.weight_rules():
         row = 0
-        for each in stored[rule.parameter]:
-            places[each.key] = rule, each, row
-            row += each.shape[0]
+        for tensor in tensors_of[rule.parameter]:
+            places[tensor.key] = rule, tensor, row
+            row += tensor.shape[0]
     return places

@@ -1,7 +1,11 @@
-"""A training checkpoint's weights, read and written by one process without the ranks, a tensor at a time."""
+"""Megatron-Core's distributed checkpoint: its tensors, read and written by one process, one at a time.
+
+`checkpoint.py` saves and loads the same format from running ranks. Here no rank runs: `treepo convert` uses
+it.
+"""
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[reportPrivateImportUsage]  # documented there
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -25,56 +29,80 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.checkpoint import COMMON_STATE, common_state, sharded_parameters
-from megatron_bridge.device import on_device
-from megatron_bridge.model import named_parameters, outline
+from megatron_bridge.atomic_folder import split_into_files
+from megatron_bridge.model import build_outline, named_parameters
+from megatron_bridge.process_groups import form_groups, leave_groups
+from megatron_bridge.runtime import on_device
+from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.errors import ModelError
 
-FILE_BYTES = 1 << 30  # of a written file, all of whose tensors are in memory at once
+FILE_BYTES = 1 << 30  # most bytes of a written file, whose tensors are all in memory at once
+EXTRA_STATE = "_extra_state"  # key of Transformer Engine's layers, needed for 8-bit training alone
+COMMON_STATE = ShardedObject("common_state", {}, (1,), (0,))
+"""Megatron-Core wants it when it loads. It is empty: its content is in our manifest."""
+
+# One tensor a parameter, not one of all layers or all experts.
+_METADATA = {"singleton_local_shards": True}
+
+
+def sharded_parameters(module: Any) -> dict[str, Any]:
+    """A model chunk's parameters as sharded tensors, which share its memory."""
+    state = module.sharded_state_dict(metadata=_METADATA)
+    return {name: sharded for name, sharded in state.items() if not name.endswith(EXTRA_STATE)}
+
+
+def sharded_tensors(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """The tensors of a checkpoint that, stacked along the first axis, are the parameter: one, or two for gate
+    and up projection.
+    """
+    return [sharded] if isinstance(sharded, ShardedTensor) else list(nested_values(sharded.build()))
+
+
+def declare_format(folder: Path) -> None:
+    """Write the file by which Megatron-Core recognises a distributed checkpoint."""
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor of a checkpoint that holds some first-axis rows of a parameter, or all of them."""
+class CheckpointTensor:
+    """A tensor of a checkpoint that holds all or some first-axis rows of a parameter."""
 
     key: str
     shape: torch.Size
 
 
-def stored_parameters(architecture: Architecture) -> dict[str, list[Stored]]:
-    """For every parameter of the whole model, by the name that the families' tables give it, the tensors that
-    one above the other are the parameter.
+def checkpoint_tensors(architecture: Architecture) -> dict[str, list[CheckpointTensor]]:
+    """For every parameter of the whole model, by its name in the families' tables, the tensors that stacked
+    along the first axis are the parameter.
     """
-    with on_device(), _alone():
-        model = outline(architecture, torch.bfloat16)
+    with on_device(), _single_rank():
+        (model,) = build_outline(architecture, torch.bfloat16, TrainerConfig())
         sharded = {id(each.data): each for each in nested_values(sharded_parameters(model))}
         return {
             name: [
-                Stored(each.key, torch.Size(each.local_shape)) for each in _tensors(sharded[id(parameter)])
+                CheckpointTensor(tensor.key, torch.Size(tensor.local_shape))
+                for tensor in sharded_tensors(sharded[id(parameter)])
             ]
             for name, parameter in named_parameters([model]).items()
         }
 
 
-def _tensors(sharded: Any) -> list[ShardedTensor]:
-    return [sharded] if isinstance(sharded, ShardedTensor) else list(nested_values(sharded.build()))
-
-
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Megatron-Core's groups of one rank."""
+def _single_rank() -> Iterator[None]:
+    """Megatron-Core's groups with this process as the only rank."""
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        form_groups(ParallelConfig())
         yield
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave_groups()
 
 
-class TensorReader:
-    """The tensors of a distributed checkpoint, whichever ranks wrote them. Raises ModelError."""
+class DistributedCheckpointReader:
+    """Reads whole tensors of a distributed checkpoint of any layout.
+
+    Raises ModelError if the folder or a file in it cannot be read, or lacks a tensor.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -86,7 +114,7 @@ class TensorReader:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def read(self, key: str) -> Tensor:
-        """The whole tensor, in the dtype in which it is stored."""
+        """The whole tensor, in the checkpoint's dtype."""
         stored = self._metadata.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
             raise ModelError(f"{self._folder}: no tensor {key}")
@@ -100,22 +128,27 @@ class TensorReader:
         return tensor
 
 
-def write_tensors(
+def write_distributed_checkpoint(
     folder: Path, tensors: Mapping[str, tuple[torch.Size, torch.dtype]], make: Callable[[str], Tensor]
 ) -> None:
-    """A distributed checkpoint of these tensors; each is made when it is written."""
+    """Write a distributed checkpoint of tensors with these keys, shapes and dtypes.
+
+    `make` makes the tensor of a key when its file is written. The folder must exist.
+    """
+    declare_format(folder)
     writer = FileSystemWriter(folder)
-    planner = _Planner(make)
+    planner = _LazyPlanner(make)
     planner.set_up_planner({}, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
-    items = [WriteItem(MetadataIndex(COMMON_STATE), WriteItemType.BYTE_IO)]
-    items += [_item(key, shape, dtype) for key, (shape, dtype) in tensors.items()]
-    plans, metadata = planner.create_global_plan([SavePlan(list(group)) for group in _files(items)])
+    items = [WriteItem(MetadataIndex(COMMON_STATE.unique_key), WriteItemType.BYTE_IO)]
+    items += [_write_item(key, shape, dtype) for key, (shape, dtype) in tensors.items()]
+    files = split_into_files(items, _item_bytes, FILE_BYTES)
+    plans, metadata = planner.create_global_plan([SavePlan(file) for file in files])
     plans = writer.prepare_global_plan(plans)
     writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
 
 
-def _item(key: str, shape: torch.Size, dtype: torch.dtype) -> WriteItem:
+def _write_item(key: str, shape: torch.Size, dtype: torch.dtype) -> WriteItem:
     start = torch.Size([0] * len(shape))
     chunk = ChunkStorageMetadata(offsets=start, sizes=shape)
     return WriteItem(
@@ -125,23 +158,13 @@ def _item(key: str, shape: torch.Size, dtype: torch.dtype) -> WriteItem:
     )
 
 
-def _files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
-    """Consecutive items of at most FILE_BYTES together, or one."""
-    group: list[WriteItem] = []
-    used = 0
-    for item in items:
-        data = item.tensor_data
-        size = data.size.numel() * data.properties.dtype.itemsize if data else 0
-        if group and used + size > FILE_BYTES:
-            yield group
-            group, used = [], 0
-        group.append(item)
-        used += size
-    yield group
+def _item_bytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    return data.size.numel() * data.properties.dtype.itemsize if data else 0
 
 
-class _Planner(DefaultSavePlanner):
-    """It has no tensors: `make` makes each when it is due."""
+class _LazyPlanner(DefaultSavePlanner):
+    """Makes each tensor when it is written, by `make`."""
 
     def __init__(self, make: Callable[[str], Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -149,5 +172,7 @@ class _Planner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            return common_state()
+            data = io.BytesIO()
+            torch.save([COMMON_STATE.data], data)
+            return data
         return self._make(write_item.index.fqn)

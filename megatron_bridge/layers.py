@@ -1,7 +1,7 @@
-"""What a transformer layer is made of: modules of Megatron-Core or Transformer Engine, our attention in them.
+"""Layer specs: modules of Megatron-Core or Transformer Engine, with tree attention in place of their own.
 
-Transformer Engine's layers are built as Megatron-Core's own training script builds them; they have not been
-tried here, where there is no such build.
+Transformer Engine's layers are built as Megatron-Core's own training script builds them. They have not been
+run: no build of it was available.
 """
 
 import logging
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class TreeAttention(MegatronModule):
-    """Megatron-Core's `core_attention`; the micro-batch's plan reaches it as `attention_bias`."""
+    """Tree attention as Megatron-Core's `core_attention`; `attention_bias` is the micro-batch's plan."""
 
     def __init__(self, config: TransformerConfig, **_: object) -> None:
         super().__init__(config)
@@ -46,8 +46,10 @@ class TreeAttention(MegatronModule):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Megatron-Core's own wrapper of torch's norm refuses sequence parallelism. There each tensor-parallel
-    rank norms its part of the tokens, and `sequence_parallel` has the ranks' weight gradients summed.
+    """Torch's RMSNorm with support for sequence parallelism, which Megatron-Core's own wrapper refuses.
+
+    Each tensor-parallel rank norms its part of the tokens. The `sequence_parallel` mark makes Megatron-Core
+    sum the ranks' weight gradients.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -56,14 +58,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def use_transformer_engine(wanted: str) -> bool:
-    """Whether layers are Transformer Engine's; wanted: `trainer.transformer_impl`.
+    """Whether to build Transformer Engine's layers; wanted: `trainer.transformer_impl`.
 
-    Raises ConfigError where they are asked for and cannot be had.
+    Raises ConfigError if they are configured and cannot be used.
     """
     usable = HAVE_TE and torch.cuda.is_available()
     if wanted == "te" and not usable:
         lacking = "Transformer Engine cannot be imported" if not HAVE_TE else "there is no CUDA device"
-        raise ConfigError(f"trainer.transformer_impl = te, but {lacking}; auto and local do without")
+        raise ConfigError(f"trainer.transformer_impl = te, but {lacking}; use auto or local")
     chosen = usable and wanted != "local"
     _log.info("layers are %s (trainer.transformer_impl = %s)", _MAKERS[chosen], wanted)
     return chosen
@@ -78,7 +80,7 @@ def final_norm(transformer_engine: bool) -> type:
 
 
 def layer_spec(architecture: Architecture, layer: int, transformer_engine: bool) -> ModuleSpec:
-    """What `layer`, counted over the whole model from 0, is made of."""
+    """The spec of one layer. layer: its number in the whole model, from 0."""
     dimensions, qk_norm = architecture.dimensions, architecture.family.qk_norm
     experts = dimensions.experts if layer in dimensions.sparse_layers else None
     if transformer_engine:

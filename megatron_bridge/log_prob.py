@@ -1,7 +1,7 @@
-"""Log-probs of given tokens from hidden states, the vocabulary staying sharded over tensor-parallel ranks.
+"""Log-probs of given tokens from hidden states, with the vocabulary sharded over tensor-parallel ranks.
 
-Logits live for one chunk of tokens at a time: their softmax is formed in their own memory (or beside them,
-where the entropy is wanted too), and beyond one chunk the backward pass computes them again.
+Logits exist for one chunk of tokens at a time. Their softmax overwrites them, or is a second tensor if the
+entropy is wanted too. With more than one chunk, the backward pass computes them again.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 1 << 29  # of float32 logits at once, on one rank
+CHUNK_BYTES = 1 << 29  # most bytes of float32 logits at once, on one rank
 
 
 def token_log_probs(
@@ -23,16 +23,16 @@ def token_log_probs(
     group: ProcessGroup,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob of `target` [N] under softmax(logits / temperature), and on request the entropy: float32 [N].
+    """Log-prob of `target` [T] under softmax(logits / temperature), and the entropy or None: float32 [T].
 
-    hidden: [N, hidden], the states that predict the targets. project: from such rows to this rank's part of
-    the logits. vocabulary: tokens of the whole model; columns beyond are padding and have probability 0.
+    hidden: [T, hidden], the states that predict the targets. project: maps rows of `hidden` to this rank's
+    columns of the logits. vocabulary: the whole model's; columns beyond it are padding with probability 0.
     """
 
     def chunk_log_probs(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = project(hidden)
-        scores = _VocabularyLogProb.apply(logits, target, temperature, vocabulary, group, with_entropy)
-        return scores  # type: ignore[return-value]  # noqa: RET504  # torch leaves `apply` untyped
+        pair = _VocabularyLogProb.apply(logits, target, temperature, vocabulary, group, with_entropy)
+        return pair  # type: ignore[return-value]  # noqa: RET504  # torch leaves `apply` untyped
 
     part = -(-vocabulary // group.size())
     size = max(1, CHUNK_BYTES // (4 * part))
@@ -50,14 +50,14 @@ def token_log_probs(
 
 
 class _VocabularyLogProb(torch.autograd.Function):
-    """Log-prob and entropy from one rank's columns of the logits [N, V / ranks].
+    """Log-prob and entropy from one rank's columns of the logits [T, V / ranks].
 
     With p = softmax(z / t):  d log p_y / dz = (onehot_y - p) / t  and  dH / dz = -p (log p + H) / t.
     """
 
     @staticmethod
     def forward(ctx, logits, target, temperature, vocabulary, group, with_entropy):
-        # Overwrites float32 logits: the projection that made them keeps only its input for the backward pass.
+        # Float32 logits are overwritten: the projection that made them keeps only its input for its backward.
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if temperature != 1.0:
             scaled.div_(temperature)
@@ -74,7 +74,7 @@ class _VocabularyLogProb(torch.autograd.Function):
         chosen = scaled.gather(1, local)[:, 0].masked_fill_(outside, 0.0)
         if with_entropy:
             weight = scaled.exp()
-            padding.zero_()  # 0 x -inf is no number
+            padding.zero_()  # 0 x -inf would be NaN
             mean = torch.einsum("nv,nv->n", weight, scaled)
         else:
             weight = scaled.exp_()

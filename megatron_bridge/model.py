@@ -1,4 +1,4 @@
-"""Megatron-Core's model of an architecture. GPTModel is built in this file only."""
+"""Builds Megatron-Core's GPTModel of an architecture; no other file does."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,36 +12,33 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
+from megatron_bridge.hf_weight_map import global_name
 from megatron_bridge.layers import final_norm, layer_spec, use_transformer_engine
-from megatron_bridge.weights import global_name, padded_vocabulary
+from megatron_bridge.tensor_surgery import padded_vocabulary
 from treepo.config.trainer import TrainerConfig
 
 
 def build_model(architecture: Architecture, dtype: torch.dtype, trainer: TrainerConfig) -> list[GPTModel]:
-    """The part of the model that is this rank's, uninitialised, in as many chunks as its pipeline stage has.
-    Parallel state must be initialised.
+    """Build this rank's part of the model, uninitialised: one chunk, or several if stages interleave.
+
+    The parallel groups must have been formed.
     """
-    config = _transformer_config(
-        architecture, dtype, trainer, use_transformer_engine(trainer.transformer_impl)
-    )
+    engine = use_transformer_engine(trainer.transformer_impl)
+    config = _transformer_config(architecture, dtype, trainer, engine)
     return [
         _build_chunk(architecture, config, trainer, chunk)
         for chunk in range(trainer.parallel.virtual_pipeline)
     ]
 
 
-def outline(architecture: Architecture, dtype: torch.dtype) -> GPTModel:
-    """The whole model for one rank, names and shapes without memory. Parallel state must be initialised."""
-    (model,) = outlines(architecture, dtype, TrainerConfig())
-    return model
+def build_outline(architecture: Architecture, dtype: torch.dtype, trainer: TrainerConfig) -> list[GPTModel]:
+    """Build as `build_model` does, but names and shapes without memory, on any machine.
 
-
-def outlines(architecture: Architecture, dtype: torch.dtype, trainer: TrainerConfig) -> list[GPTModel]:
-    """What `build_model` makes of Megatron-Core's own layers: names and shapes without memory, anywhere.
-    Transformer Engine's have the same parameters. Parallel state must be initialised.
+    Layers are Megatron-Core's own; Transformer Engine's have the same parameters. The parallel groups must
+    have been formed.
     """
     config = _transformer_config(architecture, dtype, trainer, transformer_engine=False)
-    config.use_cpu_initialization = True  # else it would name a device
+    config.use_cpu_initialization = True  # otherwise it names a device
     with torch.device("meta"):
         return [
             _build_chunk(architecture, config, trainer, chunk).to(dtype=dtype)
@@ -61,13 +58,13 @@ def _build_chunk(
     )
     return GPTModel(
         config,
-        block,  # type: ignore[arg-type]  # a block's parts serve as well as a layer's
+        block,  # type: ignore[arg-type]  # it takes a block's parts as well as a layer's
         vocab_size=padded_vocabulary(architecture.dimensions.vocabulary, trainer.parallel.tensor),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual),
         share_embeddings_and_output_weights=architecture.tied,
-        position_embedding_type="none",  # the core attention rotates by the pack's positions
+        position_embedding_type="none",  # our attention rotates by the pack's positions
         vp_stage=virtual,
     )
 
@@ -78,7 +75,7 @@ def _transformer_config(
     chunks = trainer.parallel.virtual_pipeline
     recompute = {
         "none": {},
-        # Of the modules on Megatron-Core's list the one that does without Transformer Engine.
+        # The only module on Megatron-Core's list that does not need Transformer Engine.
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[trainer.recompute]
@@ -103,8 +100,8 @@ def _transformer_config(
         sequence_parallel=trainer.parallel.sequence_parallel,
         pipeline_model_parallel_size=trainer.parallel.pipeline,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        # Interleaved stages send to both neighbours at once. Of two stages these are the same rank: only this
-        # way of sending tells them apart.
+        # Interleaved stages send to both neighbours at once. With two stages both neighbours are the same
+        # rank, and only overlapped messages tell them apart.
         overlap_p2p_comm=chunks > 1,
         batch_p2p_comm=chunks == 1,
         params_dtype=dtype,
@@ -112,12 +109,12 @@ def _transformer_config(
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
-        # The loss is divided by us, once: no hidden mean over micro-batches or replicas.
+        # Our loss is already divided: Megatron-Core takes no mean over micro-batches or replicas.
         calculate_per_token_loss=True,
-        # Packs differ in length; Megatron-Core ties that to this dispatcher even without experts.
+        # Packs differ in length, for which Megatron-Core wants this dispatcher even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # Fusions need Transformer Engine's or Apex's kernels, or a compiler at run time.
+        # These fusions need kernels of Transformer Engine or Apex, or a compiler at run time.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -131,7 +128,7 @@ def _transformer_config(
 def _experts_config(
     architecture: Architecture, trainer: TrainerConfig, transformer_engine: bool
 ) -> dict[str, Any]:
-    """No loss balances the experts' load: the gradient is the policy's alone."""
+    """There is no load-balancing loss: the gradient is the policy's alone."""
     dimensions, experts = architecture.dimensions, architecture.experts
     if experts is None:
         return {}
@@ -141,17 +138,19 @@ def _experts_config(
         "moe_ffn_hidden_size": experts.intermediate,
         "moe_grouped_gemm": transformer_engine,
         "moe_router_topk": experts.per_token,
-        # The softmax of the chosen logits is that of all logits, scaled to sum to 1.
+        # Softmax over the chosen logits equals softmax over all of them, scaled to sum to 1.
         "moe_router_pre_softmax": not experts.normalised,
         "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp32",  # the choice of experts should not hang on rounding
+        "moe_router_dtype": "fp32",  # rounding should not choose the experts
         "expert_model_parallel_size": trainer.parallel.expert,
         "expert_tensor_parallel_size": 1,
     }
 
 
 def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, Parameter]:
-    """The parameters of this rank, under names that count layers and experts over the whole model."""
+    """The parameters of this rank's chunks by their names in the families' tables, which number layers and
+    experts over the whole model.
+    """
     named = {}
     for chunk in chunks:
         layers = [int(layer.layer_number) - 1 for layer in chunk.decoder.layers]  # type: ignore[arg-type]  # a module's attribute

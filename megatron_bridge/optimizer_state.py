@@ -1,12 +1,12 @@
-"""Adam's moments and the float32 master weights, as pieces of tensors that have their parameter's shape.
+"""Optimizer state (Adam's moments, float32 master weights) as pieces of tensors of the parameters' shapes.
 
 Megatron-Core's distributed optimizer gives each data-parallel rank a run of a parameter's flattened values.
-As at most three rectangles of the parameter, any other run of any other layout can be read from it, and no
-rank ever holds more than its own. (Megatron-Core's `fully_reshardable` gathers the whole on every rank when
-loading; its gathered buffer is cut short of the gaps between parameters of sizes that are no multiple of 64.)
+Written as at most three rectangles of the parameter, a run can be read by any other layout, and no rank ever
+holds more than its own run. (Megatron-Core's `fully_reshardable` gathers everything on every rank when it
+loads, and its gathered buffer omits the gaps between parameters whose size is no multiple of 64.)
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,36 +16,43 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_bridge.distributed_checkpoint import sharded_tensors
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
-def start_moments(optimizer: MegatronOptimizer) -> None:
-    """Make the moments, which the first step would make otherwise: memory that others must not count as free,
-    and something to load into.
+def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Allocate what the first step would allocate: others must not count that memory as free, and loading a
+    checkpoint needs tensors to load into.
     """
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
-    set_steps(optimizer, 0)
+    set_step_count(optimizer, 0)
 
 
-def sharded_moments(optimizer: MegatronOptimizer, model: dict[Any, Any]) -> list[ShardedTensor]:
-    """The pieces of this rank, which share the optimizer's memory. model: its parameters' sharded tensors."""
+def sharded_optimizer_state(optimizer: MegatronOptimizer, model: dict[Any, Any]) -> list[ShardedTensor]:
+    """The pieces of this rank, which share the optimizer's memory.
+
+    model: the sharded tensors of this rank's parameters.
+    """
     of_parameter = {id(sharded.data): sharded for sharded in nested_values(model)}
     pieces: list[ShardedTensor] = []
     for part in _parts(optimizer):
-        for parameter, owned in _owned(part):
+        for parameter, owned in _owned_ranges(part):
             replicas = of_parameter[id(parameter)]
-            for name, values in _values(part, parameter):
+            for name, values in _state_of(part, parameter):
                 pieces += _pieces(replicas, name, values, owned.start)
     return pieces
 
 
-def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
-    """Torch's Adam counts each parameter's steps, Transformer Engine's those of a group."""
+def set_step_count(optimizer: MegatronOptimizer, steps: int) -> None:
+    """Set how many steps Adam has taken: torch's counts for each parameter, Transformer Engine's for each
+    group.
+    """
     for part in _parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):
-            for moments in part.optimizer.state.values():
-                moments["step"] = torch.tensor(float(steps))
+            for state in part.optimizer.state.values():
+                state["step"] = torch.tensor(float(steps))
         else:
             for group in part.optimizer.param_groups:
                 group["step"] = steps
@@ -68,12 +75,12 @@ def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, i
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """Megatron-Core's optimizers of different kinds of parameters, all of them distributed ones."""
+    """The distributed optimizers that Megatron-Core chains, one for each kind of parameter."""
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _owned(part: Any) -> Iterator[tuple[Tensor, Any]]:
-    """The parameters of which this rank owns values, and the range of them."""
+def _owned_ranges(part: Any) -> Iterator[tuple[Tensor, Any]]:
+    """Each parameter of which this rank owns values, and their range in the flattened parameter."""
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
@@ -81,26 +88,26 @@ def _owned(part: Any) -> Iterator[tuple[Tensor, Any]]:
                     yield parameter, ranges["param"]
 
 
-def _values(part: Any, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What the optimizer keeps of the values that this rank owns, flat. A float32 parameter is its own
-    master.
+def _state_of(part: Any, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state, flat, of the values that this rank owns. A float32 parameter is its own master
+    weight.
     """
     group, index = part.model_param_group_index_map[parameter]
     master = part.optimizer.param_groups[group]["params"][index]
     if parameter.dtype != torch.float32:
         yield "master", master
-    for name in MOMENTS:
+    for name in ADAM_STATE:
         yield name, part.optimizer.state[master][name]
 
 
 def _pieces(
     sharded: ShardedTensor | ShardedTensorFactory, name: str, values: Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """values: flat, those of the parameter from `start` on."""
+    """values: flat; those of the parameter from `start` on."""
     values = values.detach()
     end = start + len(values)
-    first = 0  # of the tensor's values within the parameter
-    for tensor in _tensors(sharded):
+    first = 0  # the tensor's first value, counted in the flattened parameter
+    for tensor in sharded_tensors(sharded):
         rows, *others = tensor.local_shape
         columns = others[0] if others else 1
         assert len(others) <= 1, tensor
@@ -121,8 +128,3 @@ def _pieces(
             )
             flat += height * width
         first = last
-
-
-def _tensors(sharded: ShardedTensor | ShardedTensorFactory) -> Iterable[ShardedTensor]:
-    """One above the other they are the parameter; gate and up projection are stored apart."""
-    return [sharded] if isinstance(sharded, ShardedTensor) else nested_values(sharded.build())

@@ -1,4 +1,4 @@
-"""The reference model of the KL term: the initial weights, kept by the host and swapped in to score."""
+"""The reference model of the KL term: initial weights in host memory, swapped in to compute log-probs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ReferenceWeights:
-    """The weights that `chunks` have now, this rank's share. The device never holds a second copy."""
+    """A copy of this rank's weights as `chunks` hold them now. The device never holds a second copy."""
 
     def __init__(self, chunks: Iterable[nn.Module]) -> None:
         self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
@@ -16,7 +16,7 @@ class ReferenceWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the initial weights inside the block, and its own again after it."""
+        """Within it the model has the initial weights; afterwards it has its own again."""
         current = self._to_host()
         self._to_model(self._initial)
         try:

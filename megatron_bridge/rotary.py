@@ -1,4 +1,4 @@
-"""Rotary position embeddings by explicit positions, as transformers computes them (halves, not pairs)."""
+"""Rotary position embeddings at explicit positions, computed as in transformers (halves, not pairs)."""
 
 import math
 from collections.abc import Mapping
@@ -10,9 +10,10 @@ from treepo.errors import ModelError
 
 
 def inverse_frequency(rope: Mapping[str, object], head_dim: int) -> Tensor:
-    """Radians per position: float32 [head_dim / 2]. `rope`: `rope_parameters` of a Hugging Face config.
+    """The radians of each dimension per position: float32 [head_dim / 2].
 
-    Raises ModelError for a scaling that is neither `default` nor `llama3`.
+    rope: `rope_parameters` of a Hugging Face config. Raises ModelError for a scaling other than `default` and
+    `llama3`.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequency = 1.0 / float(rope["rope_theta"]) ** exponent  # type: ignore[arg-type]  # JSON number
@@ -21,31 +22,31 @@ def inverse_frequency(rope: Mapping[str, object], head_dim: int) -> Tensor:
         return frequency
     if kind == "llama3":
         return _llama3(frequency, rope)
-    raise ModelError(f"rope_type {kind!r} is not supported; default and llama3 are")
+    raise ModelError(f"config.json: rope_type {kind!r} is not supported; default and llama3 are")
 
 
 def _llama3(frequency: Tensor, rope: Mapping[str, object]) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, a band between is interpolated."""
+    """Llama 3.1's scaling: stretches long wavelengths by `factor`, keeps short ones, interpolates between."""
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     factor, low, high, context = (float(rope[name]) for name in names)  # type: ignore[arg-type]  # numbers
-    periods = context * frequency / (2 * math.pi)  # how often a dimension turns within the old context
+    periods = context * frequency / (2 * math.pi)  # turns of each dimension within the old context
     share = ((periods - low) / (high - low)).clamp(0, 1)
     return (1 - share) * frequency / factor + share * frequency
 
 
 def cos_sin(position_T: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, head_dim / 2] of every token's angles, taken in float32 as in transformers."""
+    """Cosine and sine [T, 1, head_dim / 2] of every token's angles, in float32 as in transformers."""
     angle = position_T[:, None, None].to(frequency.dtype) * frequency.to(position_T.device)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` [T, heads, head_dim] turned by the angles of `cos_sin`."""
+    """Rotate `x` [T, heads, head_dim] by the angles of `cos_sin`."""
     return _Rotation.apply(x, cos, sin)  # type: ignore[return-value]  # torch leaves `apply` untyped
 
 
 class _Rotation(torch.autograd.Function):
-    """Written without temporaries, keeping no activation: the gradient turns back by the same angles."""
+    """Keeps no activation and makes no temporaries: the gradient is rotated back by the same angles."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):

@@ -3,7 +3,7 @@
 A plain class. The owner of the processes makes one per rank and calls every method on all ranks at once.
 """
 
-import megatron_bridge.quiet  # noqa: F401  # isort: skip  # before anything of Megatron-Core
+import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
 import math
 import socket
@@ -27,13 +27,13 @@ from torch.nn.functional import linear
 from megatron_bridge import optimizer
 from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.checkpoint import Checkpointer
-from megatron_bridge.device import on_device as _on_device
-from megatron_bridge.groups import form_groups
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.model import build_model
+from megatron_bridge.process_groups import form_groups
 from megatron_bridge.reference import ReferenceWeights
+from megatron_bridge.runtime import on_device as _on_device
 from megatron_bridge.schedule import MicroBatch, Schedule
-from megatron_bridge.transfer import Exporter, load
+from megatron_bridge.weight_transfer import WeightExporter, load_weights
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.learning.loss import policy_loss, summarise
@@ -76,9 +76,9 @@ class MegatronTrainer:
             self._groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp"])
             chunks = build_model(self._architecture, self._dtype, config)
             chunks = [chunk.to(self._device, self._dtype) for chunk in chunks]
-            load(folder, chunks, self._architecture)
+            load_weights(folder, chunks, self._architecture)
             self._model, self._optimizer = optimizer.trainable(chunks, config, self._dtype)
-            self._exporter = Exporter(chunks, self._architecture, self._dtype, self._device)
+            self._exporter = WeightExporter(chunks, self._architecture, self._dtype, self._device)
             self._reference = ReferenceWeights(chunks) if learning.kl_coefficient else None
             self._checkpointer = Checkpointer(
                 self._model, self._optimizer, folder, config.parallel.model_dump()

@@ -8,29 +8,33 @@ Needs one GPU with 140 GB (an H200; one with 80 GB takes `--recompute full --lay
     names="megatron-core transformers tokenizers huggingface-hub safetensors httpx httpcore h11 anyio
         idna certifi numpy regex tqdm packaging pyyaml pydantic pydantic-core annotated-types
         typing-inspection orjson"
-    pip download --no-deps -d wheels -c constraints.txt $names    # where there is a network
+    pip download --no-deps -d wheels -c constraints.txt $names    # on a machine with a network
     pip install --no-index --no-deps --find-links wheels $names
 
-This repository is used from its sources; SGLang, Ray and Transformer Engine are not needed. The models are
-random Qwen2.5 shapes in bfloat16 that this script writes. The 7B shape has 6 layers, because each of its 7.6
-billion parameters would take 18 bytes: weight, gradient, master weight, Adam's two moments.
+The repository is used from its sources; SGLang, Ray and Transformer Engine are not needed. The script writes
+random models of Qwen2.5's shapes in bfloat16. The 7B shape gets 6 layers, because each of its 7.6 billion
+parameters would take 18 bytes: weight, gradient, master weight and two values of optimizer state.
 
-One prompt of 256 tokens; 16 leaves of 1536 or 3072 tokens in segments of 512, which double at each level.
-Both ways are the same trainer on the same trajectories. Flat packs attend by torch's flash attention, causally,
-each trajectory by itself. Packed and flat steps alternate after one of each that compiles. One JSON line a
-shape, leaf length and initial branching:
+The trees have one prompt of 256 tokens and 16 leaves of 1536 or 3072 tokens in segments of 512; the segments
+double at each level. The same trainer trains the same trajectories packed and flat. Flat packs use torch's
+flash attention, causally, each trajectory by itself. Packed and flat steps alternate, after one of each that
+compiles. Each shape, leaf length and initial branching gives one JSON line:
 
-flat_over_packed_time: a ratio of seconds, the median over repeats.
-ideal_ratio: tokens of all trajectories over the tree's, prompts included; share_of_ideal: the former over it.
+flat_over_packed_time: ratio of seconds, the median over repeats.
+ideal_ratio: tokens of all trajectories over the tree's, prompts included; share_of_ideal:
+    flat_over_packed_time over it.
 unique_tokens_per_second, trajectory_tokens_per_second: tokens of the tree, and of all its trajectories, over
     a step's time.
-matrix_share: of the card's dense bfloat16 rate (MATRIX_RATE, by the device's name; null for others). The
-    operations of a step: step_flops.py, over the tree's tokens once where packed, over all where flat.
-peak_gib: most memory that torch had allocated during a step; static_gib: before it.
-log_prob_difference_mean, _max: of the trained tokens' log-probs, packed against flat, before any step: that
-    the two compute the same.
+matrix_share: share of the card's dense bfloat16 rate (MATRIX_RATE, by the device's name; null for others). A
+    step's operations are those of step_flops.py: packed, each token of the tree once; flat, every token.
+peak_gib: the most memory that torch had allocated during a step; static_gib: before it.
+profile (with `--profile`): of one more step of each kind under torch's profiler, the kernels, their
+    device_seconds, each kernel family's share of these (kernel_profile.py), and busy: device_seconds over the
+    step's seconds without a profiler. The device waits for the host during the rest.
+log_prob_difference_mean, _max: packed against flat log-probs of the trained tokens, before any step: both
+    compute the same.
 
-`--dry-run` runs the same code on a CPU with a tiny shape (and the CPU's attention where packed).
+`--dry-run` runs the same code on a CPU with a tiny shape, and with the CPU's tree attention.
 """
 
 import argparse
@@ -52,6 +56,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.full_tree import SEGMENT_TOKENS, WIDTH
+from benchmarks.gpu.kernel_profile import profile_step
 from benchmarks.packed_and_flat import Setting, Work, work
 from benchmarks.random_model import SHAPES, write_model
 from benchmarks.step_flops import every_token, step_flops, token_keys, unique_tokens
@@ -73,18 +78,26 @@ MATRIX_RATE = {  # FLOP/s, dense bfloat16, by NVIDIA's data sheets
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What a real and a dry run differ in."""
+    """The size of a run, real or dry."""
 
     shapes: dict[str, dict[str, int]]
     settings: list[Setting]
     dtype: str
     recompute: Literal["none", "full"]
     repeats: int
+    profile: bool
 
 
 def scale(arguments: argparse.Namespace) -> Scale:
     if arguments.dry_run:
-        return Scale({"tiny": SHAPES["tiny"]}, [Setting(1, 8, 32, 8, 2, 1024)], "float32", "none", 1)
+        return Scale(
+            shapes={"tiny": SHAPES["tiny"]},
+            settings=[Setting(1, 8, 32, 8, 2, 1024)],
+            dtype="float32",
+            recompute="none",
+            repeats=1,
+            profile=arguments.profile,
+        )
     depth = {"0.5b": SHAPES["0.5b"]["num_hidden_layers"], "7b": arguments.layers}
     return Scale(
         shapes={name: SHAPES[name] | {"num_hidden_layers": depth[name]} for name in arguments.shapes},
@@ -103,12 +116,13 @@ def scale(arguments: argparse.Namespace) -> Scale:
         dtype="bfloat16",
         recompute=arguments.recompute,
         repeats=arguments.repeats,
+        profile=arguments.profile,
     )
 
 
 @contextmanager
 def flash_attention(trajectory_tokens: int) -> Iterator[None]:
-    """Within it the trainer attends causally within runs of `trajectory_tokens` tokens, as flat packs are."""
+    """Within it the trainer attends causally within each trajectory of a flat pack."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
         query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
@@ -128,7 +142,7 @@ def flash_attention(trajectory_tokens: int) -> Iterator[None]:
 
 
 def measure(shape: str, sizes: dict[str, int], scale: Scale) -> None:
-    """One trainer on a random model of this shape; a line for each setting."""
+    """Train a random model of this shape; print a line for each setting."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), scale.dtype, sizes)
         config = TrainerConfig(recompute=scale.recompute)
@@ -139,7 +153,7 @@ def measure(shape: str, sizes: dict[str, int], scale: Scale) -> None:
             "benchmark": "gpu/train_step",
             "device": _device(),
             "shape": shape,
-            **compare(trainer, batch, setting, sizes, scale.repeats),
+            **compare(trainer, batch, setting, sizes, scale),
             "leaves": WIDTH,
             **asdict(setting),
             "dtype": scale.dtype,
@@ -152,57 +166,62 @@ def measure(shape: str, sizes: dict[str, int], scale: Scale) -> None:
 
 
 def compare(
-    trainer: MegatronTrainer, batch: Work, setting: Setting, sizes: dict[str, int], repeats: int
+    trainer: MegatronTrainer, batch: Work, setting: Setting, sizes: dict[str, int], scale: Scale
 ) -> dict[str, Any]:
+    """The measured part of a line."""
     ways = {"packed": nullcontext, "flat": lambda: flash_attention(setting.trajectory_tokens)}
-    scores = {}
+    steps = {way: partial(trainer.train_step, batch.packs[way], 1.0, batch.denominator) for way in ways}
+    log_probs = {}
     for way, attention in ways.items():
         with attention():
-            scores[way] = _by_token(batch.packs[way], trainer.log_probs(batch.packs[way], 1.0))
-    difference = _difference(scores["packed"], scores["flat"])
+            log_probs[way] = _by_token(batch.packs[way], trainer.log_probs(batch.packs[way], 1.0))
+    difference = _difference(log_probs["packed"], log_probs["flat"])
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     memory: dict[str, tuple[float | None, float | None]] = {}
-    for _ in range(1 + repeats):
+    for _ in range(1 + scale.repeats):
         for way, attention in ways.items():
             with attention():
-                step = partial(trainer.train_step, batch.packs[way], 1.0, batch.denominator)
-                memory[way], took = _cost(step)
+                memory[way], took = _cost(steps[way])
             seconds[way].append(took)
     packed, flat = (seconds[way][1:] for way in ("packed", "flat"))  # the first warmed up
     ratio = statistics.median(slow / fast for fast, slow in zip(packed, flat, strict=True))
     ideal = setting.total_tokens / batch.unique_tokens
+    median = {"packed": statistics.median(packed), "flat": statistics.median(flat)}
     counts = {"packed": unique_tokens(batch.packs["packed"]), "flat": every_token(batch.packs["flat"])}
-    return {
+    line: dict[str, Any] = {
         "flat_over_packed_time": ratio,
         "ideal_ratio": ideal,
         "share_of_ideal": ratio / ideal,
-        "unique_tokens_per_second": batch.unique_tokens / statistics.median(packed),
-        **{
-            way: {
-                "seconds": statistics.median(times),
-                "trajectory_tokens_per_second": setting.total_tokens / statistics.median(times),
-                "matrix_share": _matrix_share(step_flops(sizes, counts[way]) / statistics.median(times)),
-                "static_gib": memory[way][0],
-                "peak_gib": memory[way][1],
-                "packs": len(batch.packs[way]),
-            }
-            for way, times in (("packed", packed), ("flat", flat))
-        },
+        "unique_tokens_per_second": batch.unique_tokens / median["packed"],
         "log_prob_difference_mean": float(difference.mean()),
         "log_prob_difference_max": float(difference.max()),
     }
+    for way, attention in ways.items():
+        line[way] = {
+            "seconds": median[way],
+            "trajectory_tokens_per_second": setting.total_tokens / median[way],
+            "matrix_share": _matrix_share(step_flops(sizes, counts[way]) / median[way]),
+            "static_gib": memory[way][0],
+            "peak_gib": memory[way][1],
+            "packs": len(batch.packs[way]),
+        }
+        if scale.profile:
+            with attention():
+                profile = profile_step(steps[way])
+            line[way]["profile"] = profile | {"busy": profile["device_seconds"] / median[way]}
+    return line
 
 
-def _by_token(packs: Sequence[Pack], scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and log-probs of the trained tokens."""
+def _by_token(packs: Sequence[Pack], log_probs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys (`token_keys`) and log-probs of the trained tokens."""
     trained = [pack.count_pos + pack.count_neg > 0 for pack in packs]
     keys = [token_keys(pack)[chosen] for pack, chosen in zip(packs, trained, strict=True)]
-    values = [score[chosen] for score, chosen in zip(scores, trained, strict=True)]
+    values = [log_prob[chosen] for log_prob, chosen in zip(log_probs, trained, strict=True)]
     return np.concatenate(keys), np.concatenate(values)
 
 
 def _difference(packed: tuple[np.ndarray, np.ndarray], flat: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """|flat - packed| of every token of the trajectories, each as often as it is trained."""
+    """|flat - packed| of every trained token of the trajectories; a shared token counts once a trajectory."""
     order = packed[0].argsort()
     place = order[np.searchsorted(packed[0], flat[0], sorter=order)]
     assert np.array_equal(packed[0][place], flat[0]), "the two ways train different tokens"
@@ -210,7 +229,7 @@ def _difference(packed: tuple[np.ndarray, np.ndarray], flat: tuple[np.ndarray, n
 
 
 def _cost(step: Callable[[], object]) -> tuple[tuple[float | None, float | None], float]:
-    """Memory in GiB before a step and at its peak (None on a CPU), and its seconds."""
+    """The memory in GiB before a step and at its peak (None on a CPU), and the step's seconds."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         step()
@@ -242,7 +261,10 @@ def main() -> None:
     parser.add_argument("--max-tokens-per-pack", type=int, default=32768)
     parser.add_argument("--recompute", choices=["none", "full"], default="none")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument(
+        "--profile", action="store_true", help="kernel families of one more step of each kind"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="a tiny shape on a CPU, in half a minute")
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device is visible; --dry-run runs on a CPU")

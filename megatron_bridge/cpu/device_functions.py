@@ -1,8 +1,8 @@
-"""Megatron-Core without CUDA: serve the CPU wherever it names the CUDA device.
+"""Runs Megatron-Core on a CPU: wherever it names a CUDA device, the CPU serves.
 
-Import this module only where `torch.cuda.is_available()` is False. `install` replaces the functions of
-`torch.cuda` that Megatron-Core calls outright; `CudaAsCpu` rewrites device arguments and must be entered
-around every call into Megatron-Core (the mode belongs to a thread, and an trainer's threads vary).
+Import this module only if `torch.cuda.is_available()` is False. `install` replaces the functions of
+`torch.cuda` that Megatron-Core calls outright. `CudaAsCpu` rewrites device arguments; enter it around every
+call into Megatron-Core, because the mode belongs to a thread and a Ray actor's threads vary.
 """
 
 import torch
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class CudaAsCpu(TorchFunctionMode):
-    """Within it, "cuda" is the CPU, and a tensor's type name is the one that CUDA would give it."""
+    """Within it "cuda" means the CPU, and a tensor's type has the name that it would have on CUDA."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         del types
@@ -32,7 +32,7 @@ class CudaAsCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """The one stream of a machine without any, and its events."""
+    """Stands for every CUDA stream and event: on a CPU nothing is asynchronous."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -53,20 +53,18 @@ def _nothing(*_: object, **__: object) -> None: ...
 
 
 def _as_moved_to_cpu(tensor: object, as_numpy: bool = False, **_: object) -> object:
-    """What the experts' token dispatcher makes of numbers that it fetches from the device: it asks first
-    whether they are on one.
-    """
+    """Replaces a function of the experts' token dispatcher, which makes numpy arrays of CUDA tensors only."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def install() -> None:
-    """Replace what Megatron-Core calls in `torch.cuda`. May be called again."""
-    token_dispatcher.maybe_move_tensor_to_cpu = _as_moved_to_cpu  # type: ignore[assignment]  # as typed loosely
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment]  # passed on as a device only
+    """Replace the functions of `torch.cuda` that Megatron-Core calls. Calling it again changes nothing."""
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_moved_to_cpu  # type: ignore[assignment]  # a looser signature
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment]  # Megatron-Core only passes it on as a device
     torch.cuda.synchronize = _nothing
     torch.cuda.Stream = _Stream  # type: ignore[assignment]  # nothing is overlapped
     torch.cuda.stream = torch.cuda.current_stream = lambda *_: _Stream()  # type: ignore[assignment]  # likewise
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]  # its result is not used
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]  # nobody uses its result
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda._lazy_call = _nothing
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -43,9 +43,9 @@ def test_a_cut_tree_counts_once() -> None:
     assert every_token(one.packs["flat"]) == Counts(2 * 16 * 40, 2 * 16 * 32, 2 * 16 * 40 * 41 // 2)
 
 
-def _run(module: str) -> list[dict[str, Any]]:
+def _run(module: str, *options: str) -> list[dict[str, Any]]:
     result = subprocess.run(
-        [sys.executable, "-m", module, "--dry-run"],
+        [sys.executable, "-m", module, "--dry-run", *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -72,10 +72,17 @@ def test_the_cpu_benchmark_runs_dry() -> None:
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_dry_on_a_cpu() -> None:
-    (line,) = _run("benchmarks.gpu.train_step")
+    (line,) = _run("benchmarks.gpu.train_step", "--profile")
     # Float32: the tree's attention and flash attention of the same trajectories.
     assert 0 < line["log_prob_difference_mean"] <= line["log_prob_difference_max"] < 1e-5
     assert line["ideal_ratio"] > 1
     assert line["share_of_ideal"] == pytest.approx(line["flat_over_packed_time"] / line["ideal_ratio"])
     assert line["packed"]["matrix_share"] is None
     assert line["packed"]["seconds"] > 0
+    for way in ("packed", "flat"):
+        profile = line[way]["profile"]
+        assert profile["busy"] > 0
+        assert sum(profile["share"].values()) == pytest.approx(1)
+        # On a CPU only these have names that the patterns know.
+        for family in ("attention_forward", "attention_backward", "matmul", "optimizer"):
+            assert profile["share"][family] > 0, family

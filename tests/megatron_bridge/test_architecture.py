@@ -1,4 +1,4 @@
-"""What the trainer reads of a model's config, and what it refuses before anything is started."""
+"""The trainer reads a model's config, and refuses what it does not support before anything starts."""
 
 import json
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ def test_sizes(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act"),
     ],
@@ -68,7 +68,7 @@ def test_a_layout_that_does_not_divide_shows_the_arithmetic(
 
 @pytest.fixture
 def moe_folder(tmp_path: Path) -> Path:
-    """Three layers, the second of them dense; six experts."""
+    """Three layers, of which the second is dense; six experts."""
     config = Qwen3MoeConfig(
         num_hidden_layers=3,
         num_attention_heads=4,

@@ -1,4 +1,4 @@
-"""Tree attention: the plans agree with the dense mask on random forests."""
+"""Tree attention: both kinds of plan agree with the dense mask on random forests."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,10 +21,11 @@ CPU = torch.device("cpu")
 def random_forest(
     rng: np.random.Generator, nodes: int, longest: int, branching: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The exit and position of a forest whose nodes have 1 to `longest` tokens: a node is a child of the one
-    before it or, with probability `branching`, of an elder one or of none.
+    """Exit and position of a forest whose nodes have 1 to `longest` tokens.
+
+    A node is a child of the node before it or, with probability `branching`, of an earlier node or of none.
     """
-    path: list[int] = []  # tokens up to and with each open node
+    path: list[int] = []  # tokens from the root through each open node
     opened: list[tuple[int, int]] = []  # start and end of each open node
     closed: list[tuple[int, int, int]] = []
     position: list[int] = []
@@ -71,7 +72,7 @@ def dense(exit_T: np.ndarray) -> Tensor:
 def attend_densely(
     query: Tensor, key: Tensor, value: Tensor, exit_T: np.ndarray, position_T: np.ndarray
 ) -> Tensor:
-    """The definition, with complex numbers for the rotation and every head written out."""
+    """The definition: every head written out, rotation by complex numbers."""
     head_dim = query.shape[-1]
     angle = torch.from_numpy(position_T)[:, None] * frequency(head_dim)
     turn = torch.polar(torch.ones_like(angle), angle)
@@ -109,12 +110,12 @@ def test_values_and_gradients_are_those_of_the_dense_mask(shape, seed) -> None:
         )
     ]
     for ours, reference in zip(*results, strict=True):
-        # The same sums of at most some hundred float64 terms of about 1, in another order.
+        # Both are sums of a few hundred float64 terms of about 1, in different orders.
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
 
 
 def test_cost_follows_the_allowed_pairs() -> None:
-    """Sixteen prompts of eight leaves: far from T^2, and within a small factor of the pairs allowed."""
+    """Sixteen small trees: far below T^2, and within a small factor of the allowed pairs."""
     rng = np.random.default_rng(0)
     trees = [random_forest(rng, 15, 24, 0.5)[0] for _ in range(16)]
     offset = np.cumsum([0, *map(len, trees[:-1])])
@@ -128,7 +129,7 @@ def test_cost_follows_the_allowed_pairs() -> None:
 
 
 def test_queries_past_the_end_leave_gradients_finite() -> None:
-    """Five tokens in a block of 64: the empty rows of the rest must not turn into NaN."""
+    """Five tokens in a block of 64: the 59 empty rows must not turn into NaN."""
     exit_T = np.array([3, 3, 3, 4, 5], dtype=np.int32)
     position_T = np.array([0, 1, 2, 0, 0], dtype=np.int32)
     plan = plan_attention(exit_T, position_T, frequency(4), torch.float64, CPU)
@@ -157,7 +158,7 @@ def test_the_block_mask_is_the_one_that_torch_makes_from_all_pairs(
         lambda _batch, _head, query, key: every[query, key], 1, 1, length, length, "cpu", BLOCK_SIZE=16
     )
     assert ours.shape == theirs.shape
-    # Of every query block the key blocks, and of every key block the query blocks for the backward pass.
+    # The key blocks of every query block, and for the backward pass the query blocks of every key block.
     for kind in ("kv", "full_kv", "q", "full_q"):
         assert torch.equal(_chosen(ours, kind), _chosen(theirs, kind))
 
@@ -174,9 +175,9 @@ def _chosen(mask: BlockMask, kind: str) -> Tensor:
 
 @pytest.fixture
 def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the GPU's kernel is generated from, run by torch operation by operation, gradients included."""
+    """Run FlexAttention without compiling it, operation by operation on the CPU, gradients included."""
     monkeypatch.setattr(attention, "_compiled_attend_blocks", lambda: attention.attend_blocks)
-    # Torch refuses gradients on a CPU because its compiled kernel there has none; this one has.
+    # Torch refuses gradients on a CPU because its compiled CPU kernel has none; uncompiled they exist.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
@@ -202,13 +203,13 @@ def test_on_cuda_values_and_gradients_are_those_of_the_cpu_and_of_the_dense_mask
         )
     )
     for ours, cpu, exact in zip(sparse, gathered, reference, strict=True):
-        # As above; torch's own gradient of FlexAttention is float64 here too.
+        # The tolerance is that of the test above: torch's own gradient of FlexAttention is float64 here too.
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
         torch.testing.assert_close(ours, cpu, rtol=0, atol=1e-12)
 
 
 def test_lengths_and_masks_are_compiled_for_once() -> None:
-    """A run sees as many lengths as micro-batches, and torch compiles for eight kinds of input at most."""
+    """A run sees as many lengths as micro-batches, but torch compiles for at most eight kinds of input."""
     torch._dynamo.reset()
     lengths = []
 
@@ -226,8 +227,8 @@ def test_lengths_and_masks_are_compiled_for_once() -> None:
         query, key, value = (attention._in_blocks(torch.randn(len(exit_T), heads, 8)) for heads in (4, 2, 2))
         with torch.set_grad_enabled(number % 2 == 0):
             compiled(query, key, value, mask)
-    # The first length, then all others; without gradients and with them.
+    # The first length and all others, each with and without gradients.
     assert 2 <= len(lengths) <= 4
-    # The kernels leave out the checks at the end where the length is known to be a multiple of 128.
+    # The kernels omit bounds checks if the length is known to be a multiple of 128.
     assert all(statically_known_true(length % 128 == 0) for length in lengths)
     assert any(isinstance(length, torch.SymInt) for length in lengths)

@@ -1,4 +1,4 @@
-"""Training checkpoints of Megatron-Core ranks: exact at the same layout, the same course at any other."""
+"""Training checkpoints of Megatron-Core ranks: exact at the same layout, the same losses at any other."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,19 +26,19 @@ from treepo.training.checkpoint_manifest import MANIFEST, is_checkpoint, read_ma
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 127  # odd: padded to another size by every number of tensor-parallel ranks
-# Moments and warm-up matter. Adam's step is nearly linear in them: the plain one divides a gradient by its
-# own size, which turns the rounding noise in a gradient of almost 0 into a full step.
+# Optimizer state and warm-up must affect the step. epsilon = 1 makes Adam's step nearly linear in them: the
+# usual epsilon divides a gradient by its own size, which turns rounding noise near 0 into a full step.
 ADAM = OptimizerConfig(learning_rate=0.5, warmup_steps=4, epsilon=1.0, betas=[0.9, 0.9], weight_decay=0.01)
 LAYOUTS = {
     "one rank": ParallelConfig(),
     "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "tensor 2, data 2": ParallelConfig(tensor=2, data=2, expert=2),
 }
-# Float32 sums of a few hundred terms in another order: a few 1e-6 of a loss or weight near 1.
+# Layouts add a few hundred float32 terms in different orders: a few 1e-6 of a loss or weight near 1.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 MODELS = ("dense", "dense, bfloat16", "experts")
 ONE, INTERLEAVED, SPREAD = LAYOUTS
-# Model, the layout that saves, the layout that loads.
+# (model, the layout that saves, the layout that loads)
 EXACT = [
     (model, layout, layout) for model in MODELS for layout in (LAYOUTS if model == "dense" else (SPREAD,))
 ]
@@ -55,8 +55,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cases(root: Path) -> dict[str, Case]:
-    """Four steps of each model. The last pipeline stage has a copy of the first one's embeddings, which are
-    tied; another has layers with experts.
+    """Four steps of a dense model with tied embeddings, of which the last pipeline stage has a copy, and of a
+    model with experts.
     """
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 4}
     dense = write_tiny_qwen2(root / "dense", tie_word_embeddings=True, **sizes)
@@ -82,8 +82,8 @@ def saved(model: str, layout: str) -> str:
 
 @pytest.fixture(scope="module")
 def straight(cases: dict[str, Case], root: Path) -> dict[str, Any]:
-    """Four steps in a row of what some journey saves; after the second begins a save that ends after the
-    third. And at every layout what happens on a full disk.
+    """Four steps without interruption at every layout that saves: a save begins after the second step and
+    ends after the third. Also the errors of a full disk, at every layout.
     """
     results = {}
     for layout, parallel in LAYOUTS.items():
@@ -100,7 +100,7 @@ def straight(cases: dict[str, Case], root: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def resumed(cases: dict[str, Case], root: Path, straight) -> dict[tuple[str, str], Result]:
-    """By what was saved and the loading layout: the last two steps from the checkpoint."""
+    """The last two steps from each checkpoint, by what was saved and the layout that loads."""
     assert straight
     to_checkpoint(cases["dense"].model, root / "imported")
     results = {}
@@ -122,7 +122,7 @@ def resumed(cases: dict[str, Case], root: Path, straight) -> dict[tuple[str, str
 
 
 def with_reference(case: Case) -> Case:
-    """It takes no step, and gives the reference's log-probs."""
+    """The case with a reference model and no step."""
     packs = [replace(pack, reference_log_prob=pack.old_log_prob) for pack in case.packs]
     return replace(case, packs=packs, learning=LearningConfig(kl_coefficient=0.1), steps=0)
 
@@ -144,8 +144,8 @@ def test_going_on_at_the_same_layout_is_exact(
 def test_any_layout_goes_on_to_the_same_losses(
     model: str, saving: str, layout: str, straight, resumed, root: Path
 ) -> None:
-    """The weights are the same bits; the steps from there differ by rounding. A moment that was lost, or a
-    warm-up that began again, would change the second step by a tenth and more.
+    """The weights have the same bits; later steps differ by rounding. Lost optimizer state or a warm-up that
+    began again would change the second step by a tenth and more.
     """
     ours, expected = resumed[saved(model, saving), layout], straight[saved(model, saving)]
     assert_same_weights(ours.start, root / saved(model, saving))
@@ -166,12 +166,12 @@ def test_float32_masters_of_bfloat16_weights_go_along(
     for name, tensor in straight[saved(model, saving)].final.items():
         moved += int((tensor != ours.start[name]).sum())
         differing += int((tensor != ours.final[name]).sum())
-    # Masters rounded to bfloat16 would lose what two steps had added; activations of 8 bits add some noise.
+    # Master weights rounded to bfloat16 would lose what two steps added. bfloat16 activations add some noise.
     assert differing < 0.1 * moved
 
 
 def assert_same_weights(weights: dict[str, Tensor], checkpoint: Path) -> None:
-    """Those that `treepo convert` reads from the checkpoint."""
+    """Compare with the weights that `treepo convert` reads from the checkpoint."""
     folder = checkpoint.with_name(f"{checkpoint.name}, converted")
     if not folder.exists():
         to_hugging_face(checkpoint, folder)
@@ -214,7 +214,7 @@ def test_a_checkpoint_says_what_it_holds(root: Path, straight) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_full_disk_ends_in_the_same_line_on_every_rank(layout: str, root: Path, straight) -> None:
-    """Whichever rank has it; `checkpoint_ranks.fail` compares the ranks. Later saves are not disturbed."""
+    """Whichever rank has the full disk; `checkpoint_ranks.fail` compares the ranks. Later saves succeed."""
     of_rank_0, of_last_rank, of_export = straight[f"fail, {layout}"]
     for line in (of_rank_0, of_last_rank, of_export):
         assert line.startswith("CheckpointError: ")

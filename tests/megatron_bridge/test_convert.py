@@ -1,4 +1,4 @@
-"""`treepo convert`: nothing is lost on the way, in memory that does not grow with the model."""
+"""`treepo convert` loses nothing, in memory that does not grow with the model."""
 
 import shutil
 from pathlib import Path
@@ -14,22 +14,22 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from megatron_bridge import distributed_checkpoint as stored
+from megatron_bridge import distributed_checkpoint
 from megatron_bridge.convert import convert, to_checkpoint, to_hugging_face
-from megatron_bridge.folder import INDEX, Checkpoint, write_folder
-from tests.megatron_bridge.test_weights import CONFIGS
+from megatron_bridge.hf_folder import INDEX, SafetensorsReader, write_hf_folder
+from tests.megatron_bridge.test_hf_weight_map import CONFIGS
 from tests.support.tiny import write_tiny_qwen2
 from treepo.cli.main import app
 from treepo.errors import ModelError
 from treepo.training.checkpoint_manifest import read_manifest
 
 MODELS = [*CONFIGS, "tied"]
-SHARD = 10_000  # bytes: several files of each model
+SHARD = 10_000  # bytes, so that every model has several files
 
 
 @pytest.fixture(params=MODELS)
 def model(request, tmp_path: Path) -> Path:
-    """A random model of each family in several shards, with a tokenizer's and a generation config's files."""
+    """A random model of each family in several files, with a tokenizer config and a generation config."""
     folder = tmp_path / request.param
     if request.param == "tied":
         return write_tiny_qwen2(folder, tie_word_embeddings=True, vocab_size=127)
@@ -61,8 +61,8 @@ def test_there_and_back_is_the_same_bit_for_bit(model: Path, tmp_path: Path) -> 
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Memory of all tensors that any operation had to do with; meta tensors have none."""
+class _TouchedBytes(TorchDispatchMode):
+    """The peak memory of tensors that any operation reads or makes; meta tensors have none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,18 +87,18 @@ def test_memory_is_bounded_by_a_file_not_by_the_model(
         tmp_path / "whole", hidden_size=64, intermediate_size=128, num_hidden_layers=12, vocab_size=64
     )
     folder = tmp_path / "model"
-    checkpoint = Checkpoint(model)
-    write_folder(((name, checkpoint.read(name)) for name in weights(model)), model, folder, 100_000)
+    reader = SafetensorsReader(model)
+    write_hf_folder(((name, reader.read(name)) for name in weights(model)), model, folder, 100_000)
     size = sum(tensor.nbytes for tensor in weights(model).values())
     largest = 2 * 128 * 64 * 4  # gate and up projection, one parameter
     file_bytes = 100_000
-    monkeypatch.setattr(stored, "FILE_BYTES", file_bytes)
-    # A file, then a parameter's tensors as they are read, put together, and cut.
+    monkeypatch.setattr(distributed_checkpoint, "FILE_BYTES", file_bytes)
+    # A file, and a parameter's tensors as they are read, joined and cut.
     bound = file_bytes + 4 * largest
     assert size > 4 * bound
-    with _LiveBytes() as there:
+    with _TouchedBytes() as there:
         to_checkpoint(folder, tmp_path / "checkpoint")
-    with _LiveBytes() as back:
+    with _TouchedBytes() as back:
         to_hugging_face(tmp_path / "checkpoint", tmp_path / "back", shard_bytes=file_bytes)
     assert largest < there.peak < bound
     assert largest < back.peak < bound

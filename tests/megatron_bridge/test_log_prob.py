@@ -1,4 +1,4 @@
-"""Log-probs on one rank against torch's log-softmax; test_megatron_trainer has several ranks."""
+"""Log-probs on one rank against torch's log-softmax; test_trainer.py has several ranks."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ HIDDEN, VOCABULARY, PADDED = 7, 19, 24
 
 
 class OneRank:
-    """A process group of this process alone."""
+    """A process group with this process alone."""
 
     def size(self) -> int:
         return 1
@@ -19,7 +19,7 @@ class OneRank:
         return 0
 
 
-def scores(
+def compute(
     weight: Tensor, hidden: Tensor, target: Tensor, temperature: float, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     return log_prob.token_log_probs(
@@ -28,7 +28,7 @@ def scores(
         target,
         temperature,
         VOCABULARY,
-        OneRank(),  # type: ignore[arg-type]  # the two methods are all that is asked of a group
+        OneRank(),  # type: ignore[arg-type]  # the only two methods that are called
         with_entropy,
     )
 
@@ -49,13 +49,13 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1 << 29, 4 * PADDED * 8])
 def test_values_and_gradients(problem, temperature: float, chunk: int, monkeypatch) -> None:
-    """float64, so that only the order of sums differs; in one chunk and in chunks of a few tokens."""
+    """In float64, so that only the order of sums differs; in one chunk and in chunks of a few tokens."""
     monkeypatch.setattr(log_prob, "CHUNK_BYTES", chunk)
     weight, hidden, target = problem
     a, b = torch.randn(2, len(hidden), dtype=torch.float64)
     results = []
     for log_p, entropy in (
-        scores(weight, hidden, target, temperature),
+        compute(weight, hidden, target, temperature),
         reference(weight, hidden, target, temperature),
     ):
         assert entropy is not None
@@ -69,7 +69,7 @@ def test_padding_of_the_vocabulary_counts_for_nothing(problem) -> None:
     weight, hidden, target = problem
     with torch.no_grad():
         weight[VOCABULARY:] = 100.0
-    log_p, _ = scores(weight, hidden, target, 1.0)
+    log_p, _ = compute(weight, hidden, target, 1.0)
     log_p.sum().backward()
     torch.testing.assert_close(log_p, reference(weight, hidden, target, 1.0)[0], rtol=1e-12, atol=1e-12)
     assert weight.grad is not None
@@ -78,7 +78,7 @@ def test_padding_of_the_vocabulary_counts_for_nothing(problem) -> None:
 
 def test_gradient_of_the_log_prob_alone(problem) -> None:
     weight, hidden, target = problem
-    log_p, entropy = scores(weight, hidden, target, 1.0, with_entropy=False)
+    log_p, entropy = compute(weight, hidden, target, 1.0, with_entropy=False)
     assert entropy is None
     ours = torch.autograd.grad(log_p.sum(), hidden)
     theirs = torch.autograd.grad(reference(weight, hidden, target, 1.0)[0].sum(), hidden)
@@ -87,7 +87,7 @@ def test_gradient_of_the_log_prob_alone(problem) -> None:
 
 def test_softmax_of_half_precision_logits_is_in_float32(problem) -> None:
     weight, hidden, target = (x.detach() for x in problem)
-    log_p, _ = scores(weight.bfloat16(), hidden.bfloat16(), target, 1.0)
+    log_p, _ = compute(weight.bfloat16(), hidden.bfloat16(), target, 1.0)
     rounded = (hidden.bfloat16() @ weight[:VOCABULARY].bfloat16().T).float().log_softmax(-1)
     assert log_p.dtype == torch.float32
     # One float32 log-softmax of 19 terms against another.
@@ -97,7 +97,7 @@ def test_softmax_of_half_precision_logits_is_in_float32(problem) -> None:
 def test_no_tokens_leave_the_graph_connected(problem) -> None:
     """A pack without trained tokens still takes part in a pipeline's backward pass."""
     weight, hidden, target = problem
-    log_p, _ = scores(weight, hidden[:0], target[:0], 1.0)
+    log_p, _ = compute(weight, hidden[:0], target[:0], 1.0)
     assert log_p.shape == (0,)
     log_p.sum().backward()
     assert hidden.grad is not None

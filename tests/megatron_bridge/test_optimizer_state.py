@@ -1,4 +1,4 @@
-"""Runs of a flattened matrix as rectangles: every value once, in order, at most three pieces."""
+"""A run of a flattened matrix is at most three rectangles, which hold every value once, in order."""
 
 import numpy as np
 from hypothesis import given

@@ -21,9 +21,8 @@ from transformers import (
 )
 
 from megatron_bridge.architecture import read_architecture
-from megatron_bridge.shards import (
-    EMBEDDING,
-    OUTPUT,
+from megatron_bridge.hf_weight_map import EMBEDDING, OUTPUT
+from megatron_bridge.layout_shards import (
     Shard,
     check_shards,
     expert_data_ranks,

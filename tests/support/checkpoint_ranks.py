@@ -1,4 +1,4 @@
-"""What a rank does in the tests of training checkpoints; run by `megatron_ranks.run_lives`."""
+"""The work of one rank in the tests of training checkpoints, for `megatron_ranks.run_lives`."""
 
 import resource
 import signal
@@ -19,9 +19,9 @@ from treepo.learning.packing import Pack
 
 @dataclass(frozen=True)
 class Case:
-    """One trainer's life: load, take `steps` optimizer steps on the packs, saving once on the way.
+    """One trainer's life: load, take `steps` optimizer steps on the packs, and save once on the way.
 
-    save_after: so many of them; the save ends after the step that follows, where there is one.
+    save_after: the number of steps before the save, which ends after the next step if there is one.
     """
 
     model: Path
@@ -34,13 +34,13 @@ class Case:
     steps: int = 2
     save: Path | None = None
     save_after: int = 0
-    experts: bool = False  # whether the model has any to divide
-    finish: bool = True  # else the ranks end as if they were killed
+    experts: bool = False  # whether the model has experts
+    finish: bool = True  # False: the ranks end as if they were killed during the save
 
 
 @dataclass
 class Result:
-    """start, final: the weights after loading and in the end, by their Hugging Face names."""
+    """start, final: the weights after loading and at the end, by their Hugging Face names."""
 
     start: dict[str, Tensor]
     metrics: list[dict[str, float]]
@@ -70,7 +70,10 @@ def live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> 
 
 
 def fail(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> list[str]:
-    """Rank 0's, then the last rank's disk is full; what every rank says, and then all of them save."""
+    """Save on a full disk, first rank 0's, then the last rank's; then save successfully.
+
+    Returns the errors, which must be the same on every rank.
+    """
     trainer = _trainer(case, layout, rank, store)
     everything: list[list[str]] = [[]] * layout.ranks
     said = []
@@ -89,7 +92,7 @@ def fail(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> 
 
 
 def dense(layout: ParallelConfig) -> ParallelConfig:
-    """The same for a model without experts."""
+    """The layout for a model without experts."""
     return layout.model_copy(update={"expert": 1})
 
 
@@ -107,13 +110,13 @@ def _said(work: Callable[..., None], *arguments: object) -> str:
 
 
 class _full_disk:  # noqa: N801  a context manager that reads like one
-    """Files of this process may have no more than a few bytes."""
+    """Within it this process can write only a few bytes to a file, if `full`."""
 
     def __init__(self, full: bool) -> None:
         self._limit = 100 if full else resource.RLIM_INFINITY
 
     def __enter__(self) -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an OSError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write fails with an OSError instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit, resource.RLIM_INFINITY))
 
     def __exit__(self, *_: object) -> None:

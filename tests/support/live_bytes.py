@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, by watching every operation: what a device's allocator would say."""
+"""Counts the bytes of live tensors by watching every operation, as a device's allocator would."""
 
 import weakref
 
@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages that operations make inside it, from then on until nothing refers to them.
+    """Counts the storages that operations make within it, until nothing refers to them.
 
-    live: bytes now. peak: the most since `restart`.
+    live: bytes now. peak: the most bytes since `restart`.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
         self._counted: dict[int, int] = {}
 
     def restart(self) -> int:
-        """Forget the peak; returns what is alive."""
+        """Forget the peak; returns the live bytes."""
         self.peak = self.live
         return self.live
 

@@ -11,9 +11,9 @@ from treepo.cli.console import output
 
 def convert(
     source: Annotated[Path, typer.Argument(help="A training checkpoint, or a Hugging Face folder.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write: of the other kind.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write, of the other kind.")],
 ) -> None:
-    """Turn a training checkpoint into a Hugging Face folder, or the other way round."""
+    """Convert a training checkpoint to a Hugging Face folder, or the other way round."""
     from megatron_bridge.convert import convert as run
     from treepo.display.conversion import convert_progress, show_converted
 

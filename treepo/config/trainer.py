@@ -1,4 +1,4 @@
-"""The Megatron-Core trainer: parallel layout, optimizer, micro-batches."""
+"""Configuration of the Megatron-Core trainer: parallel layout, optimizer, micro-batches."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,24 +11,24 @@ class ParallelConfig(Section):
     tensor: int = Field(default=1, ge=1)
     """Tensor-parallel ranks."""
     sequence: bool = True
-    """Tensor-parallel ranks also divide the tokens among them, outside attention and MLP: less memory."""
+    """Tensor-parallel ranks also divide the tokens outside attention and MLP, which saves memory."""
     pipeline: int = Field(default=1, ge=1)
     """Pipeline stages."""
     virtual_pipeline: int = Field(default=1, ge=1)
-    """Model chunks on each stage; above 1 the stages interleave: fewer idle moments, more messages."""
+    """Model chunks on each stage. Above 1 the stages interleave: less idle time, more messages."""
     expert: int = Field(default=1, ge=1)
-    """Ranks among which a model's experts are divided; drawn from the tensor and data ranks, it adds none."""
+    """Ranks that divide a model's experts among them. They are drawn from the tensor and data ranks."""
     data: int = Field(default=1, ge=1)
-    """Data-parallel replicas; a step's prompts are divided among them."""
+    """Data-parallel replicas, which divide a step's prompts among them."""
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether tokens are divided among tensor-parallel ranks."""
+        """Whether tensor-parallel ranks divide the tokens among them."""
         return self.sequence and self.tensor > 1
 
     @property
     def ranks(self) -> int:
-        """Processes in all, one a device."""
+        """All processes, one on each device."""
         return self.tensor * self.pipeline * self.data
 
     @model_validator(mode="after")
@@ -44,8 +44,7 @@ class ParallelConfig(Section):
     def _chunks_need_stages(self) -> Self:
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(
-                f"virtual_pipeline = {self.virtual_pipeline} divides the layers of each of several pipeline "
-                "stages, but pipeline = 1"
+                f"virtual_pipeline = {self.virtual_pipeline} needs several pipeline stages, but pipeline = 1"
             )
         return self
 
@@ -54,27 +53,27 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-6, gt=0)
     """Adam's learning rate after the warm-up."""
     warmup_steps: int = Field(default=10, ge=0)
-    """Step k of so many first optimizer steps, counted from 1, uses k / warmup_steps of the learning rate."""
+    """Optimizer steps of the warm-up: step k, counted from 1, uses k / warmup_steps of the learning rate."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
-    """Adam's moment decay rates."""
+    """Adam's decay rates of the first and second moment."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices. Norms and biases have none."""
     clip_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
 
 class TrainerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
-    """The layout; tensor x pipeline x data ranks."""
+    """The layout of tensor x pipeline x data ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Adam."""
+    """Adam and its learning rate schedule."""
     max_tokens_per_pack: int = Field(default=16384, ge=1)
     """Most tokens in one micro-batch."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again: none, those in attention (`selective`), or all of
-    a layer but its input (`full`)."""
+    """Activations that the backward pass computes again: none, those inside attention (`selective`), or all
+    of a layer but its input (`full`)."""
     transformer_impl: Literal["auto", "te", "local"] = "auto"
-    """Layers of Transformer Engine (`te`) or of Megatron-Core alone (`local`); `auto`: of the former on CUDA
-    where it is installed."""
+    """Layers of Transformer Engine (`te`) or of Megatron-Core alone (`local`). `auto` uses Transformer
+    Engine's on CUDA if it is installed."""

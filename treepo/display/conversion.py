@@ -1,4 +1,4 @@
-"""What a person sees of `treepo convert`: a bar in a terminal, and what was written."""
+"""Terminal output of `treepo convert`: a progress bar, and one line about the result."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from megatron_bridge.convert import Converted
 
 @contextmanager
 def convert_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Draws `convert`'s progress where the output is a terminal."""
+    """Yields a `Progress` of `convert`, which draws a bar if the output is a terminal."""
     bar = Progress(
         TextColumn("tensors"),
         BarColumn(bar_width=30),
@@ -28,7 +28,7 @@ def convert_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
 
 
 def show_converted(console: Console, converted: Converted, target: Path, seconds: float) -> None:
-    """One line."""
+    """Print one line about the folder that was written."""
     console.print(
         f"{target}/: a {converted.what} of {converted.parameters:,} parameters, {converted.dtype}, "
         f"in {seconds:.1f} s",

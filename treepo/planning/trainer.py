@@ -1,7 +1,7 @@
 """Memory of the trainer: of every pipeline stage's ranks at their fullest, of its host, of its checkpoints.
 
-Parameters are counted from the real model, built without memory (`megatron_bridge.shards`). What belongs to a
-parameter follows from `megatron_bridge.optimizer`: gradients summed in float32; Adam's moments and, of other
+Parameters are counted from the real model, built without memory (`megatron_bridge.layout_shards`). What belongs to
+a parameter follows from `megatron_bridge.optimizer`: gradients summed in float32; Adam's moments and, of other
 dtypes, a float32 master copy, divided among the replicas that hold the parameter. Activations are those of
 `treepo.planning.activations`, for the pipeline schedules of Megatron-Core. Units: bytes.
 
@@ -16,8 +16,8 @@ from math import ceil, prod
 from pathlib import Path
 
 from megatron_bridge.architecture import Architecture, read_architecture
-from megatron_bridge.shards import (
-    EMBEDDING,
+from megatron_bridge.hf_weight_map import EMBEDDING
+from megatron_bridge.layout_shards import (
     Shard,
     buffer_elements,
     expert_data_ranks,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bridge.architecture import read_architecture
-from megatron_bridge.folder import SHARD_BYTES
-from megatron_bridge.shards import Shard, expert_data_ranks
-from megatron_bridge.weights import padded_vocabulary
+from megatron_bridge.hf_folder import SHARD_BYTES
+from megatron_bridge.layout_shards import Shard, expert_data_ranks
+from megatron_bridge.tensor_surgery import padded_vocabulary
 from treepo.config.run import RunConfig
 from treepo.planning.hardware import GIB
 from treepo.planning.memory import Memory, element_bytes

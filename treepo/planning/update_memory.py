@@ -1,14 +1,15 @@
 """What a weight update takes on the trainer's rank 0: the tensor that is being joined, and two buckets.
 
-From `megatron_bridge.transfer` and `treepo.weight_sync`: rank 0 receives a parameter's shards, one parameter at
-a time, joins them, and copies the tensors into a bucket while the one before travels. Units: bytes.
+From `megatron_bridge.weight_transfer` and `treepo.weight_sync`: rank 0 receives a parameter's shards, one
+parameter at a time, joins them, and copies the tensors into a bucket while the one before travels. Units: bytes.
 """
 
 from pathlib import Path
 
 from megatron_bridge.architecture import Architecture, read_architecture
-from megatron_bridge.shards import Shard, tensor_shapes
-from megatron_bridge.weights import QKV, VOCABULARY, expand
+from megatron_bridge.hf_weight_map import expand
+from megatron_bridge.layout_shards import Shard, tensor_shapes
+from megatron_bridge.tensor_surgery import QKV, VOCABULARY
 from treepo.config.run import RunConfig
 from treepo.planning.memory import Memory, element_bytes
 from treepo.weight_sync.wire import TensorInfo, plan_buckets

@@ -1,13 +1,14 @@
-"""What every rank of a layout would hold: the real Megatron-Core model, built without memory or other ranks.
+"""Counts the parameters that every rank of a layout would hold, without memory and without the other ranks.
 
-A fake process group of the layout's size stands in for the ranks, up to thousands of them; the model is on
-torch's meta device. A rank's parameters have shapes that depend on its pipeline stage alone, because all that
-is divided divides evenly (`check_layout`; the vocabulary is padded): tensor- and expert-parallel ranks of a
-stage differ in the values and in which experts they hold. So each stage is built at its first and its last
-rank, the one must be what the other says it is, and the rest follows by counting experts on.
+The real Megatron-Core model is built on torch's meta device. A fake process group of the layout's size, up
+to thousands of ranks, stands in for the others. The shapes of a rank's parameters depend on its pipeline
+stage alone, because everything that is divided divides evenly (`check_layout`; the vocabulary is padded):
+tensor- and expert-parallel ranks of a stage differ in values and in which experts they hold. So each stage
+is built at its first and at its last rank, the two are compared, and the ranks between follow by counting
+experts on.
 """
 
-import megatron_bridge.quiet  # noqa: F401  # isort: skip  # before anything of Megatron-Core
+import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,23 +18,21 @@ from math import lcm, prod
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bridge.architecture import Architecture, check_layout
-from megatron_bridge.device import on_device
-from megatron_bridge.groups import form_groups
-from megatron_bridge.model import named_parameters, outlines
-from megatron_bridge.weights import Rule, Surgery, expand
+from megatron_bridge.hf_weight_map import Rule, expand
+from megatron_bridge.model import build_outline, named_parameters
+from megatron_bridge.process_groups import form_groups, leave_groups
+from megatron_bridge.runtime import on_device
+from megatron_bridge.tensor_surgery import Surgery
 from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.errors import ModelError
-
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class ShardParameter:
-    """One rank's part of a parameter. name: as in the families' tables. expert: whether it is an expert's."""
+    """One rank's part of a parameter. name: as in the families' tables. expert: whether an expert has it."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,9 +45,9 @@ class ShardParameter:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What the ranks of one pipeline stage hold. chunks: the parameters of each of its model chunks.
+    """The parameters of one rank of a pipeline stage. chunks: those of each of its model chunks.
 
-    Experts are those of the stage's first expert-parallel rank; the others hold as many that follow.
+    Experts are those of the stage's first expert-parallel rank; each other rank holds as many, numbered on.
     """
 
     stage: int
@@ -59,20 +58,20 @@ class Shard:
         return (parameter for chunk in self.chunks for parameter in chunk)
 
     def elements(self, expert: bool | None = None) -> int:
-        """Of all parameters, or of those that are (not) experts'."""
+        """The number of values; `expert` counts only those that are, or are not, experts'."""
         return sum(each.elements for each in self.parameters if expert in (None, each.expert))
 
 
 def expert_data_ranks(parallel: ParallelConfig) -> int:
-    """How many ranks hold the same experts; their optimizer state is divided among them."""
+    """The number of ranks that hold the same experts; the experts' optimizer state is divided among them."""
     return parallel.tensor * parallel.data // parallel.expert
 
 
 def layout_shards(architecture: Architecture, parallel: ParallelConfig) -> list[Shard]:
-    """One for each pipeline stage, checked to be the whole model together.
+    """One shard for each pipeline stage, checked to be the whole model together.
 
-    Raises ConfigError where the layout does not divide the model, ModelError where shards are not what the
-    families' tables say. No process group may exist; none is left behind.
+    Raises ConfigError if the layout does not divide the model, ModelError if the shards contradict the
+    families' tables. No process group may exist; none is left behind.
     """
     check_layout(architecture, parallel)
     shards = []
@@ -90,20 +89,19 @@ def layout_shards(architecture: Architecture, parallel: ParallelConfig) -> list[
 
 @contextmanager
 def fake_ranks(parallel: ParallelConfig, rank: int) -> Iterator[None]:
-    """As `rank` among all ranks of the layout. Their collectives do nothing."""
+    """Within it this process is `rank` among all ranks of the layout; collectives do nothing."""
     assert not dist.is_initialized(), "a fake process group would hide the real one"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.ranks)
     try:
         form_groups(parallel, with_gloo=False)
         yield
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave_groups()
 
 
 def _built(architecture: Architecture, parallel: ParallelConfig, stage: int, rank: int) -> Shard:
     with fake_ranks(parallel, rank):
-        chunks = outlines(architecture, torch.bfloat16, TrainerConfig(parallel=parallel))
+        chunks = build_outline(architecture, torch.bfloat16, TrainerConfig(parallel=parallel))
         return Shard(
             stage,
             tuple(
@@ -117,19 +115,19 @@ def _built(architecture: Architecture, parallel: ParallelConfig, stage: int, ran
 
 
 def _check_last(first: Shard, last: Shard, architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Whether the stage's last rank holds what its first says it does."""
+    """Check that the stage's last rank holds the parameters that follow from its first rank's."""
     renamed = _names_at(first, parallel.expert - 1, architecture, parallel)
     expected = [(renamed[each.name], each.shape) for each in first.parameters]
     if expected != [(each.name, each.shape) for each in last.parameters]:
         raise ModelError(
-            f"the first and the last rank of pipeline stage {first.stage} hold unlike parameters"
+            f"the first and the last rank of pipeline stage {first.stage} hold different parameters"
         )
 
 
 def _names_at(
     shard: Shard, expert_rank: int, architecture: Architecture, parallel: ParallelConfig
 ) -> dict[str, str]:
-    """The shard's names to those of the same parameters on another expert-parallel rank."""
+    """Maps the shard's names to those of the same parameters on another expert-parallel rank."""
     shift = expert_rank * (architecture.dimensions.experts // parallel.expert)
     return {
         each.name: _with_expert_shifted(each.name, shift) if each.expert else each.name
@@ -144,8 +142,9 @@ def _with_expert_shifted(name: str, shift: int) -> str:
 
 
 def check_shards(shards: Sequence[Shard], architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raises ModelError unless the shards, joined as the weights are for the engines, are every Hugging Face
-    tensor exactly once; of tied embeddings the last of several stages has a copy.
+    """Check that the shards, joined as for the engines, are every Hugging Face tensor exactly once.
+
+    The last of several stages has a copy of tied embeddings. Raises ModelError.
     """
     rules = {rule.parameter: rule for rule in expand(architecture.family.rules, architecture.dimensions)}
     expected = tensor_shapes(architecture)
@@ -160,21 +159,21 @@ def check_shards(shards: Sequence[Shard], architecture: Architecture, parallel: 
                     raise ModelError(f"pipeline stage {shard.stage} has a copy of the embedding {shape}")
             elif missing.pop(name, None) != shape:
                 raise ModelError(
-                    f"pipeline stage {shard.stage} has {name} {shape}; of the model "
-                    + (f"it is {expected[name]}, once" if name in expected else "it is no tensor")
+                    f"pipeline stage {shard.stage} has {name} {shape}; the model has "
+                    + (f"it once, as {expected[name]}" if name in expected else "no such tensor")
                 )
     if missing:
         raise ModelError(f"no rank has {next(iter(missing))}, nor {len(missing) - 1} other tensors")
     if architecture.tied and copies != (len(shards) > 1):
-        raise ModelError("the last pipeline stage has no copy of the embedding, to which it is tied")
+        raise ModelError("the last pipeline stage has no copy of the embedding, to which its output is tied")
 
 
 def _joined(
     shard: Shard, rules: dict[str, Rule], architecture: Architecture, parallel: ParallelConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The Hugging Face tensors that the stage's ranks hold together: their names and shapes."""
+    """The names and shapes of the Hugging Face tensors that the stage's ranks hold together."""
 
-    @cache  # layers and experts are alike
+    @cache  # layers and experts repeat
     def joined(surgery: Surgery, shape: tuple[int, ...], pieces: int) -> list[tuple[int, ...]]:
         piece = torch.empty(shape, device="meta")
         return [tuple(tensor.shape) for tensor in surgery.join([piece] * pieces, architecture.dimensions)]
@@ -190,7 +189,7 @@ def _joined(
 
 
 def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The model's Hugging Face tensors, each once, as transformers has them; without Megatron-Core."""
+    """Names and shapes of the model's Hugging Face tensors as in transformers, without Megatron-Core."""
     dimensions, hidden = architecture.dimensions, architecture.hidden
     queries, keys = architecture.heads * dimensions.head_dim, dimensions.groups * dimensions.head_dim
     rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate": dimensions.experts}
@@ -208,18 +207,14 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         out = rows.get(module, inner)
         return (out,) if kind == "bias" else (out, hidden)
 
-    names = (
-        name
-        for rule in expand(architecture.family.rules, dimensions)
-        for name in rule.tensors
-        if not (architecture.tied and name == "lm_head.weight")
-    )
-    return {name: shape(name) for name in names}
+    return {name: shape(name) for rule in architecture.weight_rules() for name in rule.tensors}
 
 
 def buffer_elements(chunk: Sequence[ShardParameter], ranks: int) -> int:
-    """Of the buffer in which Megatron-Core keeps these parameters, or their gradients: each parameter begins
-    at a multiple of 64, and the whole divides among the `ranks` that share the optimizer's state.
+    """The length of Megatron-Core's buffer for these parameters or their gradients.
+
+    Each parameter begins at a multiple of 64, and the buffer divides among the `ranks` that share the
+    optimizer state.
     """
     used = 0
     for parameter in reversed(chunk):

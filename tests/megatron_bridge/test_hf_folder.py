@@ -1,4 +1,4 @@
-"""Hugging Face folders and weight buckets: complete, bounded in size, and all or nothing."""
+"""Hugging Face folders: complete, in files of bounded size, and all or nothing."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bridge.folder import INDEX, Checkpoint, write_folder
+from megatron_bridge.hf_folder import INDEX, SafetensorsReader, write_hf_folder
 from treepo.errors import ModelError
 
 
@@ -25,12 +25,12 @@ def test_a_written_folder_loads_in_transformers(
     tensors, tiny_model: Path, tmp_path: Path, shard_bytes: int
 ) -> None:
     source, folder = tiny_model, tmp_path / "out"
-    write_folder(iter(tensors.items()), source, folder, shard_bytes)
+    write_hf_folder(iter(tensors.items()), source, folder, shard_bytes)
     ours = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
     assert ours.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(ours[name], tensor)
-        assert torch.equal(Checkpoint(folder).read(name), tensor)
+        assert torch.equal(SafetensorsReader(folder).read(name), tensor)
     assert (folder / "generation_config.json").is_file()
     assert (folder / INDEX).is_file() == (shard_bytes < 1 << 30)
     if (folder / INDEX).is_file():
@@ -40,7 +40,7 @@ def test_a_written_folder_loads_in_transformers(
 
 def test_the_config_says_the_written_dtype(tensors, tiny_model: Path, tmp_path: Path) -> None:
     halves = ((name, tensor.bfloat16()) for name, tensor in tensors.items())
-    write_folder(halves, tiny_model, tmp_path / "out")
+    write_hf_folder(halves, tiny_model, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert next(model.parameters()).dtype == torch.bfloat16
 
@@ -54,14 +54,14 @@ def test_an_interrupted_export_leaves_no_folder_and_does_not_disturb_the_next(
 
     folder = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        write_folder(interrupted(), tiny_model, folder, shard_bytes=1)
+        write_hf_folder(interrupted(), tiny_model, folder, shard_bytes=1)
     assert not folder.exists()
-    write_folder(iter(tensors.items()), tiny_model, folder)
+    write_hf_folder(iter(tensors.items()), tiny_model, folder)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
 
 
 def test_missing_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=str(tmp_path)):
-        Checkpoint(tmp_path)
+        SafetensorsReader(tmp_path)
     with pytest.raises(ModelError, match=r"no tensor model\.nothing"):
-        Checkpoint(tiny_model).read("model.nothing")
+        SafetensorsReader(tiny_model).read("model.nothing")

@@ -1,6 +1,7 @@
-"""Weights between Hugging Face folders, Megatron ranks and engines, one tensor at a time.
+"""Moves weights from Hugging Face folders to the ranks, and from the ranks to engines or folders.
 
-Rank 0 receives every shard of the first replica that holds it and joins it; the other ranks only send.
+One tensor moves at a time. Rank 0 receives every shard from the first replica that holds it and joins the
+shards; the other ranks only send.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,31 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.collective import FAILURES, raise_everywhere, reason
-from megatron_bridge.folder import Checkpoint, write_folder
+from megatron_bridge.atomic_folder import WRITE_FAILURES, one_line
+from megatron_bridge.hf_folder import SafetensorsReader, write_hf_folder
+from megatron_bridge.hf_weight_map import EMBEDDING, OUTPUT, Rule
 from megatron_bridge.model import named_parameters
-from megatron_bridge.weights import Rule, expand
+from megatron_bridge.process_groups import raise_everywhere
 from treepo.errors import ModelError
 from treepo.weight_sync.wire import Manifest, TensorInfo
 
 
-def load(folder: Path, chunks: Sequence[GPTModel], architecture: Architecture) -> None:
-    """Fill this rank's parameters from the folder."""
-    checkpoint = Checkpoint(folder)
-    rules = {rule.parameter: rule for rule in expand(architecture.family.rules, architecture.dimensions)}
+def load_weights(folder: Path, chunks: Sequence[GPTModel], architecture: Architecture) -> None:
+    """Fill this rank's parameters from a Hugging Face folder.
+
+    Raises ModelError if a tensor is missing or has another shape than the parameter.
+    """
+    reader = SafetensorsReader(folder)
+    rules = {rule.parameter: rule for rule in architecture.weight_rules()}
     if architecture.tied:
-        embedding = rules["embedding.word_embeddings.weight"]
-        rules["output_layer.weight"] = embedding  # the last pipeline stage's copy
+        rules[OUTPUT] = rules[EMBEDDING]  # the last pipeline stage has a copy
     for name, parameter in named_parameters(chunks).items():
         rule = rules[name]
         ranks, rank = (1, 0) if _is_expert(parameter) else _tensor_ranks()
-        tensors = [checkpoint.read(tensor) for tensor in rule.tensors]
+        tensors = [reader.read(tensor) for tensor in rule.tensors]
         shard = rule.surgery.split(tensors, ranks, architecture.dimensions)[rank]
         if shard.shape != parameter.shape:
             raise ModelError(
@@ -44,7 +49,7 @@ def load(folder: Path, chunks: Sequence[GPTModel], architecture: Architecture) -
 
 
 def _tensor_ranks() -> tuple[int, int]:
-    """How many tensor-parallel ranks there are, and which of them this is."""
+    """The number of tensor-parallel ranks, and this rank's number among them."""
     return (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -52,13 +57,15 @@ def _tensor_ranks() -> tuple[int, int]:
 
 
 def _is_expert(parameter: Parameter) -> bool:
-    """Experts are whole on their rank, and reduced among the ranks that hold the same ones."""
+    """Whether the parameter is an expert's: whole on its rank, its gradient reduced among the ranks that hold
+    the same expert.
+    """
     return not getattr(parameter, "allreduce", True)  # Megatron-Core's mark
 
 
 @dataclass(frozen=True, slots=True)
-class _Owned:
-    """What one rank holds that others need not send: its place in the tensor-parallel group, its shapes."""
+class _Owner:
+    """A rank that sends parameters to rank 0: its tensor-parallel rank and the parameters' shapes."""
 
     rank: int
     tensor_rank: int
@@ -66,14 +73,16 @@ class _Owned:
 
 
 def _first_to_hold(parameter: Parameter) -> bool:
-    """Whether this rank is in the first replica of those parameters."""
+    """Whether this rank is in the first replica that holds the parameter."""
     if _is_expert(parameter):
         return parallel_state.get_expert_data_parallel_rank() == 0
     return parallel_state.get_data_parallel_rank() == 0
 
 
-class Exporter:
-    """The model's tensors under their Hugging Face names, on rank 0. Every method is collective."""
+class WeightExporter:
+    """Yields or writes the model's tensors under their Hugging Face names, on rank 0. Every method is
+    collective.
+    """
 
     def __init__(
         self,
@@ -81,28 +90,26 @@ class Exporter:
         architecture: Architecture,
         dtype: torch.dtype,
         device: torch.device,
-    ):
+    ) -> None:
         self._parameters = {
             name: parameter
             for name, parameter in named_parameters(chunks).items()
             if _first_to_hold(parameter)
         }
         self._architecture, self._dtype, self._device = architecture, dtype, device
-        self._rank = torch.distributed.get_rank()
-        self._rules = expand(architecture.family.rules, architecture.dimensions)
-        if architecture.tied:
-            self._rules = [rule for rule in self._rules if rule.parameter != "output_layer.weight"]
-        mine = _Owned(
+        self._rules = architecture.weight_rules()
+        self._rank = dist.get_rank()
+        mine = _Owner(
             self._rank,
             _tensor_ranks()[1],
             {name: parameter.shape for name, parameter in self._parameters.items()},
         )
-        everyone: list[_Owned] = [mine] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-        self._owners = sorted(everyone, key=lambda owned: owned.tensor_rank)
+        everyone: list[_Owner] = [mine] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        self._owners = sorted(everyone, key=lambda owner: owner.tensor_rank)
 
     def manifest(self) -> Manifest:
-        """What `tensors` will yield, from the shapes alone; the same on every rank."""
+        """Names, dtypes and shapes of what `tensors` yields; the same on every rank."""
         return tuple(
             TensorInfo.of(name, tensor)
             for rule in self._rules
@@ -110,8 +117,8 @@ class Exporter:
                 rule.tensors,
                 rule.surgery.join(
                     [
-                        torch.empty(owned.shapes[rule.parameter], dtype=self._dtype, device="meta")
-                        for owned in self._owners_of(rule)
+                        torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device="meta")
+                        for owner in self._owners_of(rule)
                     ],
                     self._architecture.dimensions,
                 ),
@@ -120,62 +127,64 @@ class Exporter:
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor once, in the order of the family's table; nothing on the other ranks."""
+        """Yields every tensor once on rank 0, in the order of the family's table; nothing on other ranks."""
         for rule in self._rules:
             shards = self._gather(rule)
             if shards:
                 joined = rule.surgery.join(shards, self._architecture.dimensions)
-                del shards  # before the receiver takes its time
+                del shards  # frees them while the receiver works
                 yield from zip(rule.tensors, joined, strict=True)
-                del joined  # before the next is gathered
+                del joined  # frees it before the next parameter is gathered
 
     def _gather(self, rule: Rule) -> list[Tensor]:
-        """The shards on rank 0 in tensor-parallel order, or what they are together where they are stacked. On
-        the other ranks an empty list.
+        """On rank 0 the shards in tensor-parallel order, or one tensor if they are stacked.
+
+        On other ranks an empty list.
         """
         owners = self._owners_of(rule)
         if self._rank != 0:
-            if any(owned.rank == self._rank for owned in owners):
-                torch.distributed.send(self._parameters[rule.parameter].detach(), dst=0)
+            if any(owner.rank == self._rank for owner in owners):
+                dist.send(self._parameters[rule.parameter].detach(), dst=0)
             return []
         if rule.surgery.stacked and len(owners) > 1:
             rows, *rest = owners[0].shapes[rule.parameter]
             stack = torch.empty((len(owners), rows, *rest), dtype=self._dtype, device=self._device)
-            for shard, owned in zip(stack, owners, strict=True):
-                self._fetch(rule, owned, shard)
+            for shard, owner in zip(stack, owners, strict=True):
+                self._fetch(rule, owner, shard)
             return [stack.flatten(0, 1)]
-        return [self._fetch(rule, owned) for owned in owners]
+        return [self._fetch(rule, owner) for owner in owners]
 
-    def _fetch(self, rule: Rule, owned: _Owned, shard: Tensor | None = None) -> Tensor:
-        """One rank's shard, into `shard` where given."""
-        if owned.rank == 0:
+    def _fetch(self, rule: Rule, owner: _Owner, shard: Tensor | None = None) -> Tensor:
+        """One rank's shard, received into `shard` if that is given."""
+        if owner.rank == 0:
             mine = self._parameters[rule.parameter].detach()
             return mine if shard is None else shard.copy_(mine)
         if shard is None:
-            shard = torch.empty(owned.shapes[rule.parameter], dtype=self._dtype, device=self._device)
-        torch.distributed.recv(shard, src=owned.rank)
+            shard = torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device=self._device)
+        dist.recv(shard, src=owner.rank)
         return shard
 
-    def _owners_of(self, rule: Rule) -> list[_Owned]:
+    def _owners_of(self, rule: Rule) -> list[_Owner]:
         """The ranks whose shards are joined, in tensor-parallel order."""
-        owners = [owned for owned in self._owners if rule.parameter in owned.shapes]
+        owners = [owner for owner in self._owners if rule.parameter in owner.shapes]
         return owners[:1] if rule.surgery.replicated else owners
 
     def write(self, source: Path, folder: Path) -> None:
-        """A Hugging Face folder with these weights and `source`'s other files. Every rank raises ModelError
-        where `folder` exists, and CheckpointError where it cannot be written.
+        """Write a Hugging Face folder with these weights and `source`'s config and tokenizer.
+
+        Every rank raises ModelError if `folder` exists, and CheckpointError if it cannot be written.
         """
         exists = [folder.exists()]
-        torch.distributed.broadcast_object_list(exists, src=0)
+        dist.broadcast_object_list(exists, src=0)
         if exists[0]:
             raise ModelError(f"{folder} exists: nothing is overwritten")
         tensors = self.tensors()
         failure = ""
         if self._rank == 0:
             try:
-                write_folder(tensors, source, folder)
-            except FAILURES as error:
-                failure = f"{folder}: {reason(error)}"
-        for _ in tensors:  # on rank 0 what is left: the others send it all the same
+                write_hf_folder(tensors, source, folder)
+            except WRITE_FAILURES as error:
+                failure = f"{folder}: {one_line(error)}"
+        for _ in tensors:  # after a failure rank 0 receives the rest, which the others send all the same
             pass
         raise_everywhere(failure)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: reading and writing their safetensors, one tensor or one file at a time."""
+"""Reads and writes Hugging Face folders: safetensors one tensor or one file at a time, config, tokenizer."""
 
 import shutil
 from collections.abc import Iterable
@@ -9,27 +9,34 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bridge.atomic_folder import new_folder
-from megatron_bridge.buckets import grouped
+from megatron_bridge.atomic_folder import atomic_folder, split_into_files
 from treepo.errors import ModelError
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}  # tokenizer, generation config, chat template
 SHARD_BYTES = 4 << 30
 
 
-class Checkpoint:
-    """The safetensors of a Hugging Face folder, read lazily. Raises ModelError for what is missing."""
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds safetensors, in one file or in several."""
+    return (folder / INDEX).is_file() or (folder / WEIGHTS).is_file()
+
+
+class SafetensorsReader:
+    """Reads the tensors of a Hugging Face folder, one at a time.
+
+    Raises ModelError if the folder has no safetensors or lacks a tensor.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if (folder / INDEX).is_file():
             self._file_of = orjson.loads((folder / INDEX).read_bytes())["weight_map"]
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
+        elif (folder / WEIGHTS).is_file():
+            with safe_open(folder / WEIGHTS, framework="pt") as file:
+                self._file_of = dict.fromkeys(file.keys(), WEIGHTS)
         else:
-            raise ModelError(f"{folder}: neither model.safetensors nor {INDEX}")
+            raise ModelError(f"{folder}: neither {WEIGHTS} nor {INDEX}")
 
     def read(self, name: str) -> Tensor:
         if name not in self._file_of:
@@ -38,23 +45,23 @@ class Checkpoint:
             return file.get_tensor(name)
 
 
-def write_folder(
+def write_hf_folder(
     tensors: Iterable[tuple[str, Tensor]], source: Path, folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `tensors`, all of one dtype, beside `source`'s config, tokenizer and generation config.
+    """Write `tensors`, all of one dtype, with `source`'s config, tokenizer and generation config.
 
-    The folder appears complete or not at all. Files of more than `shard_bytes` hold one tensor.
+    The folder appears complete or not at all. A file holds at most `shard_bytes`, or a single larger tensor.
     """
-    with new_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         dtype = _write_shards(tensors, partial, shard_bytes)
-        add_other_files(source, partial, dtype)
+        copy_model_files(source, partial, dtype)
 
 
 def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> str:
     """Returns the tensors' dtype."""
-    shards: list[dict[str, int]] = []  # file by file, the tensors' sizes in bytes
+    shards: list[dict[str, int]] = []  # for each file, the sizes of its tensors in bytes
     dtype = ""
-    for group in grouped(tensors, shard_bytes):
+    for group in split_into_files(tensors, lambda named: named[1].nbytes, shard_bytes):
         shard = {name: tensor.contiguous().cpu() for name, tensor in group}
         dtype = str(group[0][1].dtype).removeprefix("torch.")
         save_file(shard, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
@@ -64,10 +71,10 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Name the weight files as transformers does; index them if there are several."""
+    """Name the weight files as transformers does, and index them if there are several."""
     count = len(shards)
     if count == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        (folder / "0.safetensors").rename(folder / WEIGHTS)
         return
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     for number, name in enumerate(names):
@@ -80,13 +87,12 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
     (folder / INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
 
 
-def add_other_files(source: Path, folder: Path, dtype: str) -> None:
-    """Copy `source`'s config, tokenizer, generation config and chat template; the config says `dtype`."""
+def copy_model_files(source: Path, folder: Path, dtype: str) -> None:
+    """Copy `source`'s config, tokenizer, generation config and chat template; set the config's dtype."""
     for path in source.iterdir():
         if path.suffix in COPIED and path.name not in ("config.json", INDEX):
             shutil.copyfile(path, folder / path.name)
     config = orjson.loads((source / "config.json").read_bytes())
-    config |= dict.fromkeys(
-        {"dtype", "torch_dtype"} & config.keys() or {"dtype"}, dtype
-    )  # the latter is older
+    keys = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}  # older configs say torch_dtype
+    config |= dict.fromkeys(keys, dtype)
     (folder / "config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
