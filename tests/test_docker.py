@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.support.paths import ROOT
-from treepo.doctor.checks import chosen
+from treepo.doctor.checklist import select_checks
 
 sys.path.append(str(ROOT / "docker"))
 import image_packages  # type: ignore[reportMissingImports]  # in the folder just named
@@ -153,7 +153,7 @@ def test_how_it_starts() -> None:
     (health,) = given("HEALTHCHECK")
     named = re.findall(r'"--only", "([^"]+)"', health)
     # Of a container that is at work: not what its run may use up.
-    assert [check.name for check in chosen(named)] == ["packages", "devices"]
+    assert [check.name for check in select_checks(named)] == ["packages", "devices"]
     assert f'image.version="{PROJECT["version"]}"' in given("LABEL")[0]
     for rest in given("RUN"):
         assert "pip" not in rest.split() or "--mount=type=cache" in rest  # no package caches in layers

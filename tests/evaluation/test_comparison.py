@@ -1,4 +1,4 @@
-"""Paired differences of two evaluations."""
+"""Paired differences between two evaluations."""
 
 import json
 from pathlib import Path
@@ -7,25 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.evaluations import answered, config_of, document, prompt_of
+from tests.support.evaluations import config_of, document, graded_problem, prompt_of
 from treepo.errors import DataError
-from treepo.evaluation.comparison import OVERALL, compare, read_results
+from treepo.evaluation.comparison import compare
+from treepo.evaluation.results import OVERALL, read_results
 from treepo.tree import Verdict
 
 C, W = Verdict.CORRECT, Verdict.WRONG
 
 
 def results(shares: dict[str, list[int]], first: int = 0, answer: str = "2") -> dict[str, Any]:
-    """Of four responses to each problem so many are right; problems are numbered from `first`."""
-    answers = {
+    """shares: for each problem, how many of its four responses are correct. first: the first problem's id."""
+    benchmarks = {
         name: [
-            (prompt, answered(prompt, [C] * right + [W] * (4 - right)))
+            (prompt, graded_problem(prompt, [C] * right + [W] * (4 - right)))
             for index, right in enumerate(rights, start=first)
             for prompt in [prompt_of(name, index, answer=answer)]
         ]
         for name, rights in shares.items()
     }
-    return document(config_of("out", 4, tuple(shares)), answers)
+    return document(config_of("out", 4, tuple(shares)), benchmarks)
 
 
 def test_an_evaluation_does_not_differ_from_itself() -> None:
@@ -34,7 +35,7 @@ def test_an_evaluation_does_not_differ_from_itself() -> None:
         assert (row.difference.value, row.difference.low, row.difference.high) == (0, 0, 0)
 
 
-def test_a_difference_is_that_of_the_common_problems_and_changes_its_sign_with_the_order() -> None:
+def test_a_difference_is_over_the_common_problems_and_changes_its_sign_with_the_order() -> None:
     one, two = results({"a": [0, 2, 4, 1]}), results({"a": [3, 4, 4]}, first=1)
     (row,) = [row for row in compare(one, two) if row.metric == "mean"]
     # Problems 1, 2 and 3: (2, 4, 1) against (3, 4, 4) of four.
@@ -61,7 +62,7 @@ def test_several_benchmarks_are_also_taken_together_by_size() -> None:
     assert means == {"a": 1.0, "b": 0.0, OVERALL: 0.25}
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_evaluations_without_common_problems_or_with_other_answers_are_refused() -> None:
     with pytest.raises(DataError, match="no problem in common: one has a, the other b"):
         compare(results({"a": [1]}), results({"b": [1]}))
     with pytest.raises(DataError, match="problem a:0 has the gold answer '2' in one evaluation and '3'"):
@@ -69,7 +70,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"schema": 99}'])
-def test_what_is_no_evaluation_is_named(tmp_path: Path, content: str | None) -> None:
+def test_a_file_that_is_not_a_result_is_named(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(DataError, match=r"results\.json: "):

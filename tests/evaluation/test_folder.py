@@ -1,4 +1,4 @@
-"""An evaluation that goes on: what a killed one leaves, and what must not be mixed."""
+"""Resuming an evaluation: what a killed one leaves, and what must not be mixed."""
 
 import json
 from dataclasses import replace
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.evaluations import answered, config_of, prompt_of
+from tests.support.evaluations import config_of, graded_problem, prompt_of
 from treepo.errors import ConfigError, DataError
-from treepo.evaluation.folder import EvaluationFolder, Spent
+from treepo.evaluation.folder import EvaluationFolder, SessionCost
 from treepo.tree import Verdict
 
 C, W, T = Verdict.CORRECT, Verdict.WRONG, Verdict.TIMEOUT
@@ -17,17 +17,17 @@ PROMPTS = {prompt.id: prompt for prompt in (prompt_of("b", index) for index in r
 SURROGATES = "\ud800 \u2028 \0"
 
 
-def spent(session: int, seconds: float) -> Spent:
-    return Spent(session, 2, seconds, 10, 20, 30, 4, 0)
+def spent(session: int, seconds: float) -> SessionCost:
+    return SessionCost(session, 2, seconds, 10, 20, 30, 4, 0)
 
 
 def write(folder: EvaluationFolder, indices: range, session: int = 0) -> None:
     with folder:
         for index in indices:
-            one = answered(
+            problem = graded_problem(
                 PROMPTS[f"b:{index}"], [C, W, T], text=lambda leaf: f"{leaf} {SURROGATES}", answer=SURROGATES
             )
-            folder.write(one, spent(session, float(index)))
+            folder.write(problem, spent(session, float(index)))
 
 
 def lines(path: Path) -> list[dict]:
@@ -39,7 +39,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_what_is_finished_is_found_again(out: Path) -> None:
+def test_finished_problems_are_found_again(out: Path) -> None:
     config = config_of(str(out), 3)
     first = EvaluationFolder(config, PROMPTS, "m")
     write(first, range(3))
@@ -57,8 +57,8 @@ def test_what_is_finished_is_found_again(out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["trees.jsonl", "samples.jsonl"])
-def test_wherever_a_kill_cuts_a_file_only_whole_problems_are_left(out: Path, name: str) -> None:
-    """The samples of a problem are written before its tree, so a cut of one file is a cut of the other."""
+def test_wherever_a_kill_cuts_a_file_only_finished_problems_are_left(out: Path, name: str) -> None:
+    """A problem's samples are written before its tree, so only one of the files can end in the middle."""
     config = config_of(str(out), 3)
     write(EvaluationFolder(config, PROMPTS, "m"), range(3))
     whole = {file: (out / file).read_bytes() for file in ("trees.jsonl", "samples.jsonl")}
@@ -96,10 +96,10 @@ def test_another_configuration_is_refused_and_its_first_key_named(out: Path) -> 
     with pytest.raises(ConfigError, match=r"data\.benchmarks\.1\.path = None, not c\.jsonl"):
         EvaluationFolder(config_of(str(out), 3, ("b", "c")), PROMPTS, "m")
     faster = config_of(str(out), 3, engine={"count": 4}, reward={"workers": 9})
-    assert list(EvaluationFolder(faster, PROMPTS, "m").results) == ["b:0"], "how it is served may change"
+    assert list(EvaluationFolder(faster, PROMPTS, "m").results) == ["b:0"], "the engine section may change"
 
 
-def test_to_start_anew_sets_the_old_files_aside(out: Path) -> None:
+def test_starting_anew_sets_the_old_files_aside(out: Path) -> None:
     write(EvaluationFolder(config_of(str(out), 3), PROMPTS, "m"), range(1))
     before = (out / "trees.jsonl").read_bytes()
     anew = EvaluationFolder(config_of(str(out), 4), PROMPTS, "m", anew=True)

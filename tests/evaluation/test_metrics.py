@@ -1,4 +1,4 @@
-"""Scores against brute force, and what they must not depend on."""
+"""Scores compared with brute force, and with what they must not depend on."""
 
 import math
 from collections import Counter
@@ -41,7 +41,7 @@ def problem(outcomes: str, **changes: object) -> ProblemResult:
 
 
 def winner(letters: tuple[str, ...]) -> float:
-    """The vote of a few responses, by counting; ties share."""
+    """The majority vote by counting; ties share."""
     votes = Counter(letter for letter in letters if letter in "cxyz")
     if not votes:
         return 0.0
@@ -53,7 +53,7 @@ OUTCOMES = st.text("cxyz-te", min_size=1, max_size=7)
 
 
 @given(OUTCOMES)
-def test_scores_are_those_of_every_subset_of_the_graded_responses(outcomes: str) -> None:
+def test_scores_average_over_every_subset_of_the_graded_responses(outcomes: str) -> None:
     result = problem(outcomes)
     graded = [letter for letter in outcomes if letter not in "te"]
     if not graded:
@@ -72,7 +72,7 @@ def test_scores_are_those_of_every_subset_of_the_graded_responses(outcomes: str)
 
 
 @given(st.text("cxy-", min_size=1, max_size=5))
-def test_the_bootstrapped_vote_is_that_of_every_draw_with_replacement(outcomes: str) -> None:
+def test_the_bootstrapped_vote_averages_over_every_draw_with_replacement(outcomes: str) -> None:
     draws = list(product(outcomes, repeat=len(outcomes)))
     expected = sum(map(winner, draws)) / len(draws)
     assert problem(outcomes).majority_bootstrap(0) == pytest.approx(expected, abs=2.5 / RESAMPLES**0.5)
@@ -89,7 +89,7 @@ def test_without_extracted_answers_there_are_no_votes() -> None:
     assert not [name for name in problem_metrics(problem("cx"), 2, 0, voting=False) if "maj" in name]
 
 
-def test_a_weighted_mean_counts_what_is_graded_by_its_weight() -> None:
+def test_a_weighted_mean_counts_graded_responses_by_their_weight() -> None:
     assert problem("ctx", weights_L=(3.0, 9.0, 1.0)).weighted_mean() == 0.75
     assert problem("ccx").weighted_mean() == problem("ccx").mean()
 
@@ -110,7 +110,7 @@ def test_the_overall_mean_weighs_each_benchmark_by_its_size() -> None:
 
 
 def test_benchmarks_are_resampled_each_to_its_own_size() -> None:
-    """Values that differ between benchmarks only leave nothing to vary."""
+    """If values differ only between benchmarks, resampling changes nothing."""
     flat = estimate([np.zeros(5), np.ones(5)], seed=0)
     assert (flat.low, flat.value, flat.high) == (0.5, 0.5, 0.5)
 
@@ -122,18 +122,18 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         interval.low <= truth <= interval.high
         for interval in (estimate([row.astype(float)], seed=trial) for trial, row in enumerate(draws))
     )
-    # 95% of 200 with a binomial deviation of 3; the percentile bootstrap of 60 problems is a little short.
+    # 95% of 200 trials, binomial deviation 3; the percentile bootstrap of 60 problems is slightly too narrow.
     assert 0.88 < covered / trials < 0.99
 
 
-def test_nothing_to_average_is_nan() -> None:
+def test_the_mean_of_nothing_is_nan() -> None:
     nothing = estimate([np.array([np.nan]), np.array([])], seed=0)
     assert math.isnan(nothing.value)
     assert nothing.problems == 0
     assert estimates([[]], 0) == {}
 
 
-def test_truncated_are_the_responses_that_a_limit_ended() -> None:
+def test_responses_that_a_limit_ended_are_truncated() -> None:
     ends = (Stop.LIMIT, Stop.EOS, Stop.DEPTH, Stop.BOXED)
     lengths = length_metrics([problem("cccc", stops_L=ends, tokens_L=(1, 2, 3, 4))])
     assert lengths["truncated"] == 0.5

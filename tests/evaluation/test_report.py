@@ -1,4 +1,4 @@
-"""report.html and the plot: parsed as a browser would, fed with what a hostile model could write."""
+"""report.html and the plot: parsed as a browser would, with texts that a hostile model could write."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from tests.support.evaluations import answered, config_of, document, prompt_of, record_of
+from tests.support.evaluations import config_of, document, graded_problem, prompt_of, record_of
 from tests.support.hostile import HOSTILE
 from treepo.evaluation.report import page
 from treepo.evaluation.report.page import evaluation_page
@@ -58,19 +58,20 @@ class Page(HTMLParser):
 
 
 def hostile_page(title: str = "out/<b>x</b>") -> tuple[str, dict[str, Any]]:
-    """The page of two benchmarks whose problems and responses are as hostile as can be, and its results."""
+    """The page of two benchmarks with hostile problems and responses, and its results document."""
     config = config_of(title, 4, ("a", "b"), model={"path": "</style><script>m"})
-    answers = {
+    benchmarks = {
         name: [
-            (prompt, answered(prompt, [C, W, N, T], parents=[-1, 0, 0, -1, 3, 3]))
+            (prompt, graded_problem(prompt, [C, W, N, T], parents=[-1, 0, 0, -1, 3, 3]))
             for index, text in enumerate(TEXTS)
             for prompt in [prompt_of(name, index, text=text[:5000], answer=text[:5000])]
         ]
         for name in ("a", "b")
     }
-    results = document(config, answers)
-    prompts = {prompt.id: prompt for problems in answers.values() for prompt, _ in problems}
-    lines = [(record_of(one, prompt), one.tree) for problems in answers.values() for prompt, one in problems]
+    results = document(config, benchmarks)
+    pairs = [pair for problems in benchmarks.values() for pair in problems]
+    prompts = {prompt.id: prompt for prompt, _ in pairs}
+    lines = [(record_of(problem, prompt), problem.tree) for prompt, problem in pairs]
 
     def decode(tokens: np.ndarray) -> str:
         return TEXTS[int(tokens[0]) % len(TEXTS)]
@@ -108,7 +109,7 @@ def test_the_page_refers_to_nothing_outside(hostile: tuple[str, Page]) -> None:
     assert policy.startswith("default-src 'none'")
 
 
-def test_texts_come_back_as_they_were_or_shortened(hostile: tuple[str, Page]) -> None:
+def test_texts_come_back_whole(hostile: tuple[str, Page]) -> None:
     _, parsed = hostile
     problems = json.loads(parsed.scripts[0])["problems"]
     assert len(problems) == 2 * len(TEXTS)
@@ -131,7 +132,7 @@ def test_a_large_run_is_shortened_to_what_a_browser_can_hold(monkeypatch: pytest
     text, _ = hostile_page()
     assert len(text) < len(whole) / 3
     assert "characters left out" in text
-    assert "samples.jsonl has all of them" in text
+    assert "samples.jsonl has them whole" in text
 
 
 def test_the_scores_on_the_page_are_those_of_the_document() -> None:
@@ -141,24 +142,24 @@ def test_the_scores_on_the_page_are_those_of_the_document() -> None:
     assert "all (by size)" in text
 
 
-def test_the_plot_is_xml_whatever_the_runs_are_called() -> None:
+def test_the_plot_is_xml_whatever_the_evaluations_are_called() -> None:
     config = config_of("out", 4)
     prompt = prompt_of("b", 0)
-    results = document(config, {"b": [(prompt, answered(prompt, [C, W, W, C]))]})
+    results = document(config, {"b": [(prompt, graded_problem(prompt, [C, W, W, C]))]})
     svg = accuracy_plot([curve(results, "<&'\">"), curve(results, "second")])
     texts = [node.text for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert "<&'\"> (sequential, n = 4)" in texts
-    nothing = document(config, {"b": [(prompt, answered(prompt, [T, T, T, T]))]})
+    nothing = document(config, {"b": [(prompt, graded_problem(prompt, [T, T, T, T]))]})
     ElementTree.fromstring(accuracy_plot([curve(nothing, "nothing graded")]))
 
 
-def test_k_of_n_samples_cost_their_share_and_a_tree_is_one_point_a_metric() -> None:
+def test_k_of_n_samples_cost_their_share_and_a_tree_is_one_point_for_each_metric() -> None:
     prompt = prompt_of("b", 0)
-    one = [(prompt, answered(prompt, [C, W, W, C]))]
-    points = curve(document(config_of("out", 4), {"b": one}), "x").points
+    sequential = [(prompt, graded_problem(prompt, [C, W, W, C]))]
+    points = curve(document(config_of("out", 4), {"b": sequential}), "x").points
     assert [point.tokens for point in points["pass"]] == [1, 2, 4]
     assert [point.tokens for point in points["maj"]] == [2, 4]
-    in_tree = [(prompt, answered(prompt, [C, W, W, C], parents=[-1, 0, 0, -1, 3, 3]))]
+    in_tree = [(prompt, graded_problem(prompt, [C, W, W, C], parents=[-1, 0, 0, -1, 3, 3]))]
     tree = config_of("out", 4, sampling={"width": 4, "mode": "tree"})
     points = curve(document(tree, {"b": in_tree}), "x").points
     assert {kind: [point.tokens for point in series] for kind, series in points.items()} == {

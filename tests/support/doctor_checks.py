@@ -1,4 +1,4 @@
-"""Checks of every fate, for the processes that the doctor starts: it imports this file by its name."""
+"""Checks that pass, fail, crash, hang and litter; the doctor's child processes import them by name."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 
-from treepo.doctor.outcome import Outcome, failed, passed, skipped
+from treepo.doctor.check import Outcome, failed, passed, skipped
 from treepo.errors import EngineError
 
 

@@ -1,4 +1,4 @@
-"""Finished evaluations without a model: trees of chosen verdicts, and the documents that come of them."""
+"""Finished evaluations without a model: trees with chosen verdicts, and their results documents."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from tests.support.small_trees import tree_of
 from treepo.config.evaluate import EvalConfig
 from treepo.data.prompts import Prompt
-from treepo.evaluation.folder import Answered, problem_result
+from treepo.evaluation.folder import GradedProblem, problem_result
 from treepo.evaluation.results import results_document
 from treepo.rewards.grade import Grade
 from treepo.tree import Tree, Verdict
@@ -44,15 +44,15 @@ def prompt_of(name: str, index: int, text: str = "1 plus 1 = ?", answer: str = "
     return Prompt(id=f"{name}:{index}", tokens=tokens, text=text, answer=answer, source=name)
 
 
-def answered(
+def graded_problem(
     prompt: Prompt,
     verdicts: Sequence[Verdict],
     *,
     parents: Sequence[int] | None = None,
     text: Callable[[int], str] = lambda leaf: f"text {leaf}",
     answer: str = "7",
-) -> Answered:
-    """One leaf a verdict, right below the prompt unless `parents` says otherwise; wrong answers differ."""
+) -> GradedProblem:
+    """A leaf for each verdict, a child of the prompt unless `parents` is given. Wrong answers differ."""
     rewards = [None if not verdict.graded else float(verdict is Verdict.CORRECT) for verdict in verdicts]
     tree = tree_of([-1] * len(verdicts) if parents is None else parents, rewards)
     graded = Tree(prompt.id, prompt.tokens, tree.segments, tree.leaves).graded(
@@ -61,23 +61,23 @@ def answered(
     texts = [text(leaf) for leaf in range(len(verdicts))]
     grades = [Grade(reward, verdict, answer) for reward, verdict in zip(rewards, verdicts, strict=True)]
     classes = [0 if verdict is Verdict.CORRECT else leaf + 1 for leaf, verdict in enumerate(verdicts)]
-    return Answered(graded, texts, grades, classes)
+    return GradedProblem(graded, texts, grades, classes)
 
 
-def record_of(one: Answered, prompt: Prompt) -> dict[str, Any]:
-    """The keys of a line of trees.jsonl that are not the tree's."""
+def record_of(problem: GradedProblem, prompt: Prompt) -> dict[str, Any]:
+    """The keys of a line of trees.jsonl besides the tree's own."""
     return {
         "answer": prompt.answer,
-        "answers": [grade.answer_text for grade in one.grades_L],
-        "classes": list(one.classes_L),
+        "answers": [grade.answer_text for grade in problem.grades_L],
+        "classes": list(problem.classes_L),
     }
 
 
-def document(config: EvalConfig, answers: dict[str, list[tuple[Prompt, Answered]]]) -> dict[str, Any]:
-    """results.json of the answered problems of each benchmark."""
+def document(config: EvalConfig, benchmarks: dict[str, list[tuple[Prompt, GradedProblem]]]) -> dict[str, Any]:
+    """results.json of each benchmark's problems."""
     finished = {
-        name: [problem_result(record_of(one, prompt), one.tree) for prompt, one in problems]
-        for name, problems in answers.items()
+        name: [problem_result(record_of(problem, prompt), problem.tree) for prompt, problem in problems]
+        for name, problems in benchmarks.items()
     }
     counts = {name: len(problems) for name, problems in finished.items()}
     return results_document(config.model_dump(mode="json"), True, finished, counts, {}, COST)

@@ -1,4 +1,4 @@
-"""`treepo doctor`: check this machine."""
+"""`treepo doctor`: checks this machine."""
 
 import time
 from typing import Annotated
@@ -10,30 +10,30 @@ from treepo.errors import EXIT_INTERRUPTED
 
 
 def doctor(
-    json: Annotated[bool, typer.Option("--json", help="One JSON document instead of lines.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Without collectives, engine and trainer: seconds.")
+        bool, typer.Option("--quick", help="Skip collectives, engine and trainer; takes seconds.")
     ] = False,
-    only: Annotated[list[str] | None, typer.Option(help="One check by its name; again for each.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this check only; may be repeated.")] = None,
 ) -> None:
-    """Check this machine: versions, devices, limits, network, and a real engine and trainer on a toy.
+    """Check this machine: versions, devices, limits, network, and a real engine and trainer on a toy model.
 
-    Exit code 1 where a check failed. On every node of a job: srun --label treepo doctor
+    The exit code is 1 if a check failed. On every node of a Slurm job: srun --label treepo doctor
     """
     import socket
 
-    from treepo.display.doctor import show_report, watch
-    from treepo.doctor.checks import chosen
-    from treepo.doctor.examine import examine_all
-    from treepo.doctor.outcome import Report
+    from treepo.display.doctor import show_checks, show_report
+    from treepo.doctor.check import Report
+    from treepo.doctor.checklist import select_checks
+    from treepo.doctor.runner import run_checks
     from treepo.doctor.software import installed_version
 
     started = time.perf_counter()
     console = errors if json else output
     try:
-        results = watch(console, examine_all(chosen(only), quick), lines=not json)
+        results = show_checks(console, run_checks(select_checks(only), quick=quick), lines=not json)
     except KeyboardInterrupt:
-        errors.print("Interrupted. What was started has ended.")
+        errors.print("Interrupted; the check that ran was killed.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     report = Report(socket.gethostname(), installed_version("treepo"), results)
     if json:

@@ -127,8 +127,9 @@ def _compare(folders: list[str], out: Path | None) -> None:
     if len(folders) < 2:
         raise ConfigError(f"--compare: at least two folders are needed, {len(folders)} given")
     from treepo.display.comparison import show_comparison
-    from treepo.evaluation.comparison import compare, read_results
+    from treepo.evaluation.comparison import compare
     from treepo.evaluation.report.plot import accuracy_plot, curve
+    from treepo.evaluation.results import read_results
 
     results = [read_results(Path(folder)) for folder in folders]
     for name, other in zip(folders[1:], results[1:], strict=True):

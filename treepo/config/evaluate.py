@@ -1,7 +1,8 @@
-"""What `treepo eval` needs: a model or a server, benchmarks, how to sample, how to grade.
+"""The configuration of `treepo eval`: a model or a server, benchmarks, sampling, grading.
 
-The defaults are the paper's protocol: temperature 0.6, 16 samples, prompts of at most 2048 tokens, responses
-of at most 16384.
+The defaults are the paper's protocol: 16 samples at temperature 0.6, prompts of at most 2048 tokens,
+responses of at most 16384. The held-out evaluation inside a training run has its own small section,
+`treepo.config.run.HeldoutConfig`.
 """
 
 import json
@@ -22,14 +23,15 @@ class EvalModelConfig(Section):
     """A model folder, or a running server."""
 
     path: PathField | None = None
-    """A Hugging Face folder, served by engines that the evaluation starts and ends."""
+    """A Hugging Face folder, served by engines that the evaluation starts and stops."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of those engines' weights."""
+    """Data type of the engines' weights."""
     url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+(/\S*)?$")
-    """A running SGLang server, for example `http://127.0.0.1:30000`, in place of `path`."""
+    """A running SGLang server, for example `http://127.0.0.1:30000`, instead of `path`."""
     tokenizer: PathField | None = None
-    """The folder of the server's tokenizer, where the model path that the server reports cannot be read
-    here."""
+    """The folder of the server's tokenizer, needed if the model path that the server reports does not exist
+    on this machine.
+    """
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
@@ -40,22 +42,23 @@ class EvalModelConfig(Section):
             raise ValueError(f"{given}; exactly one of path and url is needed")
         if self.tokenizer is not None and self.url is None:
             raise ValueError(
-                f"tokenizer = {self.tokenizer} does nothing with path = {self.path}, which has its own; "
-                "url is allowed"
+                f"tokenizer = {self.tokenizer} has no effect: the model at path = {self.path} has its own; "
+                "set tokenizer only with url"
             )
         return self
 
 
 class BenchmarkConfig(Section):
     path: PathField
-    """Problems: .jsonl or .parquet."""
+    """A file of problems: .jsonl or .parquet."""
     name: str = Field(default="", pattern=r"^[\w.-]*$")
-    """Its name in tables and problem ids; by default the file's name without its ending."""
+    """Its name in tables and problem ids; by default the file's name without its extension."""
     columns: ColumnsConfig = ColumnsConfig()
-    """Column names of `path`. By default the map in treepo/data/columns that is named as the file is, if there is
-    one, else those of m-a-p/TreePO_data."""
+    """Column names of `path`. By default the map in treepo/data/columns with the file's name, or, if none has
+    it, the columns of m-a-p/TreePO_data.
+    """
     max_problems: int | None = Field(default=None, ge=1)
-    """Only the first so many usable problems; `data.max_problems` by default."""
+    """Evaluate only this many usable problems, from the first on; `data.max_problems` by default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,7 +74,7 @@ class BenchmarkConfig(Section):
 
     @property
     def shipped_map(self) -> str | None:
-        """The name of the map in treepo/data/columns that the columns are those of."""
+        """The name of the map in treepo/data/columns that these columns are from, None if there is none."""
         stem = self.path.stem
         return (
             stem if stem in shipped_columns() and ColumnsConfig.model_validate(stem) == self.columns else None
@@ -80,18 +83,21 @@ class BenchmarkConfig(Section):
 
 class BenchmarksConfig(Section):
     benchmarks: list[BenchmarkConfig] = Field(min_length=1)
-    """The files of problems."""
+    """The benchmarks."""
     max_problems: int | None = Field(default=None, ge=1)
-    """Only the first so many usable problems of each; all of them by default."""
+    """Evaluate only this many usable problems of each benchmark, from the first on; all by default."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
-    """Most tokens in one prompt, chat template included."""
+    """Maximum tokens of a prompt, chat template included."""
     system_prompt: str | None = None
-    """Prepended as a system message where set, in place of the row's own."""
+    """A system message for every prompt, in place of the row's own."""
     chat_template: bool = True
-    """Apply the tokenizer's chat template. Without it a prompt is its messages' text, one blank line between
-    them, as for a tokenizer that has none."""
+    """Apply the tokenizer's chat template. If false, or if the tokenizer has no template, a prompt is the
+    text of its messages, separated by blank lines.
+    """
     bad_rows: Literal["error", "skip"] = "error"
-    """A row that cannot be used (no prompt, no answer, too long) ends the run, or is counted and skipped."""
+    """A row without prompt or answer, or one that is too long, is an error (`error`) or is counted and
+    skipped (`skip`).
+    """
 
     @field_validator("benchmarks")
     @classmethod
@@ -105,7 +111,7 @@ class BenchmarksConfig(Section):
         return benchmarks
 
     def prompts(self) -> PromptsConfig:
-        """What makes a row of any benchmark usable."""
+        """The rules by which a row of any benchmark is usable."""
         return PromptsConfig(
             max_prompt_tokens=self.max_prompt_tokens,
             system_prompt=self.system_prompt,
@@ -114,28 +120,29 @@ class BenchmarksConfig(Section):
 
 
 class EvalStopsConfig(StopsConfig):
-    """When a path ends, as an evaluation is usually done: at the end of sequence or the limit only."""
+    """When a path ends: by default only at the end of sequence or at a limit, as is usual in evaluations."""
 
     boxed: Literal["end", "with_eos", "off"] = "with_eos"
-    """`with_eos`: only the end of sequence ends a response, and one with a box then counts as boxed. `end`: a
-    complete box ends the path at the next segment boundary. `off`: boxes are not looked for."""
+    """`with_eos`: a box does not end a response, but at the end of sequence its stop reason is `boxed`.
+    `end`: a complete box ends the path at the next segment boundary. `off`: boxes are ignored.
+    """
     repetition: RepetitionConfig = RepetitionConfig(check="off")
-    """Paths that loop; not looked for by default."""
+    """Detection of paths that loop; off by default."""
 
 
 class EvalSamplingConfig(SamplingConfig):
-    """The keys of training's `sampling`, with an evaluation's defaults."""
+    """The keys of `sampling` in training, with defaults for evaluations."""
 
     mode: Literal["tree", "sequential"] = "sequential"
-    """`sequential`: `width` independent samples of each problem; or `tree`."""
+    """`sequential`: `width` independent samples of each problem. `tree`: the `width` leaves of a tree."""
     max_depth: int = Field(default=32, ge=1)
-    """Most segments on one path; not looked at in `sequential` mode."""
+    """Maximum segments of a path; ignored in `sequential` mode."""
     width: int = Field(default=16, ge=1)
-    """Samples (trajectories, leaves) of each problem."""
+    """Responses to each problem."""
     max_response_tokens: int = Field(default=16384, ge=1)
-    """Most tokens in one response."""
+    """Maximum tokens of a response."""
     temperature: float = Field(default=0.6, ge=0)
-    """Softmax temperature of sampling; 0 takes the likeliest token each time."""
+    """Sampling temperature; 0 always takes the most likely token."""
     stops: EvalStopsConfig = EvalStopsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
     """When a path ends."""
 
@@ -143,43 +150,46 @@ class EvalSamplingConfig(SamplingConfig):
     def _greedy_once(self) -> Self:
         if self.temperature == 0 and self.width > 1:
             raise ValueError(
-                f"temperature = 0 gives the same response each time, and width = {self.width} asks for "
-                "several; width = 1 is allowed"
+                f"temperature = 0 gives the same response every time, but width = {self.width} asks for "
+                "several; set width = 1"
             )
         return self
 
 
 class EvalEngineConfig(EngineConfig):
-    """Engines of the evaluation's own."""
+    """The engines that the evaluation starts."""
 
     count: int | None = Field(default=None, ge=1)  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
-    """Engines; each holds the whole model. By default as many as the GPUs hold, and one without any."""
+    """Number of engines, each with the whole model. By default as many as fit on the GPUs, or one on the CPU.
+    """
 
     def on(self, gpus: int) -> EngineConfig:
-        """With a number of engines, on a machine or cluster with so many GPUs."""
+        """The configuration for a machine or cluster with a number of GPUs, `count` filled in."""
         count = self.count or max(gpus // self.tensor, 1)
         return EngineConfig.model_validate(self.model_dump() | {"count": count})
 
 
 class EvalConfig(Section):
     out: PathField
-    """The folder to write to, and to go on from: results, samples, trees, report, config, log."""
+    """The folder for results, samples, trees, report, configuration and log. An interrupted evaluation
+    resumes from it.
+    """
     seed: int = Field(default=0, ge=0)
-    """Of everything random: sampling, as far as the engine does, and bootstraps."""
+    """Seed of the bootstraps, and of sampling as far as the engine is deterministic."""
     model: EvalModelConfig
-    """What is evaluated."""
+    """The model to evaluate."""
     data: BenchmarksConfig
-    """The problems."""
+    """The benchmarks, and which of their rows are used."""
     sampling: EvalSamplingConfig = EvalSamplingConfig()
-    """How each problem is answered; a schedule stands at its first step."""
+    """How responses are sampled; a schedule stays at its first step."""
     reward: RewardConfig = RewardConfig()
     """Grading."""
     engine: EvalEngineConfig = EvalEngineConfig()
-    """The sampler; of a running server only `request_seconds` counts."""
+    """The engines; for a running server only `request_seconds` is used."""
 
 
 def grades_mathematics(reward: RewardConfig) -> bool:
-    """Whether math-verify grades, so that there are extracted answers to vote with."""
+    """Whether math-verify grades, which extracts the answers that majority votes need."""
     return reward.function is None and reward.url is None
 
 
@@ -198,9 +208,9 @@ _KEYS = {
 
 
 def overrides_of(options: Mapping[str, Any]) -> list[str]:
-    """The command's options as `a.b=c` overrides; those that are None were not given.
+    """Translate the options of `treepo eval` into `a.b=c` overrides. An option that is None was not given.
 
-    `model` is a folder or a URL, `data` a list of files, `tree` true or false; the others stand for one key.
+    model: a folder or a URL. data: a list of files. tree: a boolean. Every other option stands for one key.
     """
     values: dict[str, Any] = {}
     for name, value in options.items():

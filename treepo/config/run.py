@@ -24,7 +24,7 @@ class ModelConfig(Section):
     """Of the parameters in the trainer (with float32 master weights) and in the engines."""
 
 
-class EvaluationConfig(Section):
+class HeldoutConfig(Section):
     samples: int = Field(default=1, ge=1)
     """Sequential samples of each held-out prompt."""
     temperature: float = Field(default=1.0, gt=0)
@@ -59,7 +59,7 @@ class RunConfig(Section):
     """The SGLang engines."""
     weights: WeightsConfig = WeightsConfig()
     """How the trainer's weights reach the engines."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: HeldoutConfig = HeldoutConfig()
     """Held-out accuracy before and after training."""
     log_prob_check: LogProbCheckConfig = LogProbCheckConfig()
     """The check before the first step that trainer and engines agree."""

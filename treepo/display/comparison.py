@@ -1,4 +1,4 @@
-"""What a person sees of `treepo eval --compare`."""
+"""Terminal output of `treepo eval --compare`: a table of paired differences."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from treepo.evaluation.comparison import Difference
 
 
 def show_comparison(console: Console, first: str, second: str, differences: Sequence[Difference]) -> None:
-    """Paired differences as a table."""
+    """Print a table of A = `first` and B = `second`. A difference is bold if its interval excludes 0."""
     console.print(f"A: {escape(first)}\nB: {escape(second)}", highlight=False, soft_wrap=True)
     title = "Percent, over the problems that both have"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

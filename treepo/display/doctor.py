@@ -1,4 +1,4 @@
-"""What a person sees of `treepo doctor`: a line a check as it ends, below them which one runs."""
+"""Terminal output of `treepo doctor`: a line for each check that has ended, below them the one that runs."""
 
 from collections.abc import Iterable
 
@@ -7,22 +7,26 @@ from rich.markup import escape
 from rich.progress import SpinnerColumn, TextColumn
 
 from treepo.display.live import live_progress
-from treepo.doctor.checks import CHECKS, Check
-from treepo.doctor.outcome import Report, Result, Status
+from treepo.doctor.check import Check, CheckResult, Report, Status
+from treepo.doctor.checklist import CHECKS
 
 _STYLES = {Status.PASS: "green", Status.FAIL: "bold red", Status.SKIP: "dim"}
 _WIDTH = max(len(check.name) for check in CHECKS)
 
 
-def watch(console: Console, steps: Iterable[tuple[Check, Result | None]], *, lines: bool) -> list[Result]:
-    """Follow the checks to their end. lines: whether results are shown too, or only the one that runs."""
-    results: list[Result] = []
+def show_checks(
+    console: Console, steps: Iterable[tuple[Check, CheckResult | None]], *, lines: bool
+) -> list[CheckResult]:
+    """Run through the checks and return their results. lines: print a line for each; without them only the
+    check that runs is shown.
+    """
+    results: list[CheckResult] = []
     progress = live_progress(console, SpinnerColumn(), TextColumn("{task.description}"))
     task = progress.add_task("", total=None)
     with progress:
         for check, result in steps:
             if result is None:
-                progress.reset(task, description=f"{check.name}, at most {check.seconds:g} s")
+                progress.reset(task, description=f"{check.name}, at most {check.deadline:g} s")
                 continue
             results.append(result)
             if lines:
@@ -30,8 +34,8 @@ def watch(console: Console, steps: Iterable[tuple[Check, Result | None]], *, lin
     return results
 
 
-def show_result(console: Console, result: Result) -> None:
-    """One line; a failure's remedy and what a crashed check printed below it."""
+def show_result(console: Console, result: CheckResult) -> None:
+    """One line; below it a failure's remedy, and the last output of a check that crashed."""
     outcome, indent = result.outcome, " " * (_WIDTH + 6)
     style = _STYLES[outcome.status]
     seconds = f" [dim]({result.seconds:.0f} s)[/dim]" if result.seconds >= 1 else ""
@@ -46,6 +50,7 @@ def show_result(console: Console, result: Result) -> None:
 
 
 def show_report(console: Console, report: Report, seconds: float) -> None:
+    """The last line: how many checks passed, failed and were skipped."""
     failures = report.count(Status.FAIL)
     console.print(
         f"{report.host}: {report.count(Status.PASS)} passed, {failures} failed, "

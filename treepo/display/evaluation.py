@@ -1,4 +1,4 @@
-"""What a person sees of `treepo eval`: a bar in a terminal, a line every tenth elsewhere, tables."""
+"""Terminal output of `treepo eval`: a progress bar (a line every tenth outside a terminal), then tables."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +12,17 @@ from rich.table import Table
 
 from treepo.data.inputs import EvaluationInputs
 from treepo.data.output_folder import CONFIG, LOG, TREES
-from treepo.display.live import LiveDisplay, show_written
-from treepo.evaluation.folder import PLOT, REPORT, RESULTS, SAMPLES
+from treepo.display.live import LiveDisplay, show_written, value_table
+from treepo.evaluation.folder import PLOT, REPORT, SAMPLES
 from treepo.evaluation.metrics import ProblemResult
-from treepo.evaluation.report.page import headline_metrics, parts, percent
+from treepo.evaluation.results import RESULTS, percent_and_interval, score_columns, score_rows
 from treepo.rollout.driver import Stats
 
-_LINES = 10  # where nothing is live
-_FAILURES = 5  # that the table spells out
+_FAILURES = 5  # shown in the table
 
 
 class EvaluationDisplay(LiveDisplay):
-    """A `Reporter` (treepo.evaluation.evaluate) that draws; a context manager around the evaluation."""
+    """The `Reporter` of treepo.evaluation.evaluate; a context manager around the evaluation."""
 
     def __init__(self, console: Console, title: str, inputs: EvaluationInputs) -> None:
         super().__init__(
@@ -36,9 +35,8 @@ class EvaluationDisplay(LiveDisplay):
         )
         self._inputs = inputs
         self._task = self.progress.add_task("read", total=None, numbers="")
-        self._problems = self._done = 0
-        self._results: list[ProblemResult] = []
-        self._failed = 0
+        self._problems = self._done = self._failed = 0
+        self._graded = self._correct = 0  # responses
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -67,30 +65,27 @@ class EvaluationDisplay(LiveDisplay):
         if result is None:
             self._failed += 1
         else:
-            self._results.append(result)
-        graded = sum(done.graded for done in self._results)
-        right = sum(done.correct for done in self._results)
-        numbers = f"{right / graded:.1%} right  " if graded else ""
+            self._graded += result.graded
+            self._correct += result.correct
+        numbers = f"{self._correct / self._graded:.1%} correct  " if self._graded else ""
         numbers += f"{stats.decoded_tokens:,} tokens decoded  {stats.decoded_tokens / seconds:.0f} tokens/s"
         if self._failed:
             numbers += f"  {self._failed} failed"
         self.progress.update(self._task, completed=self._done, numbers=numbers)
-        if (
-            not self.live
-            and self._done * _LINES // self._problems > (self._done - 1) * _LINES // self._problems
-        ):
-            self._line(f"{self._done}/{self._problems} problems  {numbers}")
+        self.line_every_tenth(
+            self._done, self._problems, escape(f"{self._done}/{self._problems} problems  {numbers}")
+        )
 
     def _line(self, text: str) -> None:
         self.line(escape(text))
 
 
 def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) -> None:
-    """The end of an evaluation: scores with their intervals, cost, where it is."""
+    """The end of an evaluation: scores with their intervals, cost, files."""
     console.print(_scores(results))
     console.print(_cost(results))
     files = (
-        (REPORT, "to look at: open it in a browser, no network needed"),
+        (REPORT, "the report: open it in a browser, no network needed"),
         (RESULTS, "every number, with all settings"),
         (SAMPLES, "every response: verdict, extracted answer, text"),
         (TREES, "every problem's tree, with log-probs and verdicts"),
@@ -102,23 +97,21 @@ def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) 
 
 
 def _scores(results: Mapping[str, Any]) -> Table:
-    sampling = results["settings"]["sampling"]
-    tree = sampling["mode"] == "tree"
-    metrics = headline_metrics(results["overall"]["metrics"], sampling["width"], tree=tree)
+    metrics = score_columns(results)
     title = "Scores in percent, below them the 95% interval over problems"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     ungraded = results["overall"]["verdicts"]["timeout"] + results["overall"]["verdicts"]["error"]
-    for head in ("problems", *metrics.values(), "tokens", "cut off", *(["ungraded"] if ungraded else [])):
+    for head in ("problems", *metrics.values(), "tokens", "truncated", *(["ungraded"] if ungraded else [])):
         table.add_column(head, justify="right", no_wrap=True)
-    for index, row in enumerate(parts(results)):
+    for index, row in enumerate(score_rows(results)):
         if index and index == len(results["benchmarks"]):
             table.add_section()
         verdicts, tokens = row["verdicts"], row["response_tokens"]
         table.add_row(
             escape(row["name"]),
             f"{row['finished']}/{row['problems']}",
-            *(_percent(row["metrics"].get(name)) for name in metrics),
+            *(_two_lines(row["metrics"].get(name)) for name in metrics),
             "–" if tokens["mean"] is None else f"{tokens['mean']:.0f}",
             "–" if tokens["truncated"] is None else f"{tokens['truncated']:.0%}",
             *([str(verdicts["timeout"] + verdicts["error"])] if ungraded else []),
@@ -126,18 +119,14 @@ def _scores(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _percent(estimate: Mapping[str, float | None] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    value, low, high = (percent(estimate[name] or 0.0) for name in ("value", "low", "high"))
-    return f"[bold]{value}[/bold]\n[dim]{low}–{high}[/dim]"
+def _two_lines(estimate: Mapping[str, float | None] | None) -> str:
+    text = percent_and_interval(estimate)
+    return "–" if text is None else f"[bold]{text[0]}[/bold]\n[dim]{text[1]}[/dim]"
 
 
 def _cost(results: Mapping[str, Any]) -> Table:
     cost, tokens = results["cost"], results["overall"]["tokens"]
-    table = Table(title="What it took", title_justify="left", show_header=False, pad_edge=False)
-    table.add_column(justify="left")
-    table.add_column(justify="right")
+    table = value_table("What it took")
     table.add_row("tokens decoded", f"{cost['decoded_tokens']:,}")
     if tokens["total"] > tokens["unique"]:
         ratio = tokens["total"] / tokens["unique"]

@@ -1,6 +1,6 @@
-"""The frame of what a person sees of a command: a title, lines, a live status below them, tables at the end.
+"""The parts of every command's terminal output: a title, lines, a live status below them, tables at the end.
 
-Where the output is not a terminal, or is one without cursor movement, only lines and tables are left.
+If the output is not a terminal, or is one without cursor movement, there is no live status.
 """
 
 from collections.abc import Iterable
@@ -12,21 +12,25 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TimeElapsedColumn
 from rich.table import Table
 
+_TENTHS = 10
+
 
 def is_live(console: Console) -> bool:
-    """Whether a status can be redrawn in place."""
+    """Whether a status line can be redrawn in place."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 def live_progress(console: Console, *columns: str | ProgressColumn) -> Progress:
-    """These columns and the time elapsed, gone when it stops; nothing where the output is not live."""
+    """A progress bar of these columns and the time elapsed. It disappears when it stops; without a live
+    console it draws nothing.
+    """
     return Progress(
         *columns, TimeElapsedColumn(), console=console, transient=True, disable=not is_live(console)
     )
 
 
 class LiveDisplay:
-    """A context manager around a command: prints `title`, then keeps `progress` below what is printed."""
+    """A context manager around a command: prints `title`, then keeps `progress` below all printed lines."""
 
     def __init__(self, console: Console, title: str, *columns: str | ProgressColumn) -> None:
         self.live = is_live(console)
@@ -48,12 +52,17 @@ class LiveDisplay:
         self.progress.stop()
 
     def line(self, text: str, style: str | None = None) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._console.print(text, style=style, highlight=False, soft_wrap=True)
+
+    def line_every_tenth(self, done: int, total: int, text: str) -> None:
+        """In place of a progress bar: without a live console, print `text` once for each tenth of `total`."""
+        if not self.live and done * _TENTHS // total > (done - 1) * _TENTHS // total:
+            self.line(text)
 
 
 def value_table(title: str) -> Table:
-    """Names on the left, values on the right."""
+    """A table of names on the left and values on the right."""
     table = Table(title=title, title_justify="left", show_header=False, pad_edge=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
@@ -61,8 +70,8 @@ def value_table(title: str) -> Table:
 
 
 def show_written(console: Console, folder: Path, files: Iterable[tuple[str, str]]) -> None:
-    """What each file in `folder` is."""
+    """List the files in `folder` with their meaning."""
     table = Table(title=f"Written to {folder}/", title_justify="left", show_header=False, box=None)
-    for name, what in files:
-        table.add_row(name, what)
+    for name, meaning in files:
+        table.add_row(name, meaning)
     console.print(table, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a person sees of `treepo rollout`: a bar in a terminal, a line every tenth elsewhere, a table."""
+"""Terminal output of `treepo rollout`: a progress bar (a line every tenth outside a terminal), a table."""
 
 from pathlib import Path
 from typing import Self
@@ -11,12 +11,11 @@ from treepo.display.live import LiveDisplay, show_written, value_table
 from treepo.rollout.driver import Stats
 from treepo.rollout.sample_file import Summary
 
-_LINES = 10  # where nothing is live
-_FAILURES = 5  # that the table spells out
+_FAILURES = 5  # shown in the table
 
 
 class RolloutDisplay(LiveDisplay):
-    """A `Reporter` (treepo.rollout.sample_file) that draws; a context manager around the rollout."""
+    """The `Reporter` of treepo.rollout.sample_file; a context manager around the rollout."""
 
     def __init__(self, console: Console, title: str) -> None:
         super().__init__(
@@ -48,12 +47,11 @@ class RolloutDisplay(LiveDisplay):
         if stats.failed_trees:
             numbers += f"  {stats.failed_trees} failed"
         self.progress.update(self._task, completed=done, numbers=numbers)
-        if not self.live and done * _LINES // self._prompts > (done - 1) * _LINES // self._prompts:
-            self.line(f"{done}/{self._prompts} trees  {numbers}")
+        self.line_every_tenth(done, self._prompts, f"{done}/{self._prompts} trees  {numbers}")
 
 
 def show_rollout(console: Console, summary: Summary, folder: Path) -> None:
-    """The end of a rollout: what was sampled, what it cost, where it is."""
+    """The end of a rollout: its numbers, its cost, its files."""
     table = value_table("What was sampled")
     table.add_row("trees", f"{summary.trees} of {summary.prompts} prompts")
     table.add_row("leaves", f"{summary.leaves:,}")

@@ -1,4 +1,4 @@
-"""Python and the installed packages, against what this package's own metadata asks for."""
+"""Compares Python and the installed packages with the requirements in this package's metadata."""
 
 import importlib.metadata as metadata
 import importlib.util
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from treepo.doctor.outcome import Outcome, failed, passed, skipped, verdict
+from treepo.doctor.check import Outcome, failed, passed, passed_if, skipped
 
 _PACKAGE = "treepo"
 _REINSTALL = "install into a new environment: make setup, or pip install -c constraints.txt treepo"
-_NOT_INSTALLED = f"{_PACKAGE} is not installed as a package: nothing says what it needs"
+_NOT_INSTALLED = f"{_PACKAGE} is not installed as a package, so its requirements are unknown"
 
 
 def python() -> Outcome:
-    """The interpreter's version."""
+    """The interpreter's version must be one that this package supports."""
     try:
         wanted = metadata.metadata(_PACKAGE)["Requires-Python"]
     except metadata.PackageNotFoundError:
@@ -27,11 +27,11 @@ def python() -> Outcome:
 def judge_python(version: str, wanted: str) -> Outcome:
     good = SpecifierSet(wanted).contains(version, prereleases=True)
     found = f"{version} ({platform.machine()})" if good else f"{version}, needs {wanted}"
-    return verdict(good, found, f"make an environment with a Python {wanted}: uv venv --python 3.12")
+    return passed_if(good, found, f"make an environment with Python {wanted}: uv venv --python 3.12")
 
 
 def packages() -> Outcome:
-    """What is installed against what this package requires."""
+    """Every requirement of this package must be installed in a version that it allows."""
     try:
         requirements = metadata.requires(_PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -40,8 +40,10 @@ def packages() -> Outcome:
 
 
 def judge_packages(requirements: Iterable[str], installed: Callable[[str], str | None]) -> Outcome:
-    """installed: the version of a distribution, None where there is none. Local parts of a version, as in
-    2.11.0+cu130, satisfy a pin without one.
+    """installed: returns a distribution's version, None if it is not installed.
+
+    A local version such as 2.11.0+cu130 satisfies a pin without one. If all is well the outcome lists the
+    pinned packages.
     """
     pinned, wrong = [], []
     for requirement in map(Requirement, requirements):
@@ -54,11 +56,11 @@ def judge_packages(requirements: Iterable[str], installed: Callable[[str], str |
             wrong.append(f"{requirement.name} is {version} (needs {requirement.specifier})")
         elif any(part.operator == "==" for part in requirement.specifier):
             pinned.append(f"{requirement.name} {version}")
-    return verdict(not wrong, ", ".join(wrong or pinned), _REINSTALL)
+    return passed_if(not wrong, ", ".join(wrong or pinned), _REINSTALL)
 
 
 def installed_version(name: str) -> str | None:
-    """Of a distribution; None where there is none."""
+    """A distribution's version, None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -66,8 +68,10 @@ def installed_version(name: str) -> str | None:
 
 
 def transformer_engine() -> Outcome:
-    """Whether Megatron-Core's layers can be Transformer Engine's. Without it training works, more slowly; one
-    that cannot be imported, also for want of a driver, stops Megatron-Core and SGLang.
+    """Transformer Engine must be importable if it is installed.
+
+    Training works without it, more slowly. A broken installation, or one without a driver, stops
+    Megatron-Core and SGLang.
     """
     import torch
 
@@ -75,9 +79,9 @@ def transformer_engine() -> Outcome:
         if not torch.cuda.is_available():
             return skipped("no GPU: Megatron-Core's own layers are used")
         return skipped(
-            "not installed: Megatron-Core's own layers are used, which are slower",
-            "the image has it; docs/docker.md says how it is built",
+            "not installed: Megatron-Core's own layers, which are slower, are used",
+            "the Docker image has it; docs/docker.md says how to build it",
         )
-    import transformer_engine.pytorch  # type: ignore  # noqa: F401  # of CUDA machines
+    import transformer_engine.pytorch  # type: ignore  # noqa: F401  # on CUDA machines only
 
     return passed(metadata.version("transformer-engine"))

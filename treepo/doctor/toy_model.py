@@ -1,6 +1,7 @@
-"""A model that is small enough to make on the spot, and what transformers computes with it.
+"""A toy model with random weights, and its log-probs according to transformers.
 
-Random weights: a check asks whether two computations agree, not whether the model is any good.
+The engine and trainer checks compare their log-probs with these: they ask whether two computations agree, not
+whether the model is good.
 """
 
 from pathlib import Path
@@ -11,22 +12,23 @@ from torch import Tensor
 
 from treepo.toy.warmstart import new_model
 
-_BEFORE, _AFTER = 0, 1  # seeds
+_OLD, _NEW = 0, 1  # seeds
 
-
-# Of a log-prob near -5.6 between two implementations. Seen on a CPU: 1e-6, and 0.005 in bfloat16, which
-# rounds logits to 1/256 of themselves. The log-probs of the two seeds differ by 1.
+# Between two implementations' values of one log-prob, about -5.6. Observed on a CPU: 1e-6, and 0.005 in
+# bfloat16, which rounds a logit to 1/256 of itself. Log-probs of the two seeds differ by 1.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 
 
-def dtype_here() -> str:
-    """What engines and trainers of this machine compute in: GPU kernels are not made for float32."""
+def native_dtype() -> str:
+    """bfloat16 on GPUs, whose kernels are not made for float32; float32 on CPUs."""
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 class Toy:
-    """The model of one seed in `folder`, and that of another to change its weights to. dtype: of engine and
-    trainer. tolerance: of a log-prob between two of its implementations. tokens: something to score.
+    """A model in `folder`, and the weights of another seed to update it to.
+
+    dtype: of engine and trainer. tolerance: the largest difference of a log-prob between two implementations.
+    tokens: int32 [T], a random sequence to compute log-probs of.
     """
 
     def __init__(self, folder: Path, dtype: str) -> None:
@@ -34,23 +36,23 @@ class Toy:
         self.tolerance = _TOLERANCE[dtype]
         self.folder = folder
         self.tokens = np.random.default_rng(0).integers(0, 256, 48).astype(np.int32)
-        new_model(_BEFORE).save_pretrained(folder)
+        new_model(_OLD).save_pretrained(folder)
 
     def new_weights(self) -> dict[str, Tensor]:
-        """Those of the other seed."""
-        weights = new_model(_AFTER).state_dict()
+        """The weights of the other seed, by Hugging Face name."""
+        weights = new_model(_NEW).state_dict()
         return {name: tensor.to(getattr(torch, self.dtype)) for name, tensor in weights.items()}
 
     def log_probs(self, tokens: np.ndarray, *, new: bool = False) -> np.ndarray:
-        """float32 [T-1], each token's but the first given those before it."""
-        # Rounded to the dtype first: what is compared is the computation.
-        model = new_model(_AFTER if new else _BEFORE).to(getattr(torch, self.dtype)).float()
+        """float32 [T-1]: of each token but the first, given those before it."""
+        # Rounded to the dtype first, so that only the computation differs.
+        model = new_model(_NEW if new else _OLD).to(getattr(torch, self.dtype)).float()
         path = torch.from_numpy(tokens).long()
         with torch.no_grad():
-            scores = model(path[None]).logits[0, :-1].log_softmax(-1)
-        return scores.gather(1, path[1:, None])[:, 0].numpy()
+            log_probs = model(path[None]).logits[0, :-1].log_softmax(-1)
+        return log_probs.gather(1, path[1:, None])[:, 0].numpy()
 
 
-def difference(scores: np.ndarray, others: np.ndarray) -> float:
-    """The largest of any token."""
-    return float(np.abs(scores - others).max())
+def max_difference(log_probs: np.ndarray, others: np.ndarray) -> float:
+    """The largest absolute difference over tokens; nan if any value is nan."""
+    return float(np.abs(log_probs - others).max())

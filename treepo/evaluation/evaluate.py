@@ -16,11 +16,11 @@ from treepo.config.evaluate import EvalConfig, grades_mathematics
 from treepo.data.inputs import EvaluationInputs
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
-from treepo.evaluation.folder import PLOT, REPORT, RESULTS, Answered, EvaluationFolder, Spent
+from treepo.evaluation.folder import PLOT, REPORT, EvaluationFolder, GradedProblem, SessionCost
 from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.report.page import evaluation_page
 from treepo.evaluation.report.plot import accuracy_plot, curve
-from treepo.evaluation.results import results_document
+from treepo.evaluation.results import RESULTS, results_document
 from treepo.protocols import EnginePool
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
@@ -81,7 +81,7 @@ async def evaluate(
     return results
 
 
-def total_cost(spent: Mapping[int, Spent], finished: Sequence[ProblemResult]) -> dict[str, float]:
+def total_cost(spent: Mapping[int, SessionCost], finished: Sequence[ProblemResult]) -> dict[str, float]:
     """Cost of all sessions together, without the unfinished problems of a killed session."""
     seconds = sum(session.seconds for session in spent.values())
     decoded = sum(session.decoded_tokens for session in spent.values())
@@ -175,12 +175,12 @@ class _Session:
         else:
             classes = [NO_VOTE] * len(texts)  # the user's own grader extracts no answer
         graded = tree.graded([(grade.reward, grade.verdict) for grade in grades])
-        answered = Answered(graded, texts, grades, classes)
+        answered = GradedProblem(graded, texts, grades, classes)
         self._report(self.folder.write(answered, self._spent(session)))
 
-    def _spent(self, session: int) -> Spent:
+    def _spent(self, session: int) -> SessionCost:
         stats = self.driver.stats
-        return Spent(
+        return SessionCost(
             session=session,
             engines=self.engines,
             seconds=time.perf_counter() - self.started,

@@ -1,16 +1,16 @@
 # ruff: noqa: N815 - the suffix names the dimension (CONTRIBUTING.md)
-"""The files of an evaluation, and how it goes on after it was killed.
+"""The files of an evaluation, and how it resumes after a kill.
 
     config.yaml      the effective configuration
-    samples.jsonl    one line a response: text, verdict, extracted answer, tokens, why it ended
+    samples.jsonl    one line a response: text, verdict, extracted answer, tokens, stop reason
     trees.jsonl      one line a problem (treepo.tree.to_json), with verdicts, votes, and the cost so far
     results.json     every number, with all settings
-    report.html      the same to look at, with every problem
+    report.html      the same as a page, with every problem
     accuracy.svg     accuracy against compute
-    log.txt          what it said on the way
+    log.txt          the log
 
-A problem is finished when its line in trees.jsonl is whole; its samples are written before that. What a
-killed evaluation left behind is cut back to its finished problems.
+A problem is finished once its line in trees.jsonl is complete; its samples are written before. Opening the
+folder of a killed evaluation drops everything that belongs to unfinished problems.
 """
 
 import json
@@ -36,15 +36,15 @@ from treepo.learning.forest import Forest
 from treepo.rewards.grade import Grade
 from treepo.tree import Tree, from_json, to_json
 
-SAMPLES, RESULTS, REPORT, PLOT = "samples.jsonl", "results.json", "report.html", "accuracy.svg"
-_MAY_CHANGE = ("out", "engine.", "reward.workers")  # keys, by how they begin: what is computed stays
-_KEYS = ("model", "answer", "answers", "classes", "spent")  # of a line of trees.jsonl, beside the tree's own
-_PART = ".part"
+SAMPLES, REPORT, PLOT = "samples.jsonl", "report.html", "accuracy.svg"
+_MAY_CHANGE = ("out", "engine.", "reward.workers")  # prefixes of the keys that no number depends on
+_KEYS = ("model", "answer", "answers", "classes", "spent")  # of a line of trees.jsonl, besides the tree's own
+_PART = ".part"  # the suffix of a file that is being written
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
-    """What one session (a process that sampled) has cost up to a moment. engines: devices that it held."""
+class SessionCost:
+    """The cost so far of one session, a process that sampled. engines: the number that it held."""
 
     session: int
     engines: int
@@ -57,8 +57,11 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answered:
-    """One problem's graded tree. texts_L, grades_L, classes_L: in the order of the tree's leaves."""
+class GradedProblem:
+    """One problem's graded tree. texts_L, grades_L, classes_L: one for each of the tree's leaves, in order.
+
+    classes_L: as in `ProblemResult`.
+    """
 
     tree: Tree
     texts_L: Sequence[str]
@@ -67,19 +70,24 @@ class Answered:
 
 
 class EvaluationFolder:
-    """A context manager. results: of the finished problems, by id. spent: the last word of each session."""
+    """A context manager that appends finished problems to the files.
+
+    results: of the finished problems, by id. spent: the cost of each session when it finished its last
+    problem.
+    """
 
     def __init__(
         self, config: EvalConfig, prompts: Mapping[str, Prompt], model: str, *, anew: bool = False
     ) -> None:
-        """model: tells one model from another, whatever its path.
+        """Open the folder and recover its finished problems.
 
-        Raises ConfigError where the folder holds another evaluation or something else, and `anew` is not set:
-        then its files are moved into `previous-N/`.
+        model: a fingerprint of the weights, independent of their path. anew: move the files of an earlier
+        evaluation into `previous-N/` and start over. Without it, raises ConfigError if they are of another
+        evaluation. Raises ConfigError for a folder of anything else.
         """
         self.path = config.out
         self.results: dict[str, ProblemResult] = {}
-        self.spent: dict[int, Spent] = {}
+        self.spent: dict[int, SessionCost] = {}
         self._prompts = prompts
         self._model = model
         if anew or not (config.out / CONFIG).is_file():
@@ -100,49 +108,49 @@ class EvaluationFolder:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def write(self, answered: Answered, spent: Spent) -> ProblemResult:
-        """A problem is finished: its samples, then its tree."""
-        prompt = self._prompts[answered.tree.prompt_id]
-        self._samples.writelines(_sample_lines(answered, prompt))
+    def write(self, problem: GradedProblem, spent: SessionCost) -> ProblemResult:
+        """Write a finished problem: its samples, then its tree."""
+        prompt = self._prompts[problem.tree.prompt_id]
+        self._samples.writelines(_sample_lines(problem, prompt))
         self._samples.flush()
         line = to_json(
-            answered.tree,
+            problem.tree,
             model=self._model,
             answer=_unicode(prompt.answer),
             answers=[
                 None if grade.answer_text is None else _unicode(grade.answer_text)
-                for grade in answered.grades_L
+                for grade in problem.grades_L
             ],
-            classes=list(answered.classes_L),
+            classes=list(problem.classes_L),
             spent=asdict(spent),
         )
         self._trees.write(line)
         self._trees.flush()
-        self._take(orjson.loads(line), answered.tree)
+        self._add(orjson.loads(line), problem.tree)
         return self.results[prompt.id]
 
     def write_file(self, name: str, text: str) -> None:
-        """A whole file, never half of it."""
+        """Write a file atomically."""
         part = self.path / f"{name}{_PART}"
         part.write_text(text, encoding="utf-8")
         part.replace(self.path / name)
 
     def problems(self) -> Iterator[tuple[Mapping[str, Any], Tree]]:
-        """Every finished problem's line and tree, in the order in which they were finished."""
+        """The record and the tree of every finished problem, in the order in which they were finished."""
         with (self.path / TREES).open("rb") as file:
             for number, line in enumerate(file, start=1):
-                yield _tree_of(line, f"{self.path / TREES}:{number}")
+                yield _parse_tree(line, f"{self.path / TREES}:{number}")
 
-    def _take(self, record: Mapping[str, Any], tree: Tree) -> None:
+    def _add(self, record: Mapping[str, Any], tree: Tree) -> None:
         self.results[tree.prompt_id] = problem_result(record, tree)
-        spent = Spent(**record["spent"])
+        spent = SessionCost(**record["spent"])
         self.spent[spent.session] = spent
 
     def _recover(self) -> None:
         trees, samples = self.path / TREES, self.path / SAMPLES
         for path in (trees, samples):
             path.touch()
-            _cut_torn_line(path)
+            _drop_incomplete_line(path)
         for record, tree in self.problems():
             prompt = self._prompts.get(tree.prompt_id)
             if (
@@ -152,23 +160,23 @@ class EvaluationFolder:
             ):
                 raise ConfigError(
                     f"out: {trees} has problem {tree.prompt_id} with another prompt or answer than the data "
-                    "give it now; --force starts anew"
+                    "file has now; --force starts anew"
                 )
             if record["model"] != self._model:
                 raise ConfigError(
                     f"out: {self.path} holds an evaluation of other weights than the model has now; --force "
-                    "starts anew, its files set aside"
+                    "starts anew and sets its files aside"
                 )
-            self._take(record, tree)
+            self._add(record, tree)
         self._drop_unfinished(samples)
 
     def _drop_unfinished(self, samples: Path) -> None:
-        """Keep the samples of finished problems only, each of which must have all of its own."""
+        """Keep only the samples of finished problems. Raises DataError if one of these lacks some."""
         kept: Counter[str] = Counter()
         part = samples.with_name(f"{SAMPLES}{_PART}")
         with samples.open("rb") as file, part.open("wb") as finished:
             for number, line in enumerate(file, start=1):
-                name = _problem_of(line, f"{samples}:{number}")
+                name = _parse_problem_id(line, f"{samples}:{number}")
                 if name in self.results:
                     finished.write(line)
                     kept[name] += 1
@@ -182,7 +190,7 @@ class EvaluationFolder:
 
 
 def problem_result(record: Mapping[str, Any], tree: Tree) -> ProblemResult:
-    """What the metrics need of a line of trees.jsonl."""
+    """What the metrics need, from a line of trees.jsonl."""
     forest = Forest.of([tree])
     return ProblemResult(
         benchmark=tree.prompt_id.rpartition(":")[0],
@@ -197,15 +205,15 @@ def problem_result(record: Mapping[str, Any], tree: Tree) -> ProblemResult:
     )
 
 
-def _sample_lines(answered: Answered, prompt: Prompt) -> Iterator[str]:
-    """ASCII, so that any text a model writes is a valid line."""
-    tokens_L = Forest.of([answered.tree]).response_tokens_L.tolist()
+def _sample_lines(problem: GradedProblem, prompt: Prompt) -> Iterator[str]:
+    """ASCII only, so that whatever text a model writes is one valid line."""
+    tokens_L = Forest.of([problem.tree]).response_tokens_L.tolist()
     for index, (leaf, text, grade, number, tokens) in enumerate(
         zip(
-            answered.tree.leaves,
-            answered.texts_L,
-            answered.grades_L,
-            answered.classes_L,
+            problem.tree.leaves,
+            problem.texts_L,
+            problem.grades_L,
+            problem.classes_L,
             tokens_L,
             strict=True,
         )
@@ -227,7 +235,7 @@ def _sample_lines(answered: Answered, prompt: Prompt) -> Iterator[str]:
         yield json.dumps(sample) + "\n"
 
 
-def _tree_of(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
+def _parse_tree(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
     try:
         record, tree = orjson.loads(line), from_json(line)
         for key in _KEYS:
@@ -237,21 +245,20 @@ def _tree_of(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
         raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
 
 
-def _problem_of(line: bytes, place: str) -> str:
-    """Not orjson: it refuses the lone surrogates that a model's text may have."""
-    try:
+def _parse_problem_id(line: bytes, place: str) -> str:
+    try:  # not orjson, which refuses the lone surrogates that a model's text may have
         return json.loads(line)["problem"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
 
 
 def _unicode(text: str) -> str:
-    """`text` with a question mark for each lone surrogate, which a tree's line cannot hold."""
+    """`text` with each lone surrogate replaced by a question mark: orjson cannot write them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Drop an end without a newline, which a killed process may leave."""
+def _drop_incomplete_line(path: Path) -> None:
+    """Drop what follows the last newline: a killed process may have written half a line."""
     with path.open("rb+") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end:
@@ -267,26 +274,26 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _check_same(config: EvalConfig) -> None:
-    """Raise ConfigError where the folder's evaluation was configured differently, naming the first key."""
+    """Raise ConfigError if the folder's evaluation was configured differently, naming the first key."""
     path = config.out / CONFIG
     try:
         before = load_as(EvalConfig, path)
     except ConfigError:
         raise ConfigError(
-            f"out: {config.out} holds no evaluation that this version can go on with; --force starts anew, "
-            "its files set aside"
+            f"out: {config.out} holds no evaluation that this version can resume; --force starts anew and "
+            "sets its files aside"
         ) from None
     was, now = (_flat(settings.model_dump(mode="json")) for settings in (before, config))
     for key in dict.fromkeys([*now, *was]):
         if was.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
             raise ConfigError(
                 f"out: {config.out} holds an evaluation with {key} = {was.get(key)}, not {now.get(key)}; "
-                "--force starts anew, its files set aside"
+                "--force starts anew and sets its files aside"
             )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; a list's items by their index."""
+    """Settings by dotted key; a list's items by their index."""
     items = (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     )

@@ -1,11 +1,11 @@
 # ruff: noqa: N815 - the suffix names the dimension (CONTRIBUTING.md)
 """Scores of an evaluation: mean@n, pass@k, maj@k, and their intervals over problems.
 
-docs/evaluation.md has the definitions. A response that could not be graded (`timeout`, `error`) is in no
-denominator; a problem counts for a metric if it has the graded responses that the metric needs. Votes are
-cast by answers that are mathematically equal (treepo.rewards.voting), not by strings as in the official code.
+docs/evaluation.md defines them. A response that could not be graded (`timeout`, `error`) counts in no
+denominator, and a problem counts for a metric only if it has enough graded responses. Answers vote together
+if they are mathematically equal (treepo.rewards.voting); the official code compares strings.
 
-Suffixes: `_L` one value a response (a leaf), `_P` a problem.
+The suffix `_L` stands for a problem's responses (leaves).
 """
 
 import math
@@ -22,15 +22,16 @@ from treepo.rollout import rng
 from treepo.tree import Stop, Verdict
 
 RESAMPLES = 1000
-"""Of every bootstrap; the official evaluation's number."""
-LEVEL = 0.95
-"""Of the intervals."""
-_RESAMPLES_AT_ONCE = 100  # a divisor of RESAMPLES; all at once would be gigabytes for a large benchmark
-TRUNCATED = (Stop.LIMIT, Stop.DEPTH)
+"""Draws of every bootstrap, as in the official evaluation."""
+_LEVEL = 0.95  # of the intervals
+_RESAMPLES_AT_ONCE = 100  # divides RESAMPLES; all at once would take gigabytes for a large benchmark
+_TRUNCATED = (Stop.LIMIT, Stop.DEPTH)
 
 
 def evaluation_sampling(config: RunConfig) -> SamplingConfig:
-    """The training's lengths and stops, but independent samples at the evaluation's temperature."""
+    """The sampling of a training run's held-out evaluation: the run's lengths and stops, but independent
+    samples at `evaluation.temperature`.
+    """
     return config.sampling.model_copy(
         update={
             "mode": "sequential",
@@ -42,11 +43,11 @@ def evaluation_sampling(config: RunConfig) -> SamplingConfig:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """One problem's graded responses.
+    """One problem's responses and their verdicts.
 
-    classes_L: equal numbers where answers are equal, `NO_VOTE` for a response that casts no vote.
-    weights_L: the inverse of branching above each leaf, of any scale; all equal for independent samples.
-    tokens_L: of each response. unique_tokens: a shared one once.
+    classes_L: responses with equal numbers have equal answers; `NO_VOTE` for a response without a vote.
+    weights_L: the inverse of the branchings above each leaf, at any scale; all equal for independent samples.
+    tokens_L: each response's length. unique_tokens: tokens in all, shared ones counted once.
     """
 
     benchmark: str
@@ -68,11 +69,11 @@ class ProblemResult:
         return sum(verdict is Verdict.CORRECT for verdict in self.verdicts_L)
 
     def mean(self) -> float:
-        """Share of the graded responses that are correct; nan where there are none."""
+        """Share of the graded responses that are correct; nan without graded responses."""
         return self.correct / self.graded if self.graded else math.nan
 
     def weighted_mean(self) -> float:
-        """The same, each response counted by its weight."""
+        """`mean` with each response counted by its weight."""
         pairs = [
             (weight, verdict is Verdict.CORRECT)
             for weight, verdict in zip(self.weights_L, self.verdicts_L, strict=True)
@@ -82,46 +83,50 @@ class ProblemResult:
         return sum(weight for weight, correct in pairs if correct) / total if total else math.nan
 
     def pass_at(self, k: int) -> float:
-        """Chance that k of the graded responses, drawn without replacement, hold a correct one.
+        """Probability that k of the graded responses, drawn without replacement, include a correct one.
 
-        1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1); nan where fewer than k are graded.
+        1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1); nan if fewer than k are graded.
         """
         if self.graded < k:
             return math.nan
         return 1.0 - math.comb(self.graded - self.correct, k) / math.comb(self.graded, k)
 
     def majority(self) -> float:
-        """Chance that the answer with most votes among all graded responses is correct."""
-        votes_C, correct_C = self._votes()
-        return float(_winner_is_correct(votes_C[None, :-1], correct_C)[0]) if self.graded else math.nan
+        """Probability that the answer with most votes of the graded responses is correct; ties are drawn."""
+        votes, correct = self._votes()
+        return float(_winner_is_correct(votes[None, :-1], correct)[0]) if self.graded else math.nan
 
     def majority_at(self, k: int, seed: int) -> float:
-        """The same for k of the graded responses, drawn without replacement, over `RESAMPLES` draws.
+        """`majority` of k of the graded responses drawn without replacement, averaged over `RESAMPLES` draws.
 
-        So it estimates the vote of k responses without bias, as `pass_at` does. The draws belong to (seed,
-        problem, k), whatever else is evaluated. nan where fewer than k are graded.
+        Like `pass_at`, an unbiased estimate for k responses. The draws depend on (seed, problem, k) only, not
+        on other problems. nan if fewer than k are graded.
         """
         if self.graded <= k:
             return self.majority() if self.graded == k else math.nan
-        votes_C, correct_C = self._votes()
+        votes, correct = self._votes()
         generator = rng.generator("maj", seed, self.id, k)
-        drawn = generator.multivariate_hypergeometric(votes_C, k, size=RESAMPLES)
-        return float(_winner_is_correct(drawn[:, :-1], correct_C).mean())
+        drawn = generator.multivariate_hypergeometric(votes, k, size=RESAMPLES)
+        return float(_winner_is_correct(drawn[:, :-1], correct).mean())
 
     def majority_bootstrap(self, seed: int) -> float:
-        """The vote of as many responses as are graded, drawn with replacement: the official evaluation's.
+        """`majority` of n responses drawn with replacement from the n graded ones, as in the official
+        evaluation.
 
-        Lower than `majority` where votes are spread, as a lone wrong answer may be drawn several times.
+        It is lower than `majority` if votes are spread, because a lone wrong answer may be drawn several
+        times.
         """
         if not self.graded:
             return math.nan
-        votes_C, correct_C = self._votes()
+        votes, correct = self._votes()
         generator = rng.generator("maj bootstrap", seed, self.id)
-        drawn = generator.multinomial(self.graded, votes_C / self.graded, size=RESAMPLES)
-        return float(_winner_is_correct(drawn[:, :-1], correct_C).mean())
+        drawn = generator.multinomial(self.graded, votes / self.graded, size=RESAMPLES)
+        return float(_winner_is_correct(drawn[:, :-1], correct).mean())
 
     def _votes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Votes for each class, last those that voted for none: [C + 1]; which classes are correct: [C]."""
+        """int64 [C + 1]: votes for each of C answers, then the responses without a vote. bool [C]: which
+        answers are correct.
+        """
         graded = [
             (number, verdict is Verdict.CORRECT)
             for number, verdict in zip(self.classes_L, self.verdicts_L, strict=True)
@@ -130,25 +135,26 @@ class ProblemResult:
         numbers = sorted({number for number, _ in graded if number != NO_VOTE})
         votes = [sum(number == wanted for number, _ in graded) for wanted in numbers]
         right = {number for number, correct in graded if correct}
-        votes_C = np.array([*votes, len(graded) - sum(votes)], dtype=np.int64)
-        return votes_C, np.array([number in right for number in numbers], dtype=bool)
+        counts = np.array([*votes, len(graded) - sum(votes)], dtype=np.int64)
+        return counts, np.array([number in right for number in numbers], dtype=bool)
 
 
-def _winner_is_correct(votes: np.ndarray, correct_C: np.ndarray) -> np.ndarray:
-    """For each draw the chance that the winner is correct: float64 [D] of votes [D, C].
+def _winner_is_correct(votes: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """float64 [D]: for each of D draws the probability that the winner is correct.
 
-    Classes that tie for the most votes are equally likely to win; without any vote nothing is right.
+    votes: [D, C]. correct: [C]. Answers that tie for most votes are equally likely to win; without any vote
+    the winner is wrong.
     """
-    if not len(correct_C):
+    if not len(correct):
         return np.zeros(len(votes))
     most = votes.max(axis=1, keepdims=True)
     ahead = (votes == most) & (most > 0)
-    return (ahead & correct_C).sum(axis=1) / np.maximum(ahead.sum(axis=1), 1)
+    return (ahead & correct).sum(axis=1) / np.maximum(ahead.sum(axis=1), 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over problems and its interval; nan without any problem. problems: those that count."""
+    """A mean over problems and its 95% interval; nan without any problem. problems: the number that count."""
 
     value: float
     low: float
@@ -156,35 +162,35 @@ class Estimate:
     problems: int
 
 
-def estimate(strata: Sequence[np.ndarray], seed: int) -> Estimate:
-    """The mean over all problems of all strata (benchmarks), weighted by size: of float64 [P] each.
+def estimate(benchmarks: Sequence[np.ndarray], seed: int) -> Estimate:
+    """The mean of a metric over all problems of all benchmarks, so that each benchmark counts by its size.
 
-    Values that are nan are left out. The interval is the percentile bootstrap over problems, a problem's
-    responses kept together, each benchmark resampled to its own size.
+    benchmarks: float64 [P] each; nan is left out. The interval is a percentile bootstrap over problems: a
+    problem's responses stay together, and each benchmark is resampled to its own size.
     """
-    (only,) = _estimates([values[:, None] for values in strata], seed)
+    (only,) = _estimates([values[:, None] for values in benchmarks], seed)
     return only
 
 
-def estimates(metrics_P: Sequence[Sequence[Mapping[str, float]]], seed: int) -> dict[str, Estimate]:
-    """Each metric's `estimate` over the problems of one or more benchmarks."""
-    names = next((list(problem) for benchmark in metrics_P for problem in benchmark), [])
+def estimates(benchmarks: Sequence[Sequence[Mapping[str, float]]], seed: int) -> dict[str, Estimate]:
+    """The `estimate` of each metric. benchmarks: the metrics of each problem."""
+    names = next((list(problem) for benchmark in benchmarks for problem in benchmark), [])
     if not names:
         return {}
-    strata = [
+    values = [
         np.array([[problem[name] for name in names] for problem in benchmark]).reshape(-1, len(names))
-        for benchmark in metrics_P
+        for benchmark in benchmarks
     ]
-    return dict(zip(names, _estimates(strata, seed), strict=True))
+    return dict(zip(names, _estimates(values, seed), strict=True))
 
 
-def _estimates(strata: Sequence[np.ndarray], seed: int) -> list[Estimate]:
-    """Of several metrics, with the same resamples for all of them: float64 [P, M] for each benchmark."""
+def _estimates(benchmarks: Sequence[np.ndarray], seed: int) -> list[Estimate]:
+    """Of M metrics, all with the same resamples. benchmarks: float64 [P, M] each."""
     generator = rng.generator("interval", seed)
-    metrics = strata[0].shape[1]
+    metrics = benchmarks[0].shape[1]
     total, drawn, drawn_count = 0.0, np.zeros((RESAMPLES, metrics)), np.zeros((RESAMPLES, metrics))
     count = np.zeros(metrics, dtype=np.int64)
-    for values in strata:
+    for values in benchmarks:
         known, problems = ~np.isnan(values), len(values)
         values = np.where(known, values, 0.0)
         total, count = total + values.sum(axis=0), count + known.sum(axis=0)
@@ -205,20 +211,20 @@ def _interval(resampled: np.ndarray) -> tuple[float, float]:
     known = resampled[~np.isnan(resampled)]
     if not len(known):
         return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(known, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 
 def sample_counts(n: int) -> list[int]:
-    """The k of pass@k and maj@k: 1, 2, 4, ... up to n, and n."""
+    """The k of pass@k and maj@k: the powers of two up to n, and n."""
     powers = [2**exponent for exponent in range(n.bit_length())]
     return powers if powers[-1] == n else [*powers, n]
 
 
 def problem_metrics(problem: ProblemResult, samples: int, seed: int, *, voting: bool) -> dict[str, float]:
-    """Every metric of one problem, nan where it has none.
+    """Every metric of one problem, nan if it has too few graded responses.
 
-    samples: the responses that were asked for. voting: whether answers were extracted at all.
+    samples: the number of responses requested. voting: whether the grader extracted answers.
     """
     ks = sample_counts(samples)
     metrics = {"mean": problem.mean(), "weighted_mean": problem.weighted_mean()}
@@ -230,7 +236,9 @@ def problem_metrics(problem: ProblemResult, samples: int, seed: int, *, voting: 
 
 
 def length_metrics(problems: Sequence[ProblemResult]) -> dict[str, float | None]:
-    """Response tokens over all responses, and the share cut off by the limit or the depth."""
+    """Statistics of response lengths in tokens, and the share that a limit of tokens or depth cut off; None
+    without responses.
+    """
     tokens = np.array([tokens for problem in problems for tokens in problem.tokens_L])
     stops = [stop for problem in problems for stop in problem.stops_L]
     if not len(tokens):
@@ -240,5 +248,5 @@ def length_metrics(problems: Sequence[ProblemResult]) -> dict[str, float | None]
         "median": float(np.median(tokens)),
         "p95": float(np.quantile(tokens, 0.95)),
         "max": int(tokens.max()),
-        "truncated": sum(stop in TRUNCATED for stop in stops) / len(stops),
+        "truncated": sum(stop in _TRUNCATED for stop in stops) / len(stops),
     }

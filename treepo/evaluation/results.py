@@ -1,15 +1,19 @@
-"""An evaluation's numbers as one JSON document: results.json, which the report and the comparison read.
+"""results.json: every number of an evaluation in one document, which the tables, the report and the
+comparison read.
 
-Its keys stay: a later version adds, and raises `schema` where the meaning of one changes. A number that does
-not exist is null.
+Keys are never removed. A later version may add keys, and raises `schema` if it changes the meaning of one. A
+number that does not exist is null.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from treepo.errors import DataError
 from treepo.evaluation.metrics import (
     Estimate,
     ProblemResult,
@@ -19,7 +23,10 @@ from treepo.evaluation.metrics import (
 )
 from treepo.tree import Stop, Verdict
 
+RESULTS = "results.json"
 SCHEMA = 1
+OVERALL = "all (by size)"
+"""The name of all benchmarks together, each counted by its size."""
 
 
 def results_document(
@@ -30,10 +37,10 @@ def results_document(
     failures: Mapping[str, str],
     cost: Mapping[str, float],
 ) -> dict[str, Any]:
-    """settings: the whole configuration. voting: whether answers were extracted.
+    """settings: the whole configuration. voting: whether the grader extracted answers.
 
-    benchmarks: finished problems by benchmark, in order. problems: how many each benchmark has. failures: the
-    reason, by the id of a problem that could not be finished. cost: of all sessions together.
+    benchmarks: the finished problems of each benchmark, in order. problems: the size of each benchmark.
+    failures: reasons by the ids of the problems that could not be finished. cost: of all sessions together.
     """
     samples, seed = settings["sampling"]["width"], settings["seed"]
     metrics = {
@@ -58,7 +65,7 @@ def results_document(
             for problem, row in zip(finished, metrics[name], strict=True)
         ],
     }
-    return _without_nan(document)
+    return _nan_to_null(document)
 
 
 def _scores(finished: Sequence[ProblemResult], scores: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -92,9 +99,55 @@ def _problem_row(problem: ProblemResult, metrics: Mapping[str, float]) -> dict[s
     }
 
 
-def _without_nan(value: Any) -> Any:
+def _nan_to_null(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
+        return {str(key): _nan_to_null(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [_nan_to_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read results.json. path: the file, or the folder of the evaluation. Raises DataError."""
+    file = path if path.is_file() else path / RESULTS
+    try:
+        results = json.loads(file.read_text())
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; name a folder that `treepo eval` has written") from None
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON: {error}") from None
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise DataError(f"{file}: not a result of `treepo eval` with schema {SCHEMA}")
+    return results
+
+
+def score_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a score table: each benchmark, then all of them together if there are several."""
+    benchmarks = results["benchmarks"]
+    together = {"name": OVERALL} | results["overall"]
+    return [*benchmarks, together] if len(benchmarks) > 1 else [*benchmarks]
+
+
+def score_columns(results: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics of a score table with their titles: those of all samples; for trees, the weighted mean."""
+    sampling = results["settings"]["sampling"]
+    samples = sampling["width"]
+    titles = {"mean": f"mean@{samples}"}
+    if sampling["mode"] == "tree":
+        titles["weighted_mean"] = "weighted"
+    if samples > 1:
+        titles |= {f"pass@{samples}": f"pass@{samples}", "majority": f"maj@{samples}"}
+    return {name: title for name, title in titles.items() if name in results["overall"]["metrics"]}
+
+
+def percent_and_interval(estimate: Mapping[str, float | None] | None) -> tuple[str, str] | None:
+    """An estimate in percent, such as ("41.2", "38.0–44.3"); None if it does not exist."""
+    if estimate is None or estimate["value"] is None:
+        return None
+    value, low, high = (_percent(estimate[name] or 0.0) for name in ("value", "low", "high"))
+    return value, f"{low}–{high}"
+
+
+def _percent(share: float) -> str:
+    """With one decimal; 100 without, to keep columns narrow."""
+    return "100" if share >= 1 else f"{100 * share:.1f}"

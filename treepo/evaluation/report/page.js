@@ -1,5 +1,5 @@
 "use strict";
-// Texts come from models and data files: they are only ever set as textContent.
+// Texts come from models and data files, so they are only ever set as textContent.
 const problems = JSON.parse(document.getElementById("data").textContent).problems;
 const PAGE = 100; // rows drawn at once
 const body = document.querySelector("#problems tbody");
@@ -22,7 +22,7 @@ function path(problem, segment) {
   return above;
 }
 
-// For each segment: first token, first row, rows (leaves below it). Rows follow the segments' depth-first order.
+// For each segment: its first token, its first row, and its number of rows (leaves below it). Rows are in depth-first order.
 function layout(problem) {
   const row = new Map(problem.leaves.map(([segment]) => segment).sort((a, b) => a - b).map((s, i) => [s, i]));
   const boxes = problem.segments.map(([parent, tokens]) => ({ parent, tokens, start: 0, first: Infinity, rows: 0 }));
@@ -99,13 +99,13 @@ function detail(problem) {
   cell.append(make("h3", "gold answer"), make("pre", problem.gold));
   const shared = problem.total > problem.tokens;
   cell.append(make("h3", `${problem.leaves.length} responses, ${problem.tokens} tokens decoded` +
-    (shared ? `; one by one ${problem.total}` : "") + "; a row each, choose a segment to read it"));
+    (shared ? `; one by one ${problem.total}` : "") + "; each response is a row, select a segment to read it"));
   const frame = make("div", undefined, "tree");
   const chosen = make("div");
   frame.append(drawTree(problem, (what, text) => {
     chosen.replaceChildren(make("h3", what), make("pre", text, "text"));
   }));
-  cell.append(frame, chosen, make("h3", "responses" + (shared ? " (highlighted: what no other shares)" : "")));
+  cell.append(frame, chosen, make("h3", "responses" + (shared ? " (highlighted: text that no other response shares)" : "")));
   problem.leaves.forEach((_, index) => cell.append(completion(problem, boxes, index, shared)));
   row.append(cell);
   return row;

@@ -1,7 +1,7 @@
-"""report.html: one file that needs no network and runs nothing but its own script.
+"""report.html: one file that needs no network and runs no script but its own.
 
-What models and data files wrote is data, never markup: it is embedded as JSON without any `<`, and the script
-puts it in place as text. Completions are rendered when they are opened. Of a large run each text keeps its
+Text from models and data files is never markup: it is embedded as JSON without any `<`, and the script
+inserts it as text. A response is rendered when it is opened. In a large evaluation each text keeps only its
 beginning and its end; samples.jsonl has all of it.
 """
 
@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from treepo.data.prompts import Prompt
+from treepo.evaluation.results import percent_and_interval, score_columns, score_rows
 from treepo.tree import PROMPT, Tree
 
-_TEXT_TOKENS = 5_000_000  # embedded whole; some 20 MB
-_SHORTEST = 240  # characters that a shortened text keeps
+_TEXT_TOKENS = 5_000_000  # up to here texts are embedded whole, in about 20 MB
+_SHORTEST = 240  # characters that a shortened text keeps at least
 _ANSWER_CHARACTERS = 200
 _PERCENT = "{:.1%}"
 
 Problems = Callable[[], Iterator[tuple[Mapping[str, Any], Tree]]]
-"""Every finished problem's line of trees.jsonl and its tree."""
+"""Yields each finished problem's record of trees.jsonl and its tree."""
 
 
 def evaluation_page(
@@ -33,7 +34,7 @@ def evaluation_page(
     decode: Callable[[np.ndarray], str],
     plot: str,
 ) -> str:
-    """The page of a results document."""
+    """The page of a results document. plot: an SVG."""
     keep = min(_TEXT_TOKENS / max(results["overall"]["tokens"]["unique"], 1), 1.0)
     rows = {row["id"]: row for row in results["problems"]}
     data = [
@@ -53,7 +54,7 @@ def evaluation_page(
         cost=_cost(results["cost"]),
         plot=plot,
         settings=escape(json.dumps(settings, indent=2)),
-        shortened="" if keep == 1.0 else "Long texts are shortened here; samples.jsonl has all of them.",
+        shortened="" if keep == 1.0 else "Long texts are shortened here; samples.jsonl has them whole.",
         data=_script_safe({"problems": data}),
     )
 
@@ -69,23 +70,18 @@ def _subtitle(settings: Mapping[str, Any]) -> str:
 
 def _scores(results: Mapping[str, Any]) -> str:
     """The table of benchmarks, as HTML."""
-    rows = parts(results)
-    samples, tree = (
-        results["settings"]["sampling"]["width"],
-        results["settings"]["sampling"]["mode"] == "tree",
-    )
-    metrics = headline_metrics(results["overall"]["metrics"], samples, tree=tree)
+    metrics = score_columns(results)
     head = "".join(f"<th>{escape(label)}</th>" for label in ("benchmark", "problems", *metrics.values()))
     head += "<th>mean tokens</th><th>truncated</th><th>not graded</th>"
-    body = "".join(_score_row(row, list(metrics)) for row in rows)
+    body = "".join(_score_row(row, list(metrics)) for row in score_rows(results))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _every_metric(results: Mapping[str, Any]) -> str:
-    """The table of all metrics of all benchmarks, as HTML: a row each metric."""
-    columns = parts(results)
+    """The table of all metrics of all benchmarks, as HTML: one row a metric."""
+    columns = score_rows(results)
     sequential = results["settings"]["sampling"]["mode"] == "sequential"
-    hidden = {"weighted_mean"} if sequential else set()  # the mean once more
+    hidden = {"weighted_mean"} if sequential else set()  # equal to the mean
     head = "".join(f"<th>{escape(part['name'])}</th>" for part in columns)
     body = "".join(
         f"<tr><th scope='row'>{escape(name.replace('_', ' '))}</th>"
@@ -95,23 +91,6 @@ def _every_metric(results: Mapping[str, Any]) -> str:
         if name not in hidden
     )
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def parts(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The benchmarks' scores, and all together where there are several."""
-    benchmarks = results["benchmarks"]
-    together = {"name": "all (by size)"} | results["overall"]
-    return [*benchmarks, together] if len(benchmarks) > 1 else [*benchmarks]
-
-
-def headline_metrics(metrics: Mapping[str, Any], samples: int, *, tree: bool) -> dict[str, str]:
-    """The metrics that a table shows, with their heads: of all samples, and a tree's weighted mean."""
-    shown = {"mean": f"mean@{samples}"}
-    if tree:
-        shown["weighted_mean"] = "weighted"
-    if samples > 1:
-        shown |= {f"pass@{samples}": f"pass@{samples}", "majority": f"maj@{samples}"}
-    return {name: label for name, label in shown.items() if name in metrics}
 
 
 def _score_row(row: Mapping[str, Any], metrics: list[str]) -> str:
@@ -124,15 +103,8 @@ def _score_row(row: Mapping[str, Any], metrics: list[str]) -> str:
 
 
 def _estimate_cell(estimate: Mapping[str, float | None] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "<td>–</td>"
-    value, low, high = (percent(estimate[name] or 0.0) for name in ("value", "low", "high"))
-    return f"<td>{value}<small>{low}–{high}</small></td>"
-
-
-def percent(share: float) -> str:
-    """With one decimal, which 100 does without."""
-    return "100" if share >= 1 else f"{100 * share:.1f}"
+    text = percent_and_interval(estimate)
+    return "<td>–</td>" if text is None else f"<td>{text[0]}<small>{text[1]}</small></td>"
 
 
 def _cost(cost: Mapping[str, float]) -> str:
@@ -190,7 +162,7 @@ def _shortened(text: str, keep: float) -> str:
 
 
 def _short(text: str, characters: int) -> str:
-    """Beginning and end of a text that is longer than so many characters."""
+    """The beginning and the end of a text that is longer than `characters`."""
     if len(text) <= characters:
         return text
     half = characters // 2
@@ -198,6 +170,6 @@ def _short(text: str, characters: int) -> str:
 
 
 def _script_safe(value: object) -> str:
-    """JSON in which no HTML parser can see a tag, a comment or an entity."""
+    """JSON in which an HTML parser sees no tag, comment or entity."""
     text = json.dumps(value, separators=(",", ":"))  # ASCII
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,7 +1,8 @@
-"""Accuracy against compute as SVG: one curve a metric and a run, over decoded tokens a problem.
+"""Plots accuracy against compute as SVG: a curve for each metric and evaluation, over decoded tokens a
+problem.
 
-k of n independent samples cost k/n of the run's tokens. A tree is one point a metric: some of its leaves cost
-more than their share of its tokens, since they need the prefixes of the others.
+k of n independent samples cost k/n of the evaluation's tokens. A tree is one point for each metric: k of its
+leaves cost more than k/n of its tokens, because they need prefixes that they share with others.
 """
 
 import math
@@ -20,7 +21,7 @@ _NAMES = {"maj": "maj@k", "pass": "pass@k", "mean": "mean@n"}
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """tokens: decoded for one problem. low, high: the interval."""
+    """tokens: decoded for one problem. low, high: the interval of `value`."""
 
     tokens: float
     value: float
@@ -30,14 +31,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A run's points by metric ("maj", "pass", "mean"), by rising tokens."""
+    """An evaluation's points for each metric ("maj", "pass", "mean"), in order of tokens."""
 
     label: str
     points: Mapping[str, Sequence[Point]]
 
 
 def curve(results: Mapping[str, Any], name: str) -> Curve:
-    """The curves of a results document; `name` is the run's in the legend."""
+    """The curves of a results document. name: of the evaluation, in the legend."""
     overall, sampling = results["overall"], results["settings"]["sampling"]
     samples, tree = sampling["width"], sampling["mode"] == "tree"
     tokens = overall["tokens"]["unique"] / max(overall["finished"], 1)
@@ -47,7 +48,7 @@ def curve(results: Mapping[str, Any], name: str) -> Curve:
         k = int(number or samples)
         of_leaves = tree and k != samples
         if kind not in points or estimate["value"] is None or of_leaves or (kind == "mean" and not tree):
-            continue  # the mean of independent samples is their pass@1
+            continue  # the mean of independent samples equals their pass@1
         at = Point(tokens * k / samples, estimate["value"], estimate["low"], estimate["high"])
         points[kind].append(at)
     shape = (
@@ -57,23 +58,23 @@ def curve(results: Mapping[str, Any], name: str) -> Curve:
 
 
 def accuracy_plot(curves: Sequence[Curve]) -> str:
-    """An SVG document without anything external; it scales to the width it is given."""
+    """An SVG document without external references; it scales to the width it is given."""
     points = [point for curve in curves for series in curve.points.values() for point in series]
     if not points:
         return _document(["<text x='20' y='30'>nothing to plot</text>"], _HEIGHT, len(curves))
     scale = _Scale.of(points)
     height = _HEIGHT + _LEGEND_LINE * (len(curves) + 1)
     parts = [*_grid(scale), *_legend(curves)]
-    for index, one in enumerate(curves):
+    for index, drawn in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
-        for kind, series in one.points.items():
+        for kind, series in drawn.points.items():
             parts += _series(kind, series, colour, scale)
     return _document(parts, height, len(curves))
 
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """x: log2 of tokens. y: accuracy."""
+    """The limits of the axes. left, right: log2 of tokens. bottom, top: accuracy."""
 
     left: float
     right: float
@@ -173,8 +174,8 @@ def _document(parts: Sequence[str], height: int, curves: int) -> str:
         "text{font:12px system-ui,sans-serif;fill:#64748b}.grid{stroke:#94a3b8;stroke-opacity:.3}"
         ".line{fill:none;stroke-width:2}.hollow{fill:#fff;stroke-width:2}.interval{stroke-width:1.5;stroke-opacity:.45}"
     )
-    what = f"accuracy against decoded tokens of {curves} evaluation{'s' if curves > 1 else ''}"
+    label = f"accuracy against decoded tokens of {curves} evaluation{'s' if curves > 1 else ''}"
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {height}' role='img' "
-        f"aria-label='{what}'><style>{style}</style>" + "".join(parts) + "</svg>\n"
+        f"aria-label='{label}'><style>{style}</style>" + "".join(parts) + "</svg>\n"
     )

@@ -1,4 +1,4 @@
-"""A real engine on a toy model: it starts, samples, takes new weights, and serves them."""
+"""The check `engine`: a real SGLang engine starts on a toy model, samples, takes new weights, serves them."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from treepo.doctor.outcome import Outcome, failed, passed
+from treepo.doctor.check import Outcome, failed, passed
 from treepo.weight_sync.wire import Address, Bucket
 
 if TYPE_CHECKING:
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 
 _KV_TOKENS = 4096
 _NEW_TOKENS = 8
-_BUCKET = 1 << 20
+_BUCKET_BYTES = 1 << 20
 _SECONDS = 240.0  # a GPU may compile kernels at its first request
-_WEIGHTS = (
-    "the engine computes something else than transformers does with the same weights: check the versions"
-)
+_DISAGREES = "engine and transformers disagree on the same weights: check the versions of the packages"
 
 
 @dataclass(frozen=True)
 class LocalSink:
-    """A `treepo.weight_sync.send.Sink` for an engine of this process, whose loop runs in another thread."""
+    """A `treepo.weight_sync.send.Sink`: an engine in this process whose event loop runs in another thread."""
 
     engine: "SGLangEngine"
     loop: asyncio.AbstractEventLoop
@@ -40,47 +38,48 @@ class LocalSink:
     def load(self, bucket: Bucket) -> "Future[None]":
         return self._submit(self.engine.load(bucket))
 
-    def _submit(self, work: Coroutine[Any, Any, None]) -> "Future[None]":
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+    def _submit(self, coroutine: Coroutine[Any, Any, None]) -> "Future[None]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
 
 def engine() -> Outcome:
     from sglang_rollout.engine import SGLangEngine
     from treepo.config.engine import EngineConfig
-    from treepo.doctor.toy_model import Toy, dtype_here
+    from treepo.doctor.toy_model import Toy, native_dtype
 
-    toy = Toy(Path(mkdtemp()), dtype_here())  # among the temporary files of this check
+    toy = Toy(Path(mkdtemp()), native_dtype())  # deleted with this check's temporary files
     config = EngineConfig(max_total_tokens=_KV_TOKENS, update_seconds=_SECONDS, request_seconds=_SECONDS)
-    serving = SGLangEngine(toy.folder, toy.dtype, config, seed=0)
+    sglang = SGLangEngine(toy.folder, toy.dtype, config, seed=0)
     try:
-        return asyncio.run(exercise(serving, toy))
+        return asyncio.run(sample_and_update(sglang, toy))
     finally:
-        serving.close()
+        sglang.close()
 
 
-async def exercise(engine: "SGLangEngine", toy: "Toy") -> Outcome:
-    """Sample from it, change its weights, and compare its log-probs with transformers' each time."""
-    from treepo.doctor.toy_model import difference
+async def sample_and_update(engine: "SGLangEngine", toy: "Toy") -> Outcome:
+    """Sample, update the weights, sample again; compare log-probs with transformers' before and after."""
+    from treepo.doctor.toy_model import max_difference
     from treepo.protocols import GenerateRequest
 
     request = GenerateRequest(toy.tokens, len(toy.tokens), _NEW_TOKENS, temperature=1.0, seed=0)
     sampled = await engine.generate(request)
-    before = difference(await engine.log_probs(toy.tokens), toy.log_probs(toy.tokens))
+    before = max_difference(await engine.log_probs(toy.tokens), toy.log_probs(toy.tokens))
     if not before <= toy.tolerance:  # a NaN fails too
         return failed(
-            f"log-probs differ from transformers' by {before:.2g}, at most {toy.tolerance:g}", _WEIGHTS
+            f"log-probs differ from transformers' by {before:.2g}, at most {toy.tolerance:g} is allowed",
+            _DISAGREES,
         )
-    broken = await _update(engine, toy)
-    if broken:
-        return failed(f"a weight update did not arrive: {broken}", "")
+    error = await _update_weights(engine, toy)
+    if error:
+        return failed(f"a weight update failed: {error}", "")
     again = await engine.generate(request)
-    scores = await engine.log_probs(toy.tokens)
-    after = difference(scores, toy.log_probs(toy.tokens, new=True))
+    log_probs = await engine.log_probs(toy.tokens)
+    after = max_difference(log_probs, toy.log_probs(toy.tokens, new=True))
     if not after <= toy.tolerance or again.version != 1:
         return failed(
             f"after a weight update to version 1 it serves version {again.version}, and log-probs "
-            f"differ from transformers' by {after:.2g}, at most {toy.tolerance:g}",
-            _WEIGHTS,
+            f"differ from transformers' by {after:.2g}, at most {toy.tolerance:g} is allowed",
+            _DISAGREES,
         )
     return passed(
         f"sampled {len(sampled.tokens)} tokens, took new weights; log-probs differ from transformers' by "
@@ -88,8 +87,8 @@ async def exercise(engine: "SGLangEngine", toy: "Toy") -> Outcome:
     )
 
 
-async def _update(engine: "SGLangEngine", toy: "Toy") -> str:
-    """The whole transaction as a run makes it. Returns what went wrong, if anything did."""
+async def _update_weights(engine: "SGLangEngine", toy: "Toy") -> str:
+    """The transaction that a run makes after a step. Returns the error, empty if there is none."""
     from treepo.weight_sync.colocated import SharedSender
     from treepo.weight_sync.send import WeightStream
     from treepo.weight_sync.wire import TensorInfo
@@ -98,7 +97,7 @@ async def _update(engine: "SGLangEngine", toy: "Toy") -> str:
     manifest = tuple(TensorInfo.of(name, tensor) for name, tensor in weights.items())
     await engine.begin(1, manifest)
     sink = LocalSink(engine, asyncio.get_running_loop())
-    stream = WeightStream(SharedSender(), _BUCKET, _SECONDS)
+    stream = WeightStream(SharedSender(), _BUCKET_BYTES, _SECONDS)
     outcome = await asyncio.to_thread(stream.send, weights.items(), manifest, 1, [sink])
     if outcome.failed or outcome.broken:
         return outcome.broken or outcome.failed[sink.name]
