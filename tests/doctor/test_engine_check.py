@@ -34,7 +34,7 @@ class FakeEngine:
     async def generate(self, request: Any) -> Any:
         return SimpleNamespace(tokens=[0] * request.max_tokens, version=self.version)
 
-    async def score(self, tokens: np.ndarray) -> np.ndarray:
+    async def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         return self._toy.log_probs(tokens, new=self.version == 1 and self._takes != "none") + self._off
 
     async def begin(self, version: int, manifest: Manifest) -> None:
