@@ -35,8 +35,6 @@ def rollout(
             start = partial(engine_session, rollout_config, stop_rule)
             summary = asyncio.run(run(rollout_config, inputs, display, start))
     except KeyboardInterrupt:
-        errors.print(
-            f"Interrupted. All processes have ended; the trees so far are in {rollout_config.out}/"
-        )
+        errors.print(f"Interrupted. All processes have ended; the trees so far are in {rollout_config.out}/")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_rollout(output, summary, rollout_config.out)
