@@ -1,16 +1,11 @@
-"""The batch of one step: the trees that are sampled, those that are trained, and their mini-batches."""
+"""Samples the batch of one step: the trees of its prompts, and those of them that are trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treepo.config.run import RunConfig
 from treepo.data.prompts import PromptOrder, PromptSet
-from treepo.errors import RewardError
-from treepo.learning.advantage import estimate
 from treepo.learning.dynamic_sampling import Dropped, DynamicSampler
-from treepo.learning.loss import denominator
-from treepo.learning.packing import pack_flat, pack_trees, split_mini_batches
-from treepo.protocols import MiniBatch
 from treepo.rewards.shaping import shaped
 from treepo.rollout.driver import Stats
 from treepo.training.graded_trees import GradedSampler
@@ -80,22 +75,3 @@ class BatchSampler:
         for tree in trees:
             self._folder.write_tree(tree, step, answers[tree.prompt_id])
         return trees
-
-
-def mini_batches(trees: Sequence[Tree], config: RunConfig) -> list[MiniBatch]:
-    """Pack the trees for the optimizer steps, with advantages of the whole batch.
-
-    A mini-batch without any graded response is left out; RewardError if that leaves none of several trees.
-    """
-    learning, trainer = config.learning, config.trainer
-    pack = pack_trees if learning.packing == "tree" else pack_flat
-    packed = [
-        pack(part, advantages, trainer.max_tokens_per_pack, trainer.parallel.data)
-        for part, advantages in split_mini_batches(trees, estimate(trees, learning), learning.mini_batches)
-    ]
-    graded = [MiniBatch(packs, total) for packs in packed if (total := denominator(packs, learning)) > 0]
-    if packed and not graded:
-        raise RewardError(
-            "no response of this step could be graded (reward.deadline_seconds, reward.memory_mb)"
-        )
-    return graded

@@ -10,6 +10,7 @@ from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
 from treepo.data.output_folder import CONFIG, SUMMARY
 from treepo.errors import ConfigError
+from treepo.protocols import Trainer, TrainingEnginePool
 from treepo.training.checkpoints import newest
 from treepo.training.run_state import RunState
 
@@ -71,6 +72,13 @@ def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
         )
     _check_sizes(config.out, state)
     return Resume(checkpoint, state, tuple(changes.values()))
+
+
+async def restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer) -> None:
+    """Give trainer and engines the weights of the checkpoint."""
+    async with engines.offloaded():
+        await trainer.load(resume.checkpoint.resolve())
+        await engines.sync_weights(resume.state.steps_done)
 
 
 def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:

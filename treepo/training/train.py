@@ -9,14 +9,15 @@ from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import Prompt, PromptOrder
 from treepo.evaluation.metrics import evaluation_sampling
-from treepo.protocols import BatchResult, Trainer, TrainingEnginePool
+from treepo.protocols import Trainer, TrainingEnginePool
 from treepo.rewards.pool import open_rewards
-from treepo.training.batch import Batch, BatchSampler, mini_batches
+from treepo.training.batch import BatchSampler
 from treepo.training.checkpoints import Checkpoints
 from treepo.training.graded_trees import GradedSampler
+from treepo.training.learn import learn
 from treepo.training.log_prob_check import check_log_probs
 from treepo.training.metrics import accuracy, step_metrics
-from treepo.training.resume import Resume
+from treepo.training.resume import Resume, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, Reporter, RunState
 
@@ -49,8 +50,13 @@ async def train(
         heldout = GradedSampler(config, evaluation_sampling(config), inputs.tokenizer, engines, rewards)
         checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, trainer)
         if resume is not None:
-            await _restore(resume, engines, trainer, clock)
-        check = await _check(config, inputs, engines, trainer, clock)
+            with clock.phase(f"continue from {resume.checkpoint.name}", announce=True):
+                await restore(resume, engines, trainer)
+        check = None
+        if config.log_prob_check.enabled:
+            with clock.phase("check log-probs", announce=True):
+                decode = inputs.tokenizer.decode
+                check = await check_log_probs(config, inputs.train, decode, engines.engines, trainer)
         if resume is None:
             state.accuracy_before = await _evaluate(heldout, inputs.heldout, "evaluate before", clock)
 
@@ -59,7 +65,7 @@ async def train(
                 batch = await batches.sample(step)
             with clock.phase("write checkpoint"):  # of the step before
                 await checkpoints.finish()
-            result = await _learn(batch, step, config, engines, trainer, clock)
+            result = await learn(batch.trained, step, config, engines, trainer, clock)
             state.step_done(step, batch.stats, result)
             state.cursor = order.cursor
             metrics = step_metrics(batch, result, clock.take_step_seconds())
@@ -81,25 +87,6 @@ async def train(
     return summary
 
 
-async def _restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer, clock: Clock) -> None:
-    """Give trainer and engines the weights of the checkpoint."""
-    with clock.phase(f"continue from {resume.checkpoint.name}", announce=True):
-        async with engines.offloaded():
-            await trainer.load(resume.checkpoint.resolve())
-            await engines.sync_weights(resume.state.steps_done)
-
-
-async def _check(
-    config: RunConfig, inputs: TrainInputs, engines: TrainingEnginePool, trainer: Trainer, clock: Clock
-) -> dict[str, float] | None:
-    """Return the figures of the log-prob check; None if it is off."""
-    if not config.log_prob_check.enabled:
-        return None
-    with clock.phase("check log-probs", announce=True):
-        decode = inputs.tokenizer.decode
-        return await check_log_probs(config, inputs.train, decode, engines.engines, trainer)
-
-
 async def _evaluate(
     sampler: GradedSampler, prompts: Sequence[Prompt], phase: str, clock: Clock
 ) -> float | None:
@@ -113,24 +100,3 @@ async def _evaluate(
         trees = await sampler.sample(prompts, step=0)
         sampler.check_grades(phase)
         return accuracy(trees)
-
-
-async def _learn(
-    batch: Batch,
-    step: int,
-    config: RunConfig,
-    engines: TrainingEnginePool,
-    trainer: Trainer,
-    clock: Clock,
-) -> BatchResult:
-    """Train on a batch, and make the engines serve the new weights as version `step`."""
-    async with engines.offloaded():
-        with clock.phase("log-probs"):
-            parts = mini_batches(batch.trained, config)
-        clock.show("log-probs, train")
-        result = await trainer.train_batch(parts, config.sampling.temperature)
-        clock.count("log-probs", result.seconds["log_probs"])
-        clock.count("train", result.seconds["train"])
-        with clock.phase("update"):
-            await engines.sync_weights(step)
-    return result

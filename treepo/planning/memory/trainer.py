@@ -17,8 +17,8 @@ from math import ceil, prod
 from pathlib import Path
 
 from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.hf_weight_map import EMBEDDING
 from megatron_bridge.layout_shards import (
-    EMBEDDING,
     Shard,
     buffer_elements,
     expert_data_ranks,

@@ -1,0 +1,55 @@
+"""Learns from a batch: packs it, trains on it, and gives the engines the new weights."""
+
+from collections.abc import Sequence
+
+from treepo.config.run import RunConfig
+from treepo.errors import RewardError
+from treepo.learning.advantage import estimate
+from treepo.learning.loss import denominator
+from treepo.learning.packing import pack_flat, pack_trees, split_mini_batches
+from treepo.protocols import BatchResult, MiniBatch, Trainer, TrainingEnginePool
+from treepo.training.run_state import Clock
+from treepo.tree import Tree
+
+
+async def learn(
+    trees: Sequence[Tree],
+    step: int,
+    config: RunConfig,
+    engines: TrainingEnginePool,
+    trainer: Trainer,
+    clock: Clock,
+) -> BatchResult:
+    """Train on graded trees, then make the engines serve the new weights as version `step`.
+
+    Raises RewardError if no response could be graded, and FloatingPointError if a gradient is not finite.
+    """
+    async with engines.offloaded():
+        with clock.phase("log-probs"):
+            parts = mini_batches(trees, config)
+        clock.show("log-probs, train")
+        result = await trainer.train_batch(parts, config.sampling.temperature)
+        clock.count("log-probs", result.seconds["log_probs"])
+        clock.count("train", result.seconds["train"])
+        with clock.phase("update"):
+            await engines.sync_weights(step)
+    return result
+
+
+def mini_batches(trees: Sequence[Tree], config: RunConfig) -> list[MiniBatch]:
+    """Pack the trees for the optimizer steps, with advantages of the whole batch.
+
+    A mini-batch without any graded response is left out; RewardError if that leaves none of several trees.
+    """
+    learning, trainer = config.learning, config.trainer
+    pack = pack_trees if learning.packing == "tree" else pack_flat
+    packed = [
+        pack(part, advantages, trainer.max_tokens_per_pack, trainer.parallel.data)
+        for part, advantages in split_mini_batches(trees, estimate(trees, learning), learning.mini_batches)
+    ]
+    graded = [MiniBatch(packs, total) for packs in packed if (total := denominator(packs, learning)) > 0]
+    if packed and not graded:
+        raise RewardError(
+            "no response of this step could be graded (reward.deadline_seconds, reward.memory_mb)"
+        )
+    return graded
