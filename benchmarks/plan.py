@@ -37,7 +37,7 @@ from treepo.planning.simulation.lengths import (
 )
 from treepo.planning.simulation.simulated_engine import Counts, SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
-from treepo.protocols import Engine
+from treepo.protocols import Sampler
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.router import REMEMBERED_TREES
 from treepo.tree import Tree
@@ -75,10 +75,10 @@ SETTINGS = {
 LENGTHS = LogNormal(2 * SEGMENT_TOKENS, 0.5)
 
 
-class Sampler:
+class TreeSampler:
     """One driver on one engine, real or simulated, that has grown other trees before."""
 
-    def __init__(self, setting: Setting, engine: Engine) -> None:
+    def __init__(self, setting: Setting, engine: Sampler) -> None:
         self._setting, self._engine = setting, engine
         self._forced = ForcedLengths(InstantEngine(), DrawnEnds(LENGTHS))
         self._driver = TreeDriver([self._forced], setting.sampling, lambda _: "", 0, setting.kv_tokens)
@@ -110,7 +110,7 @@ class Simulated:
 async def simulate(setting: Setting, rates: FittedRates, step: int) -> Simulated:
     """One sampling on a virtual clock."""
     engine = SimulatedEngine(rates, setting.kv_tokens)
-    sampler = Sampler(setting, engine)
+    sampler = TreeSampler(setting, engine)
     await sampler.warm_up()
     loop = asyncio.get_running_loop()
     start = loop.time()
@@ -121,7 +121,7 @@ async def simulate(setting: Setting, rates: FittedRates, step: int) -> Simulated
 async def measure(engine: SGLangEngine, names: Sequence[str], repeats: int) -> dict[str, Any]:
     """Alternates samplings and calibrations. Returns times and tokens of each repeat, by setting."""
     calibration = Calibration(engine, MODEL["vocab_size"])
-    samplers = {name: Sampler(SETTINGS[name], engine) for name in names}
+    samplers = {name: TreeSampler(SETTINGS[name], engine) for name in names}
     for sampler in samplers.values():
         await sampler.warm_up()
     await calibration.round()
@@ -132,7 +132,9 @@ async def measure(engine: SGLangEngine, names: Sequence[str], repeats: int) -> d
             await calibration.round()
             trees: list[Tree] = []
 
-            async def sample(sampler: Sampler = sampler, step: int = step, trees: list[Tree] = trees) -> None:
+            async def sample(
+                sampler: TreeSampler = sampler, step: int = step, trees: list[Tree] = trees
+            ) -> None:
                 trees += await sampler.sample(step)
 
             times = await timed(sample())

@@ -14,7 +14,7 @@ from treepo.planning.simulation.prefix_cache import PrefixCache
 from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import text_of
-from treepo.protocols import Engine, GenerateRequest
+from treepo.protocols import GenerateRequest, Sampler
 from treepo.rollout.driver import TreeDriver
 from treepo.tree import Tree
 
@@ -31,7 +31,10 @@ LENGTHS = LogNormal(mean=40.0, sigma=0.6)
 
 
 def sample(
-    engines: list[Engine], sampling: SamplingConfig = SAMPLING, prompts: int = 6, kv_tokens: int | None = None
+    engines: list[Sampler],
+    sampling: SamplingConfig = SAMPLING,
+    prompts: int = 6,
+    kv_tokens: int | None = None,
 ) -> tuple[float, list[Tree]]:
     """Virtual seconds and trees, in the order of prompts."""
     ends = DrawnEnds(LENGTHS)

@@ -18,7 +18,7 @@ from treepo.planning.simulation.lengths import random_prompts
 from treepo.planning.simulation.rates import Prefill
 from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
-from treepo.protocols import Engine, GenerateOutput, GenerateRequest
+from treepo.protocols import GenerateOutput, GenerateRequest, Sampler
 from treepo.rollout.driver import TreeDriver
 from treepo.tree import Tree
 
@@ -60,7 +60,7 @@ class Answer:
 class Recording:
     """An engine whose answers' lengths are recorded by their requests' seeds."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Sampler) -> None:
         self.engine = engine
         self.below_prompt: dict[int, Answer] = {}
         self.below_segment: dict[int, Answer] = {}
@@ -80,7 +80,7 @@ class Recording:
 class Replaying:
     """An engine whose answers are as long as the recorded ones, and end in the same way."""
 
-    def __init__(self, engine: Engine, recorded: Recording) -> None:
+    def __init__(self, engine: Sampler, recorded: Recording) -> None:
         self._engine, self._answers = engine, recorded.answers
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
@@ -95,7 +95,7 @@ class TakingTurns:
     held: while its body runs, the engine accepts requests and computes nothing.
     """
 
-    def __init__(self, engine: Engine, held: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
+    def __init__(self, engine: Sampler, held: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
         self._engine, self._held = engine, held
         self._asked: list[tuple[GenerateRequest, asyncio.Future[GenerateOutput]]] = []
         self._turns: asyncio.Task[None] | None = None
@@ -126,7 +126,7 @@ async def nothing_to_do() -> None:
         await asyncio.sleep(0)
 
 
-async def sample(engine: Engine) -> list[list[tuple[int, int]]]:
+async def sample(engine: Sampler) -> list[list[tuple[int, int]]]:
     """Shapes of the trees, in the order of prompts."""
     driver = TreeDriver([engine], SAMPLING, lambda _: "", seed=0, kv_tokens=50_000)
     async with aclosing(driver.sample(random_prompts(PROMPTS, PROMPT_TOKENS, 120), step=0)) as results:
@@ -151,7 +151,7 @@ def steps_to_record(real: "RealEngine") -> int:
     return steps
 
 
-def sampled(real: "RealEngine", engine: Engine) -> tuple[list[list[tuple[int, int]]], int]:
+def sampled(real: "RealEngine", engine: Sampler) -> tuple[list[list[tuple[int, int]]], int]:
     """Shapes of the trees, and decoding steps."""
     real.stop_rule.holds = lambda _: False
     real.run(real.engine.clear_cache())
@@ -167,7 +167,7 @@ async def held(real: "RealEngine"):
     """SGLang's scheduler queues requests and runs none; what is sent first is received first."""
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
-    send = real.engine._server.manager._async_dispatch_to_scheduler
+    send = real.engine._sglang.manager._async_dispatch_to_scheduler
     await send(PauseGenerationReqInput(mode="in_place"))
     yield
     await send(ContinueGenerationReqInput())

@@ -1,8 +1,8 @@
 """Trainer memory: each pipeline stage's ranks at their peak, rank 0 in a weight sync, and a checkpoint's
 size.
 
-Parameters are counted on the real model, built without memory (`megatron_bridge.layout_shards`). Gradients are
-summed in float32. Adam's two moments and, unless the model is float32, a float32 master copy are divided
+Parameters are counted on the real model, built without memory (`megatron_bridge.layout_shards`). Gradients
+are summed in float32. Adam's two moments and, unless the model is float32, a float32 master copy are divided
 among the replicas that hold a parameter (`megatron_bridge.optimizer`). Activations follow Megatron-Core's
 pipeline schedules. Units: bytes.
 

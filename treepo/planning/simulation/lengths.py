@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 from treepo.data.prompts import Prompt
-from treepo.protocols import Engine, GenerateOutput, GenerateRequest
+from treepo.protocols import GenerateOutput, GenerateRequest, Sampler
 from treepo.rollout import rng
 
 _NORMAL = NormalDist()
@@ -66,7 +66,7 @@ class InstantEngine:
 class ForcedLengths:
     """An engine whose paths end where `ends` says. last_token: replaces a path's last token unless None."""
 
-    def __init__(self, engine: Engine, ends: Ends, last_token: int | None = None) -> None:
+    def __init__(self, engine: Sampler, ends: Ends, last_token: int | None = None) -> None:
         self.engine = engine
         self._ends = ends
         self._last_token = last_token

@@ -15,7 +15,7 @@ from treepo.config.run import RunConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.planning.simulation.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
-from treepo.protocols import Engine
+from treepo.protocols import Sampler
 
 _BOX = 1 << 20  # a token that no engine draws
 _VOCABULARY = 1 << 16
@@ -35,7 +35,7 @@ class Workload:
     def some_prompts(self, count: int) -> list[Prompt]:
         return random_prompts(count, self.prompt_tokens, _VOCABULARY)
 
-    def engine(self, engine: Engine) -> ForcedLengths:
+    def engine(self, engine: Sampler) -> ForcedLengths:
         """`engine` with answers of these lengths."""
         return ForcedLengths(engine, DrawnEnds(self.lengths), last_token=_BOX)
 
