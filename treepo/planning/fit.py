@@ -1,5 +1,4 @@
-"""Whether a run fits: devices while they train, sample and sync weights, every node's host memory, the
-placement.
+"""Whether a run fits: devices in training, sampling and weight sync, host memory of nodes, placement.
 
 Trainer and engines that share devices take turns. The trainer frees what only its computation needs before
 the engines take their KV cache, and the engines keep only their runtime while the trainer computes.

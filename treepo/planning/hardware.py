@@ -17,7 +17,7 @@ from pathlib import Path
 GIB = 1 << 30
 
 TO_HOST, FROM_HOST = 14.8e9, 8.4e9
-"""Copies between a GPU and pageable memory of its host, each way. H200, PCIe 5, 2026-11-27."""
+"""Copies between a GPU and pageable memory of its host. Measured on an H200, PCIe 5, 2026-11-27."""
 FILE_SYSTEM = 5e9
 """A shared file system, written and read. Assumed."""
 GLOO = 2e9

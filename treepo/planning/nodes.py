@@ -60,9 +60,7 @@ def ranks_per_node(config: RunConfig, ranks: int) -> int:
 
 
 def link_rate(config: RunConfig, ranks: int) -> float:
-    """Bytes per second of each device among `ranks` consecutive ranks: over the network unless one node has
-    them.
-    """
+    """Bytes per second between `ranks` consecutive ranks: over the network unless one node has them all."""
     if ranks_per_node(config, ranks) == ranks:
         return device(config.plan.device).link
     return config.plan.network_gb_per_second * 1e9

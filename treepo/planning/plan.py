@@ -1,6 +1,4 @@
-"""What a run will need and how fast it will be, worked out without a GPU; if it does not fit, layouts that
-do.
-"""
+"""A run's memory and speed, worked out without a GPU; if it does not fit, the nearest layouts that do."""
 
 import time
 from collections.abc import Callable, Iterator

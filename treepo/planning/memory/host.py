@@ -1,7 +1,6 @@
 """Host memory of the fullest node: trainer ranks, engines, reward workers, the driver. Units: bytes.
 
-With `plan.device: cpu` the memory of `treepo.planning.memory.trainer` is host memory too; it is not counted
-here.
+With `plan.device: cpu` the trainer's own memory (memory/trainer.py) is host memory too, but not counted here.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,4 @@
-"""Trainer memory: each pipeline stage's ranks at their peak, rank 0 in a weight sync, and a checkpoint's
-size.
+"""Trainer memory: ranks of every pipeline stage at their peak, rank 0 in a weight sync, a checkpoint.
 
 Parameters are counted on the real model, built without memory (`megatron_bridge.layout_shards`). Gradients
 are summed in float32. Adam's two moments and, unless the model is float32, a float32 master copy are divided
@@ -52,9 +51,7 @@ def trainer_memory(config: RunConfig, folder: Path) -> list[Memory]:
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
-    """One training checkpoint: weights and optimizer state, the vocabulary with tensor parallelism's
-    padding.
-    """
+    """One training checkpoint: weights and optimizer state, with the vocabulary's padding."""
     architecture = read_architecture(folder)
     vocabulary = architecture.dimensions.vocabulary
     padding = padded_vocabulary(vocabulary, config.trainer.parallel.tensor) - vocabulary

@@ -1,5 +1,4 @@
-"""Answers whose lengths are drawn instead of sampled, from a real or a simulated engine. Lengths: response
-tokens.
+"""Answers of a real or simulated engine with drawn instead of sampled lengths. Units: response tokens.
 
 A path of `a` response tokens ends at a length drawn from a log-normal given that it is greater than `a`, by
 the seed of its request. So every path ends as a sample of the policy would, whatever is above it.

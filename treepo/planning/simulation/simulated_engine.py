@@ -2,10 +2,10 @@
 
 The scheduler follows SGLang 0.5.16 with the settings of `sglang_rollout/processes.py`:
 
-- Requests that have arrived are prefilled together before the next decoding step, as far as the cache has
-room. - One step decodes a token for every running request. - The tokens of a finished request but the last
-stay in the cache until their room is needed. - If a step has no room, the request with the fewest tokens is
-retracted and prefilled again later.
+- Requests that have arrived are prefilled together before the next decoding step, as far as there is room.
+- One step decodes a token for every running request.
+- All tokens of a finished request but the last stay in the cache until their room is needed.
+- If a step has no room, the request with the fewest tokens is retracted and prefilled again later.
 
 Not modelled: chunks of one prefill (a batch may be longer than a chunk by one context), pages of more than
 one token, the slow fall of SGLang's estimate of what running requests still need. Events are requests that
@@ -181,9 +181,7 @@ class SimulatedEngine:
         self._serving = None
 
     def _admit(self) -> Sequence[_Job]:
-        """Takes waiting requests that can be prefilled together, and locks the cached prefixes of their
-        contexts.
-        """
+        """Takes waiting requests that can be prefilled together, and locks their cached prefixes."""
         batch: list[_Job] = []
         new = wanted = 0
         while self._waiting and new < self._chunk_tokens:

@@ -2,9 +2,9 @@
 
 Departures from a real run. Units: tokens.
 
-- No answer loops, so the repetition stop is off. Log-probs are random. - Boxes are looked for only if the
-fallback distinguishes boxed answers from other finished ones; then all are boxed. - Prompts that
-`learning.dynamic_sampling` would sample in place of others are not sampled.
+- No answer loops, so the repetition stop is off. Log-probs are random.
+- Boxes count only if the fallback distinguishes boxed from other finished answers; then all are boxed.
+- Prompts that `learning.dynamic_sampling` would sample in place of others are not sampled.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@ A forward pass takes the longer of reading and computing, plus all-reduces of te
 constant for scheduling, sampling and launching (`Device.pass_seconds`).
 
 - Read: the weights, of experts those that the tokens are sent to (each to a random choice), and the whole KV
-of every request; a shared prefix is read once for each request, as SGLang's attention kernels do. - Sent: two
-all-reduces a layer of the new tokens' hidden states, in a ring.
+  of every request; a shared prefix is read once for each request, as SGLang's attention kernels do.
+- Sent: two all-reduces a layer of the new tokens' hidden states, in a ring.
 """
 
 from dataclasses import dataclass
@@ -61,9 +61,7 @@ class DeviceRates:
         return self.shard.kv_values * self.value_bytes / self._bandwidth
 
     def _weights_seconds(self, tokens: int) -> float:
-        """To read the weights for `tokens` new tokens. An embedding that is not the output is not read
-        whole.
-        """
+        """To read the weights for `tokens` new tokens; of an embedding that is not the output, only rows."""
         shard = self.shard
         read = shard.layers + (shard.output or shard.embedding)
         if self.architecture.experts is not None:

@@ -31,7 +31,7 @@ def _layers_flops(architecture: Architecture) -> float:
 
 
 def logits_flops(architecture: Architecture) -> float:
-    """One token's logits. The trainer computes them only where a log-prob is wanted."""
+    """One token's logits. The trainer computes them only for tokens whose log-prob is needed."""
     return 2.0 * architecture.hidden * architecture.dimensions.vocabulary
 
 

@@ -1,15 +1,15 @@
 """Seconds of a training step, phase by phase, from stated rates (`treepo.planning.hardware`).
 
-No phase was compared with a GPU. What is counted:
+No phase was compared with a GPU. Counted are:
 
-- Passes over the packs, whose matrix products run at `Device.efficiency` of the peak. Log-probs take one
-forward pass (two with a reference), training takes three (a backward pass counts twice) and a fourth if it
-recomputes everything. - The pipeline's idle time: (stages - 1) / (chunks of each) of one micro-batch. -
-Traffic of tensor-parallel ranks (two gathers and two scatters of the hidden states a layer) and of experts'
-ranks (there and back), once forward and once backward, none of it hidden. - Gradients and parameters between
-replicas, and the optimizer's passes over its state. - The weight sync. Rank 0 gathers bucket k + 1 while
-bucket k travels and is loaded (docs/weights.md), so the slower side sets the pace, and the faster one is
-waited for once.
+- Passes over the packs, with matrix products at `Device.efficiency` of the peak. Log-probs take one forward
+  pass, two with a reference. Training takes three (a backward pass counts twice), four if it recomputes all.
+- The pipeline's idle time: (stages - 1) / (chunks of each) of one micro-batch.
+- Traffic of tensor-parallel ranks (two gathers and two scatters of the hidden states a layer) and of experts'
+  ranks (there and back), once forward and once backward, none of it hidden.
+- Gradients and parameters between replicas, and the optimizer's passes over its state.
+- The weight sync. Rank 0 gathers bucket k + 1 while bucket k travels and is loaded (docs/weights.md), so the
+  slower side sets the pace, and the faster one is waited for once.
 
 Left out: traffic between pipeline stages, grading (it runs during sampling), checkpoints.
 """
@@ -31,9 +31,7 @@ from treepo.planning.speed.packs import ReplicaWork, replica_work
 from treepo.planning.speed.sampling import Sampling
 
 _OPTIMIZER_BYTES = 30
-"""Adam reads and writes these for a parameter: gradient, master weight and two moments in float32, there and
-back, and the parameter.
-"""
+"""Adam's traffic a parameter: gradient, master weight, moments (float32, both ways), the parameter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,71 @@
+"""Engine memory: shards of SGLang's ranks, the KV cache, the trees it holds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_bridge.architecture import read_architecture
+from tests.support.plan_configs import config, engine
+from treepo.errors import ConfigError
+from treepo.planning.memory.engine import sglang_defaults
+from treepo.planning.memory.engine_shard import engine_shard
+
+
+def hugging_face_values(folder: Path) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "moe"])
+def test_one_engine_rank_has_the_whole_model(family: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    architecture = read_architecture(folder)
+    padding = 2 * (192 - 130) * architecture.hidden  # two tables, padded to a multiple of 64
+    values = hugging_face_values(folder)
+    assert engine_shard(architecture, 1).parameters == values + padding
+
+
+def test_engine_ranks_divide_all_but_norms_and_too_few_key_value_heads(qwen2: Path) -> None:
+    architecture = read_architecture(qwen2)  # 4 heads, 2 key-value heads of 16, hidden 64, 2 layers
+    one, two, four = (engine_shard(architecture, tensor) for tensor in (1, 2, 4))
+    norms = 2 * 2 * 64 + 64
+    assert 2 * (two.parameters - norms) == one.parameters - norms
+    assert (one.kv_values, two.kv_values, four.kv_values) == (2 * 2 * 32, 2 * 2 * 16, 2 * 2 * 16)
+    doubled = 4 * (2 * 2 * 16 * (64 + 1)) / 2  # keys and values, with biases: twice what two ranks have
+    assert 4 * (four.parameters - norms) == one.parameters - norms + doubled
+    with pytest.raises(ConfigError, match=r"engine.tensor = 3 does not divide the model's 4 attention heads"):
+        engine_shard(architecture, 3)
+
+
+def test_sglangs_default_is_its_documented_sum() -> None:
+    # One H100 as nvidia-smi shows it: 512 + 8192 x 1.5 + 128 + 256 x 2 + 58 x 8 MiB are kept back.
+    chosen = sglang_defaults(81559, tensor=1, graphs=True)
+    assert chosen.chunk_tokens == 8192
+    assert chosen.memory_fraction == round(1 - (512 + 12288 + 128 + 512 + 58 * 8) / 81559, 3)
+    assert sglang_defaults(24 * 1024, tensor=1, graphs=False).chunk_tokens == 2048
+
+
+def test_the_cache_gets_what_the_weights_leave(qwen2: Path) -> None:
+    whole, half = (engine(config(engine_memory_fraction=f), qwen2, 1e9) for f in (0.8, 0.4))
+    for memory, budget in ((whole, 0.8e9), (half, 0.4e9)):
+        used = memory.memory.parts["weights"] + memory.memory.parts["KV cache"]
+        token_bytes = memory.memory.parts["KV cache"] / memory.kv_tokens
+        assert budget - token_bytes < used <= budget
+        assert memory.memory.total == pytest.approx(1e9, abs=token_bytes)
+    assert whole.expected_trees > half.expected_trees > 0
+    assert whole.longest_tree == 32 + 8 * 96
+    assert whole.expected_tree < whole.longest_tree
+    capped = engine(config(engine_max_total_tokens=5000), qwen2)
+    assert capped.kv_tokens == 5000
+    assert capped.problem is None
+
+
+def test_an_engine_that_cannot_serve_says_why(qwen2: Path) -> None:
+    assert "its weights are" in str(engine(config(), qwen2, free=1e5).problem)
+    problem = engine(config(engine_max_total_tokens=127), qwen2).problem
+    assert problem is not None
+    assert "holds 127 tokens, and one request may have 128" in problem
+    assert "one tree is expected" in str(engine(config(engine_max_total_tokens=128), qwen2).problem)
