@@ -100,15 +100,11 @@ def evaluations(folder: Path, out: Path, *engines: FakeEngine, **changes: Any) -
         done: list[tuple[Outcome, Seen]] = []
         try:
             inputs = await asyncio.to_thread(read_evaluation_inputs, config)
+            start = partial(evaluation_engines, config, inputs)
             for server.engine in engines:
                 seen = Seen()
                 try:
-                    done.append(
-                        (
-                            await evaluate(config, inputs, seen, partial(evaluation_engines, config, inputs)),
-                            seen,
-                        )
-                    )
+                    done.append((await evaluate(config, inputs, seen, start), seen))
                 except (EngineError, RewardError) as error:
                     done.append((error, seen))
         finally:
