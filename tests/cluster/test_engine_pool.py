@@ -168,7 +168,7 @@ def test_a_request_waits_for_a_restart_only_if_no_other_engine_serves() -> None:
     async def scenario(pool: FakePool, fakes: Fakes) -> None:
         first, second = pool.engines
         lost = asyncio.ensure_future(first.generate(REQUEST))
-        await until(lambda: first._outstanding == 1)
+        await until(lambda: fakes.made[0][0].requests == 1)
         first.fail("it was lost")
         with pytest.raises(DeadEngineError, match="it was lost"):
             await lost
@@ -393,7 +393,7 @@ def test_a_stall_is_logged_with_each_engine_s_status_and_oldest_request(
         prompts = [Prompt(f"train:{i}", prompt_tokens(i), "", "", "") for i in range(2)]
         async with watched(driver, pool.engines, 0.01), aclosing(driver.sample(prompts, 0)) as results:
             sampling_trees = asyncio.ensure_future(anext(results))
-            await until(lambda: any(engine._outstanding for engine in pool.engines))
+            await until(lambda: any(processes[0].requests for processes in fakes.made.values()))
             pool.engines[1].fail("its memory is full")
             while not any("memory" in text and "train:0" in text for text in caplog.messages):
                 await asyncio.sleep(0.005)

@@ -30,6 +30,7 @@ class FakeProcess:
     healthy: bool = False
     keeps_memory: bool = False
     refuses_weights: bool = False
+    requests: int = 0
     health_checks: int = 0
     commits: int = 0
     ended: int = 0
@@ -63,6 +64,7 @@ class FakeProcess:
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         self._check_alive()
+        self.requests += 1
         number = len(self.engine.requests) + 1
         if self.dies_at is not None and number >= self.dies_at:
             self.die()
