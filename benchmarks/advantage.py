@@ -1,10 +1,10 @@
-"""Time of the learning rule's numpy half: advantages and packing of trees in the paper's setting.
+"""Time the numpy half of the learning rule: advantages and packing of trees in the paper's setting.
 
     OMP_NUM_THREADS=1 python benchmarks/advantage.py
 
-A tree: 2, 4, 8, then 16 segments of 512 tokens at each depth down to 14. One JSON line for each batch size;
-`seconds_*` are CPU seconds (numpy works on one core here, and other work on the machine does not count), the
-median of repeats; `packing_tokens_per_second` counts packed tokens, repeated context included.
+A tree has 2, 4, 8, then 16 segments of 512 tokens at each depth down to 14. One JSON line a batch size.
+`seconds_*` are CPU seconds on one core (other work on the machine does not count), medians of repeats;
+`packing_tokens_per_second` counts packed tokens, repeated context included.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import numpy as np
 from full_tree import full_tree
 
 from treepo.config.learning import LearningConfig
-from treepo.learning.advantage import ESTIMATORS, estimate
+from treepo.learning.advantage import estimate
+from treepo.learning.estimators import ESTIMATORS
 from treepo.learning.packing import pack_trees
 from treepo.tree import Tree
 
@@ -26,7 +27,7 @@ DEPTH, PROMPT_TOKENS, VOCABULARY, MAX_TOKENS = 14, 256, 150_000, 16384
 
 
 def batch(prompts: int, rng: np.random.Generator) -> list[Tree]:
-    """Trees with rewards of their own; tokens repeat, so that a large batch fits the memory."""
+    """Draw trees with different rewards; their tokens repeat, so that a large batch fits into memory."""
     kinds = [full_tree(rng, DEPTH, 2, PROMPT_TOKENS, VOCABULARY) for _ in range(8)]
     trees = []
     for index in range(prompts):

@@ -1,4 +1,4 @@
-"""The same trees as the trainer's micro-batches in two ways: packed, and one trajectory after another."""
+"""Make the trainer's micro-batches of the same trees in two ways: packed, and one trajectory at a time."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from treepo.learning.packing import Pack, pack_flat, pack_trees
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Trees of 16 leaves, all of `leaf_tokens` response tokens in segments of `segment_tokens`; each level is
-    twice as wide as the one above, `initial_branching` at first, until there are 16 paths.
+    """Trees of 16 leaves, each with `leaf_tokens` response tokens in segments of `segment_tokens`. The first
+    level has `initial_branching` segments, each further level twice as many, up to 16.
     """
 
     prompts: int
@@ -26,30 +26,30 @@ class Setting:
 
     @property
     def trajectory_tokens(self) -> int:
-        """The prompt included."""
+        """Tokens of one trajectory, the prompt included."""
         return self.prompt_tokens + self.leaf_tokens
 
     @property
     def total_tokens(self) -> int:
-        """Of all trajectories."""
+        """Tokens of all trajectories, the prompts included."""
         return self.prompts * WIDTH * self.trajectory_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One mini-batch, all of it on one replica. packs: under "packed" and "flat"."""
+    """One mini-batch on one replica. packs: under "packed" and "flat"."""
 
     packs: dict[str, list[Pack]]
     denominator: float
     unique_tokens: int
 
     def tokens(self, way: str) -> int:
-        """In all packs, context that is repeated where a tree was cut included."""
+        """Tokens in all packs, the repeated context of split trees included."""
         return sum(len(pack) for pack in self.packs[way])
 
 
 def work(setting: Setting, vocabulary: int) -> Work:
-    """Random tokens and rewards."""
+    """Make the mini-batch of `setting`, with random tokens and rewards."""
     depth, rest = divmod(setting.leaf_tokens, setting.segment_tokens)
     assert not rest, f"{setting.leaf_tokens} tokens are no whole number of segments"
     rng = np.random.default_rng(0)

@@ -1,11 +1,11 @@
-"""A train step of the real trainer on CPU: trees packed against the same trajectories one by one.
+"""Compare a train step on packed trees with one on the same trajectories one by one, on CPU.
 
     python benchmarks/packing.py
 
-One prompt with 16 leaves in 512-token segments, each level twice as wide as the one above until 16. All of it
-is one micro-batch in both layouts. Packed and flat steps alternate on one thread; seconds are CPU seconds
-(other work on the machine does not count), medians of repeats. Memory is the peak of the process over what it
-held before the step. One JSON line a setting; `time_over_bound` is packed_over_flat_time over
+The batch is one prompt with 16 leaves in 512-token segments, each level twice as wide as the one above until
+16: one micro-batch in both layouts. Packed and flat steps alternate on one thread. Seconds are CPU seconds
+(other work on the machine does not count), medians of repeats. Memory is the process's peak minus its memory
+before the step. One JSON line a setting; `time_over_bound` is packed_over_flat_time over
 1.15 x unique_over_total (tokens, the prompt included).
 """
 
@@ -52,7 +52,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """How far the resident memory rises during `work`."""
+    """The rise of the resident memory during `work`."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

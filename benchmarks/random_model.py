@@ -1,4 +1,4 @@
-"""Random models that the benchmarks write: shapes of Qwen2.5, and a tiny one for dry runs."""
+"""Write random models for the benchmarks: shapes of Qwen2.5, and a tiny one for dry runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +39,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def write_model(folder: Path, dtype: str, shape: Mapping[str, Any]) -> None:
-    """A random Qwen2 whose end token is one beyond its vocabulary: it cannot be sampled."""
+    """Write a random Qwen2 with its end token beyond its vocabulary, so that it is never sampled."""
     config = Qwen2Config(
         **shape,
         tie_word_embeddings=False,

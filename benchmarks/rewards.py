@@ -1,10 +1,11 @@
-"""Grades a second of the grading processes, by their number: math-verify on boxed answers.
+"""Count the grades a second of one and more grading processes: math-verify on boxed answers.
 
-The items are half right, half wrong, of five kinds (integers, fractions, decimals, expressions, intervals),
-after a page of text. One JSON line for each number of workers, medians over interleaved repeats; the ratio is
-against the first number. Start-up is not counted. More workers than cores gain nothing, and on a machine with
-other work the ratio says little: then `worker_ms` (CPU time of the workers for one grade) should not grow
-with their number, and `own_ms` (CPU time of this process for one grade) says how many it could keep busy.
+Half of the items are right, half wrong, of five kinds (integers, fractions, decimals, expressions,
+intervals), after a page of text. One JSON line for each number of workers, medians over interleaved repeats;
+the ratio is to the first number. Start-up is not counted, and more workers than cores gain nothing.
+
+On a machine with other work the ratio says little. Then see whether `worker_ms` (the workers' CPU time for
+one grade) stays the same, and how many workers `own_ms` (this process's CPU time for one grade) keeps busy.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def draw_items(count: int) -> list[GradeItem]:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one grade. seconds: by the clock; the others are CPU time."""
+    """The cost of one grade. seconds: by the clock; the others are CPU time."""
 
     seconds: float
     worker_seconds: float

@@ -1,11 +1,11 @@
-"""Floating-point operations of a train step: of its matrix products, forward and backward.
+"""Count the floating-point operations of a train step's matrix products, forward and backward.
 
     6 x parameters of the layers' matrices x tokens
     + 6 x vocabulary x hidden x trained tokens
     + 12 x layers x heads x head size x pairs
 
-A pair is a token and one that it attends to, itself included. What is computed a second time (recomputation,
-context repeated where a tree was cut) counts for nothing.
+A pair is a token and a token that it attends to, itself included. Work that is done twice (recomputation, the
+repeated context of split trees) is counted once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from treepo.learning.packing import Pack
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the operations of a step follow from."""
+    """The numbers that a step's operations follow from."""
 
     tokens: int
     trained: int
@@ -26,7 +26,7 @@ class Counts:
 
 
 def step_flops(sizes: Mapping[str, int], counts: Counts) -> float:
-    """sizes: those keys of a Qwen2 config that say how large the model is."""
+    """Floating-point operations of one step. sizes: the size keys of a Qwen2 config."""
     hidden, heads, groups = (
         sizes[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
@@ -40,13 +40,13 @@ def step_flops(sizes: Mapping[str, int], counts: Counts) -> float:
 
 
 def every_token(packs: Sequence[Pack]) -> Counts:
-    """Of packs as they are. A token attends to those above it, as many as its position, and to itself."""
+    """Count every token of the packs; a token has as many ancestors as its position says."""
     trained = sum(int((pack.count_pos + pack.count_neg > 0).sum()) for pack in packs)
     return Counts(sum(map(len, packs)), trained, sum(int((pack.position + 1).sum()) for pack in packs))
 
 
 def unique_tokens(packs: Sequence[Pack]) -> Counts:
-    """Of a token of a tree once, in however many packs it is."""
+    """Count each token of a tree once, however many packs it is in."""
     keys = np.concatenate([token_keys(pack) for pack in packs])
     position = np.concatenate([pack.position for pack in packs])
     _, first = np.unique(keys, return_index=True)
@@ -55,5 +55,5 @@ def unique_tokens(packs: Sequence[Pack]) -> Counts:
 
 
 def token_keys(pack: Pack) -> np.ndarray:
-    """A number for each token that says where in which tree it is: int64 [T]."""
+    """A number that identifies each token's place in its tree: int64 [T]."""
     return (pack.tree.astype(np.int64) << 40) + ((pack.segment.astype(np.int64) + 1) << 20) + pack.offset

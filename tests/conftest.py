@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.support.real_engine import RealEngine
 
 # The tests' tensors are small, and threads that wait for each other on a busy machine cost minutes. The
-# variable is for processes that tests start: in this one torch is imported already, and has read it.
+# variable is for processes that tests start; torch has already read it in this one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -34,7 +34,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def real_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RealEngine"]:
     """A real SGLang engine, started once (slow tests only): see tests/support/real_engine.py."""
-    import tests.support.real_engine as harness  # starts with seconds of imports that fast tests do not need
+    import tests.support.real_engine as harness  # here: its imports take seconds that fast tests do not need
 
     with asyncio.Runner() as runner:
         real = harness.start(harness.write_model(tmp_path_factory.mktemp("engine")), runner.get_loop())

@@ -1,4 +1,4 @@
-"""The tree: its invariants, its counts against the leaves taken one by one, its line of JSON."""
+"""The tree: its invariants, its counts against the leaves one by one, its line of JSON."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_the_worked_example() -> None:
         ([_segment(PROMPT, 1)], [0, 0], "not exactly its childless"),
     ],
 )
-def test_what_is_not_a_tree_is_refused(segments: list[Segment], leaves: list[int], message: str) -> None:
+def test_parts_of_no_tree_are_refused(segments: list[Segment], leaves: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _tree(segments, leaves)
 

@@ -60,7 +60,7 @@ class PlacementError(TreepoError):
 
 
 class AllocationError(TreepoError):
-    """Missing or contradictory variables that describe the nodes; the text lists what was found where."""
+    """Missing or contradictory variables that describe the nodes; the text lists them with their sources."""
 
 
 class ClusterError(TreepoError):

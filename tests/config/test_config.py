@@ -1,4 +1,4 @@
-"""Configuration: what is written is what is run, and a mistake is one line that says where and what."""
+"""Configuration: YAML and overrides load as written, and a mistake is one line with its place and cause."""
 
 from pathlib import Path
 

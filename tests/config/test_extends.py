@@ -1,4 +1,4 @@
-"""`extends`: a file goes over the one that it names, and a mistake is named in the file where it stands."""
+"""`extends`: a file overrides the file that it names, and a mistake is reported in the file that has it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_lists_and_empty_mappings_replace(write: Write) -> None:
             "sampling: {width: 4.5}\n",
             "top.yaml:2: sampling.width: should",
         ),
-        # Of what the upper file replaces as a whole no line of the lower one is named.
+        # The upper file replaces the section as a whole, so no line of the lower file is named.
         (BASE + "sampling:\n  width: 4\n", "sampling: 3\n", "top.yaml:2: sampling: should be a section"),
         (
             BASE + "trainer: {parallel: {tensor: 2}}\n",
@@ -121,7 +121,7 @@ def test_a_mistake_is_named_in_the_file_where_it_stands(
         ),
     ],
 )
-def test_what_cannot_be_extended_is_one_line(
+def test_a_file_that_cannot_be_extended_is_one_line(
     write: Write, tmp_path: Path, files: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -139,7 +139,7 @@ SECTIONS = st.dictionaries(st.sampled_from("abc"), TREES, max_size=3)
 
 
 def _leaves(value: Any, above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Everything but non-empty mappings, by path."""
+    """All values but non-empty mappings, by path."""
     if not isinstance(value, dict) or (not value and above):
         return {above: value}
     return {

@@ -1,4 +1,4 @@
-"""A model folder's fingerprint: the same for a copy, another after any training."""
+"""A model folder's fingerprint: equal for a copy, different after any training."""
 
 import shutil
 from pathlib import Path

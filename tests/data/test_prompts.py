@@ -1,4 +1,4 @@
-"""Prompts from files: formats, columns, answers of any kind, what is said of a bad row, and the order."""
+"""Prompts from files: formats, columns, answers of every kind, errors for bad rows, and the order."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -186,7 +186,7 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path: Path, kind: str) ->
         load_prompts(path, strict.columns, Utf8Tokenizer(), strict)
     assert f"{path}:3: {said}" in str(raised.value)  # line 3: the blank one counts here
     assert "\n" not in str(raised.value)
-    if kind != "too long":  # this one takes a tokenizer to see
+    if kind != "too long":  # only a tokenizer can tell
         with pytest.raises(DataError):
             check_prompts(path, strict.columns, strict)
 
@@ -277,7 +277,7 @@ def test_every_shipped_map_of_columns_is_valid(tmp_path: Path) -> None:
         assert configure(tmp_path, name).columns != ColumnsConfig()
 
 
-def test_an_unknown_name_for_columns_lists_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_name_for_columns_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"should be one of .*, found 'gsm9k'; did you mean 'gsm8k'"):
         configure(tmp_path, "gsm9k")
 

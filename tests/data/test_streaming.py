@@ -1,4 +1,4 @@
-"""Prompts of a file larger than memory: what is kept, what is read, and that both are the same prompts."""
+"""Prompts of a file larger than memory: the parts that are kept, the reads, and equal prompts from both."""
 
 import json
 import tracemalloc
@@ -18,12 +18,12 @@ from treepo.errors import DataError
 
 ROWS, TEXT_BYTES, GROUP_ROWS = 3000, 4000, 250
 FILE_BYTES = ROWS * TEXT_BYTES
-# Never freed: Arrow's buffers outlive the test and go back to the pool that they came from.
+# Never freed: Arrow's buffers outlive the test and return to their pool.
 COUNTING_POOL = pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
 
 
 def question(index: int) -> str:
-    """About TEXT_BYTES of text that no compression makes small."""
+    """About TEXT_BYTES of text that does not compress."""
     rng = np.random.default_rng(index)
     return f"{index}: {rng.bytes(TEXT_BYTES // 2).hex()}"
 
@@ -91,7 +91,7 @@ def test_by_place_in_order_and_in_parts_are_the_same_prompts(path: Path) -> None
 
 def test_of_json_lines_two_integers_a_row_are_kept(json_file: Path) -> None:
     """Counted, not measured by the clock or by RSS. 16 bytes a row, which a growing array may overshoot."""
-    load(json_file)[0]  # whatever the first use of anything allocates for good
+    load(json_file)[0]  # so that allocations of the first use do not count
     tracemalloc.start()
     try:
         prompts = load(json_file)
@@ -101,7 +101,7 @@ def test_of_json_lines_two_integers_a_row_are_kept(json_file: Path) -> None:
         tracemalloc.reset_peak()
         prompts.take(range(0, len(prompts), len(prompts) // 16))
         _, most = tracemalloc.get_traced_memory()
-        # 17 prompts: text, and tokens of four bytes for each of its bytes; some of it twice on the way.
+        # 17 prompts: their text, four bytes of tokens for each byte of it, and some copies on the way.
         assert most < 17 * TEXT_BYTES * 16
     finally:
         tracemalloc.stop()
@@ -115,18 +115,18 @@ def test_of_parquet_some_row_groups_are_kept(parquet_file: Path, monkeypatch: py
     pyarrow.set_memory_pool(pool)
     try:
         prompts = load(parquet_file)
-        # A group compressed, its part decoded, and Arrow's reading ahead; the file is twelve groups.
+        # A compressed group, its decoded part, and Arrow's read-ahead; the file has twelve groups.
         assert pool.max_memory() < 3 * group_bytes
         for prompt in prompts.take(np.random.default_rng(1).permutation(len(prompts))[:200].tolist()):
             assert prompt.answer == prompt.id.partition(":")[2]
         assert pool.bytes_allocated() < 4 * group_bytes
-        assert pool.max_memory() < 5 * group_bytes  # the kept ones, and the next while it is read
+        assert pool.max_memory() < 5 * group_bytes  # the kept groups, and the next one while it is read
     finally:
         pyarrow.set_memory_pool(before)
 
 
 def test_one_call_reads_each_row_group_once(parquet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_KEPT_BYTES", 0)  # nothing but the group in use
+    monkeypatch.setattr(rows, "_KEPT_BYTES", 0)  # keep only the group in use
     prompts = load(parquet_file)
     read: list[int] = []
     original = pyarrow.parquet.ParquetFile.read_row_group

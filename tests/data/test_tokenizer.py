@@ -1,4 +1,4 @@
-"""Tokenizer of a model folder: end tokens, prompts in, responses out, and what is said of a broken folder."""
+"""Tokenizer of a model folder: end tokens, prompts in, responses out, and errors for a broken folder."""
 
 import json
 from pathlib import Path

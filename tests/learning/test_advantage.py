@@ -1,4 +1,4 @@
-"""Advantage estimators: parity with straight-line versions, hand-computed trees, invariances."""
+"""Advantage estimators: parity with straight-line versions, trees computed by hand, invariances."""
 
 import math
 import re
@@ -83,7 +83,7 @@ def test_an_estimator_is_added_as_documented() -> None:
 
 
 def unwhitened(tree: Tree, **options: object) -> np.ndarray:
-    """What the estimator says before whitening."""
+    """The estimator's result before whitening."""
     config = config_of(**options)
     forest = Forest.of([tree])
     batch, estimator = Batch(forest, forest.graded_L.astype(float)), ESTIMATORS[config.estimator]
@@ -122,7 +122,7 @@ def test_a_chain_counts_its_one_group_once_if_asked() -> None:
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 @pytest.mark.parametrize("parents", [[-1], [-1, 0, 1, 2]], ids=["alone", "chain"])
 def test_a_leaf_alone_has_no_baseline(name: str, parents: list[int]) -> None:
-    """Its reward is its advantage; the estimators that compare segments have nothing to compare."""
+    """Its reward is its advantage; estimators that compare segments have nothing to compare."""
     expected = 0.0 if name in ("spo", "treepo_segment") else 0.7
     values = unwhitened(tree_of(parents, [0.7]), estimator=name)
     np.testing.assert_allclose(values, expected, rtol=TOLERANCE)
@@ -295,7 +295,7 @@ def test_leaf_weights_enter_every_baseline(name: str) -> None:
 
 
 def weighted_advantages(name: str, tree: Tree, leaf: Leaf, weight: dict[int, float]) -> list[float]:
-    """One a segment of the leaf's path, before whitening. weight: of each leaf, by its segment."""
+    """One advantage a segment of the leaf's path, before whitening. weight: each leaf's, by its segment."""
 
     def below(node: int) -> list[Leaf]:
         return [other for other in tree.leaves if node in (PROMPT, *tree.path(other.segment))]

@@ -1,4 +1,4 @@
-"""The official implementation's numbers: those of its estimators that are right."""
+"""The numbers of the official implementation, for those of its estimators that are correct."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not CASES, reason=f"{GOLDEN} is not here")
 
 
 def golden_trees(case: dict[str, Any]) -> tuple[list[Tree], list[tuple[int, int]]]:
-    """The case's trees, and for each of its paths the (tree, leaf) that it became."""
+    """The case's trees, and the (tree, leaf) of each of its paths."""
     prompts = list(dict.fromkeys(path[0] for path in case["paths"]))
     trees, places = [], {}
     for number, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The loss: packed equals trajectory by trajectory, whatever binds; normalised over the whole mini-batch."""
+"""The loss: packed equals trajectory by trajectory, whichever clip binds, over the whole mini-batch."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ LossOfPacks = Callable[[Sequence[Sequence[Pack]]], tuple[Tensor, dict[str, float
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors of a few dozen rows: more threads would only wait for each other."""
+    """Tensors have a few dozen rows: more threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +47,7 @@ def tensors(pack: Pack) -> dict[str, Tensor]:
 
 
 class Scene:
-    """A batch with old and reference log-probs far from the policy's, so that every bound is met."""
+    """A batch with old and reference log-probs so far from the policy's that every bound is reached."""
 
     def __init__(self, seed: int, options: dict[str, object], trees: int = 3) -> None:
         rng = np.random.default_rng(seed)
@@ -76,7 +76,7 @@ class Scene:
         return replace(pack, old_log_prob=column(self.old), reference_log_prob=column(self.reference))
 
     def loss(self, packs: Sequence[Sequence[Pack]]) -> tuple[Tensor, dict[str, float]]:
-        """As the trainer does it: every micro-batch of every replica on its own, then sums."""
+        """Compute the loss as the trainer does: each micro-batch of each replica alone, then the sum."""
         divisor = denominator(packs, self.config)
         losses, metrics = [], []
         for pack in chain.from_iterable(packs):
@@ -95,7 +95,7 @@ class Scene:
         return torch.stack(losses).sum(), summarise(reduced)
 
     def naive_loss(self) -> Tensor:
-        """Leaf by leaf, token by token, from the trees alone."""
+        """Compute the loss leaf by leaf and token by token, from the trees alone."""
         total, divisor, index = torch.zeros((), dtype=torch.float64), 0.0, -1
         for number, tree in enumerate(self.trees):
             for leaf in tree.leaves:
@@ -145,7 +145,7 @@ def naive_token_losses(
     rollout: Tensor,
     advantage: Tensor,
 ) -> Tensor:
-    """PPO with two clips as it is printed; everything [T], of one leaf."""
+    """PPO with two clips as it is printed in papers; all arrays are [T], of one leaf."""
     ratio = (log_prob - old).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss = torch.maximum(-advantage * ratio, -advantage * clipped)
@@ -182,7 +182,7 @@ def test_packed_loss_and_gradient_equal_the_leaves_one_by_one(options: dict[str,
 
 
 def test_the_net_advantage_alone_would_be_wrong() -> None:
-    """Why a token carries two sums: with one, the gradient is off as soon as a clip binds."""
+    """Why a token carries two sums: with one, the gradient is wrong as soon as a clip binds."""
     scene = Scene(1, {})
     packs = scene.packs(pack_trees, 1000, 1)
 
@@ -203,10 +203,10 @@ def test_metrics_do_not_depend_on_the_packing(options: dict[str, object]) -> Non
     assert packed == pytest.approx(flat, rel=1e-10)
 
 
-def scored(
+def loss_of_tokens(
     advantage: Sequence[float], log_ratio: Sequence[float], count: Sequence[float], **options: object
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and metrics of tokens whose log-probs are -1 under the old policy and the engine."""
+    """Loss and metrics of tokens that have log-prob -1 under the old policy and the engine."""
     value, weight = torch.tensor(advantage, dtype=torch.float64), torch.tensor(count, dtype=torch.float64)
     old = torch.full_like(value, -1.0)
     pack = {
@@ -224,7 +224,7 @@ def scored(
 
 def test_metrics_by_hand() -> None:
     # Ratios 2, 1, 0.5, 20 and, not trained, 7; seen by 1, 2, 3, 4 and 0 leaves.
-    loss, metrics = scored(
+    loss, metrics = loss_of_tokens(
         [1.0, 0.0, -1.0, -0.5, 0.0],
         [math.log(2), 0.0, math.log(0.5), math.log(20), math.log(7)],
         [1, 2, 3, 4, 0],

@@ -1,4 +1,4 @@
-"""Packs: nothing lost, nothing doubled, every token sees exactly its own path."""
+"""Packs: no token is lost or trained twice, and every token sees exactly its own path."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -34,7 +34,7 @@ TOLERANCE = 1e-12  # sums of a few hundred float64 numbers near 1, in another or
 
 
 def batches() -> Iterator[tuple[list[Tree], Advantages]]:
-    """Batches of every shape, under an estimator whose advantages differ along a path."""
+    """Yield batches of every shape, with an estimator whose advantages differ along a path."""
     for seed, shape in enumerate(SHAPES):
         trees = random_batch(np.random.default_rng(seed), 4, ungraded=0.15, **shape)
         yield trees, estimate(trees, config_of(estimator="treepo_segment", normalisation="sequence_mean"))
@@ -57,7 +57,7 @@ def tokens_of(packs: Sequence[Sequence[Pack]]) -> Iterator[tuple[Pack, int]]:
 
 
 def path_of(pack: Pack, index: int) -> list[int]:
-    """The token and everything that predicts it, from the prompt down, by `source` alone."""
+    """The token and its ancestors from the prompt down, found by `source` alone."""
     path = []
     while index != -1:
         path.append(index)
@@ -66,7 +66,7 @@ def path_of(pack: Pack, index: int) -> list[int]:
 
 
 def expected_sums(trees: Sequence[Tree], advantages: Advantages) -> dict[tuple[int, int], np.ndarray]:
-    """(tree, segment) to the four sums of its tokens, by loops over leaves and paths."""
+    """Map (tree, segment) to the four sums of its tokens, by loops over leaves and paths."""
     sums: dict[tuple[int, int], np.ndarray] = {}
     leaf_index = 0
     for number, tree in enumerate(trees):

@@ -1,4 +1,4 @@
-"""Grading by an endpoint: a real HTTP server in the test does what each response asks of it."""
+"""Grading by an endpoint: a real HTTP server in the test does what each response tells it to."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def grade(handler: Handler, items: Sequence[GradeItem], **settings: object) -> list[Grade]:
-    """Grade `items` by a server that answers an empty batch itself and others by `handler`; None hangs up."""
+    """Grade `items` by a server that answers non-empty batches by `handler`; None hangs up."""
 
     async def answer(request: web.Request) -> web.Response:
         received = (await request.json())["items"]

@@ -1,4 +1,4 @@
-"""When too many grades have failed, and what is said then."""
+"""How many failed grades stop a run, and with which message."""
 
 import pytest
 

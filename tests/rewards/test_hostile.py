@@ -1,4 +1,4 @@
-"""Whatever a model writes ends in a verdict in time, and a neighbour's grade is right."""
+"""Whatever a model writes gets a verdict in time, and its neighbours' grades are right."""
 
 import asyncio
 
@@ -11,13 +11,13 @@ from treepo.rewards.pool import RewardPool
 from treepo.tree import Verdict
 
 GOLD = "5"
-PATIENCE_SECONDS = 600.0  # a verdict that takes so long does not come; all of them together take a fifth
+PATIENCE_SECONDS = 600.0  # the longest wait for one verdict; all of them together take a fifth of it
 NEIGHBOURS = [
     (GradeItem(r"thus \boxed{\frac{10}{4}}", "2.5"), Verdict.CORRECT),
     (GradeItem(r"thus \boxed{(1,2)}", "(2,1)"), Verdict.WRONG),
     (GradeItem("thus nothing", "1"), Verdict.NO_ANSWER),
 ]
-# Equal to the gold answer, mathematically or once what cannot be seen is taken away.
+# Equal to the gold answer mathematically, or without their invisible characters.
 MAY_BE_CORRECT = {
     "1 MB of balanced braces",
     "100k boxes",

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,7 +10,6 @@ from benchmarks.rewards import draw_items, grade_all
 from tests.support.paths import SHARED
 from tests.support.utf8_tokenizer import Utf8Tokenizer
 from treepo.config.data import DataConfig
-from treepo.config.reward import RewardConfig
 from treepo.data.prompts import load_prompts
 from treepo.rewards import math_answer
 from treepo.rewards.grade import Grade, GradeItem
@@ -137,51 +135,44 @@ def gold_answers() -> list[str]:
     return answers
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RewardPool]:
-    with RewardPool(RewardConfig(workers=2, deadline_seconds=30)) as pool:
-        yield pool
-
-
 def verdicts(pool: RewardPool, items: list[GradeItem]) -> list[Verdict]:
     return [result.verdict for result in asyncio.run(pool.grade(items))]
 
 
 def check_gold_answers(pool: RewardPool, answers: list[str]) -> None:
-    """Each is correct as it stands, and where the text differs so that math-verify has to compare."""
+    """Each is correct as it is, and with another text, so that math-verify has to compare."""
     for response in (r"\boxed{%s}", r"\boxed{\displaystyle %s}"):
         result = verdicts(pool, [GradeItem(response.replace("%s", answer), answer) for answer in answers])
         assert [answer for answer, verdict in zip(answers, result, strict=True) if verdict != "correct"] == []
 
 
 @needs_data
-def test_a_sample_of_gold_answers_is_correct(pool: RewardPool) -> None:
-    check_gold_answers(pool, random.Random(0).sample(gold_answers(), 60))
+def test_a_sample_of_gold_answers_is_correct(math_pool: RewardPool) -> None:
+    check_gold_answers(math_pool, random.Random(0).sample(gold_answers(), 60))
 
 
 @needs_data
 @pytest.mark.slow
-def test_every_gold_answer_is_correct(pool: RewardPool) -> None:
+def test_every_gold_answer_is_correct(math_pool: RewardPool) -> None:
     answers = gold_answers()
     assert len(answers) == 2336
-    check_gold_answers(pool, answers)
+    check_gold_answers(math_pool, answers)
 
 
 @needs_data
-def test_agreement_with_another_grader_on_a_models_completions(pool: RewardPool) -> None:
+def test_agreement_with_another_grader_on_a_models_completions(math_pool: RewardPool) -> None:
     rows = [json.loads(line) for line in (DATA / "graded_completions.jsonl").read_text().splitlines()]
     items = [GradeItem(text, row["ground_truth"]) for row in rows for text in row["completions"]]
     expected = [bool(correct) for row in rows for correct in row["correct"]]
     agreed = [
         (verdict is Verdict.CORRECT) == correct
-        for verdict, correct in zip(verdicts(pool, items), expected, strict=True)
+        for verdict, correct in zip(verdicts(math_pool, items), expected, strict=True)
     ]
     assert len(agreed) == 160
     assert sum(agreed) >= 159
 
 
-def test_the_benchmark_counts_its_own_grades() -> None:
+def test_the_benchmark_counts_its_own_grades(math_pool: RewardPool) -> None:
     """Its items are half right, half wrong, of every kind; it asserts the verdicts itself."""
-    with RewardPool(RewardConfig(workers=1, deadline_seconds=60)) as pool:
-        cost = asyncio.run(grade_all(pool, draw_items(20)))
+    cost = asyncio.run(grade_all(math_pool, draw_items(20)))
     assert min(cost.seconds, cost.own_seconds) > 0

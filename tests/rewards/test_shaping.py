@@ -1,4 +1,4 @@
-"""Terms of the reward: each by hand, their sum on trees, and what no term may touch."""
+"""Terms of the reward: each by hand, their sum on trees, and the fields that no term may change."""
 
 import math
 

@@ -1,9 +1,8 @@
-"""Votes by mathematical equality."""
+"""Classes of mathematically equal answers, which vote together."""
 
 import asyncio
 from collections.abc import Sequence
 
-from treepo.config.reward import RewardConfig
 from treepo.rewards.pool import RewardPool
 from treepo.rewards.voting import NO_VOTE, Equal, pool_equality, vote_classes
 from treepo.tree import Verdict
@@ -16,7 +15,7 @@ def classes(answers: Sequence[str | None], verdicts: list[Verdict], equal: Equal
 
 
 async def same_parity(first: str, second: str) -> bool | None:
-    """Equality of the last letters; a `?` cannot be decided."""
+    """Equality of the last letters; with a `?` it cannot be decided."""
     return None if "?" in first + second else first[-1] == second[-1]
 
 
@@ -29,7 +28,7 @@ def test_wrong_answers_are_grouped_and_correct_ones_are_one_class() -> None:
     assert got[6] == got[7] == NO_VOTE
 
 
-def test_what_cannot_be_compared_is_only_its_own_text() -> None:
+def test_an_answer_that_cannot_be_compared_equals_its_own_text_only() -> None:
     for order in (["a", "?", "ba", "?", "b"], ["?", "a", "?", "ba", "b"]):
         of = dict(zip(order, classes(order, [W] * 5, same_parity), strict=True))
         assert of["a"] == of["ba"]
@@ -46,10 +45,9 @@ def test_integers_are_compared_without_asking_anyone() -> None:
     assert len(set(got)) == 4
 
 
-def test_equality_is_mathematical() -> None:
+def test_equality_is_mathematical(math_pool: RewardPool) -> None:
     answers = [r"\frac{1}{2}", "0.5", "x+1", "1+x", "0.50", "}{", r"\boxed{3}", "3"]
-    with RewardPool(RewardConfig(workers=1, deadline_seconds=30.0)) as pool:
-        got = classes(answers, [W] * len(answers), pool_equality(pool))
+    got = classes(answers, [W] * len(answers), pool_equality(math_pool))
     assert got[0] == got[1] == got[4]
     assert got[2] == got[3]
     assert len({got[0], got[2], got[5], got[6], got[7]}) == 5

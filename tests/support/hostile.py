@@ -1,6 +1,6 @@
-r"""Responses that a model may well produce and that are hard on a grader, by name.
+r"""Responses that a model may produce and that are hard on a grader, by name.
 
-Most hang or exhaust sympy, Python's parser of integers, or the stack; some only look as if they did.
+Most hang or exhaust sympy, Python's parser of integers or the stack; some only look as if they did.
 """
 
 

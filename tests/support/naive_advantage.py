@@ -1,4 +1,4 @@
-"""Straight-line versions of the advantage estimators: loops over leaves, groups as lists."""
+"""Straight-line versions of the advantage estimators: loops over leaves, with groups as lists."""
 
 import math
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def naive_spo(tree: Tree, leaf: Leaf, _: LearningConfig) -> list[float]:
 def per_leaf(
     rule: Callable[[float, list[float]], float],
 ) -> Callable[[Tree, Leaf, LearningConfig], list[float]]:
-    """`rule`: of a leaf's reward and those of the prompt's other leaves; the reward itself without others."""
+    """Apply `rule` to a leaf's reward and its prompt's other rewards; an only leaf keeps its reward."""
 
     def naive(tree: Tree, leaf: Leaf, _: LearningConfig) -> list[float]:
         assert leaf.reward is not None
@@ -120,7 +120,7 @@ WHITENED = {"treepo", "treepo_segment", "reinforce_pp", "reinforce_pp_baseline"}
 
 
 def naive_estimate(trees: list[Tree], config: LearningConfig) -> dict[tuple[int, int], list[float]]:
-    """(tree, leaf) to one advantage a segment, whitened token by token where the estimator is."""
+    """Map (tree, leaf) to one advantage a segment, whitened token by token if the estimator is."""
     values = {
         (number, index): NAIVE[config.estimator](tree, leaf, config)
         for number, tree in enumerate(trees)

@@ -1,4 +1,4 @@
-"""Random trees with the hard cases: chains, one-token segments, leaves at every depth, equal leaves."""
+"""Random trees with hard cases: chains, one-token segments, leaves at every depth, equal leaves."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Reward functions of a user's, for the tests of `reward.function`. They run in grading processes."""
+"""Reward functions as a user writes them, for tests of `reward.function`. They run in grading processes."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def length_and_match(
 
 
 def obey(prompt: str, response: str, answer: str, extra: Mapping[str, object]) -> object:  # noqa: ARG001 (the signature of a reward function)
-    """Do what the response says: the name of an action and its argument."""
+    """Do what the response says: an action's name and its argument."""
     action, _, argument = response.partition(" ")
     return _ACTIONS[action](argument)
 
@@ -33,7 +33,7 @@ def _raise(argument: str) -> NoReturn:
 
 
 def _print(argument: str) -> float:
-    print(argument)  # noqa: T201 (what a user's function may do)
+    print(argument)  # noqa: T201 (a user's function may print)
     return 1.0
 
 

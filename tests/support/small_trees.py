@@ -1,4 +1,4 @@
-"""Trees written down as parents and rewards, and the same trees changed in ways that should not matter."""
+"""Trees from lists of parents and rewards, and changes of a tree that should not matter."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ def config_of(**options: object) -> LearningConfig:
 def tree_of(
     parents: Sequence[int], rewards: Sequence[float | None], lengths: Sequence[int] | None = None
 ) -> Tree:
-    """`rewards`: of the childless segments, in order. A segment has one token unless `lengths` says so."""
+    """A tree. rewards: of the childless segments, in order. lengths: tokens of each segment, by default 1."""
     lengths = [1] * len(parents) if lengths is None else lengths
     segments = tuple(
         Segment(
@@ -41,7 +41,7 @@ def tree_of(
 def random_batch(
     rng: np.random.Generator, trees: int, ungraded: float = 0.0, least_leaves: int = 1, **shape: int
 ) -> list[Tree]:
-    """Random trees with continuous rewards, a share of them `ungraded`."""
+    """Draw trees with continuous rewards; the share `ungraded` of their leaves has none."""
     batch: list[Tree] = []
     while len(batch) < trees:
         tree = random_tree(rng, f"p{len(batch)}", **shape)
@@ -56,9 +56,7 @@ def random_batch(
 
 
 def relabelled(tree: Tree, rng: np.random.Generator) -> tuple[Tree, list[int]]:
-    """The same tree with its segments in another topological order and its leaves in another order; and for
-    each of the new leaves the old one's place.
-    """
+    """Shuffle a tree's leaves, and its segments topologically; return the old place of each new leaf too."""
     left, order = list(range(len(tree.segments))), []
     while left:
         ready = [index for index in left if tree.segments[index].parent in (PROMPT, *order)]
@@ -72,7 +70,7 @@ def relabelled(tree: Tree, rng: np.random.Generator) -> tuple[Tree, list[int]]:
 
 
 def without_ungraded(tree: Tree) -> Tree | None:
-    """The tree of the graded leaves alone; None where there are none."""
+    """The tree of the graded leaves alone; None if there are none."""
     graded = [leaf for leaf in tree.leaves if leaf.reward is not None]
     kept = sorted({index for leaf in graded for index in tree.path(leaf.segment)})
     place = {PROMPT: PROMPT} | {old: new for new, old in enumerate(kept)}

@@ -1,5 +1,6 @@
-"""The toy folder: what it holds, when it is made again, and that equal seeds give equal toys."""
+"""The toy folder: its content, when it is made again, and that equal seeds give equal toys."""
 
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -40,8 +41,22 @@ _BYTES = byte_tokenizer(4096)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> ToyReport:
-    return make_toy(tmp_path_factory.mktemp("toy") / "out", recipe=SHORT)
+def making(tmp_path_factory: pytest.TempPathFactory) -> tuple[ToyReport, bool]:
+    """A toy, and whether making it left torch's random state alone."""
+    before = torch.get_rng_state()
+    report = make_toy(tmp_path_factory.mktemp("toy") / "out", recipe=SHORT)
+    return report, torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture(scope="module")
+def made(making: tuple[ToyReport, bool]) -> ToyReport:
+    return making[0]
+
+
+@pytest.fixture
+def copy(made: ToyReport, tmp_path: Path) -> Path:
+    """A copy of the toy's folder, to be damaged or made again."""
+    return shutil.copytree(made.model.parent, tmp_path / "copy")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +69,7 @@ def _weights(report: ToyReport) -> bytes:
 
 
 def _steps_taken(out: Path, **settings: object) -> tuple[ToyReport, int]:
-    """The report, and how many steps of training it took to get it."""
+    """The report, and the training steps that making it took."""
     calls: list[int] = []
     report = make_toy(out, recipe=SHORT, progress=lambda step, _steps, _loss: calls.append(step), **settings)  # pyright: ignore[reportArgumentType]  # seed and force
     return report, len(calls)
@@ -98,21 +113,19 @@ def test_a_second_call_neither_trains_nor_loads_torch(made: ToyReport) -> None:
     assert done.stdout.split() == ["True", "False"]
 
 
-def test_what_is_not_whole_is_made_again(tmp_path: Path) -> None:
-    whole, steps = _steps_taken(tmp_path)
-    assert (steps, whole.cached) == (SHORT.steps, False)
-    weights = _weights(whole)
+def test_a_toy_that_is_not_whole_is_made_again(made: ToyReport, copy: Path) -> None:
     for damage in (
-        lambda: (tmp_path / "toy.json").unlink(),
-        lambda: whole.train.write_bytes(whole.train.read_bytes()[:100]),
-        lambda: (whole.model / "tokenizer.json").unlink(),
+        lambda: (copy / "toy.json").unlink(),
+        lambda: (copy / "train.jsonl").write_bytes(made.train.read_bytes()[:100]),
+        lambda: (copy / "model" / "tokenizer.json").unlink(),
     ):
+        assert _steps_taken(copy)[1] == 0
         damage()
-        again, steps = _steps_taken(tmp_path)
+        again, steps = _steps_taken(copy)
         assert (steps, again.cached) == (SHORT.steps, False)
         # Equal seeds give equal toys, bit for bit, on one machine.
-        assert _weights(again) == weights
-        assert again.sampled_accuracy == whole.sampled_accuracy
+        assert _weights(again) == _weights(made)
+        assert again.sampled_accuracy == made.sampled_accuracy
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
@@ -122,21 +135,18 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         make_toy(path)
 
 
-def test_force_makes_it_again_and_another_seed_makes_another(made: ToyReport, tmp_path: Path) -> None:
-    zero, _ = _steps_taken(tmp_path)
-    assert zero.train.read_bytes() == made.train.read_bytes()
-    assert _steps_taken(tmp_path, force=True)[1] == SHORT.steps
-    weights, train = _weights(zero), zero.train.read_bytes()
-    one, steps = _steps_taken(tmp_path, seed=1)
+def test_force_makes_it_again_and_another_seed_makes_another(made: ToyReport, copy: Path) -> None:
+    again, steps = _steps_taken(copy, force=True)
     assert steps == SHORT.steps
-    assert _weights(one) != weights
-    assert one.train.read_bytes() != train
+    assert again.train.read_bytes() == made.train.read_bytes()
+    one, steps = _steps_taken(copy, seed=1)
+    assert steps == SHORT.steps
+    assert _weights(one) != _weights(made)
+    assert one.train.read_bytes() != made.train.read_bytes()
 
 
-def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
-    before = torch.get_rng_state()
-    make_toy(tmp_path, recipe=SHORT)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_the_callers_random_state_is_left_alone(making: tuple[ToyReport, bool]) -> None:
+    assert making[1]
 
 
 @given(st.text())

@@ -1,4 +1,4 @@
-"""The toy problems: their arithmetic holds, their shape is constant, and careless means what it says."""
+"""The toy problems: their arithmetic holds, their shape is constant, and careless solutions give up."""
 
 import re
 

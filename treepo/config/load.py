@@ -196,7 +196,7 @@ def _suggestion(schema: type[Section], location: Sequence[str]) -> str:
     if new in allowed:
         return f"it is now called {new!r}"
     near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
-    if len(location) == 1:  # `extends` is no key of the schema: suggest it only if nothing else is as near
+    if len(location) == 1:  # `extends` is no key of the schema: suggest it only for a near miss
         near = difflib.get_close_matches(location[-1], ["extends"], cutoff=0.8) or near
     return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
 

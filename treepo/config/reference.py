@@ -26,7 +26,6 @@ _TYPES = {
     "integer": "whole number",
     "number": "number",
     "null": "null",
-    "object": "names and values",
 }
 
 _HEAD = """\

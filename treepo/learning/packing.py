@@ -97,8 +97,7 @@ def pack_trees(
     Replicas get about equally many tokens, repeated context included. `advantages` are those of `trees`.
     Raises ValueError if a trajectory is longer than a pack or a prompt is empty.
     """
-    forest = advantages.forest
-    _check(forest, max_tokens)
+    forest = _checked_forest(trees, advantages, max_tokens)
     weight_N = np.stack([
         np.bincount(forest.path_node_M, weight_M, len(forest.parent_N))
         for weight_M in _weights(forest, advantages)
@@ -119,8 +118,7 @@ def pack_flat(
     trees: Sequence[Tree], advantages: Advantages, max_tokens: int, replicas: int
 ) -> list[list[Pack]]:
     """Pack as `pack_trees` does, but with every trajectory a sequence of its own: nothing is shared."""
-    forest = advantages.forest
-    _check(forest, max_tokens)
+    forest = _checked_forest(trees, advantages, max_tokens)
     weight_M = np.stack(_weights(forest, advantages))
     slot_N = np.empty(len(forest.parent_N), dtype=np.int64)
     pieces = []
@@ -176,12 +174,15 @@ def blank_pack() -> Pack:
     )
 
 
-def _check(forest: Forest, max_tokens: int) -> None:
+def _checked_forest(trees: Sequence[Tree], advantages: Advantages, max_tokens: int) -> Forest:
+    forest = advantages.forest
+    assert len(trees) == len(forest.first_P) - 1, "advantages of other trees"
     longest = forest.path_tokens_N.max(initial=0)
     if longest > max_tokens:
         raise ValueError(f"a trajectory has {longest} tokens with its prompt; a pack holds {max_tokens}")
     if (forest.length_N == 0).any():
         raise ValueError("a prompt has no tokens: nothing would predict the first token of its response")
+    return forest
 
 
 def _weights(forest: Forest, advantages: Advantages) -> list[np.ndarray]:

@@ -172,10 +172,10 @@ class RewardPool:
         """
         try:
             try:
-                reply = worker.ask(task.item, self._config.deadline_seconds)
+                reply = worker.grade(task.item, self._config.deadline_seconds)
             except WorkerDied:
                 worker = self._replace(slot)
-                reply = worker.ask(task.item, self._config.deadline_seconds)
+                reply = worker.grade(task.item, self._config.deadline_seconds)
         except TimeoutError:
             message = f"not graded within {self._config.deadline_seconds:g} s"
             task.future.set_result(Grade(None, Verdict.TIMEOUT, message=message))

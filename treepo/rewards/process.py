@@ -1,4 +1,4 @@
-"""The parent's end of one grading process: start it, ask it with a deadline, kill it."""
+"""The parent's end of one grading process: start it, have it grade with a deadline, kill it."""
 
 import contextlib
 import os
@@ -48,8 +48,8 @@ class Worker:
         """Wait until the worker has imported everything. Raises WorkerDied."""
         return self._receive(START_SECONDS)
 
-    def ask(self, item: GradeItem, deadline_seconds: float) -> Reply:
-        """The reply to one item. Raises TimeoutError, WorkerDied; close the worker after either."""
+    def grade(self, item: GradeItem, deadline_seconds: float) -> Reply:
+        """Have one item graded. Raises TimeoutError or WorkerDied; close the worker after either."""
         try:
             self._connection.send(item)
         except OSError as error:
@@ -88,9 +88,10 @@ class Worker:
 
 
 def _import_path(path: Sequence[str]) -> list[str]:
-    """The folders that a worker imports from: those of the parent's `path`, and its own package's.
+    """List the folders that a worker imports from: those of the parent's `path`, and this package's.
 
-    An empty entry (of `python -c`) is the working directory, and was it when this package was imported.
+    An empty entry, as `python -c` has, means the working directory, which may have changed since
+    the parent imported this package.
     """
     own = str(Path(__file__).parents[2])
     here = [os.getcwd()] if own in path else [os.getcwd(), own]

@@ -1,7 +1,7 @@
-"""A byte-level tokenizer: every text passes through it and comes back, one token a UTF-8 byte.
+"""A byte-level tokenizer: one token for each UTF-8 byte, and every text decodes to itself.
 
-It is a Qwen2Tokenizer without merges, because transformers reads the tokenizer of every Qwen2 folder as one.
-That class composes characters first (Unicode NFC), so a text comes back in its composed form.
+It is a Qwen2Tokenizer without merges, because transformers loads the tokenizer of every Qwen2 folder as one.
+That class composes characters first (Unicode NFC), so a text decodes to its composed form.
 """
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -10,13 +10,13 @@ from transformers import AddedToken, Qwen2Tokenizer
 from treepo.data.tokenizer import Tokenizer
 
 VOCABULARY = 320
-"""Tokens: special ones, reserved ones and the 256 bytes; a multiple of 64."""
+"""Special tokens, reserved tokens and the 256 bytes; a multiple of 64."""
 PAD_ID, EOS_ID = 0, 1
 EOS = "<|eos|>"
 _PAD = "<|endoftext|>"  # Qwen's name, which its class adds to a vocabulary that lacks it
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-# A message is its role's token, its content as it stands, and the end token.
+# A message is its role's token, its unchanged content, and the end token.
 _CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
@@ -24,7 +24,7 @@ _CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(max_tokens: int) -> Tokenizer:
-    """Special tokens first, then the bytes; `max_tokens` is the model's context."""
+    """Make the tokenizer: special tokens first, then the bytes. max_tokens: the model's context length."""
     byte_symbols = sorted(ByteLevel.alphabet())
     specials = [_PAD, EOS, *_ROLES]  # in the order of PAD_ID and EOS_ID
     specials += [f"<|reserved_{i}|>" for i in range(VOCABULARY - len(byte_symbols) - len(specials))]

@@ -1,11 +1,11 @@
-"""`treepo toy`: a folder with a small model that half knows how to solve small problems, and the problems.
+"""Make the toy: a folder of small problems, and a small model that solves about two in five of them.
 
-    out/model           a Hugging Face folder (Qwen2, float32) with its byte-level tokenizer
+    out/model           a Hugging Face folder (Qwen2, float32) with a byte-level tokenizer
     out/train.jsonl     problems in the columns of m-a-p/TreePO_data
-    out/heldout.jsonl   others, which neither the warm start nor train.jsonl contains
-    out/toy.json        written last: what this folder was made from, and the report
+    out/heldout.jsonl   further problems, which neither the warm start nor train.jsonl contains
+    out/toy.json        written last: the fingerprint of the toy's recipe and code, and the report
 
-The data depend on the seed alone. The model also does, on one kind of processor; elsewhere float32 sums round
+The data depend on the seed alone. So does the model on one kind of processor; on another, float32 sums round
 differently.
 """
 
@@ -26,7 +26,7 @@ _STAMP = "toy.json"
 
 @dataclass(frozen=True, slots=True)
 class ToyReport:
-    """What `make_toy` made. seconds: what making it took; cached: it was there already."""
+    """The toy that `make_toy` made in `seconds`, or found already made (cached)."""
 
     model: Path
     train: Path
@@ -44,13 +44,13 @@ def make_toy(
     progress: Callable[[int, int, float], None] | None = None,
     recipe: Recipe = RECIPE,
 ) -> ToyReport:
-    """Make the toy under `out`, or return at once if it is there; `force` makes it anew.
+    """Make the toy in the folder `out`, or return the one that is there unless `force` is set.
 
     progress: called with (step, steps, loss) after each step of the warm start. Raises ConfigError if `out`
-    is no folder.
+    is a file.
     """
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: it is a file; the toy needs a folder, there or not yet there")
+        raise ConfigError(f"{out}: it is a file; the toy needs the path of a folder, new or existing")
     fingerprint = _fingerprint(seed, recipe)
     if not force:
         report = _read_stamp(out, fingerprint)
@@ -66,7 +66,7 @@ def _make(
     out: Path, seed: int, recipe: Recipe, progress: Callable[[int, int, float], None] | None
 ) -> ToyReport:
     start = time.monotonic()
-    # Imported here: torch takes seconds to load, and a toy that is there already needs none of it.
+    # Imported here: torch takes seconds to load, and a toy that is already made does not need it.
     from treepo.toy import problems, warmstart
     from treepo.toy.byte_tokenizer import byte_tokenizer
 
@@ -97,7 +97,7 @@ def _make(
 
 
 def _fingerprint(seed: int, recipe: Recipe) -> str:
-    """Identifies what a toy is made from: the seed, the recipe and the text of this package."""
+    """Digest what a toy is made from: the seed, the recipe and the sources of this package."""
     digest = hashlib.blake2b(repr((seed, recipe)).encode(), digest_size=16)
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -105,13 +105,13 @@ def _fingerprint(seed: int, recipe: Recipe) -> str:
 
 
 def _files(out: Path) -> dict[str, int]:
-    """What a whole toy consists of, as it stands: sizes in bytes by name."""
+    """The toy's files as they are now: sizes in bytes by name."""
     paths = [out / "train.jsonl", out / "heldout.jsonl", *(out / "model").glob("*")]
     return {str(path.relative_to(out)): path.stat().st_size for path in sorted(paths) if path.is_file()}
 
 
 def _write_stamp(out: Path, fingerprint: str, report: ToyReport) -> None:
-    """Written whole or not at all: a folder without its stamp is made again."""
+    """Write the stamp whole or not at all; a folder without a stamp is made again."""
     content = {
         "fingerprint": fingerprint,
         "files": _files(out),
@@ -125,7 +125,7 @@ def _write_stamp(out: Path, fingerprint: str, report: ToyReport) -> None:
 
 
 def _read_stamp(out: Path, fingerprint: str) -> ToyReport | None:
-    """The report of the toy under `out`, or None if it was made from something else or is not whole."""
+    """Read the report of the toy in `out`; None if it is incomplete or was made from anything else."""
     if not (out / _STAMP).is_file():
         return None
     content = orjson.loads((out / _STAMP).read_bytes())

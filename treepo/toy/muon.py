@@ -1,7 +1,8 @@
-"""Muon in float32: momentum whose direction is made orthogonal, for the matrices of a network.
+"""Muon in float32: momentum with its direction made orthogonal, for the matrices of a network.
 
-torch.optim.Muon iterates in bfloat16, which a CPU without bfloat16 instructions emulates some forty times
-slower. The iteration and its coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon).
+torch.optim.Muon iterates in bfloat16. A CPU without bfloat16 instructions emulates it 25 times slower, which
+would add six minutes to the toy. The iteration and its coefficients are Keller Jordan's
+(https://kellerjordan.github.io/posts/muon).
 """
 
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ _MOMENTUM = 0.95
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` [M, N] with its singular values moved near 1 (about 0.7 to 1.2), its directions kept."""
+    """Move the singular values of `matrix` near 1 (about 0.7 to 1.2) and keep its directions."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / wide.norm().clamp(min=1e-7)
     linear, cubic, quintic = _COEFFICIENTS
@@ -25,7 +26,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized; a step of the size that Adam would take at the same rate."""
+    """Orthogonalized Nesterov momentum, with steps of the size of Adam's at the same rate."""
 
     def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float) -> None:
         super().__init__(matrices, {"lr": lr})
@@ -37,5 +38,5 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 1 - _MOMENTUM)
                 direction = orthogonalize(matrix.grad.lerp(momentum, _MOMENTUM))
-                # An orthogonal matrix has entries of size 1/sqrt(larger side), Adam's have about 0.2.
+                # The entries of an orthogonal matrix are about 1/sqrt(larger side), those of Adam's step 0.2.
                 matrix.add_(direction, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])

@@ -1,7 +1,7 @@
 r"""Chains of two-digit sums, solved carefully or carelessly.
 
-A problem starts from a two-digit number and adds or takes away one digit `STEPS` times; every total on the
-way has two digits:
+A problem starts from a two-digit number and adds or subtracts one digit `STEPS` times. Every total has two
+digits:
 
     prompt     36 plus 7, less 5, plus 9 = ?
     careful    36+7=43
@@ -11,11 +11,11 @@ way has two digits:
     careless   36+7=43
                \boxed{50}
 
-A careless solver stops working before some step and boxes a guess near the truth, which is right only by
-luck. Before every step it gives up with the same chance, so that a tree of rollouts has something to decide
-below every branch. A clause of the prompt (" plus 7,") and a step of the solution ("36+7=43" and a line
-break) are both `STEP_BYTES` long: the operand that a step needs stands at one fixed distance, which a model
-of two layers learns within a minute.
+A careless solver gives up before some step and boxes a guess near the answer, which is right only by luck. It
+gives up with the same chance before every step, so every branch of a rollout tree still has something to
+decide. A clause of the prompt (" plus 7,") and a step of the solution ("36+7=43" and a line break) are both
+`STEP_BYTES` long. So the operand of a step is always at the same distance, which a model of two layers learns
+within a minute.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from treepo.rollout.boxed import last_boxed
 STEPS = 5
 STEP_BYTES = 8
 GIVE_UP = 0.19
-"""Chance that a demonstration stops working, before each step."""
+"""Chance, before each step, that a demonstration gives up."""
 GUESS_RADIUS = 6
 """A guess is uniform within this distance of the answer, the answer included."""
 
@@ -52,7 +52,7 @@ class Problem:
         return self.start + sum(self.changes)
 
     def solution(self, steps: int | None = None, boxed: int | None = None) -> str:
-        """The worked solution; its first `steps` steps and then `boxed`, where given."""
+        """Write the solution: the first `steps` steps (None: all), then `boxed` (None: the answer)."""
         lines, total = [], self.start
         for change in self.changes[:steps]:
             lines.append(f"{total}{change:+d}={total + change}\n")
@@ -61,7 +61,7 @@ class Problem:
 
 
 def draw_problem(rng: np.random.Generator) -> Problem:
-    """A problem whose every total has two digits."""
+    """Draw a problem all of whose totals have two digits."""
     while True:
         start = int(rng.integers(_LOW, _HIGH + 1))
         changes = rng.integers(1, 10, STEPS) * rng.choice((-1, 1), STEPS)
@@ -71,7 +71,7 @@ def draw_problem(rng: np.random.Generator) -> Problem:
 
 
 def draw_problems(rng: np.random.Generator, number: int) -> list[Problem]:
-    """`number` different problems."""
+    """Draw `number` different problems."""
     drawn: dict[Problem, None] = {}
     while len(drawn) < number:
         drawn[draw_problem(rng)] = None
@@ -79,7 +79,7 @@ def draw_problems(rng: np.random.Generator, number: int) -> list[Problem]:
 
 
 def demonstrate(problem: Problem, rng: np.random.Generator) -> str:
-    """One demonstration: careful to the end, or given up before some step and guessed."""
+    """Draw one demonstration: careful to the end, or given up before some step and guessed."""
     gives_up = np.flatnonzero(rng.random(STEPS) < GIVE_UP)
     if gives_up.size == 0:
         return problem.solution()
@@ -94,7 +94,7 @@ def is_correct(problem: Problem, response: str) -> bool:
 
 
 def rows(problems: list[Problem], split: str) -> Iterator[dict[str, object]]:
-    """The problems in the columns of m-a-p/TreePO_data."""
+    """Write the problems as rows in the columns of m-a-p/TreePO_data."""
     for index, problem in enumerate(problems):
         yield {
             "data_source": f"treepo_toy.{split}",

@@ -1,9 +1,9 @@
-"""The supervised warm start: a small Qwen2 that solves the toy problems, carefully or carelessly.
+"""The supervised warm start: train a small Qwen2 to solve the toy problems, carefully or carelessly.
 
-It sees careful solutions only at first, which teaches arithmetic fastest, and then the mixture that
+At first it sees careful solutions only, which teach arithmetic fastest, then the mixture that
 `problems.demonstrate` draws, which teaches it to give up. The loss is on the solution, not on the prompt.
-Muon moves the matrices of the layers and Adam the rest; on this task Muon needs several times fewer steps
-than Adam alone.
+Muon trains the layers' matrices and Adam the rest; on this task that needs several times fewer steps than
+Adam alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ MAX_CONTEXT = 4096
 
 
 def new_model(seed: int) -> Qwen2ForCausalLM:
-    """About a million random parameters: few layers, because a layer costs an engine more than width does."""
+    """Make a random model of about a million parameters: two layers, since depth costs an engine most."""
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=192,
@@ -50,7 +50,7 @@ def new_model(seed: int) -> Qwen2ForCausalLM:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread: the same sums on every machine, and small matrices gain little from a second."""
+    """Run torch on one thread, so sums round alike on all machines; small matrices gain little from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -67,7 +67,7 @@ def warm_start(
     exclude: frozenset[Problem],
     progress: Callable[[int, int, float], None] | None = None,
 ) -> None:
-    """Train `model` in place, never on a problem of `exclude`.
+    """Train `model` in place, never on a problem in `exclude`.
 
     progress: called with (step, steps, loss) after each step.
     """
@@ -100,7 +100,7 @@ def sampled_accuracy(
     samples: int,
     seed: int,
 ) -> float:
-    """Fraction of responses sampled at temperature 1, `samples` a problem, that box the right answer."""
+    """Sample `samples` responses to each problem at temperature 1; return the fraction that is correct."""
     prompts = torch.tensor([_prompt_tokens(tokenizer, problem) for problem in heldout])
     longest = max(len(_solution_tokens(tokenizer, problem.solution())) for problem in heldout)
     generator: Any = model  # transformers types `generate` for a class that no model satisfies
@@ -122,7 +122,7 @@ def sampled_accuracy(
 
 
 def _prompt_tokens(tokenizer: Tokenizer, problem: Problem) -> list[int]:
-    """The problem as the user's message, up to where the assistant begins."""
+    """Encode the problem as the user's message, with the assistant's turn opened."""
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": problem.text}])).tolist()
 
 
@@ -137,7 +137,7 @@ def _batch(
     exclude: frozenset[Problem],
     careful: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels, int64 [size, T], padded on the right; labels are those of the solutions alone."""
+    """Draw tokens and labels, int64 [size, T], padded on the right; only solutions have labels."""
     sequences: list[list[int]] = []
     prompt_lengths: list[int] = []
     while len(sequences) < size:
@@ -157,7 +157,7 @@ def _batch(
 
 
 def _loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the labels. Padding is on the right, where causal attention cannot see it."""
+    """Mean cross entropy of the labels. Causal attention does not see padding, which is on the right."""
     hidden = model.model(tokens[:, :-1], use_cache=False).last_hidden_state
     targets = labels[:, 1:]
     chosen = targets != _IGNORE
