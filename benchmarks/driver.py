@@ -1,10 +1,15 @@
-"""What the tree driver itself costs: segments a second on an engine that answers at once.
+"""Measures the tree driver's own cost: segments per second on an engine that answers at once.
 
-Contexts of 7000 tokens and more, segments of 512. `grown`: the paper's trees (16 leaves of 14 segments,
-most of them asked for in one request). `single`: every segment a request of its own with its context; with
-a thousand and with ten thousand trees, whose cost must be the same. `..._core_s` is per second of CPU time,
-which other processes on the machine disturb less. One JSON line a run, medians over interleaved repeats;
-needs nothing but one core.
+    python -m benchmarks.driver
+
+Contexts have 7000 tokens and more, segments 512. Settings:
+
+- `grown`: the paper's trees, 16 leaves of 14 segments, most of them requested in one go.
+- `single`: each segment is a request of its own with its context. With a thousand and with ten thousand
+  trees, the cost of a segment must be the same.
+
+Prints one JSON line a run, with medians over interleaved repeats. `..._core_s` is per second of CPU time,
+which other processes on the machine disturb less. Needs one core and nothing else.
 """
 
 import argparse
@@ -32,7 +37,7 @@ PROMPT_TOKENS = 7000
 
 
 class NullEngine:
-    """Answers with tokens drawn beforehand, after one turn of the event loop."""
+    """Answers after one turn of the event loop, with tokens that were drawn beforehand."""
 
     def __init__(self, longest: int) -> None:
         rng = np.random.default_rng(0)
@@ -51,7 +56,7 @@ class NullEngine:
 
 
 def text_of(tokens: np.ndarray) -> str:
-    """About as many characters as a word piece has."""
+    """Text of about as many characters as word pieces have; the stop rules read it."""
     return "".join(f" {token:x}" for token in tokens)
 
 

@@ -1,9 +1,11 @@
-"""How fast a real engine is: its passes timed one kind at a time, and lines fitted through them.
+"""Measures how fast a real engine is: times each kind of pass alone and fits lines through the times.
 
-Decoding: requests whose contexts are cached are decoded for few and for many steps; the difference is that of
-steps alone. Prefill: contexts, new or cached, of which one token is asked for each. The first of several
-requests is prefilled alone, the others, which have come meanwhile, together: that is what the fit assumes.
-Seconds are the clock's, or of CPU time of SGLang's processes.
+- Decoding: requests with cached contexts are decoded for few and for many steps; the difference is due to the
+  steps alone.
+- Prefill: one token is requested after each context, new or cached. Of several requests the first is
+  prefilled alone and the others, which have arrived meanwhile, together; the fit assumes this.
+
+Seconds are by the clock, or CPU time of SGLang's processes.
 """
 
 import asyncio
@@ -33,8 +35,11 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class FittedRates:
-    """Seconds: of a decoding step `step` + `request` x requests + `token` x KV tokens; of a prefill `batch` +
-    `context` x requests + `new` x new tokens + `pair` x pairs; `latency` from an answer to the next request.
+    """Seconds of each part of an engine's work.
+
+    A decoding step takes `step` + `request` x requests + `token` x KV tokens. A prefill takes `batch` +
+    `context` x requests + `new` x new tokens + `pair` x pairs. `latency` passes from an answer to the next
+    request.
     """
 
     step: float
@@ -54,7 +59,7 @@ class FittedRates:
 
 
 class Calibration:
-    """Times of one engine, round after round. vocabulary: tokens of contexts are drawn from it."""
+    """Times of one engine, round after round. vocabulary: size, for the random tokens of contexts."""
 
     def __init__(self, engine: SGLangEngine, vocabulary: int) -> None:
         self._engine, self._vocabulary = engine, vocabulary
@@ -63,7 +68,7 @@ class Calibration:
         self._prefills: dict[tuple[float, ...], list[Timed]] = {}
 
     async def round(self) -> None:
-        """Time everything once."""
+        """Time each kind of pass once."""
         for requests, length in _DECODES:
             contexts = await self._cached(requests, length)
             few, many = [await timed(self._ask(contexts, steps)) for steps in (_FEW_STEPS, _MANY_STEPS)]
@@ -82,7 +87,7 @@ class Calibration:
         await self._engine.clear_cache()
 
     def fit(self, cpu: bool) -> FittedRates:
-        """Of the rounds' medians."""
+        """Fit rates to the medians over the rounds. cpu: by CPU time instead of the clock."""
         return FittedRates(*fitted(self._decodes, cpu), *fitted(self._prefills, cpu))
 
     def _contexts(self, count: int, length: int) -> list[np.ndarray]:
@@ -103,7 +108,7 @@ class Calibration:
 
 
 def fitted(times: dict[tuple[float, ...], list[Timed]], cpu: bool) -> list[float]:
-    """What each column of the rows costs, 0 at least: least squares of relative errors."""
+    """The cost of each column of the rows, at least 0: least squares of relative errors."""
     rows = np.array(list(times))
     medians = np.array([
         statistics.median(one.cpu_seconds if cpu else one.seconds for one in repeats)
@@ -129,6 +134,6 @@ async def timed(work: Awaitable[object]) -> Timed:
 
 
 def engine_cpu_seconds() -> float:
-    """CPU time of SGLang's processes."""
+    """CPU time of all child processes, which are SGLang's."""
     times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
     return sum(time.user + time.system for time in times)

@@ -1,4 +1,4 @@
-"""The tree that is measured: leaves equally deep, each level twice as wide as the one above until full."""
+"""The tree that benchmarks measure: leaves of equal depth, each level twice as wide until it is full."""
 
 import numpy as np
 
@@ -15,8 +15,10 @@ def full_tree(
     vocabulary: int,
     segment_tokens: int = SEGMENT_TOKENS,
 ) -> Tree:
-    """`depth` segments above each of 16 leaves: the last level is full even where doubling would not fill it.
-    Tokens are random and rewards +1 or -1; the engine's log-probs are those of a uniform distribution.
+    """A tree of 16 leaves, each with `depth` segments above it; the last level has 16 even if doubling gives
+    fewer.
+
+    Tokens are random, rewards +1 or -1, and the engine's log-probs those of a uniform distribution.
     """
     segments: list[Segment] = []
     level = [PROMPT]

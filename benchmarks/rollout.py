@@ -1,13 +1,15 @@
-"""Sampling on one real engine on a CPU: trees, the same trees in lock-step, the same leaves one by one.
+"""Compares three ways to sample on one real engine on a CPU: trees, the same trees in lock-step, the same
+leaves one by one.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.rollout
+    OMP_NUM_THREADS=1 python -m benchmarks.rollout    # in the repository's root
 
-Run it in the repository's root. A random model that this script writes; forced response lengths, see
-rollout_comparison.py. One JSON line for each of SETTINGS, or of those that `--only` names; all take a
-quarter of an hour on a machine that does nothing else. `tree_over_sequential` and `tree_over_lockstep` are
-ratios of trajectories per second by the clock, `total_over_unique` is what the first could be at most,
-`..._cpu` are the same ratios by the CPU time of SGLang's process: other work on the machine disturbs them
-less.
+The model is random and the response lengths are forced (rollout_comparison.py). Prints one JSON line for each
+of SETTINGS, or of those that `--only` names. All of them take a quarter of an hour on an idle machine.
+
+- `tree_over_sequential`, `tree_over_lockstep`: ratios of trajectories per second by the clock.
+- `total_over_unique`: the most that `tree_over_sequential` could be.
+- `..._cpu`: the same ratios by the CPU time of SGLang's process, which other work on the machine disturbs
+  less.
 """
 
 import argparse
@@ -21,8 +23,9 @@ from pathlib import Path
 
 import orjson
 
+from benchmarks.driver import text_of
 from benchmarks.random_model import write_model
-from benchmarks.rollout_comparison import Comparison, text_of
+from benchmarks.rollout_comparison import Comparison
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.sampling import SamplingConfig
@@ -44,7 +47,7 @@ KV_TOKENS = 12288
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the ways are compared on. mean: of the lengths, in segments; sigma: of their logarithm."""
+    """The workload of a comparison. mean: of the response lengths, in segments. sigma: of their logarithm."""
 
     mean: float
     initial_branching: int
@@ -62,7 +65,7 @@ SETTINGS = {
     "mean3-initial8": Setting(mean=3, initial_branching=8),
     "mean4-initial2": Setting(mean=4, initial_branching=2),
     "mean4-initial8": Setting(mean=4, initial_branching=8),
-    # Where waiting for others costs most; one by one tells nothing new there.
+    # Lock-step waits longest here. One by one would show nothing new.
     "long-tails": Setting(mean=3, initial_branching=2, sigma=1.0, sequential=False),
     "many-prompts": Setting(mean=3, initial_branching=2, prompts=32),
 }

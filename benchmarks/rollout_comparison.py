@@ -1,8 +1,9 @@
-"""Three ways to sample the same leaves on one engine: a tree, a tree in lock-step, one response at a time.
+"""Times three ways to sample the same leaves on one engine: trees, the same trees in lock-step, one response
+at a time.
 
-Lengths are forced, because a random model never ends (treepo/planning/simulation/lengths.py); the lock-step
-run grows the very same trees. The sequential run decodes responses of exactly the tree's leaves' lengths, one
-request each: the ratio of the two times has `total_over_unique` tokens as its ceiling.
+Response lengths are forced, because a random model never ends (treepo/planning/simulation/lengths.py). The
+lock-step run grows the same trees. The sequential run decodes responses of exactly the lengths of the trees'
+leaves, one request each, so `total_over_unique` bounds the ratio of the two times.
 """
 
 import asyncio
@@ -12,9 +13,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-import psutil
-
+from benchmarks.driver import text_of
+from benchmarks.engine_calibration import engine_cpu_seconds
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
@@ -25,22 +25,16 @@ from treepo.planning.simulation.lengths import (
     LogNormal,
     random_prompts,
 )
-from treepo.protocols import Engine, GenerateRequest
+from treepo.protocols import GenerateRequest, Sampler
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.growing_tree import GrowingTree, PathRequest
+from treepo.rollout.router import REMEMBERED_TREES
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
 
-_WARM_UP_TREES = 64  # as many as a driver remembers
-
-
-def text_of(tokens: np.ndarray) -> str:
-    """About as many characters as a word piece has; the stop rules read it."""
-    return "".join(f" {token:x}" for token in tokens)
-
 
 class ReplayedEnds:
-    """The lengths of the trees' leaves, each given to one request for its prompt."""
+    """Response lengths of trees' leaves; each request for a prompt gets the length of one leaf."""
 
     def __init__(self) -> None:
         self._ends: dict[bytes, Iterator[int]] = {}
@@ -54,10 +48,10 @@ class ReplayedEnds:
 
 
 async def grow_in_lockstep(
-    engine: Engine, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, step: int
+    engine: Sampler, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, step: int
 ) -> list[Tree]:
-    """As the official code works: one segment for every active path of every prompt in one blocking batch,
-    then the next batch.
+    """Sample as the official code does: one segment for every active path of every prompt in one blocking
+    batch, then the next batch.
     """
     rule = StopRule(sampling, text_of)
     trees = [GrowingTree(prompt, sampling, rule, seed, step) for prompt in prompts]
@@ -82,7 +76,7 @@ async def grow_in_lockstep(
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One way's run. engine_cpu_seconds: of SGLang's process; driver_cpu_seconds: of this one."""
+    """One run of one way. engine_cpu_seconds: of SGLang's processes. driver_cpu_seconds: of this process."""
 
     trees: list[Tree]
     seconds: float
@@ -99,9 +93,9 @@ class Measured:
 class Comparison:
     """The three ways on one engine with the same prompts and the same sampling.
 
-    Each driver serves all repeats, as it serves the steps of a training, and has grown trees before on an
-    engine that answers at once: it knows how large they become. sequential: whether leaves are also sampled
-    one by one.
+    Each driver serves all repeats, as it serves all steps of a training. Before that it has grown trees on an
+    engine that answers at once, so it knows how large they become. sequential: whether leaves are also
+    sampled one by one.
     """
 
     def __init__(
@@ -126,10 +120,21 @@ class Comparison:
             else None
         )
 
-    async def run(self, repeats: int) -> dict[str, Any]:
-        """Medians over repeats in which the ways alternate; every repeat grows other trees."""
+    async def run(self, repeats: int, deadline: float | None = None) -> dict[str, Any]:
+        """Medians over repeats in which the ways alternate; every repeat grows other trees.
+
+        deadline: `time.perf_counter()` after which no repeat but the first may be expected to end, judging by
+        the longest so far.
+        """
         await self._warm_up()
-        runs = [await self._repeat(step, self._prompts) for step in range(1, repeats + 1)]
+        runs: list[dict[str, Measured]] = []
+        longest = 0.0
+        while len(runs) < repeats:
+            start = time.perf_counter()
+            if runs and deadline is not None and start + longest > deadline:
+                break
+            runs.append(await self._repeat(len(runs) + 1, self._prompts))
+            longest = max(longest, time.perf_counter() - start)
         ways = {name: [run[name] for run in runs] for name in runs[0]}
         stats = self._tree.take_stats()
         return {
@@ -145,11 +150,11 @@ class Comparison:
                 include={"width", "initial_branching", "branching", "segment_tokens", "max_depth"}
             ),
             "kv_tokens": self._engine.capacity(),
-            "repeats": repeats,
+            "repeats": len(runs),
         }
 
     async def _warm_up(self) -> None:
-        """What the drivers must know of their trees, and one prompt on the real engine."""
+        """Let the drivers learn how large trees become, and sample one prompt on the real engine."""
         forced, real = self._tree_engine, self._engine
         forced.engine = InstantEngine()
         trees = await _collect(self._tree, self._warm_up_prompts(), step=0)
@@ -163,7 +168,7 @@ class Comparison:
         self._tree.take_stats()
 
     def _warm_up_prompts(self) -> list[Prompt]:
-        return random_prompts(_WARM_UP_TREES, len(self._prompts[0].tokens), 2**16)
+        return random_prompts(REMEMBERED_TREES, len(self._prompts[0].tokens), 2**16)
 
     async def _repeat(self, step: int, prompts: Sequence[Prompt]) -> dict[str, Measured]:
         tree = await self._measure(self._tree_engine, _collect(self._tree, prompts, step))
@@ -182,12 +187,12 @@ class Comparison:
     async def _measure(self, engine: ForcedLengths, work: Awaitable[list[Tree]]) -> Measured:
         await self._engine.clear_cache()
         decoded, prefilled = engine.decoded_tokens, engine.prefilled_tokens
-        start, cpu_start, engine_start = time.perf_counter(), time.process_time(), _children_cpu_seconds()
+        start, cpu_start, engine_start = time.perf_counter(), time.process_time(), engine_cpu_seconds()
         trees = await work
         return Measured(
             trees=trees,
             seconds=time.perf_counter() - start,
-            engine_cpu_seconds=_children_cpu_seconds() - engine_start,
+            engine_cpu_seconds=engine_cpu_seconds() - engine_start,
             driver_cpu_seconds=time.process_time() - cpu_start,
             decoded_tokens=engine.decoded_tokens - decoded,
             prefilled_tokens=engine.prefilled_tokens - prefilled,
@@ -206,13 +211,8 @@ def _total(trees: Sequence[Tree]) -> int:
     return sum(tree.total_tokens() for tree in trees)
 
 
-def _children_cpu_seconds() -> float:
-    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return sum(time.user + time.system for time in times)
-
-
 def _ratios(ways: Mapping[str, Sequence[Measured]]) -> dict[str, float]:
-    """The tree's trajectories per second over each other way's, by the clock and by SGLang's CPU time."""
+    """Trajectories per second of trees over each other way's, by the clock and by SGLang's CPU time."""
     ratios: dict[str, float] = {}
     for other in sorted(ways.keys() - {"tree"}):
         ratios[f"tree_over_{other}"] = _ratio(ways["tree"], ways[other], lambda way: way.seconds)
@@ -223,7 +223,7 @@ def _ratios(ways: Mapping[str, Sequence[Measured]]) -> dict[str, float]:
 
 
 def _ratio(trees: Sequence[Measured], others: Sequence[Measured], cost: Callable[[Measured], float]) -> float:
-    """The other way's cost over the tree's, the median over repeats: trajectories are the same in both."""
+    """Median over repeats of the other way's cost over the trees'; both sample the same trajectories."""
     return statistics.median(cost(other) / cost(tree) for tree, other in zip(trees, others, strict=True))
 
 

@@ -141,7 +141,7 @@ class SGLangEngine:
             raise
 
     async def commit(self) -> int:
-        """Serve the new version and return it. If a tensor is missing, raise EngineError and refuse requests."""
+        """Serve and return the new version. If a tensor is missing, raise EngineError and refuse requests."""
         update = self._updating()
         try:
             update.check_complete()
@@ -249,7 +249,9 @@ class SGLangEngine:
         if not np.isfinite(log_probs).all():
             raise EngineError("SGLang returned a log-prob that is not finite: the weights may have diverged")
         if meta["weight_version"] != str(self._version):
-            raise EngineError(f"sampled by weights {meta['weight_version']}, not by {self._version}")
+            raise EngineError(
+                f"SGLang sampled with weights of version {meta['weight_version']}, not {self._version}"
+            )
         return GenerateOutput(
             tokens=tokens,
             log_probs=log_probs,

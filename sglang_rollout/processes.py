@@ -202,9 +202,7 @@ def _start_environment(config: EngineConfig) -> Iterator[None]:
     """Set the environment and logging that SGLang's processes inherit; restore our own afterwards."""
     environment, root = dict(os.environ), logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    os.environ.pop(
-        "PYTHONDONTWRITEBYTECODE", None
-    )  # otherwise every process compiles thousands of modules again
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process compiles thousands of modules again
     os.environ["HF_HUB_OFFLINE"] = "1"  # models are folders
     os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(RESERVED_TOKENS)
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for absent devices

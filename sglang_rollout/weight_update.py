@@ -34,7 +34,7 @@ def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
                 for name in tensors.keys():  # noqa: SIM118 - a safetensors file is no mapping
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
-            raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
+            raise ModelError(f"{file}: no readable safetensors file: {error}") from error
     if orjson.loads((model / "config.json").read_bytes()).get("tie_word_embeddings"):
         shapes.pop(_OUTPUT, None)
     return shapes

@@ -84,7 +84,7 @@ class Scene:
             token, position, exits, source = (
                 fields_T[name].long() for name in ("token", "position", "exit", "source")
             )
-            log_prob, entropy = self.policy.scores(token, position, exits, source)
+            log_prob, entropy = self.policy.log_probs_and_entropy(token, position, exits, source)
             loss, values = policy_loss(log_prob, fields_T, self.config, divisor, entropy)
             losses.append(loss)
             metrics.append({key: float(value) for key, value in values.items()})
@@ -105,7 +105,7 @@ class Scene:
                 path = tree.path(leaf.segment)
                 token = torch.from_numpy(np.concatenate([tree.prompt, tree.response(leaf)])).long()
                 place = torch.arange(len(token))
-                log_prob, entropy = self.policy.scores(
+                log_prob, entropy = self.policy.log_probs_and_entropy(
                     token, place, torch.full_like(token, len(token)), place - 1
                 )
                 response = slice(len(tree.prompt), None)

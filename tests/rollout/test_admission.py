@@ -1,4 +1,4 @@
-"""How many trees the driver lets live at once, when it has to judge by the trees so far. None starves."""
+"""How many trees the driver admits at once, judging by the trees so far; no prompt waits for ever."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ KV_TOKENS = 2 * (PROMPT_TOKENS + 12 * 40)
 
 @dataclass
 class CacheCounter(FakeEngine):
-    """Remembers, at the start of every request, how many prompts had one running, and how many tokens lay on
-    the running paths once all of them had come to their end, a shared one once.
+    """Records, at the start of every request, how many prompts had a running request, and how many tokens the
+    running paths have when all of them have ended, a shared one once.
     """
 
     running_paths: list[np.ndarray] = field(default_factory=list)
@@ -45,7 +45,7 @@ async def _grow(driver: TreeDriver, step: int) -> list[Tree]:
 
 
 def _driver(engine: CacheCounter) -> TreeDriver:
-    """One whose engine's cache holds two trees at their largest."""
+    """A driver on an engine whose cache holds two trees at their largest."""
     return TreeDriver([engine], SAMPLING, str, seed=0, kv_tokens=KV_TOKENS)
 
 
@@ -57,7 +57,7 @@ def test_trees_that_turn_out_small_make_room_for_others() -> None:
     assert max(engine.tokens) <= KV_TOKENS
 
 
-def test_a_later_step_begins_with_what_the_earlier_ones_showed() -> None:
+def test_a_later_step_starts_from_what_the_earlier_ones_showed() -> None:
     async def grow_twice() -> tuple[list[int], list[int]]:
         engine = CacheCounter(end=0.1, shuffle=1)
         driver = _driver(engine)
@@ -79,22 +79,22 @@ def test_a_cache_smaller_than_a_tree_holds_one_at_a_time() -> None:
     assert max(engine.prompts) == 1
 
 
-def test_engines_of_different_capacity_are_each_filled_and_none_is_overfilled() -> None:
+def test_engines_with_different_kv_caches_are_each_filled_and_none_is_overfilled() -> None:
     engines = [CacheCounter(end=0.1, shuffle=seed) for seed in range(3)]
-    capacities = [KV_TOKENS, KV_TOKENS // 2, 2 * KV_TOKENS]
-    driver = TreeDriver(engines, SAMPLING, str, seed=0, kv_tokens=capacities)
+    kv_tokens = [KV_TOKENS, KV_TOKENS // 2, 2 * KV_TOKENS]
+    driver = TreeDriver(engines, SAMPLING, str, seed=0, kv_tokens=kv_tokens)
     for step in range(3):
         assert len(asyncio.run(_grow(driver, step))) == 30
-    for engine, capacity in zip(engines, capacities, strict=True):
+    for engine, tokens in zip(engines, kv_tokens, strict=True):
         assert max(engine.prompts) >= 2
-        assert max(engine.tokens) <= capacity
+        assert max(engine.tokens) <= tokens
 
 
 def test_trees_larger_than_any_before_are_not_piled_up() -> None:
     async def grow_small_then_large() -> list[int]:
         engine = CacheCounter(end=0.5, shuffle=1)
         driver = TreeDriver([engine], SAMPLING, str, seed=0, kv_tokens=KV_TOKENS)
-        for step in range(3):  # more trees than are remembered
+        for step in range(3):  # more trees than the router remembers
             await _grow(driver, step)
         engine.end = 0.0
         await _grow(driver, step=3)
@@ -103,7 +103,8 @@ def test_trees_larger_than_any_before_are_not_piled_up() -> None:
         await _grow(driver, step=5)
         return engine.tokens[len(engine.tokens) // 2 :]
 
-    # Large trees came as a surprise once; when as many are remembered as small ones, they have their room.
+    # Large trees are a surprise once. When the driver remembers as many of them as of small ones, they get
+    # their room.
     assert max(asyncio.run(grow_small_then_large())) <= KV_TOKENS
 
 

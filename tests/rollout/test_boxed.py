@@ -1,4 +1,4 @@
-r"""`\boxed{...}`: the last complete one, and the same verdict from a text that comes in pieces."""
+r"""Finding `\boxed{...}`: the last complete one, and the same result for a text that comes in pieces."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Budgets and their division: bounds that hold for any state, and naive versions of the formulas."""
+"""Budgets and their allocation: bounds that hold for any state, and naive versions of the formulas."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ def config(**values: Any) -> SamplingConfig:
     finished_now=st.integers(0, 20),
     earlier=st.integers(0, 20),
 )
-def test_a_step_has_a_child_a_path_and_no_leaf_too_many(
+def test_a_step_has_a_child_for_each_path_and_no_leaf_too_many(
     budget: dict[str, Any], factor: int, active: int, finished_now: int, earlier: int
 ) -> None:
     finished = finished_now + earlier
@@ -98,11 +98,11 @@ def test_the_temperature_follows_half_a_sine() -> None:
     assert values == sorted(values, reverse=True)
 
 
-def test_a_token_cap_buys_as_many_leaves_as_are_left_to_pay_for() -> None:
+def test_a_token_cap_allows_as_many_leaves_as_the_rest_of_it_pays_for() -> None:
     capped = config(cap="response_tokens", tree_response_tokens=100, min_width=2, width=8)
     assert branching.leaf_bound(capped, [20, 20], [12, 12]) == 2 + 60 // (12 + 8)
     assert branching.leaf_bound(capped, [20, 20], []) == 2 + 60 // 20
-    assert branching.leaf_bound(capped, [150], [8]) == 2  # nothing left, but two are promised
+    assert branching.leaf_bound(capped, [150], [8]) == 2  # nothing is left, but min_width is 2
     assert branching.leaf_bound(capped, [1], []) == 8
     assert branching.leaf_bound(config(), [10**6] * 3, [8]) == 16
 

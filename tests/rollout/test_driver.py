@@ -1,4 +1,4 @@
-"""The driver on a fake engine: what trees must be, and what happens when engines fail or callers leave."""
+"""The driver on a fake engine: the content of trees, failing engines, and callers that stop early."""
 
 import asyncio
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.fake_engine import EOS, FakeEngine, decode, prompt_tokens, score
+from tests.support.fake_engine import EOS, FakeEngine, decode, log_probs_of, prompt_tokens
 from tests.support.sampling_policies import POLICIES, sampling
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
@@ -34,7 +34,7 @@ async def collect(driver: TreeDriver, count: int, step: int = 0) -> list[Tree | 
 def grow(
     config: SamplingConfig, engines: Sequence[FakeEngine], count: int = 20, kv_tokens: int | None = None
 ) -> tuple[dict[str, Tree], TreeDriver]:
-    """The trees by prompt id; none may have failed."""
+    """Grow trees, none of which may fail; returns them by prompt id."""
     driver = TreeDriver(engines, config, decode, seed=7, kv_tokens=kv_tokens)
     results = asyncio.run(collect(driver, count))
     trees = {result.prompt_id: result for result in results if isinstance(result, Tree)}
@@ -60,10 +60,10 @@ def test_every_tree_of_every_policy(policy: str) -> None:
             assert len(tree.leaves) == config.width
         for leaf in tree.leaves:
             path = tree.path(leaf.segment)
-            # Tokens were sampled under exactly those above them: the fake's scores say so, bit for bit.
+            # Tokens were sampled after exactly those above them: the fake's log-probs show it, bit for bit.
             whole = np.concatenate([tree.prompt, tree.response(leaf)])
             sampled = np.concatenate([tree.segments[index].log_probs for index in path])
-            assert np.array_equal(score(whole)[len(tree.prompt) :], sampled)
+            assert np.array_equal(log_probs_of(whole)[len(tree.prompt) :], sampled)
             ends = [tree.segments[index].finish is Finish.EOS for index in path]
             assert not any(ends[:-1])
             assert EOS not in tree.response(leaf)[:-1]
@@ -112,16 +112,16 @@ def test_a_rule_in_the_engine_saves_tokens_and_changes_nothing(policy: str) -> N
     assert thrifty.stats.dropped_tokens == 0
 
 
-def test_a_path_that_an_engine_hands_back_early_goes_on() -> None:
+def test_a_path_that_an_engine_returns_early_goes_on() -> None:
     trees, driver = grow(sampling(), [FakeEngine(end=0.01, pause_after=1, caches=True)])
     for tree in trees.values():
         assert len(tree.leaves) == 12
         whole = [tuple(segment.tokens) for segment in tree.segments if len(segment.tokens) == 8]
-        assert len(set(whole)) == len(whole)  # each with a seed of its own
+        assert len(set(whole)) == len(whole)  # each with its own seed
     assert driver.stats.continuation_cached_tokens == driver.stats.continuation_tokens
 
 
-def test_seeds_steps_and_prompts_name_their_trees() -> None:
+def test_a_tree_is_determined_by_seed_step_and_prompt() -> None:
     config = sampling()
 
     def lines(seed: int, step: int) -> set[bytes]:
@@ -136,7 +136,7 @@ def test_seeds_steps_and_prompts_name_their_trees() -> None:
 def test_after_saturation_a_path_is_one_request() -> None:
     config = sampling(width=4)
     _, driver = grow(config, [FakeEngine()], count=10)
-    # Two children, then four that never branch again; nothing ends them before the limit.
+    # Two children, then four that never branch again and run up to the limit.
     assert driver.stats.requests == 10 * (2 + 4)
 
 
@@ -162,7 +162,7 @@ def test_a_tree_stays_on_its_engine_and_engines_share_the_work() -> None:
 
 @dataclass
 class LiveCounter(FakeEngine):
-    """Remembers the most prompts that had a request running at once."""
+    """Records the most prompts that had a running request at one time."""
 
     live: Counter[bytes] = field(default_factory=Counter)
     most: int = 0
@@ -175,20 +175,20 @@ class LiveCounter(FakeEngine):
             return await super().generate(request)
         finally:
             self.live[name] -= 1
-            self.live += Counter()  # drops what is zero
+            self.live += Counter()  # drops zeros
 
 
 @pytest.mark.parametrize(("settings", "kv_tokens", "most"), [({"max_live_trees": 3}, None, 3), ({}, 700, 3)])
 def test_live_trees_are_bounded(settings: dict[str, Any], kv_tokens: int | None, most: int) -> None:
     engine = LiveCounter(end=0.0, shuffle=1)
-    # Without ends a tree holds (2 + 4 + 8 + 12 + 12) · 8 = 304 tokens under 5 of its prompt. Before the first
-    # is finished a tree counts for 12 · 40 = 480, so the first has the engine to itself. Later there is room
-    # for two, and for a third when the last paths of one come to their ends.
+    # Without ends a tree holds (2 + 4 + 8 + 12 + 12) · 8 = 304 tokens below the 5 of its prompt. Until the
+    # first tree is finished, a tree counts for 12 · 40 = 480, so the first has the engine to itself. Later
+    # there is room for two, and for a third when the last paths of one come to their ends.
     grow(sampling(**settings), [engine], count=12, kv_tokens=kv_tokens)
     assert engine.most == most
 
 
-def test_failed_requests_are_tried_again_on_the_same_tree() -> None:
+def test_failed_requests_are_repeated_for_the_same_tree() -> None:
     config = sampling()
     calm, _ = grow(config, [FakeEngine(end=0.04)])
     shaky, driver = grow(config, [FakeEngine(end=0.04, fails=lambda number, _: number % 7 == 0)])
@@ -211,7 +211,7 @@ def test_one_sound_engine_of_three_is_found() -> None:
     assert same(calm, moved)
 
 
-def test_a_tree_that_cannot_go_on_is_named_and_the_others_go_on() -> None:
+def test_a_tree_that_cannot_go_on_is_reported_and_the_others_go_on() -> None:
     bad = prompt_tokens(4)
 
     def fails(_number: int, request: GenerateRequest) -> bool:
@@ -236,7 +236,7 @@ def test_a_malformed_output_counts_as_a_failure() -> None:
         def answer(self, request: GenerateRequest) -> GenerateOutput:
             output = super().answer(request)
             tokens = np.append(output.tokens, np.full(request.max_tokens, 9, np.int32))
-            return GenerateOutput(tokens, score(tokens), 0, "length", 0)
+            return GenerateOutput(tokens, log_probs_of(tokens), 0, "length", 0)
 
     driver = TreeDriver([Greedy()], sampling(), decode, seed=7)
     (result,) = asyncio.run(collect(driver, 1))
@@ -265,12 +265,12 @@ def test_a_caller_may_stop_early() -> None:
     assert len(asyncio.run(take_three())) == 3
     assert engine.cancelled > 0
     assert driver.pending() == []
-    assert int(next(asked).id.split(":")[1]) < 30  # prompts are taken as there is room for them
-    # The driver is as good as new.
+    assert int(next(asked).id.split(":")[1]) < 30  # prompts are taken only when there is room
+    # The driver can be used again.
     assert len(asyncio.run(collect(driver, 5))) == 5
 
 
-def test_what_waits_is_known() -> None:
+def test_pending_requests_are_listed() -> None:
     class Stuck(FakeEngine):
         async def generate(self, request: GenerateRequest) -> GenerateOutput:
             await asyncio.Event().wait()
@@ -331,12 +331,12 @@ def test_the_allocation_s_temperature_is_that_of_the_training_step() -> None:
             1
         )[0][1]
 
-    # Nine children beyond the one that each of three paths has: shared out when hot, one path's when cold.
+    # Nine children beyond one for each of three paths: divided equally when hot, all for one path when cold.
     assert most_grandchildren(step=0) == 1 + 3
     assert most_grandchildren(step=10) == 1 + 9
 
 
-def test_statistics_are_taken_once() -> None:
+def test_statistics_are_returned_once() -> None:
     _, driver = grow(sampling(), [FakeEngine(end=0.04)], count=5)
     taken = driver.take_stats()
     assert (taken.trees, taken.leaves, taken.failed_trees) == (5, 60, 0)

@@ -1,4 +1,4 @@
-"""The driver on the real SGLang engine: contexts re-scored for every policy, caching, seeds."""
+"""The driver on the real SGLang engine: log-probs computed again for every policy, caching, seeds."""
 
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -48,24 +48,26 @@ def grow(real: "RealEngine", config: SamplingConfig, count: int, seed: int = 0) 
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_segment_was_sampled_under_what_the_tree_shows(real_engine: "RealEngine", policy: str) -> None:
+def test_every_segment_was_sampled_after_the_tokens_that_the_tree_shows(
+    real_engine: "RealEngine", policy: str
+) -> None:
     config = sampling(**POLICIES[policy])
     trees, stats = grow(real_engine, config, count=2)
     for tree in trees:
         assert len(tree.leaves) <= config.width
         for leaf in tree.leaves:
             whole = np.concatenate([tree.prompt, tree.response(leaf)])
-            scored = real_engine.run(real_engine.engine.log_probs(whole))[len(tree.prompt) - 1 :]
+            computed = real_engine.run(real_engine.engine.log_probs(whole))[len(tree.prompt) - 1 :]
             sampled = np.concatenate([tree.segments[i].log_probs for i in tree.path(leaf.segment)])
-            # float32 of one model, computed in one pass and token by token: a few roundings apart.
-            # Under a wrong context it would differ by about 1.
-            np.testing.assert_allclose(sampled, scored, atol=1e-5)
+            # float32 of one model, in one pass and token by token: a few roundings apart. After a wrong
+            # context they would differ by about 1.
+            np.testing.assert_allclose(sampled, computed, atol=1e-5)
             assert not set(tree.response(leaf)[:-1].tolist()) & set(END_TOKENS)
-    # Continuations in `sequential` mode are none.
+    # There are no continuations in `sequential` mode.
     assert stats.cached_token_ratio > 0.98 or stats.continuation_tokens == 0
 
 
-def test_seeds_name_trees(real_engine: "RealEngine") -> None:
+def test_a_seed_determines_trees_however_many_live_at_once(real_engine: "RealEngine") -> None:
     together, _ = grow(real_engine, sampling(), count=4, seed=3)
     one_by_one, _ = grow(real_engine, sampling(max_live_trees=1), count=4, seed=3)
     other, _ = grow(real_engine, sampling(), count=4, seed=4)

@@ -1,7 +1,7 @@
-"""Trees against a straight-line simulation of the paper's loop, for every policy.
+"""Trees compared with a straight-line simulation of the paper's loop, for every policy.
 
-The simulation knows token lists and one prompt, goes on segment by segment to the end, and shares no code
-with the product. Both run on a model of chances; what is compared are means over thousands of trees.
+The simulation keeps token lists of one prompt, goes on segment by segment, and shares no code with the
+product. Both use a model that draws tokens by chance; means over thousands of trees are compared.
 """
 
 import math
@@ -17,6 +17,7 @@ from tests.support.fake_engine import FakeEngine, decode, prompt_tokens
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.rollout.growing_tree import GrowingTree
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
 
@@ -291,7 +292,15 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-# The few trees find what is plainly wrong, the many what is a little off.
+def test_every_registered_policy_is_simulated() -> None:
+    configs = [SamplingConfig(**{**SMALL, **policy}) for policy in POLICIES.values()]
+    assert {config.budget for config in configs} == set(BUDGETS)
+    assert {config.allocation.policy for config in configs} == set(ALLOCATIONS)
+    assert {config.fallback.order for config in configs} == set(ORDERS)
+    assert {config.fallback.cut for config in configs} == {*CUTS, "none"}
+
+
+# A few trees find large faults, many trees find small ones.
 @pytest.mark.parametrize("trees", [60, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_trees_are_those_of_the_straight_line_rules(policy: str, trees: int) -> None:
@@ -306,7 +315,7 @@ def test_trees_are_those_of_the_straight_line_rules(policy: str, trees: int) -> 
     for name in sorted(names):
         a = np.array([counts[name] for counts in ours], dtype=float)
         b = np.array([counts[name] for counts in theirs], dtype=float)
-        # Two means of as many independent trees: five standard errors are passed once in two million.
+        # Two means over independent trees: five standard errors are exceeded once in two million.
         allowed = 5 * math.sqrt((a.var() + b.var()) / trees) + 1e-9
         assert abs(a.mean() - b.mean()) <= allowed, (
             f"{name}: {a.mean():.4f} and {b.mean():.4f} ± {allowed:.4f}"
@@ -314,7 +323,7 @@ def test_trees_are_those_of_the_straight_line_rules(policy: str, trees: int) -> 
 
 
 def share_of_prompt(tree: Tree) -> list[float]:
-    """For each leaf the product of 1 / children down its path: the chance to walk there from the prompt."""
+    """Of each leaf, the product of 1 / children along its path: the chance of a random walk to it."""
     children = Counter(segment.parent for segment in tree.segments)
     return [
         math.prod(1 / children[tree.segments[index].parent] for index in tree.path(leaf.segment))
@@ -325,9 +334,10 @@ def share_of_prompt(tree: Tree) -> list[float]:
 @pytest.mark.parametrize("end", [0.1, 0.05])
 @pytest.mark.parametrize("cut", ["none", "random"])
 def test_budget_transfer_favours_long_responses_and_the_shares_undo_it(cut: str, end: float) -> None:
-    """TreePO's leaves are no sample of the policy's responses; weighted by their share they are one.
+    """TreePO's leaves are not a sample of the policy's responses, but weighted by their share they are.
 
-    Exactly so without fallback: children are chosen before they are sampled. The rows of docs/sampling.md.
+    Exactly so without fallback, because children are chosen before they are sampled. These are the rows in
+    docs/sampling.md.
     """
     settings = {**SMALL, "width": 16, "max_depth": 20, "max_response_tokens": 120, "fallback": {"cut": cut}}
     config = SamplingConfig.model_validate(settings)
@@ -342,6 +352,6 @@ def test_budget_transfer_favours_long_responses_and_the_shares_undo_it(cut: str,
     error = float(np.std(weighted)) / math.sqrt(len(trees))
     if cut == "none":
         assert np.mean(weighted) == pytest.approx(truth, abs=5 * error)  # five standard errors of a mean
-    # Nearer by far; the plain mean is off by 0.16 to 0.37, some ten standard errors.
+    # Much nearer: the plain mean is off by 0.16 to 0.37, about ten standard errors.
     assert abs(np.mean(weighted) - truth) < abs(np.mean(plain) - truth) / 2
     assert np.mean(plain) < truth - 0.1

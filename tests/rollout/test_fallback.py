@@ -1,4 +1,4 @@
-"""Fallback: which leaves are continued and where they are cut."""
+"""Fallback: the leaves that are continued and where they are cut."""
 
 from collections import Counter
 from typing import Any
@@ -57,7 +57,7 @@ def test_random_cuts_stay_within_the_last_windows() -> None:
     assert sorted(cuts(30, window_tokens=5, aligned=False)) == [0, 5, 10, 15, 20, 24]  # 25 is too deep
 
 
-def test_the_least_likely_token() -> None:
+def test_min_log_prob_cuts_at_the_least_likely_token() -> None:
     log_probs = np.full(30, -1, dtype=np.float32)
     log_probs[19] = -5
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_blocks_are_drawn_by_softmax(cut: str, sign: int) -> None:
     drawn = Counter(cut_point(leaf, config(cut=cut, aligned=False), rng) for _ in range(DRAWS))
     chances = np.exp(sign * means) / np.exp(sign * means).sum()
     for block, chance in enumerate(chances):
-        # Five standard deviations of a count of so many draws.
+        # Five standard deviations of a count of that many draws.
         assert abs(drawn[4 * block] - DRAWS * chance) < 5 * np.sqrt(DRAWS * chance * (1 - chance))
 
 
@@ -107,16 +107,16 @@ def test_the_first_is_drawn_by_weight(policy: str, weights: list[int]) -> None:
     first = Counter(permutation[0] for permutation in drawn)
     for index, weight in enumerate(weights):
         chance = weight / sum(weights)
-        # Five standard deviations of a count of so many draws.
+        # Five standard deviations of a count of that many draws.
         assert abs(first[index] - DRAWS * chance) < 5 * np.sqrt(DRAWS * chance * (1 - chance))
 
 
-def test_only_finished_answers() -> None:
+def test_boxed_or_eos_admits_only_those_endings() -> None:
     drawn = orders(order="boxed_or_eos")
     assert {tuple(sorted(permutation)) for permutation in drawn} == {(1, 3, 4)}
     assert len({tuple(permutation) for permutation in drawn}) == 6
 
 
-def test_only_long_boxed_ones() -> None:
+def test_boxed_long_admits_only_long_boxed_leaves() -> None:
     assert orders(order="boxed_long", min_windows=2)[0] == [4]
     assert orders(order="boxed_long", min_windows=4)[0] == []

@@ -1,4 +1,4 @@
-"""Stops: their order, the agreement of the engine's rule with the driver's, and what counts as a loop."""
+"""Stops: their order, the agreement of engine and driver, and which responses count as loops."""
 
 import pickle
 from typing import Any
@@ -67,14 +67,14 @@ def test_the_order_of_the_stops(
     assert why(rule(stops=stops), tokens, eos) == stop
 
 
-def test_depth_is_for_trees_only() -> None:
+def test_depth_limits_trees_only() -> None:
     long = {"max_response_tokens": 100, "stops": {"boxed": "off"}}
     assert why(rule(**long), [0, 1] * 6) == Stop.DEPTH
     assert why(rule(**long, mode="sequential"), [0, 1] * 6) is None
 
 
 @given(st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=40), st.integers(1, 7))
-def test_box_by_box_or_all_at_once(tokens: list[int], piece: int) -> None:
+def test_scanning_in_pieces_finds_what_scanning_at_once_finds(tokens: list[int], piece: int) -> None:
     stop_rule = rule(stops={"repetition": {"check": "off"}})
     array = np.array(tokens, dtype=np.int32)
     scan = BoxScan()
@@ -89,7 +89,7 @@ def test_the_engine_stops_where_the_driver_would(tokens: list[int]) -> None:
     assert stop_rule(np.array(tokens, dtype=np.int32)) == (why(stop_rule, tokens) is not None)
 
 
-def test_a_rule_travels_to_the_engine_s_process() -> None:
+def test_a_rule_can_be_pickled_for_the_engine_s_process() -> None:
     stop_rule = rule()
     stop_rule(np.array(BOXED))
     assert pickle.loads(pickle.dumps(stop_rule))(np.array(BOXED))
@@ -125,7 +125,7 @@ def test_loops_and_table_rules(response: str, loops: bool) -> None:
 
 
 def naive_repeats(tokens: list[int], window: int, count: int) -> bool:
-    """Non-overlapping occurrences of the last run, counted from the end."""
+    """Counts occurrences of the last run without overlap, from the end."""
     last, end, found = tokens[-window:], len(tokens), 0
     while end >= window:
         hit = tokens[end - window : end] == last

@@ -1,4 +1,4 @@
-"""The arithmetic of the CPU platform: padded attention and seeded draws against naive versions."""
+"""The arithmetic of the CPU platform: padded attention and seeded draws, compared with naive versions."""
 
 import numpy as np
 import pytest
@@ -35,14 +35,14 @@ def hard_batches(rng: np.random.Generator) -> list[list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("token_bytes", [1, 1 << 13, 1 << 30])
 def test_attention_agrees_with_a_naive_loop(token_bytes: int) -> None:
-    """Whether all requests, some, or no two fit into one call."""
+    """For calls that hold all requests, some of them, or one."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     keys, values = torch.randn(2, POOL, KV_HEADS, WIDTH, dtype=torch.float64)
     for batch in hard_batches(rng):
         new, total = [n for n, _ in batch], [t for _, t in batch]
         free = iter(rng.permutation(POOL))
-        # Places beyond a request's own hold what others left there.
+        # Slots beyond a request's own hold values of other requests.
         slots = torch.from_numpy(rng.integers(0, POOL, size=(len(batch), max(total) + 3))).int()
         for row, length in enumerate(total):
             slots[row, :length] = torch.tensor([next(free) for _ in range(length)])
@@ -57,12 +57,12 @@ def test_attention_agrees_with_a_naive_loop(token_bytes: int) -> None:
                 for part, places, count in zip(query.split(new), own, new, strict=True)
             ]
         )
-        # float64: another order of the same sums.
+        # float64: the same sums in another order.
         torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_attention_does_not_read_places_that_are_not_the_requests_own() -> None:
-    """What a slot of another request holds, even a NaN, must not matter."""
+def test_attention_does_not_read_slots_of_other_requests() -> None:
+    """The content of another request's slot, even a NaN, must not matter."""
     torch.manual_seed(0)
     keys, values = torch.randn(2, POOL, KV_HEADS, WIDTH)
     slots = torch.arange(24).view(2, 12).int()
@@ -75,7 +75,7 @@ def test_attention_does_not_read_places_that_are_not_the_requests_own() -> None:
     assert output.isfinite().all()
 
 
-def test_calls_hold_every_request_once_are_bounded_and_at_most_half_padding() -> None:
+def test_calls_hold_every_request_once_within_the_bounds_of_size_and_padding() -> None:
     rng = np.random.default_rng(1)
     total = [int(n) for n in rng.integers(1, 3000, size=100)]
     slots = torch.zeros(100, 3000, dtype=torch.int32)
@@ -102,7 +102,7 @@ def test_uniform_numbers_depend_on_seed_and_position_and_are_uniform() -> None:
     assert ((counts - 900) ** 2 / 900).sum() < 99 + 5 * 14
     grid = numbers.reshape(300, 300)
     for one, next_one in [(grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1])]:
-        # Of some 90 000 independent pairs the correlation's standard deviation is 1/300.
+        # The correlation of some 90 000 independent pairs has a standard deviation of 1/300.
         assert abs(np.corrcoef(one.ravel(), next_one.ravel())[0, 1]) < 5 / 300
 
 
@@ -115,7 +115,7 @@ def test_inverting_the_distribution_gives_each_token_its_share_and_never_an_impo
     assert invert(probs.expand(2, -1), edges).tolist() == [1, 4]
 
 
-def test_a_row_that_is_no_distribution_gives_some_token() -> None:
+def test_a_row_that_is_not_a_distribution_gives_some_token() -> None:
     rows = torch.tensor([[torch.nan] * 4, [0.0, 0.0, 0.0, 1.0]])
     drawn = invert(rows, torch.tensor([0.5, 0.5], dtype=torch.float64))
     assert 0 <= int(drawn[0]) < 4

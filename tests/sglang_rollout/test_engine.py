@@ -1,4 +1,4 @@
-"""The real SGLang engine: its log-probs, its stops, its prefix cache, its seeds."""
+"""The real SGLang engine: log-probs, stops, prefix cache, seeds, tensor-parallel ranks."""
 
 import asyncio
 import dataclasses
@@ -22,13 +22,13 @@ TOLERANCE = 1e-5
 
 
 def prompts(count: int, seed: int) -> list[np.ndarray]:
-    """Prompts of different lengths, free of end tokens."""
+    """Prompts of different lengths without end tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(4, 128, size=rng.integers(2, 60)).astype(np.int32) for _ in range(count)]
 
 
 def sample(real: "RealEngine", contexts: list[np.ndarray], **settings: object) -> list[GenerateOutput]:
-    """All at once, so that the engine batches them."""
+    """Sample all of them at once, so that the engine batches them."""
     from tests.support.real_engine import request
 
     async def together() -> list[GenerateOutput]:
@@ -58,7 +58,7 @@ def test_log_probs_of_given_tokens_agree_with_hugging_face(real_engine: "RealEng
 
 
 def test_sampling_follows_the_distribution(real_engine: "RealEngine") -> None:
-    """The first token's frequencies over many seeds are the reference's probabilities at that temperature."""
+    """The first token's frequencies over many seeds match the reference's probabilities."""
     from tests.support.real_engine import VOCABULARY, request
 
     context, temperature, draws = prompts(1, seed=3)[0], 0.7, 2000
@@ -102,7 +102,7 @@ def test_a_continuation_finds_its_whole_prefix_cached(real_engine: "RealEngine")
 
 
 def test_check_every_stops_at_the_first_boundary_where_the_rule_holds(real_engine: "RealEngine") -> None:
-    """The rule sees the response above the request, and holds from some total length on."""
+    """The rule sees the response above the request too, and holds from some total length on."""
     context = prompts(1, seed=5)[0]
     above = 3
     for step, needed in [(1, 9), (4, 9), (8, 9), (16, 9), (8, 3 + 16), (8, 10_000)]:
@@ -216,7 +216,7 @@ def test_two_tensor_parallel_ranks_give_the_references_log_probs_and_take_new_we
                     np.testing.assert_allclose(output.log_probs, expected, atol=TOLERANCE)
             ranks = real.engine._sglang._children
             assert len(ranks) == 2
-            ranks[1].kill()  # the rank that answers nothing itself
+            ranks[1].kill()  # the rank that sends no answers
             assert "ended" in real.run(asyncio.wait_for(real.engine.died(), 30))
         finally:
             real.engine.close()

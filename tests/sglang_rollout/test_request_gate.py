@@ -1,4 +1,4 @@
-"""The request gate: who gets in, who waits, who is refused."""
+"""The request gate: open, draining and closed."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Weight updates of the real SGLang engine: a transaction that is seen whole or not at all."""
+"""Weight updates of the real SGLang engine: a transaction that takes effect as a whole or not at all."""
 
 import asyncio
 from dataclasses import replace
@@ -44,7 +44,7 @@ def test_an_update_is_visible_and_old_prefixes_are_not(real_engine: "RealEngine"
 def test_an_update_that_does_not_fit_the_model_is_refused_before_it_begins(
     real_engine: "RealEngine", fault: str
 ) -> None:
-    """The engine serves on what it served: nothing was overwritten."""
+    """The engine keeps serving its weights: nothing was overwritten."""
     from tests.support.real_engine import manifest, perturbed
 
     good = manifest(perturbed(real_engine.reference))
@@ -60,7 +60,7 @@ def test_an_update_that_does_not_fit_the_model_is_refused_before_it_begins(
 
 
 @pytest.mark.parametrize("fault", ["checksum", "not as announced", "missing", "repeated"])
-def test_weights_that_did_not_arrive_whole_are_not_served(real_engine: "RealEngine", fault: str) -> None:
+def test_weights_that_did_not_arrive_complete_are_not_served(real_engine: "RealEngine", fault: str) -> None:
     from tests.support.real_engine import buckets, manifest, perturbed
     from treepo.weight_sync.colocated import SharedSender
 
@@ -87,7 +87,7 @@ def test_weights_that_did_not_arrive_whole_are_not_served(real_engine: "RealEngi
     with pytest.raises(EngineError, match="refuses to serve"):
         real_engine.generate(CONTEXT)
     engine.abort("a fault")
-    if fault == "not as announced":  # nothing of the old version was overwritten
+    if fault == "not as announced":  # nothing was overwritten
         assert_agrees(real_engine)
     else:
         with pytest.raises(EngineError, match="refuses to serve"):
@@ -98,8 +98,8 @@ def test_weights_that_did_not_arrive_whole_are_not_served(real_engine: "RealEngi
     assert_agrees(real_engine)
 
 
-def test_a_sender_that_is_not_there_is_no_fault_of_the_weights(real_engine: "RealEngine") -> None:
-    """And the engine, of whose weights nothing is lost, serves them on when the update is given up."""
+def test_an_engine_that_cannot_meet_the_sender_keeps_its_weights(real_engine: "RealEngine") -> None:
+    """Nothing was overwritten, so the engine serves its weights again after the abort."""
     from tests.support.real_engine import manifest, perturbed
     from treepo.weight_sync.broadcast import BroadcastAddress
 
@@ -127,7 +127,7 @@ def test_an_update_waits_for_running_requests_and_makes_later_ones_wait(real_eng
         asked = request(CONTEXT, max_tokens=100)
         running = [asyncio.ensure_future(engine.generate(asked)) for _ in range(8)]
         await asyncio.sleep(0)
-        await asyncio.sleep(0)  # a task has started after one turn of the loop, the request after another
+        await asyncio.sleep(0)  # a task starts in one turn of the loop, its request in the next
         await engine.begin(old + 1, manifest(weights))
         assert all(task.done() for task in running)
         late = asyncio.ensure_future(engine.generate(request(CONTEXT)))
@@ -142,13 +142,13 @@ def test_an_update_waits_for_running_requests_and_makes_later_ones_wait(real_eng
 
 
 def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "RealEngine") -> None:
-    """So that the rest of the path is sampled by the new weights; what came before is of the old ones."""
+    """The old weights have sampled the path up to there; the new ones sample the rest."""
     from safetensors.torch import load_file
 
     from tests.support.real_engine import manifest, perturbed, request
 
     engine = real_engine.engine
-    # Under the first weights an end is rare: many of the paths reach a boundary.
+    # With the first weights an end is rare, so many of the paths reach a boundary.
     real_engine.update(load_file(real_engine.folder / "model.safetensors"))
     weights = perturbed(real_engine.reference)
     checked = asyncio.Event()
@@ -162,7 +162,7 @@ def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "Rea
     async def scenario() -> None:
         asked = [request(CONTEXT, max_tokens=900, check_every=16, seed=seed) for seed in range(30)]
         running = [asyncio.ensure_future(engine.generate(one)) for one in asked]
-        await checked.wait()  # one path is at its first boundary; the others are there or come
+        await checked.wait()  # one path is at its first boundary, the others will be
         old = engine.version
         await engine.begin(old + 1, manifest(weights))
         outputs = [task.result() for task in running]
@@ -176,7 +176,7 @@ def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "Rea
     assert_agrees(real_engine)
 
 
-def test_an_update_that_was_left_open_is_begun_anew(real_engine: "RealEngine") -> None:
+def test_a_new_update_replaces_one_that_was_left_open(real_engine: "RealEngine") -> None:
     from tests.support.real_engine import buckets, manifest, perturbed
     from treepo.weight_sync.colocated import SharedSender
 

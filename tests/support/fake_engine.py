@@ -1,7 +1,7 @@
-"""A language model of nothing but chances, served like a real engine: it ends, boxes and babbles.
+"""A fake engine whose model draws every token by chance: it ends, boxes or babbles.
 
-Its log-probs are a function of the whole prefix, so re-scoring a trajectory shows whether each token was
-sampled under the tokens that the tree has above it.
+Its log-probs are a function of the whole prefix. Computing them again for a trajectory shows whether each
+token was sampled after exactly the tokens that the tree has above it.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ VOCABULARY = 512
 
 
 def decode(tokens: np.ndarray) -> str:
-    """Token 1 is a whole box, the others are letters."""
+    """Token 1 is a whole box; the others are letters."""
     return "".join("\\boxed{7}" if token == BOX else chr(ord("a") + token % 26) for token in tokens)
 
 
-def score(tokens: np.ndarray) -> np.ndarray:
-    """Log-prob of every token under the tokens before it: float32 [T]."""
+def log_probs_of(tokens: np.ndarray) -> np.ndarray:
+    """Log-prob of every token given the tokens before it: float32 [T]."""
     powers = np.full(len(tokens), 0x9E3779B97F4A7C15, dtype=np.uint64)
     prefix = np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * np.cumprod(powers))
     prefix ^= prefix >> np.uint64(29)
@@ -33,18 +33,20 @@ def score(tokens: np.ndarray) -> np.ndarray:
 
 
 def prompt_tokens(index: int, length: int = 5) -> np.ndarray:
-    """A prompt unlike any other index's."""
+    """A prompt of its own for each index."""
     return np.random.default_rng(index).integers(2, VOCABULARY, size=length, dtype=np.int32)
 
 
 @dataclass
 class FakeEngine:
-    """An engine whose every token is EOS or a box with the given chances, from the request's seed alone.
+    """An engine whose tokens depend only on the request's seed; each is EOS or a box with the given chances.
 
-    stop_rule: ends long requests at segment boundaries, as a real engine does; without one it decodes on.
-    shuffle: seeds random delays, so that answers come back in another order. fails: says of the n-th
-    request whether it fails. pause_after: where not 0, a long request returns after that many boundaries.
-    letters: how many different tokens there are besides EOS and the box. caches: keeps a prefix cache.
+    stop_rule: ends long requests at segment boundaries, as in a real engine; None: decoding goes on.
+    shuffle: seed of random delays, which change the order of the answers; None: no delays.
+    fails: whether a request fails, from its number and itself.
+    pause_after: if not 0, a long request returns after this many boundaries.
+    letters: number of distinct tokens besides EOS and the box.
+    caches: whether there is a prefix cache.
     """
 
     end: float = 0.0
@@ -78,7 +80,7 @@ class FakeEngine:
         return self.answer(request)
 
     def answer(self, request: GenerateRequest) -> GenerateOutput:
-        """The output, at once."""
+        """The output, without delay."""
         generator = np.random.default_rng(request.seed)
         tokens = generator.integers(2, 2 + self.letters, size=request.max_tokens, dtype=np.int32)
         chances = generator.random(request.max_tokens)
@@ -91,7 +93,7 @@ class FakeEngine:
         context = np.concatenate([request.context, tokens])
         return GenerateOutput(
             tokens=tokens,
-            log_probs=score(context)[len(request.context) :],
+            log_probs=log_probs_of(context)[len(request.context) :],
             version=self.version,
             finish="eos" if tokens[-1] == EOS else "length",
             cached_tokens=self._cached(request.context, context) if self.caches else 0,
@@ -111,7 +113,7 @@ class FakeEngine:
         return len(tokens)
 
     def _cached(self, context: np.ndarray, whole: np.ndarray) -> int:
-        """Longest prefix of the context, short of its last token, that an earlier request has computed."""
+        """Length of the longest prefix of the context, without its last token, that was computed before."""
         cached = len(context) - 1
         while cached and context[:cached].tobytes() not in self._known:
             cached -= 1

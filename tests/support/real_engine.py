@@ -1,4 +1,4 @@
-"""One real SGLang engine for the whole test session, and the Hugging Face model that it must agree with."""
+"""A real SGLang engine for the whole test session, and the Hugging Face model that it must agree with."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ VOCABULARY = 128
 
 
 class SwitchableRule:
-    """A stop rule that each test chooses for itself."""
+    """A stop rule that each test replaces by its own."""
 
     def __init__(self) -> None:
         self.holds: Callable[[np.ndarray], bool] = lambda _: False
@@ -34,9 +34,8 @@ class SwitchableRule:
 
 @dataclass
 class RealEngine:
-    """engine: use it through `run` only; it is bound to one loop.
-
-    reference: a Hugging Face model with the weights that the engine serves.
+    """engine: bound to one loop, so use it through `run` only. reference: a Hugging Face model with the
+    weights that the engine serves.
     """
 
     engine: SGLangEngine
@@ -52,7 +51,7 @@ class RealEngine:
         return self.run(self.engine.generate(request(context, **settings)))
 
     def update(self, changed: dict[str, torch.Tensor]) -> int:
-        """Commit `changed` as the next version, to the engine and to the reference."""
+        """Commit `changed` as the next version to the engine, and load it into the reference."""
         version = self.run(update(self.engine, changed))
         self.reference.load_state_dict(changed, strict=False)
         return version
@@ -63,19 +62,19 @@ class RealEngine:
         """The reference's log-probs of `tokens` after `context`."""
         path = torch.tensor([[*context, *tokens]], dtype=torch.long)
         with torch.no_grad():
-            scores = (self.reference(path).logits[0] / temperature).log_softmax(-1)
+            log_probs = (self.reference(path).logits[0] / temperature).log_softmax(-1)
         chosen = path[0, len(context) :]
-        return scores[len(context) - 1 : -1].gather(1, chosen[:, None])[:, 0].numpy()
+        return log_probs[len(context) - 1 : -1].gather(1, chosen[:, None])[:, 0].numpy()
 
 
 def request(context: Sequence[int] | np.ndarray, **settings: Any) -> GenerateRequest:
-    """Sixteen tokens at temperature 1 unless `settings` say otherwise; the whole context is the prompt."""
+    """A request for 16 tokens at temperature 1, all of whose context is prompt, unless `settings` differ."""
     defaults = {"prompt_tokens": len(context), "max_tokens": 16, "temperature": 1.0, "seed": 0}
     return GenerateRequest(context=np.asarray(context, dtype=np.int32), **(defaults | settings))
 
 
 def perturbed(model: Qwen2ForCausalLM, scale: float = 0.05) -> dict[str, torch.Tensor]:
-    """All of a model's tensors, each with a little noise on it."""
+    """All tensors of a model with a little noise added."""
     return {name: tensor + scale * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
 
 
@@ -84,7 +83,7 @@ def manifest(tensors: dict[str, torch.Tensor]) -> Manifest:
 
 
 async def update(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> int:
-    """The whole transaction, bucket after bucket from this process's memory."""
+    """Run the whole update transaction, with buckets from this process's memory."""
     await engine.begin(engine.version + 1, manifest(tensors))
     sender = SharedSender()
     await engine.join(sender.addresses([1])[0])
@@ -105,17 +104,17 @@ def buckets(sender: SharedSender, tensors: dict[str, torch.Tensor], count: int =
 
 
 def write_model(folder: Path) -> Path:
-    """A tiny Qwen2 whose distributions are far from uniform and whose end tokens are several."""
-    # Logits of about one unit: the usual spread of 0.02 would leave every token equally likely, and a larger
-    # one than this amplifies rounding from layer to layer.
+    """Write a tiny Qwen2 with distributions far from uniform and several end tokens."""
+    # Logits of about one unit: the usual initializer range of 0.02 would make all tokens equally likely, and
+    # a larger one than this would amplify rounding from layer to layer.
     write_tiny_qwen2(folder, vocab_size=VOCABULARY, initializer_range=0.12, eos_token_id=END_TOKENS[0])
     GenerationConfig(eos_token_id=list(END_TOKENS)).save_pretrained(folder)
     return folder
 
 
 def start(folder: Path, loop: asyncio.AbstractEventLoop, **settings: Any) -> RealEngine:
-    """settings: of `EngineConfig`."""
-    os.environ["SGLANG_RECORD_STEP_TIME"] = "1"  # test_plan_real.py counts decoding steps by it
+    """settings: keys of `EngineConfig`."""
+    os.environ["SGLANG_RECORD_STEP_TIME"] = "1"  # tests/planning/test_simulation_real.py counts steps by it
     rule = SwitchableRule()
     config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
     engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule)

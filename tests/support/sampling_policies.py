@@ -1,4 +1,4 @@
-"""Every sampling policy, over trees small enough to grow in a moment."""
+"""Configurations of every sampling policy, for trees small enough to grow in a moment."""
 
 from typing import Any
 

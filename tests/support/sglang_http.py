@@ -1,4 +1,4 @@
-"""A server that answers as SGLang 0.5.16 does (/generate, /model_info, /server_info), from a `FakeEngine`."""
+"""A server that answers as SGLang 0.5.16 does (/generate, /model_info, /server_info), with a `FakeEngine`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from treepo.protocols import GenerateRequest
 
 @dataclass
 class FakeServer:
-    """change: what is done to each answer before it is sent. bodies: the requests that came."""
+    """change: applied to each answer before it is sent. bodies: the requests so far."""
 
     engine: FakeEngine
     change: Callable[[dict[str, Any]], Any] = lambda answer: answer
@@ -56,7 +56,7 @@ class FakeServer:
         except EngineError as error:
             return web.json_response({"error": {"message": str(error)}}, status=503)
         ended = output.finish == "eos"
-        tokens, scores = output.tokens.tolist(), output.log_probs.tolist()
+        tokens, log_probs = output.tokens.tolist(), output.log_probs.tolist()
         answer = {
             "text": "",
             "output_ids": tokens,
@@ -67,7 +67,7 @@ class FakeServer:
                 "prompt_tokens": len(body["input_ids"]),
                 "weight_version": self.weight_version,
                 "output_token_logprobs": [
-                    [score, token, None] for score, token in zip(scores, tokens, strict=True)
+                    [log_prob, token, None] for log_prob, token in zip(log_probs, tokens, strict=True)
                 ],
                 "completion_tokens": len(tokens),
                 "cached_tokens": output.cached_tokens,

@@ -1,4 +1,4 @@
-"""A two-layer transformer in float64 that can be run on a packed forest or on one trajectory."""
+"""A two-layer float64 transformer that runs on a packed forest or on a single trajectory."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ VOCABULARY, HIDDEN, HEADS, LAYERS, POSITIONS = 50, 16, 2, 2, 128
 
 
 class TinyPolicy(nn.Module):
-    """Weights far enough from 0 that every token's gradient depends on all of its path."""
+    """Its weights are large enough that every token's gradient depends on all of its path."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -38,8 +38,10 @@ class TinyPolicy(nn.Module):
             hidden = functional.layer_norm(hidden + functional.gelu(hidden @ up) @ down, (HIDDEN,))
         return hidden @ self.token.T
 
-    def scores(self, token: Tensor, position: Tensor, exits: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's log-prob given its path and the entropy of its distribution: [T], 0 without source."""
+    def log_probs_and_entropy(
+        self, token: Tensor, position: Tensor, exits: Tensor, source: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Each token's log-prob given its path and its distribution's entropy: [T]; 0 if source is -1."""
         log_probs = self(token, position, exits).log_softmax(-1)[source]
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         log_prob = log_probs[torch.arange(len(token)), token]

@@ -91,11 +91,11 @@ def _unseen_tokens(node: Node | None, seen: set[int]) -> int:
 
 
 class GrowingTree:
-    """The tree of one prompt. Everything random in it is keyed by (seed, step, prompt id) and a place in the
-    tree.
+    """The tree of one prompt.
 
-    path_requests: the current round; empty when the tree is complete. branchings: paths that got more than
-    one child. fallbacks: rounds that continued finished leaves because no path was active.
+    Everything random in it is keyed by (seed, step, prompt id) and a place in the tree. path_requests: the
+    current round; empty when the tree is complete. branchings: paths that got more than one child. fallbacks:
+    rounds that continued finished leaves because no path was active.
     """
 
     def __init__(self, prompt: Prompt, config: SamplingConfig, rule: StopRule, seed: int, step: int) -> None:
@@ -129,8 +129,7 @@ class GrowingTree:
         )
 
     def receive(self, path: PathRequest, output: GenerateOutput) -> int:
-        """Add an engine's tokens to `path`, segment by segment, up to the first boundary at which the path
-        ends.
+        """Add an engine's tokens to `path`, up to the first segment boundary at which the path ends.
 
         Returns how many tokens were taken. If an engine returns less than requested, up to a segment
         boundary, the path request is not complete yet. Raises EngineError for an output that does not fit the
@@ -179,8 +178,8 @@ class GrowingTree:
     def held(self) -> list[tuple[int, int]]:
         """What a prefix cache had to hold in this round, which must be complete.
 
-        For the end of each path, shortest addition last: (leaves to come then, response tokens on the
-        unfinished paths then, a shared one once), as if all paths had been decoded at one rate.
+        For the end of each path, the last end first: (leaves to come then, response tokens on the unfinished
+        paths then, a shared one once), as if all paths had been decoded at one rate.
         """
         grown = sorted(
             ((sum(len(node.tokens) for node in path.new_nodes), path) for path in self.path_requests),

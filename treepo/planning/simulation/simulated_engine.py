@@ -4,7 +4,7 @@ What is modelled: requests that have arrived are prefilled together before the n
 there is room; one step decodes a token for every running request; a finished request's tokens but the last
 stay in the cache until their room is needed; where a step has no room, the request that has least is put off
 and prefilled once more. The scheduler's rules are those of SGLang 0.5.16 with the settings of
-`sglang_rollout/processes.py`. What is not: chunks of one prefill (a batch may be longer than a chunk by one
+`sglang_rollout/server.py`. What is not: chunks of one prefill (a batch may be longer than a chunk by one
 context), pages of more than one token, the slow fall of SGLang's estimate of what running requests still
 need. An event is a request that comes or ends, never a token. Lengths are those that are asked for.
 """
@@ -22,7 +22,7 @@ from treepo.planning.simulation.prefix_cache import Node, PrefixCache
 from treepo.planning.simulation.rates import Prefill, Rates, steps_seconds, whole_steps
 from treepo.protocols import GenerateOutput, GenerateRequest
 
-_RESERVED_TOKENS = 64  # for what a new request may sample (sglang_rollout/processes.py)
+_RESERVED_TOKENS = 64  # for what a new request may sample (sglang_rollout/server.py)
 _RESERVED_RUNNING = 7  # of those for each running one: SGLang's estimate falls to a tenth of them
 _TABLE = 1 << 16
 _VOCABULARY = 4096
