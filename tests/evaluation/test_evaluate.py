@@ -12,7 +12,7 @@ import pytest
 from tests.support.fake_engine import EOS, FakeEngine
 from tests.support.sglang_http import FakeServer
 from tests.support.tiny import write_tiny_qwen2
-from treepo.cli.evaluate import engines as engines_of
+from treepo.cli.evaluate import evaluation_engines
 from treepo.config.evaluate import EvalConfig
 from treepo.errors import EngineError, RewardError
 from treepo.evaluation.evaluate import evaluate
@@ -100,12 +100,11 @@ def evaluations(folder: Path, out: Path, *engines: FakeEngine, **changes: Any) -
         done: list[tuple[Outcome, Seen]] = []
         try:
             inputs = await asyncio.to_thread(read_evaluation_inputs, config)
+            start = partial(evaluation_engines, config, inputs)
             for server.engine in engines:
                 seen = Seen()
                 try:
-                    done.append(
-                        (await evaluate(config, inputs, seen, partial(engines_of, config, inputs)), seen)
-                    )
+                    done.append((await evaluate(config, inputs, seen, start), seen))
                 except (EngineError, RewardError) as error:
                     done.append((error, seen))
         finally:

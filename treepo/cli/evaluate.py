@@ -92,7 +92,7 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
     source = path or eval_config.model.path or eval_config.model.url
     try:
         with EvaluationDisplay(output, f"{source} -> {eval_config.out}", inputs) as display:
-            start = partial(engines, eval_config, inputs)
+            start = partial(evaluation_engines, eval_config, inputs)
             results = asyncio.run(run(eval_config, inputs, display, start, anew=force))
     except KeyboardInterrupt:
         errors.print(
@@ -102,7 +102,9 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
     show_evaluation(output, results, eval_config.out)
 
 
-def engines(config: "EvalConfig", inputs: "EvaluationInputs") -> "AbstractAsyncContextManager[EnginePool]":
+def evaluation_engines(
+    config: "EvalConfig", inputs: "EvaluationInputs"
+) -> "AbstractAsyncContextManager[EnginePool]":
     """The running server that the configuration names, or engines of the evaluation's own."""
     from treepo.rollout.stopping import StopRule
 
