@@ -13,6 +13,8 @@ from treepo.planning.hardware import GIB
 from treepo.planning.memory.parts import Memory
 from treepo.planning.plan import Plan
 
+_PHASES = {"log_probs": "log-probs", "weight_sync": "weight sync"}
+
 
 @contextmanager
 def plan_progress(console: Console) -> Iterator[Callable[[str], None]]:
@@ -59,7 +61,7 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"engines: {engine.count} of tensor {engine.tensor}, {config.placement}; weights by "
+        f"engines: {engine.count} x tensor {engine.tensor}, placement {config.placement}, weights over "
         f"{config.weights.transport}",
         highlight=False,
         soft_wrap=True,
@@ -119,7 +121,7 @@ def _show_step(console: Console, plan: Plan) -> None:
     table.add_column("s", justify="right")
     table.add_column("how", style="dim")
     for name, phase in step.phases.items():
-        table.add_row(name.replace("_", " "), f"{phase.seconds:,.1f}", escape(phase.note))
+        table.add_row(_PHASES.get(name, name), f"{phase.seconds:,.1f}", escape(phase.note))
     table.add_section()
     table.add_row(
         "all",
