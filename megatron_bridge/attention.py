@@ -171,9 +171,15 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) ->
 
     The caller cuts the tokens into blocks, so that the compiler knows a variable length to be a multiple of
     CUDA_BLOCK. Only then do the kernels omit the bounds checks.
+
+    Every query head gets its own copy of its group's keys and values. With `enable_gqa` one program of the
+    backward kernel loops over all heads of a group, and the root of a tree, which all tokens attend to, then
+    takes longer than everything else together (docs/performance.md, On a GPU).
     """
+    heads_per_group = query.shape[2] // key.shape[2]
     query, key, value = (x.flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
-    output = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
+    output = flex_attention(query, key, value, block_mask=mask)
     return output[0].transpose(0, 1).unflatten(0, (-1, CUDA_BLOCK))  # type: ignore[union-attr]  # no aux asked for
 
 

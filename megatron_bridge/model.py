@@ -114,9 +114,10 @@ def _transformer_config(
         # Packs differ in length, for which Megatron-Core wants this dispatcher even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # These fusions need kernels of Transformer Engine or Apex, or a compiler at run time.
+        # SwiGLU as one kernel, which torch compiles: FlexAttention needs the compiler anyway.
+        bias_activation_fusion=torch.cuda.is_available(),
+        # These fusions need kernels of Transformer Engine or Apex.
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -145,7 +145,8 @@ def _attention_core(batch: MicroBatch) -> float:
     more.
     """
     sums = batch.tokens * batch.architecture.heads / batch.tensor * FLOAT32
-    keys_values = _gathered_keys(batch) if batch.eager else 2 * batch.keys
+    # On CUDA each query head has its own copy of keys and values (megatron_bridge.attention).
+    keys_values = _gathered_keys(batch) if batch.eager else 2 * batch.queries
     return keys_values + (2 if batch.eager else 1) * batch.queries + sums
 
 
@@ -178,10 +179,13 @@ def _selective_attention(batch: MicroBatch) -> float:
 
 
 def _mlp(batch: MicroBatch, sparse: bool) -> float:
-    """Kept by a layer's MLP or experts with its norm. Experts are assumed to be chosen equally often."""
+    """Kept by a layer's MLP or experts with its norm. Experts are assumed to be chosen equally often, and
+    counted without the fused activation.
+    """
     kept = _norm(batch, batch.stream) + batch.stream
     if not sparse:
-        return kept + 5 * _inner(batch, sparse=False)
+        # CUDA's fused activation keeps gate and up, and the last matrix its input.
+        return kept + (5 if batch.eager else 3) * _inner(batch, sparse=False)
     experts = batch.architecture.experts
     assert experts is not None
     router = 4 * batch.own_tokens * batch.architecture.dimensions.experts * FLOAT32
