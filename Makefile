@@ -28,11 +28,12 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/basedpyright
 
-test: check
-	$(BIN)/pytest
+# Slow tests share one engine, so they run in one process.
+test: test-fast
+	$(BIN)/pytest -m slow
 
 test-fast: check
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n logical
 
 # NO_MKDOCS_2_WARNING silences the theme's announcement of its end of life.
 docs: setup

@@ -3,7 +3,7 @@
 Peaks are those of NVIDIA's data sheets (A100, H100 SXM, H200 SXM, B200 HGX), in bfloat16 without sparsity.
 Measured on one H200 (2026-11-27): an 8192^3 matrix product 785e12 FLOP/s (79% of the peak), a copy on the
 device 3989e9 bytes/s read and written (83%), and the copies between device and host below. A whole train step
-of a 0.5B model reached 14 to 17% of the peak on packed trees and 21% on flat trajectories: `efficiency` is
+of a 0.5B model reached 16 to 20% of the peak on packed trees and 23% on flat trajectories: `efficiency` is
 too high for models that small.
 
 Units: bytes, bytes per second, floating-point operations per second.
