@@ -141,7 +141,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
         )
 
 
-def check_layers(transformer_impl: str) -> None:
+def check_transformer_impl(transformer_impl: str) -> None:
     """Raises ConfigError if `te` is configured and Transformer Engine is not installed."""
     if transformer_impl == "te" and find_spec("transformer_engine") is None:
         raise ConfigError(

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bridge.architecture import Architecture, check_layout
 from megatron_bridge.hf_weight_map import Rule, expand
-from megatron_bridge.model import build_outline, named_parameters
+from megatron_bridge.model import build_outline, is_expert, named_parameters
 from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.runtime import on_device
 from megatron_bridge.tensor_surgery import Surgery
@@ -106,7 +106,7 @@ def _built(architecture: Architecture, parallel: ParallelConfig, stage: int, ran
             stage,
             tuple(
                 tuple(
-                    ShardParameter(name, tuple(parameter.shape), not getattr(parameter, "allreduce", True))
+                    ShardParameter(name, tuple(parameter.shape), is_expert(parameter))
                     for name, parameter in named_parameters([chunk]).items()
                 )
                 for chunk in chunks

@@ -162,3 +162,10 @@ def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, Parameter]:
         for name, parameter in chunk.named_parameters():
             named[global_name(name, layers, first_expert)] = parameter
     return named
+
+
+def is_expert(parameter: Parameter) -> bool:
+    """Whether the parameter is an expert's: whole on its rank, its gradient reduced among the ranks that hold
+    the same expert.
+    """
+    return not getattr(parameter, "allreduce", True)  # Megatron-Core's mark

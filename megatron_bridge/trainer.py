@@ -29,9 +29,9 @@ from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.model import build_model
-from megatron_bridge.process_groups import form_groups
+from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.reference import ReferenceWeights
-from megatron_bridge.runtime import on_device as _on_device
+from megatron_bridge.runtime import on_device
 from megatron_bridge.schedule import MicroBatch, Schedule
 from megatron_bridge.weight_transfer import WeightExporter, load_weights
 from treepo.config.learning import LearningConfig
@@ -71,7 +71,7 @@ class MegatronTrainer:
         self._dtype = getattr(torch, dtype)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._step = 0
-        with _on_device():
+        with on_device():
             _join(config.parallel, rank, world_size, store)
             self._groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp"])
             chunks = build_model(self._architecture, self._dtype, config)
@@ -88,7 +88,7 @@ class MegatronTrainer:
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
         """Compute float32 [T] for each of this replica's packs, 0 if `source` is -1; on every rank."""
         lengths = [len(pack) for pack in packs]
-        with _on_device():
+        with on_device():
             filled = self._schedule.filled_up(packs)
             batches = (self._schedule.prepare(pack, pack.source >= 0) for pack in filled)
             results = self._log_probs(batches, len(filled), temperature)
@@ -118,7 +118,7 @@ class MegatronTrainer:
         step. Returns the same on every rank. Raises as `train_step` does.
         """
         start = time.perf_counter()
-        with _on_device():
+        with on_device():
             packs = [self._schedule.filled_up(part) for part, _ in mini_batches]
             batches = [[self._schedule.prepare(pack, _trained(pack)) for pack in part] for part in packs]
             every = list(chain.from_iterable(batches))
@@ -144,7 +144,7 @@ class MegatronTrainer:
         `learning_rate`. Raises FloatingPointError, on all ranks, if the gradient is not finite: nothing
         changes then.
         """
-        with _on_device():
+        with on_device():
             filled = self._schedule.filled_up(packs)
             batches = (self._schedule.prepare(pack, _trained(pack)) for pack in filled)
             return self._update(batches, len(filled), temperature, denominator)
@@ -173,7 +173,7 @@ class MegatronTrainer:
         """
         dtype = str(self._dtype).removeprefix("torch.")
         layout = self._config.parallel.model_dump()
-        with _on_device():
+        with on_device():
             self._checkpointer.save(folder, CheckpointManifest(dtype, True, self._step, layout, run))
 
     def finish_save(self) -> None:
@@ -182,14 +182,13 @@ class MegatronTrainer:
 
     def load(self, folder: Path) -> None:
         """Restore a training checkpoint of any layout; the reference weights stay. Raises ModelError."""
-        with _on_device():
+        with on_device():
             self._step = self._checkpointer.load(folder).optimizer_steps
 
     def close(self) -> None:
         """Leave the process groups; afterwards the process may make another trainer."""
         self._checkpointer.close()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave_groups()
 
     def _log_probs(self, batches: Iterable[MicroBatch], number: int, temperature: float) -> list[Tensor]:
         """Float32 [T] for each micro-batch, 0 on tokens that are not wanted; only on the last stage."""

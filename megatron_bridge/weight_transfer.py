@@ -19,7 +19,7 @@ from megatron_bridge.architecture import Architecture
 from megatron_bridge.atomic_folder import WRITE_FAILURES, one_line
 from megatron_bridge.hf_folder import SafetensorsReader, write_hf_folder
 from megatron_bridge.hf_weight_map import EMBEDDING, OUTPUT, Rule
-from megatron_bridge.model import named_parameters
+from megatron_bridge.model import is_expert, named_parameters
 from megatron_bridge.process_groups import raise_everywhere
 from treepo.errors import ModelError
 from treepo.weight_sync.wire import Manifest, TensorInfo
@@ -36,7 +36,7 @@ def load_weights(folder: Path, chunks: Sequence[GPTModel], architecture: Archite
         rules[OUTPUT] = rules[EMBEDDING]  # the last pipeline stage has a copy
     for name, parameter in named_parameters(chunks).items():
         rule = rules[name]
-        ranks, rank = (1, 0) if _is_expert(parameter) else _tensor_ranks()
+        ranks, rank = (1, 0) if is_expert(parameter) else _tensor_ranks()
         tensors = [reader.read(tensor) for tensor in rule.tensors]
         shard = rule.surgery.split(tensors, ranks, architecture.dimensions)[rank]
         if shard.shape != parameter.shape:
@@ -56,13 +56,6 @@ def _tensor_ranks() -> tuple[int, int]:
     )
 
 
-def _is_expert(parameter: Parameter) -> bool:
-    """Whether the parameter is an expert's: whole on its rank, its gradient reduced among the ranks that hold
-    the same expert.
-    """
-    return not getattr(parameter, "allreduce", True)  # Megatron-Core's mark
-
-
 @dataclass(frozen=True, slots=True)
 class _Owner:
     """A rank that sends parameters to rank 0: its tensor-parallel rank and the parameters' shapes."""
@@ -74,7 +67,7 @@ class _Owner:
 
 def _first_to_hold(parameter: Parameter) -> bool:
     """Whether this rank is in the first replica that holds the parameter."""
-    if _is_expert(parameter):
+    if is_expert(parameter):
         return parallel_state.get_expert_data_parallel_rank() == 0
     return parallel_state.get_data_parallel_rank() == 0
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from sglang_rollout.processes import SGLangProcesses
 from sglang_rollout.request_gate import RequestGate
-from sglang_rollout.weight_loader import LOADER, End, Join, Load, Order, Receipts
+from sglang_rollout.weight_loader import LOADER, Command, End, Join, Load, Receipts
 from sglang_rollout.weight_update import WeightUpdate, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
 from treepo.data.tokenizer import end_tokens, has_tokenizer, load_tokenizer
@@ -331,15 +331,15 @@ class SGLangEngine:
             if finish is None and not self._sglang.death.done():
                 manager.abort_request(request.rid)
 
-    async def _execute(self, order: Order) -> None:
-        """Make every rank of SGLang execute an order about weights. Raises the failure of a rank."""
+    async def _execute(self, command: Command) -> None:
+        """Make every rank of SGLang execute a command about weights. Raises the failure of a rank."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         from sglang.srt.utils import MultiprocessingSerializer
 
         ranks = self._sglang.ranks
         receipts = Receipts(ranks)
         try:
-            named = [("order", receipts.message(order))]
+            named = [("command", receipts.message(command))]
             # One message for each rank: the shared memory that a message names can be taken once.
             payloads: Any = [MultiprocessingSerializer.serialize(named) for _ in range(ranks)]
             request = UpdateWeightsFromTensorReqInput(

@@ -42,19 +42,19 @@ class End:
     """The update is complete."""
 
 
-Order = Join | Load | End
+Command = Join | Load | End
 
 
 class Receipts:
-    """Shared memory in which each rank reports the outcome of one order. The engine's process owns it."""
+    """Shared memory in which each rank reports the outcome of one command. The engine's process owns it."""
 
     def __init__(self, ranks: int) -> None:
         self._shared = SharedBytes(ranks * _RECEIPT_BYTES)
         self._ranks = ranks
 
-    def message(self, order: Order) -> Tensor:
+    def message(self, command: Command) -> Tensor:
         """The message that SGLang carries to every rank: uint8 [bytes]."""
-        text = pickle.dumps((order, self._shared.path, self._ranks))
+        text = pickle.dumps((command, self._shared.path, self._ranks))
         return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def check(self) -> None:
@@ -72,14 +72,14 @@ class Receipts:
 
 
 def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Execute the one order in `named_tensors` and write a receipt."""
+    """Execute the one command in `named_tensors` and write a receipt."""
     from sglang.srt.distributed import get_tensor_model_parallel_rank
 
     ((_, message),) = named_tensors
-    order, path, ranks = pickle.loads(message.cpu().numpy().tobytes())
+    command, path, ranks = pickle.loads(message.cpu().numpy().tobytes())
     rank = get_tensor_model_parallel_rank()
     try:
-        _execute(order, model, rank)
+        _execute(command, model, rank)
     except TransportError as error:
         outcome = ("transport", str(error))
     except Exception as error:  # the engine's process raises it again
@@ -89,9 +89,9 @@ def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
     _write_receipt(path, ranks, rank, outcome)
 
 
-def _execute(order: Order, model: nn.Module, rank: int) -> None:
+def _execute(command: Command, model: nn.Module, rank: int) -> None:
     global _receiver
-    match order:
+    match command:
         case Join(address):
             _leave_sender()
             device = next(model.parameters()).device

@@ -19,7 +19,7 @@ from treepo.evaluation.evaluate import evaluate
 from treepo.evaluation.metrics import ProblemResult
 from treepo.preflight.inputs import read_evaluation_inputs
 from treepo.protocols import GenerateOutput, GenerateRequest
-from treepo.rollout.driver import Stats
+from treepo.rollout.stats import Stats
 from treepo.toy.byte_tokenizer import byte_tokenizer
 
 PROBLEMS, SAMPLES = 8, 4

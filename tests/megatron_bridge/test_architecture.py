@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from transformers import Qwen3MoeConfig
 
-from megatron_bridge.architecture import Experts, check_layers, check_layout, read_architecture
+from megatron_bridge.architecture import Experts, check_layout, check_transformer_impl, read_architecture
 from treepo.config.trainer import ParallelConfig
 from treepo.errors import ConfigError, ModelError
 
@@ -121,5 +121,5 @@ def test_a_layout_that_no_model_has(layout: dict[str, Any], arithmetic: str) -> 
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
 def test_transformer_engine_asked_for_and_absent() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.transformer_impl = te, but"):
-        check_layers("te")
-    check_layers("auto")
+        check_transformer_impl("te")
+    check_transformer_impl("auto")

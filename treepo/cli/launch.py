@@ -36,7 +36,7 @@ def launch(
     run_config = load_config(config, overrides or [])
     from treepo.cluster.allocation import Flags, find_allocation
 
-    where = find_allocation(os.environ, Flags(nodes, node_rank, head, port))
+    target = find_allocation(os.environ, Flags(nodes, node_rank, head, port))
     from treepo.cluster.launch import Launch
     from treepo.cluster.launch import launch as run
     from treepo.cluster.ray_node import NodeResources
@@ -49,7 +49,7 @@ def launch(
         if resume:
             find_resume(run_config, inputs)
 
-    order = Launch(
+    spec = Launch(
         run_config,
         [str(config), *(overrides or []), *(["--resume"] if resume else [])],
         check,
@@ -62,7 +62,7 @@ def launch(
         write=_write,
     )
     try:
-        exit_code = asyncio.run(run(where, order))
+        exit_code = asyncio.run(run(target, spec))
     except KeyboardInterrupt:
         errors.print("Interrupted. All processes have ended.")
         raise typer.Exit(EXIT_INTERRUPTED) from None

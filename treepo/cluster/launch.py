@@ -61,14 +61,14 @@ class Launch:
         return f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(program)}"
 
 
-async def launch(where: Allocation | Cluster, order: Launch) -> int:
+async def launch(target: Allocation | Cluster, spec: Launch) -> int:
     """Train, and return the training's exit code on every node.
 
     Raises TreepoError if the training did not start. SIGTERM and Ctrl-C end the training first, which cleans
     up after itself, and then the processes that were started for it.
     """
     loop, terminated = asyncio.get_running_loop(), asyncio.Event()
-    task = asyncio.ensure_future(_launch(where, order, terminated))
+    task = asyncio.ensure_future(_launch(target, spec, terminated))
 
     def terminate() -> None:
         terminated.set()
@@ -83,38 +83,38 @@ async def launch(where: Allocation | Cluster, order: Launch) -> int:
         raise
 
 
-async def _launch(where: Allocation | Cluster, order: Launch, terminated: asyncio.Event) -> int:
-    if isinstance(where, Cluster):
-        return await _use(where, order)
-    if where.rank > 0:
-        return await _join(where, order)
-    return await _lead(where, order, terminated)
+async def _launch(target: Allocation | Cluster, spec: Launch, terminated: asyncio.Event) -> int:
+    if isinstance(target, Cluster):
+        return await _use(target, spec)
+    if target.rank > 0:
+        return await _join(target, spec)
+    return await _lead(target, spec, terminated)
 
 
-async def _use(cluster: Cluster, order: Launch) -> int:
+async def _use(cluster: Cluster, spec: Launch) -> int:
     """Train on a cluster that already runs."""
-    await asyncio.to_thread(order.check)
-    return await _train(order, None, cluster.nodes, lambda _: (), may_grow=True)
+    await asyncio.to_thread(spec.check)
+    return await _train(spec, None, cluster.nodes, lambda _: (), may_grow=True)
 
 
-async def _lead(allocation: Allocation, order: Launch, terminated: asyncio.Event) -> int:
+async def _lead(allocation: Allocation, spec: Launch, terminated: asyncio.Event) -> int:
     """Rank 0: train, send the exit code to the other nodes, and stop Ray's head once they have left."""
     alone = allocation.nodes == 1
     host = _LOOPBACK if alone else own_address(allocation)
     async with AsyncExitStack() as stack:
 
         def lost(rank: int) -> None:
-            order.say(f"{allocation.name(rank)} is gone")
+            spec.say(f"{allocation.name(rank)} is gone")
 
         rendezvous = Rendezvous(1, "", lost)
         if not alone:
             rendezvous = await stack.enter_async_context(
-                open_rendezvous(allocation, host, order.fingerprint(), lost)
+                open_rendezvous(allocation, host, spec.fingerprint(), lost)
             )
         exit_code = 1  # of any error but a TreepoError
         try:
-            await asyncio.to_thread(order.check)
-            exit_code = await _start_and_train(allocation, host, rendezvous, order, stack)
+            await asyncio.to_thread(spec.check)
+            exit_code = await _start_and_train(allocation, host, rendezvous, spec, stack)
         except asyncio.CancelledError:
             exit_code = EXIT_TERMINATED if terminated.is_set() else EXIT_INTERRUPTED
             raise
@@ -127,16 +127,16 @@ async def _lead(allocation: Allocation, order: Launch, terminated: asyncio.Event
 
 
 async def _start_and_train(
-    allocation: Allocation, host: str, rendezvous: Rendezvous, order: Launch, stack: AsyncExitStack
+    allocation: Allocation, host: str, rendezvous: Rendezvous, spec: Launch, stack: AsyncExitStack
 ) -> int:
     port, dashboard_port = free_ports(2)
-    dashboard_port = order.dashboard_port or dashboard_port
+    dashboard_port = spec.dashboard_port or dashboard_port
     secrets = new_secrets(os.environ)
     _open_ray(secrets)
-    resources = _enough_cpus(order) if allocation.nodes == 1 else order.resources
+    resources = _enough_cpus(spec) if allocation.nodes == 1 else spec.resources
     node = await stack.enter_async_context(ray_head(host, port, dashboard_port, resources, secrets))
     url = f"http://{_LOOPBACK}:{dashboard_port}"
-    order.say(f"starts Ray; its dashboard is at {url}")
+    spec.say(f"starts Ray; its dashboard is at {url}")
 
     def awaited(there: Sequence[Node]) -> list[str]:
         names = {node.name for node in there}
@@ -148,7 +148,7 @@ async def _start_and_train(
 
     async def train() -> int:
         return await _train(
-            order,
+            spec,
             url,
             allocation.nodes,
             awaited,
@@ -159,7 +159,7 @@ async def _start_and_train(
 
 
 async def _train(
-    order: Launch,
+    spec: Launch,
     url: str | None,
     nodes: int,
     awaited: Callable[[Sequence[Node]], Sequence[str]],
@@ -175,33 +175,33 @@ async def _train(
     from treepo.cluster.placement import run_layout
     from treepo.cluster.ray_job import job_server
 
-    server = await job_server(url, order.wait if url is None else _START_SECONDS)
+    server = await job_server(url, spec.wait if url is None else _START_SECONDS)
     if ray_is_up is not None:
         ray_is_up()
-    layout = run_layout(order.config)
+    layout = run_layout(spec.config)
     await wait_for_devices(
-        layout, nodes, server.nodes, awaited, order.say, seconds=order.wait, may_grow=may_grow
+        layout, nodes, server.nodes, awaited, spec.say, seconds=spec.wait, may_grow=may_grow
     )
-    order.say("all devices are there; the training begins")
-    return await server.run(order.command(), order.write)
+    spec.say("all devices are there; the training begins")
+    return await server.run(spec.command(), spec.write)
 
 
-async def _join(allocation: Allocation, order: Launch) -> int:
+async def _join(allocation: Allocation, spec: Launch) -> int:
     """Another rank: take part in the cluster until the head sends the exit code."""
-    order.say(f"looking for the head at {allocation.head}:{allocation.port}")
-    connection = await join(allocation, order.fingerprint(), order.wait)
+    spec.say(f"looking for the head at {allocation.head}:{allocation.port}")
+    connection = await join(allocation, spec.fingerprint(), spec.wait)
     try:
         news = await connection.next()
         if isinstance(news, int):
-            order.say(f"the head ended with exit code {news} before anything began; its output says why")
+            spec.say(f"the head ended with exit code {news} before anything began; its output says why")
             return news
-        async with ray_worker(connection.host, news.address, order.resources, news.secrets) as node:
-            order.say(f"joins Ray at {news.address} as {connection.host}")
-            outcome = await _unless_ended(node, connection.next(), order.say)
+        async with ray_worker(connection.host, news.address, spec.resources, news.secrets) as node:
+            spec.say(f"joins Ray at {news.address} as {connection.host}")
+            outcome = await _unless_ended(node, connection.next(), spec.say)
     finally:
         connection.close()
     assert isinstance(outcome, int)
-    order.say(f"the head has ended with exit code {outcome}")
+    spec.say(f"the head has ended with exit code {outcome}")
     return outcome
 
 
@@ -239,8 +239,8 @@ def _open_ray(secrets: Mapping[str, str]) -> None:
     os.environ["no_proxy"] = f"{others},{_LOOPBACK}" if others else _LOOPBACK
 
 
-def _enough_cpus(order: Launch) -> NodeResources:
+def _enough_cpus(spec: Launch) -> NodeResources:
     """A single node's resources: like `treepo train`, it offers Ray a CPU for every rank and engine."""
-    actors = order.config.trainer.parallel.ranks + order.config.engine.count
-    cpus = max(actors, os.cpu_count() or 1) if order.resources.cpus is None else order.resources.cpus
-    return NodeResources(cpus, order.resources.gpus)
+    actors = spec.config.trainer.parallel.ranks + spec.config.engine.count
+    cpus = max(actors, os.cpu_count() or 1) if spec.resources.cpus is None else spec.resources.cpus
+    return NodeResources(cpus, spec.resources.gpus)

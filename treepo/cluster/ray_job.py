@@ -88,12 +88,12 @@ class JobServer:
         written = 0
         while True:
             written = await self._tail(job, write, written)
-            info = await _ask(self._client.get_job_info, job)
+            info = await _query(self._client.get_job_info, job)
             if info.status.is_terminal():
                 break
             await asyncio.sleep(_POLL_SECONDS)
         # If the stream broke, the last lines are missing.
-        write((await _ask(self._client.get_job_logs, job))[written:])
+        write((await _query(self._client.get_job_logs, job))[written:])
         if info.status is JobStatus.STOPPED:
             raise ClusterError(f"the job {job} was stopped")
         if info.driver_exit_code is None:
@@ -118,12 +118,12 @@ class JobServer:
         return written
 
 
-async def _ask[T](question: Callable[[str], T], job: str) -> T:
+async def _query[T](call: Callable[[str], T], job: str) -> T:
     """The job server's answer. Raises ClusterError after `_SILENCE_SECONDS` without one."""
     deadline = time.monotonic() + _SILENCE_SECONDS
     while True:
         try:
-            return await asyncio.to_thread(question, job)
+            return await asyncio.to_thread(call, job)
         except _UNREACHABLE as error:
             if time.monotonic() > deadline:
                 reason = " ".join(str(error).split())

@@ -16,7 +16,7 @@ from treepo.display.live import LiveDisplay, show_written, value_table
 from treepo.evaluation.folder import PLOT, REPORT, SAMPLES
 from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.results import RESULTS, percent_and_interval, score_columns, score_rows
-from treepo.rollout.driver import Stats
+from treepo.rollout.stats import Stats
 
 _FAILURES = 5  # shown in the table
 

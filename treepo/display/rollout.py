@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
 from treepo.display.live import LiveDisplay, show_written, value_table
-from treepo.rollout.driver import Stats
 from treepo.rollout.sample_file import Summary
+from treepo.rollout.stats import Stats
 
 _FAILURES = 5  # shown in the table
 

@@ -24,7 +24,7 @@ _DISAGREES = "engine and transformers disagree on the same weights: check the ve
 
 @dataclass(frozen=True)
 class LocalSink:
-    """A `treepo.weight_sync.send.Sink`: an engine in this process whose event loop runs in another thread."""
+    """Implements `treepo.weight_sync.send.WeightSink`; the engine's event loop runs in another thread."""
 
     engine: "SGLangEngine"
     loop: asyncio.AbstractEventLoop

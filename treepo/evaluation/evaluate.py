@@ -26,7 +26,8 @@ from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.pool import RewardPool, open_rewards
 from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
-from treepo.rollout.driver import FailedTree, Stats, TreeDriver
+from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.stats import Stats
 from treepo.tree import Tree
 
 Start = Callable[[], AbstractAsyncContextManager[EnginePool]]

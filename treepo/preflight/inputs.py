@@ -95,10 +95,10 @@ def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine
 
 def _check_trained(config: RunConfig) -> None:
     """Check that the trainer can build the model and divide it among its ranks."""
-    from megatron_bridge.architecture import check_layers, check_layout, read_architecture
+    from megatron_bridge.architecture import check_layout, check_transformer_impl, read_architecture
 
     check_layout(read_architecture(config.model.path), config.trainer.parallel)
-    check_layers(config.trainer.transformer_impl)
+    check_transformer_impl(config.trainer.transformer_impl)
 
 
 def _check_server_lengths(url: str, facts: Mapping[str, Any], prompt: int, response: int) -> None:

@@ -21,7 +21,8 @@ from treepo.data.output_folder import LOG, SUMMARY, TREES, log_to, prepare_folde
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.protocols import EnginePool
-from treepo.rollout.driver import FailedTree, Stats, TreeDriver
+from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.stats import Stats
 from treepo.rollout.watchdog import watched
 from treepo.tree import to_json
 
@@ -38,7 +39,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Totals of a rollout. Ratios as in `treepo.rollout.driver.Stats`; seconds of sampling alone."""
+    """Totals of a rollout. Ratios as in `treepo.rollout.stats.Stats`. seconds: of sampling alone."""
 
     prompts: int
     trees: int

@@ -7,7 +7,7 @@ from treepo.config.run import RunConfig
 from treepo.data.prompts import PromptOrder, PromptSet
 from treepo.learning.dynamic_sampling import Dropped, DynamicSampler
 from treepo.rewards.shaping import shaped
-from treepo.rollout.driver import Stats
+from treepo.rollout.stats import Stats
 from treepo.training.graded_trees import GradedSampler
 from treepo.training.run_folder import RunFolder
 from treepo.tree import Tree

@@ -13,7 +13,8 @@ from treepo.protocols import EnginePool
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.shaping import with_grades
-from treepo.rollout.driver import FailedTree, Stats, TreeDriver
+from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.stats import Stats
 from treepo.rollout.watchdog import watched
 from treepo.tree import Tree
 

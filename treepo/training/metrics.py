@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from treepo.protocols import BatchResult
-from treepo.rollout.driver import Stats
+from treepo.rollout.stats import Stats
 from treepo.training.batch import Batch
 from treepo.tree import Leaf, Stop, Tree, Verdict
 

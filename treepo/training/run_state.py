@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from treepo.protocols import BatchResult
-from treepo.rollout.driver import Stats
+from treepo.rollout.stats import Stats
 
 
 @dataclass(slots=True)
