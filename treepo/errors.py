@@ -9,7 +9,7 @@ EXIT_INTERRUPTED = 130
 class TreepoError(Exception):
     """Base of all errors that end a command with one clear line: the place, and what is allowed.
 
-    exit_code: the command's; 2 for bad input, 1 for something that broke on the way.
+    exit_code: of the command; 2 for bad input, 1 for a failure during the run.
     """
 
     exit_code: ClassVar[int] = 2
@@ -50,13 +50,13 @@ class LogProbCheckError(TreepoError):
 
 
 class TrainerError(TreepoError):
-    """A trainer rank that is gone; the text names it."""
+    """A trainer rank that died; the text names it."""
 
     exit_code = 1
 
 
 class PlacementError(TreepoError):
-    """A layout that does not fit the cluster; the text compares what it needs with what there is."""
+    """A layout that does not fit the cluster; the text compares its needs with the cluster's resources."""
 
 
 class AllocationError(TreepoError):
@@ -64,7 +64,7 @@ class AllocationError(TreepoError):
 
 
 class ClusterError(TreepoError):
-    """A Ray cluster that does not start or is gone; the text says what is missing."""
+    """A Ray cluster that does not start, or no longer answers; the text says what is missing."""
 
     exit_code = 1
 

@@ -1,8 +1,8 @@
-"""What the core asks of engines and of the trainer.
+"""The interfaces through which the core meets engines and the trainer.
 
 `treepo.cluster` implements these protocols with SGLang and Megatron-Core in Ray actors; the tests implement
-them with fakes. Arrays are numpy here, because they cross processes and neither side should have to care
-about the other's device.
+them with fakes. Arrays are numpy arrays: they cross processes, and neither side depends on the other's
+device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ from treepo.learning.packing import Pack
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest:
-    """Asks for at most `max_tokens` more tokens of one path.
+    """A request for at most `max_tokens` more tokens of one path.
 
     context: int32 [T], the prompt and every segment above, as the tree shows them.
     prompt_tokens: length of the prompt in `context`; the rest is the response so far.
     check_every: if not 0, decoding ends at the first multiple of this number of new tokens at which the
         engine's stop rule holds for the response so far (prompt excluded).
-    seed: used by an engine that samples deterministically, ignored by others.
+    seed: used by engines that sample reproducibly, ignored by others.
     """
 
     context: np.ndarray
@@ -42,7 +42,7 @@ class GenerateOutput:
 
     log_probs: float32 [T], under the sampling distribution (temperature applied).
     version: the committed weight version that sampled all of them.
-    finish: `eos` if the last token is one of the model's end tokens, else `length`.
+    finish: `eos` if the last token is an end token of the model, else `length`.
     cached_tokens: number of context tokens that were found in the prefix cache.
     """
 
@@ -60,7 +60,7 @@ class Sampler(Protocol):
 
 
 class Engine(Sampler, Protocol):
-    """An engine of a pool; it keeps its name when its process is replaced."""
+    """An engine of a pool. It keeps its name when its process is replaced."""
 
     @property
     def name(self) -> str:
@@ -81,9 +81,7 @@ class EnginePool(Protocol):
 
     @property
     def kv_tokens(self) -> Sequence[int] | None:
-        """Tokens that each engine's KV cache holds, in the order of `engines`; None if a server does not
-        report them.
-        """
+        """Tokens in each engine's KV cache, in the order of `engines`; None if a server reports none."""
         ...
 
 
@@ -93,8 +91,8 @@ class TrainingEnginePool(EnginePool, Protocol):
     def offloaded(self) -> AbstractAsyncContextManager[None]:
         """Let the trainer compute and change its weights while the body runs.
 
-        If engines and trainer share devices, the engines give their memory to the trainer meanwhile. No
-        restarted engine takes weights before the body ends.
+        If engines and trainer share devices, the engines give their memory to the trainer meanwhile. A
+        restarted engine takes weights only after the body has ended.
         """
         ...
 
@@ -111,8 +109,8 @@ class TrainingEnginePool(EnginePool, Protocol):
 class MiniBatch:
     """The packs of one optimizer step.
 
-    packs: of every data-parallel replica. denominator: `treepo.learning.loss.denominator` of all of them, by
-    which the summed loss is divided; above 0.
+    packs: one sequence for each data-parallel replica. denominator: `treepo.learning.loss.denominator` of all
+    packs, by which the summed loss is divided; above 0.
     """
 
     packs: Sequence[Sequence[Pack]]
@@ -124,7 +122,7 @@ class BatchResult:
     """What the trainer measured while it learned from a batch.
 
     updates: metrics of each optimizer step. mismatch: of the whole batch, before the first optimizer step.
-    seconds: of the phases `log_probs` and `train`.
+    seconds: time of the phases `log_probs` and `train`.
     """
 
     updates: Sequence[Mapping[str, float]]
@@ -136,8 +134,9 @@ class Trainer(Protocol):
     """All ranks of the trainer. Raises TrainerError if a rank dies."""
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
-        """Compute each token's log-prob given its path: for every replica's packs float32 [T], 0 if `source`
-        is -1.
+        """Compute each token's log-prob given its path.
+
+        Returns float32 [T] for each pack of each replica, 0 if `source` is -1.
         """
         ...
 

@@ -23,9 +23,9 @@ PROMPT = -1
 
 
 class Finish(StrEnum):
-    """Why a segment has no further tokens."""
+    """Why a segment ends."""
 
-    LENGTH = "length"  # it has the length that was asked for; the path may go on below it
+    LENGTH = "length"  # it has the requested length; the path may go on below it
     EOS = "eos"  # its last token ends the sequence
     CUT = "cut"  # a fallback cut it here; its first child holds the rest of its tokens
 
@@ -123,11 +123,11 @@ class Tree:
         return np.concatenate([self.segments[index].tokens for index in self.path(leaf.segment)])
 
     def unique_tokens(self) -> int:
-        """Count the response tokens in the tree, shared ones once."""
+        """Count the response tokens in the tree, a shared token once."""
         return sum(len(segment.tokens) for segment in self.segments)
 
     def total_tokens(self) -> int:
-        """Count the response tokens of all trajectories: what as many independent samples would decode."""
+        """Count the response tokens of all trajectories: as many as independent samples would decode."""
         depth_S = np.zeros(len(self.segments), dtype=np.int64)
         for index, segment in enumerate(self.segments):
             above = depth_S[segment.parent] if segment.parent != PROMPT else 0
@@ -144,9 +144,9 @@ class Tree:
 
 
 def to_json(tree: Tree, **extra: object) -> bytes:
-    """Write the tree, and `extra` keys, as one line with its newline.
+    """Write the tree, and `extra` keys, as one line of JSON with its newline.
 
-    Floats are the shortest that read back equal in float32.
+    Each float has the fewest digits that read back as the same float32.
     """
     record = {
         "prompt_id": tree.prompt_id,

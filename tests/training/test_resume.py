@@ -135,7 +135,7 @@ def test_a_finished_run_goes_on_if_it_gets_more_steps(config: RunConfig) -> None
     write_run(short, steps=2, saved=2)
     (config.out / "summary.json").write_text("{}")
     (config.out / "checkpoint").mkdir()
-    with pytest.raises(ConfigError, match="has had its steps: 2, and steps = 2"):
+    with pytest.raises(ConfigError, match="complete after 2 steps, and steps = 2"):
         find_resume(short, inputs())
     resume = find_resume(config, inputs())
     assert resume is not None
@@ -195,7 +195,7 @@ def test_layout_and_engines_may_change(config: RunConfig) -> None:
 
 def test_other_data_is_refused(config: RunConfig) -> None:
     write_run(config, steps=3, saved=2)
-    with pytest.raises(ConfigError, match="other prompts or answers"):
+    with pytest.raises(ConfigError, match=r"the prompts or answers in .* have changed since"):
         find_resume(config, inputs("of other data"))
 
 

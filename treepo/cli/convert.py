@@ -1,4 +1,4 @@
-"""`treepo convert`: training checkpoints to Hugging Face folders and back."""
+"""`treepo convert`: converts training checkpoints to Hugging Face folders and back."""
 
 import time
 from pathlib import Path

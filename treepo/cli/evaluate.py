@@ -1,4 +1,4 @@
-"""`treepo eval`: scores a model on benchmarks, or compares evaluations."""
+"""`treepo eval`: evaluates a model on benchmarks, or compares evaluations."""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
@@ -105,7 +105,7 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
 def evaluation_engines(
     config: "EvalConfig", inputs: "EvaluationInputs"
 ) -> "AbstractAsyncContextManager[EnginePool]":
-    """The running server that the configuration names, or engines of the evaluation's own."""
+    """Use the running server that the configuration names, or start engines."""
     from treepo.rollout.stopping import StopRule
 
     if config.model.url is None:

@@ -37,7 +37,7 @@ def main() -> None:
     # Progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()
-    # The traceback of a reward function is for its author, who sits at the terminal.
+    # A traceback of a reward function goes to the terminal, where its author sees it.
     if logging.lastResort is not None:
         logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
     exit_code = 0
@@ -52,8 +52,9 @@ def main() -> None:
 
 
 def _show_warnings() -> None:
-    """Show warnings on the terminal, whatever else happens to the log. Exceptions are left out: the error
-    that ends a run is shown as such.
+    """Show warnings on the terminal, wherever the log goes.
+
+    Warnings with a traceback are left out: the error that ends a run is shown by itself.
     """
     warnings: logging.Handler
     if errors.is_terminal:

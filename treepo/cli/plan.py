@@ -1,4 +1,4 @@
-"""`treepo plan`: the needs of a training run, worked out without a GPU."""
+"""`treepo plan`: works out what a training run needs, without a GPU."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,5 +1,5 @@
 # ruff: noqa: N815 - the suffix names the dimension (CONTRIBUTING.md)
-"""Advantages of a batch of trees: what the loss multiplies each token's probability ratio by.
+"""Advantages of a batch of trees: the factor of each token's probability ratio in the loss.
 
 The estimator (treepo.learning.estimators) turns rewards into one value for each segment of each trajectory;
 leaf weights, whitening and the loss's normalisation are applied here, alike for all estimators.

@@ -7,7 +7,8 @@ for each segment on each leaf's path. Leaves that could not be graded are in no 
 
 Departures from the paper and its code:
 
-- A group is a node of the tree, never a window of 512 tokens: a cut inside a segment makes a node of its own.
+- A group is a node of the tree, never a window of 512 tokens: a fallback cut inside a segment makes a new
+  node.
 - Every depth counts.
 - `spo` compares a child with its siblings; the official code's numbers are wrong.
 - `treepo` adds `distinct_groups` and `depth_count: constant`. Under the latter, a shared token's net weight
@@ -112,8 +113,8 @@ def treepo(
     depth_count: str,
     distinct_groups: bool,
 ) -> np.ndarray:
-    """Average (R_i - the group's mean) over the groups on a leaf's path, groups of one leaf below the prompt
-    left out. TreePO, equations 5 (`weighting: mean`) and 6 (`size`).
+    """Average (R_i - the group's mean) over the groups on a leaf's path. Groups of one leaf are left out,
+    except the prompt's. TreePO, equations 5 (`weighting: mean`) and 6 (`size`).
     """
     forest, size_N = batch.forest, batch.size_N
     root_N = forest.depth_N == 0
@@ -212,8 +213,8 @@ def inverse_branching(forest: Forest) -> np.ndarray:
 
     A finished path passes its budget on to the live ones, so long paths have more leaves than their share;
     under this weight a tree's mean reward is the policy's again. Only children with a graded leaf below them
-    count. The children that a fallback adds share the weight of the path that it cut. That leaves a small
-    bias, because whether a path is cut depends on how it ended.
+    count. The children that a fallback adds share the weight of the path that it cut. A small bias remains,
+    because the choice of that path depends on how it ended.
     """
     alive_N = forest.sum_leaves(np.ones(len(forest.leaf_node_L))) > 0
     segment_N = forest.depth_N > 0

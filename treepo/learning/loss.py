@@ -25,11 +25,13 @@ from treepo.learning.packing import Pack
 
 
 def denominator(packs: Iterable[Iterable[Pack]], config: LearningConfig) -> float:
-    """Compute what one mini-batch's summed token losses are divided by. packs: those of all replicas.
+    """Compute the number by which one mini-batch's summed token losses are divided; 0 if it trains nothing.
+
+    packs: of each replica.
 
     Token mean: the tokens of all trajectories. Sequence mean: the trajectories (each token then weighs one
     over its trajectory's length). Constant: trajectories x `normalisation_tokens`. Leaf weights count in all
-    three. 0 if the mini-batch trains nothing; skip the optimizer step then.
+    three. If the result is 0, skip the optimizer step.
     """
     every = [pack for replica in packs for pack in replica]
     if config.normalisation_tokens is not None:

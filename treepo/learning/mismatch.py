@@ -1,4 +1,4 @@
-"""How far the engines' log-probs are from the trainer's, on the tokens that are trained."""
+"""Measures how far the engines' log-probs are from the trainer's, on the tokens that are trained."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from treepo.learning.packing import Pack
 
 @dataclass(frozen=True, slots=True)
 class LogProbMismatch:
-    """Sums over |trainer's log-prob - engine's|, in nats; those of several replicas and mini-batches add up.
+    """Sums over |trainer's log-prob - engine's|, in nats. Sums of several replicas and mini-batches add up.
 
     total, weight: a token counts once for every trajectory that shares it. Tokens sampled by older weights
     count too, so staleness shows up here beside rounding.

@@ -116,7 +116,7 @@ def pack_trees(
 def pack_flat(
     trees: Sequence[Tree], advantages: Advantages, max_tokens: int, replicas: int
 ) -> list[list[Pack]]:
-    """Pack as `pack_trees` does, but with every trajectory a sequence of its own: nothing is shared."""
+    """Pack as `pack_trees` does, but every trajectory as a sequence of its own: nothing is shared."""
     forest = _checked_forest(trees, advantages, max_tokens)
     weight_M = np.stack(_weights(forest, advantages))
     slot_N = np.empty(len(forest.parent_N), dtype=np.int64)

@@ -86,8 +86,8 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
 
 
 def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine: EngineConfig) -> None:
-    """Check that SGLang can serve the model folder, and the longest trajectory of it."""
-    # Seconds: torch, transformers.
+    """Check that SGLang can serve the model folder and the longest trajectory."""
+    # Imported here because torch and transformers take seconds.
     from sglang_rollout.preflight import check_engine
 
     check_engine(folder, prompt_tokens, response_tokens, engine)

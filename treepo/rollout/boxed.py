@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# `rest` is an end of the text that further text may complete to the start of a box.
+# `rest`: the end of the text, if it may be the beginning of a box.
 _MARKS = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*\{)"
     r"|(?P<rest>\\(?:b|bo|box|boxe|boxed\s*|f|fb|fbo|fbox\s*)?\Z)"
@@ -52,8 +52,8 @@ class BoxScan:
     r"""State of the search for the first complete box in a text that arrives in pieces.
 
     depths: for each open box, outermost first, the number of braces open in it: its own counts, those of
-    boxes inside it do not. blank: whether the innermost open box has only white space so far. rest: an end of
-    the text that further text may complete to the start of a box ("\box").
+    boxes inside it do not. blank: whether the innermost open box has only white space so far. rest: the end
+    of the text, if it may be the beginning of a box ("\box").
     """
 
     found: bool = False

@@ -1,9 +1,9 @@
-"""How many children a tree step has and which paths get them (paper, section 3; TreePO's code).
+"""Decides how many children a tree step has, and which paths get them (paper, section 3; TreePO's code).
 
 Pure functions of one prompt's state. The budgets and allocations themselves are in `policies`. Departures
-from the official code: a range of initial branchings works; a budget of tokens belongs to one tree instead of
-being a rank's divided by its live prompts, so no tree depends on another; random factors are drawn for each
-tree.
+from the official code: a range of initial branchings works; random factors are drawn for each tree; a token
+budget belongs to one tree, so no tree depends on another (there, a rank's budget is divided by its live
+prompts).
 """
 
 import math
@@ -32,9 +32,9 @@ def branching_factor(config: SamplingConfig, rng: np.random.Generator) -> int:
 def leaf_bound(config: SamplingConfig, finished: Sequence[int], active: Sequence[int]) -> int:
     """Most leaves that the tree may have in the end, between min_width and width.
 
-    finished, active: lengths in tokens of the responses so far. Under a cap by tokens, the rest of the cap
-    buys responses as long as the active ones will be after one more segment; without an active path, as long
-    as the finished ones.
+    finished, active: lengths in tokens of the responses so far. Under a token cap, the tokens that are left
+    are divided by the expected length of a response: the mean of the active ones after one more segment, or
+    of the finished ones if no path is active.
     """
     if config.tree_response_tokens is None:
         return config.width
@@ -63,9 +63,9 @@ def allocate[Path](
     log_probs: Callable[[Path], np.ndarray],
     step: int,
 ) -> list[int]:
-    """Children of each active path, `budget` in total.
+    """Divide `budget` children among the active paths.
 
-    log_probs: from a path to the log-probs of its response, float32 [T]. step: the training step.
+    log_probs: maps a path to the log-probs of its response, float32 [T]. step: the training step.
     """
     if budget == len(paths):
         return [1] * budget

@@ -1,6 +1,6 @@
-"""The tree driver: grows many trees on a few engines, none of which waits for another.
+"""The tree driver: grows many trees at once on a few engines. No tree waits for another.
 
-Each tree is a task of its own (`growing_tree` has its rules). It stays on the engine that holds its prefixes
+Each tree is a task of its own; `growing_tree` has its rules. It stays on the engine that holds its prefixes
 and moves only if that engine keeps failing its requests. A new tree goes to the engine with the fewest leaves
 to come, and to an engine that fails its requests only if no other has room. The content of a tree depends on
 (seed, step, prompt id) and on the engine's answers, never on the order of the answers.
@@ -39,7 +39,7 @@ class FailedTree:
 class PendingRequest:
     """A request that has not been answered yet.
 
-    number: of its path request in the tree. engine: index. seconds: since it was sent.
+    number: of the path request, unique in the tree. engine: its index. seconds: since the request was sent.
     """
 
     prompt_id: str
@@ -51,10 +51,10 @@ class PendingRequest:
 class TreeDriver:
     """Samples trees (or, in `sequential` mode, independent responses) for prompts.
 
-    decode: token ids to text, for the stop rules. kv_tokens: tokens that the KV cache holds, one number for
-    every engine or a sequence with each engine's; it bounds the trees that live on an engine, so that their
-    prefixes are not evicted. None: unbounded. `sampling.max_live_trees` bounds them by number instead. One
-    driver serves all steps: it learns from finished trees how large trees become.
+    decode: token ids to text, for the stop rules. kv_tokens: tokens in the KV cache, one number for all
+    engines or one for each. It bounds the trees that live on an engine, so that their prefixes are not
+    evicted. None: unbounded. `sampling.max_live_trees` bounds them by number instead. One driver serves all
+    steps: it learns from finished trees how large trees become.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class TreeDriver:
         """Yield the tree of each prompt as soon as it is finished. At most one call at a time.
 
         `prompts` may be lazy: it is advanced only when an engine has room. Closing the iterator
-        (`contextlib.aclosing`) cancels everything in flight. A failing engine results in a FailedTree; an
-        exception group raised here is a bug.
+        (`contextlib.aclosing`) cancels everything in flight. A request that keeps failing ends its tree as a
+        FailedTree; an exception group raised here is a bug.
         """
         for engine in self._router.engines:
             engine.failures = 0  # an engine that failed in the last step may have been replaced
@@ -102,7 +102,7 @@ class TreeDriver:
         return taken
 
     def expected_tree_tokens(self, prompt_tokens: int) -> int:
-        """KV tokens for which a new tree would count, judging by the trees so far."""
+        """KV tokens that a new tree is expected to hold, judging by the trees so far."""
         return self._router.expected_tree_tokens(prompt_tokens)
 
     def pending(self) -> list[PendingRequest]:
@@ -165,9 +165,9 @@ class TreeDriver:
             self._room.set()
 
     async def _generate(self, live: LiveTree, path: PathRequest) -> None:
-        """Send one request for `path`, again while it fails.
+        """Send one request for `path`, and retry it if it fails.
 
-        The tree moves to another engine from the second failure on, and at once if its engine is dead.
+        From the second failure on the tree moves to another engine; if its engine is dead, it moves at once.
         """
         request = live.tree.generate_request(path)
         below_prompt = path.last_node is None

@@ -1,8 +1,8 @@
-"""One tree while it grows: a state machine that knows neither engines nor time.
+"""A tree while it grows: a state machine that knows neither engines nor time.
 
 A round is a set of path requests, one for each active path. When all of them are complete, `advance`
 classifies the paths, branches, falls back if no path is active, and makes the path requests of the next
-round. While the tree may still branch, a path request is for one segment; after that it is for everything
+round. While the tree may still branch, a path request is for one segment; after that it is for all tokens
 that its path may still get. (The official code goes on segment by segment, in step with all other prompts;
 the trees are the same.)
 
@@ -93,9 +93,9 @@ def _unseen_tokens(node: Node | None, seen: set[int]) -> int:
 class GrowingTree:
     """The tree of one prompt.
 
-    Everything random in it is keyed by (seed, step, prompt id) and a place in the tree. path_requests: the
-    current round; empty when the tree is complete. branchings: paths that got more than one child. fallbacks:
-    rounds that continued finished leaves because no path was active.
+    All randomness is keyed by (seed, step, prompt id) and a place in the tree. path_requests: the current
+    round; empty when the tree is complete. branchings: paths that got more than one child. fallbacks: rounds
+    that continued finished leaves because no path was active.
     """
 
     def __init__(self, prompt: Prompt, config: SamplingConfig, rule: StopRule, seed: int, step: int) -> None:
@@ -176,10 +176,11 @@ class GrowingTree:
             self.path_requests = self._fall_back()
 
     def held(self) -> list[tuple[int, int]]:
-        """What a prefix cache had to hold in this round, which must be complete.
+        """Compute what a prefix cache had to hold during this round, which must be complete.
 
-        For the end of each path, the last end first: (leaves to come then, response tokens on the unfinished
-        paths then, a shared one once), as if all paths had been decoded at one rate.
+        Returns a pair for each path, the path that ended last first. Just before the path ended: the leaves
+        that were still to come, and the response tokens on the unfinished paths, a shared token once. All
+        paths count as decoded at the same rate.
         """
         grown = sorted(
             ((sum(len(node.tokens) for node in path.new_nodes), path) for path in self.path_requests),
@@ -197,7 +198,7 @@ class GrowingTree:
         return held
 
     def above(self) -> int:
-        """Response tokens above the ends of the unfinished paths, a shared one once."""
+        """Response tokens on the unfinished paths, a shared token once."""
         seen: set[int] = set()
         return sum(_unseen_tokens(path.last_node, seen) for path in self.path_requests if path.stop is None)
 
@@ -225,7 +226,7 @@ class GrowingTree:
     def _depth_first(self) -> list[Node]:
         """Parents before children, each subtree in one piece, siblings in the order of their path requests.
 
-        So the lower piece of a segment that was cut is the first child of the upper one.
+        So if a segment was cut, its lower piece is the first child of the upper one.
         """
         children: dict[int, list[Node]] = {}
         for node in self._nodes:

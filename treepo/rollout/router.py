@@ -1,9 +1,10 @@
 """Routes each tree to an engine and admits new trees while the engine's KV cache can hold them.
 
-A prefix that a tree will extend must not be evicted. So the router expects of each tree the most tokens that
-its unfinished paths will hold at one time; finished paths may leave the cache. The expectation depends on how
-many leaves are still to come: it is the average of what the trees that finished last held from that point on.
-A tree that turns out larger counts for what it holds. An engine without trees admits any tree, however large.
+A prefix that a tree will extend must not be evicted. So the router estimates for each tree the most tokens
+that its unfinished paths will hold at one time; finished paths may leave the cache. The estimate depends on
+the number of leaves still to come: it is the average of what the last finished trees held from that point on.
+A tree that turns out larger counts with what it holds. An engine without trees admits any tree, however
+large.
 
 Units: tokens of the KV cache. Arrays are indexed by the number of leaves to come, from 0 to width.
 """
@@ -25,8 +26,8 @@ REMEMBERED_TREES = 64
 class RoutedEngine:
     """An engine with the trees that live on it.
 
-    kv_tokens: tokens that its KV cache holds; None: unbounded. leaves: of its trees, still to come. failures:
-    of its requests, since the last one that it answered. expected_tokens: the sum of its trees'.
+    kv_tokens: tokens in its KV cache; None: unbounded. leaves: still to come, summed over its trees.
+    failures: failed requests since its last answer. expected_tokens: summed over its trees.
     """
 
     index: int
@@ -39,8 +40,8 @@ class RoutedEngine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """The router prefers the engine with the least load. Failures come first: an engine that fails its
-        requests soon has no leaves to come.
+        """The router prefers the engine with the least load. Failures count first, because an engine that
+        fails its requests soon has few leaves to come.
         """
         return self.failures, self.leaves
 
@@ -49,9 +50,9 @@ class RoutedEngine:
 class LiveTree:
     """A tree that has been admitted to an engine.
 
-    home: the engine that it lives on. leaves: still to come. held: by leaves to come, the most response
-    tokens that its unfinished paths held at one time. expected_tokens: what it counts for on its engine.
-    above: response tokens above the ends of its unfinished paths, as of the last path or round that ended.
+    home: the engine that it lives on. leaves: still to come. held: indexed by leaves to come, the most
+    response tokens that its unfinished paths held at one time. expected_tokens: its share of the engine's KV
+    cache. above: response tokens on its unfinished paths, updated when a path or round ends.
     """
 
     tree: GrowingTree
@@ -63,9 +64,7 @@ class LiveTree:
 
 
 class Router:
-    """All engines of a driver. kv_tokens: tokens of each engine's KV cache; None: trees are not bounded by
-    it.
-    """
+    """Routes the trees of one driver. kv_tokens: tokens in each engine's KV cache; None: unbounded."""
 
     def __init__(
         self, engines: Sequence[Sampler], sampling: SamplingConfig, kv_tokens: Sequence[int] | None
@@ -90,11 +89,11 @@ class Router:
         return _least_loaded([engine for engine in self.engines if self._has_room(engine, expected)])
 
     def expected_tree_tokens(self, prompt_tokens: int) -> int:
-        """What a new tree counts for: the most that the trees before it held at one time, on average."""
+        """Tokens that a new tree is expected to hold: the average of the most that earlier trees held."""
         return prompt_tokens + int(self._expected[self._width])
 
     def admit(self, tree: GrowingTree, engine: RoutedEngine) -> LiveTree:
-        """Let a new tree live on `engine`."""
+        """Admit a new tree to `engine`."""
         live = LiveTree(tree, engine, self._width, np.zeros(self._width + 1, dtype=np.int64))
         self._add(live, engine)
         return live
@@ -109,7 +108,8 @@ class Router:
         """Move a tree to the least loaded other engine, preferably one with room.
 
         The new engine computes the tree's prefixes again. A tree that must move does not wait for room;
-        instead no new tree is admitted until all have room again. Without another engine the tree stays.
+        instead the engine admits no new tree until all of its trees have room. If there is no other engine,
+        the tree stays.
         """
         others = [engine for engine in self.engines if engine is not live.home]
         with_room = [engine for engine in others if self._has_room(engine, live.expected_tokens)]
@@ -118,11 +118,11 @@ class Router:
             self._add(live, engine)
 
     def count_tokens(self, tokens: int) -> None:
-        """Some tree has grown by this many tokens."""
+        """Count tokens by which any tree has grown."""
         self._tokens += tokens
 
     def leaf_ended(self, live: LiveTree) -> None:
-        """One of the tree's paths has ended."""
+        """Count the end of one of the tree's paths."""
         live.leaves -= 1
         live.home.leaves -= 1
         self._leaves += 1
@@ -131,21 +131,21 @@ class Router:
         self._measure(live)
 
     def round_ended(self, live: LiveTree) -> None:
-        """All path requests of a round are complete. To be called before the tree advances."""
+        """Measure a tree whose path requests are complete. Call it before the tree advances."""
         for leaves, tokens in live.tree.held():
             live.held[leaves] = max(live.held[leaves], tokens)
         self._measure(live)
 
     def tree_finished(self, live: LiveTree) -> None:
-        """The removed tree had all its leaves: later trees are expected to be like it."""
+        """Learn from a complete tree, which has been removed: later trees are expected to be like it."""
         self._finished.append(np.maximum.accumulate(live.held))
         self._expect(np.mean(self._finished, axis=0))
 
     def _first_expectation(self) -> np.ndarray:
-        """Expectation before any tree has finished: each leaf to come costs what one has cost so far.
+        """The estimate before any tree has finished: a leaf to come costs what a leaf has cost so far.
 
-        It counts the tokens of unfinished paths too, and the first paths to end are the short ones, so it
-        starts too high and falls. Before any path has ended it is the most that a tree can hold.
+        The tokens of unfinished paths count too, and short paths end first, so the estimate starts too high
+        and falls. Before any path has ended it is the most that a tree can hold.
         """
         tokens = self._largest_tree
         if self._leaves:

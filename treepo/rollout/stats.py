@@ -1,4 +1,4 @@
-"""What a driver counts while it samples: trees, requests, tokens, and the ratios that follow from them."""
+"""Counts a driver's trees, requests and tokens, and computes ratios from them."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ class Stats:
     failed_requests: int = 0
     decoded_tokens: int = 0
     dropped_tokens: int = 0  # decoded past the boundary at which the path ended
-    total_tokens: int = 0  # of all responses; a shared token counts once for each
+    total_tokens: int = 0  # of all responses; a shared token counts once for each response
     prompt_tokens: int = 0  # contexts of all requests
-    cached_tokens: int = 0  # of those, found in the prefix cache
+    cached_tokens: int = 0  # prompt_tokens that were found in the prefix cache
     # Contexts of requests below a segment. The last token of each is left out: an engine always computes it.
     continuation_tokens: int = 0
     continuation_cached_tokens: int = 0
@@ -33,7 +33,7 @@ class Stats:
 
     @property
     def total_over_unique(self) -> float:
-        """Tokens that independent samples of the same responses would decode, over those decoded here."""
+        """Tokens that independent samples of the same responses would decode, per token decoded here."""
         return self.total_tokens / max(self.decoded_tokens - self.dropped_tokens, 1)
 
     def count_request(

@@ -1,10 +1,11 @@
-"""When a trajectory ends: boxed answer, end of sequence, response limit, depth, repetition.
+"""Decides where a trajectory ends: boxed answer, end of sequence, response limit, depth, repetition.
 
 The rules look at the whole response at every segment boundary.
 
 - Boxes are looked for in the concatenated texts of single tokens, so the segment boundaries make no
   difference. (A character that a byte-level tokenizer splits is never part of a box.)
-- Repetition is counted in tokens, of the run that ends at the boundary: a model that has left a loop goes on.
+- Repetition is counted in tokens, and only a run that ends at the boundary counts: a model that has left a
+  loop goes on.
 
 The official code looks at the last segment only. For repetition it takes any 32 characters and counts
 overlapping occurrences, so a table rule of 39 dashes ends a path.
@@ -22,10 +23,10 @@ from treepo.tree import Stop
 
 
 class StopRule:
-    """Decides where responses end, by one sampling configuration.
+    """Applies the stops of one sampling configuration. Picklable if `decode` is.
 
-    decode: token ids to text. Picklable if `decode` is. Called with the tokens of a response so far (int32
-    [T], without the prompt, no end token yet), it says whether the response ends here.
+    decode: token ids to text. Called with the tokens of a response so far (int32 [T], without the prompt, no
+    end token yet), it says whether the response ends here.
     """
 
     def __init__(self, config: SamplingConfig, decode: Callable[[np.ndarray], str]) -> None:
@@ -83,7 +84,7 @@ def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:
     overlap.
 
     If these last tokens have fewer than `min_distinct` distinct ones, occurrences count only while each is
-    within a window of the next: dashes in ten tables are no loop, an endless row of dashes is.
+    within a window of the next: dashes in ten tables are not a loop, an endless row of dashes is.
     """
     window, count = config.window_tokens, config.count
     if len(tokens) < window * count:

@@ -1,4 +1,4 @@
-"""Samples the batch of one step: the trees of its prompts, and those of them that are trained."""
+"""Samples the trees of one step, and chooses those to train."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from treepo.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """sampled: all graded trees of the step. trained: those to learn from, rewards shaped. dropped: by
-    reason. stats: of their sampling.
+    """The trees of one step.
+
+    sampled: all trees, graded. trained: the trees to learn from, rewards shaped. dropped: the number of
+    others, by reason. stats: the driver's counters.
     """
 
     sampled: Sequence[Tree]
@@ -26,7 +28,9 @@ class Batch:
 
 
 class BatchSampler:
-    """Samples one batch after another, in the order of the training prompts, and writes its trees."""
+    """Samples one batch after another in the order of the training prompts, and writes all trees to the run
+    folder.
+    """
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class BatchSampler:
     async def _sample_until_full(
         self, number: int, step: int
     ) -> tuple[list[Tree], list[Tree], Mapping[Dropped, int]]:
-        """Replace trees that teach nothing by further prompts, in a bounded number of rounds."""
+        """Sample further prompts in place of trees that teach nothing, for a bounded number of rounds."""
         dynamic = DynamicSampler(number, self._config.learning.max_refills)
         sampled: list[Tree] = []
         used: set[int] = set()

@@ -22,8 +22,10 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class CheckpointManifest:
-    """dtype: of the weights. optimizer_steps: taken so far. layout: tensor, pipeline and so on of the ranks
-    that wrote it; empty for weights alone. run: the state that `treepo train` resumes from.
+    """The content of checkpoint.json.
+
+    dtype: of the weights. optimizer_steps: taken so far. layout: `trainer.parallel` of the ranks that wrote
+    it; empty for weights alone. run: the state from which `treepo train` resumes.
     """
 
     dtype: str

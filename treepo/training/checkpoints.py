@@ -1,7 +1,7 @@
 """The training checkpoints of a run: `checkpoints/step-00010/` and so on in its folder.
 
-Decides when one is due, which state of the run it holds, and which ones are kept. The trainer writes it while
-the next step is sampled; `treepo.training.checkpoint_manifest` describes the folder.
+Decides when one is due and which ones are kept. The trainer writes a checkpoint while the next step is
+sampled; `treepo.training.checkpoint_manifest` describes the folder.
 """
 
 import re
@@ -28,7 +28,7 @@ class Saver(Protocol):
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, one at a time. out: the run folder. steps: of the whole run."""
+    """Writes a run's checkpoints, one at a time. out: the run folder. steps: total steps of the run."""
 
     def __init__(self, out: Path, config: CheckpointConfig, steps: int, saver: Saver) -> None:
         self._folder = out.resolve() / CHECKPOINTS

@@ -20,7 +20,10 @@ from treepo.tree import Tree
 
 
 class GradedSampler:
-    """Samples with one set of sampling settings for a whole run: the driver learns how large trees become."""
+    """Samples and grades trees with one sampling configuration.
+
+    Use one for the whole run: its driver learns how large trees become.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class GradedSampler:
         self._failed_grades.check_and_clear(what)
 
     def take_stats(self) -> Stats:
-        """Return the driver's sums since the last call."""
+        """Return the driver's counters since the last call."""
         return self._driver.take_stats()
 
     async def _grade(self, tree: Tree, prompt: Prompt) -> Tree:

@@ -39,7 +39,8 @@ async def learn(
 def mini_batches(trees: Sequence[Tree], config: RunConfig) -> list[MiniBatch]:
     """Pack the trees for the optimizer steps, with advantages of the whole batch.
 
-    A mini-batch without any graded response is left out; RewardError if that leaves none of several trees.
+    Leaves out a mini-batch without any graded response. Raises RewardError if there are trees but no graded
+    response.
     """
     learning, trainer = config.learning, config.trainer
     pack = pack_trees if learning.packing == "tree" else pack_flat

@@ -1,9 +1,9 @@
 """The log-prob check before the first step: trainer and engines must give the same tokens the same log-probs.
 
-Every engine samples a few short trees as training does (same driver, temperature and cache; the same prompts
-in every run and on every engine), so wrong weights or a wrong temperature in an engine are wrong here too.
-Equal weights, temperature and vocabulary give equal log-probs up to rounding. Any other difference makes
-every later step learn from wrong ratios, which looks like a bad hyper-parameter.
+Every engine samples a few short trees as training does: same driver, temperature and cache, and the same
+prompts in every run and on every engine. So an engine with wrong weights or a wrong temperature is found
+here. Equal weights, temperature and vocabulary give equal log-probs up to rounding. Any other difference
+makes every later step learn from wrong ratios, which looks like a bad hyper-parameter.
 """
 
 import asyncio
@@ -29,9 +29,10 @@ from treepo.tree import Tree, Verdict
 
 SEGMENT_TOKENS = 64  # at most, so that a check takes seconds
 SUSPECTS = (
-    "the temperature (another one on each side), vocabulary padding (columns beyond the "
+    "the temperature (not the same on both sides), vocabulary padding (columns beyond the "
     "tokenizer's), fused kernels (engine.attention_backend), dtype (model.dtype on one side only), "
-    "stale weights (the engine serves others than the trainer has; does the model folder hold two sets?)"
+    "stale weights (the engine serves other weights than the trainer has; does the model folder "
+    "hold two sets?)"
 )
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ async def check_log_probs(
 
 
 def short_sampling(sampling: SamplingConfig) -> SamplingConfig:
-    """Two leaves below a shared segment, at the training's temperature and within its lengths."""
+    """Settings for two leaves below a shared segment, at the run's temperature and within its lengths."""
     longest = sampling.max_response_tokens
     segment_tokens = min(SEGMENT_TOKENS, sampling.segment_tokens, max(1, longest // 2))
     return SamplingConfig(
@@ -142,7 +143,10 @@ def _pack_all(trees: Sequence[Tree], max_tokens: int, replicas: int) -> list[lis
 def _compare(
     trees: Sequence[Tree], packs: Sequence[Sequence[Pack]], log_probs: Sequence[Sequence[np.ndarray]]
 ) -> Comparison:
-    """packs: of `_pack_all`, for all replicas. log_probs: the trainer's, float32 [T] for each pack."""
+    """Compare the log-probs of one engine's trees.
+
+    packs: of `_pack_all`, for all replicas. log_probs: the trainer's, float32 [T] for each pack.
+    """
     columns: dict[str, list[np.ndarray]] = {"tree": [], "position": [], "engine": [], "trainer": []}
     for pack, computed in zip(chain.from_iterable(packs), chain.from_iterable(log_probs), strict=True):
         sampled = pack.count_pos + pack.count_neg > 0  # context is in another pack too
@@ -175,5 +179,5 @@ def _disagreement(
         f"(log_prob_check.mean_limit is {mean_limit:g}) and by up to {comparison.largest:.2g} "
         f"(log_prob_check.max_limit is {max_limit:g}), at prompt {comparison.prompt_id}, response token "
         f"{comparison.token} (engine {comparison.engine:.4f}, trainer {comparison.trainer:.4f}). "
-        f"The usual suspects: {SUSPECTS}. log_prob_check.enabled=false trains all the same"
+        f"The usual suspects: {SUSPECTS}. log_prob_check.enabled=false trains anyway"
     )

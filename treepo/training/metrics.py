@@ -1,4 +1,4 @@
-"""The metrics of a step. Tokens and lengths count response tokens, prompts excluded."""
+"""Computes the metrics of a step. Tokens and lengths count response tokens, prompts excluded."""
 
 from collections.abc import Mapping, Sequence
 
@@ -65,8 +65,8 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
 
 
 def reward_metrics(leaves: Sequence[Leaf]) -> dict[str, float]:
-    """Means over the graded leaves that have them: each term of the reward, weight included; each further
-    number that the grader returned; and, if there are terms, the reward with them.
+    """Average each term of the reward (weight included), each further number that the grader returned and, if
+    there are terms, the reward with them. A leaf counts in the means of the numbers that it has.
     """
     means: dict[str, list[float]] = {}
     for leaf in leaves:
@@ -80,7 +80,7 @@ def reward_metrics(leaves: Sequence[Leaf]) -> dict[str, float]:
 
 
 def rollout_metrics(stats: Stats, seconds: float) -> dict[str, float]:
-    """Work and faults of the engines in one step's sampling."""
+    """The engines' work and failures while one step was sampled."""
     return {
         "rollout/decoded_tokens": stats.decoded_tokens,
         "rollout/tokens_per_second": stats.decoded_tokens / seconds,

@@ -1,4 +1,4 @@
-"""`treepo train --resume`: finds the checkpoint to continue from, and refuses if the run is not the same."""
+"""`treepo train --resume`: finds the checkpoint to continue from, and refuses if it is not the same run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from treepo.protocols import Trainer, TrainingEnginePool
 from treepo.training.checkpoints import newest
 from treepo.training.run_state import RunState
 
-# Keys that the run's numbers depend on. All others may change: layout, engines, length of the run.
+# Keys that determine the run's numbers. All others may change: layout, engines, number of steps.
 FIXED = (
     "seed",
     "model",
@@ -35,7 +35,10 @@ _ABSENT = object()
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """checkpoint: its folder. changes: keys whose value differs from the interrupted run's, one line each."""
+    """Where a run continues.
+
+    checkpoint: its folder. changes: keys whose value differs from the interrupted run's, one line each.
+    """
 
     checkpoint: Path
     state: RunState
@@ -55,19 +58,19 @@ def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
     refused = [line for key, line in changes.items() if _is_fixed(key)]
     if refused:
         raise ConfigError(
-            f"--resume: {config.out / CONFIG} has {'; '.join(refused)}; a run goes on as it began "
-            f"(another `out` begins a new one)"
+            f"--resume: {config.out / CONFIG} has {'; '.join(refused)}; these keys cannot change "
+            "during a run (another `out` begins a new one)"
         )
     if state.data != inputs.train.report.fingerprint:
         raise ConfigError(
-            f"--resume: {config.data.train} is not what it was when {checkpoint} was made: "
-            "other prompts or answers"
+            f"--resume: the prompts or answers in {config.data.train} have changed since {checkpoint} "
+            "was written"
         )
     if state.steps_done > config.steps or (
         state.steps_done == config.steps and (config.out / SUMMARY).is_file()
     ):
         raise ConfigError(
-            f"--resume: the run in {config.out} has had its steps: {state.steps_done}, "
+            f"--resume: the run in {config.out} is complete after {state.steps_done} steps, "
             f"and steps = {config.steps}"
         )
     _check_sizes(config.out, state)
@@ -82,7 +85,7 @@ async def restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer)
 
 
 def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
-    """Describe by dotted key what differs: "steps = 3, now 5". The folder itself may have moved."""
+    """Describe each changed key: "steps = 3, now 5". `out` may differ, because a run folder can be moved."""
     before, now = (dict(_flat(each.model_dump(mode="json"))) for each in (saved, config))
     keys = [key for key in before | now if key != "out" and before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}

@@ -10,7 +10,7 @@
     log.txt          the log
 
 Every line is flushed as it is written, so the files of a killed run stay readable. A run that resumes from a
-checkpoint first cuts its files back to their sizes at that checkpoint: no step and no tree appears twice.
+checkpoint first truncates its files to their sizes at that checkpoint: no step and no tree appears twice.
 """
 
 import json
@@ -39,8 +39,8 @@ METRICS, CHECKPOINT, TENSORBOARD = "metrics.jsonl", "checkpoint", "tensorboard"
 class RunFolder:
     """A context manager around a run's files.
 
-    A new run moves an earlier run's files into `previous-N/`; nothing is overwritten. With a `state` the run
-    in the folder continues from it.
+    A new run moves an earlier run's files into `previous-N/`; nothing is overwritten. If `state` is given,
+    the run in the folder continues from it.
     """
 
     def __init__(self, config: RunConfig, state: RunState | None = None) -> None:
@@ -64,7 +64,7 @@ class RunFolder:
         return self
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files that grow, once they are on disk."""
+        """Wait until the growing files are on disk, and return their sizes in bytes."""
         for file in (self._metrics, self._trees):
             os.fsync(file.fileno())
         return {METRICS: self._metrics.tell(), TREES: self._trees.tell()}
@@ -104,7 +104,7 @@ class RunFolder:
         (self.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 
     def _go_back(self, state: RunState) -> None:
-        """Restore the files to what they were at `state`; the end of a finished run is set aside."""
+        """Truncate the files to their sizes at `state`, and set aside a finished run's model and summary."""
         folder = self.path
         try:
             discard_leftovers(folder)

@@ -1,4 +1,4 @@
-"""The state of a run besides weights and optimizer state, and the clock that keeps its times."""
+"""The state of a run besides weights and optimizer state, and the clock that counts its seconds."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ class RunState:
     """Everything that a run carries from step to step; a checkpoint saves it whole.
 
     data: fingerprint of the training prompts. cursor: position in their order. sizes: bytes of the growing
-    files, by name, when the state was saved. seconds: in all, time before an interruption included.
+    files, by name, when the state was saved. seconds: total time of the run, before and after interruptions.
     """
 
     data: str
@@ -57,14 +57,14 @@ class Reporter(Protocol):
     """Shows a run to a person."""
 
     def phase(self, name: str, announce: bool = False) -> None:
-        """The run enters a phase; `announce` marks a long phase that comes once."""
+        """Show that the run enters a phase; `announce` marks a long phase that comes once."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done."""
+        """Show a finished step."""
 
 
 class Clock:
-    """Counts the seconds of each phase into the state, and tells the reporter which phase it is."""
+    """Adds the seconds of each phase to the state, and tells the reporter which phase runs."""
 
     def __init__(self, state: RunState, reporter: Reporter) -> None:
         self._state, self._reporter = state, reporter
@@ -72,7 +72,7 @@ class Clock:
         self._step_seconds: dict[str, float] = {}
 
     def show(self, phase: str, announce: bool = False) -> None:
-        """Name the phase that begins, without counting its time."""
+        """Show the phase that begins, without counting its time."""
         self._reporter.phase(phase, announce)
 
     @contextmanager

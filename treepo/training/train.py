@@ -30,9 +30,9 @@ _log = logging.getLogger(__name__)
 async def train(
     config: RunConfig, inputs: TrainInputs, reporter: Reporter, start: Start, resume: Resume | None = None
 ) -> dict[str, Any]:
-    """Train from the first step, or from a checkpoint, to the summary, which is written and returned.
+    """Train from the first step or from a checkpoint; write and return the summary.
 
-    Whatever happens, everything that was started is ended.
+    Everything that was started is ended, also after an error.
     """
     state = RunState(inputs.train.report.fingerprint) if resume is None else resume.state
     clock = Clock(state, reporter)

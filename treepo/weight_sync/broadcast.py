@@ -1,9 +1,9 @@
 """Sends weights by one broadcast to all engines: NCCL between devices, gloo between hosts' memories.
 
-NCCL allows one process on a device, so its engines need devices of their own. gloo has no such limit.
+NCCL allows one process on a device, so the engines need devices of their own. gloo has no such limit.
 
-The group has the sending rank and every rank of every engine, and is kept from update to update. It is not
-part of a default process group, so it does not interfere with the groups of the trainer and of the engines.
+The group consists of the sending rank and every rank of every engine, and is kept from update to update. It
+is outside torch's default process group, so it does not interfere with the groups of trainer and engines.
 """
 
 import socket
@@ -28,7 +28,7 @@ class InBroadcast:
 
 @dataclass(frozen=True, slots=True)
 class BroadcastAddress:
-    """first: the group's rank of the engine's rank 0. through_host: whether buffers are in host memory."""
+    """first: the group rank of the engine's rank 0. through_host: whether buffers are in host memory."""
 
     host: str
     port: int
@@ -140,6 +140,6 @@ def _group(store: Store, name: str, rank: int, size: int, seconds: float, device
 
 
 def _leave(group: Any) -> None:
-    """Leave a group in whatever state it is: a collective that still waits ends with an error."""
+    """Leave a group in any state: a collective that still waits ends with an error."""
     if group is not None and hasattr(group, "abort"):
         group.abort()

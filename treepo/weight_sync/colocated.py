@@ -1,7 +1,7 @@
 """Sends weights through memory that trainer and engine share on one machine.
 
 The buffers have no name in a file system: a receiver opens them through the sender's process. The kernel
-frees them with the last process that has them mapped, however it ends.
+frees them when the last process that maps them ends, even if it is killed.
 """
 
 import os
@@ -58,7 +58,7 @@ class SharedAddress:
 
 
 class SharedSender:
-    """Two buffers that take turns."""
+    """Sends through two buffers in turn."""
 
     collective: ClassVar[bool] = False
 

@@ -1,7 +1,7 @@
 """Sends weights through a folder that trainer and engines share, also between machines.
 
 `version-N/` holds one safetensors file for each bucket and their index, like a Hugging Face folder. Engines
-load each file as soon as it is written; the folder gets its name once all files are.
+load each file as soon as it is written; the folder gets its name when all files are complete.
 """
 
 import shutil
@@ -38,7 +38,7 @@ class DiskAddress:
 
 
 class DiskSender:
-    """keep: number of complete versions that stay, the newest ones."""
+    """keep: number of complete versions to keep, the newest."""
 
     collective: ClassVar[bool] = False
 

@@ -1,6 +1,6 @@
-"""The trainer's half of a weight update: fill buckets, send them, and find out which engine failed.
+"""The trainer's half of a weight update: fills buckets, sends them, and finds out which engine failed.
 
-It runs on trainer rank 0, which has the joined tensors. While bucket k is sent and loaded, bucket k + 1 is
+Runs on trainer rank 0, which has the joined tensors. While bucket k is sent and loaded, bucket k + 1 is
 filled in the other of two buffers: an update takes the memory of two buckets and of one joined tensor.
 """
 
@@ -51,10 +51,10 @@ class WeightSink(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of sending one version.
+    """The outcome of sending one version.
 
-    failed: the engines at fault and the reasons, by name. broken: why the other engines must begin again;
-    None if they need not.
+    failed: the reason for each engine at fault, by name. broken: why the other engines must begin again; None
+    if they need not.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -167,8 +167,9 @@ class WeightStream:
         outcome: Outcome,
         ours: Callable[[], None] | None = None,
     ) -> None:
-        """Wait for the trainer's end of the transport and for the engines' answers; drop engines that failed
-        from `live`.
+        """Wait for the trainer's end of the transport and for the engines' answers.
+
+        Removes engines that failed from `live`.
         """
         if not calls:
             return

@@ -19,7 +19,7 @@ _GRACE_SECONDS = 20.0  # an engine's own deadlines come first
 
 
 class WeightSender(Protocol):
-    """The trainer, as engines that take its weights see it: `treepo.cluster.trainer_group.TrainerGroup`."""
+    """The trainer as the transaction uses it; `treepo.cluster.trainer_group.TrainerGroup` implements it."""
 
     async def manifest(self) -> Manifest:
         """All tensors of the model, in the order in which they are sent."""
@@ -30,7 +30,7 @@ class WeightSender(Protocol):
         ...
 
     async def release_cache(self) -> None:
-        """Free the device memory that holds nothing, so that other processes can use it."""
+        """Return unused device memory to the device, so that other processes can use it."""
         ...
 
 
@@ -45,7 +45,7 @@ class ReceivingEngine(Protocol):
         ...
 
     def sink(self) -> WeightSink:
-        """The engine as the sending rank uses it, in whatever process that rank is."""
+        """The engine as the sending rank uses it; can be pickled to that rank's process."""
         ...
 
     async def commit(self) -> None:
@@ -106,11 +106,11 @@ class _Transaction[E: ReceivingEngine]:
         except BaseException:
             await self._abort(live, "the trainer did not send them all")
             raise
-        self.failed |= dict.fromkeys(live, "the transport that the engines share broke again and again")
+        self.failed |= dict.fromkeys(live, "the transport that all engines share broke at every attempt")
         return []
 
     async def abort_failed(self) -> None:
-        """Let the engines that failed serve their old weights, if these are whole."""
+        """Let the engines that failed serve their old weights, if none was overwritten."""
         await self._abort(self.failed, "it failed in a weight update")
 
     async def _each(

@@ -1,7 +1,7 @@
-"""The parts of a weight update: a manifest of all tensors, then their bytes, bucket by bucket.
+"""What a weight update sends: a manifest of all tensors, then their bytes, bucket by bucket.
 
-A bucket is one flat run of bytes: its tensors follow each other without padding, under their Hugging Face
-names. Sender and receiver compute the same checksum over it. Sizes are in bytes.
+A bucket is one flat run of bytes: tensors one after another without padding, under their Hugging Face names.
+Sender and receiver compute the same checksum over it. Sizes are in bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class Location(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What an engine is told of a bucket. checksum: of its bytes. location: for the transport's receiver."""
+    """A bucket as an engine learns of it. checksum: of its bytes. location: for the transport's receiver."""
 
     tensors: Manifest
     checksum: int
@@ -97,7 +97,7 @@ class Sender(Protocol):
         ...
 
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> Location:
-        """Begin to send bucket `index`, whose bytes are in its buffer. The receivers are told afterwards."""
+        """Begin to send bucket `index`, whose bytes are in its buffer. Receivers learn the location later."""
         ...
 
     def finish(self) -> None:
@@ -142,8 +142,8 @@ def checksum(flat: Tensor) -> int:
     """A checksum of uint8 [bytes] that changes with any byte, and with the order of rows of 4 KiB.
 
     The int64 words of a row are summed, and the sums weighted by odd numbers, modulo 2^64. This runs at
-    memory bandwidth. It is not cryptographic, but it detects a bucket that is torn, cut, shifted or confused
-    with another.
+    memory bandwidth. It is not cryptographic, but it detects a bucket that is torn, truncated, shifted or
+    confused with another.
     """
     words = flat[: flat.numel() // 8 * 8].view(torch.int64)
     rows = words[: words.numel() // _ROW * _ROW].view(-1, _ROW).sum(1)
