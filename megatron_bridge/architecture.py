@@ -16,7 +16,7 @@ from treepo.errors import ConfigError, ModelError
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts that replace the MLP in the sparse layers, which `Dimensions` lists."""
+    """The experts that replace the MLP in the sparse layers (`Dimensions.sparse_layers`)."""
 
     intermediate: int
     per_token: int
@@ -111,7 +111,7 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raises ConfigError, with the arithmetic, if the layout does not divide the model."""
+    """Check that the layout divides the model. Raises ConfigError with the arithmetic."""
     dimensions = architecture.dimensions
     stages = "trainer.parallel.pipeline"
     if parallel.virtual_pipeline > 1:
@@ -142,7 +142,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
 
 
 def check_transformer_impl(transformer_impl: str) -> None:
-    """Raises ConfigError if `te` is configured and Transformer Engine is not installed."""
+    """Raise ConfigError if `te` is configured and Transformer Engine is not installed."""
     if transformer_impl == "te" and find_spec("transformer_engine") is None:
         raise ConfigError(
             "trainer.transformer_impl = te, but transformer_engine is not installed; "
@@ -151,7 +151,7 @@ def check_transformer_impl(transformer_impl: str) -> None:
 
 
 def check_same_model(folder: Path, model: Path) -> None:
-    """Raises ModelError if weights of `folder`'s config do not fit the architecture of `model`."""
+    """Raise ModelError unless `folder` and `model` have the same architecture."""
     ours, theirs = read_architecture(model), read_architecture(folder)
     if ours.family != theirs.family:
         raise ModelError(f"{folder}: not the model of {model}: it belongs to another family")

@@ -1,4 +1,4 @@
-"""Folders that exist complete or not at all: written under a hidden name, and renamed at the end."""
+"""Makes folders that appear complete or not at all: written under a hidden name, renamed at the end."""
 
 import os
 import shutil
@@ -9,13 +9,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 WRITE_FAILURES = (OSError, SafetensorError)
-"""The exceptions of a write that the disk refuses."""
+"""The exceptions of a failed write."""
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to write into. It becomes `folder` when the block ends, and is removed if the
-    block raises.
+    """Yield an empty folder to write into. It becomes `folder` when the body ends, and is removed if the body
+    raises.
     """
     partial = begin_folder(folder)
     try:
@@ -59,7 +59,7 @@ def abort_folder(folder: Path) -> None:
 def split_into_files[Item](
     items: Iterable[Item], size: Callable[[Item], int], limit: int
 ) -> Iterator[list[Item]]:
-    """Groups consecutive items into files of at most `limit` bytes. A larger item is a file of its own."""
+    """Group consecutive items into files of at most `limit` bytes. A larger item is a file of its own."""
     group: list[Item] = []
     used = 0
     for item in items:

@@ -1,10 +1,10 @@
 """Tree attention: token i of a depth-first pack attends to token j iff j <= i < exit[j].
 
-A plan is made once per micro-batch from `exit` and `position`. Every layer of every pipeline stage, and
-recomputation, uses that plan. It travels as Megatron-Core's `attention_bias`, which reaches the core
-attention untouched: a plan is a bias of 0 and -inf in factored form.
+A plan is made once per micro-batch from `exit` and `position`. Every layer of every pipeline stage uses it,
+and so does recomputation. It travels as Megatron-Core's `attention_bias`, which reaches the core attention
+untouched: a plan is a bias of 0 and -inf in factored form.
 
-Both kinds of plan cut the queries into blocks of consecutive tokens. The keys of the block [a, b) are the
+Both kinds of plan divide the queries into blocks of consecutive tokens. The keys of the block [a, b) are the
 block itself and the tokens above a (j < a < exit[j]). These suffice: any ancestor j < a of a query i >= a has
 exit[j] > i >= a, so it is above a too. The cost therefore follows the pairs that the mask allows, not T^2,
 whatever the lengths of the segments.
@@ -24,7 +24,7 @@ from megatron_bridge.rotary import cos_sin, rotate
 
 CPU_BLOCK = 64  # queries in a block on CPU; 32 and 128 are as fast on short segments
 CUDA_BLOCK = 128  # FlexAttention's own
-GROUP_SHARE = 0.75  # least share of keys that a group's shortest block has of its longest
+GROUP_SHARE = 0.75  # a group's shortest block has at least this share of its longest block's keys
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +49,7 @@ class GatherPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """All that the core attention of any layer needs to know about a micro-batch of T tokens."""
+    """What the core attention of every layer needs for a micro-batch of T tokens."""
 
     cos: Tensor  # [T, 1, head_dim / 2]
     sin: Tensor
@@ -150,8 +150,10 @@ def block_mask(exit_T: Tensor) -> BlockMask:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a boolean [queries, keys]: counts [1, 1, queries], and indices [1, 1, queries, keys], chosen ones
-    first.
+    """List the chosen key blocks of each query block.
+
+    blocks: bool [queries, keys]. Returns counts [1, 1, queries] and indices [1, 1, queries, keys], chosen
+    ones first.
     """
     chosen = blocks[None, None].to(torch.int32)
     index = chosen.argsort(dim=-1, descending=True, stable=True)
@@ -169,8 +171,8 @@ def attend_sparse(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) ->
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
     """The compiled part: [blocks, CUDA_BLOCK, heads or groups, D] to [blocks, CUDA_BLOCK, heads, D].
 
-    The caller cuts the tokens into blocks, so that the compiler knows a variable length to be a multiple of
-    CUDA_BLOCK. Only then do the kernels omit the bounds checks.
+    The caller divides the tokens into blocks, so that the compiler knows a variable length to be a multiple
+    of CUDA_BLOCK. Only then do the kernels omit the bounds checks.
 
     Every query head gets its own copy of its group's keys and values. With `enable_gqa` one program of the
     backward kernel loops over all heads of a group, and the root of a tree, which all tokens attend to, then

@@ -176,7 +176,7 @@ class Checkpointer:
 
 
 def _generators() -> ShardedObject:
-    """The random generators' states. The model uses none today; a part that does will resume in place."""
+    """The random generators' states. No model draws random numbers today; one that does will resume exactly."""
     states = {"torch": torch.get_rng_state(), "tensor_parallel": _tracker().get_states()}
     return ShardedObject("rng", states, (dist.get_world_size(),), (dist.get_rank(),))
 

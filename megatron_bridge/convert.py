@@ -39,7 +39,7 @@ from treepo.training.checkpoint_manifest import (
 )
 
 Progress = Callable[[int, int], None]
-"""Called with the number of tensors written so far, and of all tensors."""
+"""Called with the number of tensors written so far and the total."""
 
 
 def silent(done: int, total: int) -> None:
@@ -144,7 +144,7 @@ def _check_hugging_face(source: Path) -> None:
     if has_weights(source):
         return
     if checkpoints := sorted(source.glob("checkpoints/step-*"), key=lambda path: (len(path.name), path.name)):
-        raise ModelError(f"{source}: a run's folder; its newest checkpoint is {checkpoints[-1]}")
+        raise ModelError(f"{source} is a run folder; its newest checkpoint is {checkpoints[-1]}")
     raise ModelError(
         f"{source}: neither a training checkpoint (checkpoint.json) nor a Hugging Face folder "
         "(config.json and safetensors)"

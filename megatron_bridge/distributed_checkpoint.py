@@ -1,4 +1,4 @@
-"""Megatron-Core's distributed checkpoint: its tensors, read and written by one process, one at a time.
+"""Reads and writes Megatron-Core's distributed checkpoint in one process, one tensor at a time.
 
 `checkpoint.py` saves and loads the same format from running ranks. Here no rank runs: `treepo convert` uses
 it.
@@ -39,7 +39,7 @@ from treepo.errors import ModelError
 FILE_BYTES = 1 << 30  # most bytes of a written file, whose tensors are all in memory at once
 EXTRA_STATE = "_extra_state"  # key of Transformer Engine's layers, needed for 8-bit training alone
 COMMON_STATE = ShardedObject("common_state", {}, (1,), (0,))
-"""Megatron-Core wants it when it loads. It is empty: its content is in our manifest."""
+"""Megatron-Core needs it to load. It is empty, because our manifest has its content."""
 
 # One tensor a parameter, not one of all layers or all experts.
 _METADATA = {"singleton_local_shards": True}
@@ -52,8 +52,8 @@ def sharded_parameters(module: Any) -> dict[str, Any]:
 
 
 def sharded_tensors(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """The tensors of a checkpoint that, stacked along the first axis, are the parameter: one, or two for gate
-    and up projection.
+    """The checkpoint tensors that make up a parameter when stacked along the first axis: one, or two for the
+    gate and up projections.
     """
     return [sharded] if isinstance(sharded, ShardedTensor) else list(nested_values(sharded.build()))
 
@@ -72,8 +72,8 @@ class CheckpointTensor:
 
 
 def checkpoint_tensors(architecture: Architecture) -> dict[str, list[CheckpointTensor]]:
-    """For every parameter of the whole model, by its name in the families' tables, the tensors that stacked
-    along the first axis are the parameter.
+    """For every parameter of the whole model, by its name in the families' tables, the tensors that make it
+    up when stacked along the first axis.
     """
     with on_device(), _single_rank():
         (model,) = build_outline(architecture, torch.bfloat16, TrainerConfig())

@@ -1,7 +1,7 @@
 """Layer specs: modules of Megatron-Core or Transformer Engine, with tree attention in place of their own.
 
 Transformer Engine's layers are built as Megatron-Core's own training script builds them. They have not been
-run: no build of it was available.
+run: no build of Transformer Engine was available.
 """
 
 import logging
@@ -60,7 +60,7 @@ class RMSNorm(torch.nn.RMSNorm):
 def use_transformer_engine(wanted: str) -> bool:
     """Whether to build Transformer Engine's layers; wanted: `trainer.transformer_impl`.
 
-    Raises ConfigError if they are configured and cannot be used.
+    Raises ConfigError if they are configured but cannot be used.
     """
     usable = HAVE_TE and torch.cuda.is_available()
     if wanted == "te" and not usable:

@@ -1,11 +1,11 @@
-"""Counts the parameters that every rank of a layout would hold, without memory and without the other ranks.
+"""Lists the parameters that every rank of a layout would hold, without memory and without the other ranks.
 
-The real Megatron-Core model is built on torch's meta device. A fake process group of the layout's size, up
-to thousands of ranks, stands in for the others. The shapes of a rank's parameters depend on its pipeline
+The real Megatron-Core model is built on torch's meta device. A fake process group of the layout's size, up to
+thousands of ranks, stands in for the other ranks. The shapes of a rank's parameters depend on its pipeline
 stage alone, because everything that is divided divides evenly (`check_layout`; the vocabulary is padded):
-tensor- and expert-parallel ranks of a stage differ in values and in which experts they hold. So each stage
-is built at its first and at its last rank, the two are compared, and the ranks between follow by counting
-experts on.
+tensor- and expert-parallel ranks of a stage differ in values and in which experts they hold. So each stage is
+built at its first and at its last rank and the two are compared. The ranks between hold the same parameters,
+but experts with other numbers.
 """
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
@@ -47,7 +47,8 @@ class ShardParameter:
 class Shard:
     """The parameters of one rank of a pipeline stage. chunks: those of each of its model chunks.
 
-    Experts are those of the stage's first expert-parallel rank; each other rank holds as many, numbered on.
+    The experts are those of the stage's first expert-parallel rank; each further rank holds as many further
+    experts.
     """
 
     stage: int
@@ -58,7 +59,7 @@ class Shard:
         return (parameter for chunk in self.chunks for parameter in chunk)
 
     def elements(self, expert: bool | None = None) -> int:
-        """The number of values; `expert` counts only those that are, or are not, experts'."""
+        """The number of values; `expert` counts only those of experts (True) or of the rest (False)."""
         return sum(each.elements for each in self.parameters if expert in (None, each.expert))
 
 
@@ -89,7 +90,7 @@ def layout_shards(architecture: Architecture, parallel: ParallelConfig) -> list[
 
 @contextmanager
 def fake_ranks(parallel: ParallelConfig, rank: int) -> Iterator[None]:
-    """Within it this process is `rank` among all ranks of the layout; collectives do nothing."""
+    """While the body runs, this process is `rank` among all ranks of the layout; collectives do nothing."""
     assert not dist.is_initialized(), "a fake process group would hide the real one"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.ranks)
     try:
@@ -127,7 +128,7 @@ def _check_last(first: Shard, last: Shard, architecture: Architecture, parallel:
 def _names_at(
     shard: Shard, expert_rank: int, architecture: Architecture, parallel: ParallelConfig
 ) -> dict[str, str]:
-    """Maps the shard's names to those of the same parameters on another expert-parallel rank."""
+    """Map the shard's names to the names of the same parameters on another expert-parallel rank."""
     shift = expert_rank * (architecture.dimensions.experts // parallel.expert)
     return {
         each.name: _with_expert_shifted(each.name, shift) if each.expert else each.name
@@ -201,7 +202,7 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         if "norm" in module:
             return (norms.get(module, hidden),)
         of_expert = architecture.experts is not None and "experts" in path
-        inner = architecture.experts.intermediate if of_expert else architecture.intermediate  # type: ignore[union-attr]  # as asked
+        inner = architecture.experts.intermediate if of_expert else architecture.intermediate  # type: ignore[union-attr]  # checked above
         if module in ("o_proj", "down_proj"):
             return (hidden, queries if module == "o_proj" else inner)
         out = rows.get(module, inner)

@@ -1,4 +1,4 @@
-"""Builds Megatron-Core's GPTModel of an architecture; no other file does."""
+"""Builds Megatron-Core's GPTModel from an architecture; no other module does."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def build_outline(architecture: Architecture, dtype: torch.dtype, trainer: Train
     have been formed.
     """
     config = _transformer_config(architecture, dtype, trainer, transformer_engine=False)
-    config.use_cpu_initialization = True  # otherwise it names a device
+    config.use_cpu_initialization = True  # otherwise Megatron-Core names a device
     with torch.device("meta"):
         return [
             _build_chunk(architecture, config, trainer, chunk).to(dtype=dtype)
@@ -129,7 +129,7 @@ def _transformer_config(
 def _experts_config(
     architecture: Architecture, trainer: TrainerConfig, transformer_engine: bool
 ) -> dict[str, Any]:
-    """There is no load-balancing loss: the gradient is the policy's alone."""
+    """Settings of the experts. There is no load-balancing loss: the gradient is the policy's alone."""
     dimensions, experts = architecture.dimensions, architecture.experts
     if experts is None:
         return {}

@@ -47,11 +47,11 @@ def trainable(
 
 
 def step(optimizer: MegatronOptimizer) -> float:
-    """Clip the gradients and step; returns their norm before clipping.
+    """Clip the gradients and take a step; return their norm before clipping.
 
     Raises FloatingPointError on all ranks if the norm is not finite, and leaves weights and optimizer state
     as they were. Megatron-Core itself would step: it looks for NaN only if losses are scaled. Its `step`
-    computes the norm a second time, a small share of an optimizer step.
+    computes the norm again, which costs a small share of an optimizer step.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())

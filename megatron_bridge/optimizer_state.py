@@ -1,4 +1,4 @@
-"""Optimizer state (Adam's moments, float32 master weights) as pieces of tensors of the parameters' shapes.
+"""Optimizer state (Adam's averages, float32 master weights) as pieces of tensors of the parameters' shapes.
 
 Megatron-Core's distributed optimizer gives each data-parallel rank a run of a parameter's flattened values.
 Written as at most three rectangles of the parameter, a run can be read by any other layout, and no rank ever
@@ -22,8 +22,8 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Allocate what the first step would allocate: others must not count that memory as free, and loading a
-    checkpoint needs tensors to load into.
+    """Allocate what the first step would allocate. Engines that start later must not count that memory as
+    free, and a checkpoint needs tensors to load into.
     """
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
@@ -31,7 +31,7 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
 
 
 def sharded_optimizer_state(optimizer: MegatronOptimizer, model: dict[Any, Any]) -> list[ShardedTensor]:
-    """The pieces of this rank, which share the optimizer's memory.
+    """This rank's pieces, which share the optimizer's memory.
 
     model: the sharded tensors of this rank's parameters.
     """
@@ -103,7 +103,7 @@ def _state_of(part: Any, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _pieces(
     sharded: ShardedTensor | ShardedTensorFactory, name: str, values: Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """values: flat; those of the parameter from `start` on."""
+    """Divide flat values into rectangles. values: of the flattened parameter, from `start` on."""
     values = values.detach()
     end = start + len(values)
     first = 0  # the tensor's first value, counted in the flattened parameter

@@ -1,4 +1,4 @@
-"""The ranks' process groups, and failures of rank 0 that every rank raises, so that none is left waiting."""
+"""Forms the ranks' process groups, and raises rank 0's failures on every rank, so that no rank hangs."""
 
 from collections.abc import Callable
 

@@ -16,7 +16,7 @@ class ReferenceWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model has the initial weights; afterwards it has its own again."""
+        """While the body runs, the model has the initial weights; afterwards it has its own again."""
         current = self._to_host()
         self._to_model(self._initial)
         try:

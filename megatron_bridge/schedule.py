@@ -1,4 +1,4 @@
-"""Runs packs through the pipeline, in the lengths and numbers that Megatron-Core's schedules take."""
+"""Runs packs through the pipeline, in lengths and numbers that Megatron-Core's schedules accept."""
 
 import math
 from collections import deque
@@ -47,10 +47,10 @@ class Schedule:
         self._frequency, self._dtype, self._device = architecture.frequency, dtype, device
 
     def filled_up(self, packs: Sequence[Pack]) -> list[Pack]:
-        """Append blank packs up to a number that the pipeline schedule takes. Collective.
+        """Append blank packs up to a number that the pipeline schedule accepts. Collective.
 
-        Replicas that share experts meet in every layer of every micro-batch, so they need equal numbers.
-        Interleaved stages process micro-batches in groups as large as the pipeline.
+        Replicas that share experts communicate in every layer of every micro-batch, so they need equal
+        numbers. Interleaved stages process micro-batches in groups as large as the pipeline.
         """
         count = torch.tensor(len(packs), device=self._device)
         if self._parallel.expert > 1:
@@ -78,7 +78,7 @@ class Schedule:
         finish: Callable,
         train: bool,
     ) -> list:
-        """Run `number` micro-batches, those of `filled_up` packs. Collective.
+        """Run `number` micro-batches, made of `filled_up` packs. Collective.
 
         On the last stage `finish(batch, outputs)` is called for each: in training it returns the loss and
         what to collect, else only what to collect. Returns what was collected, in order; nothing on the other

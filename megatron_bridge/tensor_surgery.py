@@ -1,7 +1,7 @@
 """Turns Hugging Face tensors into Megatron-Core shards for tensor-parallel ranks and back, bit for bit.
 
-Both directions are pure functions. Shards differ from slices of the Hugging Face tensors in three places:
-QKV is interleaved by group, each rank has its rows of gate and up projection together, and the vocabulary is
+Both directions are pure functions. Shards differ from slices of the Hugging Face tensors in three places: QKV
+is interleaved by group, each rank has its rows of the gate and up projections together, and the vocabulary is
 padded.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """The sizes of a model that its tensors are cut by."""
+    """The sizes by which a model's tensors are divided."""
 
     layers: int
     groups: int  # key-value heads

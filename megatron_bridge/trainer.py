@@ -1,6 +1,6 @@
 """One rank of the Megatron-Core trainer: log-probs, optimizer steps, checkpoints and weights.
 
-A plain class. The owner of the processes makes one per rank and calls every method on all ranks at once.
+It knows no Ray: the process of each rank constructs one, and every method is called on all ranks at once.
 """
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
@@ -49,8 +49,8 @@ REDUCTIONS: dict[str, Callable[..., float]] = {"sum": math.fsum, "max": max, "mi
 class MegatronTrainer:
     """One rank of tensor x data x pipeline, numbered with tensor fastest.
 
-    folder: a Hugging Face model. dtype: of parameters and activations; master weights, gradients and
-    softmax are float32. store: the rendezvous of the ranks (`create_store`). Raises ConfigError if the layout
+    folder: a Hugging Face model. dtype: of parameters and activations; master weights, gradients and softmax
+    are float32. store: where the ranks find each other (`create_store`). Raises ConfigError if the layout
     does not divide the model, ModelError if the folder cannot be used.
     """
 
@@ -290,7 +290,8 @@ class MegatronTrainer:
 
 
 def create_store(host: str = "127.0.0.1") -> TCPStore:
-    """Open the ranks' rendezvous in rank 0, on `host` at a port that the system chooses (its `port`).
+    """Open the store through which the ranks find each other, on `host` at a port that the system chooses
+    (its `port`). Called on rank 0.
 
     The other ranks connect with `TCPStore(host, port, is_master=False)`.
     """
@@ -313,7 +314,7 @@ def _trained(pack: Pack) -> np.ndarray:
 
 
 def _reports() -> bool:
-    """Whether this rank speaks for its replica: one of the tensor-parallel ranks that compute the loss."""
+    """Whether this rank reports for its replica: tensor-parallel ranks compute the same loss, so one does."""
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 

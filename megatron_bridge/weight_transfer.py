@@ -58,7 +58,7 @@ def _tensor_ranks() -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """A rank that sends parameters to rank 0: its tensor-parallel rank and the parameters' shapes."""
+    """A rank that sends parameters to rank 0, with its tensor-parallel rank and the parameters' shapes."""
 
     rank: int
     tensor_rank: int
@@ -120,7 +120,7 @@ class WeightExporter:
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every tensor once on rank 0, in the order of the family's table; nothing on other ranks."""
+        """Yield every tensor once on rank 0, in the order of the family's table; nothing on other ranks."""
         for rule in self._rules:
             shards = self._gather(rule)
             if shards:
@@ -148,7 +148,7 @@ class WeightExporter:
         return [self._fetch(rule, owner) for owner in owners]
 
     def _fetch(self, rule: Rule, owner: _Owner, shard: Tensor | None = None) -> Tensor:
-        """One rank's shard, received into `shard` if that is given."""
+        """Receive one rank's shard, into `shard` if given."""
         if owner.rank == 0:
             mine = self._parameters[rule.parameter].detach()
             return mine if shard is None else shard.copy_(mine)
@@ -178,6 +178,6 @@ class WeightExporter:
                 write_hf_folder(tensors, source, folder)
             except WRITE_FAILURES as error:
                 failure = f"{folder}: {one_line(error)}"
-        for _ in tensors:  # after a failure rank 0 receives the rest, which the others send all the same
+        for _ in tensors:  # after a failure rank 0 receives the rest, because the others still send it
             pass
         raise_everywhere(failure)

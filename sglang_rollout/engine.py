@@ -37,9 +37,9 @@ class SGLangEngine:
     """Implements `treepo.protocols.Engine` and takes weight updates.
 
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16"). stop_rule:
-    asked at the boundaries of `GenerateRequest.check_every`. shares_device: whether the device's memory is
-    needed for other work at times (`offload`). Raises EngineError or ModelError if SGLang does not start on
-    the folder.
+    called at the boundaries of `GenerateRequest.check_every`. shares_device: whether other work needs the
+    device's memory at times (`offload`). Raises EngineError or ModelError if SGLang does not start on the
+    folder.
     """
 
     def __init__(
@@ -98,18 +98,19 @@ class SGLangEngine:
         )
 
     async def died(self) -> str:
-        """Wait until the engine can answer no more, and return why."""
+        """Wait until the engine can no longer answer, and return why."""
         return await asyncio.shield(self._sglang.death)
 
     async def health_check(self) -> None:
-        """Ask for one token, and return as soon as SGLang has answered any request: a busy engine is alive.
+        """Request one token, and return as soon as SGLang has answered any request: a busy engine is alive.
 
-        Raises EngineError if it refuses, and DeadEngineError as soon as it has died.
+        Raises EngineError if the engine refuses, and DeadEngineError as soon as it has died.
         """
         await self._sglang.bounded(self._first_answer(), self._config.request_seconds, "a health check")
 
     async def begin(self, version: int, manifest: Manifest) -> None:
-        """Begin an update: later requests wait, running ones end. Replaces an update that was left open.
+        """Begin an update: later requests wait, running ones end. Replaces an earlier update that was not
+        ended.
 
         Raises EngineError if the manifest does not fit the model or running requests do not end in time; the
         engine then goes on serving its weights.
@@ -121,14 +122,14 @@ class SGLangEngine:
         except EngineError as error:
             self.abort(str(error))
             raise
-        # An earlier update that was left open may have overwritten weights.
+        # An earlier update that was not ended may have overwritten weights.
         self._dirty = self._dirty or (self._update is not None and self._update.touched)
         self._update = WeightUpdate(version, manifest)
 
     async def join(self, address: Address) -> None:
-        """Meet the sender of the update. Raises TransportError."""
+        """Connect every rank to the sender of the update. Raises TransportError."""
         self._updating()
-        await self._bounded_update(self._execute(Join(address)), "meeting the sender", _REPORT_SECONDS)
+        await self._bounded_update(self._execute(Join(address)), "connecting to the sender", _REPORT_SECONDS)
 
     async def load(self, bucket: Bucket) -> None:
         """Overwrite the bucket's weights. If that fails, raise EngineError and refuse requests."""
@@ -233,7 +234,7 @@ class SGLangEngine:
             return self._output(output, len(output["output_ids"]))
 
     def _should_stop(self, request: GenerateRequest, tokens: list[int]) -> bool:
-        """Whether the stop rule holds for the response with the new `tokens` at its end."""
+        """Whether the stop rule holds for the response that ends with the new `tokens`."""
         assert self._stop_rule is not None
         above = request.context[request.prompt_tokens :]
         return self._stop_rule(np.concatenate([above, np.asarray(tokens, dtype=np.int32)]))
@@ -365,5 +366,5 @@ def _boundaries(step: int, checked: int, sampled: int) -> range:
 
 
 def _end_tokens(model: Path) -> frozenset[int]:
-    """End tokens of the model and, if the folder has a tokenizer, of the tokenizer. An engine needs none."""
+    """End tokens of the model and, if the folder has one, of the tokenizer. An engine needs no tokenizer."""
     return frozenset(load_tokenizer(model).end_tokens if has_tokenizer(model) else end_tokens(model))

@@ -1,6 +1,6 @@
 """An engine that talks to a running SGLang server over HTTP: tokens in, tokens out.
 
-The server may be of this SGLang version or a near one, with or without a tokenizer; it is only asked, never
+The server may be of this SGLang version or a near one, with or without a tokenizer; it is only queried, never
 changed. A request of many segments is sent segment by segment, so that the driver's stop rules see each
 boundary; the server's prefix cache makes the repeated context cheap. A failure is an EngineError, and the
 driver tries again.
@@ -34,7 +34,7 @@ class ServerEngine:
         self, url: str, end_tokens: tuple[int, ...], request_seconds: float, *, boundaries: bool
     ) -> None:
         self.name = self._url = url.rstrip("/")
-        self.status = "serving"  # as far as is known: nobody watches it
+        self.status = "serving"  # as far as is known: nothing watches the server
         self._end_tokens = end_tokens
         self._boundaries = boundaries
         self._timeout = aiohttp.ClientTimeout(total=request_seconds, connect=_CONNECT_SECONDS)
@@ -86,7 +86,7 @@ class ServerEngine:
                 f"{self._url}: the server ended a request: {meta['finish_reason'].get('message')}"
             )
         if not np.isfinite(log_probs).all():
-            raise EngineError(f"{self._url}: a log-prob that is not finite: the weights may have diverged")
+            raise EngineError(f"{self._url}: a log-prob is not finite: the weights may have diverged")
         self._weights = self._weights or weights
         if weights != self._weights:
             raise EngineError(

@@ -43,7 +43,7 @@ def check_tensor(folder: Path, config: Mapping[str, Any], tensor: int) -> None:
     """Raise ConfigError unless `tensor` ranks get equal shares of the attention heads of the model's
     `config`.
 
-    There may be fewer key-value heads than ranks: each is then on several ranks.
+    If there are fewer key-value heads than ranks, each is on several ranks.
     """
     heads = config.get("num_attention_heads")
     if heads is None:

@@ -1,4 +1,4 @@
-"""The SGLang processes behind one engine: starts them, notices when one dies, ends them.
+"""Starts the SGLang processes of one engine, notices when one dies, and ends them.
 
 SGLang's own front end assumes that it owns the process that constructs it: when a child fails, it kills every
 child of this process and then the process itself, and its `shutdown` ends children that it did not start.
@@ -28,13 +28,13 @@ _END_SECONDS = 10  # from SIGTERM to SIGKILL
 # The device's memory can be offloaded and reloaded. The weights are kept in the host's memory meanwhile, so
 # that an engine that misses an update still has the weights of a version.
 _SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
-CPU_KV_TOKENS = 1 << 17  # KV cache on a CPU: SGLang would take most of the memory, which others use too
+CPU_KV_TOKENS = 1 << 17  # on a CPU: SGLang's default takes most of the memory, which others need too
 RESERVED_TOKENS = 64
 """KV tokens that SGLang sets aside for the tokens that a request may still sample; its default is 4096.
 
-Here the router already admits only as many trees as fit. A request that waits for a reserve has its prefix
-unlocked, and the prefix is evicted. Too small a reserve costs little: SGLang retracts the request with the
-fewest tokens and prefills them once more.
+The router admits only as many trees as fit, so little reserve is needed. A large one does harm: a request
+that waits for it has its prefix unlocked and evicted. If the reserve is too small, SGLang retracts the
+request with the fewest tokens and prefills it again, which costs little.
 """
 
 
@@ -53,7 +53,7 @@ class SGLangProcesses:
         arguments = _arguments(model, dtype, config, seed) | (_SHARES_DEVICE if shares_device else {})
         with _start_environment(config):
             engine = _start(arguments)
-        atexit.register(self.close)  # multiprocessing joins its children at exit, so they must be gone
+        atexit.register(self.close)  # multiprocessing joins its children at exit, so they must have ended
         self.manager: Any = engine.tokenizer_manager
         self.manager._subprocess_watchdog.stop()
         limits = engine._scheduler_init_result.scheduler_infos[0]

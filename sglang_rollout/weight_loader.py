@@ -18,14 +18,14 @@ from treepo.weight_sync.colocated import SharedBytes, map_bytes
 from treepo.weight_sync.wire import Address, Bucket, Receiver, checksum, views
 
 LOADER = f"{__name__}.execute"
-_RECEIPT_BYTES = 4096  # for each rank: an exception, cut to fit
+_RECEIPT_BYTES = 4096  # for each rank: an exception, truncated to fit
 
-_receiver: Receiver | None = None  # of this process: SGLang's hook offers no other place to keep it
+_receiver: Receiver | None = None  # global, because SGLang calls a function
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Meet the sender of an update; the sender of an earlier update is left."""
+    """Connect to the sender of an update, and disconnect from the sender of an earlier update."""
 
     address: Address
 
@@ -99,7 +99,7 @@ def _execute(command: Command, model: nn.Module, rank: int) -> None:
         case Load(bucket):
             receiver = _receiver
             if receiver is None:
-                raise TransportError("a bucket arrived before the sender was met")
+                raise TransportError("a bucket arrived before the rank joined the sender")
             flat = _transferred(lambda: receiver.receive(bucket))
             if (found := checksum(flat)) != bucket.checksum:
                 raise EngineError(
@@ -113,7 +113,7 @@ def _execute(command: Command, model: nn.Module, rank: int) -> None:
 
 
 def _transferred[T](transfer: Callable[[], T]) -> T:
-    """The result of a transport; its errors become TransportErrors."""
+    """Run a transfer; its errors become TransportErrors."""
     try:
         return transfer()
     except (RuntimeError, OSError) as error:

@@ -73,7 +73,7 @@ def _spelled(names: Sequence[str]) -> str:
 
 
 class WeightUpdate:
-    """One update under way. manifest: the tensors that it consists of."""
+    """A weight update that has begun. manifest: its tensors."""
 
     def __init__(self, version: int, manifest: Manifest) -> None:
         self.version, self._manifest = version, manifest

@@ -7,11 +7,11 @@ from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 
 
 class EngineWithoutDetokenizer(Engine):
-    """With `skip_tokenizer_init`, SGLang sends nothing to the detokenizer's process, and starting it costs as
-    much time and memory as importing a scheduler.
+    """Does not start the detokenizer's process: with `skip_tokenizer_init`, SGLang sends nothing to it, and
+    its start costs as much time and memory as a scheduler's imports.
 
-    If a start fails, the sockets that it opened are closed here. The garbage collector may finalize their
-    context first, which then waits for them for ever.
+    If a start fails, the sockets that it opened are closed here. Otherwise the garbage collector may finalize
+    their context first, which then waits for them for ever.
     """
 
     def __init__(self, **arguments: Any) -> None:

@@ -130,7 +130,7 @@ def test_what_cannot_be_converted_is_named(checkpoint: Path, tmp_path: Path) -> 
         (tmp_path / "nothing", tmp_path / "x", "nothing: no such folder"),
         (tmp_path, tmp_path / "x", "neither a training checkpoint"),
         (checkpoint, checkpoint, "exists: nothing is overwritten"),
-        (run_folder, tmp_path / "x", "a run's folder; its newest checkpoint is .*step-00007"),
+        (run_folder, tmp_path / "x", "is a run folder; its newest checkpoint is .*step-00007"),
     ):
         with pytest.raises(ModelError, match=message):
             convert(source, target)

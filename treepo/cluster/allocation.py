@@ -1,9 +1,9 @@
 """Finds the nodes of a launch, and which of them this machine is.
 
-The first of these that says anything decides: the command line's flags; Slurm; torchrun-style variables
-(treepo.cluster.schedulers); RAY_ADDRESS, which names a cluster that already runs (KubeRay) and in which
-nothing is started or stopped. Otherwise the launch is on this machine alone. Environment variables that
-contradict each other are an error, unless flags override them all.
+The first source that names nodes decides: the command line's flags; Slurm; torchrun-style variables
+(treepo.cluster.schedulers); RAY_ADDRESS, for a cluster that already runs (KubeRay), in which nothing is
+started or stopped. Otherwise the launch is on this machine alone. Environment variables that contradict each
+other are an error, unless flags override them all.
 """
 
 import re
@@ -32,14 +32,14 @@ class Flags:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A Ray cluster that already runs. nodes: the least number of nodes to wait for."""
+    """A Ray cluster that already runs. nodes: the minimum number of nodes to wait for."""
 
     address: str
     nodes: int
 
 
 def find_allocation(environment: Mapping[str, str], flags: Flags) -> Allocation | Cluster:
-    """Raises AllocationError, which lists the flags and variables that were found."""
+    """Find the nodes. Raises AllocationError, which lists the flags and variables that were found."""
     if flags.rank is not None or flags.head is not None:
         return _of_flags(flags)
     found = _of_schedulers(environment)

@@ -1,7 +1,7 @@
 """The engines of a command: the pool starts, watches, restarts and updates them.
 
-A lost engine's process is ended, another one is started beside whatever else goes on, given the current
-weights, and put back to work. `engine.max_restarts` bounds the restarts of a run.
+If an engine is lost, the pool ends its process, starts another while everything else goes on, and gives it
+the current weights before it serves. `engine.max_restarts` bounds the restarts of a run.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ class EnginePool[P: EngineProcess]:
     """Implements `treepo.protocols.EnginePool` with engines that serve the model folder's weights.
 
     Construct it on a running loop: construction starts the processes, `ready` waits for their models.
-    launch: starts the process of the engine with an index, and returns at once.
+    launch: starts the process of the engine with the given index, and returns at once.
     """
 
     def __init__(self, launch: Callable[[int], P], config: EngineConfig) -> None:
@@ -65,8 +65,10 @@ class EnginePool[P: EngineProcess]:
         return False
 
     async def wait_to_serve(self, engine: PooledEngine[P]) -> None:
-        """Return when `engine` serves. Raises DeadEngineError as soon as another engine does: the request can
-        be repeated there. Raises NoEngineError if every engine is given up.
+        """Return when `engine` serves.
+
+        Raises DeadEngineError as soon as another engine serves, where the request can be repeated, and
+        NoEngineError if every engine is given up.
         """
         seconds = self._config.start_seconds
         try:
@@ -97,7 +99,7 @@ class EnginePool[P: EngineProcess]:
             await engine.watch()
             await engine.process.end()
             if self.restarts == self._config.max_restarts:
-                _log.error("engine.max_restarts = %d restarts are used up", self.restarts)
+                _log.error("engine.max_restarts = %d: all restarts are used up", self.restarts)
                 engine.give_up()
                 _log.error("%s is given up: %s", engine.name, engine.reason)
                 return
@@ -119,7 +121,7 @@ class EnginePool[P: EngineProcess]:
         return "; ".join(f"{engine.name} is {engine.status}" for engine in self.engines)
 
     def _supervisor_done(self, supervisor: asyncio.Task[None]) -> None:
-        """Pass a fault of the supervision, or of the trainer in a restart's update, to waiting requests."""
+        """Pass an error of the supervisor, or of the trainer during a restart, to the requests that wait."""
         if not supervisor.cancelled() and (fault := supervisor.exception()) is not None:
             self._fault = fault
             self.state_changed()
@@ -128,8 +130,8 @@ class EnginePool[P: EngineProcess]:
 class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     """Implements `treepo.protocols.TrainingEnginePool`.
 
-    shares_devices: whether the trainer uses the engines' devices. Then their memory is in turn the engines'
-    and the trainer's, and an engine is restarted only while it is the engines'.
+    shares_devices: whether the trainer uses the engines' devices. Engines and trainer then use the memory in
+    turn, and an engine is restarted only during the engines' turn.
     """
 
     def __init__(
@@ -162,7 +164,8 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     async def sync_weights(self, version: int) -> None:
         """Make every serving engine serve the trainer's weights as `version`; replace those that fail.
 
-        If none serves, or none takes the weights, the restarted engines will. Raises what the trainer raises.
+        If no engine serves or takes the weights, the restarted engines take them. Raises what the trainer
+        raises.
         """
         assert self._weights.locked()
         await self._reload_weights()

@@ -208,8 +208,8 @@ async def _join(allocation: Allocation, spec: Launch) -> int:
 async def _unless_ended[T](node: RayNode, work: Awaitable[T], say: Callable[[str], None] | None = None) -> T:
     """The result of `work`. Raises ClusterError if Ray on this node ends first.
 
-    say: given on a node that waits for the head's exit code. If this is cancelled, it says so and goes on
-    waiting for a while.
+    say: given on a node that waits for the head's exit code. If cancelled, this node says so and waits a
+    while longer.
     """
     working, ended = asyncio.ensure_future(work), asyncio.ensure_future(node.ended())
     try:
@@ -231,7 +231,7 @@ async def _unless_ended[T](node: RayNode, work: Awaitable[T], say: Callable[[str
 
 
 def _open_ray(secrets: Mapping[str, str]) -> None:
-    """Give this process access to the cluster that it starts, and to no other."""
+    """Give this process access to the cluster that it starts, and to no other cluster."""
     os.environ.update(secrets)
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
@@ -240,7 +240,7 @@ def _open_ray(secrets: Mapping[str, str]) -> None:
 
 
 def _enough_cpus(spec: Launch) -> NodeResources:
-    """A single node's resources: like `treepo train`, it offers Ray a CPU for every rank and engine."""
+    """The resources of a single node, with a CPU for every rank and engine as in `treepo train`."""
     actors = spec.config.trainer.parallel.ranks + spec.config.engine.count
     cpus = max(actors, os.cpu_count() or 1) if spec.resources.cpus is None else spec.resources.cpus
     return NodeResources(cpus, spec.resources.gpus)

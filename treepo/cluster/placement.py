@@ -22,7 +22,7 @@ Placement = Literal["colocated", "split"]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster with its total resources. name: an address that people recognise."""
+    """A machine of the cluster with its total resources. name: its address, for messages."""
 
     id: str
     name: str
@@ -35,7 +35,7 @@ class Layout:
     """The ranks and engines to place.
 
     ranks: of the trainer; 0 without one. group: size of a tensor-parallel group of the trainer, whose ranks
-    follow each other and must be on one node. tensor: ranks of one engine.
+    are consecutive and must be on one node. tensor: ranks of one engine.
     """
 
     placement: Placement

@@ -1,7 +1,7 @@
 """One engine of a pool: it keeps its name and its index when its process is lost and replaced.
 
-An engine is lost when its process ends, when a user of it says so (`fail`), or when its requests have waited
-for `engine.health_seconds` without any answer and it then fails a health check of the same length.
+An engine is lost when its process ends, when the pool reports a failure (`fail`), or when its requests have
+waited for `engine.health_seconds` without any answer and it then fails a health check of the same length.
 `treepo.cluster.engine_pool` decides what happens next.
 """
 
@@ -21,7 +21,7 @@ Memory = Literal["weights", "cache"]
 
 
 class EngineProcess(ReceivingEngine, Protocol):
-    """One process of an engine. Every method raises DeadEngineError if the process can answer no more."""
+    """One process of an engine. Every method raises DeadEngineError if the process can no longer answer."""
 
     async def start(self) -> int:
         """Wait until the model is loaded; returns the number of tokens that the KV cache holds."""
@@ -34,7 +34,7 @@ class EngineProcess(ReceivingEngine, Protocol):
         ...
 
     async def wait_for_death(self) -> str:
-        """Return the reason once the engine can answer no more."""
+        """Return the reason once the engine can no longer answer."""
         ...
 
     async def offload(self) -> None:
@@ -44,7 +44,7 @@ class EngineProcess(ReceivingEngine, Protocol):
     async def reload(self, memory: Memory) -> None: ...
 
     async def end(self) -> None:
-        """End the process in whatever state it is. May be called again."""
+        """End the process in any state. May be called again."""
         ...
 
 
@@ -138,7 +138,7 @@ class PooledEngine[P: EngineProcess]:
             self.lose(reason)
 
     def lose(self, reason: str) -> None:
-        """The same in any state; for the pool."""
+        """As `fail`, in any state. Only the pool calls it."""
         if not self._lost.done():
             self._lost.set_result(reason)
             self.reason = reason
@@ -208,7 +208,7 @@ class PooledEngine[P: EngineProcess]:
             async with asyncio.timeout(self._health_seconds):
                 await self.process.health_check()
         except TimeoutError:
-            self.lose(f"no sign of life for {2 * self._health_seconds:g} s")
+            self.lose(f"no answer for {2 * self._health_seconds:g} s, and none to a health check")
         except EngineError as error:
             self.lose(str(error))
         else:

@@ -1,4 +1,4 @@
-"""What engines and trainer ranks share as Ray actors: environment, network interface, errors."""
+"""Environment, network interface and errors of Ray actors, for engines and trainer ranks alike."""
 
 import os
 
@@ -36,9 +36,9 @@ def interface_of(address: str) -> str | None:
 
 
 def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
-    """Translate an error of Ray's: the TreepoError raised in the actor, or `death` if the actor died.
+    """Translate Ray's error to the TreepoError that was raised in the actor, or to `death` if the actor died.
 
-    Any other error stays as it is, because its traceback tells of a bug.
+    Any other error stays as it is, because it is a bug and needs its traceback.
     """
     if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
         return error.cause

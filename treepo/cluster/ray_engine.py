@@ -27,8 +27,10 @@ _END_SECONDS = 30  # for an engine to end its processes; then its actor is kille
 
 
 class HostedEngine(SGLangEngine):
-    """The engine in its actor. If it does not start, `capacity` raises the reason: Ray keeps only a traceback
-    of a constructor that fails.
+    """The engine in its actor.
+
+    If SGLang does not start, `capacity` raises the error: of a constructor that fails, Ray keeps only the
+    traceback.
     """
 
     def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
@@ -63,7 +65,7 @@ class ServingConfig(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineLauncher:
-    """Starts the actor of the engine with an index.
+    """Starts the actor of the engine with the given index.
 
     options: Ray's options for each engine's actor. shares_devices: whether the trainer uses the same devices.
     """
@@ -141,7 +143,7 @@ class RayEngine:
             ray.kill(self.actor)
 
     async def _answer(self, method: Any, *arguments: object) -> Any:
-        """The result of the actor's method, which is cancelled there if it is cancelled here."""
+        """Call a method of the actor. Cancelling this call cancels the method in the actor too."""
         reference = method.remote(*arguments)
         try:
             return await reference
@@ -172,7 +174,7 @@ class RaySink:
 
 
 def _with_own_errors(call: "Future[None]") -> "Future[None]":
-    """The same result, with this project's errors instead of Ray's."""
+    """Return a future with the same result, and our errors in place of Ray's."""
     result: Future[None] = Future()
 
     def done(call: "Future[None]") -> None:

@@ -18,7 +18,7 @@ from treepo.cluster.placement import Node
 from treepo.errors import ClusterError
 
 STOP_SECONDS = 90
-"""From Ctrl-C to SIGKILL. The processes of a run have shorter deadlines of their own for their end."""
+"""From Ctrl-C to SIGKILL. A run's processes have shorter deadlines of their own."""
 
 _POLL_SECONDS = 0.5
 _SILENCE_SECONDS = 60.0  # after which a job server that does not answer counts as gone
@@ -30,7 +30,7 @@ _ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str
 
 
 class JobServer:
-    """A cluster's job server at `url`; None means that of the cluster that RAY_ADDRESS names."""
+    """A cluster's job server. url: its address; None takes the cluster that RAY_ADDRESS names."""
 
     def __init__(self, url: str | None, client: JobSubmissionClient) -> None:
         self._url, self._client = url, client
@@ -119,7 +119,7 @@ class JobServer:
 
 
 async def _query[T](call: Callable[[str], T], job: str) -> T:
-    """The job server's answer. Raises ClusterError after `_SILENCE_SECONDS` without one."""
+    """Return the job server's answer. Raises ClusterError if none comes within `_SILENCE_SECONDS`."""
     deadline = time.monotonic() + _SILENCE_SECONDS
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Starts Ray on this machine for one launch, and ends these processes with it, never another launch's.
+"""Starts Ray on this machine for one launch, and ends it with the launch, never another launch's Ray.
 
 Launches can share a host: each uses free ports, and a folder of its own for Ray's files. Ray's servers listen
 on all interfaces and cannot be told otherwise, so a token that only this launch has keeps others out. If the
@@ -62,7 +62,7 @@ class RayNode:
         await self._ended
 
     def _session(self) -> list[psutil.Process]:
-        """The processes that are left; there are none if Ray ended properly."""
+        """The processes that are left; none if Ray ended properly."""
         left: list[psutil.Process] = []
         for process in psutil.process_iter():
             with suppress(ProcessLookupError):
@@ -154,7 +154,7 @@ async def _ray_start(
 
 
 def _end_with_parent() -> None:
-    """Runs in the child before `ray`: the kernel will send it SIGTERM once the launch has ended, however."""
+    """Make the kernel send this child SIGTERM when the launch ends, even if the launch is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

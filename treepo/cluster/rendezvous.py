@@ -1,4 +1,4 @@
-"""How the nodes of a launch find each other: every other node keeps one connection to the head.
+"""Lets the nodes of a launch find each other: every other node keeps one connection to the head.
 
 The messages are JSON lines. A node first says its rank and what it launches. The head answers with Ray's
 address and secrets once Ray runs, and at the end with the exit code, so that every node ends with the same
@@ -84,7 +84,7 @@ class Rendezvous:
             async with asyncio.timeout(_HELLO_SECONDS):
                 hello = Hello(**json.loads(await reader.readline()))
         except (TimeoutError, OSError, ValueError, TypeError):
-            writer.close()  # something that came to the port by chance
+            writer.close()  # it is not a node of a launch
             return
         refusal = self._refusal(hello)
         if refusal is not None:
@@ -180,10 +180,10 @@ async def join(allocation: Allocation, config: str, seconds: float) -> Connectio
 
 
 def own_address(allocation: Allocation) -> str:
-    """The address of the head's name, on the head itself.
+    """Find the address at which the other nodes reach the head. Called on the head.
 
-    Many systems map a machine's own name to a loopback address; then it is the address of the route to the
-    outside. Raises AllocationError if the address belongs to another machine.
+    It is the address of the head's name. Many systems map a machine's own name to a loopback address; then it
+    is the address of the default route. Raises AllocationError if the address belongs to another machine.
     """
     try:
         addresses = [entry[4][0] for entry in socket.getaddrinfo(allocation.head, None, socket.AF_INET)]

@@ -33,12 +33,12 @@ class Reservation:
     tensor: int
 
     def engine_options(self, devices: Sequence[str]) -> list[dict[str, Any]]:
-        """`engines`, each told its devices if they are the trainer's.
+        """Ray's options for each engine's actor, with its devices if they are the trainer's.
 
         devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks; used only if the
         devices are shared. Ray gives a GPU to its rank alone, because an actor can have a part of one GPU but
-        not of several; so CUDA_VISIBLE_DEVICES names the engine's GPUs. SGLang numbers the GPUs it sees from
-        0.
+        not of several; so CUDA_VISIBLE_DEVICES names the engine's GPUs. SGLang numbers the GPUs that it sees
+        from 0.
         """
         if not self.shares_devices:
             return list(self.engines)
@@ -66,8 +66,8 @@ def cluster_nodes() -> list[Node]:
 async def reserve(layout: Layout, seconds: float) -> Reservation:
     """Hold the resources of the layout until the Ray session ends.
 
-    Raises PlacementError at once if the cluster cannot hold the layout, and after `seconds` if others still
-    use the resources.
+    Raises PlacementError at once if the cluster cannot hold the layout, and after `seconds` if the resources
+    are still in use.
     """
     nodes = cluster_nodes()
     placed = plan(layout, nodes)

@@ -26,8 +26,8 @@ _REMEDY = "--nodes N --node-rank R --head HOST[:PORT] decide"
 class Allocation:
     """The nodes of a launch, and the rank of this one.
 
-    source: the flags or variables that say so, for errors. head, port: of the rendezvous. hosts: the nodes'
-    names in the order of ranks; empty if the source has none.
+    source: the flags or variables that it comes from, for errors. head, port: of the rendezvous. hosts: the
+    nodes' names in the order of ranks; empty if the source has none.
     """
 
     source: str
@@ -62,7 +62,7 @@ class _Found:
 
 
 def slurm_allocation(environment: Mapping[str, str]) -> Allocation | None:
-    """None outside of Slurm. Raises AllocationError."""
+    """Read Slurm's variables; None outside of Slurm. Raises AllocationError."""
     nodes = _first(environment, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     rank = _first(environment, "SLURM_NODEID")
     hosts = _first(environment, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
@@ -81,7 +81,7 @@ def slurm_allocation(environment: Mapping[str, str]) -> Allocation | None:
 
 
 def torchrun_allocation(environment: Mapping[str, str]) -> Allocation | None:
-    """None if these variables say nothing of nodes. Raises AllocationError."""
+    """Read torchrun's variables; None if they describe no nodes. Raises AllocationError."""
     per_node = _processes_per_node(environment)
     nodes, rank, head, port = (
         _agreeing(environment, name, f"PET_{name}")
@@ -95,7 +95,7 @@ def torchrun_allocation(environment: Mapping[str, str]) -> Allocation | None:
                 "NODE_RANK (in a PyTorchJob to $WORLD_SIZE and $RANK)"
             )
     if nodes is None and rank is None:
-        return None  # MASTER_ADDR alone says nothing of nodes
+        return None  # MASTER_ADDR alone describes no nodes
     count = None if nodes is None else _node_count(nodes)
     if count == 1:
         return Allocation(str(nodes), 1, 0 if rank is None else rank.number())
@@ -106,7 +106,7 @@ def torchrun_allocation(environment: Mapping[str, str]) -> Allocation | None:
 
 
 def check_torchrun_agrees(allocation: Allocation, environment: Mapping[str, str]) -> None:
-    """Raises AllocationError if torchrun's variables contradict Slurm's: scripts for Slurm often set some."""
+    """Raise AllocationError if torchrun's variables, which Slurm scripts often set, contradict Slurm's."""
     _processes_per_node(environment)
     nodes = _agreeing(environment, "NNODES", "PET_NNODES")
     rank = _agreeing(environment, "NODE_RANK", "PET_NODE_RANK")
@@ -141,7 +141,7 @@ def _numbers(ranges: str, text: str) -> list[str]:
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
-    """A port that all nodes of a job compute alike, and hardly another job that shares the host."""
+    """A port that every node of a job computes, and another job on the same host is unlikely to compute."""
     job = _first(environment, "SLURM_JOB_ID")
     return PORT if job is None else _SLURM_PORTS[job.number() % len(_SLURM_PORTS)]
 

@@ -23,7 +23,7 @@ from treepo.rollout.stopping import StopRule
 
 @asynccontextmanager
 async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
-    """Ray and engines that serve the model folder's weights, while the body runs."""
+    """Run Ray and engines that serve the model folder's weights, while the body runs."""
     with ray_session(config.engine.count):
         async with _engines(config, stop_rule) as pool:
             yield pool
@@ -31,7 +31,7 @@ async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIte
 
 @asynccontextmanager
 async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
-    """The same for an evaluation, whose number of engines may depend on the cluster's GPUs."""
+    """As `engine_session`, for an evaluation: its number of engines may depend on the cluster's GPUs."""
     assert config.model.path is not None, "a server's URL needs no engines"
     with ray_session(config.engine.count or 1):
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -44,7 +44,8 @@ async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIt
 async def training_session(
     config: RunConfig, stop_rule: StopRule
 ) -> AsyncIterator[tuple[TrainingEnginePool[RayEngine], TrainerGroup]]:
-    """Ray, engines and trainer, while the body runs. Raises PlacementError if the cluster cannot hold them.
+    """Run Ray, engines and trainer while the body runs. Raises PlacementError if the cluster cannot hold
+    them.
 
     Engines and trainer start at the same time, unless they share devices: then the trainer starts first, and
     the engines' caches take the memory that it leaves.
@@ -73,8 +74,8 @@ async def training_session(
 def ray_session(actors: int) -> Iterator[None]:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine and end it with the body.
 
-    actors: engines and trainer ranks. A cluster started here has a slot for each of them, so that a small
-    machine can hold a layout of several ranks. On a cluster that was there before, Ray's accounting decides.
+    actors: number of engines and trainer ranks. A cluster started here has a CPU slot for each, so that a
+    small machine can hold a layout of several ranks. On an existing cluster the layout must fit its CPUs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Compiled Python modules halve the start of every worker, and Ray passes this environment to them.

@@ -1,4 +1,4 @@
-"""The Megatron-Core trainer as Ray actors: one process for each rank, and every call made on all of them."""
+"""The Megatron-Core trainer as Ray actors: one process for each rank. Every call is made on all ranks."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ Method = Literal[
 
 
 class TrainerRank:
-    """One rank, in a process of its own. Rank 0 opens the rendezvous of all ranks.
+    """One rank, in a process of its own. Rank 0 opens the store through which the ranks find each other.
 
     Only the ranks import Megatron-Core, which takes seconds. Ray ends the processes.
     """
@@ -38,7 +38,7 @@ class TrainerRank:
         return str(device)
 
     def open_store(self) -> tuple[str, int]:
-        """Open the rendezvous on a free port; return its host and port."""
+        """Open the ranks' store on a free port; return its host and port."""
         from megatron_bridge.trainer import create_store
 
         host = ray.util.get_node_ip_address()
@@ -69,7 +69,9 @@ class TrainerRank:
         return getattr(self._trainer, method)(*arguments)
 
     def send_weights(self, version: int, manifest: Manifest, sinks: Sequence[WeightSink]) -> Outcome | None:
-        """Stream the weights to the engines from rank 0; the other ranks only gather, and return None."""
+        """Send the weights to the engines from rank 0; the other ranks only send it their shards, and return
+        None.
+        """
         if self._rank > 0:
             for _ in self._trainer.tensors():
                 pass
@@ -114,7 +116,7 @@ class TrainerGroup:
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         """Compute each token's log-prob given its path, for every replica's packs: float32 [T].
 
-        Engines that share the devices keep their memory meanwhile, so the cache is released afterwards.
+        Engines that share the devices keep their memory meanwhile, so torch's cache is released afterwards.
         """
         results = await self._call_by_replica("log_probs", packs, temperature)
         await self.release_cache()
@@ -167,7 +169,9 @@ class TrainerGroup:
     async def _call_by_replica(
         self, method: Method, shares: Sequence[Sequence[object]], *arguments: object
     ) -> list[Any]:
-        """Call with each replica's share as the first argument; Ray holds it once for all of its ranks."""
+        """Call with each replica's share as the first argument. Ray stores a share once for all ranks of the
+        replica.
+        """
         references = [ray.put(list(share)) for share in shares]
         return await self._gather(
             [
@@ -190,7 +194,9 @@ class TrainerGroup:
             raise own_error(error, TrainerError) from None
 
     async def _gone(self, calls: Sequence[Any]) -> list[str]:
-        """Find the ranks that died; ranks that waited for them only fail in the collective."""
+        """Name the ranks that died. Ranks that waited for them fail too, in the collective, and are not
+        named.
+        """
         ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECONDS, fetch_local=False)
         outcomes = await asyncio.gather(*ended, return_exceptions=True)
         return [

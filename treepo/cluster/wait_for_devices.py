@@ -24,9 +24,10 @@ async def wait_for_devices(
 ) -> None:
     """Return once at least `nodes` nodes have joined and hold the layout; say meanwhile what is missing.
 
-    look: returns the nodes that have joined. awaited: names what has not, given these nodes. may_grow:
+    look: returns the nodes that have joined. awaited: given these nodes, names the missing ones. may_grow:
     whether more than `nodes` nodes may join; if not, a layout that does not fit into them is refused at once.
-    pause: seconds between two looks.
+    pause: seconds between two calls of `look`.
+
     Raises PlacementError if the layout does not fit, and ClusterError if nodes are missing after `seconds`.
     """
     deadline = time.monotonic() + seconds
@@ -47,7 +48,7 @@ async def wait_for_devices(
         if now >= deadline:
             if refusal is not None:
                 raise PlacementError(f"after {seconds:g} s: {refusal}")
-            raise ClusterError(f"the devices of the run are not there after {seconds:g} s: {state}")
+            raise ClusterError(f"the run's devices are still missing after {seconds:g} s: {state}")
         if state != said or now >= repeat:
             say(state)
             said, repeat = state, now + _REPEAT_SECONDS
