@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from treepo.errors import one_line
+
 WRITE_FAILURES = (OSError, SafetensorError)
 """The exceptions of a failed write."""
 
@@ -72,12 +74,12 @@ def split_into_files[Item](
         yield group
 
 
-def one_line(error: BaseException) -> str:
+def reason_and_file(error: BaseException) -> str:
     """The error's reason and file, in one line."""
     if isinstance(error, OSError) and error.strerror:
         name = error.filename2 or error.filename  # filename2: a copy's target
         return f"{error.strerror}: {name}" if name else error.strerror
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 def _sync(path: Path) -> None:

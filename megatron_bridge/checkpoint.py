@@ -43,8 +43,8 @@ from megatron_bridge.atomic_folder import (
     abort_folder,
     begin_folder,
     commit_folder,
-    one_line,
     partial_folder,
+    reason_and_file,
 )
 from megatron_bridge.distributed_checkpoint import (
     COMMON_STATE,
@@ -152,7 +152,9 @@ class Checkpointer:
                 state, str(folder / TRAINER), validate_access_integrity=False
             )
         except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
-            raise ModelError(f"{folder}: not readable as this model's: {one_line(error)[:300]}") from None
+            raise ModelError(
+                f"{folder}: not readable as this model's: {reason_and_file(error)[:300]}"
+            ) from None
         for index, chunk in enumerate(self._chunks):
             missing, unexpected = chunk.module.load_state_dict(loaded["model"][index], strict=False)
             assert not unexpected, unexpected
@@ -176,7 +178,7 @@ class Checkpointer:
 
 
 def _generators() -> ShardedObject:
-    """The random generators' states. No model draws random numbers today; one that does will resume exactly."""
+    """The random generators' states. No model draws random numbers today; one that does resumes exactly."""
     states = {"torch": torch.get_rng_state(), "tensor_parallel": _tracker().get_states()}
     return ShardedObject("rng", states, (dist.get_world_size(),), (dist.get_rank(),))
 
@@ -212,7 +214,7 @@ def _write(folder: Path, state: dict[str, Any], group: Any) -> str | None:
         )
     except CheckpointException as error:  # torch raises it on every rank, with every rank's failure
         rank, (cause, _) = min(error.failures.items(), key=itemgetter(0))
-        return f"rank {rank}: {one_line(cause)}"
+        return f"rank {rank}: {reason_and_file(cause)}"
     return None
 
 

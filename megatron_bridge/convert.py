@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_bridge.architecture import Architecture, read_architecture
-from megatron_bridge.atomic_folder import WRITE_FAILURES, atomic_folder, one_line
+from megatron_bridge.atomic_folder import WRITE_FAILURES, atomic_folder, reason_and_file
 from megatron_bridge.distributed_checkpoint import (
     CheckpointTensor,
     DistributedCheckpointReader,
@@ -69,7 +69,7 @@ def convert(source: Path, target: Path, progress: Progress = silent) -> Converte
             return to_hugging_face(source, target, progress)
         return to_checkpoint(source, target, progress)
     except WRITE_FAILURES as error:
-        raise CheckpointError(f"{target}: {one_line(error)}") from None
+        raise CheckpointError(f"{target}: {reason_and_file(error)}") from None
 
 
 def to_hugging_face(

@@ -58,7 +58,7 @@ def write_hf_folder(
 
 
 def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> str:
-    """Returns the tensors' dtype."""
+    """Write the safetensors files; return the tensors' dtype."""
     shards: list[dict[str, int]] = []  # for each file, the sizes of its tensors in bytes
     dtype = ""
     for group in split_into_files(tensors, lambda named: named[1].nbytes, shard_bytes):

@@ -31,7 +31,7 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
 
 
 def sharded_optimizer_state(optimizer: MegatronOptimizer, model: dict[Any, Any]) -> list[ShardedTensor]:
-    """This rank's pieces, which share the optimizer's memory.
+    """The pieces of this rank, which share the optimizer's memory.
 
     model: the sharded tensors of this rank's parameters.
     """

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_bridge.atomic_folder import WRITE_FAILURES, one_line
+from megatron_bridge.atomic_folder import WRITE_FAILURES, reason_and_file
 from treepo.config.trainer import ParallelConfig
 from treepo.errors import CheckpointError
 
@@ -44,7 +44,7 @@ def on_first_rank(write: Callable[[], None], what: str) -> None:
         try:
             write()
         except WRITE_FAILURES as error:
-            failure = f"{what}: {one_line(error)}"
+            failure = f"{what}: {reason_and_file(error)}"
     raise_everywhere(failure)
 
 

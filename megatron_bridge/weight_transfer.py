@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.atomic_folder import WRITE_FAILURES, one_line
+from megatron_bridge.atomic_folder import WRITE_FAILURES, reason_and_file
 from megatron_bridge.hf_folder import SafetensorsReader, write_hf_folder
 from megatron_bridge.hf_weight_map import EMBEDDING, OUTPUT, Rule
 from megatron_bridge.model import is_expert, named_parameters
@@ -177,7 +177,7 @@ class WeightExporter:
             try:
                 write_hf_folder(tensors, source, folder)
             except WRITE_FAILURES as error:
-                failure = f"{folder}: {one_line(error)}"
+                failure = f"{folder}: {reason_and_file(error)}"
         for _ in tensors:  # after a failure rank 0 receives the rest, because the others still send it
             pass
         raise_everywhere(failure)

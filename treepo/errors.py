@@ -83,3 +83,8 @@ class CheckpointError(TreepoError):
     """A checkpoint or model that could not be written; the text names the folder and the reason."""
 
     exit_code = 1
+
+
+def one_line(message: object) -> str:
+    """Join the lines of a message, such as another library's exception, into one."""
+    return " ".join(str(message).split())

@@ -87,7 +87,7 @@ def _causal_mask(count: int, length: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def _similar(requests: list[int], total: Sequence[int], capacity: int) -> Iterator[list[int]]:
-    """Groups of requests with similar lengths: at most `capacity` tokens (or one request), at most half of
+    """Group requests of similar lengths: at most `capacity` tokens (or one request), at most half of
     them padding.
     """
     group: list[int] = []

@@ -82,7 +82,7 @@ def test_a_cluster_that_may_grow_is_waited_for() -> None:
 
 def test_the_deadline_says_what_is_missing() -> None:
     with pytest.raises(
-        ClusterError, match=r"not there after 0.01 s: 1 of 2 nodes, 8 of 8 GPUs, waiting for node 1$"
+        ClusterError, match=r"still missing after 0.01 s: 1 of 2 nodes, 8 of 8 GPUs, waiting for node 1$"
     ) as caught:
         wait([cluster(8)], nodes=2, seconds=0.01)
     assert caught.value.exit_code == 1

@@ -6,7 +6,7 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from treepo.errors import TreepoError
+from treepo.errors import TreepoError, one_line
 
 
 def actor_environment(**more: str) -> dict[str, dict[str, str]]:
@@ -43,5 +43,5 @@ def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
     if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
         return error.cause
     if isinstance(error, RayActorError):
-        return death(f"it died: {' '.join(str(error).split())}")
+        return death(f"it died: {one_line(error)}")
     return error

@@ -15,7 +15,7 @@ from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
 from ray.util.state.exception import RayStateApiException
 
 from treepo.cluster.placement import Node
-from treepo.errors import ClusterError
+from treepo.errors import ClusterError, one_line
 
 STOP_SECONDS = 90
 """From Ctrl-C to SIGKILL. A run's processes have shorter deadlines of their own."""
@@ -43,7 +43,7 @@ class JobServer:
                 list_nodes, self._url, detail=True, limit=RAY_MAX_LIMIT_FROM_API_SERVER
             )
         except (RayStateApiException, OSError) as error:
-            if (text := " ".join(str(error).split())) != self._warned:
+            if (text := one_line(error)) != self._warned:
                 self._warned = text
                 _log.warning("Ray's nodes: %s", text)
             return []
@@ -84,7 +84,7 @@ class JobServer:
         try:
             job = await asyncio.shield(submitting)
         except _UNREACHABLE as error:
-            raise ClusterError(f"Ray does not accept the job: {' '.join(str(error).split())}") from None
+            raise ClusterError(f"Ray does not accept the job: {one_line(error)}") from None
         written = 0
         while True:
             written = await self._tail(job, write, written)
@@ -97,7 +97,7 @@ class JobServer:
         if info.status is JobStatus.STOPPED:
             raise ClusterError(f"the job {job} was stopped")
         if info.driver_exit_code is None:
-            reason = " ".join((info.message or "Ray does not say why").split())
+            reason = one_line(info.message or "Ray does not say why")
             raise ClusterError(f"Ray lost the job {job}: {reason}")
         return info.driver_exit_code
 
@@ -126,7 +126,7 @@ async def _query[T](call: Callable[[str], T], job: str) -> T:
             return await asyncio.to_thread(call, job)
         except _UNREACHABLE as error:
             if time.monotonic() > deadline:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 raise ClusterError(
                     f"Ray's job server has not answered for {_SILENCE_SECONDS:g} s: {reason}"
                 ) from None
@@ -142,10 +142,10 @@ async def job_server(url: str | None, seconds: float) -> JobServer:
         try:
             return JobServer(url, await asyncio.to_thread(JobSubmissionClient, url))
         except AuthenticationError as error:
-            raise ClusterError(f"Ray's job server refuses: {' '.join(str(error).split())}") from None
+            raise ClusterError(f"Ray's job server refuses: {one_line(error)}") from None
         except _UNREACHABLE as error:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"no answer from Ray's job server within {seconds:g} s: {' '.join(str(error).split())}"
+                    f"no answer from Ray's job server within {seconds:g} s: {one_line(error)}"
                 ) from None
         await asyncio.sleep(_POLL_SECONDS)

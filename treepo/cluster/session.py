@@ -117,7 +117,7 @@ async def _engines(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[
 
 
 def _check_transport(config: RunConfig, reservation: Reservation) -> None:
-    """Raises PlacementError if `weights.transport` cannot work where the engines were placed."""
+    """Raise PlacementError if `weights.transport` cannot work where the engines were placed."""
     shared = reservation.shares_devices
     if config.weights.transport == "colocated" and not reservation.one_machine:
         raise PlacementError(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from treepo.config.base import Section
 from treepo.config.run import RunConfig
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, one_line
 
 RENAMED_KEYS = {"actor": "trainer", "score_check": "log_prob_check"}
 """Old dotted keys, and their new names in the same section."""
@@ -122,7 +122,7 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not YAML: {one_line(error)}") from None
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
     places: dict[str, str] = {}
@@ -168,7 +168,7 @@ def _override_value(text: str, place: str) -> Any:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{place}: not YAML: {one_line(error)}") from None
     return text if value is None and text.strip().lstrip("#") != text.strip() else value
 
 

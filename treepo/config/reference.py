@@ -18,6 +18,7 @@ from treepo.config.base import Section
 from treepo.config.evaluate import EvalConfig
 from treepo.config.rollout import RolloutConfig
 from treepo.config.run import RunConfig
+from treepo.errors import one_line
 
 COMMANDS: dict[str, type[Section]] = {"train": RunConfig, "rollout": RolloutConfig, "eval": EvalConfig}
 
@@ -76,7 +77,7 @@ def _part(section: type[BaseModel], headings: Mapping[type[BaseModel], str]) -> 
     """A section's heading, introduction and table."""
     lines = [f"### {headings[section]}\n"]
     if section.__dict__.get("__doc__"):
-        lines.append(_one_line(section.__dict__["__doc__"]) + "\n")
+        lines.append(one_line(section.__dict__["__doc__"]) + "\n")
     base = next((parent for parent in section.__mro__[1:] if parent in headings), None)
     if base:
         link = f"[{headings[base]}](#{_anchor(headings[base])})"
@@ -104,7 +105,7 @@ def _row(
         value = _value(schema)
         default = "" if field.is_required() else f"`{_default(schema['default'])}`"
     default = "required" if field.is_required() else default
-    return f"| `{key}` | {value} | {default} | {_in_cell(_one_line(field.description or ''))} |"
+    return f"| `{key}` | {value} | {default} | {_in_cell(one_line(field.description or ''))} |"
 
 
 def _default(value: Any) -> str:
@@ -163,10 +164,6 @@ def _same(field: Any, inherited: Any) -> bool:
 def _anchor(heading: str) -> str:
     """The anchor that GitHub and MkDocs both make of the heading."""
     return "".join(c for c in heading.lower().replace(" ", "-") if c.isalnum() or c in "-_")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _in_cell(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from treepo.errors import ModelError
+from treepo.errors import ModelError, one_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 Message = Mapping[str, str]
@@ -49,7 +49,7 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RefusedMessagesError(
-                f"the chat template refuses the messages ({roles}): {' '.join(str(error).split())}"
+                f"the chat template refuses the messages ({roles}): {one_line(error)}"
             ) from error
 
     def encode(self, text: str) -> np.ndarray:
@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # its Rust half raises bare Exceptions, for a broken folder only
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason[:300]}") from error
     return Tokenizer(tokenizer, end_tokens(folder, tokenizer.eos_token_id))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pynvml
 
 from treepo.doctor.check import Outcome, failed, passed, passed_if, skipped
+from treepo.errors import one_line
 
 _NO_GPU = "no GPU: CPU mode"
 
@@ -74,7 +75,7 @@ def _reason_of_torch() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return f"torch says: {' '.join(str(error).split())}"
+        return f"torch says: {one_line(error)}"
     return "torch gives no reason; start a container with --gpus all"
 
 

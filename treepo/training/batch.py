@@ -45,7 +45,10 @@ class BatchSampler:
         self._sampler, self._folder = sampler, folder
 
     async def sample(self, step: int) -> Batch:
-        """Raises EngineError if no tree could be sampled, RewardError if too few responses were graded."""
+        """Sample, grade and write the trees of a step, and choose those to train.
+
+        Raises EngineError if no tree could be sampled, RewardError if too few responses were graded.
+        """
         number = self._config.data.prompts_per_step
         if self._config.learning.dynamic_sampling:
             sampled, batch, dropped = await self._sample_until_full(number, step)

@@ -45,7 +45,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """Raises ModelError if the folder is not a training checkpoint of this version."""
+    """Read checkpoint.json. Raises ModelError if the folder is not a training checkpoint of this version."""
     if not is_checkpoint(folder):
         raise ModelError(f"{folder}: no training checkpoint (it has no {MANIFEST})")
     try:

@@ -84,7 +84,7 @@ class _Transaction[E: ReceivingEngine]:
         self._seconds = seconds + _GRACE_SECONDS
 
     async def run(self, engines: Sequence[E]) -> list[E]:
-        """Returns the engines that committed. Raises what the trainer raises; then none has."""
+        """Update the engines, and return those that committed. If the trainer raises an error, none has."""
         manifest = await self._trainer.manifest()
         live = list(engines)
         try:
