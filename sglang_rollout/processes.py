@@ -47,9 +47,7 @@ class SGLangProcesses:
     start.
     """
 
-    def __init__(
-        self, model: Path, dtype: str, config: EngineConfig, seed: int, shares_device: bool = False
-    ) -> None:
+    def __init__(self, model: Path, dtype: str, config: EngineConfig, seed: int, shares_device: bool) -> None:
         arguments = _arguments(model, dtype, config, seed) | (_SHARES_DEVICE if shares_device else {})
         with _start_environment(config):
             engine = _start(arguments)

@@ -70,7 +70,7 @@ class ClusterError(TreepoError):
 
 
 class RewardError(TreepoError):
-    """Grading that cannot go on; the text gives the reason."""
+    """Grading that cannot continue; the text gives the reason."""
 
     exit_code = 1
 

@@ -1,7 +1,7 @@
-"""Runs Megatron-Core on a CPU: wherever it names a CUDA device, the CPU serves.
+"""Runs Megatron-Core on a CPU: the CPU takes the place of every CUDA device that it names.
 
 Import this module only if `torch.cuda.is_available()` is False. `install` replaces the functions of
-`torch.cuda` that Megatron-Core calls outright. `CudaAsCpu` rewrites device arguments; enter it around every
+`torch.cuda` that Megatron-Core calls directly. `CudaAsCpu` rewrites device arguments; enter it around every
 call into Megatron-Core, because the mode belongs to a thread and a Ray actor's threads vary.
 """
 

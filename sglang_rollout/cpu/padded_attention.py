@@ -1,8 +1,8 @@
 """Causal attention over tokens scattered in a KV pool, many requests in one call, in plain torch.
 
-Requests with one new token and similar lengths are padded together, so that a decoding step takes a few calls
-however many requests are running. A request with several new tokens gets a call of its own, whose queries are
-the new tokens only, however long the prefix above them is.
+Requests with one new token and similar lengths are padded together, so a decoding step takes a few calls,
+regardless of the number of requests. A request with several new tokens gets a call of its own, whose queries
+are the new tokens alone, regardless of the length of their prefix.
 
 A slot is one token's place in the KV pool. Dimensions: B requests in one padded call, K tokens of a request
 (its keys), Q new tokens of a request (its queries).

@@ -89,8 +89,8 @@ class SeededSampler(Sampler):
 
     SGLang samples reproducibly only in its deterministic mode, whose kernels are for GPUs. Here each token is
     drawn by inverting the cumulative distribution at a uniform number that depends only on the request's seed
-    and the token's position. So a request gives the same tokens whatever runs beside it, unless rounding,
-    which depends on the size of the batch, moves a probability across that number.
+    and the token's position. So a request gives the same tokens in any batch, unless rounding, which depends
+    on the size of the batch, moves a probability across that number.
     """
 
     def _sample_from_probs(

@@ -1,4 +1,4 @@
-"""Finds the nodes of a launch, and which of them this machine is.
+"""Finds the nodes of a launch, and this machine's rank among them.
 
 The first source that names nodes decides: the command line's flags; Slurm; torchrun-style variables
 (treepo.cluster.schedulers); RAY_ADDRESS, for a cluster that already runs (KubeRay), in which nothing is

@@ -51,7 +51,7 @@ class Launch:
     write: Callable[[str], None]
 
     def fingerprint(self) -> str:
-        """A hash of what is launched: equal on nodes that launch the same."""
+        """A hash of configuration and arguments: equal on all nodes of one launch."""
         text = "\0".join([dump_config(self.config), *self.arguments])
         return hashlib.sha256(text.encode()).hexdigest()
 

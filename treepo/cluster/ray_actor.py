@@ -21,8 +21,8 @@ def actor_environment(**more: str) -> dict[str, dict[str, str]]:
 def use_interface_of_node() -> None:
     """Make gloo listen on the interface by whose address Ray reaches this node. GLOO_SOCKET_IFNAME overrides.
 
-    For a Ray actor, before any process group. By itself gloo takes the address of the machine's own name,
-    which on many systems is a loopback address. NCCL takes the loopback only if there is nothing else.
+    For a Ray actor, before any process group. By default gloo takes the address of the hostname, which on
+    many systems is a loopback address. NCCL uses a loopback interface only if there is no other.
     """
     name = interface_of(ray.util.get_node_ip_address())
     if name is not None:  # the address may be translated between the nodes, so that no interface has it

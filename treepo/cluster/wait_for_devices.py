@@ -19,7 +19,7 @@ async def wait_for_devices(
     say: Callable[[str], None],
     *,
     seconds: float,
-    may_grow: bool = False,
+    may_grow: bool,
     pause: float = 1.0,
 ) -> None:
     """Return once at least `nodes` nodes have joined and hold the layout; say meanwhile what is missing.

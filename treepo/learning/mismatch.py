@@ -14,7 +14,7 @@ class LogProbMismatch:
     """Sums over |trainer's log-prob - engine's|, in nats. Sums of several replicas and mini-batches add up.
 
     total, weight: a token counts once for every trajectory that shares it. Tokens sampled by older weights
-    count too, so staleness shows up here beside rounding.
+    count too, so the sums show staleness as well as rounding.
     """
 
     total: float = 0.0

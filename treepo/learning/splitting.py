@@ -28,7 +28,7 @@ def depth_first(forest: Forest) -> np.ndarray:
 
 
 def split_trees(forest: Forest, max_tokens: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield the batch's pieces: each one's nodes in depth-first order, and how many of them are context.
+    """Yield the batch's pieces: the nodes of each in depth-first order, and how many of them are context.
 
     A tree of at most `max_tokens` tokens is one piece without context.
     """

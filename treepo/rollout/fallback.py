@@ -1,8 +1,9 @@
-"""Fallback: a tree without active paths that wants more leaves continues finished ones from a cut.
+"""Fallback: chooses the finished leaves that a tree without active paths continues, and where to cut them.
 
-Pure functions of the finished leaves. The orders and cut rules themselves are in `policies`. Departures from
-the official code: a cut moves back to a segment boundary unless `aligned` is false, and the continuation
-starts from exactly the tokens above the cut (`GrowingTree` sees to that).
+Pure functions of the finished leaves. `GrowingTree` decides when a tree falls back, and cuts it; the orders
+and cut rules themselves are in `policies`. Departures from the official code: a cut moves back to a segment
+boundary unless `aligned` is false, and the continuation starts from exactly the tokens above the cut
+(`GrowingTree` sees to that).
 """
 
 from collections.abc import Sequence

@@ -97,10 +97,10 @@ class WeightStream:
     ) -> Outcome:
         """Send every tensor once.
 
-        `tensors` is read to its end whatever happens, because the trainer's other ranks send their shards of
-        all tensors. An engine that fails is left out from then on. If the transport is a collective, one
-        failure breaks it: nothing more is sent, and the engines that are not at fault must begin again.
-        Raises TransportError if the transport's folder cannot be written.
+        `tensors` is always read to its end, because the trainer's other ranks send their shards of all
+        tensors. An engine that fails is left out from then on. If the transport is a collective, one failure
+        breaks it: nothing more is sent, and the engines that are not at fault must begin again. Raises
+        TransportError if the transport's folder cannot be written.
         """
         source = iter(tensors)
         try:

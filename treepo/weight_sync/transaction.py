@@ -63,8 +63,8 @@ async def update_weights[E: ReceivingEngine](
     """Make the engines serve the trainer's weights as `version`; returns those that failed, with reasons.
 
     An engine that fails keeps its old weights if none was overwritten; otherwise it refuses requests.
-    seconds: deadline of each step of an engine. Raises EngineError if every engine failed, and what the
-    trainer raises; then no engine serves the version.
+    seconds: deadline of each step of an engine. Raises EngineError if every engine failed, and passes on the
+    trainer's errors; no engine serves the version then.
     """
     transaction = _Transaction[E](trainer, version, seconds)
     committed = await transaction.run(engines)
