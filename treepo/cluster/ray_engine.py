@@ -165,13 +165,13 @@ class RaySink:
     actor: Any
 
     def join(self, address: Address) -> "Future[None]":
-        return _withown_errors(self.actor.join.remote(address).future())
+        return _with_own_errors(self.actor.join.remote(address).future())
 
     def load(self, bucket: Bucket) -> "Future[None]":
-        return _withown_errors(self.actor.load.remote(bucket).future())
+        return _with_own_errors(self.actor.load.remote(bucket).future())
 
 
-def _withown_errors(call: "Future[None]") -> "Future[None]":
+def _with_own_errors(call: "Future[None]") -> "Future[None]":
     """The same result, with this project's errors instead of Ray's."""
     result: Future[None] = Future()
 
