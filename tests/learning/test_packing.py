@@ -12,7 +12,6 @@ from treepo.learning.advantage import Advantages, estimate
 from treepo.learning.forest import Forest
 from treepo.learning.packing import (
     Pack,
-    attach,
     blank_pack,
     pack_flat,
     pack_trees,
@@ -303,18 +302,6 @@ def test_mini_batches_are_whole_trees(trees: int, parts: int, sizes: list[int]) 
         alone = Forest.of(part)
         for field in fields(Forest):
             np.testing.assert_array_equal(getattr(theirs.forest, field.name), getattr(alone, field.name))
-
-
-def test_attached_log_probs_stay_with_their_pack() -> None:
-    trees, advantages = next(batches())
-    packs = pack_trees(trees, advantages, longest(trees), 2)
-    values = [[np.full(len(pack), index, dtype=np.float32) for index, pack in enumerate(r)] for r in packs]
-    for replica in attach(packs, "old_log_prob", values):
-        for index, pack in enumerate(replica):
-            assert pack.old_log_prob is not None
-            assert set(pack.old_log_prob) == {index}
-    with pytest.raises(ValueError, match="zip"):
-        attach(packs, "old_log_prob", values[:1])
 
 
 @PACKERS

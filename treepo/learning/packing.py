@@ -16,7 +16,6 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
@@ -128,18 +127,6 @@ def pack_flat(
         weight_R = np.concatenate([np.zeros((4, 1)), weight_M[:, path]], axis=1)
         pieces.append(_piece(forest, node_R, slot_N, weight_R, float(advantages.leaf_weight_L[leaf])))
     return _pack(trees, forest, pieces, max_tokens, replicas)
-
-
-def attach(
-    packs: Sequence[Sequence[Pack]],
-    field: Literal["old_log_prob", "reference_log_prob"],
-    values: Sequence[Sequence[np.ndarray]],
-) -> list[list[Pack]]:
-    """Set `field` of each pack to its entry of `values`, float32 [T]."""
-    return [
-        [replace(pack, **{field: value}) for pack, value in zip(replica, theirs, strict=True)]
-        for replica, theirs in zip(packs, values, strict=True)
-    ]
 
 
 def padded(pack: Pack, length: int) -> Pack:
