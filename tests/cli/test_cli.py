@@ -14,7 +14,7 @@ MODULES_TOO_HEAVY = ("torch", "ray", "transformers", "sglang", "megatron")
 
 def _treepo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from treepo.cli.main import main; main()", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_help_names_the_commands() -> None:

@@ -70,7 +70,7 @@ def test_the_same_command_goes_on_after_a_kill_without_repeating_a_problem(folde
     process.kill()
     process.communicate()
     # The processes that hold the model's memory must have ended; Ray's agents may take a while.
-    _, alive = psutil.wait_procs(engines, timeout=60)
+    _, alive = psutil.wait_procs(engines, timeout=300)
     assert not alive
     finished = [line for line in trees.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     assert 3 <= len(finished) < PROBLEMS
@@ -97,7 +97,7 @@ def test_the_same_command_goes_on_after_a_kill_without_repeating_a_problem(folde
     assert (folder / "out" / "report.html").read_text().startswith("<!doctype html>")
 
     again = _start(folder)
-    output, errors = again.communicate(timeout=60)
+    output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert "start engine" not in output
     assert trees.read_bytes().splitlines(keepends=True) == lines

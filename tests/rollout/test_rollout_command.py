@@ -77,7 +77,7 @@ def test_max_prompts_takes_the_first_prompts(folder: Path, monkeypatch: pytest.M
 
 def test_other_files_in_the_folder_are_not_touched(folder: Path) -> None:
     process = start(folder, "rollout", "rollout.yaml", "out=.")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "out: . has files in it, but not of a run (config.yaml is missing)" in errors
     assert len(errors.splitlines()) == 1

@@ -18,6 +18,7 @@ from treepo.toy.byte_tokenizer import byte_tokenizer
 from treepo.toy.problems import draw_problems, rows
 
 POSITIONS = 1024
+DEADLINE = 300  # seconds: a busy machine takes minutes, a hang takes for ever
 
 
 def write_model_and_problems(folder: Path, problems: Path, count: int) -> None:
@@ -52,7 +53,7 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[
     """Send Ctrl-C as soon as `file` has content. The command must end with one line and leave no process.
     Returns standard output and standard error.
     """
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + DEADLINE
     while not (file.exists() and file.read_bytes()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"nothing was written to {file}"
@@ -60,10 +61,10 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[
     descendants = psutil.Process(process.pid).children(recursive=True)
     assert descendants
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
     assert "Interrupted" in errors
     assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(descendants, timeout=10)
+    _, alive = psutil.wait_procs(descendants, timeout=DEADLINE)
     assert not alive
     return output, errors
