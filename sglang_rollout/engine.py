@@ -1,10 +1,10 @@
 """The SGLang engine: samples, computes log-probs, and takes new weights.
 
-Plain asyncio: construct it anywhere, use it on one running loop. Log-probs are under the sampling
+Plain asyncio: construct it anywhere, use it on one running loop. Log-probs are those of the sampling
 distribution (temperature applied). The radix-cache key of every request carries the weight version, so a
 prefix that was computed with other weights is never matched. A weight update is a transaction: after `begin`
-nothing is served until `commit` has verified the new weights; if that fails, requests are refused until a
-later update succeeds.
+nothing is served until `commit` has verified what arrived; if that fails, requests are refused until a later
+update succeeds.
 """
 
 import asyncio

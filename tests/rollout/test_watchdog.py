@@ -1,4 +1,4 @@
-"""The watchdog: when no engine answers, a warning names each engine's status and unanswered requests."""
+"""The watchdog warns when no engine answers, with each engine's status and unanswered requests."""
 
 import asyncio
 import logging
@@ -46,6 +46,6 @@ def stall(engines: list[SilentEngine], caplog: pytest.LogCaptureFixture) -> str:
 def test_a_stall_names_each_engines_status_and_its_oldest_request(caplog: pytest.LogCaptureFixture) -> None:
     engines = [SilentEngine(name="engine 0"), SilentEngine(name="engine 1", status="down: out of memory")]
     assert stall(engines, caplog) == (
-        "nothing was answered for 0.05 s: engine 0 is serving, with 2 unanswered, the oldest sent 0 s ago "
-        "(request 0 of prompt train:0); engine 1 is down: out of memory, with none unanswered"
+        "nothing was answered for 0.05 s: engine 0 is serving with 2 unanswered requests, the oldest 0 "
+        "s old: request 0 of prompt train:0; engine 1 is down: out of memory with no unanswered requests"
     )

@@ -21,7 +21,7 @@ def launch(
     node_rank: Annotated[int | None, typer.Option(min=0, help="Rank of this node, from 0.")] = None,
     head: Annotated[str | None, typer.Option(help="HOST[:PORT] at which others reach node 0.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Rendezvous port on the head.")] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for all devices.")] = 600,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds until all devices must be there.")] = 600,
     dashboard_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Of Ray's dashboard, on the head's loopback.")
     ] = None,

@@ -31,19 +31,19 @@ async def _watch(driver: TreeDriver, engines: Sequence[Engine], seconds: float) 
 
 
 def describe(pending: Sequence[PendingRequest], engines: Sequence[Engine]) -> str:
-    """Name each engine's status, its number of unanswered requests, and the oldest of them."""
-    requests = [[one for one in pending if one.engine == index] for index in range(len(engines))]
+    """Each engine's status, its number of unanswered requests, and the oldest of them."""
     return "; ".join(
-        f"{engine.name} is {engine.status}, with {_unanswered(own)}"
-        for engine, own in zip(engines, requests, strict=True)
+        f"{engine.name} is {engine.status} with "
+        f"{_unanswered([one for one in pending if one.engine == index])}"
+        for index, engine in enumerate(engines)
     )
 
 
 def _unanswered(pending: Sequence[PendingRequest]) -> str:
     if not pending:
-        return "none unanswered"
+        return "no unanswered requests"
     oldest = max(pending, key=lambda one: one.seconds)
     return (
-        f"{len(pending)} unanswered, the oldest sent {oldest.seconds:.0f} s ago "
-        f"(request {oldest.number} of prompt {oldest.prompt_id})"
+        f"{len(pending)} unanswered requests, the oldest {oldest.seconds:.0f} s old: request "
+        f"{oldest.number} of prompt {oldest.prompt_id}"
     )

@@ -110,7 +110,7 @@ class _Transaction[E: ReceivingEngine]:
         return []
 
     async def abort_failed(self) -> None:
-        """Let the engines that failed serve their old weights, if none was overwritten."""
+        """Let the engines that failed serve their old weights, if these are whole."""
         await self._abort(self.failed, "it failed in a weight update")
 
     async def _each(
