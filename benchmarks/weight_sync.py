@@ -1,4 +1,4 @@
-"""Compares weight updates with a raw copy of the same bytes over the same channel. Prints JSON lines.
+"""Compares weight syncs with a raw copy of the same bytes over the same channel. Prints JSON lines.
 
     OMP_NUM_THREADS=1 python -m benchmarks.weight_sync --engine
 

@@ -404,10 +404,11 @@ def test_a_stall_is_logged_with_each_engine_s_status_and_oldest_request(
     run(scenario, fakes, 2)
     stall = next(text for text in messages if "nothing was answered for 0.01 s" in text)
     assert re.search(
-        r"engine 0 is serving and owes \d answers, the oldest to request 0 of prompt train:0", stall
+        r"engine 0 is serving with \d unanswered requests, the oldest \d+ s old: request 0 of prompt train:0",
+        stall,
     )
     lost = next(text for text in messages if "memory" in text and "train:0" in text)
-    assert re.search(r"engine 1 is \w+: its memory is full and owes ", lost)
+    assert re.search(r"engine 1 is \w+: its memory is full with ", lost)
 
 
 def test_the_status_of_an_engine_says_why_it_does_not_serve() -> None:

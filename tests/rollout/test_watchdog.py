@@ -1,4 +1,4 @@
-"""The watchdog: a warning when no engine answers, which names each engine's status and what it owes."""
+"""The watchdog warns when no engine answers, with each engine's status and unanswered requests."""
 
 import asyncio
 import logging
@@ -46,6 +46,6 @@ def stall(engines: list[SilentEngine], caplog: pytest.LogCaptureFixture) -> str:
 def test_a_stall_names_each_engines_status_and_its_oldest_request(caplog: pytest.LogCaptureFixture) -> None:
     engines = [SilentEngine(name="engine 0"), SilentEngine(name="engine 1", status="down: out of memory")]
     assert stall(engines, caplog) == (
-        "nothing was answered for 0.05 s: engine 0 is serving and owes 2 answers, the oldest to request 0 of "
-        "prompt train:0, asked 0 s ago; engine 1 is down: out of memory and owes nothing"
+        "nothing was answered for 0.05 s: engine 0 is serving with 2 unanswered requests, the oldest 0 "
+        "s old: request 0 of prompt train:0; engine 1 is down: out of memory with no unanswered requests"
     )

@@ -31,18 +31,19 @@ async def _watch(driver: TreeDriver, engines: Sequence[Engine], seconds: float) 
 
 
 def describe(pending: Sequence[PendingRequest], engines: Sequence[Engine]) -> str:
-    """Each engine's status, how many answers it owes, and the oldest request that it has not answered."""
+    """Each engine's status, its number of unanswered requests, and the oldest of them."""
     return "; ".join(
-        f"{engine.name} is {engine.status} and {_owes([one for one in pending if one.engine == index])}"
+        f"{engine.name} is {engine.status} with "
+        f"{_unanswered([one for one in pending if one.engine == index])}"
         for index, engine in enumerate(engines)
     )
 
 
-def _owes(pending: Sequence[PendingRequest]) -> str:
+def _unanswered(pending: Sequence[PendingRequest]) -> str:
     if not pending:
-        return "owes nothing"
+        return "no unanswered requests"
     oldest = max(pending, key=lambda one: one.seconds)
     return (
-        f"owes {len(pending)} answers, the oldest to request {oldest.number} of prompt {oldest.prompt_id}, "
-        f"asked {oldest.seconds:.0f} s ago"
+        f"{len(pending)} unanswered requests, the oldest {oldest.seconds:.0f} s old: request "
+        f"{oldest.number} of prompt {oldest.prompt_id}"
     )
