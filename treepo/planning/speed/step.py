@@ -31,7 +31,7 @@ from treepo.planning.speed.packs import ReplicaWork, replica_work
 from treepo.planning.speed.sampling import Sampling
 
 _OPTIMIZER_BYTES = 30
-"""Adam's traffic a parameter: gradient, master weight, moments (float32, both ways), the parameter."""
+"""Adam's traffic a parameter: gradient, master weight, averages (float32, both ways), the parameter."""
 
 
 @dataclass(frozen=True, slots=True)
