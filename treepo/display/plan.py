@@ -89,7 +89,7 @@ def _show_memory(console: Console, plan: Plan) -> None:
 
 def _memory_table(console: Console, title: str, memories: Sequence[Memory]) -> None:
     """A column for each process; a single one has its notes beside it."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for memory in memories:
         table.add_column(_heading(memory), justify="right")
@@ -116,7 +116,7 @@ def _show_step(console: Console, plan: Plan) -> None:
     step, sampling = plan.step, plan.sampling
     assert step is not None
     assert sampling is not None
-    table = Table(title="A step, seconds from stated rates", title_justify="left", pad_edge=False)
+    table = Table(title="A step, seconds from stated rates", title_justify="left")
     table.add_column("")
     table.add_column("s", justify="right")
     table.add_column("how", style="dim")
