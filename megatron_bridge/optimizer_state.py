@@ -1,4 +1,4 @@
-"""Optimizer state (Adam's moments, float32 master weights) as pieces of tensors of the parameters' shapes.
+"""Optimizer state (Adam's averages, float32 master weights) as pieces of tensors of the parameters' shapes.
 
 Megatron-Core's distributed optimizer gives each data-parallel rank a run of a parameter's flattened values.
 Written as at most three rectangles of the parameter, a run can be read by any other layout, and no rank ever
