@@ -81,7 +81,7 @@ async def segments_per_second(sampling: SamplingConfig, trees: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     results_of: dict[tuple[str, int], list[dict[str, float]]] = {run: [] for run in RUNS}

@@ -90,7 +90,7 @@ async def measure(workers: Sequence[int], items: Sequence[GradeItem], repeats: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--grades", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,4 +1,4 @@
-"""Compares weight updates with a raw copy of the same bytes over the same channel. Prints JSON lines.
+"""Compares weight syncs with a raw copy of the same bytes over the same channel. Prints JSON lines.
 
     OMP_NUM_THREADS=1 python -m benchmarks.weight_sync --engine
 
@@ -241,8 +241,8 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", default=["colocated", "broadcast", "disk"])
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=MODEL["num_hidden_layers"], help="of the model")
-    parser.add_argument("--engine", action="store_true", help="a real engine too")
+    parser.add_argument("--layers", type=int, default=MODEL["num_hidden_layers"], help="layers of the model")
+    parser.add_argument("--engine", action="store_true", help="measure a real engine too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 Plain asyncio: construct it anywhere, use it on one running loop. Log-probs are those of the sampling
 distribution (temperature applied). The radix-cache key of every request carries the weight version, so a
-prefix that was computed with other weights is never matched. A weight update is a transaction: after `begin`
+prefix that was computed with other weights is never matched. A weight sync is a transaction: after `begin`
 nothing is served until `commit` has verified what arrived; if that fails, requests are refused until a later
 update succeeds.
 """
@@ -34,7 +34,7 @@ StopRule = Callable[[np.ndarray], bool]
 
 
 class SGLangEngine:
-    """Implements `treepo.protocols.Engine` and takes weight updates.
+    """Implements `treepo.protocols.Engine` and takes weight syncs.
 
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16"). stop_rule:
     called at the boundaries of `GenerateRequest.check_every`. shares_device: whether other work needs the
@@ -200,7 +200,7 @@ class SGLangEngine:
 
     def _updating(self) -> WeightUpdate:
         if self._update is None:
-            raise EngineError("no weight update has begun")
+            raise EngineError("no weight sync has begun")
         return self._update
 
     async def _generate(self, request: GenerateRequest) -> GenerateOutput:

@@ -1,4 +1,4 @@
-"""The gate between requests and weight updates: open, draining, or closed."""
+"""The gate between requests and weight syncs: open, draining, or closed."""
 
 import asyncio
 from collections.abc import AsyncIterator

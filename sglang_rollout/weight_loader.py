@@ -1,4 +1,4 @@
-"""The part of a weight update that runs in SGLang's own processes, one for each tensor-parallel rank.
+"""The part of a weight sync that runs in SGLang's own processes, one for each tensor-parallel rank.
 
 SGLang calls `execute` as the model's weight loader (its `custom_weight_loader`). Each rank fetches weights by
 our transports, checks them, and hands them to SGLang's own checkpoint loading, which shards and fuses them.

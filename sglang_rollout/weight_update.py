@@ -1,4 +1,4 @@
-"""A weight update as one engine sees it: the tensors that must arrive and those that have.
+"""A weight sync as one engine sees it: the tensors that must arrive and those that have.
 
 The announced tensors are checked against the model before the first byte arrives, and the commit needs each
 of them exactly once.

@@ -255,14 +255,14 @@ def _matrix_share(flops_per_second: float) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=["0.5b", "7b"], default=["0.5b", "7b"])
-    parser.add_argument("--layers", type=int, default=6, help="of the 7B shape")
+    parser.add_argument("--layers", type=int, default=6, help="layers of the 7B shape")
     parser.add_argument("--leaf-tokens", type=int, nargs="+", default=[1536, 3072])
     parser.add_argument("--initial-branching", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--max-tokens-per-pack", type=int, default=32768)
     parser.add_argument("--recompute", choices=["none", "full"], default="none")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--profile", action="store_true", help="kernel families of one more step of each kind"
+        "--profile", action="store_true", help="also profile one step of each kind by kernel family"
     )
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape on a CPU, in half a minute")
     arguments = parser.parse_args()

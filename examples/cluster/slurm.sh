@@ -3,8 +3,8 @@
 #
 #     sbatch examples/cluster/slurm.sh [CONFIG] [KEY=VALUE]... [--resume]
 #
-# Submit it from the repository's folder, on a filesystem that all nodes share. treepo runs in .venv there, or,
-# where TREEPO_IMAGE names one, in a container (Slurm with pyxis):
+# Submit it from the repository's folder, on a filesystem that all nodes share. treepo runs in .venv there, or
+# in the container that TREEPO_IMAGE names (Slurm with pyxis):
 #
 #     TREEPO_IMAGE=registry/treepo:0.1.0 sbatch examples/cluster/slurm.sh
 #
@@ -26,7 +26,7 @@ case "${1:-}" in
     ;;
 esac
 
-# Where the nodes have several networks, name the one that they share:
+# If the nodes have several networks, name the one that they share:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 # A node that fails ends the others. SIGTERM (scancel, the time limit) reaches the training, which cleans up as

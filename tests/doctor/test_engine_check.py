@@ -77,7 +77,7 @@ def test_the_weights_of_an_update_change_log_probs_by_far_more_than_the_toleranc
         ({}, ""),
         ({"off": 1e-3}, "log-probs differ"),
         ({"off": math.nan}, "log-probs differ"),
-        ({"takes": "none"}, "after a weight update"),
+        ({"takes": "none"}, "after a weight sync"),
         ({"takes": "refuses"}, "a bucket is torn"),
     ],
 )

@@ -55,7 +55,7 @@ def host(config: RunConfig, folder: Path) -> Memory:
 
 
 def test_one_rank_holds_eighteen_bytes_a_parameter(llama: Path) -> None:
-    """bfloat16 weights, float32 gradients, master weights and two moments."""
+    """bfloat16 weights, float32 gradients, master weights and two averages."""
     stage, update = trainer_memory(config_of(), llama)
     state = {name: stage.parts[name] for name in ("weights", "gradients", "optimizer")}
     for name, size in {"weights": 2, "gradients": 4, "optimizer": 12}.items():

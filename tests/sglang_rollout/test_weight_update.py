@@ -1,4 +1,4 @@
-"""The checks of a weight update that need no engine: names, shapes, and a folder's tensors."""
+"""The checks of a weight sync that need no engine: names, shapes, and a folder's tensors."""
 
 from dataclasses import replace
 from pathlib import Path

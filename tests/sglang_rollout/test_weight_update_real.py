@@ -1,4 +1,4 @@
-"""Weight updates of the real SGLang engine: a transaction that takes effect as a whole or not at all."""
+"""Weight syncs of the real SGLang engine: a transaction that takes effect as a whole or not at all."""
 
 import asyncio
 from dataclasses import replace

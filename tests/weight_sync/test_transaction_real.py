@@ -1,4 +1,4 @@
-"""Weight updates from real Megatron-Core ranks to real SGLang engines through Ray, by every transport."""
+"""Weight syncs from real Megatron-Core ranks to real SGLang engines through Ray, by every transport."""
 
 import asyncio
 import os

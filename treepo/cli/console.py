@@ -1,4 +1,4 @@
-"""The consoles of every command: standard output and standard error."""
+"""What the commands share: the consoles of standard output and standard error, and texts."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -7,6 +7,9 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from treepo.data.prompts import DataReport
+
+OVERRIDES = "Override keys of the file, for example sampling.width=8."
+"""The help of every command's KEY=VALUE arguments."""
 
 output = Console()
 errors = Console(stderr=True)

@@ -10,8 +10,10 @@ from treepo.cli.console import output
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A training checkpoint, or a Hugging Face folder.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write, of the other kind.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A training checkpoint, or a Hugging Face folder.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write, of the other kind.")],
 ) -> None:
     """Convert a training checkpoint to a Hugging Face folder, or the other way round."""
     from megatron_bridge.convert import convert as run

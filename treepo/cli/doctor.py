@@ -12,11 +12,11 @@ from treepo.errors import EXIT_INTERRUPTED
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Skip collectives, engine and trainer; takes seconds.")
+        bool, typer.Option("--quick", help="Skip gloo, nccl, engine and trainer; takes seconds.")
     ] = False,
     only: Annotated[list[str] | None, typer.Option(help="Run this check only; may be repeated.")] = None,
 ) -> None:
-    """Check this machine: versions, devices, limits, network, and a real engine and trainer on a toy model.
+    """Check this machine: versions, devices, limits, network; then run a real engine and trainer.
 
     The exit code is 1 if a check failed. On every node of a Slurm job: srun --label treepo doctor
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treepo.cli.console import errors, output
+from treepo.cli.console import OVERRIDES, errors, output
 from treepo.config.load import load_as
 from treepo.errors import EXIT_INTERRUPTED, ConfigError
 
@@ -21,40 +21,48 @@ if TYPE_CHECKING:
 def evaluate(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG]", help="A YAML file, for example examples/eval-math.yaml."),
+        typer.Argument(metavar="CONFIG", help="A YAML file, for example examples/eval-math.yaml."),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
     model: Annotated[
         str | None, typer.Option(help="A model folder, or a running SGLang server's URL.")
     ] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="A benchmark's file; again for each.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to, and to continue in.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="A benchmark's file; may be repeated.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; an interrupted evaluation continues in it.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Responses to each problem.")] = None,
     tree: Annotated[
         bool | None,
-        typer.Option("--tree/--sequential", help="Sample a tree, or independently (the default)."),
+        typer.Option("--tree/--sequential", help="Sample trees, or independent responses (the default)."),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens in a response.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Most tokens in a prompt.")] = None,
-    max_problems: Annotated[int | None, typer.Option(help="Only the first N of each file.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="In place of the rows' own.")] = None,
+    max_problems: Annotated[int | None, typer.Option(help="Only the first N problems of each file.")] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="A system prompt in place of the rows' own.")
+    ] = None,
     chat_template: Annotated[
         bool | None,
         typer.Option("--chat-template/--no-chat-template", help="On if the tokenizer has one."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Its folder, for a server on another machine.")
+        Path | None, typer.Option(help="The tokenizer's folder, for a server on another machine.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of sampling and of bootstraps.")] = None,
-    force: Annotated[bool, typer.Option(help="Start anew; files in the folder are set aside.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling and of the bootstraps.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start over; earlier files in the folder are set aside.")
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare folders instead: treepo eval --compare A B...")
     ] = False,
 ) -> None:
-    """Evaluate a model on benchmarks, or compare two evaluations. The same command continues after a kill.
+    """Evaluate a model on benchmarks, or compare evaluations. After a kill the same command continues.
 
-    Options override keys of the YAML file; treepo/config/evaluate.py has all keys.
+    Options override keys of the YAML file. All keys: docs/configuration.md
     """
     arguments = [*filter(None, [config]), *(overrides or [])]
     if compare:

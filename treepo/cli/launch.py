@@ -8,29 +8,43 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from treepo.cli.console import errors, output
+from treepo.cli.console import OVERRIDES, errors, output
 from treepo.config.load import load_config
 from treepo.errors import EXIT_INTERRUPTED
 
 
 def launch(
-    config: Annotated[Path, typer.Argument(help="A YAML file, on a file system that all nodes share.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="As in `treepo train`.")] = False,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A YAML file, on a file system that all nodes share.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint, as in `treepo train`.")
+    ] = False,
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes.")] = None,
     node_rank: Annotated[int | None, typer.Option(min=0, help="Rank of this node, from 0.")] = None,
-    head: Annotated[str | None, typer.Option(help="HOST[:PORT] at which others reach node 0.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Rendezvous port on the head.")] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds until all devices must be there.")] = 600,
+    head: Annotated[
+        str | None, typer.Option(help="HOST[:PORT] of node 0, as the other nodes reach it.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Rendezvous port on the head; by default the scheduler's, else 29400."
+        ),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for all devices.")] = 600,
     dashboard_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of Ray's dashboard, on the head's loopback.")
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of Ray's dashboard, on the head's loopback; by default a free one."
+        ),
     ] = None,
     cpus: Annotated[int | None, typer.Option(min=0, help="CPUs of this node to use; by default all.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of this node to use; by default all.")] = None,
 ) -> None:
-    """Train on many nodes: run the same command on each of them, or once on a running Ray cluster.
+    """Train on several nodes: run the same command on every node, or once on a running Ray cluster.
 
-    The node's rank comes from Slurm's or torchrun's variables, or from --nodes, --node-rank and --head.
+    The nodes are found in Slurm's or torchrun's variables, or given by --nodes, --node-rank and --head.
     RAY_ADDRESS names a running cluster. Without any of these the run uses this machine alone.
     """
     run_config = load_config(config, overrides or [])

@@ -5,21 +5,24 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import errors, output
+from treepo.cli.console import OVERRIDES, errors, output
 from treepo.config.load import load_config
 from treepo.errors import ConfigError
 
 
 def plan(
     config: Annotated[
-        Path, typer.Argument(help="A YAML file for training, for example examples/models/qwen3-8b.yaml.")
+        Path,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file for training, for example examples/models/qwen3-8b.yaml."
+        ),
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
-    """Work out a run's memory and the time of its steps, without a GPU or the weights.
+    """Predict a training run's memory and step time, without a GPU or the model's weights.
 
-    Exit code 2 if it does not fit; the nearest layouts that do are named.
+    If the run does not fit, the nearest layouts that do are listed, and the exit code is 2.
     """
     run_config = load_config(config, overrides or [])
     from treepo.display.plan import plan_progress, show_plan

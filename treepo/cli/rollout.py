@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import errors, output, show_data
+from treepo.cli.console import OVERRIDES, errors, output, show_data
 from treepo.config.load import load_as
 from treepo.errors import EXIT_INTERRUPTED
 
 
 def rollout(
-    config: Annotated[Path, typer.Argument(help="A YAML file, for example examples/rollout.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example examples/rollout.yaml.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
 ) -> None:
-    """Sample trees for a file of prompts, without training and without grading: one tree a line."""
+    """Sample trees for a file of prompts, without grading or training; writes one tree a line."""
     from treepo.config.rollout import RolloutConfig
 
     rollout_config = load_as(RolloutConfig, config, overrides or [])

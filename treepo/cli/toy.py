@@ -11,9 +11,9 @@ from treepo.cli.console import output
 def toy(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/toy"),
     seed: Annotated[int, typer.Option(help="Seed of the data and the model.")] = 0,
-    force: Annotated[bool, typer.Option(help="Make it again even if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make it again even if it exists.")] = False,
 ) -> None:
-    """Make a small model and arithmetic problems, of which it solves about two in five."""
+    """Make a toy model, and arithmetic problems of which it solves about two in five."""
     from treepo.display.train import show_toy, toy_progress
     from treepo.toy.make import make_toy
 

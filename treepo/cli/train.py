@@ -7,23 +7,25 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import errors, output, show_data
+from treepo.cli.console import OVERRIDES, errors, output, show_data
 from treepo.config.load import load_config
 from treepo.errors import EXIT_INTERRUPTED
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, for example examples/quickstart.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example examples/quickstart.yaml.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Continue from the newest checkpoint in the run folder; begin if it has none.",
+            help="Continue from the newest checkpoint in the run folder, or begin if there is none.",
         ),
     ] = False,
 ) -> None:
-    """Train a model: sample trees, grade them, learn from them, give the engines the new weights."""
+    """Train a model: sample trees, grade them, learn from them, send the new weights to the engines."""
     run_config = load_config(config, overrides or [])
     from treepo.display.train import TrainDisplay, show_resume, show_summary
     from treepo.preflight.inputs import read_train_inputs

@@ -198,7 +198,7 @@ class PooledEngine[P: EngineProcess]:
         raise DeadEngineError(f"{self.name}: {lost.result()}")
 
     def _silent_seconds(self) -> float:
-        """How long requests have waited without any answer. A weight update has deadlines of its own."""
+        """How long requests have waited without any answer. A weight sync has deadlines of its own."""
         if not self._outstanding or self._supervisor.updating():
             return 0.0
         return self._loop.time() - self._last_answer

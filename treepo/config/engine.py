@@ -25,7 +25,7 @@ class EngineConfig(Section):
     request_seconds: float = Field(default=3600, gt=0)
     """Deadline for one request, time in the engine's queue included."""
     update_seconds: float = Field(default=120, gt=0)
-    """Deadline for each step of a weight update: running requests to end, one bucket, the commit."""
+    """Deadline for each step of a weight sync: running requests to end, one bucket, the commit."""
     health_seconds: float = Field(default=60, gt=0)
     """An engine that has answered none of its requests for this long is asked for one token, and restarted if
     it answers nothing within as long again."""

@@ -1,7 +1,7 @@
 """Load a configuration from YAML and `a.b=c` overrides, or report one clear line for each mistake.
 
-A file may build on another: `extends: other.yaml`, relative to the file that says it. Sections are merged key
-by key; every other value, lists and an empty `{}` included, replaces the other file's.
+A file may build on another: `extends: other.yaml`, a path relative to the file that contains it. Sections are
+merged key by key; every other value, lists and an empty `{}` included, replaces the other file's.
 
 All other paths in a configuration are relative to the working directory.
 """

@@ -36,11 +36,11 @@ One YAML file configures a command: `treepo train FILE`, `treepo rollout FILE`, 
 and `plan` take the file of `train`. Override any key after the file by its dotted name:
 `treepo train FILE sampling.width=8`. The value is read as YAML; the last override of a key wins.
 
-- `extends: other.yaml`, a path relative to the file that says it, builds on another file, which may extend a
-  third. Sections are merged key by key; every other value, lists and an empty `{}` included, replaces the
-  other file's. `examples/paper/ablations/` has overlays of a few lines.
+- `extends: other.yaml` builds on another file, which may extend a third. The path is relative to the file
+  that contains it. Sections are merged key by key; every other value, lists and an empty `{}` included,
+  replaces the other file's. `examples/paper/ablations/` has examples of a few lines.
 - An unknown key, a wrong type or a combination that cannot work is an error of one line: file, line, key, and
-  what is allowed. Nothing starts before all of them are mended.
+  what is allowed. Nothing starts until all of them are fixed.
 - Words such as `off` and `no` are text; booleans are `true` and `false`. `1e-6` is a number.
 - All other paths are relative to the working directory. Every run writes its effective configuration, without
   `extends`, to `config.yaml` in its folder.

@@ -21,7 +21,7 @@ class ModelConfig(Section):
     path: PathField
     """A Hugging Face folder: config.json, safetensors, tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the parameters in the trainer (with float32 master weights) and in the engines."""
+    """Data type of the parameters in the trainer (with float32 master weights) and in the engines."""
 
 
 class HeldoutConfig(Section):
@@ -30,7 +30,7 @@ class HeldoutConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     max_problems: int | None = Field(default=None, ge=1)
-    """Held-out problems to use, the first ones; all by default."""
+    """Use only the first N held-out problems; all by default."""
 
 
 class RunConfig(Section):
@@ -43,15 +43,15 @@ class RunConfig(Section):
     model: ModelConfig
     """The model that is trained."""
     data: DataConfig
-    """Prompts."""
+    """Prompts: files, columns, how many a step."""
     reward: RewardConfig = RewardConfig()
-    """Grading."""
+    """How answers are graded and rewarded."""
     sampling: SamplingConfig = SamplingConfig()
     """How trees are sampled."""
     learning: LearningConfig = LearningConfig()
     """Advantages and loss."""
     trainer: TrainerConfig = TrainerConfig()
-    """The trainer."""
+    """The Megatron-Core trainer."""
     placement: Literal["colocated", "split"] = "colocated"
     """`colocated`: the engines run on the trainer's GPUs and take turns with it; `split`: on GPUs of their
     own. Without GPUs there is no difference."""
@@ -62,7 +62,7 @@ class RunConfig(Section):
     evaluation: HeldoutConfig = HeldoutConfig()
     """Held-out accuracy before and after training."""
     log_prob_check: LogProbCheckConfig = LogProbCheckConfig()
-    """The check before the first step that trainer and engines agree."""
+    """The check, before the first step, that trainer and engines agree."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Training checkpoints, from which an interrupted run continues."""
     plan: PlanConfig = PlanConfig()

@@ -61,7 +61,7 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"engines: {engine.count} x tensor {engine.tensor}, placement {config.placement}, weights over "
+        f"engines: {engine.count} x tensor {engine.tensor}, placement {config.placement}, weight transport "
         f"{config.weights.transport}",
         highlight=False,
         soft_wrap=True,
@@ -89,7 +89,7 @@ def _show_memory(console: Console, plan: Plan) -> None:
 
 def _memory_table(console: Console, title: str, memories: Sequence[Memory]) -> None:
     """A column for each process; a single one has its notes beside it."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for memory in memories:
         table.add_column(_heading(memory), justify="right")
@@ -103,7 +103,7 @@ def _memory_table(console: Console, title: str, memories: Sequence[Memory]) -> N
             note = [escape(memories[0].notes.get(name, ""))] if alone else []
             table.add_row(name, *map(_memory, values), *note)
     table.add_section()
-    table.add_row("all", *(_memory(memory.total) for memory in memories))
+    table.add_row("total", *(_memory(memory.total) for memory in memories))
     console.print(table)
 
 
@@ -116,7 +116,7 @@ def _show_step(console: Console, plan: Plan) -> None:
     step, sampling = plan.step, plan.sampling
     assert step is not None
     assert sampling is not None
-    table = Table(title="A step, seconds from stated rates", title_justify="left", pad_edge=False)
+    table = Table(title="A step, seconds from stated rates", title_justify="left")
     table.add_column("")
     table.add_column("s", justify="right")
     table.add_column("how", style="dim")
@@ -124,7 +124,7 @@ def _show_step(console: Console, plan: Plan) -> None:
         table.add_row(_PHASES.get(name, name), f"{phase.seconds:,.1f}", escape(phase.note))
     table.add_section()
     table.add_row(
-        "all",
+        "total",
         f"{step.seconds:,.1f}",
         f"{step.tokens_per_second:,.0f} tokens of answers a second; "
         f"{sampling.leaf_tokens / sampling.decoded_tokens:.2f} for each decoded token",

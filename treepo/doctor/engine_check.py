@@ -71,13 +71,13 @@ async def sample_and_update(engine: "SGLangEngine", toy: "Toy") -> Outcome:
         )
     error = await _update_weights(engine, toy)
     if error:
-        return failed(f"a weight update failed: {error}", "")
+        return failed(f"a weight sync failed: {error}", "")
     again = await engine.generate(request)
     log_probs = await engine.log_probs(toy.tokens)
     after = max_difference(log_probs, toy.log_probs(toy.tokens, new=True))
     if not after <= toy.tolerance or again.version != 1:
         return failed(
-            f"after a weight update to version 1 it serves version {again.version}, and log-probs "
+            f"after a weight sync to version 1 it serves version {again.version}, and log-probs "
             f"differ from transformers' by {after:.2g}, at most {toy.tolerance:g} is allowed",
             _DISAGREES,
         )

@@ -160,12 +160,12 @@ class EvaluationFolder:
             ):
                 raise ConfigError(
                     f"out: {trees} has problem {tree.prompt_id} with another prompt or answer than the data "
-                    "file has now; --force starts anew"
+                    "file has now; --force starts over"
                 )
             if record["model"] != self._model:
                 raise ConfigError(
                     f"out: {self.path} holds an evaluation of other weights than the model has now; --force "
-                    "starts anew and sets its files aside"
+                    "starts over and sets its files aside"
                 )
             self._add(record, tree)
         self._drop_unfinished(samples)
@@ -184,7 +184,7 @@ class EvaluationFolder:
             if kept[name] != len(result.verdicts_L):
                 raise DataError(
                     f"{samples}: {kept[name]} lines of problem {name}, which has {len(result.verdicts_L)} "
-                    f"responses in {TREES}; --force starts anew"
+                    f"responses in {TREES}; --force starts over"
                 )
         part.replace(samples)
 
@@ -242,14 +242,14 @@ def _parse_tree(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
             record[key]
         return record, tree
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
+        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts over") from error
 
 
 def _parse_problem_id(line: bytes, place: str) -> str:
     try:  # not orjson, which refuses the lone surrogates that a model's text may have
         return json.loads(line)["problem"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts anew") from error
+        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts over") from error
 
 
 def _unicode(text: str) -> str:
@@ -280,7 +280,7 @@ def _check_same(config: EvalConfig) -> None:
         before = load_as(EvalConfig, path)
     except ConfigError:
         raise ConfigError(
-            f"out: {config.out} holds no evaluation that this version can resume; --force starts anew and "
+            f"out: {config.out} holds no evaluation that this version can resume; --force starts over and "
             "sets its files aside"
         ) from None
     was, now = (_flat(settings.model_dump(mode="json")) for settings in (before, config))
@@ -288,7 +288,7 @@ def _check_same(config: EvalConfig) -> None:
         if was.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
             raise ConfigError(
                 f"out: {config.out} holds an evaluation with {key} = {was.get(key)}, not {now.get(key)}; "
-                "--force starts anew and sets its files aside"
+                "--force starts over and sets its files aside"
             )
 
 

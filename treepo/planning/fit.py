@@ -45,7 +45,7 @@ class Limit:
     def violation(self) -> str:
         return (
             f"{self.what}: needs {self.need / GIB:.1f} GiB, and there are {self.have / GIB:.1f} GiB; "
-            f"it follows from {self.remedies}"
+            f"it depends on {self.remedies}"
         )
 
 

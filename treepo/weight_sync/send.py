@@ -1,4 +1,4 @@
-"""The trainer's half of a weight update: fill buckets, send them, and find out which engine failed.
+"""The trainer's half of a weight sync: fill buckets, send them, and find out which engine failed.
 
 Runs on trainer rank 0, which has the joined tensors. While bucket k is sent and loaded, bucket k + 1 is
 filled in the other of two buffers: an update takes the memory of two buckets and of one joined tensor.

@@ -1,4 +1,4 @@
-"""One weight update of several engines as a transaction: begin, send, commit or abort.
+"""One weight sync of several engines as a transaction: begin, send, commit or abort.
 
 An engine answers no request from `begin` to `commit`, and a prefix cached under another version never matches
 afterwards. An engine that fails is left out, and the others commit. If its failure breaks a transport that
@@ -111,7 +111,7 @@ class _Transaction[E: ReceivingEngine]:
 
     async def abort_failed(self) -> None:
         """Let the engines that failed serve their old weights, if these are whole."""
-        await self._abort(self.failed, "it failed in a weight update")
+        await self._abort(self.failed, "it failed in a weight sync")
 
     async def _each(
         self, engines: Sequence[E], step: str, call: Callable[[E], Coroutine[Any, Any, None]]

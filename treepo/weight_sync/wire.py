@@ -1,4 +1,4 @@
-"""The parts of a weight update: a manifest of all tensors, then their bytes, bucket by bucket.
+"""The parts of a weight sync: a manifest of all tensors, then their bytes, bucket by bucket.
 
 A bucket is one flat run of bytes: tensors one after another without padding, under their Hugging Face names.
 Sender and receiver compute the same checksum over it. Sizes are in bytes.

@@ -1,7 +1,7 @@
 """Trainer memory: ranks of every pipeline stage at their peak, rank 0 in a weight sync, a checkpoint.
 
 Parameters are counted on the real model, built without memory (`megatron_bridge.layout_shards`). Gradients
-are summed in float32. Adam's two moments and, unless the model is float32, a float32 master copy are divided
+are summed in float32. Adam's two averages and, unless the model is float32, a float32 master copy are divided
 among the replicas that hold a parameter (`megatron_bridge.optimizer`). Activations follow Megatron-Core's
 pipeline schedules. Units: bytes.
 
@@ -60,7 +60,7 @@ def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
 
 
 def optimizer_bytes(config: RunConfig) -> int:
-    """Optimizer state of one parameter: two moments, and a master copy unless the parameter is float32."""
+    """Optimizer state of one parameter: two averages, and a master copy unless the parameter is float32."""
     return FLOAT32 * (2 if element_bytes(config) == FLOAT32 else 3)
 
 

@@ -31,7 +31,7 @@ from treepo.planning.speed.packs import ReplicaWork, replica_work
 from treepo.planning.speed.sampling import Sampling
 
 _OPTIMIZER_BYTES = 30
-"""Adam's traffic a parameter: gradient, master weight, moments (float32, both ways), the parameter."""
+"""Adam's traffic a parameter: gradient, master weight, averages (float32, both ways), the parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ def _passes(
     seconds = mini_batches * (computing + sending) * (1 + idle)
     tokens = mini_batches * slowest.tokens
     note = (
-        f"{passes:g} x {mini_batches * flops:.2e} flops for {tokens:,.0f} packed tokens of a replica, on "
-        f"{ranks} devices at {hardware.efficiency:.0%} of {hardware.flops / 1e12:.0f} Tflop/s"
+        f"{passes:g} x {mini_batches * flops:.2e} FLOP for {tokens:,.0f} packed tokens of a replica, on "
+        f"{ranks} devices at {hardware.efficiency:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s"
     )
     if sending:
         note += f"; {mini_batches * sending:.1f} s sending"
