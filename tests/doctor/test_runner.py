@@ -172,7 +172,7 @@ def test_an_interrupt_kills_the_check_that_runs(tmp_path: Path) -> None:
         "from treepo.cli.main import main\n"
         "from treepo.doctor import checklist\n"
         "from treepo.doctor.check import Check\n"
-        "checklist.CHECKS = (Check('hangs', 'doctor_checks:hangs', 600, 'what to do'),)\n"
+        "checklist.CHECKS = (Check('hangs', 'tests.support.doctor_checks:hangs', 600, 'what to do'),)\n"
         "main()"
     )
     command = [sys.executable, "-c", program, "doctor"]

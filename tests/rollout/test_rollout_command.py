@@ -65,7 +65,7 @@ def test_a_damaged_model_is_found_before_anything_starts(folder: Path, tmp_path:
         folder / "rollout.yaml",
         [f"model.path={model}", f"data.prompts={folder / 'problems.jsonl'}"],
     )
-    with pytest.raises(TreepoError, match=r"model\.safetensors: no readable safetensors file"):
+    with pytest.raises(TreepoError, match=r"model\.safetensors: not a readable safetensors file"):
         read_rollout_inputs(config)
 
 

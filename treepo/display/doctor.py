@@ -11,7 +11,6 @@ from treepo.doctor.check import Check, CheckResult, Report, Status
 from treepo.doctor.checklist import CHECKS
 
 _STYLES = {Status.PASS: "green", Status.FAIL: "bold red", Status.SKIP: "dim"}
-_WIDTH = max(len(check.name) for check in CHECKS)
 
 
 def show_checks(
@@ -36,11 +35,12 @@ def show_checks(
 
 def show_result(console: Console, result: CheckResult) -> None:
     """One line; below it a failure's remedy, and the last output of a check that crashed."""
-    outcome, indent = result.outcome, " " * (_WIDTH + 6)
+    width = max(len(check.name) for check in CHECKS)
+    outcome, indent = result.outcome, " " * (width + 6)
     style = _STYLES[outcome.status]
     seconds = f" [dim]({result.seconds:.0f} s)[/dim]" if result.seconds >= 1 else ""
     line = (
-        f"[{style}]{outcome.status.value}[/{style}]  {result.name:{_WIDTH}}  {escape(outcome.found)}{seconds}"
+        f"[{style}]{outcome.status.value}[/{style}]  {result.name:{width}}  {escape(outcome.found)}{seconds}"
     )
     console.print(line, highlight=False, soft_wrap=True)
     if outcome.remedy:
