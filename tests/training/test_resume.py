@@ -223,10 +223,10 @@ def test_times_go_on_where_they_were() -> None:
     state = state_after(3)
     clock = Clock(state, Silent())
     clock.count("sample", 2.0)
-    clock.count("update", 1.0)
-    assert state.phase_seconds == {"sample": 9.0, "update": 1.0}
+    clock.count("weight sync", 1.0)
+    assert state.phase_seconds == {"sample": 9.0, "weight sync": 1.0}
     assert state.seconds >= 60.0
-    assert clock.take_step_seconds() == {"sample": 2.0, "update": 1.0}
+    assert clock.take_step_seconds() == {"sample": 2.0, "weight sync": 1.0}
     with clock.phase("sample"):
         pass
     assert list(clock.take_step_seconds()) == ["sample"]

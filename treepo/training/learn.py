@@ -31,7 +31,7 @@ async def learn(
         result = await trainer.train_batch(parts, config.sampling.temperature)
         clock.count("log-probs", result.seconds["log_probs"])
         clock.count("train", result.seconds["train"])
-        with clock.phase("update"):
+        with clock.phase("weight sync"):
             await engines.sync_weights(step)
     return result
 

@@ -13,7 +13,7 @@ STEP_PHASES = {
     "sample": "seconds/sample",
     "log-probs": "seconds/log_probs",
     "train": "seconds/train",
-    "update": "seconds/update",
+    "weight sync": "seconds/weight_sync",
 }
 """The phases of a step, and the metrics that hold their seconds."""
 
