@@ -28,12 +28,12 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/basedpyright
 
-# Slow tests share one engine, so they run in one process.
+# Fast tests run in three processes, for many wait for a deadline; slow ones in one, to share one engine.
 test: test-fast
 	$(BIN)/pytest -m slow
 
 test-fast: check
-	$(BIN)/pytest -m "not slow" -n logical
+	$(BIN)/pytest -m "not slow" -n 3 --dist worksteal
 
 # NO_MKDOCS_2_WARNING silences the theme's announcement of its end of life.
 docs: setup

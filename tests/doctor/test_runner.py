@@ -14,6 +14,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.support.command import heed_interrupts
 from tests.support.paths import ROOT
 from treepo.cli.main import app
 from treepo.doctor import checklist
@@ -177,7 +178,9 @@ def test_an_interrupt_kills_the_check_that_runs(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, "doctor"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts
+    )
     deadline = time.monotonic() + SECONDS
     while not any(log.read_text() for log in tmp_path.glob("*/output")):  # the check has begun
         assert process.poll() is None

@@ -37,6 +37,11 @@ def write_model_and_problems(folder: Path, problems: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def heed_interrupts() -> None:
+    """Undo in a child, before it starts, that a shell's background jobs ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start `treepo ARGUMENTS` in `folder`; its configuration can name modules of tests/."""
     return subprocess.Popen(
@@ -46,6 +51,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
 
 
