@@ -81,7 +81,7 @@ def test_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
         _assert_trained_apart(tmp_path / "run", hosts)
 
         assert lonely.returncode == 1, lonely_output
-        assert re.search(r"not there after 1 s: [01] of 2 nodes, .* waiting for node 1", lonely_output)
+        assert re.search(r"still missing after 1 s: [01] of 2 nodes, .* waiting for node 1", lonely_output)
         assert not (tmp_path / "lonely").exists()
 
         assert [host.processes() for host in hosts] == [[], []], "something was left running"
