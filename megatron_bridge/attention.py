@@ -175,8 +175,8 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) ->
     of CUDA_BLOCK. Only then do the kernels omit the bounds checks.
 
     Every query head gets its own copy of its group's keys and values. With `enable_gqa` one program of the
-    backward kernel loops over all heads of a group, and the root of a tree, which all tokens attend to, then
-    takes longer than everything else together (docs/performance.md, On a GPU).
+    backward kernel loops over all heads of a group, which more than doubled its share of a train step; the
+    likely reason is the root of a tree, which all tokens attend to (docs/performance.md, On a GPU).
     """
     heads_per_group = query.shape[2] // key.shape[2]
     query, key, value = (x.flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
