@@ -141,15 +141,15 @@ def flash_attention(trajectory_tokens: int) -> Iterator[None]:
         layers.attend = of_trees
 
 
-def measure(shape: str, sizes: dict[str, int], scale: Scale) -> None:
-    """Train a random model of this shape; print a line for each setting."""
+def measure(shape: str, sizes: dict[str, int], scale: Scale) -> Iterator[dict[str, Any]]:
+    """Train a random model of this shape; yield a line for each setting."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), scale.dtype, sizes)
         config = TrainerConfig(recompute=scale.recompute)
         trainer = MegatronTrainer(Path(folder), scale.dtype, config, LearningConfig(), 0, 1, create_store())
     for setting in scale.settings:
         batch = work(setting, sizes["vocab_size"])
-        line: dict[str, Any] = {
+        yield {
             "benchmark": "gpu/train_step",
             "device": _device(),
             "shape": shape,
@@ -161,7 +161,6 @@ def measure(shape: str, sizes: dict[str, int], scale: Scale) -> None:
             "repeats": scale.repeats,
             "model": sizes,
         }
-        print(json.dumps(line), flush=True)  # noqa: T201 - the result
     trainer.close()
 
 
@@ -270,7 +269,8 @@ def main() -> None:
         parser.error("no CUDA device is visible; --dry-run runs on a CPU")
     wanted = scale(arguments)
     for shape, sizes in wanted.shapes.items():
-        measure(shape, sizes, wanted)
+        for line in measure(shape, sizes, wanted):
+            print(json.dumps(line), flush=True)  # noqa: T201 - the result
 
 
 if __name__ == "__main__":
