@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import ray
 
 from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
-from treepo.cluster.placement import run_layout
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
 from treepo.cluster.reservation import Reservation, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
@@ -51,7 +50,7 @@ async def training_session(
     the engines' caches take the memory that it leaves.
     """
     with ray_session(config.engine.count + config.trainer.parallel.ranks):
-        reservation = await reserve(run_layout(config), config.engine.start_seconds)
+        reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
         trainer = TrainerGroup(config, reservation.ranks)
         shared = reservation.shares_devices
