@@ -22,7 +22,6 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
-from torch.nn.functional import linear
 
 from megatron_bridge import optimizer
 from megatron_bridge.architecture import check_layout, read_architecture
@@ -196,7 +195,7 @@ class MegatronTrainer:
             return self._schedule.run(
                 batches,
                 number,
-                forward=lambda batch, chunk: self._forward(batch, chunk, temperature, with_entropy=False),
+                forward=lambda batch, chunk: self._forward(batch, chunk, temperature),
                 finish=lambda _, outputs: outputs[0],
                 train=False,
             )
@@ -224,7 +223,7 @@ class MegatronTrainer:
         metrics = self._schedule.run(
             batches,
             number,
-            forward=lambda batch, chunk: self._forward(batch, chunk, temperature, with_entropy=True),
+            forward=lambda batch, chunk: self._forward(batch, chunk, temperature),
             finish=loss,
             train=True,
         )
@@ -234,11 +233,9 @@ class MegatronTrainer:
         self._step += 1
         return summarise(_reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def _forward(
-        self, batch: MicroBatch, chunk: DistributedDataParallel, temperature: float, with_entropy: bool
-    ) -> Tensor:
-        """Return the last stage's log-probs, and entropies on request: float32 [1 or 2, T], 0 on tokens that
-        are not wanted. Return the hidden states of any other stage.
+    def _forward(self, batch: MicroBatch, chunk: DistributedDataParallel, temperature: float) -> Tensor:
+        """Return the last stage's log-probs and entropies: float32 [2, T], 0 on tokens that are not wanted.
+        Return the hidden states of any other stage.
         """
 
         def log_probs(
@@ -249,17 +246,15 @@ class MegatronTrainer:
             source, target = (batch.pack[name].index_select(0, batch.wanted) for name in ("source", "token"))
             log_prob, entropy = token_log_probs(
                 states.index_select(0, source),
-                lambda rows: linear(rows, weight),
+                weight,
                 target.long(),
                 temperature,
                 self._architecture.dimensions.vocabulary,
                 self._groups.tp,
-                with_entropy,
             )
-            outputs = [log_prob]
-            if entropy is not None:  # cheap unless a gradient flows through it
-                outputs.append(entropy if self._learning.entropy_coefficient else entropy.detach())
-            wanted = torch.stack(outputs)
+            if not self._learning.entropy_coefficient:  # a metric, cheap unless a gradient flows through it
+                entropy = entropy.detach()
+            wanted = torch.stack([log_prob, entropy])
             everywhere = wanted.new_zeros(len(wanted), len(states))
             return everywhere.index_copy(1, batch.wanted, wanted)
 
@@ -336,7 +331,12 @@ def _mismatch(packs: Sequence[Pack], batches: Sequence[MicroBatch]) -> LogProbMi
 
 def _reduced(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
     """Reduce metrics over all micro-batches and replicas; the last part of a key says how."""
-    mine = [{key: float(value) for key, value in entry.items()} for entry in metrics] if _reports() else []
+    mine: list[dict[str, float]] = []
+    if metrics and _reports():
+        keys = list(metrics[0])
+        values = torch.stack([entry[key].double() for entry in metrics for key in keys])
+        rows = values.view(len(metrics), len(keys)).tolist()  # waits for the device once
+        mine = [dict(zip(keys, row, strict=True)) for row in rows]
     everyone: list[list[dict[str, float]]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     entries = list(chain.from_iterable(everyone))
