@@ -25,16 +25,20 @@ from treepo.config.log_prob_check import MEAN_LIMITS
 from treepo.config.run import RunConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.config.trainer import OptimizerConfig, TrainerConfig
-from treepo.config.weights import WeightsConfig
 from treepo.doctor.engine_check import LocalSink
 from treepo.learning.packing import Pack
 from treepo.planning.simulation.lengths import random_prompts
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout.stopping import StopRule
 from treepo.training.log_prob_check import check_log_probs
-from treepo.weight_sync.send import WeightStream, open_sender
+from treepo.weight_sync.broadcast import BroadcastSender
+from treepo.weight_sync.colocated import ColocatedSender, Way
+from treepo.weight_sync.disk import DiskSender
+from treepo.weight_sync.send import WeightStream
+from treepo.weight_sync.wire import Sender
 
 SECONDS = 60.0
+BUCKET_BYTES = 256 << 20
 PROMPT_TOKENS, ALONE_TOKENS = 128, 256
 LEARNING_RATE = 2e-3
 FREED_SHARE = 0.8
@@ -77,6 +81,8 @@ class LiveEngine:
 
 class _LocalTrainer:
     """Implements `treepo.training.log_prob_check.LogProbs` with a trainer of this process."""
+
+    dtype = _DTYPE
 
     def __init__(self, trainer: MegatronTrainer) -> None:
         self._trainer = trainer
@@ -162,19 +168,29 @@ def engine_memory(context: Context) -> Figures:
     }
 
 
-def update_colocated(context: Context) -> Figures:
-    """A weight sync through memory of this machine."""
-    return _update(context, WeightsConfig(transport="colocated"))
+def update_ipc(context: Context) -> Figures:
+    """A weight sync through the GPU's memory."""
+    return _update_colocated(context, "ipc")
+
+
+def update_registered(context: Context) -> Figures:
+    """A weight sync through host memory that CUDA registers."""
+    return _update_colocated(context, "registered")
+
+
+def update_pageable(context: Context) -> Figures:
+    """A weight sync through host memory that CUDA does not know."""
+    return _update_colocated(context, "pageable")
 
 
 def update_disk(context: Context) -> Figures:
     """A weight sync through files."""
-    return _update(context, WeightsConfig(transport="disk", folder=context.folder("weights")))
+    return _update(context, DiskSender(context.folder("weights"), keep=1))
 
 
 def update_host_broadcast(context: Context) -> Figures:
     """A weight sync by gloo."""
-    return _update(context, WeightsConfig(transport="host_broadcast"))
+    return _update(context, BroadcastSender(torch.device("cpu"), "127.0.0.1", SECONDS))
 
 
 def sampling(context: Context) -> Figures:
@@ -195,7 +211,16 @@ def sampling(context: Context) -> Figures:
     }
 
 
-def _update(context: Context, config: WeightsConfig) -> Figures:
+def _update_colocated(context: Context, way: Way) -> Figures:
+    if not _CUDA and way != "pageable":
+        raise SkippedError("needs a GPU")
+    sender = ColocatedSender(torch.device("cuda", 0) if _CUDA else torch.device("cpu"), way)
+    figures = _update(context, sender)
+    assert sender.way == way, f"it went the way {sender.way}: {'; '.join(figures['remarks'])}"
+    return figures
+
+
+def _update(context: Context, sender: Sender) -> Figures:
     """Train a step, send the weights twice (the first time connects), and look at what is served."""
     live, trainer, prompt = _engine(context), _trainer(context), _prompt(context)
     old = live.log_probs(prompt)
@@ -204,10 +229,10 @@ def _update(context: Context, config: WeightsConfig) -> Figures:
     batch = work(_setting(context), SHAPES[_shape(context)]["vocab_size"])
     trainer.train_step(batch.packs["packed"], 1.0, batch.denominator)
     manifest = trainer.manifest()
-    sender = open_sender(config, context.folder("run"), "127.0.0.1", SECONDS)
-    stream = WeightStream(sender, config.bucket_mb << 20, SECONDS)
+    stream = WeightStream(sender, BUCKET_BYTES, SECONDS)
     sink = LocalSink(live.engine, live.loop)
-    seconds = []
+    seconds: list[float] = []
+    remarks: list[str] = []
     try:
         for _ in range(2):
             version = live.engine.version + 1
@@ -216,6 +241,7 @@ def _update(context: Context, config: WeightsConfig) -> Figures:
             outcome = stream.send(trainer.tensors(), manifest, version, [sink])
             assert not outcome.failed, outcome.failed
             assert outcome.broken is None, outcome.broken
+            remarks += [remark.text for remark in outcome.remarks]
             live.call(live.engine.commit())
             seconds.append(time.perf_counter() - start)
     finally:
@@ -237,6 +263,7 @@ def _update(context: Context, config: WeightsConfig) -> Figures:
         "seconds": seconds,
         "gigabytes_per_second": size / seconds[1] / 1e9,
         "moved_mean": moved,
+        "remarks": remarks,
         **figures,
     }
 

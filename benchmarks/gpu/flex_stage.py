@@ -36,7 +36,8 @@ def flex(context: Context) -> Figures:
     for length in lengths:
         exit_T, position_T = _random_tree(length)
         frequency = 10000.0 ** -(torch.arange(0, width, 2, device=_DEVICE) / width)
-        plan = plan_attention(exit_T, position_T, frequency, dtype, _DEVICE)
+        exits, positions = (torch.tensor(array, device=_DEVICE) for array in (exit_T, position_T))
+        plan = plan_attention(exits, positions, frequency, dtype)
         inputs = [
             torch.randn(length, count, width, device=_DEVICE, dtype=dtype, requires_grad=True)
             for count in (heads, kv_heads, kv_heads)
@@ -52,7 +53,7 @@ def flex(context: Context) -> Figures:
         _synchronize()
         first_seconds[str(length)] = time.perf_counter() - start
         exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
-        dense = partial(_dense, exit_T=exit_T, cos=plan.cos.float(), sin=plan.sin.float())
+        dense = partial(_dense, exit_T=exits, cos=plan.cos, sin=plan.sin)
         expected = step(exact_inputs, dense, weight.float())
         names = ("output", "query", "key", "value")
         errors[str(length)] = {
@@ -102,9 +103,8 @@ def _random_tree(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, exit_T: np.ndarray, cos: Tensor, sin: Tensor) -> Tensor:
     """Attention by the definition of the mask: key <= query < exit[key]."""
-    exits = torch.tensor(exit_T, device=query.device)
-    index = torch.arange(len(exits), device=query.device)
-    allowed = (index[None, :] <= index[:, None]) & (index[:, None] < exits[None, :])
+    index = torch.arange(len(exit_T), device=query.device)
+    allowed = (index[None, :] <= index[:, None]) & (index[:, None] < exit_T[None, :])
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     shared = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))

@@ -49,7 +49,7 @@ def quickstart(context: Context) -> Figures:
     if not (_toy(context) / "toy.json").exists():
         toy(context)
     steps = 1 if context.dry_run else min(12, round(3 * context.settings.stretch))
-    overrides = {"steps": steps}
+    overrides: dict[str, Any] = {"steps": steps}
     if context.dry_run:
         overrides |= {"data.prompts_per_step": 2, "evaluation.max_problems": 4}
     return _train(context, "quickstart", overrides)
@@ -68,7 +68,7 @@ def colocated_run(context: Context) -> Figures:
         if context.dry_run
         else SHAPES["0.5b"]
     )
-    write_model(folder, _dtype(), shape)
+    write_model(folder, "bfloat16", shape)
     byte_tokenizer(shape["max_position_embeddings"]).hugging_face.save_pretrained(folder)
     overrides: dict[str, Any] = {
         "steps": 1 if context.dry_run else 3,
@@ -101,7 +101,6 @@ def _train(context: Context, name: str, overrides: dict[str, Any]) -> Figures:
     usual = {
         "out": out,
         "model.path": toys / "model",
-        "model.dtype": _dtype(),
         "data.train": toys / "train.jsonl",
         "data.heldout": toys / "heldout.jsonl",
         "engine.attention_backend": context.settings.attention_backend,
@@ -130,9 +129,3 @@ def _train(context: Context, name: str, overrides: dict[str, Any]) -> Figures:
 
 def _toy(context: Context) -> Path:
     return context.folder("toy")
-
-
-def _dtype() -> str:
-    import torch
-
-    return "bfloat16" if torch.cuda.is_available() else "float32"
