@@ -101,7 +101,7 @@ def _random_tree(length: int) -> tuple[np.ndarray, np.ndarray]:
     return exit_T, position_T
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, exit_T: np.ndarray, cos: Tensor, sin: Tensor) -> Tensor:
+def _dense(query: Tensor, key: Tensor, value: Tensor, exit_T: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Attention by the definition of the mask: key <= query < exit[key]."""
     index = torch.arange(len(exit_T), device=query.device)
     allowed = (index[None, :] <= index[:, None]) & (index[:, None] < exit_T[None, :])

@@ -126,7 +126,7 @@ def run_group(stages: Sequence[Stage], settings: Settings) -> Iterator[Result]:
         if settings.left() < waiting[0].seconds:
             yield _does_not_fit(waiting.pop(0), settings)
             continue
-        for result in _run_process(waiting, settings):
+        for result in _run_process(tuple(waiting), settings):
             waiting.pop(0)
             yield result
 
