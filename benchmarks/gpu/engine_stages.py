@@ -40,7 +40,7 @@ from treepo.weight_sync.wire import Sender
 SECONDS = 60.0
 BUCKET_BYTES = 256 << 20
 PROMPT_TOKENS, ALONE_TOKENS = 128, 256
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 5e-4
 FREED_SHARE = 0.8
 """What `offload` must free of the memory of weights and cache: the rest is SGLang's own and CUDA graphs'."""
 MOVED = 3.0
@@ -339,7 +339,7 @@ def _scale(context: Context) -> rollout.Scale:
         widths=[16],
         prompts=round(32 * context.settings.stretch),
         prompt_tokens=256,
-        segment_tokens=128,
+        segment_tokens=64,
         max_depth=14,
         dtype=_DTYPE,
         engine=EngineConfig(

@@ -29,6 +29,7 @@ def flex(context: Context) -> Figures:
     lengths = [1, 70, 300, 33, 257] if context.dry_run else [1, 700, 16384, 129, 2048, 5000, 8191, 12000]
     heads, kv_heads, width = (4, 2, 16) if context.dry_run else (14, 2, 64)
     dtype = torch.bfloat16 if _CUDA else torch.float32
+    torch._dynamo.reset()
     counters.clear()
     errors: dict[str, dict[str, float]] = {}
     milliseconds: dict[str, float] = {}

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from treepo.doctor.runner import kill_with_descendants
+from treepo.errors import one_line
 
 CLOSE_SECONDS = 20.0  # for a process to end what it started
 DRY_PATIENCE = 10.0  # on deadlines: a dry run may share its few cores with other work
 _POLL_SECONDS = 0.1
-_LOG_LINES = 5
+_LOG_LINES, _ERROR_CHARACTERS = 5, 500
 _PREPARE_SECONDS = 60.0
 
 Figures = dict[str, Any]
@@ -139,6 +140,7 @@ def _run_process(stages: Sequence[Stage], settings: Settings) -> Iterator[Result
     with log.open("ab") as output, os.fdopen(reading, "rb", 0) as messages:
         process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, str(writing), _encoded(settings), *map(_encoded, stages)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *_python_path()])},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -150,6 +152,11 @@ def _run_process(stages: Sequence[Stage], settings: Settings) -> Iterator[Result
             yield from _results(process, messages, stages, settings, log)
         finally:
             kill_with_descendants(process)
+
+
+def _python_path() -> list[str]:
+    """Of this process. The stages' processes and theirs need the repository too, wherever they start."""
+    return [path for path in [os.environ.get("PYTHONPATH")] if path]
 
 
 def _results(
@@ -243,7 +250,9 @@ def _run_stage(stage: Stage, context: Context) -> Result:
         return Result(stage.name, "SKIP", str(reason), time.time() - start)
     except Exception as error:  # of any kind: the other stages are to run
         traceback.print_exc()
-        return Result(stage.name, "FAIL", f"{type(error).__name__}: {error}"[:500], time.time() - start)
+        return Result(
+            stage.name, "FAIL", one_line(f"{type(error).__name__}: {error}")[:500], time.time() - start
+        )
     return Result(stage.name, "PASS", str(figures.pop("headline")), time.time() - start, figures)
 
 

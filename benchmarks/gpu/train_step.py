@@ -173,8 +173,8 @@ def compare(
     log_probs = {}
     for way, attention in ways.items():
         with attention():
-            log_probs[way] = _by_token(batch.packs[way], trainer.log_probs(batch.packs[way], 1.0))
-    difference = _difference(log_probs["packed"], log_probs["flat"])
+            log_probs[way] = by_token(batch.packs[way], trainer.log_probs(batch.packs[way], 1.0))
+    off = difference(log_probs["packed"], log_probs["flat"])
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     memory: dict[str, tuple[float | None, float | None]] = {}
     for _ in range(1 + scale.repeats):
@@ -192,8 +192,8 @@ def compare(
         "ideal_ratio": ideal,
         "share_of_ideal": ratio / ideal,
         "unique_tokens_per_second": batch.unique_tokens / median["packed"],
-        "log_prob_difference_mean": float(difference.mean()),
-        "log_prob_difference_max": float(difference.max()),
+        "log_prob_difference_mean": float(off.mean()),
+        "log_prob_difference_max": float(off.max()),
     }
     for way, attention in ways.items():
         line[way] = {
@@ -211,7 +211,7 @@ def compare(
     return line
 
 
-def _by_token(packs: Sequence[Pack], log_probs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def by_token(packs: Sequence[Pack], log_probs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Keys (`token_keys`) and log-probs of the trained tokens."""
     trained = [pack.count_pos + pack.count_neg > 0 for pack in packs]
     keys = [token_keys(pack)[chosen] for pack, chosen in zip(packs, trained, strict=True)]
@@ -219,7 +219,7 @@ def _by_token(packs: Sequence[Pack], log_probs: Sequence[np.ndarray]) -> tuple[n
     return np.concatenate(keys), np.concatenate(values)
 
 
-def _difference(packed: tuple[np.ndarray, np.ndarray], flat: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def difference(packed: tuple[np.ndarray, np.ndarray], flat: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """|flat - packed| of every trained token of the trajectories; a shared token counts once a trajectory."""
     order = packed[0].argsort()
     place = order[np.searchsorted(packed[0], flat[0], sorter=order)]

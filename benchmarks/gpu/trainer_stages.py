@@ -5,10 +5,13 @@ Log-probs are compared with float32; process groups, checkpoints and offloading 
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +19,11 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.cuda import nccl
+from transformers import Qwen2ForCausalLM
 
 from benchmarks.gpu import train_step
 from benchmarks.gpu.stage_process import Context, Figures, SkippedError
+from benchmarks.gpu.train_step import by_token, difference
 from benchmarks.packed_and_flat import Setting, Work, work
 from benchmarks.random_model import SHAPES, write_model
 from megatron_bridge.process_groups import form_groups, leave_groups
@@ -26,10 +31,13 @@ from megatron_bridge.runtime import on_device
 from megatron_bridge.trainer import MegatronTrainer, create_store
 from treepo.config.learning import LearningConfig
 from treepo.config.log_prob_check import MAX_LIMITS, MEAN_LIMITS
-from treepo.config.trainer import OptimizerConfig, ParallelConfig, TrainerConfig
+from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.doctor import trainer_check
 from treepo.doctor.check import Status
+from treepo.learning.packing import Pack
 
+KEPT_SHARE = 0.25
+"""Of the memory before an offload of everything."""
 SAME_STEP = 0.1
 """A step without the optimizer's state differs by about 1: Adam's first steps are the largest."""
 
@@ -73,32 +81,43 @@ def _collectives(group: dist.ProcessGroup) -> float:
 
 def trainer_bf16(_: Context) -> Figures:
     """The check `trainer` of `treepo doctor`, which computes in bfloat16 on a GPU."""
+    torch._dynamo.reset()
     outcome = trainer_check.trainer()
     assert outcome.status is Status.PASS, outcome.found
     return {"headline": outcome.found}
 
 
 def log_probs(context: Context) -> Figures:
-    """The same weights in bfloat16 and in float32."""
-    packs = _work(context).packs["packed"]
-    with _new_trainer(context, "float32") as exact:
-        expected = np.concatenate(exact.log_probs(packs, 1.0))
-    found = np.concatenate(_trainer(context).log_probs(packs, 1.0))
-    difference = np.abs(found - expected, dtype=np.float64)
-    mean, largest = float(difference.mean()), float(difference.max())
+    """The trainer's log-probs of packed trees in bfloat16, against transformers' in float32."""
+    trainer, batch = _trainer(context), _work(context)
+    found = by_token(batch.packs["packed"], trainer.log_probs(batch.packs["packed"], 1.0))
+    model: Any = Qwen2ForCausalLM.from_pretrained(_small_model(context), dtype=torch.float32).to(_DEVICE)  # type: ignore[reportArgumentType]
+    exact = [_log_probs_of(model, pack, _setting(context).trajectory_tokens) for pack in batch.packs["flat"]]
+    off = difference(found, by_token(batch.packs["flat"], exact))
+    mean, largest = float(off.mean()), float(off.max())
     assert mean <= MEAN_LIMITS["bfloat16"], mean
     assert largest <= MAX_LIMITS["bfloat16"], largest
     return {
         "headline": f"bfloat16 against float32: {mean:.1e} on average, {largest:.1e} at most",
         "mean": mean,
         "max": largest,
-        "tokens": len(difference),
+        "tokens": len(off),
     }
+
+
+def _log_probs_of(model: Any, pack: Pack, trajectory_tokens: int) -> np.ndarray:
+    """Of a flat pack, trajectory by trajectory; 0 for the first token of each."""
+    computed = []
+    for tokens in torch.from_numpy(pack.token).long().to(_DEVICE).split(trajectory_tokens):
+        with torch.no_grad():
+            log_probs = model(tokens[None]).logits[0, :-1].log_softmax(-1)
+        computed += [tokens.new_zeros(1).float(), log_probs.gather(1, tokens[1:, None])[:, 0]]
+    return torch.cat(computed).cpu().numpy()
 
 
 def checkpoint(context: Context) -> Figures:
     """Save, take a step, load, take the same step: weights and optimizer come back."""
-    trainer, folder = _trainer(context), context.folder("checkpoint") / "step"
+    trainer, folder = _trainer(context), _checkpoint(context)
     saved = _weights(trainer)
     start = time.perf_counter()
     trainer.save(folder, {})
@@ -126,11 +145,46 @@ def checkpoint(context: Context) -> Figures:
 
 
 def offload(context: Context) -> Figures:
-    """Offload and restore the trainer: memory comes free, and the next step is the same."""
-    trainer = _trainer(context)
-    if not hasattr(trainer, "offload"):
+    """Offload everything and reload it: memory comes free, and the next step is the same."""
+    trainer, folder = _trainer(context), _checkpoint(context)
+    if "offload" not in TrainerConfig.model_fields:
         raise SkippedError("the trainer cannot be offloaded")
-    raise NotImplementedError
+    if not folder.exists():
+        trainer.save(folder, {})
+        trainer.finish_save()
+    trainer.load(folder)
+    first = _step(context, trainer)
+    trainer.load(folder)
+    held = _allocated()
+    start = time.perf_counter()
+    trainer.offload(weights=True)
+    offloaded = time.perf_counter()
+    left = _allocated()
+    trainer.reload()
+    reloaded = time.perf_counter()
+    again = _step(context, trainer)
+    assert not _CUDA or left < KEPT_SHARE * held, f"{left / 2**30:.2f} of {held / 2**30:.2f} GiB are left"
+    return {
+        "headline": (
+            f"{held / 2**30:.2f} GiB to {left / 2**30:.2f} in {offloaded - start:.2f} s, back in "
+            f"{reloaded - offloaded:.2f} s; the step repeats within {_same_step(first, again):.1e}"
+        ),
+        "held_gib": held / 2**30,
+        "left_gib": left / 2**30,
+        "offload_seconds": offloaded - start,
+        "reload_seconds": reloaded - offloaded,
+    }
+
+
+def _allocated() -> int:
+    _collect()
+    return torch.cuda.memory_allocated() if _CUDA else 0
+
+
+def _collect() -> None:
+    gc.collect()
+    if _CUDA:
+        torch.cuda.empty_cache()
 
 
 def train_step_0_5b(context: Context) -> Figures:
@@ -152,6 +206,8 @@ def _train_step(
     else:
         setting = Setting(1, 256, 1536, 512, 2, max_tokens_per_pack)
     context.close()  # a process has one trainer at a time
+    _collect()
+    torch._dynamo.reset()
     sizes = SHAPES[shape] | changes
     dtype = "bfloat16" if _CUDA else "float32"
     scale = train_step.Scale({shape: sizes}, [setting], dtype, "none", repeats, profile=False)
@@ -171,13 +227,20 @@ def _train_step(
 
 
 @contextmanager
-def _new_trainer(context: Context, dtype: str) -> Iterator[MegatronTrainer]:
-    folder = context.folder("small")
-    sizes = SHAPES["tiny"] if context.dry_run else _SMALL
-    if not (folder / "config.json").exists():
-        write_model(folder, "bfloat16", sizes)
-    config = TrainerConfig(optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
-    trainer = MegatronTrainer(folder, dtype, config, LearningConfig(), 0, 1, create_store())
+def _new_trainer(context: Context) -> Iterator[MegatronTrainer]:
+    torch._dynamo.reset()  # other stages had other shapes, and torch compiles a function for eight at most
+    config = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}}
+    if "offload" in TrainerConfig.model_fields:
+        config["offload"] = "all"
+    trainer = MegatronTrainer(
+        _small_model(context),
+        "bfloat16",
+        TrainerConfig.model_validate(config),
+        LearningConfig(),
+        0,
+        1,
+        create_store(),
+    )
     try:
         yield trainer
     finally:
@@ -186,13 +249,27 @@ def _new_trainer(context: Context, dtype: str) -> Iterator[MegatronTrainer]:
 
 def _trainer(context: Context) -> MegatronTrainer:
     """The small model's trainer in bfloat16."""
-    return context.shared("trainer", lambda: _new_trainer(context, "bfloat16"))
+    return context.shared("trainer", lambda: _new_trainer(context))
+
+
+def _small_model(context: Context) -> Path:
+    folder = context.folder("small")
+    if not (folder / "config.json").exists():
+        write_model(folder, "bfloat16", SHAPES["tiny"] if context.dry_run else _SMALL)
+    return folder
+
+
+def _checkpoint(context: Context) -> Path:
+    return context.folder("checkpoint") / "step"
+
+
+def _setting(context: Context) -> Setting:
+    return Setting(1, 8, 32, 8, 2, 1024) if context.dry_run else Setting(1, 256, 1024, 256, 2, 16384)
 
 
 def _work(context: Context) -> Work:
-    if context.dry_run:
-        return work(Setting(1, 8, 32, 8, 2, 1024), SHAPES["tiny"]["vocab_size"])
-    return work(Setting(1, 256, 1024, 256, 2, 16384), _SMALL["vocab_size"])
+    sizes = SHAPES["tiny"] if context.dry_run else _SMALL
+    return work(_setting(context), sizes["vocab_size"])
 
 
 def _weights(trainer: MegatronTrainer) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def card(context: Context) -> Figures:
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if _CUDA else None
     copies = ", ".join(f"{what.replace('_', ' ')} {rate:.1f}" for what, rate in rates.items())
     return {
-        "headline": f"{name}: bfloat16 product {product:.1f} TFLOP/s; GB/s {copies}",
+        "headline": f"{name}: bfloat16 product {product:.3g} TFLOP/s; GB/s {copies}",
         "device": name,
         "memory_gib": memory,
         "matrix_tflops": product,
