@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from sglang_rollout.engine import SGLangEngine
 from treepo.cluster.pooled_engine import Memory
 from treepo.cluster.ray_actor import own_error, use_interface_of_node
+from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
 from treepo.errors import DeadEngineError, TreepoError
@@ -35,6 +36,7 @@ class HostedEngine(SGLangEngine):
 
     def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
         self._failure: TreepoError | None = None
+        self._desk = RequestDesk(self.generate)
         use_interface_of_node()  # SGLang's processes inherit it
         try:
             super().__init__(model, dtype, config, **settings)
@@ -46,6 +48,12 @@ class HostedEngine(SGLangEngine):
         if self._failure is not None:
             raise self._failure
         return super().capacity()
+
+    async def post(self, requests: Posted, cancelled: Sequence[int]) -> None:
+        self._desk.post(requests, cancelled)
+
+    async def collect(self) -> Answers:
+        return await self._desk.collect()
 
     def close(self) -> None:
         if self._failure is None:
@@ -102,12 +110,16 @@ class RayEngine:
         self.name = name
         self.actor = actor
         self._ranks = ranks
+        self._channel = RequestChannel(actor)
 
     async def start(self) -> int:
         return await self._answer(self.actor.capacity)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        return await self._answer(self.actor.generate, request)
+        try:
+            return await self._channel.generate(request)
+        except (RayTaskError, RayActorError) as error:
+            raise self._own(error) from None
 
     async def health_check(self) -> None:
         await self._answer(self.actor.health_check)
@@ -154,10 +166,12 @@ class RayEngine:
             ray.cancel(reference)
             raise
         except (RayTaskError, RayActorError) as error:
-            own = own_error(error, DeadEngineError)
-            if isinstance(own, TreepoError):
-                raise type(own)(f"{self.name}: {own}") from None
-            raise
+            raise self._own(error) from None
+
+    def _own(self, error: RayTaskError | RayActorError) -> BaseException:
+        """Our own error with the engine's name in place of Ray's; a fault as it is, with its traceback."""
+        own = own_error(error, DeadEngineError)
+        return type(own)(f"{self.name}: {own}") if isinstance(own, TreepoError) else own
 
 
 @dataclass(frozen=True, slots=True)
