@@ -36,7 +36,9 @@ def flex(context: Context) -> Figures:
     for length in lengths:
         exit_T, position_T = _random_tree(length)
         frequency = 10000.0 ** -(torch.arange(0, width, 2, device=_DEVICE) / width)
-        plan = plan_attention(exit_T, position_T, frequency, dtype, _DEVICE)
+        plan = plan_attention(
+            torch.tensor(exit_T, device=_DEVICE), torch.tensor(position_T, device=_DEVICE), frequency, dtype
+        )
         inputs = [
             torch.randn(length, count, width, device=_DEVICE, dtype=dtype, requires_grad=True)
             for count in (heads, kv_heads, kv_heads)

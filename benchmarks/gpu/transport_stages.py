@@ -1,23 +1,16 @@
 """The stages of first_day.py about the card's rates, and about memory that trainer and engine share."""
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import get_args
 
 import torch
-from torch import Tensor
 
+from benchmarks.gpu.colocated import measure
 from benchmarks.gpu.stage_process import Context, Figures
 from benchmarks.gpu.train_step import MATRIX_RATE
-from treepo.config.weights import WeightsConfig
-from treepo.weight_sync.send import WeightStream, open_sender
-from treepo.weight_sync.wire import Bucket, Sender, TensorInfo, checksum
-
-SECONDS = 30.0
-BUCKET_BYTES = 256 << 20
+from treepo.weight_sync.colocated import Way
 
 _CUDA = torch.cuda.is_available()
 _DEVICE = torch.device("cuda" if _CUDA else "cpu")
@@ -51,84 +44,21 @@ def card(context: Context) -> Figures:
 
 
 def transport(context: Context) -> Figures:
-    """Weights through shared memory to the device of another process, which verifies every checksum."""
-    number = (1 << 20) if context.dry_run else (1 << 30)
-    tensors = {f"weight.{index}": torch.randn(number // 16, device=_DEVICE).bfloat16() for index in range(8)}
-    rates = {}
-    for name, sender in senders(context).items():
-        rates[name] = _rate(sender, tensors)
-    shown = ", ".join(f"{name} {rate:.2f} GB/s" for name, rate in rates.items())
-    return {"headline": f"{shown}, checksums equal", "bytes": number, "gigabytes_per_second": rates}
-
-
-def senders(context: Context) -> dict[str, Sender]:
-    """Every way through memory of this machine, by name."""
-    config = WeightsConfig(transport="colocated")
-    return {"pageable": open_sender(config, context.folder("transport"), "127.0.0.1", SECONDS)}
-
-
-def _rate(sender: Sender, tensors: dict[str, Tensor], repeats: int = 3) -> float:
-    """GB/s: the median of the updates after the first, which maps the memory."""
-    manifest = tuple(TensorInfo.of(name, tensor) for name, tensor in tensors.items())
-    stream = WeightStream(sender, BUCKET_BYTES, SECONDS)
-    sink = _CheckingSink()
-    try:
-        seconds = []
-        for version in range(1, repeats + 2):
-            start = time.perf_counter()
-            outcome = stream.send(iter(tensors.items()), manifest, version, [sink])
-            seconds.append(time.perf_counter() - start)
-            assert not outcome.failed, outcome.failed
-            assert outcome.broken is None, outcome.broken
-    finally:
-        stream.close()
-        sink.close()
-    return sum(info.nbytes for info in manifest) / statistics.median(seconds[1:]) / 1e9
-
-
-class _CheckingSink:
-    """Implements `treepo.weight_sync.send.WeightSink` with a process that receives and loads nothing."""
-
-    name = key = "sink"
-    ranks = 1
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_receive, args=(theirs,), daemon=True)
-        self._process.start()
-        self._thread = ThreadPoolExecutor(1)
-
-    def join(self, address: Any) -> "Future[None]":
-        return self._order(address)
-
-    def load(self, bucket: Bucket) -> "Future[None]":
-        return self._order(bucket)
-
-    def close(self) -> None:
-        self._ours.send(None)
-        self._process.join()
-        self._thread.shutdown()
-
-    def _order(self, argument: Any) -> "Future[None]":
-        def obey() -> None:
-            self._ours.send(argument)
-            error = self._ours.recv()
-            assert error is None, error
-
-        return self._thread.submit(obey)
-
-
-def _receive(orders: Any) -> None:
-    """A sink's process: joins addresses and checks buckets until None arrives."""
-    receiver: Any = None
-    while (order := orders.recv()) is not None:
-        if isinstance(order, Bucket):
-            found = checksum(receiver.receive(order))
-            orders.send(None if found == order.checksum else "a bucket arrived with another checksum")
-        else:
-            receiver = order.join(0, _DEVICE)
-            orders.send(None)
+    """Weights to another process on the card by every way of `colocated`; it verifies every checksum."""
+    megabytes, bucket_mb = (32, 16) if context.dry_run else (2048, 256)
+    records = {way: measure(_DEVICE, way, megabytes, bucket_mb, repeats=3) for way in get_args(Way)}
+    for way, record in records.items():
+        assert not record["error"], f"{way}: {record['error']}"
+        taken = record["way"]
+        assert not _CUDA or taken == way, f"{way}: {taken} was taken: {'; '.join(record['remarks'])}"
+    rates = {way: record["gb_per_second"] for way, record in records.items()}
+    shown = ", ".join(f"{way} {rate:.2f}" for way, rate in rates.items())
+    return {
+        "headline": f"GB/s {shown}; checksums equal",
+        "bytes": megabytes << 20,
+        "gigabytes_per_second": rates,
+        "first_seconds": {way: record["first_seconds"] for way, record in records.items()},
+    }
 
 
 def _seconds(work: Callable[[], object], repeats: int = 10) -> float:
