@@ -178,5 +178,5 @@ def test_sglangs_own_arguments_are_checked() -> None:
     )
     with pytest.raises(ConfigError, match="did you mean 'cuda_graph_max_bs_decode'"):
         check_sglang_arguments(engine(cuda_graph_max_bs=8))
-    with pytest.raises(ConfigError, match="engine.attention_backend: should be one of triton"):
+    with pytest.raises(ConfigError, match=r"engine\.attention_backend: should be one of triton"):
         check_sglang_arguments(EngineConfig(attention_backend="fa9"))
