@@ -54,6 +54,8 @@ _FIXED = {
     "tokenizer_path": "an engine takes and returns tokens",
     "disable_radix_cache": "trees share their prefixes in it",
     "quantization": "weight syncs send weights of model.dtype",
+    "enable_lora": "adapters are not trained",
+    "lora_paths": "adapters are not trained",
     "custom_weight_loader": "weight syncs need their own",
     "weight_version": "weight syncs set it",
     "custom_sigquit_handler": "engines are supervised by their pool",
@@ -141,23 +143,21 @@ def has_experts(config: Mapping[str, Any]) -> bool:
     return any((config.get(name) or 0) > 1 for name in names)
 
 
-def check_sglang_arguments(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError for each argument in `given` (`engine.sglang`) that SGLang lacks, that has another
-    type or choice there, or that is set elsewhere.
+def check_sglang_arguments(engine: EngineConfig) -> None:
+    """Raise ConfigError with a line for each argument in `engine.sglang` that SGLang lacks, that has another
+    type or choice there, or that is set elsewhere; and for an `engine.attention_backend` that it lacks.
     """
-    if not given:
-        return
-    from sglang.srt.server_args import ServerArgs  # takes seconds
+    if engine.sglang or engine.attention_backend:
+        from sglang.srt.server_args import ServerArgs  # takes seconds
 
-    types = get_type_hints(ServerArgs, include_extras=True)
-    faults = list(_faults(given, types))
-    if faults:
-        raise ConfigError("\n".join(faults))
+        if faults := list(argument_faults(engine, get_type_hints(ServerArgs, include_extras=True))):
+            raise ConfigError("\n".join(faults))
 
 
-def _faults(given: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[str]:
+def argument_faults(engine: EngineConfig, types: Mapping[str, Any]) -> Iterator[str]:
     """types: the annotated type of each argument; an annotation may have `choices`."""
-    for name, value in given.items():
+    yield from _value_faults("engine.attention_backend", engine.attention_backend, types["attention_backend"])
+    for name, value in engine.sglang.items():
         key = f"engine.sglang.{name}"
         if name in _OWN_KEYS:
             yield f"{key}: set by {_OWN_KEYS[name]}"

@@ -82,10 +82,12 @@ class LiveEngine:
 class _LocalTrainer:
     """Implements `treepo.training.log_prob_check.LogProbs` with a trainer of this process."""
 
-    dtype = _DTYPE
-
     def __init__(self, trainer: MegatronTrainer) -> None:
         self._trainer = trainer
+
+    @property
+    def dtype(self) -> str:
+        return _DTYPE
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         return [self._trainer.log_probs(of_replica, temperature) for of_replica in packs]
