@@ -216,9 +216,10 @@ def sampling(context: Context) -> Figures:
 def _update_colocated(context: Context, way: Way) -> Figures:
     if not _CUDA and way != "pageable":
         raise SkippedError("needs a GPU")
-    sender = ColocatedSender(torch.device("cuda", 0) if _CUDA else torch.device("cpu"), way)
-    figures = _update(context, sender)
-    assert sender.way == way, f"it went the way {sender.way}: {'; '.join(figures['remarks'])}"
+    device = torch.device("cuda", 0) if _CUDA else torch.device("cpu")
+    figures = _update(context, ColocatedSender(device, way))
+    taken = figures["way"]
+    assert taken == way, f"it went the way {taken}: {'; '.join(figures['remarks'])}"
     return figures
 
 
@@ -246,6 +247,7 @@ def _update(context: Context, sender: Sender) -> Figures:
             remarks += [remark.text for remark in outcome.remarks]
             live.call(live.engine.commit())
             seconds.append(time.perf_counter() - start)
+        way = sender.way if isinstance(sender, ColocatedSender) else None
     finally:
         stream.close()
     sampled = live.generate(prompt, 1)
@@ -265,6 +267,7 @@ def _update(context: Context, sender: Sender) -> Figures:
         "seconds": seconds,
         "gigabytes_per_second": size / seconds[1] / 1e9,
         "moved_mean": moved,
+        "way": way,
         "remarks": remarks,
         **figures,
     }

@@ -62,7 +62,7 @@ STAGES = (
     _stage("quickstart", _RUN, 55, "run", deadline=90.0),
     _stage("colocated_run", _RUN, 75, "run", deadline=120.0),
 )
-"""Seconds were measured on an H200 or estimated from what was; the first stage of a group includes the start of
+"""Seconds were measured on an H200 or estimated from what was; a group's first stage includes the start of
 its process. Only starting an engine and the two whole training runs may take more than a minute.
 """
 

@@ -41,10 +41,9 @@ class RequestChannel:
         try:
             return await answer
         finally:
-            if self._waiting.pop(number, None) is not None:  # cancelled before it was answered
-                if self._unsent.pop(number, None) is None:
-                    self._cancelled.append(number)
-                    self._flush_soon()
+            if self._waiting.pop(number, None) is not None:  # this call was cancelled
+                self._cancelled.append(number)
+                self._flush_soon()
 
     def _flush_soon(self) -> None:
         if not self._flushing:
