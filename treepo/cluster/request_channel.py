@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from treepo.protocols import GenerateOutput, GenerateRequest
 
@@ -33,7 +33,9 @@ class RequestChannel:
         self._flushing = self._collecting = False
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        """Raises what the engine raised, as a RayTaskError, or RayActorError if the actor has died."""
+        """Raises what a call of the actor would: a RayTaskError of the engine's error, RayActorError if the
+        actor has died.
+        """
         number = next(self._numbers)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._unsent[number] = request
@@ -67,7 +69,7 @@ class RequestChannel:
     async def _post(self, requests: Mapping[int, GenerateRequest], cancelled: Sequence[int]) -> None:
         try:
             await self._actor.post.remote(list(requests.items()), cancelled)
-        except (RayTaskError, RayActorError) as error:
+        except Exception as error:  # of any kind: nobody else would hear of it, and the requests would wait
             self._fail(requests, error)
 
     async def _collect(self) -> None:
@@ -77,17 +79,22 @@ class RequestChannel:
                 for number, answer in await self._actor.collect.remote():
                     if isinstance(answer, RayTaskError):
                         self._fail([number], answer)
-                    elif number in self._waiting:  # else it was cancelled meanwhile
-                        self._waiting.pop(number).set_result(answer)
-        except (RayTaskError, RayActorError) as error:
+                    elif (waiting := self._take(number)) is not None:
+                        waiting.set_result(answer)
+        except Exception as error:  # as above
             self._fail([*self._waiting], error)
         finally:
             self._collecting = False
 
     def _fail(self, numbers: Iterable[int], error: Exception) -> None:
         for number in numbers:
-            if number in self._waiting:
-                self._waiting.pop(number).set_exception(error)
+            if (waiting := self._take(number)) is not None:
+                waiting.set_exception(error)
+
+    def _take(self, number: int) -> "asyncio.Future[GenerateOutput] | None":
+        """The future of a request that still waits; None if it was cancelled meanwhile."""
+        waiting = self._waiting.pop(number, None)
+        return None if waiting is None or waiting.done() else waiting
 
 
 class RequestDesk:
