@@ -146,7 +146,8 @@ def checkpoint(context: Context) -> Figures:
 
 def offload(context: Context) -> Figures:
     """Offload everything and reload it: memory comes free, and the next step is the same."""
-    trainer, folder = _trainer(context), _checkpoint(context)
+    trainer: Any = _trainer(context)
+    folder = _checkpoint(context)
     if "offload" not in TrainerConfig.model_fields:
         raise SkippedError("the trainer cannot be offloaded")
     if not folder.exists():
@@ -229,7 +230,7 @@ def _train_step(
 @contextmanager
 def _new_trainer(context: Context) -> Iterator[MegatronTrainer]:
     torch._dynamo.reset()  # other stages had other shapes, and torch compiles a function for eight at most
-    config = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}}
+    config: dict[str, Any] = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}}
     if "offload" in TrainerConfig.model_fields:
         config["offload"] = "all"
     trainer = MegatronTrainer(
