@@ -29,6 +29,7 @@ _GRAPH_SHARE = 64  # graphs take at most this part of the device
 # that an engine that misses an update still has the weights of a version.
 _SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
 
+_DETERMINISTIC_WITH_CACHE = ("fa3", "fa4", "triton")
 _OWN_KEYS = {
     "model_path": "model.path",
     "dtype": "model.dtype",
@@ -169,6 +170,13 @@ def argument_faults(engine: EngineConfig, types: Mapping[str, Any]) -> Iterator[
             yield f"{key}: SGLang has no such argument{hint}"
         else:
             yield from _value_faults(key, value, types[name])
+    deterministic = engine.sglang.get("enable_deterministic_inference")
+    if deterministic is True and engine.attention_backend not in _DETERMINISTIC_WITH_CACHE:
+        yield (
+            "engine.sglang.enable_deterministic_inference: needs engine.attention_backend = "
+            f"{', '.join(_DETERMINISTIC_WITH_CACHE)}; with others SGLang turns the prefix cache off, in "
+            "which trees share their prefixes"
+        )
 
 
 def _value_faults(key: str, value: Any, annotated: Any) -> Iterator[str]:

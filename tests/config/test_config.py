@@ -10,7 +10,7 @@ from treepo.config.base import Section
 from treepo.config.evaluate import EvalConfig
 from treepo.config.load import RENAMED_KEYS, dump_config, load_as, load_config
 from treepo.config.rollout import RolloutConfig
-from treepo.config.run import RunConfig
+from treepo.config.run import ModelConfig, RunConfig
 from treepo.errors import ConfigError
 
 EXAMPLES = [
@@ -92,6 +92,46 @@ def test_a_mistake_is_named_with_its_place(write, text: str, overrides: list[str
     with pytest.raises(ConfigError) as error:
         load_config(write(text), overrides)
     assert any(message in line for line in str(error.value).splitlines()), error.value
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "decided"),
+    [
+        ("auto", True, "bfloat16"),
+        ("auto", False, "float32"),
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "bfloat16"),
+        ("float32", False, "float32"),
+    ],
+)
+def test_auto_is_decided_by_the_devices(dtype: str, gpus: bool, decided: str) -> None:
+    model = ModelConfig.model_validate({"path": "m", "dtype": dtype}).on(gpus=gpus)
+    assert (str(model.path), model.dtype) == ("m", decided)
+
+
+def test_float32_is_refused_on_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"model\.dtype = float32: .* bfloat16 and auto"):
+        ModelConfig.model_validate({"path": "m", "dtype": "float32"}).on(gpus=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "paths"),
+    [
+        ([], 64 * 16),
+        (["engine.count=3"], 22 * 16),  # the fullest engine's share
+        (["sampling.max_live_trees=4", "engine.count=2"], 4 * 16),
+    ],
+)
+def test_paths_at_once_are_those_of_an_engines_trees(write, overrides: list[str], paths: int) -> None:
+    given = ["data.prompts_per_step=64", "sampling.width=16", *overrides]
+    assert load_config(write(MINIMAL), given).paths_at_once == paths
+
+
+def test_sglangs_arguments_are_any_values(write) -> None:
+    path = write(MINIMAL + "engine: {sglang: {page_size: 4, kv_cache_dtype: auto, sizes: [1, 2]}}\n")
+    config = load_config(path, ["engine.sglang.page_size=8"])
+    assert config.engine.sglang == {"page_size": 8, "kv_cache_dtype": "auto", "sizes": [1, 2]}
+    assert load_config(write(dump_config(config))) == config
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "out": "run",
         "steps": STEPS,
-        "model": {"path": "model", "dtype": "float32"},
+        "model": {"path": "model"},
         "data": {"train": "train.jsonl", "prompts_per_step": 4, "max_prompt_tokens": 224},
         "reward": {"workers": 1, "function": "tests.training.test_train_command:reward_even_length"},
         "sampling": {"segment_tokens": 8, "max_depth": 4, "max_response_tokens": 32, "width": 4},
@@ -68,6 +68,7 @@ def test_three_steps_end_to_end(folder: Path) -> None:
         assert {segment.version for segment in tree.segments} == {step - 1}
 
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["dtype"] == "float32", "auto, on CPUs"
     assert summary["accuracy_before"] is None
     # A shared segment and two below it for each of four prompts, compared as the steps' tokens are above.
     assert 4 * 3 <= summary["log_prob_check"]["tokens"] <= 4 * 3 * 8
