@@ -1,4 +1,5 @@
-"""Checks before an engine starts: the folder's weights, its layers, tensor-parallel ranks, and lengths.
+"""Checks before an engine starts: the folder's weights, its layers, tensor-parallel ranks, lengths, and
+SGLang's arguments.
 
 SGLang may serve families that the trainer does not know, so the checks read only config.json and the headers
 of the weights.
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sglang_rollout.arguments import check_sglang_arguments
 from sglang_rollout.weight_update import checkpoint_shapes
 from treepo.config.engine import EngineConfig
 from treepo.errors import ConfigError, ModelError
@@ -37,6 +39,7 @@ def check_engine(folder: Path, prompt: int, response: int, engine: EngineConfig)
                 f"data.max_prompt_tokens + the longest response = {prompt} + {response} = {total}, "
                 f"but {name}, of which SGLang keeps {_KEPT_FREE} free: {limit - _KEPT_FREE} are allowed"
             )
+    check_sglang_arguments(engine)
 
 
 def check_tensor(folder: Path, config: Mapping[str, Any], tensor: int) -> None:

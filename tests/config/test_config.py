@@ -79,7 +79,7 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
         (MINIMAL + "sampling:\n  width: four\n", [], "run.yaml:7: sampling.width: should be a valid integer"),
         (MINIMAL + "steps: 4\n", [], "run.yaml:6: steps: given twice, first at"),
         (MINIMAL, ["model=3"], "model: should be a section (keys and values), found 3"),
-        (MINIMAL, ["model.dtype=fp8"], "should be 'float32' or 'bfloat16', found 'fp8'"),
+        (MINIMAL, ["model.dtype=fp8"], "should be 'auto', 'float32' or 'bfloat16', found 'fp8'"),
         (MINIMAL, ["steps"], "override 'steps': expected KEY=VALUE"),
         (MINIMAL, ["steps.x=1"], "steps is 3, not a section"),
         (MINIMAL, ["data.prompts_per_step=6", "trainer.parallel.data=4"], "1 x 4 = 4 equal parts"),

@@ -37,7 +37,7 @@ def config_of(trainer: dict[str, Any] | None = None, **sections: Any) -> RunConf
         {
             "out": "unused",
             "steps": 1,
-            "model": {"path": "unused"},
+            "model": {"path": "unused", "dtype": "bfloat16"},
             "data": {"train": "unused", "prompts_per_step": 64},
             "trainer": trainer or {},
         }

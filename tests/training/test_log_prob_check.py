@@ -70,6 +70,7 @@ class PolicyTrainer:
 
     policy: TinyPolicy
     padding: int = 0
+    dtype: str = "float32"
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         return [[self._log_probs(pack, temperature) for pack in replica] for replica in packs]
@@ -108,6 +109,7 @@ def check(engines: Sequence[PolicyEngine], trainer: PolicyTrainer, config: RunCo
         Prompt(f"p{index}", rng.integers(0, VOCABULARY, 3 + index % 4).astype(np.int32), "", "", "")
         for index in range(12)
     ]
+    trainer.dtype = config.model.dtype
     return asyncio.run(check_log_probs(config, prompts, str, engines, trainer))
 
 

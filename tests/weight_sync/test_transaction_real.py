@@ -17,7 +17,6 @@ from tests.support.random_trees import random_tree
 from tests.support.tiny import write_tiny_qwen2
 from treepo.cluster import ray_engine, trainer_group
 from treepo.cluster.engine_pool import EnginePool
-from treepo.cluster.placement import run_layout
 from treepo.cluster.ray_engine import EngineLauncher, HostedEngine, RayEngine
 from treepo.cluster.reservation import reserve
 from treepo.cluster.session import ray_session
@@ -144,7 +143,7 @@ async def _scenario(folder: Path) -> None:
     config = config_of(folder)
     async with AsyncExitStack() as stack:
         stack.enter_context(ray_session(6))
-        reservation = await reserve(run_layout(config), 60)
+        reservation = await reserve(config, 60)
         options = reservation.engine_options([])
         launcher = EngineLauncher(config, StopRule(SamplingConfig(), str), options, shares_devices=False)
         pool = EnginePool(launcher, config.engine)

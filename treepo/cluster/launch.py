@@ -58,7 +58,12 @@ class Launch:
     def command(self) -> str:
         """The training's command line, for a shell on the head."""
         program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", *self.arguments]
-        return f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(program)}"
+        # Ray's job supervisor sets it to 1 if the cluster's environment does not have it.
+        threads = os.environ.get("OMP_NUM_THREADS")
+        setting = (
+            "unset OMP_NUM_THREADS" if threads is None else f"export OMP_NUM_THREADS={shlex.quote(threads)}"
+        )
+        return f"cd {shlex.quote(os.getcwd())} && {setting} && exec {shlex.join(program)}"
 
 
 async def launch(target: Allocation | Cluster, spec: Launch) -> int:

@@ -68,12 +68,14 @@ class EngineLauncher:
     """Starts the actor of the engine with the given index.
 
     options: Ray's options for each engine's actor. shares_devices: whether the trainer uses the same devices.
+    paths_at_once: the most paths that one engine samples at once; None if unknown.
     """
 
     config: ServingConfig
     stop_rule: StopRule
     options: Sequence[dict[str, Any]]
     shares_devices: bool
+    paths_at_once: int | None = None
 
     def __call__(self, index: int) -> "RayEngine":
         config = self.config
@@ -85,6 +87,7 @@ class EngineLauncher:
             seed=config.seed + index,
             stop_rule=self.stop_rule,
             shares_device=self.shares_devices,
+            paths_at_once=self.paths_at_once,
         )
         return RayEngine(f"engine {index}", actor, config.engine.tensor)
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import ray
 
 from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
-from treepo.cluster.placement import run_layout
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
-from treepo.cluster.reservation import Reservation, reserve, unreserved_engines
+from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
 from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig
@@ -20,12 +19,15 @@ from treepo.config.run import ModelConfig, RunConfig
 from treepo.errors import PlacementError
 from treepo.rollout.stopping import StopRule
 
+_log = logging.getLogger(__name__)
+
 
 @asynccontextmanager
 async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """Run Ray and engines that serve the model folder's weights, while the body runs."""
     with ray_session(config.engine.count):
-        async with _engines(config, stop_rule) as pool:
+        serving = _Serving(_on_cluster(config.model), config.engine, config.seed)
+        async with _engines(serving, stop_rule) as pool:
             yield pool
 
 
@@ -35,7 +37,7 @@ async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIt
     assert config.model.path is not None, "a server's URL needs no engines"
     with ray_session(config.engine.count or 1):
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
+        model = _on_cluster(ModelConfig(path=config.model.path, dtype=config.model.dtype))
         async with _engines(_Serving(model, config.engine.on(gpus), config.seed), stop_rule) as pool:
             yield pool
 
@@ -51,14 +53,15 @@ async def training_session(
     the engines' caches take the memory that it leaves.
     """
     with ray_session(config.engine.count + config.trainer.parallel.ranks):
-        reservation = await reserve(run_layout(config), config.engine.start_seconds)
+        config = config.model_copy(update={"model": _on_cluster(config.model)})
+        reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
         trainer = TrainerGroup(config, reservation.ranks)
         shared = reservation.shares_devices
         if shared:
             await trainer.ready()
         options = reservation.engine_options(await trainer.devices() if shared else ())
-        launcher = EngineLauncher(config, stop_rule, options, shared)
+        launcher = EngineLauncher(config, stop_rule, options, shared, config.paths_at_once)
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared)
         try:
             if shared:
@@ -68,6 +71,15 @@ async def training_session(
             yield pool, trainer
         finally:
             await pool.close()
+
+
+def _on_cluster(model: ModelConfig) -> ModelConfig:
+    """The model with its dtype decided for the cluster's devices. Raises ConfigError."""
+    gpus = any(node.gpus for node in cluster_nodes())
+    decided = model.on(gpus=gpus)
+    if model.dtype == "auto":
+        _log.info("model.dtype = auto: %s, on %s", decided.dtype, "GPUs" if gpus else "CPUs")
+    return decided
 
 
 @contextmanager
@@ -107,7 +119,8 @@ class _Serving:
 
 @asynccontextmanager
 async def _engines(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
-    launcher = EngineLauncher(config, stop_rule, unreserved_engines(config.engine), shares_devices=False)
+    options = unreserved_engines(config.engine)
+    launcher = EngineLauncher(config, stop_rule, options, shares_devices=False)
     pool = EnginePool(launcher, config.engine)
     try:
         await pool.ready()

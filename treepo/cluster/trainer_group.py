@@ -98,6 +98,11 @@ class TrainerGroup:
         remote: Any = ray.remote(TrainerRank)
         self._ranks: list[Any] = [remote.options(**of_rank).remote() for of_rank in options]
 
+    @property
+    def dtype(self) -> str:
+        """Data type of the model's parameters."""
+        return self._config.model.dtype
+
     async def ready(self) -> None:
         """Build the model on all ranks. Raises ConfigError or ModelError."""
         world_size = len(self._ranks)

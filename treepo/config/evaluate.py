@@ -24,8 +24,9 @@ class EvalModelConfig(Section):
 
     path: PathField | None = None
     """A Hugging Face folder, served by engines that the evaluation starts and stops."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Data type of the engines' weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the engines' weights. `auto`: bfloat16 on GPUs and float32 on CPUs; float32 runs on CPUs
+    only."""
     url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+(/\S*)?$")
     """A running SGLang server, for example `http://127.0.0.1:30000`, instead of `path`."""
     tokenizer: PathField | None = None

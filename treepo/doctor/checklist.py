@@ -24,6 +24,8 @@ CHECKS = (
         120,
         "it is installed but cannot be imported: build it again for this torch, or uninstall it",
     ),
+    Check("cuda toolkit", "treepo.doctor.cuda_toolkit:cuda_toolkit", 300, _READ_OUTPUT),
+    Check("memory saver", "treepo.doctor.cuda_toolkit:memory_saver", 120, _READ_OUTPUT),
     Check("shared memory", "treepo.doctor.host:shared_memory", 30, _SYSTEM),
     Check("open files", "treepo.doctor.host:open_files", 30, _SYSTEM),
     Check("locked memory", "treepo.doctor.host:locked_memory", 30, _SYSTEM),

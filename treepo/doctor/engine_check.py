@@ -43,13 +43,16 @@ class LocalSink:
 
 
 def engine() -> Outcome:
+    import torch
+
     from sglang_rollout.engine import SGLangEngine
     from treepo.config.engine import EngineConfig
     from treepo.doctor.toy_model import Toy, native_dtype
 
     toy = Toy(Path(mkdtemp()), native_dtype())  # deleted with this check's temporary files
     config = EngineConfig(max_total_tokens=_KV_TOKENS, update_seconds=_SECONDS, request_seconds=_SECONDS)
-    sglang = SGLangEngine(toy.folder, toy.dtype, config, seed=0)
+    # On a GPU as a run that shares it with the trainer.
+    sglang = SGLangEngine(toy.folder, toy.dtype, config, seed=0, shares_device=torch.cuda.is_available())
     try:
         return asyncio.run(sample_and_update(sglang, toy))
     finally:

@@ -41,6 +41,9 @@ _log = logging.getLogger(__name__)
 class LogProbs(Protocol):
     """The part of `treepo.protocols.Trainer` that computes log-probs."""
 
+    @property
+    def dtype(self) -> str: ...
+
     async def log_probs(
         self, packs: Sequence[Sequence[Pack]], temperature: float
     ) -> list[list[np.ndarray]]: ...
@@ -85,7 +88,7 @@ async def check_log_probs(
     forests = await asyncio.gather(
         *(_sample(TreeDriver([engine], sampling, decode, config.seed), fixed, engine) for engine in engines)
     )
-    limits = config.log_prob_check.limits(config.model.dtype)
+    limits = config.log_prob_check.limits(trainer.dtype)
     figures = {"mean": 0.0, "max": 0.0, "tokens": 0}
     for engine, trees in zip(engines, forests, strict=True):
         packs = _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)

@@ -37,10 +37,14 @@ class RunState:
         self.max_logprob_difference = max(self.max_logprob_difference, result.mismatch.largest)
 
     def summary(
-        self, accuracy_after: float | None, log_prob_check: Mapping[str, float] | None
+        self, dtype: str, accuracy_after: float | None, log_prob_check: Mapping[str, float] | None
     ) -> dict[str, Any]:
-        """The content of summary.json. log_prob_check: the figures of the check; None if it is off."""
+        """The content of summary.json.
+
+        dtype: of the model's parameters. log_prob_check: the figures of the check; None if it is off.
+        """
         return {
+            "dtype": dtype,
             "accuracy_before": self.accuracy_before,
             "accuracy_after": accuracy_after,
             "seconds": self.seconds,

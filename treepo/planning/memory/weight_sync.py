@@ -11,7 +11,7 @@ from megatron_bridge.hf_weight_map import expand
 from megatron_bridge.layout_shards import Shard, tensor_shapes
 from megatron_bridge.tensor_surgery import QKV, VOCABULARY
 from treepo.config.run import RunConfig
-from treepo.planning.memory.parts import Memory, Parts, element_bytes
+from treepo.planning.memory.parts import Memory, Parts, element_bytes, model_dtype
 from treepo.weight_sync.wire import TensorInfo, plan_buckets
 
 
@@ -65,4 +65,4 @@ def exported_bytes(config: RunConfig, folder: Path) -> int:
 
 def _manifest(config: RunConfig, architecture: Architecture) -> tuple[TensorInfo, ...]:
     shapes = tensor_shapes(architecture)
-    return tuple(TensorInfo(name, config.model.dtype, shape) for name, shape in shapes.items())
+    return tuple(TensorInfo(name, model_dtype(config), shape) for name, shape in shapes.items())
