@@ -1,7 +1,9 @@
 """The weight transaction over real transports, with engines that fail at every stage."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from treepo.errors import EngineError
 from treepo.weight_sync import transaction
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
 from treepo.weight_sync.transaction import update_weights
-from treepo.weight_sync.wire import Manifest, TensorInfo
+from treepo.weight_sync.wire import Manifest, Remark, TensorInfo
 
 # `broadcast` differs from `host_broadcast` only in the device of the buffers (test_transport.py has both).
 TRANSPORTS = ("colocated", "host_broadcast", "disk")
@@ -172,3 +174,20 @@ def test_an_engine_that_does_not_answer_does_not_hold_up_the_others(
     assert "no answer within" in failed[engines[2]]
     assert_serves(engines[0], 1)
     assert_serves(engines[1], 1)
+
+
+def test_what_the_transport_remarks_is_in_the_runs_log(
+    trainer: FakeTrainer, engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray does not forward the log of the sending rank's process."""
+    send = trainer.send_weights
+
+    async def remarking(version: int, sinks: Sequence[Any]) -> Outcome:
+        outcome = await send(version, sinks)
+        return replace(outcome, remarks=[Remark(logging.WARNING, "100% through host memory")])
+
+    monkeypatch.setattr(trainer, "send_weights", remarking)
+    update(trainer, engines, 1)
+    assert caplog.record_tuples == [
+        ("treepo.weight_sync.transaction", logging.WARNING, "100% through host memory")
+    ]

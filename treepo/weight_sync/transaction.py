@@ -93,6 +93,8 @@ class _Transaction[E: ReceivingEngine]:
                 if not live:
                     return []
                 outcome = await self._trainer.send_weights(self._version, [one.sink() for one in live])
+                for remark in outcome.remarks:
+                    _log.log(remark.level, remark.text)
                 self.failed |= {one: outcome.failed[one.name] for one in live if one.name in outcome.failed}
                 live = [one for one in live if one not in self.failed]
                 if outcome.broken is None:
