@@ -58,8 +58,7 @@ def step(optimizer: MegatronOptimizer) -> float:
     as they were. Megatron-Core itself would step: it looks for NaN only if losses are scaled. Without
     Transformer Engine its norm also waits for the device at every parameter; this one waits once.
     """
-    optimizer.prepare_grads()
-    norm = _norm(optimizer)
+    norm = gradient_norm(optimizer)
     value = norm.item()
     if not math.isfinite(value):
         raise FloatingPointError(f"the gradient's norm is {value}: no rank took the step")
@@ -70,8 +69,10 @@ def step(optimizer: MegatronOptimizer) -> float:
     return value
 
 
-def _norm(optimizer: MegatronOptimizer) -> Tensor:
-    """The norm of the whole model's gradient, on the device. Collective."""
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
+    """Give the optimizer the gradient; return the norm of the whole model's, on the device. Collective."""
+    optimizer.prepare_grads()
     parts = optimizer_parts(optimizer)
     (group,) = {part.get_grad_stats_parallel_group() for part in parts}  # experts' gradients have the same
     gradients = [gradient for part in parts for gradient in part.get_grads_for_grad_norm()]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_bridge.fusion import fused
 from treepo.errors import ModelError
 
 
@@ -61,9 +62,9 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin)
+        return fused(rotated)(x, cos, sin)
 
     @staticmethod
     def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
-        return rotated(grads[0], cos, -sin), None, None
+        return fused(rotated)(grads[0], cos, -sin), None, None

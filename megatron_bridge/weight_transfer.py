@@ -137,7 +137,7 @@ class WeightExporter:
         owners = self._owners_of(rule)
         if self._rank != 0:
             if any(owner.rank == self._rank for owner in owners):
-                dist.send(self._parameters[rule.parameter].detach(), dst=0)
+                dist.send(self._parameters[rule.parameter].detach().to(self._device), dst=0)
             return []
         if rule.surgery.stacked and len(owners) > 1:
             rows, *rest = owners[0].shapes[rule.parameter]
@@ -150,7 +150,7 @@ class WeightExporter:
     def _fetch(self, rule: Rule, owner: _Owner, shard: Tensor | None = None) -> Tensor:
         """Receive one rank's shard, into `shard` if given."""
         if owner.rank == 0:
-            mine = self._parameters[rule.parameter].detach()
+            mine = self._parameters[rule.parameter].detach().to(self._device)  # it may be offloaded
             return mine if shard is None else shard.copy_(mine)
         if shard is None:
             shard = torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device=self._device)
