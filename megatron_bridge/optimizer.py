@@ -1,7 +1,9 @@
 """Builds and steps Megatron-Core's optimizer: float32 gradients and master weights, no step on a NaN."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,14 +25,13 @@ def trainable(
     optimizer, so that its checkpoints are the same too. All memory that the optimizer keeps is allocated
     here.
     """
-    wrapped = [
-        DistributedDataParallel(
-            chunk.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            chunk,
-        )
-        for chunk in chunks
-    ]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlaps(chunks, config)
+    )
+    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    if ddp.overlap_grad_reduce:
+        for chunk in chunks:
+            chunk.config.no_sync_func = partial(_without_sums, wrapped)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.optimizer.learning_rate,
@@ -48,6 +49,25 @@ def trainable(
         group["fused"] = True  # torch's Adam in one kernel; Transformer Engine's always is
     allocate_optimizer_state(optimizer)
     return wrapped, optimizer
+
+
+@contextmanager
+def _without_sums(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Sum no gradients over replicas within it, which all micro-batches of a step but the last are."""
+    with ExitStack() as stack:
+        for chunk in chunks:
+            stack.enter_context(chunk.no_sync())
+        yield
+
+
+def overlaps(chunks: Sequence[GPTModel], config: TrainerConfig) -> bool:
+    """Whether replicas sum a bucket of gradients while the backward pass computes the next.
+
+    Every parameter needs a gradient in every micro-batch, and an expert without a token has none. The weights
+    are never gathered during the next forward pass: they are read outside of it too, for engines and
+    checkpoints.
+    """
+    return config.parallel.data > 1 and not any(chunk.config.num_moe_experts for chunk in chunks)
 
 
 @torch.no_grad()

@@ -154,22 +154,19 @@ class MegatronTrainer:
             return self._update(batches, len(filled), temperature, denominator)
 
     def warm_up(self) -> None:
-        """Compute the gradient of full packs and forget it. Collective.
+        """Compute the gradient of full packs and forget it, and gather the weights as for a sync. Collective.
 
         Kernels are compiled and communicators opened before anything waits for them, and the device's memory
         is at its peak before engines measure what is free. Raises TrainerError if a full pack does not fit.
         """
-        tokens = (
-            self._config.max_tokens_per_pack if torch.cuda.is_available() else 2
-        )  # a CPU compiles nothing
+        # A CPU compiles nothing, and engines do not wait for its memory.
+        tokens = self._config.max_tokens_per_pack if torch.cuda.is_available() else 2
         try:
             for packs in warm_up_packs(tokens, self._config.parallel.pipeline):
+                self.log_probs(packs, 1.0)
                 with on_device():
-                    batches = [self._schedule.prepare(pack, _trained(pack)) for pack in packs]
-                    self._attach("old_log_prob", batches, 1.0)
-                    for batch in batches:
-                        batch.pack.setdefault("reference_log_prob", batch.pack["rollout_log_prob"])
-                    self._compute_gradient(batches, len(batches), 1.0, 1.0)
+                    batches = (self._schedule.prepare(pack, _trained(pack)) for pack in packs)
+                    self._compute_gradient(batches, len(packs), 1.0, 1.0)
                     optimizer.gradient_norm(self._optimizer)
         except torch.OutOfMemoryError as error:
             raise TrainerError(
@@ -177,6 +174,8 @@ class MegatronTrainer:
                 f"({str(error).splitlines()[0]}); a smaller pack, trainer.recompute = full or more ranks "
                 "(trainer.parallel) take less"
             ) from None
+        for _ in self.tensors():
+            pass
         self.release_cache()
 
     def offload(self, weights: bool) -> None:

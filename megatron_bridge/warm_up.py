@@ -35,4 +35,6 @@ def _chain(tokens: int) -> Pack:
         segment=none,
         offset=index,
         leaf_weight=1.0,
+        old_log_prob=zero.astype(np.float32),
+        reference_log_prob=zero.astype(np.float32),
     )

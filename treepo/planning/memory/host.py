@@ -12,7 +12,7 @@ from treepo.config.run import RunConfig
 from treepo.planning.hardware import GIB
 from treepo.planning.memory.engine import EngineMemory
 from treepo.planning.memory.parts import Memory
-from treepo.planning.memory.trainer import kept_while_sampling
+from treepo.planning.memory.trainer import offloaded
 from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
 from treepo.planning.nodes import ranks_per_node, shares_devices
 
@@ -69,10 +69,9 @@ def _node(config: RunConfig, ranks: Sequence[Memory]) -> Memory:
         weights = sum(rank.parts["weights"] for rank in ranks)
         note = "the initial ones, and room for the current ones while the reference computes"
         parts["reference weights"] = 2 * weights, note
-    away = [name for name in ("weights", "optimizer") if name not in kept_while_sampling(config)]
-    if away and shares_devices(config):
-        offloaded = sum(rank.subtotal(away) for rank in ranks)
-        parts["trainer.offload"] = offloaded, f"{' and '.join(away)} of each rank, while engines sample"
+    if shares_devices(config) and (away := offloaded(config)):
+        moved = sum(rank.subtotal(away) for rank in ranks)
+        parts["trainer.offload"] = moved, f"{' and '.join(away)} of each rank, while engines sample"
     if config.checkpoint.every is not None:
         copied = sum(rank.subtotal(("weights", "optimizer")) for rank in ranks)
         note = "each rank's weights and its share of the optimizer, copied"

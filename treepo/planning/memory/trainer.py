@@ -53,9 +53,19 @@ def trainer_memory(config: RunConfig, folder: Path, shared: bool = False) -> lis
 
 
 def kept_while_sampling(config: RunConfig) -> tuple[str, ...]:
-    """The parts of the state that stay on devices which engines share: `trainer.offload` says which."""
-    kept = {"none": ("weights", "optimizer"), "optimizer": ("weights",), "all": ()}
-    return kept[config.trainer.offload]
+    """The parts of the state that stay on devices which engines share: gradients never do."""
+    return tuple(part for part in ("weights", "optimizer") if part not in offloaded(config))
+
+
+def offloaded(config: RunConfig) -> tuple[str, ...]:
+    """The parts of the state that `trainer.offload` moves to the host while engines sample."""
+    return {"none": (), "optimizer": ("optimizer",), "all": ("weights", "optimizer")}[config.trainer.offload]
+
+
+def offloaded_bytes(config: RunConfig, folder: Path) -> float:
+    """What a rank of the largest stage moves to the host."""
+    stages = trainer_memory(config, folder)[:-1]
+    return max(stage.subtotal(offloaded(config)) for stage in stages)
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
