@@ -76,17 +76,28 @@ def step(optimizer: MegatronOptimizer) -> float:
 
     Raises FloatingPointError on all ranks if the norm is not finite, and leaves weights and optimizer state
     as they were. Megatron-Core itself would step: it looks for NaN only if losses are scaled. Without
-    Transformer Engine its norm also waits for the device at every parameter; this one waits once.
+    Transformer Engine its norm also waits for the device at every parameter. Here torch's Adam clips, and
+    decides whether to step, on the device, so that the host waits once, when everything is launched.
     """
-    norm = gradient_norm(optimizer)
-    value = norm.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the gradient's norm is {value}: no rank took the step")
-    largest = optimizer.config.clip_grad
-    if value > largest:
+    norm, largest = gradient_norm(optimizer), optimizer.config.clip_grad
+    parts = optimizer_parts(optimizer)
+    on_device = all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts)
+    if on_device:
+        for part in parts:
+            part.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)
+            part.optimizer.found_inf = norm.isfinite().logical_not().float()
+    else:  # Transformer Engine's Adam takes neither
+        _check_finite(norm.item())
         torch.nn.utils.clip_grads_with_norm_(optimizer.get_parameters(), largest, norm)
     optimizer.step_with_ready_grads()
+    value = norm.item()
+    _check_finite(value)
     return value
+
+
+def _check_finite(norm: float) -> None:
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}: no rank took the step")
 
 
 @torch.no_grad()
