@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_bridge.fusion import fused
 from treepo.errors import ModelError
 
 
@@ -34,35 +35,36 @@ def _llama3(frequency: Tensor, rope: Mapping[str, object]) -> Tensor:
     return (1 - share) * frequency / factor + share * frequency
 
 
-def cos_sin(position_T: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, head_dim / 2] of every token's angles, in float32 as in transformers."""
-    angle = position_T[:, None, None].to(frequency.dtype) * frequency.to(position_T.device)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def cos_sin(position_T: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, 1, head_dim / 2] of every token's angles, in the frequency's dtype: float32, as in
+    SGLang and transformers.
+    """
+    angle = position_T[:, None, None].to(frequency.dtype) * frequency
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [T, heads, head_dim] by the angles of `cos_sin`."""
+    """Rotate `x` [T, heads, head_dim] by the angles of `cos_sin`. Keeps no activation."""
     return _Rotation.apply(x, cos, sin)  # type: ignore[return-value]  # torch leaves `apply` untyped
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate`, in plain operations for the compiler, which fuses them. Any leading dimensions."""
+    left, right = x.chunk(2, dim=-1)
+    new_left = (left * cos).addcmul_(right, sin, value=-1)
+    new_right = (right * cos).addcmul_(left, sin)
+    return torch.cat([new_left, new_right], dim=-1).to(x.dtype)
+
+
 class _Rotation(torch.autograd.Function):
-    """Keeps no activation and makes no temporaries: the gradient is rotated back by the same angles."""
+    """The gradient is rotated back by the same angles."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        return fused(rotated)(x, cos, sin)
 
     @staticmethod
     def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, sin, -1), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sense: int) -> Tensor:
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    left, right = x.chunk(2, dim=-1)
-    new_left, new_right = turned.chunk(2, dim=-1)
-    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-sense)
-    torch.mul(right, cos, out=new_right).addcmul_(left, sin, value=sense)
-    return turned
+        return fused(rotated)(grads[0], cos, -sin), None, None

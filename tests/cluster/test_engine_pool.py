@@ -49,19 +49,19 @@ async def nothing(_version: int) -> None: ...
 
 
 class FakeTrainer:
-    """Implements `treepo.weight_sync.transaction.WeightSender` and sends nothing.
+    """Implements `treepo.cluster.engine_pool.ColocatedTrainer` and sends nothing.
 
-    happens: awaited with the version whenever weights are sent. released: called with each release of the
-    device's memory. sent: the versions.
+    happens: awaited with the version whenever weights are sent. moves: called with the name of each move of
+    the trainer's memory. sent: the versions.
     """
 
     def __init__(
         self,
         happens: Callable[[int], Awaitable[None]] = nothing,
-        released: Callable[[], None] = lambda: None,
+        moves: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.sent: list[int] = []
-        self._happens, self._released = happens, released
+        self._happens, self._moves = happens, moves
 
     async def manifest(self) -> tuple[()]:
         return ()
@@ -72,8 +72,14 @@ class FakeTrainer:
         await self._happens(version)
         return Outcome()
 
+    async def offload(self, weights: bool) -> None:
+        self._moves("offload all" if weights else "offload")
+
+    async def reload(self) -> None:
+        self._moves("reload")
+
     async def release_cache(self) -> None:
-        self._released()
+        self._moves("release cache")
 
 
 def run(
@@ -342,11 +348,12 @@ def test_an_update_without_a_serving_engine_is_taken_after_the_restart() -> None
 
 @pytest.mark.parametrize("updates", [True, False])
 def test_shared_memory_is_the_trainer_s_while_it_computes(updates: bool) -> None:
-    """The engines take it back only after the trainer has released its cache: first the weights, which an
-    update overwrites, then the rest. An engine that keeps its memory is ended at once, and restarted after.
+    """The trainer takes the memory after the engines have given it, and they take theirs after it has given
+    its own: first their weights, which an update overwrites while the trainer keeps its weights, then the
+    rest. An engine that keeps its memory is ended at once, and restarted after.
     """
     fakes = Fakes(lambda index, number: {"keeps_memory": index == 0 and not number})
-    at_release: list[set[str]] = []
+    moves: list[tuple[str, set[str]]] = []
 
     async def scenario(pool: FakePool, fakes: Fakes) -> None:
         kept = fakes.made[1][0]
@@ -360,26 +367,26 @@ def test_shared_memory_is_the_trainer_s_while_it_computes(updates: bool) -> None
                 await pool.sync_weights(1)
                 assert kept.memory == {"weights"}
         assert kept.memory == {"weights", "cache"}
-        assert at_release == ([set(), {"weights"}] if updates else [set()])
+        assert moves == [("reload", set()), ("offload", set()), ("offload all", {"weights"})]
         await until(serves(pool.engines[0]))
         assert fakes.made[0][1].memory == {"weights", "cache"}
         assert versions(fakes) == ([1, 1] if updates else [0, 0])
 
-    trainer = FakeTrainer(released=lambda: at_release.append(set(fakes.made[1][0].memory)))
+    trainer = FakeTrainer(moves=lambda name: moves.append((name, set(fakes.made[1][0].memory))))
     run(scenario, fakes, 2, trainer, shares_devices=True)
 
 
 def test_memory_that_is_not_shared_is_left_alone() -> None:
-    releases: list[None] = []
+    moves: list[str] = []
 
     async def scenario(pool: FakePool, fakes: Fakes) -> None:
         async with pool.offloaded():
             assert pool.updating()
             await pool.sync_weights(1)
             assert fakes.made[0][0].memory == {"weights", "cache"}
-        assert not releases
+        assert not moves
 
-    run(scenario, trainer=FakeTrainer(released=lambda: releases.append(None)))
+    run(scenario, trainer=FakeTrainer(moves=moves.append))
 
 
 def test_a_stall_is_logged_with_each_engine_s_status_and_oldest_request(

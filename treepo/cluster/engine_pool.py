@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from treepo.cluster.pooled_engine import EngineProcess, PooledEngine, State
 from treepo.config.engine import EngineConfig
@@ -127,6 +127,18 @@ class EnginePool[P: EngineProcess]:
             self.state_changed()
 
 
+class ColocatedTrainer(WeightSender, Protocol):
+    """The trainer as the pool uses it; `treepo.cluster.trainer_group.TrainerGroup` implements it."""
+
+    async def offload(self, weights: bool) -> None:
+        """Give the devices to the engines. weights: whether that may include the trainer's weights."""
+        ...
+
+    async def reload(self) -> None:
+        """Take the devices back, before anything is computed."""
+        ...
+
+
 class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     """Implements `treepo.protocols.TrainingEnginePool`.
 
@@ -135,7 +147,11 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     """
 
     def __init__(
-        self, launch: Callable[[int], P], config: EngineConfig, trainer: WeightSender, shares_devices: bool
+        self,
+        launch: Callable[[int], P],
+        config: EngineConfig,
+        trainer: ColocatedTrainer,
+        shares_devices: bool,
     ) -> None:
         super().__init__(launch, config)
         self._trainer = trainer
@@ -156,9 +172,11 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
             if self._shares_devices:
                 await self._each(lambda engine: engine.offload())
                 self._weights_offloaded = True
+                await self._trainer.reload()
             yield
             await self._reload_weights()
             if self._shares_devices:
+                await self._trainer.offload(weights=True)
                 await self._each(lambda engine: engine.reload("cache"))
 
     async def sync_weights(self, version: int) -> None:
@@ -172,8 +190,6 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         for engine, reason in (await self._failed_updates(version)).items():
             engine.fail(reason)
         self._version = version
-        if self._shares_devices:
-            await self._trainer.release_cache()
 
     async def _failed_updates(self, version: int) -> dict[PooledEngine[P], str]:
         engines = self.serving()
@@ -202,7 +218,7 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     async def _reload_weights(self) -> None:
         """Take back the memory of the engines' weights, if the trainer has it."""
         if self._weights_offloaded:
-            await self._trainer.release_cache()
+            await self._trainer.offload(weights=False)  # a sync reads them
             await self._each(lambda engine: engine.reload("weights"))
             self._weights_offloaded = False
 

@@ -49,8 +49,8 @@ async def training_session(
     """Run Ray, engines and trainer while the body runs. Raises PlacementError if the cluster cannot hold
     them.
 
-    Engines and trainer start at the same time, unless they share devices: then the trainer starts first, and
-    the engines' caches take the memory that it leaves.
+    Engines and trainer start at the same time, unless they share devices: then the trainer starts first,
+    computes once, and gives back what it can, and the engines' caches take the memory that it leaves.
     """
     with ray_session(config.engine.count + config.trainer.parallel.ranks):
         config = config.model_copy(update={"model": _on_cluster(config.model)})
@@ -60,6 +60,7 @@ async def training_session(
         shared = reservation.shares_devices
         if shared:
             await trainer.ready()
+            await trainer.offload(weights=True)
         options = reservation.engine_options(await trainer.devices() if shared else ())
         launcher = EngineLauncher(config, stop_rule, options, shared, config.paths_at_once)
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared)
