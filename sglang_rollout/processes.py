@@ -154,6 +154,9 @@ def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict
         "model_path": str(model),
         "dtype": dtype,
         "random_seed": seed,
+        "trust_remote_code": False,
+        # SGLang 0.5.16 imports the folder's code for an architecture that it does not know, trusted or not.
+        "json_model_override_args": '{"auto_map": {}}',
         "tp_size": config.tensor,
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "max_total_tokens": config.max_total_tokens,

@@ -1,6 +1,5 @@
 """One preflight for every command that starts engines: a model that SGLang cannot serve is refused by all."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.command import POSITIONS, write_model_and_problems
+from tests.support.tiny import write_tiny_qwen3_moe
 from treepo.config.evaluate import EvalConfig
 from treepo.config.rollout import RolloutConfig
 from treepo.config.run import RunConfig
@@ -41,11 +41,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def change_model(folder: Path, **changes: object) -> None:
-    path = folder / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def read(command: Callable[[Settings, Settings], None], max_prompt_tokens: int = 256, **engine: Any) -> None:
     sampling = {"segment_tokens": 8, "max_depth": 4, "max_response_tokens": RESPONSE}
     settings = {"out": "out", "model": {"path": "model"}, "sampling": sampling, "engine": engine}
@@ -66,6 +61,6 @@ def test_every_command_makes_the_same_checks(
         read(command, max_total_tokens=290)
     with pytest.raises(TreepoError, match=r"engine\.tensor = 3: model has \d+ attention heads"):
         read(command, tensor=3)
-    change_model(folder, model_type="qwen3_moe", mlp_only_layers=[0])
-    with pytest.raises(TreepoError, match=r"mlp_only_layers = \[0\] in config\.json; SGLang serves"):
+    write_tiny_qwen3_moe(folder / "model", vocab_size=512)  # with a dense layer
+    with pytest.raises(TreepoError, match=r"mlp_only_layers = \[1\] in config\.json; SGLang serves"):
         read(command)
