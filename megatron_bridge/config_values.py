@@ -81,6 +81,7 @@ _RULES: Mapping[str, Rule] = {
     "max_position_embeddings": _whole(1, 1 << 30),
     "moe_intermediate_size": _whole(1, 1 << 22),
     "num_experts": _whole(0, 1 << 12),
+    "num_local_experts": _whole(0, 1 << 12),  # as transformers 5 writes it
     "num_experts_per_tok": _whole(1, 1 << 12),
     "decoder_sparse_step": _whole(1, 1 << 10),
     "mlp_only_layers": _layer_list,
@@ -104,9 +105,10 @@ def _check_heads(folder: Path, config: Mapping[str, Any]) -> None:
         _refuse(folder, "num_key_value_heads", groups, f"a divisor of num_attention_heads = {heads}")
     if heads and hidden and head_dim is None and hidden % heads:
         _refuse(folder, "num_attention_heads", heads, f"a divisor of hidden_size = {hidden} without head_dim")
-    experts, per_token = config.get("num_experts"), config.get("num_experts_per_tok")
+    experts = config.get("num_local_experts", config.get("num_experts"))
+    per_token = config.get("num_experts_per_tok")
     if experts and per_token and per_token > experts:
-        _refuse(folder, "num_experts_per_tok", per_token, f"at most num_experts = {experts}")
+        _refuse(folder, "num_experts_per_tok", per_token, f"at most the {experts} experts")
 
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_bridge.architecture import Architecture, tensor_shapes
-from treepo.data.model_config import CONFIG
+from treepo.data.model_config import CONFIG, read_model_config
 from treepo.data.weight_headers import TensorHeader, read_weight_headers
 from treepo.errors import ModelError
 
@@ -30,7 +30,8 @@ def check_tensors(folder: Path, architecture: Architecture, one_dtype: bool = Fa
     dimensions = architecture.dimensions
     _check_count(folder, headers, _LAYER, "num_hidden_layers", dimensions.layers)
     if dimensions.experts:
-        _check_count(folder, headers, _EXPERT, "num_experts", dimensions.experts)
+        key = "num_local_experts" if "num_local_experts" in read_model_config(folder) else "num_experts"
+        _check_count(folder, headers, _EXPERT, key, dimensions.experts)
     expected = tensor_shapes(architecture)
     for name in expected:
         if name not in headers:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.support.command import interrupt_once_written, start, write_model_and_problems
 from treepo.tree import from_json
