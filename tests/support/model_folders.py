@@ -15,7 +15,7 @@ POINTER = (
     "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 )
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 """Changes a model folder."""
 
 
@@ -32,11 +32,11 @@ def config(file: str = "config.json", drop: tuple[str, ...] = (), **values: Any)
 
 def text(file: str, content: str) -> Change:
     """Write a file."""
-    return lambda folder: (folder / file).write_text(content) and None
+    return lambda folder: (folder / file).write_text(content)
 
 
 def without(*files: str) -> Change:
-    return lambda folder: [(folder / file).unlink() for file in files] and None
+    return lambda folder: [(folder / file).unlink() for file in files]
 
 
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Change:
@@ -72,14 +72,14 @@ def sharded(change: Callable[[dict[str, str]], object] = lambda _: None) -> Chan
 
 
 def both(*changes: Change) -> Change:
-    return lambda folder: [change(folder) for change in changes] and None
+    return lambda folder: [change(folder) for change in changes]
 
 
 def truncated(file: str, size: int = 1000) -> Change:
-    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:size]) and None
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:size])
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 32,
     "intermediate_size": 48,
