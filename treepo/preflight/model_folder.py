@@ -12,6 +12,7 @@ from treepo.data.model_config import (
     read_json_object,
     read_model_config,
     shown,
+    token_ids,
     wrong_value,
 )
 from treepo.data.tokenizer import TOKENIZER_CONFIG, check_vocabulary_files, has_tokenizer, load_tokenizer
@@ -82,7 +83,7 @@ def check_generation_config(folder: Path) -> None:
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return
-    read_json_object(path)
+    token_ids(read_json_object(path).get("eos_token_id"), path)
     from transformers import GenerationConfig
 
     try:
