@@ -31,8 +31,7 @@ SEGMENT_TOKENS = 64  # at most, so that a check takes seconds
 SUSPECTS = (
     "the temperature (not the same on both sides), vocabulary padding (columns beyond the "
     "tokenizer's), fused kernels (engine.attention_backend), dtype (model.dtype on one side only), "
-    "stale weights (the engine serves other weights than the trainer has; does the model folder "
-    "hold two sets?)"
+    "stale weights (the engine serves other weights than the trainer has)"
 )
 
 _log = logging.getLogger(__name__)
