@@ -81,7 +81,5 @@ def test_texts_are_written_with_the_tree_and_are_no_metric() -> None:
     graded = with_grades(tree, ["" for _ in tree.leaves], grades, RewardConfig(), 10)
     expected = {"taken": "half \\ud83d of it", "size": "7"}
     read = from_json(to_json(graded))
-    assert [leaf.texts for leaf in read.leaves] == [{"taken": "half \\ud83d of it", "size": "7"}] * len(
-        grades
-    )
+    assert [leaf.texts for leaf in read.leaves] == [expected] * len(grades)
     assert reward_metrics(read.leaves) == {}

@@ -23,18 +23,18 @@ from treepo.errors import ConfigError
 
 def read_train_inputs(config: RunConfig) -> TrainInputs:
     """Read a training run's tokenizer, training prompts and held-out prompts."""
-    data = config.data
+    data, as_json = config.data, config.reward.url is not None
     check_model_folder(config.model.path)
-    check_prompts(data.train, data.columns, data)
+    check_prompts(data.train, data.columns, data, extra_as_json=as_json)
     if data.heldout is not None:
-        check_prompts(data.heldout, data.heldout_columns, data)
+        check_prompts(data.heldout, data.heldout_columns, data, extra_as_json=as_json)
     # Held-out responses are sampled sequentially, so `max_depth` does not bound them.
     _check_served(
         config.model.path, data.max_prompt_tokens, config.sampling.max_response_tokens, config.engine
     )
     _check_trained(config)
     tokenizer = load_tokenizer(config.model.path)
-    train = load_prompts(data.train, data.columns, tokenizer, data)
+    train = load_prompts(data.train, data.columns, tokenizer, data, extra_as_json=as_json)
     reports = [train.report]
     if len(train) < data.prompts_per_step:
         raise ConfigError(
@@ -42,7 +42,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
         )
     heldout: Sequence[Prompt] = ()
     if data.heldout is not None:
-        prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data)
+        prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data, extra_as_json=as_json)
         reports.append(prompts.report)
         heldout = list(prompts[: config.evaluation.max_problems])
     return TrainInputs(tokenizer, train, heldout, reports)
@@ -65,7 +65,12 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
     if folder is not None:
         check_model_folder(folder)
     for benchmark in data.benchmarks:
-        check_prompts(benchmark.path, benchmark.columns, data.prompts())
+        check_prompts(
+            benchmark.path,
+            benchmark.columns,
+            data.prompts(),
+            extra_as_json=config.reward.url is not None,
+        )
     prompt, response = data.max_prompt_tokens, config.sampling.longest_response
     if folder is not None:
         _check_served(folder, prompt, response, config.engine)
@@ -123,7 +128,13 @@ def _tokenizer_folder(url: str, facts: Mapping[str, Any]) -> Path:
 
 
 def _benchmark(config: EvalConfig, benchmark: BenchmarkConfig, tokenizer: Tokenizer) -> Benchmark:
-    loaded = load_prompts(benchmark.path, benchmark.columns, tokenizer, config.data.prompts())
+    loaded = load_prompts(
+        benchmark.path,
+        benchmark.columns,
+        tokenizer,
+        config.data.prompts(),
+        extra_as_json=config.reward.url is not None,
+    )
     wanted = loaded[: benchmark.max_problems or config.data.max_problems]
     prompts = (replace(prompt, id=f"{benchmark.label}:{prompt.id.rpartition(':')[2]}") for prompt in wanted)
     return Benchmark(benchmark, tuple(prompts), loaded.report)
