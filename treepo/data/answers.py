@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from treepo.config.data import ColumnsConfig
-from treepo.data.rows import BadRow, show
+from treepo.data.rows import BadRow, check_value, show
 from treepo.rollout.boxed import last_boxed
 
 
@@ -14,6 +14,7 @@ def answer_of(value: Any, columns: ColumnsConfig) -> str:
     """Read the gold answer, by the rules of `columns`. Raises BadRow."""
     if isinstance(value, str) and value.lstrip().startswith('["'):
         value = _listed(value)
+        check_value(value, columns.answer)
     scalar = value[-1] if isinstance(value, list) and value else value
     if isinstance(scalar, Decimal):  # the value of a decimal column of parquet
         scalar = format(scalar, "f")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from treepo.data.rows import BadRow, show
+from treepo.data.rows import BadRow, check_value, show
 from treepo.data.tokenizer import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -31,11 +31,13 @@ def messages_of(value: Any, column: str) -> tuple[Message, ...]:
 def _parse(text: str, column: str) -> Any:
     """Read messages that are stored as text."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         raise _bad(
             f"column {column!r} is {show(text)}: it looks like messages but is not JSON; {_ALLOWED}"
         ) from None
+    check_value(value, column)  # escapes within the text are characters of it
+    return value
 
 
 def _message(value: Any, place: str) -> Message:

@@ -35,7 +35,7 @@ class Row:
         if isinstance(self.content, BadRow):
             raise self.content
         value = self.content[name] if name in self.content else self._nested(name)
-        _check_value(value, name)
+        check_value(value, name)
         return value
 
     def _nested(self, name: str) -> Any:
@@ -67,7 +67,8 @@ def names_of(names: Iterable[object]) -> str:
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
-def _check_value(value: object, name: str) -> None:
+def check_value(value: object, name: str) -> None:
+    """Raise BadRow if a text in the value has half a surrogate pair, or if it is nested too deep."""
     waiting = [(value, 0)]
     while waiting:
         one, depth = waiting.pop()
