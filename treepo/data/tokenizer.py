@@ -1,6 +1,8 @@
 """A model folder's tokenizer: prompts to token ids, responses to text, and the tokens that end a sequence."""
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,15 @@ class Tokenizer:
     def render(self, messages: Sequence[Message]) -> str:
         """Apply the chat template to the messages and open the assistant's turn: the model's input as text.
 
+        A final assistant message stays open: its text follows the turn that the template opens, as it is.
         Without a chat template (a base model) it is the plain contents of the messages, separated by blank
         lines. Raises RefusedMessagesError for messages that the template refuses, and ModelError for a
         template that is not valid.
         """
         if self.hugging_face.chat_template is None:
             return "\n\n".join(message["content"] for message in messages)
+        if messages[-1]["role"] == "assistant":
+            return self._continued(messages[:-1], messages[-1]["content"])
         from jinja2 import TemplateError, TemplateSyntaxError  # needed only to apply a template
 
         try:
@@ -69,6 +74,17 @@ class Tokenizer:
             raise RefusedMessagesError(
                 f"the chat template refuses the messages ({roles}): {one_line(error)}"
             ) from error
+
+    def _continued(self, messages: Sequence[Message], begun: str) -> str:
+        if not messages:
+            raise RefusedMessagesError("the messages (assistant) begin with the answer")
+        opened = self.render(messages)
+        tag = re.match(r"\s*(<[^<>\s]+>)", begun)
+        if tag and opened.rstrip().endswith(tag[1]):
+            raise RefusedMessagesError(
+                f"the chat template opens the assistant's turn with {tag[1]}, and so does the final message"
+            )
+        return opened + begun
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a rendered prompt: int32 [T]. A chat template has written its own special tokens."""

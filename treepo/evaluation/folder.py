@@ -227,6 +227,7 @@ def _sample_lines(problem: GradedProblem, prompt: Prompt) -> Iterator[str]:
             "vote": number,
             "reward": grade.reward,
             "terms": dict(grade.terms),
+            "texts": dict(grade.texts),
             "message": grade.message,
             "tokens": tokens,
             "stop": leaf.stop,

@@ -24,11 +24,11 @@ from treepo.preflight.model_folder import check_files, check_served_folder
 
 def read_train_inputs(config: RunConfig) -> TrainInputs:
     """Read a training run's tokenizer, training prompts and held-out prompts."""
-    data = config.data
+    data, as_json = config.data, config.reward.url is not None
     check_files(config.model.path)
-    check_prompts(data.train, data.columns, data)
+    check_prompts(data.train, data.columns, data, extra_as_json=as_json)
     if data.heldout is not None:
-        check_prompts(data.heldout, data.heldout_columns, data)
+        check_prompts(data.heldout, data.heldout_columns, data, extra_as_json=as_json)
     check_served_folder(config.model.path, trained=True)
     # Held-out responses are sampled sequentially, so `max_depth` does not bound them.
     _check_served(
@@ -36,7 +36,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
     )
     _check_trained(config)
     tokenizer = load_tokenizer(config.model.path)
-    train = load_prompts(data.train, data.columns, tokenizer, data)
+    train = load_prompts(data.train, data.columns, tokenizer, data, extra_as_json=as_json)
     reports = [train.report]
     if len(train) < data.prompts_per_step:
         raise ConfigError(
@@ -44,7 +44,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
         )
     heldout: Sequence[Prompt] = ()
     if data.heldout is not None:
-        prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data)
+        prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data, extra_as_json=as_json)
         reports.append(prompts.report)
         heldout = list(prompts[: config.evaluation.max_problems])
     return TrainInputs(tokenizer, train, heldout, reports)
@@ -68,7 +68,12 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
     if folder is not None:
         check_files(folder)
     for benchmark in data.benchmarks:
-        check_prompts(benchmark.path, benchmark.columns, data.prompts())
+        check_prompts(
+            benchmark.path,
+            benchmark.columns,
+            data.prompts(),
+            extra_as_json=config.reward.url is not None,
+        )
     prompt, response = data.max_prompt_tokens, config.sampling.longest_response
     if folder is not None:
         check_served_folder(folder)
@@ -127,7 +132,13 @@ def _tokenizer_folder(url: str, facts: Mapping[str, Any]) -> Path:
 
 
 def _benchmark(config: EvalConfig, benchmark: BenchmarkConfig, tokenizer: Tokenizer) -> Benchmark:
-    loaded = load_prompts(benchmark.path, benchmark.columns, tokenizer, config.data.prompts())
+    loaded = load_prompts(
+        benchmark.path,
+        benchmark.columns,
+        tokenizer,
+        config.data.prompts(),
+        extra_as_json=config.reward.url is not None,
+    )
     wanted = loaded[: benchmark.max_problems or config.data.max_problems]
     prompts = (replace(prompt, id=f"{benchmark.label}:{prompt.id.rpartition(':')[2]}") for prompt in wanted)
     return Benchmark(benchmark, tuple(prompts), loaded.report)
