@@ -88,3 +88,15 @@ class CheckpointError(TreepoError):
 def one_line(message: object) -> str:
     """Join the lines of a message, such as another library's exception, into one."""
     return " ".join(str(message).split())
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """The text in one line of about `most` characters, its middle left out if it is longer."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 4 :]}"
+    return one_line(text)
+
+
+def shown(value: object) -> str:
+    """The value as it is written in Python, shortened."""
+    return shortened(repr(value))
