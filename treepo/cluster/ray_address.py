@@ -49,7 +49,8 @@ def check_cluster(address: str) -> str:
     channel = create_gcs_channel(address)
     try:
         alive = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive
-        alive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_SECONDS)
+        request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[reportAttributeAccessIssue]  # generated code
+        alive(request, timeout=ANSWER_SECONDS)
     except grpc.RpcError as error:
         # grpc's errors are calls too; their type has no such methods.
         code, details = error.code(), error.details()  # type: ignore[reportAttributeAccessIssue]

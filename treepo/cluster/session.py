@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -85,7 +86,7 @@ def ray_session(actors: int) -> Iterator[None]:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     named = named_cluster()
     if named is None:
-        where = {"address": "local", "num_cpus": max(actors, os.cpu_count() or 1), "include_dashboard": False}
+        where: dict[str, Any] = {"address": "local", "num_cpus": max(actors, os.cpu_count() or 1), "include_dashboard": False}
     else:
         where = {"address": check_cluster(named)}
     try:
