@@ -79,6 +79,12 @@ class TransportError(EngineError):
     """Weights that did not reach an engine; sender or engine may be at fault."""
 
 
+class WeightsRefusedError(TreepoError):
+    """Weights that an engine refuses again after a restart; the text has the engine's reason."""
+
+    exit_code = 1
+
+
 class CheckpointError(TreepoError):
     """A checkpoint or model that could not be written; the text names the folder and the reason."""
 

@@ -86,7 +86,11 @@ def ray_session(actors: int) -> Iterator[None]:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     named = named_cluster()
     if named is None:
-        where: dict[str, Any] = {"address": "local", "num_cpus": max(actors, os.cpu_count() or 1), "include_dashboard": False}
+        where: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": max(actors, os.cpu_count() or 1),
+            "include_dashboard": False,
+        }
     else:
         where = {"address": check_cluster(named)}
     try:
