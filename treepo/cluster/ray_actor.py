@@ -6,7 +6,8 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from treepo.errors import TreepoError, one_line
+from treepo.cluster.actor_death import death_without_lines
+from treepo.errors import TreepoError
 
 
 def actor_environment(**more: str) -> dict[str, dict[str, str]]:
@@ -43,5 +44,5 @@ def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
     if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
         return error.cause
     if isinstance(error, RayActorError):
-        return death(f"it died: {one_line(error)}")
+        return death(death_without_lines(error))
     return error

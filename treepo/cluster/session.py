@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
+from treepo.cluster.actor_death import without_guesses
 from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
 from treepo.cluster.placement import run_layout
 from treepo.cluster.ray_address import check_cluster, named_cluster
@@ -22,6 +23,8 @@ from treepo.config.evaluate import EvalConfig
 from treepo.config.run import ModelConfig, RunConfig
 from treepo.errors import ClusterError, PlacementError, one_line
 from treepo.rollout.stopping import StopRule
+
+_log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -93,6 +96,7 @@ def ray_session(actors: int) -> Iterator[None]:
         }
     else:
         where = {"address": check_cluster(named)}
+    ray._private.worker.print_to_stdstream = _log_message  # type: ignore[reportAttributeAccessIssue]
     try:
         ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
     except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
@@ -102,6 +106,13 @@ def ray_session(actors: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Write Ray's messages about dead processes to the log: by default it prints them, with its guesses."""
+    del ignore_prefix
+    for line in data["lines"]:
+        _log.info("Ray: %s", without_guesses(line))
 
 
 @dataclass(frozen=True, slots=True)
