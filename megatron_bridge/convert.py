@@ -131,9 +131,9 @@ def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Co
         (partial / HUGGING_FACE).mkdir()
         name = str(dtype).removeprefix("torch.")
         copy_model_files(source, partial / HUGGING_FACE, name)
-        CheckpointManifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
         shapes = {key: (tensor.shape, dtype) for key, (_, tensor, _) in places.items()}
         write_distributed_checkpoint(partial / TRAINER, shapes, make)
+        CheckpointManifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
     return Converted("training checkpoint", count, parameters, name)
 
 

@@ -1,8 +1,7 @@
 """A model folder's tokenizer: prompts to token ids, responses to text, and the tokens that end a sequence."""
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
