@@ -37,7 +37,7 @@ class RunConfig(Section):
     out: PathField
     """The run folder: config, metrics, trees, checkpoints, log, summary."""
     seed: int = Field(default=0, ge=0)
-    """Seed of everything random: data order, sampling, tree policies."""
+    """Seed of everything random: data order, sampling, tree policies. Any whole number from 0."""
     steps: int = Field(ge=1)
     """Training steps: each samples `data.prompts_per_step` trees and learns from them."""
     model: ModelConfig
