@@ -7,23 +7,20 @@ import torch
 from torch import Tensor
 
 from megatron_bridge.fusion import fused
-from treepo.errors import ModelError
+
+ROPE_TYPES = ("default", "llama3")
 
 
 def inverse_frequency(rope: Mapping[str, object], head_dim: int) -> Tensor:
     """The radians of each dimension per position: float32 [head_dim / 2].
 
-    rope: `rope_parameters` of a Hugging Face config. Raises ModelError for a scaling other than `default` and
-    `llama3`.
+    rope: `rope_parameters` of a Hugging Face config, of one of ROPE_TYPES.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequency = 1.0 / float(rope["rope_theta"]) ** exponent  # type: ignore[arg-type]  # JSON number
     kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return frequency
-    if kind == "llama3":
-        return _llama3(frequency, rope)
-    raise ModelError(f"config.json: rope_type {kind!r} is not supported; default and llama3 are")
+    assert kind in ROPE_TYPES, kind
+    return _llama3(frequency, rope) if kind == "llama3" else frequency
 
 
 def _llama3(frequency: Tensor, rope: Mapping[str, object]) -> Tensor:

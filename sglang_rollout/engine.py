@@ -38,7 +38,8 @@ class SGLangEngine:
 
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16"). stop_rule:
     called at the boundaries of `GenerateRequest.check_every`. shares_device: whether other work needs the
-    device's memory at times (`offload`). Raises EngineError or ModelError if SGLang does not start on the
+    device's memory at times (`offload`). paths_at_once: the most paths that it samples at once; None if
+    unknown. Raises EngineError or ModelError if SGLang does not start on the
     folder.
     """
 
@@ -51,13 +52,16 @@ class SGLangEngine:
         seed: int,
         stop_rule: StopRule | None = None,
         shares_device: bool = False,
+        paths_at_once: int | None = None,
     ) -> None:
         self.name = f"SGLang on {model}"
         self._config = config
         self._stop_rule = stop_rule
         self._end_tokens = _end_tokens(model)
         self._shapes = checkpoint_shapes(model)
-        self._sglang = SGLangProcesses(model, dtype, config, seed, shares_device)
+        self._sglang = SGLangProcesses(
+            model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
+        )
         self._gate = RequestGate()
         self._version = 0
         self._update: WeightUpdate | None = None

@@ -7,35 +7,23 @@ Here only SGLang's own processes are ended, and a death is an error of the reque
 
 import asyncio
 import atexit
-import logging
 import multiprocessing
 import os
-import threading
-import warnings
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
-from sglang_rollout.weight_loader import LOADER
+from sglang_rollout.arguments import sglang_arguments
+from sglang_rollout.child_output import ChildOutput
+from sglang_rollout.start_environment import start_environment
 from treepo.config.engine import EngineConfig
-from treepo.errors import DeadEngineError, EngineError
+from treepo.errors import DeadEngineError, EngineError, one_line
 
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
-# The device's memory can be offloaded and reloaded. The weights are kept in the host's memory meanwhile, so
-# that an engine that misses an update still has the weights of a version.
-_SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
-CPU_KV_TOKENS = 1 << 17  # on a CPU: SGLang's default takes most of the memory, which others need too
-RESERVED_TOKENS = 64
-"""KV tokens that SGLang sets aside for the tokens that a request may still sample; its default is 4096.
-
-The router admits only as many trees as fit, so little reserve is needed. A large one does harm: a request
-that waits for it has its prefix unlocked and evicted. If the reserve is too small, SGLang retracts the
-request with the fewest tokens and prefills it again, which costs little.
-"""
+_OUTPUT_SECONDS = 0.2  # for the last output of a process that has died, while others run
 
 
 class SGLangProcesses:
@@ -47,10 +35,26 @@ class SGLangProcesses:
     start.
     """
 
-    def __init__(self, model: Path, dtype: str, config: EngineConfig, seed: int, shares_device: bool) -> None:
-        arguments = _arguments(model, dtype, config, seed) | (_SHARES_DEVICE if shares_device else {})
-        with _start_environment(config):
-            engine = _start(arguments)
+    def __init__(
+        self,
+        model: Path,
+        dtype: str,
+        config: EngineConfig,
+        seed: int,
+        *,
+        shares_device: bool,
+        paths_at_once: int | None,
+    ) -> None:
+        arguments = sglang_arguments(
+            model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
+        )
+        self._output = ChildOutput()
+        try:
+            with start_environment(config, shares_device), self._output.recorded():
+                engine = _start(arguments)
+        except Exception as error:  # of any type: SGLang passes on whatever its modules raise
+            said = self._output.reason(_END_SECONDS) or one_line(error)
+            raise EngineError(f"SGLang does not start on {model}: {said}") from error
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must have ended
         self.manager: Any = engine.tokenizer_manager
         self.manager._subprocess_watchdog.stop()
@@ -75,7 +79,7 @@ class SGLangProcesses:
             for child in self._children:
                 descriptor = os.pidfd_open(child.pid)
                 self._watched.append(descriptor)
-                loop.add_reader(descriptor, self._die, f"SGLang's process {child.pid} ended")
+                loop.add_reader(descriptor, self._child_ended, child.pid)
             # Instead of SGLang's auto_create_handle_loop, which would take over SIGTERM and SIGQUIT.
             self.manager.event_loop = loop
             answers = loop.create_task(self.manager.handle_loop())
@@ -116,6 +120,10 @@ class SGLangProcesses:
         close_sockets(self.manager)
         _end(self._children)
 
+    def _child_ended(self, pid: int) -> None:
+        said = self._output.reason(_OUTPUT_SECONDS)
+        self._die(f"SGLang's process {pid} ended{f': {said}' if said else ''}")
+
     def _answers_ended(self, answers: asyncio.Task[None]) -> None:
         if not answers.cancelled():
             self._die(f"SGLang's answers cannot be read: {answers.exception()!r}")
@@ -137,88 +145,13 @@ def _start(arguments: dict[str, Any]) -> Any:
     others = set(multiprocessing.active_children())
     try:
         engine: Any = EngineWithoutDetokenizer(**arguments)
-    except BaseException as error:
+    except BaseException:
         started = set(multiprocessing.active_children()) - others
         _end([psutil.Process(child.pid) for child in started if child.pid is not None])
-        if isinstance(error, Exception):  # of any type: SGLang passes on whatever its modules raise
-            raise EngineError(f"SGLang does not start on {arguments['model_path']}: {error}") from error
         raise
     atexit.unregister(engine.shutdown)
     engine.send_to_rpc.close(linger=0)  # for calls that are not made here
     return engine
-
-
-def _arguments(model: Path, dtype: str, config: EngineConfig, seed: int) -> dict[str, Any]:
-    """SGLang's arguments; everything else is its default."""
-    arguments = {
-        "model_path": str(model),
-        "dtype": dtype,
-        "random_seed": seed,
-        "tp_size": config.tensor,
-        "skip_tokenizer_init": True,  # tokens in, tokens out
-        "max_total_tokens": config.max_total_tokens,
-        "mem_fraction_static": config.memory_fraction,
-        "attention_backend": config.attention_backend,
-        "weight_version": "0",
-        "custom_weight_loader": [LOADER],
-        "log_level": config.log_level,
-    }
-    if threading.current_thread() is threading.main_thread():
-        arguments["custom_sigquit_handler"] = _child_failed
-    if torch.cuda.is_available():
-        return arguments
-    return arguments | {
-        "device": "cpu",
-        "attention_backend": "torch_native",
-        "disable_cuda_graph": True,
-        "disable_overlap_schedule": True,  # there is no device to overlap with
-        "sleep_on_idle": True,  # the trainer computes on the same cores
-        "max_total_tokens": config.max_total_tokens or CPU_KV_TOKENS,
-    }
-
-
-def _child_failed(signum: int, frame: object) -> None:
-    """A failing child sends SIGQUIT before it ends; `SGLangProcesses.death` reports its end."""
-
-
-def _rank_environment(tensor: int) -> dict[str, str]:
-    """Environment of `tensor` ranks on one machine's CPU: each gets a share of the cores.
-
-    SGLang binds each rank to a NUMA node of its own and refuses to start more ranks than nodes, unless the
-    cores are named. Without sgl_kernel's CPU build nothing is bound.
-    """
-    cores = os.cpu_count() or 1
-    threads = int(os.environ.get("OMP_NUM_THREADS", cores))
-    return {
-        "SGLANG_CPU_OMP_THREADS_BIND": "|".join([f"0-{cores - 1}"] * tensor),
-        "OMP_NUM_THREADS": str(max(threads // tensor, 1)),
-    }
-
-
-@contextmanager
-def _start_environment(config: EngineConfig) -> Iterator[None]:
-    """Set the environment and logging that SGLang's processes inherit; restore our own afterwards."""
-    environment, root = dict(os.environ), logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process compiles thousands of modules again
-    os.environ["HF_HUB_OFFLINE"] = "1"  # models are folders
-    os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(RESERVED_TOKENS)
-    os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for absent devices
-    os.environ["TQDM_DISABLE"] = "1"
-    if config.tensor > 1 and not torch.cuda.is_available():
-        os.environ.update(_rank_environment(config.tensor))
-    logging.getLogger("sglang").setLevel(config.log_level.upper())
-    # It reports each signal handler and each dead child as an error; our exceptions say more.
-    logging.getLogger("sglang.srt.entrypoints.engine").setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        root.handlers[:] = handlers
-        root.setLevel(level)
 
 
 def _end(children: Sequence[psutil.Process]) -> None:

@@ -133,6 +133,11 @@ class BatchResult:
 class Trainer(Protocol):
     """All ranks of the trainer. Raises TrainerError if a rank dies."""
 
+    @property
+    def dtype(self) -> str:
+        """Data type of the model's parameters: "float32" or "bfloat16"."""
+        ...
+
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         """Compute each token's log-prob given its path.
 

@@ -16,7 +16,13 @@ from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
 from treepo.cluster.pooled_engine import PooledEngine, State
 from treepo.config.engine import EngineConfig
 from treepo.data.prompts import Prompt
-from treepo.errors import DeadEngineError, EngineError, NoEngineError
+from treepo.errors import (
+    DeadEngineError,
+    EngineError,
+    NoEngineError,
+    TransportError,
+    WeightsRefusedError,
+)
 from treepo.protocols import GenerateRequest
 from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.rollout.watchdog import watched
@@ -312,6 +318,54 @@ def test_an_engine_that_does_not_take_an_update_is_replaced_by_one_that_has_it(
 
     trainer = FakeTrainer(happens)
     run(scenario, fakes, 2, trainer)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_the_second_identical_refusal_of_the_weights_ends_the_run(others: int) -> None:
+    """With the engine's reason, wherever the run waits: at a request, or before its next training step."""
+    fakes = Fakes(lambda index, _number: {"refuses_weights": index == 0})
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        await sync(pool, 1)
+        await until(lambda: pool._fault is not None)
+        said = "^engine 0 refuses the weights, also after a restart: engine 0 refuses the weights$"
+        if not others:
+            with pytest.raises(WeightsRefusedError, match=said):
+                await pool.engines[0].generate(REQUEST)
+        with pytest.raises(WeightsRefusedError, match=said):
+            await sync(pool, 2)
+        assert len(fakes.made[0]) == 2
+        assert pool.restarts == 1
+
+    run(scenario, fakes, 1 + others)
+
+
+def test_refusals_with_other_reasons_or_a_success_between_them_cost_a_restart_each() -> None:
+    fakes = Fakes(lambda _index, number: {"refuses_weights": number in (0, 2)})
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        await sync(pool, 1)
+        await until(serves(pool.engines[0]))
+        fakes.made[0][1].refuses_weights = True
+        await sync(pool, 2)
+        with pytest.raises(WeightsRefusedError):  # the third process refuses version 2 as the second did
+            await pool.engines[0].generate(REQUEST)
+        assert len(fakes.made[0]) == 3
+
+    run(scenario, fakes)
+
+
+def test_updates_that_time_out_are_no_refusals() -> None:
+    """Restarts go on until `engine.max_restarts`: a slow or lost connection may come back."""
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        engine = pool.engines[0]
+        for _ in range(3):
+            pool._note_update(engine, TransportError("no answer within 1 s"))
+            pool._note_update(engine, DeadEngineError("it died"))
+        assert len(fakes.made[0]) == 1
+
+    run(scenario)
 
 
 def test_a_process_that_replaces_another_during_an_update_is_not_asked_to_commit() -> None:

@@ -112,6 +112,21 @@ def test_the_command_survives_a_shell(tmp_path: Path, monkeypatch: pytest.Monkey
     assert shlex.split(program)[-4:] == ["train", *awkward]
 
 
+@pytest.mark.parametrize("threads", [None, "6"])
+def test_the_job_has_the_users_threads_and_not_those_of_rays_supervisor(
+    threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    change, _, _ = order("run.yaml").command().rpartition(" && exec ")
+    supervisor = os.environ | {"OMP_NUM_THREADS": "1"}
+    shown = subprocess.check_output(
+        ["sh", "-c", f"{change}; echo $OMP_NUM_THREADS"], text=True, env=supervisor
+    )
+    assert shown.strip() == (threads or "")
+
+
 def test_a_launch_has_a_token_of_its_own_unless_the_user_sets_one() -> None:
     first, second = new_secrets({}), new_secrets({"HOME": "/root"})
     assert first["RAY_AUTH_MODE"] == second["RAY_AUTH_MODE"] == "token"

@@ -42,10 +42,12 @@ def test_engine_ranks_divide_all_but_norms_and_too_few_key_value_heads(qwen2: Pa
 
 def test_sglangs_default_is_its_documented_sum() -> None:
     # One H100 as nvidia-smi shows it: 512 + 8192 x 1.5 + 128 + 256 x 2 + 58 x 8 MiB are kept back.
-    chosen = sglang_defaults(81559, tensor=1, graphs=True)
+    chosen = sglang_defaults(81559, tensor=1, batch=256)
     assert chosen.chunk_tokens == 8192
     assert chosen.memory_fraction == round(1 - (512 + 12288 + 128 + 512 + 58 * 8) / 81559, 3)
-    assert sglang_defaults(24 * 1024, tensor=1, graphs=False).chunk_tokens == 2048
+    assert chosen.graphs_mib == 512 + 58 * 8
+    assert sglang_defaults(24 * 1024, tensor=1, batch=0).chunk_tokens == 2048
+    assert sglang_defaults(24 * 1024, tensor=1, batch=0).graphs_mib == 0
 
 
 def test_the_cache_gets_what_the_weights_leave(qwen2: Path) -> None:

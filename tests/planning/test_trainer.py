@@ -43,7 +43,7 @@ def config_of(trainer: dict[str, Any] | None = None, **sections: Any) -> RunConf
         {
             "out": "unused",
             "steps": 1,
-            "model": {"path": "unused"},
+            "model": {"path": "unused", "dtype": "bfloat16"},
             "data": {"train": "unused", "prompts_per_step": 64},
             "trainer": trainer or {},
         }
@@ -153,14 +153,16 @@ def test_host_memory_is_of_the_fullest_node(llama: Path) -> None:
     assert "checkpoint being written" not in none.parts
 
 
-def test_buckets_are_on_the_device_only_if_they_are_broadcast(llama: Path) -> None:
+def test_buckets_are_on_the_device_if_they_are_sent_from_there(llama: Path) -> None:
     """Two of 256 MiB, except that the vocabulary's tensors are larger."""
     broadcast = config_of(weights={"transport": "broadcast"})
     size = bucket_bytes(broadcast, read_architecture(llama))
     table = 128256 * 4096 * 2
     assert table < size <= 2 * table
     assert trainer_memory(broadcast, llama)[-1].parts["weight buckets"] == size
-    assert "weight buckets" not in trainer_memory(config_of(), llama)[-1].parts
+    assert trainer_memory(config_of(), llama)[-1].parts["weight buckets"] == size  # colocated
+    disk = config_of(weights={"transport": "disk"})
+    assert "weight buckets" not in trainer_memory(disk, llama)[-1].parts
     parts = host(broadcast, llama).parts
     assert parts["outgoing weights"] == 4 * GIB
 

@@ -20,6 +20,8 @@ class FakeTrainer:
     As the real one does, `save` leaves a hidden folder, and `finish_save` names it.
     """
 
+    dtype = "float32"
+
     def __init__(self, events: list[str] | None = None) -> None:
         self.events = [] if events is None else events
         self._pending: tuple[Path, Path] | None = None

@@ -89,6 +89,7 @@ class PolicyTrainer:
 
     policy: TinyPolicy
     padding: int = 0
+    dtype: str = "float32"
     pool: PolicyPool = field(default_factory=lambda: PolicyPool([]))
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
@@ -129,6 +130,7 @@ def check(engines: Sequence[PolicyEngine], trainer: PolicyTrainer, config: RunCo
         Prompt(f"p{index}", rng.integers(0, VOCABULARY, 3 + index % 4).astype(np.int32), "", "", "")
         for index in range(12)
     ]
+    trainer.dtype = config.model.dtype
     trainer.pool = PolicyPool(engines)
     return asyncio.run(check_log_probs(config, prompts, str, trainer.pool, trainer))
 

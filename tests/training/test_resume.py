@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support.fake_trainer import FakeTrainer
+from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
 from tests.support.random_trees import random_tree
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.load import load_config
@@ -20,7 +20,7 @@ from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import DataReport, PromptSet
 from treepo.errors import ConfigError
 from treepo.training.checkpoints import Checkpoints, newest
-from treepo.training.resume import find_resume
+from treepo.training.resume import find_resume, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, RunState
 from treepo.tree import from_json
@@ -197,6 +197,17 @@ def test_other_data_is_refused(config: RunConfig) -> None:
     write_run(config, steps=3, saved=2)
     with pytest.raises(ConfigError, match=r"the prompts or answers in .* have changed since"):
         find_resume(config, inputs("of other data"))
+
+
+def test_devices_of_another_dtype_are_refused(config: RunConfig) -> None:
+    """`model.dtype: auto` on GPUs, when the checkpoint is of a run on CPUs."""
+    write_run(config, steps=3, saved=2)
+    resume = find_resume(config, inputs())
+    assert resume is not None
+    trainer = FakeTrainer()
+    trainer.dtype = "bfloat16"
+    with pytest.raises(ConfigError, match=r"a run in float32, and model\.dtype = auto is bfloat16"):
+        asyncio.run(restore(resume, FakePool(NamedEngine(), []), trainer))
 
 
 def test_a_file_that_lost_lines_is_refused(config: RunConfig) -> None:

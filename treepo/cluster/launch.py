@@ -58,7 +58,12 @@ class Launch:
     def command(self) -> str:
         """The training's command line, for a shell on the head."""
         program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", *self.arguments]
-        return f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(program)}"
+        # Ray's job supervisor sets it to 1 if the cluster's environment does not have it.
+        threads = os.environ.get("OMP_NUM_THREADS")
+        setting = (
+            "unset OMP_NUM_THREADS" if threads is None else f"export OMP_NUM_THREADS={shlex.quote(threads)}"
+        )
+        return f"cd {shlex.quote(os.getcwd())} && {setting} && exec {shlex.join(program)}"
 
 
 async def launch(target: Allocation | Cluster, spec: Launch) -> int:
@@ -93,6 +98,9 @@ async def _launch(target: Allocation | Cluster, spec: Launch, terminated: asynci
 
 async def _use(cluster: Cluster, spec: Launch) -> int:
     """Train on a cluster that already runs."""
+    from treepo.cluster.ray_address import check_job_server
+
+    await asyncio.to_thread(check_job_server, cluster.address)
     await asyncio.to_thread(spec.check)
     return await _train(spec, None, cluster.nodes, lambda _: (), may_grow=True)
 

@@ -1,4 +1,4 @@
-"""Environment, network interface and errors of Ray actors, for engines and trainer ranks alike."""
+"""Network interface and errors of Ray actors, for engines and trainer ranks alike."""
 
 import os
 
@@ -6,16 +6,8 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from treepo.errors import TreepoError, one_line
-
-
-def actor_environment(**more: str) -> dict[str, dict[str, str]]:
-    """Ray's runtime environment for an actor that computes, with the variables in `more`.
-
-    Ray would give the actor one thread. Engine and trainer take turns, so each may use every core.
-    """
-    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    return {"env_vars": {"OMP_NUM_THREADS": threads} | more}
+from treepo.cluster.actor_death import death_without_lines
+from treepo.errors import TreepoError
 
 
 def use_interface_of_node() -> None:
@@ -43,5 +35,5 @@ def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
     if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
         return error.cause
     if isinstance(error, RayActorError):
-        return death(f"it died: {one_line(error)}")
+        return death(death_without_lines(error))
     return error

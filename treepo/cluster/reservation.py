@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
-from treepo.cluster.ray_actor import actor_environment
+from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, run_layout, shares_devices
+from treepo.cluster.process_environment import engine_environment, threads_of, trainer_environment
 from treepo.config.engine import EngineConfig
+from treepo.config.run import RunConfig
 from treepo.errors import PlacementError
 
 _log = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ class Reservation:
             return list(self.engines)
         shares = [devices[i * self.tensor : (i + 1) * self.tensor] for i in range(len(self.engines))]
         return [
-            options | {"runtime_env": actor_environment(CUDA_VISIBLE_DEVICES=",".join(share))}
+            options
+            | _environment(options["runtime_env"]["env_vars"] | {"CUDA_VISIBLE_DEVICES": ",".join(share)})
             for options, share in zip(self.engines, shares, strict=True)
         ]
 
@@ -63,13 +66,13 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-async def reserve(layout: Layout, seconds: float) -> Reservation:
-    """Hold the resources of the layout until the Ray session ends.
+async def reserve(config: RunConfig, seconds: float) -> Reservation:
+    """Hold the resources of the run's layout until the Ray session ends.
 
     Raises PlacementError at once if the cluster cannot hold the layout, and after `seconds` if the resources
     are still in use.
     """
-    nodes = cluster_nodes()
+    layout, nodes = run_layout(config), cluster_nodes()
     placed = plan(layout, nodes)
     bundles = [bundle for bundle, _ in placed]
     for bundle, node in placed:
@@ -87,16 +90,15 @@ async def reserve(layout: Layout, seconds: float) -> Reservation:
     shared = shares_devices(layout, nodes)
     ranks: list[dict[str, Any]] = [{}] * layout.ranks
     engines: list[dict[str, Any]] = [{}] * layout.engines
-    for index, bundle in enumerate(bundles):
-        options = {
-            "num_cpus": 1,
-            "runtime_env": actor_environment(),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index),
-        }
+    for index, (bundle, node) in enumerate(placed):
+        options = {"num_cpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index)}
+        rank_threads, engine_threads = _threads(node, placed)
+        of_rank = options | _environment(trainer_environment(rank_threads, config))
+        of_engine = options | _environment(engine_environment(engine_threads))
         for rank in bundle.ranks:
-            ranks[rank] = options | {"num_gpus": 1 if bundle.gpus else 0}
+            ranks[rank] = of_rank | {"num_gpus": 1 if bundle.gpus else 0}
         for engine in bundle.engines:
-            engines[engine] = options | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
+            engines[engine] = of_engine | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
     return Reservation(shared, on_one_machine(placed), tuple(ranks), tuple(engines), layout.tensor)
 
 
@@ -105,10 +107,29 @@ def unreserved_engines(config: EngineConfig) -> list[dict[str, Any]]:
 
     Raises PlacementError if the cluster cannot hold them.
     """
-    bundles = plan(Layout("split", 0, 1, config.count, config.tensor), cluster_nodes())
+    placed = plan(Layout("split", 0, 1, config.count, config.tensor), cluster_nodes())
     return [
-        {"num_cpus": 1, "num_gpus": bundle.gpus, "runtime_env": actor_environment()} for bundle, _ in bundles
+        {"num_cpus": 1, "num_gpus": bundle.gpus} | _environment(engine_environment(_threads(node, placed)[1]))
+        for bundle, node in placed
     ]
+
+
+def _threads(node: Node, placed: Sequence[tuple[Bundle, Node]]) -> tuple[int, int]:
+    """CPU threads of each trainer rank and of each engine on the node."""
+    here = [bundle for bundle, at in placed if at.id == node.id]
+    cores = node.cpus
+    if node.id == ray.get_runtime_context().get_node_id():
+        cores = min(cores, os.cpu_count() or 1)  # a Ray that the run starts may have more slots than cores
+    ranks, engines = sum(len(bundle.ranks) for bundle in here), sum(len(bundle.engines) for bundle in here)
+    return threads_of(node, cores, ranks), threads_of(node, cores, engines)
+
+
+def _environment(variables: dict[str, str]) -> dict[str, Any]:
+    return {"runtime_env": {"env_vars": variables}}
+
+
+def _variables(options: Mapping[str, Any]) -> dict[str, str]:
+    return options["runtime_env"]["env_vars"]
 
 
 def _members(bundle: Bundle) -> str:

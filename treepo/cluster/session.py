@@ -3,29 +3,35 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
+from treepo.cluster.actor_death import without_guesses
 from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
-from treepo.cluster.placement import run_layout
+from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
-from treepo.cluster.reservation import Reservation, reserve, unreserved_engines
+from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
 from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig
 from treepo.config.run import ModelConfig, RunConfig
-from treepo.errors import PlacementError
+from treepo.errors import ClusterError, PlacementError, one_line
 from treepo.rollout.stopping import StopRule
+
+_log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
 async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """Run Ray and engines that serve the model folder's weights, while the body runs."""
     with ray_session(config.engine.count):
-        async with _engines(config, stop_rule) as pool:
+        serving = _Serving(_on_cluster(config.model), config.engine, config.seed)
+        async with _engines(serving, stop_rule) as pool:
             yield pool
 
 
@@ -35,7 +41,7 @@ async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIt
     assert config.model.path is not None, "a server's URL needs no engines"
     with ray_session(config.engine.count or 1):
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        model = ModelConfig(path=config.model.path, dtype=config.model.dtype)
+        model = _on_cluster(ModelConfig(path=config.model.path, dtype=config.model.dtype))
         async with _engines(_Serving(model, config.engine.on(gpus), config.seed), stop_rule) as pool:
             yield pool
 
@@ -51,7 +57,8 @@ async def training_session(
     computes once, and gives back what it can, and the engines' caches take the memory that it leaves.
     """
     with ray_session(config.engine.count + config.trainer.parallel.ranks):
-        reservation = await reserve(run_layout(config), config.engine.start_seconds)
+        config = config.model_copy(update={"model": _on_cluster(config.model)})
+        reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
         trainer = TrainerGroup(config, reservation.ranks)
         shared = reservation.shares_devices
@@ -59,7 +66,7 @@ async def training_session(
             await trainer.ready()
             await trainer.offload(weights=True)
         options = reservation.engine_options(await trainer.devices() if shared else ())
-        launcher = EngineLauncher(config, stop_rule, options, shared)
+        launcher = EngineLauncher(config, stop_rule, options, shared, config.paths_at_once)
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared)
         try:
             if shared:
@@ -71,30 +78,52 @@ async def training_session(
             await pool.close()
 
 
+def _on_cluster(model: ModelConfig) -> ModelConfig:
+    """The model with its dtype decided for the cluster's devices. Raises ConfigError."""
+    gpus = any(node.gpus for node in cluster_nodes())
+    decided = model.on(gpus=gpus)
+    if model.dtype == "auto":
+        _log.info("model.dtype = auto: %s, on %s", decided.dtype, "GPUs" if gpus else "CPUs")
+    return decided
+
+
 @contextmanager
 def ray_session(actors: int) -> Iterator[None]:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine and end it with the body.
 
     actors: number of engines and trainer ranks. A cluster started here has a CPU slot for each, so that a
     small machine can hold a layout of several ranks. On an existing cluster the layout must fit its CPUs.
+    Raises ClusterError if Ray does not start, or the named cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Compiled Python modules halve the start of every worker, and Ray passes this environment to them.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    named = named_cluster()
+    if named is None:
+        where: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": max(actors, os.cpu_count() or 1),
+            "include_dashboard": False,
+        }
     else:
-        ray.init(
-            address="local",
-            num_cpus=max(actors, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        where = {"address": check_cluster(named)}
+    ray._private.worker.print_to_stdstream = _log_message  # type: ignore[reportAttributeAccessIssue]
+    try:
+        ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
+    except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
+        what = "Ray does not start" if named is None else f"RAY_ADDRESS={named}: Ray cannot join the cluster"
+        raise ClusterError(f"{what}: {one_line(error)}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Write Ray's messages about dead processes to the log: by default it prints them, with its guesses."""
+    del ignore_prefix
+    for line in data["lines"]:
+        _log.info("Ray: %s", without_guesses(line))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +137,8 @@ class _Serving:
 
 @asynccontextmanager
 async def _engines(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
-    launcher = EngineLauncher(config, stop_rule, unreserved_engines(config.engine), shares_devices=False)
+    options = unreserved_engines(config.engine)
+    launcher = EngineLauncher(config, stop_rule, options, shares_devices=False)
     pool = EnginePool(launcher, config.engine)
     try:
         await pool.ready()

@@ -9,6 +9,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from treepo.cluster.actor_death import death_of, note_start
 from treepo.cluster.ray_actor import own_error, use_interface_of_node
 from treepo.config.run import RunConfig
 from treepo.errors import TrainerError
@@ -49,6 +50,7 @@ class TrainerRank:
         """Load the model. Collective, like every method below."""
         from megatron_bridge.trainer import MegatronTrainer, join_store
 
+        note_start()
         use_interface_of_node()
         self._config, self._rank = config, rank
         self._stream: WeightStream | None = None
@@ -97,6 +99,11 @@ class TrainerGroup:
         self._manifest: Manifest = ()
         remote: Any = ray.remote(TrainerRank)
         self._ranks: list[Any] = [remote.options(**of_rank).remote() for of_rank in options]
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the model's parameters."""
+        return self._config.model.dtype
 
     async def ready(self) -> None:
         """Build the model on all ranks, and compute once, so that nothing is compiled and no communicator
@@ -205,13 +212,17 @@ class TrainerGroup:
             raise own_error(error, TrainerError) from None
 
     async def _gone(self, calls: Sequence[Any]) -> list[str]:
-        """Name the ranks that died. Ranks that waited for them fail too, in the collective, and are not
-        named.
+        """Name the ranks that died, with the reason of the first. Ranks that waited for them fail too, in the
+        collective, and are not named.
         """
         ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECONDS, fetch_local=False)
         outcomes = await asyncio.gather(*ended, return_exceptions=True)
-        return [
-            f"rank {calls.index(call)}"
+        deaths = {
+            calls.index(call): outcome
             for call, outcome in zip(ended, outcomes, strict=True)
             if isinstance(outcome, RayActorError)
-        ]
+        }
+        names = [f"rank {rank}" for rank in sorted(deaths)]
+        if names:
+            names[0] += f" ({await death_of(deaths[min(deaths)])})"
+        return names

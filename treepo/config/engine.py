@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from treepo.config.base import Section
 
@@ -35,3 +35,7 @@ class EngineConfig(Section):
     """Restarts of lost engines in one run; an engine that is lost after them is not replaced."""
     log_level: Literal["error", "warning", "info", "debug"] = "error"
     """What SGLang's own processes write to standard error."""
+    sglang: dict[str, JsonValue] = Field(default={})
+    """Further arguments of SGLang by their names in its `ServerArgs`, for example
+    `{kv_cache_dtype: fp8_e5m2}`. Names, types and choices are checked before anything starts; an argument
+    that another key sets is refused."""

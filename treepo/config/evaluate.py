@@ -24,8 +24,9 @@ class EvalModelConfig(Section):
 
     path: PathField | None = None
     """A Hugging Face folder, served by engines that the evaluation starts and stops."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Data type of the engines' weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the engines' weights. `auto`: bfloat16 on GPUs and float32 on CPUs; float32 runs on CPUs
+    only."""
     url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+(/\S*)?$")
     """A running SGLang server, for example `http://127.0.0.1:30000`, instead of `path`."""
     tokenizer: PathField | None = None
@@ -50,7 +51,7 @@ class EvalModelConfig(Section):
 
 class BenchmarkConfig(Section):
     path: PathField
-    """A file of problems: .jsonl or .parquet."""
+    """Problems: a .jsonl or .parquet file, or a folder of them."""
     name: str = Field(default="", pattern=r"^[\w.-]*$")
     """Its name in tables and problem ids; by default the file's name without its extension."""
     columns: ColumnsConfig = ColumnsConfig()
@@ -65,7 +66,7 @@ class BenchmarkConfig(Section):
     def _columns_by_file_name(cls, value: Any) -> Any:
         if not isinstance(value, dict) or "columns" in value:
             return value
-        stem = str(value.get("path", "")).rpartition("/")[2].rpartition(".")[0]
+        stem = Path(str(value.get("path", ""))).stem
         return value | {"columns": stem} if stem in shipped_columns() else value
 
     @property

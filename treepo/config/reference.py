@@ -134,6 +134,8 @@ def _value(schema: Mapping[str, Any]) -> str:
         return "path" if schema.get("format") == "path" else f"text like `{pattern}`" if pattern else "text"
     if schema["type"] == "array":
         return f"list of {schema['maxItems']}: {_value(schema['items'])}"
+    if schema["type"] == "object" and "propertyNames" not in schema:
+        return "names and values"
     if schema["type"] == "object":
         names = _words(schema["propertyNames"]["enum"])
         return f"names, each with a {_value(schema['additionalProperties'])}: {names}"

@@ -1,5 +1,6 @@
 """The schema of the YAML file that configures a training run."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,13 +16,26 @@ from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.config.trainer import TrainerConfig
 from treepo.config.weights import WeightsConfig
+from treepo.errors import ConfigError
 
 
 class ModelConfig(Section):
     path: PathField
     """A Hugging Face folder: config.json, safetensors, tokenizer."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Data type of the parameters in the trainer (with float32 master weights) and in the engines."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the parameters in the trainer (with float32 master weights) and in the engines. `auto`:
+    bfloat16 on GPUs and float32 on CPUs, whatever the folder's weights have; float32 runs on CPUs only."""
+
+    def on(self, *, gpus: bool) -> "ModelConfig":
+        """The same model with `auto` decided for the devices that it runs on. Raises ConfigError."""
+        if self.dtype == "auto":
+            return ModelConfig(path=self.path, dtype="bfloat16" if gpus else "float32")
+        if gpus and self.dtype == "float32":
+            raise ConfigError(
+                "model.dtype = float32: SGLang has no float32 RMSNorm for GPUs; bfloat16 and auto, which is "
+                "bfloat16 on GPUs, are allowed"
+            )
+        return self
 
 
 class HeldoutConfig(Section):
@@ -37,7 +51,8 @@ class RunConfig(Section):
     out: PathField
     """The run folder: config, metrics, trees, checkpoints, log, summary."""
     seed: int = Field(default=0, ge=0)
-    """Seed of everything random: data order, sampling, tree policies."""
+    """Seed of everything random: data order, sampling, tree policies. On GPUs SGLang samples by seed only
+    with `engine.sglang: {enable_deterministic_inference: true}`, which needs `engine.attention_backend`."""
     steps: int = Field(ge=1)
     """Training steps: each samples `data.prompts_per_step` trees and learns from them."""
     model: ModelConfig
@@ -67,6 +82,12 @@ class RunConfig(Section):
     """Training checkpoints, from which an interrupted run continues."""
     plan: PlanConfig = PlanConfig()
     """Assumptions of `treepo plan`; training does not read them."""
+
+    @property
+    def paths_at_once(self) -> int:
+        """The most paths that one engine samples at once in a step."""
+        trees = math.ceil(self.data.prompts_per_step / self.engine.count)
+        return min(trees, self.sampling.max_live_trees or trees) * self.sampling.width
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:

@@ -121,6 +121,7 @@ def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
     """Show the result of a run: accuracy, cost, files."""
     table = value_table("What the run came to")
+    table.add_row("data type of the model", summary["dtype"])
     if summary["accuracy_before"] is not None:
         table.add_row("held-out accuracy before", f"{summary['accuracy_before']:.3f}")
         table.add_row("held-out accuracy after", f"[bold]{summary['accuracy_after']:.3f}[/bold]")

@@ -110,6 +110,7 @@ def _with_runtime(trainer: Sequence[Memory], engine: EngineMemory, shared: bool)
     runtime, reloaded = {"CUDA and NCCL": (RUNTIME, "")}, {}
     if shared:
         runtime["engine's CUDA and NCCL"] = RUNTIME, ""
+        runtime["engine's CUDA graphs"] = engine.graphs, ""
         reloaded["engine's weights"] = engine.memory.parts["weights"], ""
     *stages, syncing = trainer
     return [*(stage.plus(runtime) for stage in stages), syncing.plus(runtime | reloaded)]

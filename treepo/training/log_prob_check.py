@@ -31,8 +31,7 @@ SEGMENT_TOKENS = 64  # at most, so that a check takes seconds
 SUSPECTS = (
     "the temperature (not the same on both sides), vocabulary padding (columns beyond the "
     "tokenizer's), fused kernels (engine.attention_backend), dtype (model.dtype on one side only), "
-    "stale weights (the engine serves other weights than the trainer has; does the model folder "
-    "hold two sets?)"
+    "stale weights (the engine serves other weights than the trainer has)"
 )
 
 _log = logging.getLogger(__name__)
@@ -40,6 +39,9 @@ _log = logging.getLogger(__name__)
 
 class LogProbs(Protocol):
     """The part of `treepo.protocols.Trainer` that computes log-probs."""
+
+    @property
+    def dtype(self) -> str: ...
 
     async def log_probs(
         self, packs: Sequence[Sequence[Pack]], temperature: float
@@ -94,7 +96,7 @@ async def check_log_probs(
     ]
     async with pool.offloaded():
         computed = [await trainer.log_probs(packs, sampling.temperature) for packs in packed]
-    limits = config.log_prob_check.limits(config.model.dtype)
+    limits = config.log_prob_check.limits(trainer.dtype)
     figures = {"mean": 0.0, "max": 0.0, "tokens": 0}
     for engine, trees, packs, log_probs in zip(pool.engines, forests, packed, computed, strict=True):
         comparison = _compare(trees, packs, log_probs)

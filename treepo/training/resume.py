@@ -11,6 +11,7 @@ from treepo.data.inputs import TrainInputs
 from treepo.data.output_folder import CONFIG, SUMMARY
 from treepo.errors import ConfigError
 from treepo.protocols import Trainer, TrainingEnginePool
+from treepo.training.checkpoint_manifest import read_manifest
 from treepo.training.checkpoints import newest
 from treepo.training.run_state import RunState
 
@@ -78,7 +79,16 @@ def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
 
 
 async def restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer) -> None:
-    """Give trainer and engines the weights of the checkpoint."""
+    """Give trainer and engines the weights of the checkpoint.
+
+    Raises ConfigError if `model.dtype: auto` is another type on these devices than on the checkpoint's.
+    """
+    dtype = read_manifest(resume.checkpoint).dtype
+    if dtype != trainer.dtype:
+        raise ConfigError(
+            f"--resume: {resume.checkpoint} is of a run in {dtype}, and model.dtype = auto is "
+            f"{trainer.dtype} on these devices; a run cannot change between CPUs and GPUs"
+        )
     async with engines.offloaded():
         await trainer.load(resume.checkpoint.resolve())
         await engines.sync_weights(resume.state.steps_done)

@@ -81,7 +81,7 @@ async def train(
         accuracy_after = await _evaluate(heldout, inputs.heldout, "evaluate after", clock)
         with clock.phase("write model"):
             await trainer.export(folder.checkpoint.resolve())
-        summary = state.summary(accuracy_after, check)
+        summary = state.summary(trainer.dtype, accuracy_after, check)
         folder.write_summary(summary)
         reporter.phase("stop")
     return summary

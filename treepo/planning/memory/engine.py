@@ -3,7 +3,8 @@
 What the configuration leaves open is chosen as SGLang 0.5.16 does (its server_args.py): `mem_fraction_static`
 is the share of the memory free at its start that weights and KV cache take. SGLang keeps back 512 MiB + 1.5 a
 token of a prefill chunk + 128 a tensor-parallel rank + 2 a request of the largest decoding graph + 8 a
-prefill graph, and at least 10 GiB on a device of more than 60 GiB.
+prefill graph, and at least 10 GiB on a device of more than 60 GiB. Its graphs stay in memory while an engine
+is offloaded.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_bridge.architecture import read_architecture
-from sglang_rollout.processes import CPU_KV_TOKENS
+from sglang_rollout.arguments import CPU_KV_TOKENS, GRAPH_MIB, decode_graph_size
 from treepo.config.run import RunConfig
 from treepo.planning.hardware import GIB, device
 from treepo.planning.memory.engine_shard import EngineShard, engine_shard
@@ -29,6 +30,7 @@ _GIB_IN_MIB = 1024
 class EngineMemory:
     """One device of an engine.
 
+    graphs: bytes of its CUDA graphs, estimated as SGLang does; they are part of "activations and runtime".
     kv_tokens: the engine's cache, of which every rank holds its heads.
     longest_tree: the most KV tokens of a tree with its prompt. expected_tree: KV tokens that the driver
     admits a tree with, once it knows how large trees become. problem: why the engine cannot serve, in one
@@ -37,6 +39,7 @@ class EngineMemory:
 
     memory: Memory
     shard: EngineShard
+    graphs: int
     kv_tokens: int
     max_requests: int
     chunk_tokens: int
@@ -64,7 +67,8 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
     architecture = read_architecture(folder)
     shard = engine_shard(architecture, engine.tensor)
     device_mib = device(config.plan.device).memory / (1 << 20)
-    chosen = sglang_defaults(device_mib, engine.tensor, graphs=not on_cpu)
+    batch = 0 if on_cpu else decode_graph_size(config.paths_at_once, device_mib * (1 << 20))
+    chosen = sglang_defaults(device_mib, engine.tensor, batch)
     fraction = engine.memory_fraction or chosen.memory_fraction
     value_bytes = element_bytes(config)
     weights, token_bytes = shard.parameters * value_bytes, shard.kv_values * value_bytes
@@ -89,6 +93,7 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
     return EngineMemory(
         memory=memory,
         shard=shard,
+        graphs=chosen.graphs_mib << 20,
         kv_tokens=kv_tokens,
         max_requests=_max_requests(kv_tokens, architecture.max_positions),
         chunk_tokens=chosen.chunk_tokens,
@@ -137,32 +142,32 @@ def _problem(
 
 @dataclass(frozen=True, slots=True)
 class SglangDefaults:
-    """chunk_tokens: the most of one prefill. memory_fraction: share of the free memory."""
+    """chunk_tokens: the most of one prefill. memory_fraction: share of the free memory. graphs_mib: memory of
+    CUDA graphs.
+    """
 
     chunk_tokens: int
     memory_fraction: float
+    graphs_mib: int
 
 
-def sglang_defaults(memory: float, tensor: int, graphs: bool) -> SglangDefaults:
-    """SGLang's choice on a device of `memory` MiB. graphs: whether it captures passes as CUDA graphs."""
-    few = tensor < 4
-    chunk, batch = next(
-        (chunk, batch)
-        for bound, chunk, batch in (
-            (20 * _GIB_IN_MIB, 2048, 8),
-            (35 * _GIB_IN_MIB, 2048, 24 if few else 80),
-            (60 * _GIB_IN_MIB, 4096, 32 if few else 160),
-            (160 * _GIB_IN_MIB, 8192, 256 if few else 512),
-            (float("inf"), 16384, 512),
+def sglang_defaults(memory: float, tensor: int, batch: int) -> SglangDefaults:
+    """SGLang's choice on a device of `memory` MiB. batch: the largest decoding graph; 0 without graphs."""
+    chunk = next(
+        chunk
+        for bound, chunk in (
+            (35 * _GIB_IN_MIB, 2048),
+            (60 * _GIB_IN_MIB, 4096),
+            (160 * _GIB_IN_MIB, 8192),
+            (float("inf"), 16384),
         )
         if memory < bound
     )
-    kept = 512 + 1.5 * chunk + 128 * tensor
-    if graphs:
-        kept += 2 * batch + 8 * _prefill_graphs(chunk)
+    graphs = GRAPH_MIB * batch + 8 * _prefill_graphs(chunk) if batch else 0
+    kept = 512 + 1.5 * chunk + 128 * tensor + graphs
     if memory > 60 * _GIB_IN_MIB:
         kept = max(kept, 10 * _GIB_IN_MIB)
-    return SglangDefaults(chunk, round((memory - kept) / memory, 3))
+    return SglangDefaults(chunk, round((memory - kept) / memory, 3), graphs)
 
 
 def _prefill_graphs(tokens: int) -> int:

@@ -37,5 +37,10 @@ class Memory:
 
 
 def element_bytes(config: RunConfig) -> int:
-    """Bytes of one value of `model.dtype`."""
-    return {"float32": FLOAT32, "bfloat16": 2}[config.model.dtype]
+    """Bytes of one value of `model.dtype` on the plan's device."""
+    return {"float32": FLOAT32, "bfloat16": 2}[model_dtype(config)]
+
+
+def model_dtype(config: RunConfig) -> str:
+    """`model.dtype` on the plan's device. Raises ConfigError."""
+    return config.model.on(gpus=config.plan.device != "cpu").dtype

@@ -13,14 +13,13 @@ from functools import cache
 from math import ceil, prod
 from pathlib import Path
 
-from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.architecture import Architecture, read_architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import EMBEDDING
 from megatron_bridge.layout_shards import (
     Shard,
     buffer_elements,
     expert_data_ranks,
     layout_shards,
-    tensor_shapes,
 )
 from megatron_bridge.tensor_surgery import padded_vocabulary
 from treepo.config.run import RunConfig

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sglang_rollout.processes import RESERVED_TOKENS
+from sglang_rollout.start_environment import RESERVED_TOKENS
 from treepo.errors import EngineError
 from treepo.planning.simulation.prefix_cache import Node, PrefixCache
 from treepo.planning.simulation.rates import Prefill, Rates

@@ -175,12 +175,17 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
 def _send_and_load(config: RunConfig, whole: float) -> tuple[float, float, str]:
     """Seconds on rank 0, seconds on the engines after that, and the way in words.
 
-    Buckets on the host are in pageable memory.
+    `colocated` on GPUs: every engine rank reads all bytes from rank 0's device, which serves those of other
+    devices over one link. Buckets on the host are in pageable memory.
     """
     link = device(config.plan.device).link
     on_gpu = config.plan.device != "cpu"
     to_host, from_host = whole / (TO_HOST if on_gpu else link), whole / (FROM_HOST if on_gpu else link)
     match config.weights.transport:
+        case "colocated" if on_gpu:
+            elsewhere = config.engine.count * config.engine.tensor - 1
+            copied = 2 * whole / device(config.plan.device).memory_bandwidth  # read and written
+            return copied, max(copied, elsewhere * whole / link), "CUDA IPC"
         case "colocated":
             return to_host, from_host, "the host's memory"
         case "disk":

@@ -1,0 +1,197 @@
+"""SGLang's arguments: what the configuration and the device decide, then what the user adds.
+
+`engine.sglang` may set any argument of SGLang 0.5.16's `ServerArgs`, except those that other keys set and
+those that the project depends on.
+"""
+
+import difflib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from sglang_rollout.weight_loader import LOADER
+from treepo.config.engine import EngineConfig
+from treepo.errors import ConfigError
+
+CPU_KV_TOKENS = 1 << 17  # on a CPU: SGLang's default takes most of the memory, which others need too
+GRAPH_MIB = 2
+"""SGLang's own estimate of the memory of decoding as a CUDA graph, for each request of the largest batch."""
+_MOST_IN_GRAPH = 512  # SGLang's largest choice; in larger batches the GPU works longer than the CPU launches
+_GRAPH_SHARE = 64  # graphs take at most this part of the device
+
+# The device's memory can be offloaded and reloaded. The weights are kept in the host's memory meanwhile, so
+# that an engine that misses an update still has the weights of a version.
+_SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
+
+_DETERMINISTIC_WITH_CACHE = ("fa3", "fa4", "triton")
+_OWN_KEYS = {
+    "model_path": "model.path",
+    "dtype": "model.dtype",
+    "random_seed": "seed",
+    "tp_size": "engine.tensor",
+    "dp_size": "engine.count",
+    "max_total_tokens": "engine.max_total_tokens",
+    "mem_fraction_static": "engine.memory_fraction",
+    "attention_backend": "engine.attention_backend",
+    "log_level": "engine.log_level",
+    "enable_memory_saver": "placement",
+    "enable_weights_cpu_backup": "placement",
+}
+_FIXED = {
+    "device": "an engine runs on the GPUs that it is given, or on the CPU",
+    "base_gpu_id": "an engine runs on the GPUs that it is given",
+    "gpu_id_step": "an engine runs on the GPUs that it is given",
+    "pp_size": "an engine has tensor-parallel ranks only",
+    "nnodes": "an engine runs on one node",
+    "node_rank": "an engine runs on one node",
+    "dist_init_addr": "an engine runs on one node",
+    "trust_remote_code": "code of a model folder never runs",
+    "json_model_override_args": "engines and trainer read the same config.json",
+    "skip_tokenizer_init": "an engine takes and returns tokens",
+    "tokenizer_path": "an engine takes and returns tokens",
+    "disable_radix_cache": "trees share their prefixes in it",
+    "quantization": "weight syncs send weights of model.dtype",
+    "enable_lora": "adapters are not trained",
+    "lora_paths": "adapters are not trained",
+    "custom_weight_loader": "weight syncs need their own",
+    "weight_version": "weight syncs set it",
+    "custom_sigquit_handler": "engines are supervised by their pool",
+}
+
+
+def sglang_arguments(
+    model: Path,
+    dtype: str,
+    config: EngineConfig,
+    seed: int,
+    *,
+    shares_device: bool = False,
+    paths_at_once: int | None = None,
+) -> dict[str, Any]:
+    """The arguments of one engine; everything else is SGLang's default.
+
+    shares_device: whether other work needs the device's memory at times. paths_at_once: the most paths that
+    the engine samples at once; None if unknown.
+    """
+    arguments: dict[str, Any] = {
+        "model_path": str(model),
+        "dtype": dtype,
+        "random_seed": seed,
+        "tp_size": config.tensor,
+        "trust_remote_code": False,
+        # SGLang 0.5.16 imports the folder's code for an architecture that it does not know, trusted or not.
+        "json_model_override_args": '{"auto_map": {}}',
+        "skip_tokenizer_init": True,  # tokens in, tokens out
+        "max_total_tokens": config.max_total_tokens,
+        "mem_fraction_static": config.memory_fraction,
+        "attention_backend": config.attention_backend,
+        "weight_version": "0",
+        "custom_weight_loader": [LOADER],
+        "log_level": config.log_level,
+    }
+    if threading.current_thread() is threading.main_thread():
+        arguments["custom_sigquit_handler"] = _child_failed
+    if shares_device:
+        arguments |= _SHARES_DEVICE
+        if os.environ.get("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "").lower() in ("1", "true"):
+            arguments["disable_prefill_cuda_graph"] = True  # those that the saver cannot release
+    if torch.cuda.is_available():
+        arguments |= _of_gpu(model, paths_at_once)
+    else:
+        arguments |= _of_cpu(config)
+    return arguments | config.sglang
+
+
+def _of_gpu(model: Path, paths_at_once: int | None) -> dict[str, Any]:
+    memory = torch.cuda.get_device_properties(0).total_memory
+    arguments: dict[str, Any] = {"cuda_graph_max_bs_decode": decode_graph_size(paths_at_once, memory)}
+    if has_experts(json.loads((model / "config.json").read_text())):
+        # SGLang's own choice on Blackwell permutes the experts' weights after loading them, and an update
+        # would be written over the permuted ones. Triton's kernels take them as they are.
+        arguments["moe_runner_backend"] = "triton"
+    return arguments
+
+
+def _of_cpu(config: EngineConfig) -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "disable_cuda_graph": True,
+        "disable_overlap_schedule": True,  # there is no device to overlap with
+        "sleep_on_idle": True,  # the trainer computes on the same cores
+        "max_total_tokens": config.max_total_tokens or CPU_KV_TOKENS,
+    }
+
+
+def _child_failed(signum: int, frame: object) -> None:
+    """A failing child sends SIGQUIT before it ends; `SGLangProcesses.death` reports its end."""
+
+
+def decode_graph_size(paths_at_once: int | None, memory: float) -> int:
+    """The largest batch that decodes as a CUDA graph; a larger one launches each kernel from the CPU.
+
+    It holds all paths that are sampled at once, but at most 512, and as many as 1/64 of the device's `memory`
+    (bytes) holds graphs of.
+    """
+    most = min(_MOST_IN_GRAPH, int(memory / _GRAPH_SHARE) // (GRAPH_MIB << 20))
+    return max(most if paths_at_once is None else min(paths_at_once, most), 1)
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is of a mixture of experts."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((config.get(name) or 0) > 1 for name in names)
+
+
+def check_sglang_arguments(engine: EngineConfig) -> None:
+    """Raise ConfigError with a line for each argument in `engine.sglang` that SGLang lacks, that has another
+    type or choice there, or that is set elsewhere; and for an `engine.attention_backend` that it lacks.
+    """
+    if engine.sglang or engine.attention_backend:
+        from sglang.srt.server_args import ServerArgs  # takes seconds
+
+        if faults := list(argument_faults(engine, get_type_hints(ServerArgs, include_extras=True))):
+            raise ConfigError("\n".join(faults))
+
+
+def argument_faults(engine: EngineConfig, types: Mapping[str, Any]) -> Iterator[str]:
+    """types: the annotated type of each argument; an annotation may have `choices`."""
+    yield from _value_faults("engine.attention_backend", engine.attention_backend, types["attention_backend"])
+    for name, value in engine.sglang.items():
+        key = f"engine.sglang.{name}"
+        if name in _OWN_KEYS:
+            yield f"{key}: set by {_OWN_KEYS[name]}"
+        elif name in _FIXED:
+            yield f"{key}: cannot be set, because {_FIXED[name]}"
+        elif name not in types:
+            near = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{key}: SGLang has no such argument{hint}"
+        else:
+            yield from _value_faults(key, value, types[name])
+    deterministic = engine.sglang.get("enable_deterministic_inference")
+    if deterministic is True and engine.attention_backend not in _DETERMINISTIC_WITH_CACHE:
+        yield (
+            "engine.sglang.enable_deterministic_inference: needs engine.attention_backend = "
+            f"{', '.join(_DETERMINISTIC_WITH_CACHE)}; with others SGLang turns the prefix cache off, in "
+            "which trees share their prefixes"
+        )
+
+
+def _value_faults(key: str, value: Any, annotated: Any) -> Iterator[str]:
+    plain, *notes = get_args(annotated) if hasattr(annotated, "__metadata__") else (annotated,)
+    try:
+        TypeAdapter(plain).validate_python(value, strict=True)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].replace("Input should be", "should be")
+        yield f"{key}: {message}, found {value!r}"
+        return
+    choices = next((note.choices for note in notes if getattr(note, "choices", None)), None)
+    if choices and value is not None and value not in choices:
+        yield f"{key}: should be one of {', '.join(map(str, choices))}, found {value!r}"
