@@ -12,7 +12,6 @@ whatever the lengths of the segments.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from megatron_bridge.fusion import compiled
 from megatron_bridge.rotary import cos_sin, rotate, rotated
 
 CPU_BLOCK = 64  # queries in a block on CPU; 32 and 128 are as fast on short segments
@@ -202,11 +202,9 @@ def _in_blocks(x: Tensor) -> Tensor:
     return x.unflatten(0, (-1, CUDA_BLOCK))
 
 
-@cache
 def _compiled_attend_blocks() -> Callable[..., Tensor]:
-    # The first length is compiled as a constant, later ones as a variable. fullgraph: without compilation
-    # FlexAttention would make a T x T matrix, so a graph break must be an error.
-    return torch.compile(attend_blocks, fullgraph=True)
+    # Compiled in any case: FlexAttention without compilation would make a T x T matrix.
+    return compiled(attend_blocks)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:

@@ -5,13 +5,11 @@ output matrix's gradient is summed over the chunks in float32. On CUDA one compi
 logits for all of its sums, and another turns them into their gradient.
 """
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+from megatron_bridge.fusion import fused
 
 CHUNK_BYTES = 1 << 29  # most bytes of float32 logits at once, on one rank
 
@@ -43,7 +41,7 @@ class _TokenLogProbs(torch.autograd.Function):
         degree = torch.full((), temperature, dtype=dtype, device=weight.device)
         sums = torch.empty(4, len(hidden), dtype=dtype, device=weight.device)
         for chunk in _chunks(hidden, weight):
-            sums[:, chunk] = _fused(_sums)(_logits(hidden[chunk], rows), local[chunk], degree)
+            sums[:, chunk] = fused(_sums)(_logits(hidden[chunk], rows), local[chunk], degree)
         top, total, mean, chosen = sums
         if group.size() > 1:
             highest = top.clone()
@@ -70,7 +68,7 @@ class _TokenLogProbs(torch.autograd.Function):
         main_grad = getattr(weight, "main_grad", None)  # Megatron-Core's sum over micro-batches
         grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if main_grad is None else main_grad
         for chunk in _chunks(hidden, weight):
-            grad = _fused(_logit_gradient)(
+            grad = fused(_logit_gradient)(
                 _logits(hidden[chunk], rows),
                 local[chunk],
                 ctx.degree,
@@ -122,14 +120,13 @@ def _sums(logits: Tensor, local: Tensor, temperature: Tensor) -> Tensor:
     w (z - m), and the value at `local`, 0 if that is another rank's. Float [4, T].
     """
     z = logits / temperature
-    top = z.amax(dim=1, keepdim=True)
-    below = z - top
-    weight = below.exp()
+    top = z.amax(dim=1)
     inside = (local >= 0) & (local < z.shape[1])
     chosen = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
-    return torch.stack([
-        top[:, 0], weight.sum(dim=1), (weight * below).sum(dim=1), torch.where(inside, chosen, 0.0)
-    ])  # fmt: skip
+    below = z.sub_(top[:, None])
+    weight = below.exp()
+    mean = below.mul_(weight).sum(dim=1)
+    return torch.stack([top, weight.sum(dim=1), mean, torch.where(inside, chosen, 0.0)])
 
 
 def _logit_gradient(
@@ -144,21 +141,11 @@ def _logit_gradient(
     """The gradient of the logits. normaliser: [T], log of the sum of exp(z / t) over the whole vocabulary.
     of_entropy: entropy and its gradient, if one flows.
     """
-    log_p = logits / temperature - normaliser[:, None]
+    log_p = (logits / temperature).sub_(normaliser[:, None])
     p = log_p.exp()
     columns = torch.arange(logits.shape[1], device=logits.device)
-    grad = ((columns == local[:, None]).to(p.dtype) - p) * grad_log_prob[:, None]
+    grad = (columns == local[:, None]).to(p.dtype).sub_(p).mul_(grad_log_prob[:, None])
     if of_entropy is not None:
         entropy, grad_entropy = of_entropy
-        grad = grad - p * (log_p + entropy[:, None]) * grad_entropy[:, None]
-    return (grad / temperature).to(dtype)
-
-
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled on CUDA. On a CPU compiling takes longer than it saves."""
-    return _compiled(function) if torch.cuda.is_available() else function
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True)
+        grad.sub_(log_p.add_(entropy[:, None]).mul_(p).mul_(grad_entropy[:, None]))
+    return grad.div_(temperature).to(dtype)

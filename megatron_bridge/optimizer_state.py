@@ -52,7 +52,8 @@ def set_step_count(optimizer: MegatronOptimizer, steps: int) -> None:
     for part in optimizer_parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):
             for parameter, state in part.optimizer.state.items():
-                state["step"] = torch.full((), float(steps), device=parameter.device)
+                count = state.setdefault("step", torch.zeros((), device=parameter.device))
+                count.fill_(steps)  # where it is, if the parameter is offloaded
         else:
             for group in part.optimizer.param_groups:
                 group["step"] = steps

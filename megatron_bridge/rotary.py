@@ -6,23 +6,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from treepo.errors import ModelError
+from megatron_bridge.fusion import fused
+
+ROPE_TYPES = ("default", "llama3")
 
 
 def inverse_frequency(rope: Mapping[str, object], head_dim: int) -> Tensor:
     """The radians of each dimension per position: float32 [head_dim / 2].
 
-    rope: `rope_parameters` of a Hugging Face config. Raises ModelError for a scaling other than `default` and
-    `llama3`.
+    rope: `rope_parameters` of a Hugging Face config, of one of ROPE_TYPES.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequency = 1.0 / float(rope["rope_theta"]) ** exponent  # type: ignore[arg-type]  # JSON number
     kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return frequency
-    if kind == "llama3":
-        return _llama3(frequency, rope)
-    raise ModelError(f"config.json: rope_type {kind!r} is not supported; default and llama3 are")
+    assert kind in ROPE_TYPES, kind
+    return _llama3(frequency, rope) if kind == "llama3" else frequency
 
 
 def _llama3(frequency: Tensor, rope: Mapping[str, object]) -> Tensor:
@@ -61,9 +59,9 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin)
+        return fused(rotated)(x, cos, sin)
 
     @staticmethod
     def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
-        return rotated(grads[0], cos, -sin), None, None
+        return fused(rotated)(grads[0], cos, -sin), None, None

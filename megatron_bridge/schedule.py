@@ -61,9 +61,10 @@ class Schedule:
         """Append blank packs up to a number that the pipeline schedule accepts. Collective.
 
         Replicas that share experts communicate in every layer of every micro-batch, so they need equal
-        numbers. Interleaved stages process micro-batches in groups as large as the pipeline.
+        numbers. Every replica needs one, whose backward pass sums the gradients. Interleaved stages process
+        micro-batches in groups as large as the pipeline.
         """
-        count = len(packs)
+        count = max(1, len(packs))
         if self._parallel.expert > 1:
             most = torch.tensor(count, device=self._device)
             dist.all_reduce(most, dist.ReduceOp.MAX, parallel_state.get_data_parallel_group())

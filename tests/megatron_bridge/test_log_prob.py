@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_bridge import log_prob
+from megatron_bridge.fusion import compiled
 
 HIDDEN, VOCABULARY, PADDED = 7, 19, 24
 
@@ -124,14 +125,14 @@ def test_compiled_sums_and_gradients_are_those_of_plain_torch(problem, monkeypat
     weight, hidden, target = problem
     monkeypatch.setattr(log_prob, "CHUNK_BYTES", 4 * PADDED * 8)
     results = []
-    for fused in (lambda function: function, log_prob._compiled):
-        monkeypatch.setattr(log_prob, "_fused", fused)
+    for fused in (lambda function: function, compiled):
+        monkeypatch.setattr(log_prob, "fused", fused)
         log_p, entropy = compute(weight, hidden, target, 0.6)
         alone = torch.autograd.grad(log_p.sum(), [weight, hidden], retain_graph=True)
         both = torch.autograd.grad((log_p * entropy).sum(), [weight, hidden])
         results.append([log_p, entropy, *alone, *both])
-    for plain, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(plain, compiled, rtol=1e-12, atol=1e-12)
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(plain, ours, rtol=1e-12, atol=1e-12)
 
 
 def test_no_tokens_leave_the_graph_connected(problem) -> None:

@@ -33,9 +33,7 @@ class RequestChannel:
         self._flushing = self._collecting = False
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        """Raises what a call of the actor would: a RayTaskError of the engine's error, RayActorError if the
-        actor has died.
-        """
+        """Raises what the engine raised, as a RayTaskError, or RayActorError if the actor has died."""
         number = next(self._numbers)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._unsent[number] = request
@@ -91,10 +89,10 @@ class RequestChannel:
             if (waiting := self._take(number)) is not None:
                 waiting.set_exception(error)
 
-    def _take(self, number: int) -> "asyncio.Future[GenerateOutput] | None":
-        """The future of a request that still waits; None if it was cancelled meanwhile."""
+    def _take(self, number: int) -> asyncio.Future[GenerateOutput] | None:
+        """The call that waits for this answer; None if it was cancelled, even if it does not know yet."""
         waiting = self._waiting.pop(number, None)
-        return None if waiting is None or waiting.done() else waiting
+        return None if waiting is None or waiting.cancelled() else waiting
 
 
 class RequestDesk:
