@@ -48,7 +48,7 @@ def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_no_pointers(folder: Path) -> None:
     """Raise ModelError if Git LFS has left a pointer in the place of a file."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*")):  # none if there is no folder, which others report
         if path.suffix not in _READ or not path.is_file():
             continue
         with path.open("rb") as file:
