@@ -11,7 +11,7 @@ from tests.support.command import POSITIONS, write_model_and_problems
 from treepo.config.evaluate import EvalConfig
 from treepo.config.rollout import RolloutConfig
 from treepo.config.run import RunConfig
-from treepo.errors import TreepoError
+from treepo.errors import DataError, TreepoError
 from treepo.preflight.inputs import read_evaluation_inputs, read_rollout_inputs, read_train_inputs
 
 RESPONSE, KEPT_FREE = 32, 6
@@ -69,3 +69,37 @@ def test_every_command_makes_the_same_checks(
     change_model(folder, model_type="qwen3_moe", mlp_only_layers=[0])
     with pytest.raises(TreepoError, match=r"mlp_only_layers = \[0\] in config\.json; SGLang serves"):
         read(command)
+
+
+@pytest.mark.parametrize("command", [train, rollout, evaluate])
+def test_every_command_reads_rows_by_the_same_rules(
+    command: Callable[[Settings, Settings], None], folder: Path
+) -> None:
+    problems = folder / "problems.jsonl"
+    lines = problems.read_text().splitlines()
+    row = json.loads(lines[1]) | {"data_source": "half \ud83d"}
+    problems.write_text(f"{lines[0]}\n{json.dumps(row)}\n")
+    with pytest.raises(DataError, match=r"problems.jsonl:2: column 'data_source' has half a surrogate pair"):
+        read(command)
+
+
+@pytest.mark.parametrize("command", [train, evaluate])
+def test_an_extra_column_that_the_endpoint_cannot_be_sent_is_refused(
+    command: Callable[[Settings, Settings], None], folder: Path
+) -> None:
+    problems = folder / "problems.jsonl"
+    rows = [json.loads(line) | {"more": float("nan")} for line in problems.read_text().splitlines()]
+    problems.write_text("\n".join(map(json.dumps, rows)))
+    columns = {"extra": "more"}
+
+    def with_extra(settings: Settings, data: Settings) -> None:
+        reward = {"url": "http://127.0.0.1:1/"}
+        if command is train:
+            train(settings | {"reward": reward}, data | {"columns": columns})
+        else:
+            benchmarks = [{"path": "problems.jsonl", "columns": columns}]
+            config = settings | {"reward": reward, "data": data | {"benchmarks": benchmarks}}
+            read_evaluation_inputs(EvalConfig.model_validate(config))
+
+    with pytest.raises(DataError, match=r"problems.jsonl:1: column 'more' does not fit into JSON"):
+        read(with_extra)
