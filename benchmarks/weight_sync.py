@@ -11,14 +11,13 @@ are medians of interleaved repeats. `--engine` adds a real SGLang engine, which 
 
 import argparse
 import asyncio
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,12 @@ import orjson
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.sink_process import ProcessSink
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.weights import WeightsConfig
 from treepo.weight_sync.send import WeightStream, open_sender
-from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksum
+from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo
 
 SECONDS = 300.0
 CPU = torch.device("cpu")
@@ -45,57 +45,6 @@ MODEL: dict[str, Any] = {
     "num_key_value_heads": 4,
     "eos_token_id": 1,
 }
-
-
-def serve_as_sink(orders: Any) -> None:
-    """A sink's process: obey orders until None arrives."""
-    torch.set_num_threads(1)
-    receiver: Any = None
-    while (order := orders.recv()) is not None:
-        action, argument = order
-        if action == "join":
-            receiver = argument.join(0, CPU)
-        elif action == "end":
-            receiver.end()
-        else:
-            flat = receiver.receive(argument)
-            if action == "copy":
-                flat.clone()
-            elif checksum(flat) != argument.checksum:
-                raise AssertionError("a bucket arrived with another checksum")
-        orders.send(None)
-
-
-class ProcessSink:
-    """Implements `treepo.weight_sync.send.WeightSink` with a process that loads nothing."""
-
-    ranks = 1
-
-    def __init__(self, name: str) -> None:
-        self.name = self.key = name
-        context = multiprocessing.get_context("spawn")
-        self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=serve_as_sink, args=(theirs,), daemon=True)
-        self._process.start()
-        self._thread = ThreadPoolExecutor(1)
-
-    def join(self, address: Any) -> "Future[None]":
-        return self.order("join", address)
-
-    def load(self, bucket: Bucket) -> "Future[None]":
-        return self.order("load", bucket)
-
-    def order(self, action: str, argument: Any = None) -> "Future[None]":
-        def obey() -> None:
-            self._ours.send((action, argument))
-            self._ours.recv()
-
-        return self._thread.submit(obey)
-
-    def close(self) -> None:
-        self._ours.send(None)
-        self._process.join()
-        self._thread.shutdown()
 
 
 class EngineSink:
@@ -146,7 +95,7 @@ class Benchmark:
 
     def compare(self, transport: str, sinks: int, repeats: int) -> dict[str, Any]:
         with ExitStack() as stack:
-            receivers = [ProcessSink(f"sink {index}") for index in range(sinks)]
+            receivers = [ProcessSink(f"sink {index}", CPU) for index in range(sinks)]
             for sink in receivers:
                 stack.callback(sink.close)
             stream, sender = self._stream(transport), self._sender(transport)
@@ -213,7 +162,7 @@ class Benchmark:
         start = time.perf_counter()
         if transport == "colocated":
             flat.copy_(self.whole)
-        bucket = Bucket(infos, 0, sender.start(0, flat, infos))
+        bucket = Bucket(infos, (), sender.start(0, flat, infos))
         copying = [sink.order("copy", bucket) for sink in sinks]
         sender.finish()
         for copied in copying:

@@ -72,6 +72,16 @@ def _first_to_hold(parameter: Parameter) -> bool:
     return parallel_state.get_data_parallel_rank() == 0
 
 
+def _exchange(operations: Sequence[dist.P2POp]) -> None:
+    """Send or receive as one batch in the world's communicator.
+
+    A single send or receive would make a communicator for each pair of ranks, with buffers on the device.
+    """
+    if operations:
+        for work in dist.batch_isend_irecv(list(operations)):
+            work.wait()
+
+
 class WeightExporter:
     """Yields or writes the model's tensors under their Hugging Face names, on rank 0. Every method is
     collective.
@@ -100,6 +110,9 @@ class WeightExporter:
         everyone: list[_Owner] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         self._owners = sorted(everyone, key=lambda owner: owner.tensor_rank)
+        if device.type == "cuda" and len(everyone) > 1:
+            # Makes the communicator that batches of a few ranks then use; making it takes all ranks.
+            dist.all_reduce(torch.zeros(1, device=device))
 
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes of what `tensors` yields; the same on every rank."""
@@ -137,25 +150,35 @@ class WeightExporter:
         owners = self._owners_of(rule)
         if self._rank != 0:
             if any(owner.rank == self._rank for owner in owners):
-                dist.send(self._parameters[rule.parameter].detach(), dst=0)
+                _exchange(
+                    [dist.P2POp(dist.isend, self._parameters[rule.parameter].detach().to(self._device), 0)]
+                )
             return []
         if rule.surgery.stacked and len(owners) > 1:
             rows, *rest = owners[0].shapes[rule.parameter]
             stack = torch.empty((len(owners), rows, *rest), dtype=self._dtype, device=self._device)
-            for shard, owner in zip(stack, owners, strict=True):
-                self._fetch(rule, owner, shard)
+            if owners[0].rank == 0:
+                stack[0].copy_(self._parameters[rule.parameter].detach())
+            self._fetch(owners, list(stack))
             return [stack.flatten(0, 1)]
-        return [self._fetch(rule, owner) for owner in owners]
+        shards = [
+            self._parameters[rule.parameter].detach().to(self._device)  # it may be offloaded
+            if owner.rank == 0
+            else torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device=self._device)
+            for owner in owners
+        ]
+        self._fetch(owners, shards)
+        return shards
 
-    def _fetch(self, rule: Rule, owner: _Owner, shard: Tensor | None = None) -> Tensor:
-        """Receive one rank's shard, into `shard` if given."""
-        if owner.rank == 0:
-            mine = self._parameters[rule.parameter].detach()
-            return mine if shard is None else shard.copy_(mine)
-        if shard is None:
-            shard = torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device=self._device)
-        dist.recv(shard, src=owner.rank)
-        return shard
+    def _fetch(self, owners: Sequence[_Owner], shards: Sequence[Tensor]) -> None:
+        """Receive the other ranks' shards."""
+        _exchange(
+            [
+                dist.P2POp(dist.irecv, shard, owner.rank)
+                for owner, shard in zip(owners, shards, strict=True)
+                if owner.rank != 0
+            ]
+        )
 
     def _owners_of(self, rule: Rule) -> list[_Owner]:
         """The ranks whose shards are joined, in tensor-parallel order."""

@@ -51,6 +51,8 @@ _FIXED = {
     "nnodes": "an engine runs on one node",
     "node_rank": "an engine runs on one node",
     "dist_init_addr": "an engine runs on one node",
+    "trust_remote_code": "code of a model folder never runs",
+    "json_model_override_args": "engines and trainer read the same config.json",
     "skip_tokenizer_init": "an engine takes and returns tokens",
     "tokenizer_path": "an engine takes and returns tokens",
     "disable_radix_cache": "trees share their prefixes in it",
@@ -82,6 +84,9 @@ def sglang_arguments(
         "dtype": dtype,
         "random_seed": seed,
         "tp_size": config.tensor,
+        "trust_remote_code": False,
+        # SGLang 0.5.16 imports the folder's code for an architecture that it does not know, trusted or not.
+        "json_model_override_args": '{"auto_map": {}}',
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "max_total_tokens": config.max_total_tokens,
         "mem_fraction_static": config.memory_fraction,

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from treepo.errors import EngineError, TransportError
-from treepo.weight_sync.colocated import SharedBytes, map_bytes
-from treepo.weight_sync.wire import Address, Bucket, Receiver, checksum, views
+from treepo.weight_sync.shared_memory import Report, Reports
+from treepo.weight_sync.wire import Address, Bucket, Receiver, checksums, views
 
 LOADER = f"{__name__}.execute"
-_RECEIPT_BYTES = 4096  # for each rank: an exception, truncated to fit
 
 _receiver: Receiver | None = None  # global, because SGLang calls a function
 
@@ -49,26 +48,24 @@ class Receipts:
     """Shared memory in which each rank reports the outcome of one command. The engine's process owns it."""
 
     def __init__(self, ranks: int) -> None:
-        self._shared = SharedBytes(ranks * _RECEIPT_BYTES)
-        self._ranks = ranks
+        self._reports = Reports(ranks)
 
     def message(self, command: Command) -> Tensor:
         """The message that SGLang carries to every rank: uint8 [bytes]."""
-        text = pickle.dumps((command, self._shared.path, self._ranks))
+        text = pickle.dumps((command, self._reports.box))
         return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def check(self) -> None:
         """Raise the failure that a rank reported: TransportError or EngineError."""
-        for rank, receipt in enumerate(self._shared.bytes.view(self._ranks, _RECEIPT_BYTES)):
-            length = int(receipt[:4].view(torch.int32))
-            kind, message = pickle.loads(receipt[4 : 4 + length].numpy().tobytes()) if length else (None, "")
-            if kind is None and length:
-                continue
-            error = TransportError if kind == "transport" else EngineError
-            raise error(f"rank {rank}: {message or 'it did not answer'}")
+        for rank, report in enumerate(self._reports.read()):
+            if report is None:
+                raise EngineError(f"rank {rank}: it did not answer")
+            if report.kind != "done":
+                error = TransportError if report.kind == "transport" else EngineError
+                raise error(f"rank {rank}: {report.text}")
 
     def close(self) -> None:
-        self._shared.close()
+        self._reports.close()
 
 
 def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
@@ -76,17 +73,17 @@ def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
     from sglang.srt.distributed import get_tensor_model_parallel_rank
 
     ((_, message),) = named_tensors
-    command, path, ranks = pickle.loads(message.cpu().numpy().tobytes())
+    command, box = pickle.loads(message.cpu().numpy().tobytes())
     rank = get_tensor_model_parallel_rank()
     try:
         _execute(command, model, rank)
     except TransportError as error:
-        outcome = ("transport", str(error))
+        outcome = Report("transport", str(error))
     except Exception as error:  # the engine's process raises it again
-        outcome = ("weights", f"{type(error).__name__}: {error}")
+        outcome = Report("weights", f"{type(error).__name__}: {error}")
     else:
-        outcome = (None, "")
-    _write_receipt(path, ranks, rank, outcome)
+        outcome = Report("done")
+    box.write(rank, outcome)
 
 
 def _execute(command: Command, model: nn.Module, rank: int) -> None:
@@ -101,12 +98,13 @@ def _execute(command: Command, model: nn.Module, rank: int) -> None:
             if receiver is None:
                 raise TransportError("a bucket arrived before the rank joined the sender")
             flat = _transferred(lambda: receiver.receive(bucket))
-            if (found := checksum(flat)) != bucket.checksum:
-                raise EngineError(
-                    f"a bucket of {bucket.nbytes} bytes has checksum {found}, not {bucket.checksum}"
-                )
+            stripes = receiver.stripes(bucket)
+            if checksums(flat, stripes) != bucket.checksums[stripes]:
+                raise EngineError(f"a bucket of {bucket.nbytes} bytes arrived with another checksum")
             load: Any = model.load_weights
             load(list(views(flat, bucket.tensors)))
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()  # the sender writes the next bucket over this one
         case End():
             if _receiver is not None:
                 _receiver.end()
@@ -125,11 +123,3 @@ def _leave_sender() -> None:
     if _receiver is not None:
         receiver, _receiver = _receiver, None
         receiver.close()
-
-
-def _write_receipt(path: str, ranks: int, rank: int, outcome: tuple[str | None, str]) -> None:
-    kind, message = outcome
-    text = pickle.dumps((kind, message[: _RECEIPT_BYTES // 4]))  # a character has at most 4 bytes
-    receipt = map_bytes(path, ranks * _RECEIPT_BYTES).view(ranks, _RECEIPT_BYTES)[rank]
-    receipt[4 : 4 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    receipt[:4].view(torch.int32)[0] = len(text)

@@ -74,7 +74,7 @@ class Segment:
 class Leaf:
     """The end of one trajectory. reward: None until it is graded, or if it cannot be graded.
 
-    terms: added to the reward before training, by name. numbers: the grader's further numbers, by name.
+    terms: added to the reward before training, by name. numbers, texts: the grader's further values, by name.
     """
 
     segment: int
@@ -83,6 +83,7 @@ class Leaf:
     verdict: Verdict | None = None
     terms: Mapping[str, float] = field(default_factory=dict, hash=False)
     numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
+    texts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,6 +171,7 @@ def to_json(tree: Tree, **extra: object) -> bytes:
                 "verdict": leaf.verdict,
                 "terms": leaf.terms,
                 "numbers": leaf.numbers,
+                "texts": leaf.texts,
             }
             for leaf in tree.leaves
         ],
@@ -178,7 +180,7 @@ def to_json(tree: Tree, **extra: object) -> bytes:
 
 
 def from_json(line: bytes | str) -> Tree:
-    """Read a line that `to_json` wrote; extra keys are ignored, and terms and numbers may be missing."""
+    """Read a line that `to_json` wrote; extra keys are ignored, and a leaf may lack values by name."""
     record = orjson.loads(line)
     return Tree(
         prompt_id=record["prompt_id"],
@@ -201,6 +203,7 @@ def from_json(line: bytes | str) -> Tree:
                 verdict=None if leaf["verdict"] is None else Verdict(leaf["verdict"]),
                 terms=leaf.get("terms", {}),
                 numbers=leaf.get("numbers", {}),
+                texts=leaf.get("texts", {}),
             )
             for leaf in record["leaves"]
         ),

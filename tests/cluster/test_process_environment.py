@@ -1,5 +1,10 @@
 """Variables of engines and trainer ranks: what each needs, and the user's own values first."""
 
+import ast
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from tests.support.plan_configs import config
@@ -31,11 +36,48 @@ def test_kernels_queue_with_tensor_parallelism(tensor: int, connections: str | N
     assert trainer_environment(1, run).get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
 
 
-@pytest.mark.parametrize("transport", ["colocated", "broadcast", "host_broadcast", "disk"])
-def test_ranks_of_the_engines_communicator_have_sglangs_nccl_settings(transport: str) -> None:
+@pytest.mark.parametrize("transport", ["colocated", "host_broadcast", "disk"])
+def test_a_communicator_of_the_trainer_alone_has_nccls_defaults(transport: str) -> None:
     variables = trainer_environment(1, config(weights={"transport": transport}))
-    sglangs = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"} if transport == "broadcast" else {}
-    assert {name: value for name, value in variables.items() if name.startswith("NCCL")} == sglangs
+    assert not any(name.startswith("NCCL") for name in variables)
+
+
+@pytest.mark.parametrize("user", [{}, {"NCCL_CUMEM_ENABLE": "1"}, {"NCCL_NVLS_ENABLE": "1"}])
+@pytest.mark.parametrize("arguments", [{}, {"enable_nccl_nvls": True}, {"enable_symm_mem": True}])
+def test_ranks_of_the_engines_communicator_have_sglangs_nccl_settings(
+    arguments: dict[str, bool], user: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in user.items():
+        monkeypatch.setenv(name, value)
+    run = config(weights={"transport": "broadcast"}, engine={"sglang": arguments})
+    variables = trainer_environment(1, run)
+    ours = {name: value for name, value in variables.items() if name.startswith("NCCL")}
+    assert ours == sglangs_nccl_settings(arguments, user)
+
+
+def sglangs_nccl_settings(arguments: dict[str, bool], user: dict[str, str]) -> dict[str, str]:
+    """The variables of NCCL in SGLang's processes: the installed SGLang's own statements, executed.
+
+    Its module is read, not imported, which would take seconds.
+    """
+    package = importlib.util.find_spec("sglang")
+    assert package is not None
+    assert package.origin is not None
+    source = (Path(package.origin).parent / "srt/entrypoints/engine.py").read_text()
+    (function,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "_set_envs_and_config"
+    )
+    statements = [node for node in function.body if "NCCL_" in ast.unparse(node)]
+    defaults = {"enable_symm_mem": False, "enable_nccl_nvls": False, "dcp_size": 1}
+    environment = dict(user)
+    names = {
+        "os": SimpleNamespace(environ=environment),
+        "server_args": SimpleNamespace(**defaults | arguments),
+    }
+    exec(ast.unparse(ast.Module(statements, [])), names)
+    return environment
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

@@ -89,6 +89,14 @@ def test_the_driver_must_support_torchs_cuda(
     assert bool(outcome.remedy) != good
 
 
+def test_without_cuda_ipc_the_check_says_why_and_does_not_fail() -> None:
+    assert devices.judge_ipc("ipc", ["by CUDA IPC"]).status is Status.PASS
+    outcome = devices.judge_ipc("registered", ["through host memory: cudaErrorNotSupported"])
+    assert outcome.status is Status.SKIP
+    assert "cudaErrorNotSupported" in outcome.found
+    assert outcome.remedy
+
+
 @pytest.mark.parametrize(
     ("outcome", "good"),
     [

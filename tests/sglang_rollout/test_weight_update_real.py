@@ -62,18 +62,19 @@ def test_an_update_that_does_not_fit_the_model_is_refused_before_it_begins(
 @pytest.mark.parametrize("fault", ["checksum", "not as announced", "missing", "repeated"])
 def test_weights_that_did_not_arrive_complete_are_not_served(real_engine: "RealEngine", fault: str) -> None:
     from tests.support.real_engine import buckets, manifest, perturbed
-    from treepo.weight_sync.colocated import SharedSender
+    from tests.support.weight_sinks import CPU
+    from treepo.weight_sync.colocated import ColocatedSender
 
     engine, weights = real_engine.engine, perturbed(real_engine.reference)
     version = engine.version
 
     async def update() -> None:
         await engine.begin(version + 1, manifest(weights))
-        sender = SharedSender()
+        sender = ColocatedSender(CPU)
         await engine.join(sender.addresses([1])[0])
         for number, bucket in enumerate(buckets(sender, weights)):
             if number == 0 and fault == "checksum":
-                bucket = replace(bucket, checksum=bucket.checksum + 1)
+                bucket = replace(bucket, checksums=(0,))
             if number == 0 and fault == "not as announced":
                 bucket = replace(bucket, tensors=(replace(bucket.tensors[0], name="x"), *bucket.tensors[1:]))
             if number == 0 and fault == "repeated":
@@ -178,13 +179,14 @@ def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "Rea
 
 def test_a_new_update_replaces_one_that_was_left_open(real_engine: "RealEngine") -> None:
     from tests.support.real_engine import buckets, manifest, perturbed
-    from treepo.weight_sync.colocated import SharedSender
+    from tests.support.weight_sinks import CPU
+    from treepo.weight_sync.colocated import ColocatedSender
 
     engine, weights = real_engine.engine, perturbed(real_engine.reference)
 
     async def abort() -> None:
         await engine.begin(engine.version + 1, manifest(weights))
-        sender = SharedSender()
+        sender = ColocatedSender(CPU)
         await engine.join(sender.addresses([1])[0])
         await engine.load(next(buckets(sender, weights)))
 

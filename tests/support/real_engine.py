@@ -15,8 +15,8 @@ from sglang_rollout.engine import SGLangEngine
 from tests.support.tiny import write_tiny_qwen2
 from treepo.config.engine import EngineConfig
 from treepo.protocols import GenerateOutput, GenerateRequest
-from treepo.weight_sync.colocated import SharedSender
-from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksum, views
+from treepo.weight_sync.colocated import ColocatedSender
+from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksums, views
 
 END_TOKENS = (1, 2, 3)
 VOCABULARY = 128
@@ -85,7 +85,7 @@ def manifest(tensors: dict[str, torch.Tensor]) -> Manifest:
 async def update(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> int:
     """Run the whole update transaction, with buckets from this process's memory."""
     await engine.begin(engine.version + 1, manifest(tensors))
-    sender = SharedSender()
+    sender = ColocatedSender(torch.device("cpu"))
     await engine.join(sender.addresses([1])[0])
     for bucket in buckets(sender, tensors):
         await engine.load(bucket)
@@ -93,14 +93,14 @@ async def update(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> int:
     return await engine.commit()
 
 
-def buckets(sender: SharedSender, tensors: dict[str, torch.Tensor], count: int = 3) -> Iterator[Bucket]:
+def buckets(sender: ColocatedSender, tensors: dict[str, torch.Tensor], count: int = 3) -> Iterator[Bucket]:
     """The tensors in `count` buckets of shared memory."""
     for part, chosen in enumerate(np.array_split(np.array(list(tensors)), count)):
         infos = manifest({str(name): tensors[str(name)] for name in chosen})
         flat = sender.buffer(part, sum(info.nbytes for info in infos))
         for name, view in views(flat, infos):
             view.copy_(tensors[name])
-        yield Bucket(infos, checksum(flat), sender.start(part, flat, infos))
+        yield Bucket(infos, checksums(flat), sender.start(part, flat, infos))
 
 
 def write_model(folder: Path) -> Path:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treepo.errors import EngineError, TransportError
-from treepo.weight_sync.wire import Address, Bucket, Receiver, checksum, views
+from treepo.weight_sync.wire import Address, Bucket, Receiver, checksums, views
 
 CPU = torch.device("cpu")
 _keys = count()
@@ -18,13 +18,17 @@ class FakeSink:
     """Implements `treepo.weight_sync.send.WeightSink` with one thread for each rank.
 
     received: each rank's tensors of this update, by name. fault: called by every rank with "join" or the
-    number of a bucket; what it raises is the answer.
+    number of a bucket; what it raises is the answer. device: of every rank.
     """
 
     def __init__(
-        self, name: str, ranks: int = 1, fault: Callable[[str | int], None] = lambda _: None
+        self,
+        name: str,
+        ranks: int = 1,
+        fault: Callable[[str | int], None] = lambda _: None,
+        device: torch.device = CPU,
     ) -> None:
-        self.name, self.ranks, self.fault = name, ranks, fault
+        self.name, self.ranks, self.fault, self._device = name, ranks, fault, device
         self.key = str(next(_keys))
         self.received: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
         self._receivers: list[Receiver | None] = [None] * ranks
@@ -40,7 +44,7 @@ class FakeSink:
     def join(self, address: Address) -> "Future[None]":
         def obey(rank: int) -> None:
             self.fault("join")
-            self._receivers[rank] = _moved(lambda: address.join(rank, CPU))
+            self._receivers[rank] = _moved(lambda: address.join(rank, self._device))
 
         self.forget()
         return self._all(obey)
@@ -53,7 +57,8 @@ class FakeSink:
             receiver = self._receivers[rank]
             assert receiver is not None
             flat = _moved(lambda: receiver.receive(bucket))
-            if checksum(flat) != bucket.checksum:
+            stripes = receiver.stripes(bucket)
+            if checksums(flat, stripes) != bucket.checksums[stripes]:
                 raise EngineError("checksum")
             self.received[rank] |= {name: tensor.clone() for name, tensor in views(flat, bucket.tensors)}
 

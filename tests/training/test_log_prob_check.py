@@ -2,8 +2,9 @@
 
 import asyncio
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -65,14 +66,34 @@ class PolicyEngine:
 
 
 @dataclass
+class PolicyPool:
+    """Implements `treepo.protocols.TrainingEnginePool` with engines that share the trainer's device."""
+
+    engines: Sequence[PolicyEngine]
+    kv_tokens: None = None
+    is_offloaded: bool = False
+
+    @asynccontextmanager
+    async def offloaded(self) -> AsyncIterator[None]:
+        self.is_offloaded = True
+        yield
+        self.is_offloaded = False
+
+    async def sync_weights(self, version: int) -> None:
+        raise AssertionError(f"the check syncs version {version}")
+
+
+@dataclass
 class PolicyTrainer:
     """Computes log-probs with a policy. padding: columns of logit 0 that its softmax includes."""
 
     policy: TinyPolicy
     padding: int = 0
     dtype: str = "float32"
+    pool: PolicyPool = field(default_factory=lambda: PolicyPool([]))
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
+        assert self.pool.is_offloaded, "the engines have the device"
         return [[self._log_probs(pack, temperature) for pack in replica] for replica in packs]
 
     @torch.no_grad()
@@ -110,7 +131,8 @@ def check(engines: Sequence[PolicyEngine], trainer: PolicyTrainer, config: RunCo
         for index in range(12)
     ]
     trainer.dtype = config.model.dtype
-    return asyncio.run(check_log_probs(config, prompts, str, engines, trainer))
+    trainer.pool = PolicyPool(engines)
+    return asyncio.run(check_log_probs(config, prompts, str, trainer.pool, trainer))
 
 
 def changed(policy: TinyPolicy, change: Callable[[Tensor], Tensor]) -> TinyPolicy:

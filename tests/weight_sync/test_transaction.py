@@ -1,7 +1,9 @@
 """The weight transaction over real transports, with engines that fail at every stage."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from treepo.errors import EngineError
 from treepo.weight_sync import transaction
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
 from treepo.weight_sync.transaction import update_weights
-from treepo.weight_sync.wire import Manifest, TensorInfo
+from treepo.weight_sync.wire import Manifest, Remark, TensorInfo
 
 # `broadcast` differs from `host_broadcast` only in the device of the buffers (test_transport.py has both).
 TRANSPORTS = ("colocated", "host_broadcast", "disk")
@@ -101,7 +103,9 @@ def engines() -> Iterator[list[FakeEngine]]:
         engine.close()
 
 
-def update(trainer: FakeTrainer, engines: Sequence[FakeEngine], version: int) -> dict[FakeEngine, str]:
+def update(
+    trainer: FakeTrainer, engines: Sequence[FakeEngine], version: int
+) -> dict[FakeEngine, EngineError]:
     return asyncio.run(update_weights(trainer, engines, version, SECONDS))
 
 
@@ -124,7 +128,7 @@ def test_an_engine_that_fails_is_left_out_and_the_others_commit(
     engines[1].fault = fail
     failed = update(trainer, engines, version=1)
     assert list(failed) == [engines[1]]
-    assert "a fault" in failed[engines[1]]
+    assert "a fault" in str(failed[engines[1]])
     assert engines[1].serves != 1, "it has not all weights of version 1"
     assert_serves(engines[0], 1)
     assert_serves(engines[2], 1)
@@ -169,6 +173,23 @@ def test_an_engine_that_does_not_answer_does_not_hold_up_the_others(
     engines[2].begin = silent  # type: ignore[method-assign]
     failed = update(trainer, engines, version=1)
     assert list(failed) == [engines[2]]
-    assert "no answer within" in failed[engines[2]]
+    assert "no answer within" in str(failed[engines[2]])
     assert_serves(engines[0], 1)
     assert_serves(engines[1], 1)
+
+
+def test_what_the_transport_remarks_is_in_the_runs_log(
+    trainer: FakeTrainer, engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray does not forward the log of the sending rank's process."""
+    send = trainer.send_weights
+
+    async def remarking(version: int, sinks: Sequence[Any]) -> Outcome:
+        outcome = await send(version, sinks)
+        return replace(outcome, remarks=[Remark(logging.WARNING, "100% through host memory")])
+
+    monkeypatch.setattr(trainer, "send_weights", remarking)
+    update(trainer, engines, 1)
+    assert caplog.record_tuples == [
+        ("treepo.weight_sync.transaction", logging.WARNING, "100% through host memory")
+    ]

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.support.weight_sinks import FakeSink
+from tests.support.weight_sinks import CPU, FakeSink
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError, TransportError
-from treepo.weight_sync.colocated import SharedBytes, SharedSender
+from treepo.weight_sync import colocated
+from treepo.weight_sync.colocated import ColocatedSender
+from treepo.weight_sync.colocated_receiver import ColocatedReceiver
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
-from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksum, plan_buckets, views
+from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksums, plan_buckets, views
 
 TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
 SECONDS = 20.0  # for a step: far more than any takes
@@ -151,14 +153,17 @@ def test_if_every_engine_fails_the_tensors_are_still_read(transport, make_stream
 def test_two_buckets_and_one_tensor_are_all_that_is_held(
     make_stream, make_sinks, monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> None:
-    """Joined tensors are dropped one by one. The bytes that are held at one time are counted."""
+    """Joined tensors are dropped one by one. The bytes that are held at one time are counted.
+
+    The buffers are kept for the next update, until the stream is closed.
+    """
     stream, sinks = make_stream("colocated"), make_sinks(1)
     sizes = [400] * 100 + [largest] + [400] * 100
     infos = tuple(TensorInfo(f"t{index}", "uint8", (size,)) for index, size in enumerate(sizes))
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     in_buffers = most = 0
 
-    class Counted(SharedBytes):
+    class Counted(colocated.SharedBytes):
         def __init__(self, nbytes: int) -> None:
             nonlocal in_buffers
             super().__init__(nbytes)
@@ -179,10 +184,11 @@ def test_two_buckets_and_one_tensor_are_all_that_is_held(
             yield info.name, tensor
             del tensor
 
-    monkeypatch.setattr("treepo.weight_sync.colocated.SharedBytes", Counted)
+    monkeypatch.setattr(colocated, "SharedBytes", Counted)
     stream.send(joined(), infos, 1, sinks)
     assert len(sinks[0].received[0]) == len(infos)
     assert most <= BUCKET + max(BUCKET, largest) + max(sizes)
+    stream.close()
     assert in_buffers == 0
 
 
@@ -200,29 +206,29 @@ def test_buckets_are_the_tensors_in_order_and_bounded(sizes: list[int], size: in
 @given(st.integers(1, 40_000), st.data())
 def test_the_checksum_notices_what_can_go_wrong_on_the_way(count: int, data: st.DataObject) -> None:
     flat = torch.from_numpy(np.random.default_rng(count).integers(0, 256, count, dtype=np.uint8))
-    value = checksum(flat)
-    assert value == checksum(flat.clone())
+    value = checksums(flat)
+    assert value == checksums(flat.clone())
     changed = flat.clone()
     changed[data.draw(st.integers(0, count - 1))] ^= data.draw(st.integers(1, 255))
-    assert checksum(changed) != value
+    assert checksums(changed) != value
     if count >= 2 * 4096:  # rows in another order, as when a bucket is written while it is read
         row = data.draw(st.integers(1, count // 4096 - 1)) * 4096
         swapped = torch.cat([flat[row : row + 4096], flat[4096:row], flat[:4096], flat[row + 4096 :]])
-        assert checksum(swapped) != value
+        assert checksums(swapped) != value
     shifted = torch.cat([flat[1:], flat[:1]])
-    assert torch.equal(shifted, flat) or checksum(shifted) != value
+    assert torch.equal(shifted, flat) or checksums(shifted) != value
 
 
 def test_a_torn_bucket_is_not_loaded(make_stream, make_sinks, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = SharedSender.start
+    """Bytes that change after the checksum, as in a buffer that is written while it is read."""
+    start = ColocatedSender.start
 
-    def torn(self: SharedSender, index: int, flat: Tensor, tensors: Manifest):
-        location = start(self, index, flat, tensors)
+    def torn(self: ColocatedSender, index: int, flat: Tensor, tensors: Manifest):
         if index == 1:
-            monkeypatch.setattr("treepo.weight_sync.send.checksum", lambda flat: checksum(flat) + 1)
-        return location
+            flat[len(flat) // 2] += 1
+        return start(self, index, flat, tensors)
 
-    monkeypatch.setattr(SharedSender, "start", torn)
+    monkeypatch.setattr(ColocatedSender, "start", torn)
     outcome = send(make_stream("colocated"), random_model(0), make_sinks(1))
     assert outcome.failed == {"engine 0": "checksum"}
 
@@ -266,15 +272,17 @@ def test_a_version_on_disk_is_complete_or_absent(tmp_path: Path, make_stream, ma
 
 
 def test_shared_memory_is_gone_with_its_sender() -> None:
-    sender: Sender = SharedSender()
+    sender: Sender = ColocatedSender(CPU)
     (address,) = sender.addresses([1])
+    receiver = address.join(0, CPU)
     flat = sender.buffer(0, 64)
     flat.fill_(7)
     infos = (TensorInfo("x", "uint8", (64,)),)
-    bucket = Bucket(infos, checksum(flat), sender.start(0, flat, infos))
-    receiver = address.join(0, torch.device("cpu"))
+    bucket = Bucket(infos, checksums(flat), sender.start(0, flat, infos))
     ((_, tensor),) = views(receiver.receive(bucket), infos)
     assert bool((tensor == 7).all())
     sender.close()
+    with pytest.raises(RuntimeError, match="same process namespace"):
+        address.join(0, CPU)
     with pytest.raises(RuntimeError):
-        address.join(0, torch.device("cpu")).receive(bucket)
+        ColocatedReceiver(CPU, address, 0).receive(bucket)

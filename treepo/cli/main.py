@@ -1,5 +1,7 @@
 """The `treepo` command. Commands import heavy modules only when they need them."""
 
+import errno
+import io
 import logging
 import os
 import sys
@@ -31,9 +33,32 @@ for command in (toy, train, launch, rollout, plan, convert):
 app.command(name="eval")(evaluate)
 app.command()(doctor)
 
+# Of an OSError that reading or writing a file can raise, whatever the program does.
+_OF_THE_MACHINE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE),
+        *(
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOENT,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
+        ),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    }
+)
+_NAMELESS = "standard output, or a file without a name"
+
 
 def main() -> None:
-    """Run a command. A TreepoError becomes one line on standard error and an exit code."""
+    """Run a command. A TreepoError becomes one line on standard error and an exit code, and so does a file
+    that the machine does not let a command read or write.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text, or the terminal no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()
@@ -46,9 +71,20 @@ def main() -> None:
     except* TreepoError as group:
         # Many tasks may fail for the same reason, which is shown once.
         for text, error in {str(error): error for error in _single(group)}.items():
-            errors.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
+            _show_error(text)
             exit_code = max(exit_code, error.exit_code)
+    except* OSError as group:
+        found = list(_single(group))
+        if not all(error.errno in _OF_THE_MACHINE for error in found):
+            raise  # a fault of ours
+        for text in dict.fromkeys(f"{error.filename or _NAMELESS}: {error.strerror}" for error in found):
+            _show_error(text)
+        exit_code = max(exit_code, 1)
     sys.exit(exit_code)
+
+
+def _show_error(text: str) -> None:
+    errors.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _show_warnings() -> None:
@@ -68,7 +104,7 @@ def _show_warnings() -> None:
         logging.getLogger(package).addHandler(warnings)
 
 
-def _single(group: BaseExceptionGroup[TreepoError]) -> Iterator[TreepoError]:
+def _single[Error: BaseException](group: BaseExceptionGroup[Error]) -> Iterator[Error]:
     for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
             yield from _single(error)

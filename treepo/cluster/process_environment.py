@@ -30,10 +30,23 @@ def trainer_environment(threads: int, config: RunConfig) -> dict[str, str]:
         # One queue of kernels: a collective that is launched before a matrix product also starts before it,
         # by which Megatron-Core overlaps the two.
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    variables = _of_user(variables) | {name: os.environ[name] for name in _ALLOCATOR if name in os.environ}
     if config.weights.transport == "broadcast":
-        # SGLang sets these in its processes, and all ranks of a communicator must agree.
-        variables |= {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
-    return _of_user(variables) | {name: os.environ[name] for name in _ALLOCATOR if name in os.environ}
+        variables |= _nccl_of_engines(config.engine.sglang)
+    return variables
+
+
+def _nccl_of_engines(sglang: Mapping[str, object]) -> dict[str, str]:
+    """What SGLang sets in its processes. Trainer ranks join their communicator, in which all must agree.
+
+    An argument of SGLang that asks for a feature overrides the environment.
+    """
+    memory = bool(sglang.get("enable_symm_mem"))
+    asked = {
+        "NCCL_CUMEM_ENABLE": memory,
+        "NCCL_NVLS_ENABLE": memory or bool(sglang.get("enable_nccl_nvls")),
+    }
+    return {name: "1" if wanted else os.environ.get(name, "0") for name, wanted in asked.items()}
 
 
 def threads_of(node: Node, cores: int, processes: int) -> int:

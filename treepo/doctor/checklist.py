@@ -17,6 +17,7 @@ CHECKS = (
     Check("packages", "treepo.doctor.software:packages", 60, _SYSTEM),
     Check("devices", "treepo.doctor.devices:devices", 120, _DRIVER),
     Check("driver", "treepo.doctor.devices:driver", 120, _DRIVER),
+    Check("CUDA IPC", "treepo.doctor.devices:cuda_ipc", 120, _DRIVER, slow=True),
     Check(
         "transformer engine",
         "treepo.doctor.software:transformer_engine",

@@ -1,8 +1,10 @@
 """CUDA devices and their driver: can torch use them?"""
 
 import ctypes
+import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import pynvml
@@ -77,6 +79,35 @@ def _reason_of_torch() -> str:
     except (RuntimeError, AssertionError) as error:
         return f"torch says: {one_line(error)}"
     return "torch gives no reason; start a container with --gpus all"
+
+
+def cuda_ipc() -> Outcome:
+    """Another process must be able to open a GPU's memory, as engines do that share the trainer's GPU."""
+    import torch
+
+    from treepo.weight_sync.colocated import ColocatedSender
+
+    if not torch.cuda.is_available():
+        return skipped(_NO_GPU)
+    device = torch.device("cuda", 0)
+    sender = ColocatedSender(device)
+    (address,) = sender.addresses([1])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        other.submit(address.join, 0, device).result()
+    sender.buffer(0, 1)  # chooses the way
+    return judge_ipc(sender.way, [remark.text for remark in sender.take_remarks()])
+
+
+def judge_ipc(way: str | None, remarks: Sequence[str]) -> Outcome:
+    """way, remarks: of a `ColocatedSender` that a receiver has joined."""
+    text = "; ".join(remarks)
+    if way == "ipc":
+        return passed(text)
+    return skipped(
+        text,
+        "weights.transport = colocated works without it, more slowly; if trainer and engines are in several "
+        "containers, start these with --ipc=host --pid=host",
+    )
 
 
 def driver() -> Outcome:

@@ -92,15 +92,16 @@ async def sample_and_update(engine: "SGLangEngine", toy: "Toy") -> Outcome:
 
 async def _update_weights(engine: "SGLangEngine", toy: "Toy") -> str:
     """The transaction that a run makes after a step. Returns the error, empty if there is none."""
-    from treepo.weight_sync.colocated import SharedSender
-    from treepo.weight_sync.send import WeightStream
+    from treepo.config.weights import WeightsConfig
+    from treepo.weight_sync.send import WeightStream, open_sender
     from treepo.weight_sync.wire import TensorInfo
 
     weights = toy.new_weights()
     manifest = tuple(TensorInfo.of(name, tensor) for name, tensor in weights.items())
     await engine.begin(1, manifest)
     sink = LocalSink(engine, asyncio.get_running_loop())
-    stream = WeightStream(SharedSender(), _BUCKET_BYTES, _SECONDS)
+    sender = open_sender(WeightsConfig(transport="colocated"), toy.folder, "127.0.0.1", _SECONDS)
+    stream = WeightStream(sender, _BUCKET_BYTES, _SECONDS)
     outcome = await asyncio.to_thread(stream.send, weights.items(), manifest, 1, [sink])
     if outcome.failed or outcome.broken:
         return outcome.broken or outcome.failed[sink.name]

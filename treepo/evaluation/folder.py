@@ -27,7 +27,7 @@ import orjson
 
 from treepo.config.evaluate import EvalConfig
 from treepo.config.load import load_as
-from treepo.data.output_folder import CONFIG, LOG, TREES, log_to, prepare_folder
+from treepo.data.output_folder import CONFIG, LOG, TREES, GrowingFile, log_to, prepare_folder
 from treepo.data.prompts import Prompt
 from treepo.errors import ConfigError, DataError
 from treepo.evaluation.metrics import ProblemResult
@@ -98,8 +98,8 @@ class EvaluationFolder:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        self._trees = self._stack.enter_context((self.path / TREES).open("ab"))
-        self._samples = self._stack.enter_context((self.path / SAMPLES).open("a"))
+        self._trees = self._stack.enter_context(GrowingFile(self.path / TREES))
+        self._samples = self._stack.enter_context(GrowingFile(self.path / SAMPLES))
         self._stack.enter_context(log_to(self.path / LOG))
         return self
 
@@ -111,8 +111,7 @@ class EvaluationFolder:
     def write(self, problem: GradedProblem, spent: SessionCost) -> ProblemResult:
         """Write a finished problem: its samples, then its tree."""
         prompt = self._prompts[problem.tree.prompt_id]
-        self._samples.writelines(_sample_lines(problem, prompt))
-        self._samples.flush()
+        self._samples.write("".join(_sample_lines(problem, prompt)).encode())
         line = to_json(
             problem.tree,
             model=self._model,
@@ -125,15 +124,8 @@ class EvaluationFolder:
             spent=asdict(spent),
         )
         self._trees.write(line)
-        self._trees.flush()
         self._add(orjson.loads(line), problem.tree)
         return self.results[prompt.id]
-
-    def write_file(self, name: str, text: str) -> None:
-        """Write a file atomically."""
-        part = self.path / f"{name}{_PART}"
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.path / name)
 
     def problems(self) -> Iterator[tuple[Mapping[str, Any], Tree]]:
         """The record and the tree of every finished problem, in the order in which they were finished."""
@@ -227,6 +219,7 @@ def _sample_lines(problem: GradedProblem, prompt: Prompt) -> Iterator[str]:
             "vote": number,
             "reward": grade.reward,
             "terms": dict(grade.terms),
+            "texts": dict(grade.texts),
             "message": grade.message,
             "tokens": tokens,
             "stop": leaf.stop,

@@ -67,6 +67,8 @@ def _make(
 ) -> ToyReport:
     start = time.monotonic()
     # Imported here: torch takes seconds to load, and a toy that is already made does not need it.
+    import torch
+
     from treepo.toy import problems, warmstart
     from treepo.toy.byte_tokenizer import byte_tokenizer
 
@@ -79,7 +81,9 @@ def _make(
         (out / f"{split}.jsonl").write_bytes(b"".join(lines))
 
     tokenizer = byte_tokenizer(warmstart.MAX_CONTEXT)
+    # On a GPU the warm start takes seconds; on a CPU one to two minutes.
     model = warmstart.new_model(seed)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     with warmstart.one_thread():
         warmstart.warm_start(model, tokenizer, recipe, seed, frozenset(heldout), progress)
         accuracy = warmstart.sampled_accuracy(model, tokenizer, heldout, recipe.measured_samples, seed)

@@ -23,7 +23,7 @@ from treepo.data.prompts import Prompt
 from treepo.errors import EngineError, LogProbCheckError
 from treepo.learning.advantage import estimate
 from treepo.learning.packing import Pack, pack_trees
-from treepo.protocols import Engine
+from treepo.protocols import Engine, TrainingEnginePool
 from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.tree import Tree, Verdict
 
@@ -31,8 +31,7 @@ SEGMENT_TOKENS = 64  # at most, so that a check takes seconds
 SUSPECTS = (
     "the temperature (not the same on both sides), vocabulary padding (columns beyond the "
     "tokenizer's), fused kernels (engine.attention_backend), dtype (model.dtype on one side only), "
-    "stale weights (the engine serves other weights than the trainer has; does the model folder "
-    "hold two sets?)"
+    "stale weights (the engine serves other weights than the trainer has)"
 )
 
 _log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ async def check_log_probs(
     config: RunConfig,
     prompts: Sequence[Prompt],
     decode: Callable[[np.ndarray], str],
-    engines: Sequence[Engine],
+    pool: TrainingEnginePool,
     trainer: LogProbs,
 ) -> dict[str, float]:
     """Return the largest `mean` and `max` of |trainer's log-prob - engine's| over the engines, and the number
@@ -86,13 +85,21 @@ async def check_log_probs(
     sampling = short_sampling(config.sampling)
     fixed = prompts[: config.log_prob_check.prompts]
     forests = await asyncio.gather(
-        *(_sample(TreeDriver([engine], sampling, decode, config.seed), fixed, engine) for engine in engines)
+        *(
+            _sample(TreeDriver([engine], sampling, decode, config.seed), fixed, engine)
+            for engine in pool.engines
+        )
     )
+    packed = [
+        _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)
+        for trees in forests
+    ]
+    async with pool.offloaded():
+        computed = [await trainer.log_probs(packs, sampling.temperature) for packs in packed]
     limits = config.log_prob_check.limits(trainer.dtype)
     figures = {"mean": 0.0, "max": 0.0, "tokens": 0}
-    for engine, trees in zip(engines, forests, strict=True):
-        packs = _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)
-        comparison = _compare(trees, packs, await trainer.log_probs(packs, sampling.temperature))
+    for engine, trees, packs, log_probs in zip(pool.engines, forests, packed, computed, strict=True):
+        comparison = _compare(trees, packs, log_probs)
         if not comparison.within(*limits):
             raise LogProbCheckError(_disagreement(comparison, engine.name, sampling.temperature, *limits))
         figures["mean"] = max(figures["mean"], comparison.mean)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from treepo.weight_sync.wire import Bucket, Manifest
+from treepo.weight_sync.wire import Bucket, Manifest, Remark, Stripes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,8 @@ class BroadcastSender:
             held = self._buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return held[:nbytes]
 
+    def filled(self, index: int, flat: Tensor) -> None: ...
+
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> InBroadcast:
         del index, tensors
         self._work = self._group.broadcast([flat], dist.BroadcastOptions())
@@ -106,6 +108,9 @@ class BroadcastSender:
         _leave(self._group)
         self._group = None
 
+    def take_remarks(self) -> list[Remark]:
+        return []
+
     @property
     def _name(self) -> str:
         return f"weights-{self._groups}"
@@ -120,6 +125,10 @@ class BroadcastReceiver:
         flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
         self._group.broadcast([flat], dist.BroadcastOptions()).wait(timedelta(seconds=self._seconds))
         return flat
+
+    def stripes(self, bucket: Bucket) -> Stripes:
+        del bucket
+        return slice(None)
 
     def end(self) -> None: ...
 

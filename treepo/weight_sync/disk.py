@@ -14,7 +14,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from treepo.weight_sync.wire import Bucket, Manifest
+from treepo.weight_sync.wire import Bucket, Manifest, Remark, Stripes
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64",
@@ -60,6 +60,8 @@ class DiskSender:
             held = self._buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8)
         return held[:nbytes]
 
+    def filled(self, index: int, flat: Tensor) -> None: ...
+
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> FileLocation:
         if index == 0:
             self._partial.mkdir(parents=True)
@@ -92,6 +94,9 @@ class DiskSender:
         self._files.clear()
         self._buffers.clear()
 
+    def take_remarks(self) -> list[Remark]:
+        return []
+
 
 class DiskReceiver:
     def __init__(self, device: torch.device) -> None:
@@ -106,6 +111,10 @@ class DiskReceiver:
             raise OSError(f"{location.path} has {written} bytes here; {size} were written")
         mapped = torch.from_file(location.path, shared=False, size=size, dtype=torch.uint8)
         return mapped[location.data :].to(self._device)
+
+    def stripes(self, bucket: Bucket) -> Stripes:
+        del bucket
+        return slice(None)
 
     def end(self) -> None: ...
 

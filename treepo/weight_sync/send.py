@@ -17,9 +17,18 @@ from torch import Tensor
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError, TransportError
 from treepo.weight_sync.broadcast import BroadcastSender
-from treepo.weight_sync.colocated import SharedSender
+from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.disk import DiskSender
-from treepo.weight_sync.wire import Address, Bucket, Manifest, Sender, TensorInfo, checksum, plan_buckets
+from treepo.weight_sync.wire import (
+    Address,
+    Bucket,
+    Manifest,
+    Remark,
+    Sender,
+    TensorInfo,
+    checksums,
+    plan_buckets,
+)
 
 _GRACE_SECONDS = 10.0  # an engine reports a missed deadline a little after it
 
@@ -54,11 +63,12 @@ class Outcome:
     """The outcome of sending one version.
 
     failed: the reason for each engine at fault, by name. broken: why the other engines must begin again; None
-    if they need not.
+    if they need not. remarks: the transport's, for the run's log.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
     broken: str | None = None
+    remarks: list[Remark] = field(default_factory=list)
 
 
 def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> Sender:
@@ -66,11 +76,11 @@ def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> 
 
     out: the run folder. host: an address of this machine that the engines reach. seconds: deadline of a step.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match config.transport:
         case "colocated":
-            return SharedSender()
+            return ColocatedSender(device)
         case "broadcast":
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             return BroadcastSender(device, host, seconds)
         case "host_broadcast":
             return BroadcastSender(torch.device("cpu"), host, seconds)
@@ -128,18 +138,21 @@ class WeightStream:
         for index, planned in enumerate(plan_buckets(manifest, self._size)):
             flat = self._sender.buffer(index, sum(tensor.nbytes for tensor in planned))
             _fill(flat, planned, source)
+            sums = checksums(flat)
+            self._sender.filled(index, flat)
             self._settle(travelling, live, outcome)
             if not live or outcome.broken:
                 travelling = {}
                 continue
             location = self._sender.start(index, flat, planned)
-            bucket = Bucket(planned, checksum(flat), location)
+            bucket = Bucket(planned, sums, location)
             travelling = {name: sink.load(bucket) for name, sink in live.items()}
         self._settle(travelling, live, outcome)
         if live and not outcome.broken:
             self._sender.end(version)
         else:
             self.close()
+        outcome.remarks += self._sender.take_remarks()
         return outcome
 
     def close(self) -> None:

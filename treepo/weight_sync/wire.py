@@ -1,7 +1,7 @@
 """The parts of a weight sync: a manifest of all tensors, then their bytes, bucket by bucket.
 
 A bucket is one flat run of bytes: tensors one after another without padding, under their Hugging Face names.
-Sender and receiver compute the same checksum over it. Sizes are in bytes.
+Sender and receiver compute the same checksums over its stripes of 16 MiB. Sizes are in bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+_STRIPE = 16 << 20
 _ROW = 512  # words that are summed before they are weighted: enough to run at memory bandwidth
 
 
@@ -37,16 +38,28 @@ Manifest = tuple[TensorInfo, ...]
 """All tensors of a model, each once, in the order in which they are sent."""
 
 
+Stripes = slice
+"""Which stripes of a bucket to check."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """A line for the run's log. level: of `logging`."""
+
+    level: int
+    text: str
+
+
 class Location(Protocol):
     """Where the receiver finds a bucket's bytes; each transport has its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A bucket as an engine learns of it. checksum: of its bytes. location: for the transport's receiver."""
+    """A bucket as an engine learns of it. checksums: one for each stripe. location: for the receiver."""
 
     tensors: Manifest
-    checksum: int
+    checksums: tuple[int, ...]
     location: Location
 
     @property
@@ -58,7 +71,14 @@ class Receiver(Protocol):
     """One engine rank's end of a transport."""
 
     def receive(self, bucket: Bucket) -> Tensor:
-        """uint8 [bytes] on the receiver's device, valid until the next call. Raises OSError, RuntimeError."""
+        """uint8 [bytes], on the receiver's device or in host memory, valid until the next call.
+
+        Raises OSError, RuntimeError.
+        """
+        ...
+
+    def stripes(self, bucket: Bucket) -> Stripes:
+        """The stripes that this rank must check; if ranks read the same memory, the others check the rest."""
         ...
 
     def end(self) -> None:
@@ -96,8 +116,12 @@ class Sender(Protocol):
         """The memory for bucket `index`: uint8 [nbytes]. It is reused two buckets later."""
         ...
 
+    def filled(self, index: int, flat: Tensor) -> None:
+        """Prepare to send bucket `index`, whose bytes are in its buffer, while an earlier one travels."""
+        ...
+
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> Location:
-        """Begin to send bucket `index`, whose bytes are in its buffer. Receivers learn the location later."""
+        """Begin to send bucket `index`, which is filled. Receivers learn the location later."""
         ...
 
     def finish(self) -> None:
@@ -110,6 +134,10 @@ class Sender(Protocol):
 
     def close(self) -> None:
         """Release everything. May be called after a failure, and again."""
+        ...
+
+    def take_remarks(self) -> list[Remark]:
+        """Lines for the run's log, each returned once."""
         ...
 
 
@@ -138,13 +166,18 @@ def views(flat: Tensor, tensors: Manifest) -> Iterator[tuple[str, Tensor]]:
         start += tensor.nbytes
 
 
-def checksum(flat: Tensor) -> int:
-    """A checksum of uint8 [bytes] that changes with any byte, and with the order of rows of 4 KiB.
+def checksums(flat: Tensor, stripes: Stripes = slice(None)) -> tuple[int, ...]:
+    """A checksum for each stripe of uint8 [bytes]. It changes with any byte, and with the order of rows.
 
-    The int64 words of a row are summed, and the sums weighted by odd numbers, modulo 2^64. This runs at
-    memory bandwidth. It is not cryptographic, but it detects a bucket that is torn, truncated, shifted or
-    confused with another.
+    The int64 words of a row of 4 KiB are summed, and the sums weighted by odd numbers, modulo 2^64. This runs
+    at memory bandwidth. It is not cryptographic, but it detects a bucket that is torn, truncated, shifted or
+    confused with another. Waits for the device once.
     """
+    return tuple(torch.stack([_checksum(stripe) for stripe in flat.split(_STRIPE)[stripes]]).tolist())
+
+
+def _checksum(flat: Tensor) -> Tensor:
+    """int64 []."""
     words = flat[: flat.numel() // 8 * 8].view(torch.int64)
     rows = words[: words.numel() // _ROW * _ROW].view(-1, _ROW).sum(1)
     rest = words[rows.numel() * _ROW :]
@@ -153,4 +186,4 @@ def checksum(flat: Tensor) -> int:
     for part in (rows, rest, tail):
         weights = torch.arange(1, 2 * part.numel() + 1, 2, device=flat.device)
         total = total * 31 + (part * weights).sum()
-    return int(total)
+    return total

@@ -6,9 +6,9 @@ bucket while the previous bucket travels (`megatron_bridge.weight_transfer`, `tr
 
 from pathlib import Path
 
-from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.architecture import Architecture, read_architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import expand
-from megatron_bridge.layout_shards import Shard, tensor_shapes
+from megatron_bridge.layout_shards import Shard
 from megatron_bridge.tensor_surgery import QKV, VOCABULARY
 from treepo.config.run import RunConfig
 from treepo.planning.memory.parts import Memory, Parts, element_bytes, model_dtype
@@ -21,7 +21,8 @@ def sync_memory(
     """Rank 0 during a sync. held: what it holds throughout."""
     joined = _joined_bytes(config, architecture, shards)
     parts = {**held, "joined tensor": (joined, "the largest parameter's shards and the tensors made of them")}
-    if config.weights.transport == "broadcast":
+    shared = config.weights.transport == "colocated" and config.plan.device != "cpu"
+    if shared or config.weights.transport == "broadcast":
         note = f"two of weights.bucket_mb = {config.weights.bucket_mb} MiB, or one tensor"
         parts["weight buckets"] = bucket_bytes(config, architecture), note
     return Memory("trainer, rank 0 in a weight sync", parts)

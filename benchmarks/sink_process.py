@@ -1,0 +1,75 @@
+"""A process that receives weights as an engine's rank does, verifies their checksums, and loads nothing."""
+
+import multiprocessing
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from treepo.errors import EngineError
+from treepo.weight_sync.wire import Bucket, checksums
+
+
+def serve_as_sink(orders: Any, device: torch.device) -> None:
+    """Obey orders until None arrives. Each is answered with an error, empty if there is none."""
+    torch.set_num_threads(1)
+    receiver: Any = None
+    while (order := orders.recv()) is not None:
+        action, argument = order
+        error = ""
+        try:
+            if action == "join":
+                receiver = argument.join(0, device)
+            elif action == "end":
+                receiver.end()
+            elif action in ("load", "copy"):
+                flat = receiver.receive(argument)
+                if action == "copy":
+                    flat.clone()
+                elif checksums(flat) != argument.checksums:
+                    error = "a bucket arrived with another checksum"
+        except (RuntimeError, OSError) as raised:
+            error = str(raised)
+        orders.send(error)
+
+
+class ProcessSink:
+    """Implements `treepo.weight_sync.send.WeightSink`. device: where the process receives."""
+
+    ranks = 1
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = self.key = name
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=serve_as_sink, args=(theirs, device), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the death of the process ends a wait
+        self._thread = ThreadPoolExecutor(1)
+        self.order("start").result()
+
+    def join(self, address: Any) -> "Future[None]":
+        return self.order("join", address)
+
+    def load(self, bucket: Bucket) -> "Future[None]":
+        return self.order("load", bucket)
+
+    def order(self, action: str, argument: Any = None) -> "Future[None]":
+        """Done when the process has obeyed; fails with EngineError."""
+
+        def obey() -> None:
+            try:
+                self._ours.send((action, argument))
+                error = self._ours.recv()
+            except (EOFError, OSError):
+                error = f"{self.name}: its process died"
+            if error:
+                raise EngineError(error)
+
+        return self._thread.submit(obey)
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._ours.send(None)
+        self._process.join()
+        self._thread.shutdown()
