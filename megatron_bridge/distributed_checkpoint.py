@@ -69,7 +69,9 @@ def sharded_tensors(sharded: ShardedTensor | ShardedTensorFactory) -> list[Shard
 
 def unreadable(folder: Path, reason: BaseException | str) -> ModelError:
     """The error of a checkpoint whose files have their sizes, but not their content."""
-    text = reason if isinstance(reason, str) else reason_and_file(reason) or type(reason).__name__
+    text = reason if isinstance(reason, str) else reason_and_file(reason)
+    if not isinstance(reason, (str, OSError)):  # by itself the text may be "0" or empty
+        text = f"{type(reason).__name__}: {text}"
     return ModelError(f"{folder}: not readable as this model's: {shortened(text, 300)}")
 
 

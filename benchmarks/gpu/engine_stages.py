@@ -82,10 +82,12 @@ class LiveEngine:
 class _LocalTrainer:
     """Implements `treepo.training.log_prob_check.LogProbs` with a trainer of this process."""
 
-    dtype = _DTYPE
-
     def __init__(self, trainer: MegatronTrainer) -> None:
         self._trainer = trainer
+
+    @property
+    def dtype(self) -> str:
+        return _DTYPE
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         return [self._trainer.log_probs(of_replica, temperature) for of_replica in packs]
@@ -214,9 +216,10 @@ def sampling(context: Context) -> Figures:
 def _update_colocated(context: Context, way: Way) -> Figures:
     if not _CUDA and way != "pageable":
         raise SkippedError("needs a GPU")
-    sender = ColocatedSender(torch.device("cuda", 0) if _CUDA else torch.device("cpu"), way)
-    figures = _update(context, sender)
-    assert sender.way == way, f"it went the way {sender.way}: {'; '.join(figures['remarks'])}"
+    device = torch.device("cuda", 0) if _CUDA else torch.device("cpu")
+    figures = _update(context, ColocatedSender(device, way))
+    taken = figures["way"]
+    assert taken == way, f"it went the way {taken}: {'; '.join(figures['remarks'])}"
     return figures
 
 
@@ -244,6 +247,7 @@ def _update(context: Context, sender: Sender) -> Figures:
             remarks += [remark.text for remark in outcome.remarks]
             live.call(live.engine.commit())
             seconds.append(time.perf_counter() - start)
+        way = sender.way if isinstance(sender, ColocatedSender) else None
     finally:
         stream.close()
     sampled = live.generate(prompt, 1)
@@ -263,6 +267,7 @@ def _update(context: Context, sender: Sender) -> Figures:
         "seconds": seconds,
         "gigabytes_per_second": size / seconds[1] / 1e9,
         "moved_mean": moved,
+        "way": way,
         "remarks": remarks,
         **figures,
     }

@@ -39,31 +39,31 @@ def _stage(name: str, module: str, seconds: float, group: str, deadline: float =
 
 
 STAGES = (
-    _stage("card", _TRANSPORT, 10, "trainer"),
-    _stage("groups", _TRAINER, 5, "trainer"),
-    _stage("trainer_bf16", _TRAINER, 12, "trainer"),
-    _stage("flex", _FLEX, 30, "trainer"),
-    _stage("log_probs", _TRAINER, 10, "trainer"),
-    _stage("checkpoint", _TRAINER, 12, "trainer"),
-    _stage("offload", _TRAINER, 5, "trainer"),
-    _stage("transport", _TRANSPORT, 20, "trainer"),
-    _stage("train_step_0_5b", _TRAINER, 25, "trainer"),
-    _stage("train_step_7b", _TRAINER, 40, "trainer"),
-    _stage("engine_start", _ENGINE, 40, "engine"),
-    _stage("engine_log_probs", _ENGINE, 15, "engine"),
-    _stage("engine_memory", _ENGINE, 8, "engine"),
-    _stage("update_ipc", _ENGINE, 8, "engine"),
-    _stage("update_registered", _ENGINE, 8, "engine"),
-    _stage("update_pageable", _ENGINE, 8, "engine"),
-    _stage("update_disk", _ENGINE, 10, "engine"),
-    _stage("update_host_broadcast", _ENGINE, 10, "engine"),
+    _stage("card", _TRANSPORT, 25, "trainer"),
+    _stage("groups", _TRAINER, 7, "trainer"),
+    _stage("trainer_bf16", _TRAINER, 19, "trainer"),
+    _stage("flex", _FLEX, 20, "trainer"),
+    _stage("log_probs", _TRAINER, 20, "trainer"),
+    _stage("checkpoint", _TRAINER, 19, "trainer"),
+    _stage("offload", _TRAINER, 8, "trainer"),
+    _stage("transport", _TRANSPORT, 25, "trainer"),
+    _stage("train_step_0_5b", _TRAINER, 37, "trainer"),
+    _stage("train_step_7b", _TRAINER, 45, "trainer"),
+    _stage("engine_start", _ENGINE, 52, "engine", deadline=90.0),
+    _stage("engine_log_probs", _ENGINE, 11, "engine"),
+    _stage("engine_memory", _ENGINE, 2, "engine"),
+    _stage("update_ipc", _ENGINE, 6, "engine"),
+    _stage("update_registered", _ENGINE, 6, "engine"),
+    _stage("update_pageable", _ENGINE, 6, "engine"),
+    _stage("update_disk", _ENGINE, 8, "engine"),
+    _stage("update_host_broadcast", _ENGINE, 8, "engine"),
     _stage("sampling", _ENGINE, 45, "engine"),
     _stage("toy", _RUN, 20, "run"),
     _stage("quickstart", _RUN, 55, "run", deadline=90.0),
     _stage("colocated_run", _RUN, 75, "run", deadline=120.0),
 )
-"""Seconds were measured on an H200 or estimated from what was. Only the two whole training runs may take more
-than a minute.
+"""Seconds were measured on an H200 or estimated from what was; a group's first stage includes the start of
+its process. Only starting an engine and the two whole training runs may take more than a minute.
 """
 
 

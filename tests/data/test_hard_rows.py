@@ -182,7 +182,7 @@ def test_a_nested_column_that_is_text_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("data.jsonl", gzip.compress(b"{}"), "it is compressed; unpack it by gunzip"),
+        ("data.jsonl", gzip.compress(b"{}", mtime=0), "it is compressed; unpack it by gunzip"),
         ("data.jsonl", b"PAR1", "it is a parquet file; its name must end in .parquet"),
         ("data.jsonl", '{"a": 1}'.encode("utf-16"), "it is UTF-16; write it as UTF-8"),
         (

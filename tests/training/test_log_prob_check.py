@@ -4,7 +4,7 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -66,34 +66,23 @@ class PolicyEngine:
 
 
 @dataclass
-class PolicyPool:
-    """Implements `treepo.protocols.TrainingEnginePool` with engines that share the trainer's device."""
-
-    engines: Sequence[PolicyEngine]
-    kv_tokens: None = None
-    is_offloaded: bool = False
-
-    @asynccontextmanager
-    async def offloaded(self) -> AsyncIterator[None]:
-        self.is_offloaded = True
-        yield
-        self.is_offloaded = False
-
-    async def sync_weights(self, version: int) -> None:
-        raise AssertionError(f"the check syncs version {version}")
-
-
-@dataclass
 class PolicyTrainer:
     """Computes log-probs with a policy. padding: columns of logit 0 that its softmax includes."""
 
     policy: TinyPolicy
     padding: int = 0
     dtype: str = "float32"
-    pool: PolicyPool = field(default_factory=lambda: PolicyPool([]))
+    has_device: bool = False
+
+    @asynccontextmanager
+    async def offloaded(self) -> AsyncIterator[None]:
+        """Of the engines, which share the trainer's device."""
+        self.has_device = True
+        yield
+        self.has_device = False
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
-        assert self.pool.is_offloaded, "the engines have the device"
+        assert self.has_device
         return [[self._log_probs(pack, temperature) for pack in replica] for replica in packs]
 
     @torch.no_grad()
@@ -131,8 +120,7 @@ def check(engines: Sequence[PolicyEngine], trainer: PolicyTrainer, config: RunCo
         for index in range(12)
     ]
     trainer.dtype = config.model.dtype
-    trainer.pool = PolicyPool(engines)
-    return asyncio.run(check_log_probs(config, prompts, str, trainer.pool, trainer))
+    return asyncio.run(check_log_probs(config, prompts, str, engines, trainer, trainer.offloaded))
 
 
 def changed(policy: TinyPolicy, change: Callable[[Tensor], Tensor]) -> TinyPolicy:

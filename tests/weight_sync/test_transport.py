@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.support.weight_sinks import CPU, FakeSink
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError, TransportError
-from treepo.weight_sync import colocated
+from treepo.weight_sync import colocated, wire
 from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.colocated_receiver import ColocatedReceiver
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
@@ -217,6 +217,18 @@ def test_the_checksum_notices_what_can_go_wrong_on_the_way(count: int, data: st.
         assert checksums(swapped) != value
     shifted = torch.cat([flat[1:], flat[:1]])
     assert torch.equal(shifted, flat) or checksums(shifted) != value
+
+
+@given(st.integers(1, 70_000), st.integers(0, 4), st.integers(1, 5))
+def test_each_stripe_has_its_checksum(count: int, first: int, step: int) -> None:
+    """Computed for all stripes at once, against one by one; for a share of them too."""
+    flat = torch.from_numpy(np.random.default_rng(count).integers(0, 256, count, dtype=np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "_STRIPE", 8192)
+        one_by_one = [checksums(stripe) for stripe in flat.split(8192)]
+        assert checksums(flat) == tuple(value for (value,) in one_by_one)
+        first %= len(one_by_one)
+        assert checksums(flat, slice(first, None, step)) == checksums(flat)[first::step]
 
 
 def test_a_torn_bucket_is_not_loaded(make_stream, make_sinks, monkeypatch: pytest.MonkeyPatch) -> None:

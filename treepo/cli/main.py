@@ -5,7 +5,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import typer
 from rich.logging import RichHandler
@@ -62,12 +63,18 @@ def main() -> None:
     # Progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()
+    threading.excepthook = _thread_failed
     # A traceback of a reward function goes to the terminal, where its author sees it.
     if logging.lastResort is not None:
         logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
+    sys.exit(exit_code_of(app))
+
+
+def exit_code_of(command: Callable[[], object]) -> int:
+    """Run the command; show a TreepoError, or an OSError of the machine, as one line."""
     exit_code = 0
     try:
-        app()
+        command()
     except* TreepoError as group:
         # Many tasks may fail for the same reason, which is shown once.
         for text, error in {str(error): error for error in _single(group)}.items():
@@ -80,7 +87,16 @@ def main() -> None:
         for text in dict.fromkeys(f"{error.filename or _NAMELESS}: {error.strerror}" for error in found):
             _show_error(text)
         exit_code = max(exit_code, 1)
-    sys.exit(exit_code)
+    return exit_code
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A full disk stops TensorBoard's thread too; the run meets the same error at its next write."""
+    error = failure.exc_value
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        logging.getLogger(__name__).warning("%s: %s", error.filename or failure.thread, error.strerror)
+    else:
+        threading.__excepthook__(failure)
 
 
 def _show_error(text: str) -> None:

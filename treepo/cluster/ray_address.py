@@ -5,6 +5,7 @@ Ray itself waits 40 seconds for a cluster that does not answer and then ends the
 
 import os
 import re
+from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, build_opener
@@ -75,7 +76,7 @@ def check_job_server(address: str) -> None:
             pass
     except HTTPError:
         pass  # it answers; whether it lets us in, its client will say
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HTTPException) as error:
         reason = one_line(getattr(error, "reason", error))
         raise ClusterError(f"{named}: no job server answers: {reason}") from None
 

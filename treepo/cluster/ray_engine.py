@@ -15,6 +15,7 @@ from sglang_rollout.engine import SGLangEngine
 from treepo.cluster.actor_death import death_of, note_start, own_last_lines
 from treepo.cluster.pooled_engine import Memory
 from treepo.cluster.ray_actor import own_error, use_interface_of_node
+from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
 from treepo.errors import DeadEngineError, TreepoError
@@ -39,6 +40,7 @@ class HostedEngine(SGLangEngine):
     def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
         self._failure: TreepoError | None = None
         note_start()
+        self._desk = RequestDesk(self.generate)
         use_interface_of_node()  # SGLang's processes inherit it
         try:
             super().__init__(model, dtype, config, **settings)
@@ -54,6 +56,12 @@ class HostedEngine(SGLangEngine):
     def last_lines(self) -> str:
         """How SGLang's processes ended, and what they wrote last."""
         return own_last_lines([child.pid for child in self._sglang._children])
+
+    async def post(self, requests: Posted, cancelled: Sequence[int]) -> None:
+        self._desk.post(requests, cancelled)
+
+    async def collect(self) -> Answers:
+        return await self._desk.collect()
 
     def close(self) -> None:
         if self._failure is None:
@@ -119,15 +127,17 @@ class RayEngine:
         self.name = name
         self.actor = actor
         self._ranks = ranks
-        self._said: asyncio.Future[str] | None = (
-            None  # of the death: asked for once, by whoever sees it first
-        )
+        self._said: asyncio.Future[str] | None = None  # of the death: whoever sees it first asks, once
+        self._channel = RequestChannel(actor)
 
     async def start(self) -> int:
         return await self._answer(self.actor.capacity)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        return await self._answer(self.actor.generate, request)
+        try:
+            return await self._channel.generate(request)
+        except (RayTaskError, RayActorError) as error:
+            raise await self._own(error) from None
 
     async def health_check(self) -> None:
         await self._answer(self.actor.health_check)
@@ -173,15 +183,17 @@ class RayEngine:
         except asyncio.CancelledError:
             ray.cancel(reference)
             raise
-        except RayActorError as error:
-            raise DeadEngineError(f"{self.name}: {await self._once(death_of(error))}") from None
-        except RayTaskError as error:
-            own = own_error(error, DeadEngineError)
-            if isinstance(own, DeadEngineError):
-                raise DeadEngineError(f"{self.name}: {own}; {await self._once(self._last_lines())}") from None
-            if isinstance(own, TreepoError):
-                raise type(own)(f"{self.name}: {own}") from None
-            raise
+        except (RayTaskError, RayActorError) as error:
+            raise await self._own(error) from None
+
+    async def _own(self, error: RayTaskError | RayActorError) -> BaseException:
+        """Our own error with the engine's name in place of Ray's; a fault as it is, with its traceback."""
+        if isinstance(error, RayActorError):
+            return DeadEngineError(f"{self.name}: {await self._once(death_of(error))}")
+        own = own_error(error, DeadEngineError)
+        if isinstance(own, DeadEngineError):
+            return DeadEngineError(f"{self.name}: {own}; {await self._once(self._last_lines())}")
+        return type(own)(f"{self.name}: {own}") if isinstance(own, TreepoError) else own
 
     async def _once(self, ask: Coroutine[Any, Any, str]) -> str:
         """The answer to the first question after the death, for all calls that fail with it."""

@@ -176,7 +176,8 @@ class EvalConfig(Section):
     resumes from it.
     """
     seed: int = Field(default=0, ge=0)
-    """Seed of the bootstraps, and of sampling as far as the engine is deterministic."""
+    """Seed of the bootstraps, and of sampling as far as the engine is deterministic. Any whole number
+    from 0."""
     model: EvalModelConfig
     """The model to evaluate."""
     data: BenchmarksConfig

@@ -137,7 +137,9 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
         return f"{place}: {dotted}: required, but not given"
     if fault["type"] == "model_type":
         return f"{place}: {dotted}: should be a section (keys and values), found {shown(fault['input'])}"
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    message = shortened(fault["msg"].removeprefix("Value error, "), 400).replace(
+        "Input should be", "should be"
+    )
     if fault["type"] == "value_error":  # a rule of ours: its message shows the values
         return f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"
     return f"{place}: {dotted}: {message}, found {shown(fault['input'])}"

@@ -10,13 +10,13 @@ from treepo.config.base import PathField, Section
 class WeightsConfig(Section):
     transport: Literal["colocated", "broadcast", "host_broadcast", "disk"] = "colocated"
     """`colocated`: through memory that trainer and engines share on one machine: the GPU's by CUDA IPC where
-    every engine rank can open it and reads it fast, else the host's. `broadcast`: one collective
-    to all engines, which have devices of their own (NCCL; gloo on a CPU). `host_broadcast`: the same through
-    the hosts' memory (gloo), for engines on the trainer's devices on several machines. `disk`: through a
-    folder that all machines share."""
+    every engine rank can open it and reads it fast, else the host's. `broadcast`: one collective to all
+    engines, which have devices of their own (NCCL; gloo on a CPU). `host_broadcast`: the same through the
+    hosts' memory (gloo), for engines on the trainer's devices on several machines. `disk`: through a folder
+    that all machines share."""
     bucket_mb: int = Field(default=256, ge=1)
     """MiB of one bucket of weights; a larger tensor is a bucket of its own. Two buckets are in memory, with
-    `colocated` and `broadcast` on GPUs in that of the trainer's."""
+    `colocated` and `broadcast` on GPUs in that of the trainer's GPU."""
     folder: PathField | None = None
     """Where `disk` writes versions; null means `weights/` in the run folder."""
     keep: int = Field(default=2, ge=1)

@@ -57,7 +57,7 @@ class Holder:
         try:
             holder = cls(**json.loads(text))
             time.localtime(holder.started)
-        except (ValueError, TypeError, OverflowError, OSError):
+        except (ValueError, TypeError, OverflowError, OSError, RecursionError):
             return None
         return holder
 

@@ -264,6 +264,10 @@ class ParquetRows:
         for name, top in sorted(wanted.items()):
             if top not in names:
                 raise DataError(f"{self._path}: column {name!r} is absent; there are: {names_of(names)}")
+            if names.count(top) > 1:
+                raise DataError(
+                    f"{self._path}: {names.count(top)} columns are named {top!r}; rename all but one"
+                )
         return sorted(set(wanted.values()))
 
     @cached_property

@@ -132,15 +132,19 @@ def _read_stamp(out: Path, fingerprint: str) -> ToyReport | None:
     """Read the report of the toy in `out`; None if it is incomplete or was made from anything else."""
     if not (out / _STAMP).is_file():
         return None
-    content = orjson.loads((out / _STAMP).read_bytes())
-    if content["fingerprint"] != fingerprint or not content["files"].items() <= _files(out).items():
+    try:
+        content = orjson.loads((out / _STAMP).read_bytes())
+        report = ToyReport(
+            model=out / "model",
+            train=out / "train.jsonl",
+            heldout=out / "heldout.jsonl",
+            parameters=int(content["parameters"]),
+            sampled_accuracy=float(content["sampled_accuracy"]),
+            seconds=float(content["seconds"]),
+            cached=True,
+        )
+        files = dict(content["files"])
+        made = content["fingerprint"] == fingerprint and files.items() <= _files(out).items()
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
-    return ToyReport(
-        model=out / "model",
-        train=out / "train.jsonl",
-        heldout=out / "heldout.jsonl",
-        parameters=content["parameters"],
-        sampled_accuracy=content["sampled_accuracy"],
-        seconds=content["seconds"],
-        cached=True,
-    )
+    return report if made else None

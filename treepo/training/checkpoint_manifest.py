@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from treepo.errors import ModelError, one_line
+from treepo.errors import ModelError, one_line, shortened, shown
 
 MANIFEST, TRAINER, HUGGING_FACE = "checkpoint.json", "trainer", "hugging_face"
 NAME = re.compile(r"step-(\d{1,18})")
@@ -58,7 +58,7 @@ class CheckpointManifest:
         values = orjson.loads(content)
         version = values.pop("format", None) if isinstance(values, dict) else None
         if version != _FORMAT:
-            raise ValueError(f"format {version}; this version reads {_FORMAT}")
+            raise ValueError(f"format {shown(version)}; this version reads {_FORMAT}")
         return TypeAdapter(cls).validate_json(orjson.dumps(values))  # strict types need JSON
 
 
@@ -95,11 +95,11 @@ def _read(folder: Path) -> CheckpointManifest:
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
-        raise ModelError(f"{path}: not readable: {key}: {one_line(fault['msg'])}") from None
+        raise ModelError(f"{path}: not readable: {shortened(key)}: {one_line(fault['msg'])}") from None
     except ValueError as error:
         raise ModelError(f"{path}: not readable: {one_line(error)}") from None
     for name, size in manifest.files.items():
-        file = folder / name
+        file = folder / shortened(name, 300)
         try:
             found = file.stat().st_size
         except (OSError, ValueError) as error:

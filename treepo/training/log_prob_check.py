@@ -9,7 +9,7 @@ makes every later step learn from wrong ratios, which looks like a bad hyper-par
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -23,7 +23,7 @@ from treepo.data.prompts import Prompt
 from treepo.errors import EngineError, LogProbCheckError
 from treepo.learning.advantage import estimate
 from treepo.learning.packing import Pack, pack_trees
-from treepo.protocols import Engine, TrainingEnginePool
+from treepo.protocols import Engine
 from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.tree import Tree, Verdict
 
@@ -73,32 +73,30 @@ async def check_log_probs(
     config: RunConfig,
     prompts: Sequence[Prompt],
     decode: Callable[[np.ndarray], str],
-    pool: TrainingEnginePool,
+    engines: Sequence[Engine],
     trainer: LogProbs,
+    offloaded: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
     """Return the largest `mean` and `max` of |trainer's log-prob - engine's| over the engines, and the number
     of `tokens` that were compared.
 
-    Raises LogProbCheckError if an engine exceeds the limits of `config.log_prob_check`, and EngineError if it
-    cannot sample.
+    offloaded: gives the trainer the devices that it shares with the engines. Raises LogProbCheckError if an
+    engine exceeds the limits of `config.log_prob_check`, and EngineError if it cannot sample.
     """
     sampling = short_sampling(config.sampling)
     fixed = prompts[: config.log_prob_check.prompts]
     forests = await asyncio.gather(
-        *(
-            _sample(TreeDriver([engine], sampling, decode, config.seed), fixed, engine)
-            for engine in pool.engines
-        )
+        *(_sample(TreeDriver([engine], sampling, decode, config.seed), fixed, engine) for engine in engines)
     )
     packed = [
         _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)
         for trees in forests
     ]
-    async with pool.offloaded():
+    async with offloaded():
         computed = [await trainer.log_probs(packs, sampling.temperature) for packs in packed]
     limits = config.log_prob_check.limits(trainer.dtype)
     figures = {"mean": 0.0, "max": 0.0, "tokens": 0}
-    for engine, trees, packs, log_probs in zip(pool.engines, forests, packed, computed, strict=True):
+    for engine, trees, packs, log_probs in zip(engines, forests, packed, computed, strict=True):
         comparison = _compare(trees, packs, log_probs)
         if not comparison.within(*limits):
             raise LogProbCheckError(_disagreement(comparison, engine.name, sampling.temperature, *limits))

@@ -138,7 +138,7 @@ def _read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON: {one_line(error)}") from None
         if not _is_metrics(record):
             raise DataError(f"{path}:{number}: not the numbers of a step: {shown(record)}")

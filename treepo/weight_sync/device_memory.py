@@ -156,9 +156,11 @@ def reason_against_opening(owner: str, opener: str) -> str:
 
 
 def _runtime(device: torch.device) -> Any:
-    """CUDA's runtime, with `device` current in this thread."""
-    from cuda.bindings import runtime  # type: ignore[reportAttributeAccessIssue]  # it has no stubs
-
+    """CUDA's runtime, with `device` current in this thread. Raises RuntimeError."""
+    try:
+        from cuda.bindings import runtime  # type: ignore[reportAttributeAccessIssue]  # it has no stubs
+    except ImportError as error:
+        raise RuntimeError(f"cuda-bindings is not installed ({error})") from error
     torch.cuda.init()
     _call(runtime, "cudaSetDevice", device.index)
     return runtime
