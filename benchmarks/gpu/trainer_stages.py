@@ -229,9 +229,7 @@ def _train_step(
 @contextmanager
 def _new_trainer(context: Context) -> Iterator[MegatronTrainer]:
     torch._dynamo.reset()  # other stages had other shapes, and torch compiles a function for eight at most
-    config = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}}
-    if "offload" in TrainerConfig.model_fields:
-        config["offload"] = "all"
+    config = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}, "offload": "all"}
     trainer = MegatronTrainer(
         _small_model(context),
         "bfloat16",

@@ -89,6 +89,28 @@ class LocalActor:
         return self.desk.post(*arguments)
 
 
+def test_an_answer_to_a_call_that_was_cancelled_in_the_same_turn_is_dropped() -> None:
+    """The future is cancelled at once, its call learns of it a turn later."""
+
+    class Actor(LocalActor):
+        async def call(self, name: str, message: bytes) -> Any:
+            answers = await super().call(name, message)
+            if name == "collect":
+                cancelled.cancel()
+            return answers
+
+    async def sample() -> None:
+        nonlocal cancelled
+        channel = RequestChannel(Actor(Engine()))
+        cancelled = asyncio.ensure_future(channel.generate(request(0)))
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert (await asyncio.wait_for(channel.generate(request(1)), 60)).tokens.tolist() == [1] * 4
+
+    cancelled: asyncio.Future[GenerateOutput]
+    asyncio.run(sample())
+
+
 def test_every_request_gets_its_own_answer() -> None:
     drawn = random.Random(0)
     actor = LocalActor(Engine(lambda _: drawn.randrange(9)), lambda: drawn.randrange(5))

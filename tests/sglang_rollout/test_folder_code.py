@@ -20,7 +20,7 @@ def resolve(folder: Path, arguments: dict[str, Any]) -> None:
         trust_remote_code=arguments["trust_remote_code"],
         model_override_args=arguments["json_model_override_args"],
     )
-    resolve_transformers_arch(model, model.hf_config.architectures)
+    resolve_transformers_arch(model, model.hf_config.architectures or [])
 
 
 def test_an_architecture_of_the_folders_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
