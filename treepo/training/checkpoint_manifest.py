@@ -38,7 +38,7 @@ class CheckpointManifest:
     dtype: str
     has_optimizer: bool
     optimizer_steps: int
-    layout: Mapping[str, int]
+    layout: Mapping[str, int | bool]
     run: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
 
