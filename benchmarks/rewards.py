@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+import psutil
 
 from treepo.config.reward import RewardConfig
 from treepo.rewards.grade import GradeItem
@@ -68,7 +69,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 async def grade_all(pool: RewardPool, items: Sequence[GradeItem]) -> Cost:
-    pids = pool.worker_pids()
+    pids = [child.pid for keeper in pool.worker_pids() for child in psutil.Process(keeper).children()]
     start, own_start, worker_start = time.perf_counter(), time.process_time(), cpu_seconds(pids)
     grades = await pool.grade(items)
     seconds, own = time.perf_counter() - start, time.process_time() - own_start

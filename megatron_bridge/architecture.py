@@ -5,12 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from megatron_bridge.config_values import check_values
 from megatron_bridge.hf_weight_map import FAMILIES, OUTPUT, Family, Rule, expand
-from megatron_bridge.rotary import inverse_frequency
+from megatron_bridge.rotary import ROPE_TYPES, inverse_frequency
 from megatron_bridge.tensor_surgery import Dimensions
 from treepo.config.trainer import ParallelConfig
+from treepo.data.model_config import CONFIG, load_hf_config, read_model_config, shown
 from treepo.errors import ConfigError, ModelError
 
 
@@ -27,7 +29,7 @@ class Experts:
 class Architecture:
     """The part of config.json that the trainer needs."""
 
-    family: Family
+    model_type: str  # a key of FAMILIES
     dimensions: Dimensions
     hidden: int
     intermediate: int
@@ -38,26 +40,39 @@ class Architecture:
     frequency: Tensor  # float32 [head_dim / 2], rotary radians per position
     experts: Experts | None = None
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
     def weight_rules(self) -> list[Rule]:
         """The family's table with every layer and expert filled in; tied embeddings have no output layer."""
         rules = expand(self.family.rules, self.dimensions)
         return [rule for rule in rules if not (self.tied and rule.parameter == OUTPUT)]
 
 
+class UntrainableError(ModelError):
+    """A model that the trainer cannot build, though an engine may serve it."""
+
+
 def read_architecture(folder: Path) -> Architecture:
-    """Read `folder`/config.json. Raises ModelError if its family or one of its features is not supported."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"{folder}: model_type {config.model_type!r} is not supported; {', '.join(FAMILIES)} are"
+    """Read `folder`/config.json.
+
+    Raises UntrainableError if its family or one of its features is not supported, ModelError for a value that
+    no model can have.
+    """
+    written = read_model_config(folder)
+    if written["model_type"] not in FAMILIES:
+        raise UntrainableError(
+            f"{folder / CONFIG}: model_type = {shown(written['model_type'])} is not supported; "
+            f"{', '.join(FAMILIES)} are"
         )
+    check_values(folder, written)
+    config = load_hf_config(folder)
     _check_features(folder, config)
     sparse_layers = _sparse_layers(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Architecture(
-        family=FAMILIES[config.model_type],
+        model_type=config.model_type,
         dimensions=Dimensions(
             config.num_hidden_layers,
             config.num_key_value_heads,
@@ -77,6 +92,28 @@ def read_architecture(folder: Path) -> Architecture:
     )
 
 
+def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's Hugging Face tensors as in transformers."""
+    dimensions, hidden = architecture.dimensions, architecture.hidden
+    queries, keys = architecture.heads * dimensions.head_dim, dimensions.groups * dimensions.head_dim
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate": dimensions.experts}
+    rows |= dict.fromkeys(("embed_tokens", "lm_head"), dimensions.vocabulary)
+    norms = {"q_norm": dimensions.head_dim, "k_norm": dimensions.head_dim}
+
+    def shape(name: str) -> tuple[int, ...]:
+        *path, module, kind = name.split(".")
+        if "norm" in module:
+            return (norms.get(module, hidden),)
+        of_expert = architecture.experts is not None and "experts" in path
+        inner = architecture.experts.intermediate if of_expert else architecture.intermediate  # type: ignore[union-attr]  # checked above
+        if module in ("o_proj", "down_proj"):
+            return (hidden, queries if module == "o_proj" else inner)
+        out = rows.get(module, inner)
+        return (out,) if kind == "bias" else (out, hidden)
+
+    return {name: shape(name) for rule in architecture.weight_rules() for name in rule.tensors}
+
+
 def _sparse_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     """The layers with experts, by the rule of transformers' decoder layers."""
     if not getattr(config, "num_experts", 0):
@@ -90,24 +127,44 @@ def _sparse_layers(config: PreTrainedConfig) -> tuple[int, ...]:
 
 def _experts(folder: Path, config: PreTrainedConfig) -> Experts:
     if config.num_experts_per_tok == 1 and config.norm_topk_prob:
-        raise ModelError(
-            f"{folder}: num_experts_per_tok = 1 with norm_topk_prob = true is not supported: the one "
-            "probability is always 1, so the router would learn nothing"
+        raise UntrainableError(
+            f"{folder / CONFIG}: num_experts_per_tok = 1 with norm_topk_prob = true is not supported: the "
+            "one probability is always 1, so the router would learn nothing"
         )
     return Experts(config.moe_intermediate_size, config.num_experts_per_tok, config.norm_topk_prob)
 
 
 def _check_features(folder: Path, config: PreTrainedConfig) -> None:
-    expected = {
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-    }
-    for name, value in expected.items():
-        if getattr(config, name, value) != value:
-            raise ModelError(f"{folder}: {name} = {getattr(config, name)!r}; only {value!r} is supported")
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise UntrainableError(
+            f"{folder / CONFIG}: rope_type = {shown(kind)} is not supported; {', '.join(ROPE_TYPES)} are"
+        )
+    for name, value in _FEATURES.items():
+        found = rope.get(name, getattr(config, name, value))
+        if found != value:
+            raise UntrainableError(
+                f"{folder / CONFIG}: {name} = {shown(found)}; only {shown(value)} is supported"
+            )
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind != "full_attention":
+            raise UntrainableError(
+                f"{folder / CONFIG}: layer_types has {shown(kind)}; only full_attention is supported"
+            )
+
+
+_FEATURES = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    # The rest are in config.json where a model differs from its family, and SGLang heeds them.
+    "partial_rotary_factor": 1.0,
+    "rope_is_neox_style": True,
+    "dual_chunk_attention_config": None,
+}
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
@@ -153,9 +210,7 @@ def check_transformer_impl(transformer_impl: str) -> None:
 def check_same_model(folder: Path, model: Path) -> None:
     """Raise ModelError unless `folder` and `model` have the same architecture."""
     ours, theirs = read_architecture(model), read_architecture(folder)
-    if ours.family != theirs.family:
-        raise ModelError(f"{folder}: not the model of {model}: it belongs to another family")
-    for name in ("dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
+    for name in ("model_type", "dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
         expected, found = getattr(ours, name), getattr(theirs, name)
         if expected != found:
             raise ModelError(f"{folder}: not the model of {model}: {name} is {found}, not {expected}")

@@ -12,7 +12,6 @@ whatever the lengths of the segments.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from megatron_bridge.rotary import cos_sin, rotate
+from megatron_bridge.fusion import compiled
+from megatron_bridge.rotary import cos_sin, rotate, rotated
 
 CPU_BLOCK = 64  # queries in a block on CPU; 32 and 128 are as fast on short segments
 CUDA_BLOCK = 128  # FlexAttention's own
@@ -51,19 +51,21 @@ class GatherPlan:
 class AttentionPlan:
     """What the core attention of every layer needs for a micro-batch of T tokens."""
 
-    cos: Tensor  # [T, 1, head_dim / 2]
+    cos: Tensor  # float32 [T, 1, head_dim / 2]
     sin: Tensor
     mask: GatherPlan | BlockMask
 
 
 def plan_attention(
-    exit_T: np.ndarray, position_T: np.ndarray, frequency: Tensor, dtype: torch.dtype, device: torch.device
+    exit_T: Tensor, position_T: Tensor, frequency: Tensor, dtype: torch.dtype
 ) -> AttentionPlan:
-    """Make the plan of one pack. frequency: the model's `rotary.inverse_frequency`."""
-    cos, sin = cos_sin(torch.tensor(position_T, device=device), frequency, dtype)
-    if device.type == "cuda":
-        return AttentionPlan(cos, sin, block_mask(torch.tensor(exit_T, device=device)))
-    return AttentionPlan(cos, sin, gather_plan(exit_T, dtype))
+    """Make the plan of one pack on the device that holds these tensors. frequency: the model's
+    `rotary.inverse_frequency`. dtype: of queries and keys.
+    """
+    cos, sin = cos_sin(position_T, frequency)
+    if exit_T.is_cuda:
+        return AttentionPlan(cos, sin, block_mask(exit_T))
+    return AttentionPlan(cos, sin, gather_plan(exit_T.numpy(), dtype))
 
 
 def gather_plan(exit_T: np.ndarray, dtype: torch.dtype) -> GatherPlan:
@@ -160,25 +162,29 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(-1, dtype=torch.int32), index.to(torch.int32)
 
 
-def attend_sparse(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """Attention by FlexAttention. query: [T, heads, D]; key and value: [T, groups, D]. Returns
+def attend_sparse(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """Rotation and attention by FlexAttention. query: [T, heads, D]; key and value: [T, groups, D]. Returns
     [T, heads, D].
     """
-    blocks = (_in_blocks(x) for x in (query, key, value))
-    return _compiled_attend_blocks()(*blocks, mask).flatten(0, 1)[: len(query)]
+    blocks = (_in_blocks(x) for x in (query, key, value, plan.cos, plan.sin))
+    return _compiled_attend_blocks()(*blocks, plan.mask).flatten(0, 1)[: len(query)]
 
 
-def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask
+) -> Tensor:
     """The compiled part: [blocks, CUDA_BLOCK, heads or groups, D] to [blocks, CUDA_BLOCK, heads, D].
 
     The caller divides the tokens into blocks, so that the compiler knows a variable length to be a multiple
-    of CUDA_BLOCK. Only then do the kernels omit the bounds checks.
+    of CUDA_BLOCK. Only then do the kernels omit the bounds checks. Rotation and copies become one kernel for
+    each of query, key and value.
 
     Every query head gets its own copy of its group's keys and values. With `enable_gqa` one program of the
     backward kernel loops over all heads of a group, which more than doubled its share of a train step; the
     likely reason is the root of a tree, which all tokens attend to (docs/performance.md, On a GPU).
     """
     heads_per_group = query.shape[2] // key.shape[2]
+    query, key = rotated(query, cos, sin), rotated(key, cos, sin)
     query, key, value = (x.flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
     key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
     output = flex_attention(query, key, value, block_mask=mask)
@@ -186,27 +192,26 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) ->
 
 
 def _in_blocks(x: Tensor) -> Tensor:
-    """[T, heads, D] to [blocks, CUDA_BLOCK, heads, D], padded with 0.
+    """[T, ...] to [blocks, CUDA_BLOCK, ...], padded with 0.
 
-    Always contiguous, because every new kind of strides would be compiled again.
+    Without padding it is a view. The strides that a model gives it do not depend on T, so they are compiled
+    for once.
     """
     rest = -len(x) % CUDA_BLOCK
-    x = pad(x, (0, 0, 0, 0, 0, rest)) if rest else x.contiguous()
+    x = pad(x, (0, 0, 0, 0, 0, rest)) if rest else x
     return x.unflatten(0, (-1, CUDA_BLOCK))
 
 
-@cache
 def _compiled_attend_blocks() -> Callable[..., Tensor]:
-    # The first length is compiled as a constant, later ones as a variable. fullgraph: without compilation
-    # FlexAttention would make a T x T matrix, so a graph break must be an error.
-    return torch.compile(attend_blocks, fullgraph=True)
+    # Compiled in any case: FlexAttention without compilation would make a T x T matrix.
+    return compiled(attend_blocks)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
     """Rotate by position, then attend along the tree. query: [T, heads, D]; key and value: [T, groups, D].
     Returns [T, heads, D].
     """
+    if isinstance(plan.mask, BlockMask):
+        return attend_sparse(query, key, value, plan)
     query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
-    if isinstance(plan.mask, GatherPlan):
-        return attend_gathered(query, key, value, plan.mask)
-    return attend_sparse(query, key, value, plan.mask)
+    return attend_gathered(query, key, value, plan.mask)

@@ -49,13 +49,15 @@ from megatron_bridge.atomic_folder import (
 from megatron_bridge.distributed_checkpoint import (
     COMMON_STATE,
     EXTRA_STATE,
+    READ_FAILURES,
     declare_format,
     sharded_parameters,
+    unreadable,
 )
 from megatron_bridge.hf_folder import copy_model_files
 from megatron_bridge.optimizer_state import set_step_count, sharded_optimizer_state
 from megatron_bridge.process_groups import on_first_rank
-from treepo.errors import CheckpointError, ModelError
+from treepo.errors import CheckpointError
 from treepo.training.checkpoint_manifest import (
     HUGGING_FACE,
     TRAINER,
@@ -71,6 +73,7 @@ class _Writing:
     """A checkpoint that is being written."""
 
     folder: Path
+    manifest: CheckpointManifest
     done: Future[str | None]
 
 
@@ -101,7 +104,7 @@ class Checkpointer:
         or cannot be made.
         """
         self.finish()
-        on_first_rank(lambda: _begin(folder, self._model, manifest), f"checkpoint {folder}")
+        on_first_rank(lambda: _begin(folder, self._model, manifest.dtype), f"checkpoint {folder}")
         model = self._weights()
         state = {
             "model": model,
@@ -114,7 +117,7 @@ class Checkpointer:
         tensors["common_state"] = replace(COMMON_STATE, replica_id=dist.get_rank())
         flat, *_ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
         done = self._thread.submit(_write, partial_folder(folder), mcore_to_pyt_state_dict(flat), self._group)
-        self._writing = _Writing(folder, done)
+        self._writing = _Writing(folder, manifest, done)
 
     def finish(self) -> None:
         """Wait until the checkpoint that was begun, if any, is complete on the disk.
@@ -130,7 +133,7 @@ class Checkpointer:
             if dist.get_rank() == 0:
                 abort_folder(writing.folder)
             raise CheckpointError(f"{what}: {failure}")
-        on_first_rank(lambda: commit_folder(writing.folder), what)
+        on_first_rank(lambda: _commit(writing.folder, writing.manifest), what)
 
     def load(self, folder: Path) -> CheckpointManifest:
         """Load model, optimizer and, at the same layout, random generators.
@@ -151,10 +154,10 @@ class Checkpointer:
             loaded: Any = dist_checkpointing.load(
                 state, str(folder / TRAINER), validate_access_integrity=False
             )
-        except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
-            raise ModelError(
-                f"{folder}: not readable as this model's: {reason_and_file(error)[:300]}"
-            ) from None
+        except CheckpointException as error:
+            raise unreadable(folder / TRAINER, _first_failure(error)) from None
+        except (CheckpointingException, *READ_FAILURES) as error:
+            raise unreadable(folder / TRAINER, error) from None
         for index, chunk in enumerate(self._chunks):
             missing, unexpected = chunk.module.load_state_dict(loaded["model"][index], strict=False)
             assert not unexpected, unexpected
@@ -188,16 +191,24 @@ def _tracker() -> Any:
     return tensor_parallel.get_cuda_rng_tracker()
 
 
-def _begin(folder: Path, model: Path, manifest: CheckpointManifest) -> None:
+def _begin(folder: Path, model: Path, dtype: str) -> None:
     if folder.exists():
         raise FileExistsError(errno.EEXIST, "it exists, and nothing is overwritten", str(folder))
     partial = begin_folder(folder)
     try:
         (partial / TRAINER).mkdir()
         (partial / HUGGING_FACE).mkdir()
-        copy_model_files(model, partial / HUGGING_FACE, manifest.dtype)
-        manifest.write(partial)
+        copy_model_files(model, partial / HUGGING_FACE, dtype)
         declare_format(partial / TRAINER)
+    except OSError:
+        abort_folder(folder)
+        raise
+
+
+def _commit(folder: Path, manifest: CheckpointManifest) -> None:
+    try:
+        manifest.write(partial_folder(folder))
+        commit_folder(folder)
     except OSError:
         abort_folder(folder)
         raise
@@ -212,10 +223,15 @@ def _write(folder: Path, state: dict[str, Any], group: Any) -> str | None:
             planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
         )
-    except CheckpointException as error:  # torch raises it on every rank, with every rank's failure
-        rank, (cause, _) = min(error.failures.items(), key=itemgetter(0))
-        return f"rank {rank}: {reason_and_file(cause)}"
+    except CheckpointException as error:
+        return _first_failure(error)
     return None
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """The first rank that failed and its reason. Torch raises the error on every rank, with all failures."""
+    rank, (cause, _) = min(error.failures.items(), key=itemgetter(0))
+    return f"rank {rank}: {reason_and_file(cause)}"
 
 
 class _Writer(FileSystemWriter):

@@ -25,10 +25,12 @@ from megatron_bridge.hf_folder import (
     SHARD_BYTES,
     SafetensorsReader,
     copy_model_files,
-    has_weights,
     write_hf_folder,
 )
+from megatron_bridge.hf_tensors import check_tensors
 from megatron_bridge.hf_weight_map import Rule
+from treepo.data.model_config import CONFIG
+from treepo.data.weight_headers import has_weights
 from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
     HUGGING_FACE,
@@ -105,6 +107,7 @@ def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Co
     """Write the weights of a Hugging Face folder as a checkpoint for any layout, without optimizer state."""
     _check_hugging_face(source)
     architecture = read_architecture(source)
+    check_tensors(source, architecture, one_dtype=True)
     weights = SafetensorsReader(source)
     places = _places(architecture)
     dtype = weights.read("model.embed_tokens.weight").dtype
@@ -117,11 +120,7 @@ def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Co
             [weights.read(name) for name in rule.tensors], 1, architecture.dimensions
         )
         rows = whole[first_row : first_row + tensor.shape[0]]
-        if rows.shape != tensor.shape or rows.dtype != dtype:
-            raise ModelError(
-                f"{source}: {' + '.join(rule.tensors)} give {rows.dtype} {tuple(rows.shape)} for {key}, "
-                f"which needs {dtype} {tuple(tensor.shape)}"
-            )
+        assert rows.shape == tensor.shape, (key, rows.shape, tensor.shape)
         count += 1
         parameters += rows.numel()
         progress(count, len(places))
@@ -132,16 +131,16 @@ def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Co
         (partial / HUGGING_FACE).mkdir()
         name = str(dtype).removeprefix("torch.")
         copy_model_files(source, partial / HUGGING_FACE, name)
-        CheckpointManifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
         shapes = {key: (tensor.shape, dtype) for key, (_, tensor, _) in places.items()}
         write_distributed_checkpoint(partial / TRAINER, shapes, make)
+        CheckpointManifest(name, has_optimizer=False, optimizer_steps=0, layout={}).write(partial)
     return Converted("training checkpoint", count, parameters, name)
 
 
 def _check_hugging_face(source: Path) -> None:
     if not source.is_dir():
         raise ModelError(f"{source}: no such folder")
-    if has_weights(source):
+    if (source / CONFIG).is_file() or has_weights(source):
         return
     if checkpoints := sorted(source.glob("checkpoints/step-*"), key=lambda path: (len(path.name), path.name)):
         raise ModelError(f"{source} is a run folder; its newest checkpoint is {checkpoints[-1]}")

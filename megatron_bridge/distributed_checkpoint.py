@@ -5,6 +5,7 @@ it.
 """
 
 import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,17 +30,25 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.atomic_folder import split_into_files
+from megatron_bridge.atomic_folder import reason_and_file, split_into_files
 from megatron_bridge.model import build_outline, named_parameters
 from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.runtime import on_device
 from treepo.config.trainer import ParallelConfig, TrainerConfig
-from treepo.errors import ModelError
+from treepo.errors import ModelError, shortened
 
 FILE_BYTES = 1 << 30  # most bytes of a written file, whose tensors are all in memory at once
 EXTRA_STATE = "_extra_state"  # key of Transformer Engine's layers, needed for 8-bit training alone
 COMMON_STATE = ShardedObject("common_state", {}, (1,), (0,))
 """Megatron-Core needs it to load. It is empty, because our manifest has its content."""
+
+READ_FAILURES = (
+    OSError,
+    RuntimeError,  # torch: a file that is not its archive
+    pickle.UnpicklingError,
+    *(EOFError, ImportError, LookupError, AttributeError, TypeError, ValueError, MemoryError, OverflowError),
+)
+"""The exceptions of a damaged file: its parts are pickles, and those fail in any of these ways."""
 
 # One tensor a parameter, not one of all layers or all experts.
 _METADATA = {"singleton_local_shards": True}
@@ -56,6 +65,14 @@ def sharded_tensors(sharded: ShardedTensor | ShardedTensorFactory) -> list[Shard
     gate and up projections.
     """
     return [sharded] if isinstance(sharded, ShardedTensor) else list(nested_values(sharded.build()))
+
+
+def unreadable(folder: Path, reason: BaseException | str) -> ModelError:
+    """The error of a checkpoint whose files have their sizes, but not their content."""
+    text = reason if isinstance(reason, str) else reason_and_file(reason)
+    if not isinstance(reason, (str, OSError)):  # by itself the text may be "0" or empty
+        text = f"{type(reason).__name__}: {text}"
+    return ModelError(f"{folder}: not readable as this model's: {shortened(text, 300)}")
 
 
 def declare_format(folder: Path) -> None:
@@ -109,22 +126,22 @@ class DistributedCheckpointReader:
         self._reader = FileSystemReader(folder)
         try:
             self._metadata = self._reader.read_metadata()
-        except OSError as error:
-            raise ModelError(f"{folder}: not readable: {error.strerror}") from None
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        except READ_FAILURES as error:
+            raise unreadable(folder, error) from None
 
     def read(self, key: str) -> Tensor:
         """The whole tensor, in the checkpoint's dtype."""
         stored = self._metadata.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
             raise ModelError(f"{self._folder}: no tensor {key}")
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
         try:
+            tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
             self._reader.read_data(planner.create_local_plan(), planner).wait()
-        except OSError as error:
-            raise ModelError(f"{self._folder}: not readable: {error.strerror}: {error.filename}") from None
+        except READ_FAILURES as error:
+            raise unreadable(self._folder, error) from None
         return tensor
 
 

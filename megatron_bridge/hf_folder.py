@@ -1,47 +1,37 @@
 """Reads and writes Hugging Face folders: safetensors one tensor or one file at a time, config, tokenizer."""
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import orjson
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_bridge.atomic_folder import atomic_folder, split_into_files
+from treepo.data.model_config import CONFIG, read_json_object
+from treepo.data.weight_headers import INDEX, WEIGHTS, read_weight_headers
 from treepo.errors import ModelError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}  # tokenizer, generation config, chat template
 SHARD_BYTES = 4 << 30
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether the folder holds safetensors, in one file or in several."""
-    return (folder / INDEX).is_file() or (folder / WEIGHTS).is_file()
 
 
 class SafetensorsReader:
     """Reads the tensors of a Hugging Face folder, one at a time.
 
-    Raises ModelError if the folder has no safetensors or lacks a tensor.
+    Raises ModelError if the folder has not one whole set of safetensors, or lacks a tensor.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / INDEX).is_file():
-            self._file_of = orjson.loads((folder / INDEX).read_bytes())["weight_map"]
-        elif (folder / WEIGHTS).is_file():
-            with safe_open(folder / WEIGHTS, framework="pt") as file:
-                self._file_of = dict.fromkeys(file.keys(), WEIGHTS)
-        else:
-            raise ModelError(f"{folder}: neither {WEIGHTS} nor {INDEX}")
+        self._headers = read_weight_headers(folder)
 
     def read(self, name: str) -> Tensor:
-        if name not in self._file_of:
+        if name not in self._headers:
             raise ModelError(f"{self.folder}: no tensor {name}")
-        with safe_open(self.folder / self._file_of[name], framework="pt") as file:
+        with safe_open(self.folder / self._headers[name].file, framework="pt") as file:
             return file.get_tensor(name)
 
 
@@ -84,15 +74,15 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
         "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
         "weight_map": weight_map,
     }
-    (folder / INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def copy_model_files(source: Path, folder: Path, dtype: str) -> None:
     """Copy `source`'s config, tokenizer, generation config and chat template; set the config's dtype."""
     for path in source.iterdir():
-        if path.suffix in COPIED and path.name not in ("config.json", INDEX):
+        if path.suffix in COPIED and path.name not in (CONFIG, INDEX):
             shutil.copyfile(path, folder / path.name)
-    config = orjson.loads((source / "config.json").read_bytes())
+    config = read_json_object(source / CONFIG)
     keys = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}  # older configs say torch_dtype
     config |= dict.fromkeys(keys, dtype)
-    (folder / "config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

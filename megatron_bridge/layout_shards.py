@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_bridge.architecture import Architecture, check_layout
+from megatron_bridge.architecture import Architecture, check_layout, tensor_shapes
 from megatron_bridge.hf_weight_map import Rule, expand
 from megatron_bridge.model import build_outline, is_expert, named_parameters
 from megatron_bridge.process_groups import form_groups, leave_groups
@@ -187,28 +187,6 @@ def _joined(
             rule = rules[names[parameter.name]]
             pieces = 1 if parameter.expert or rule.surgery.replicated else parallel.tensor
             yield from zip(rule.tensors, joined(rule.surgery, parameter.shape, pieces), strict=True)
-
-
-def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's Hugging Face tensors as in transformers, without Megatron-Core."""
-    dimensions, hidden = architecture.dimensions, architecture.hidden
-    queries, keys = architecture.heads * dimensions.head_dim, dimensions.groups * dimensions.head_dim
-    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate": dimensions.experts}
-    rows |= dict.fromkeys(("embed_tokens", "lm_head"), dimensions.vocabulary)
-    norms = {"q_norm": dimensions.head_dim, "k_norm": dimensions.head_dim}
-
-    def shape(name: str) -> tuple[int, ...]:
-        *path, module, kind = name.split(".")
-        if "norm" in module:
-            return (norms.get(module, hidden),)
-        of_expert = architecture.experts is not None and "experts" in path
-        inner = architecture.experts.intermediate if of_expert else architecture.intermediate  # type: ignore[union-attr]  # checked above
-        if module in ("o_proj", "down_proj"):
-            return (hidden, queries if module == "o_proj" else inner)
-        out = rows.get(module, inner)
-        return (out,) if kind == "bias" else (out, hidden)
-
-    return {name: shape(name) for rule in architecture.weight_rules() for name in rule.tensors}
 
 
 def buffer_elements(chunk: Sequence[ShardParameter], ranks: int) -> int:

@@ -1,6 +1,7 @@
 """Builds Megatron-Core's GPTModel from an architecture; no other module does."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -116,8 +117,10 @@ def _transformer_config(
         moe_token_dispatcher_type="alltoall",
         # SwiGLU as one kernel, which torch compiles: FlexAttention needs the compiler anyway.
         bias_activation_fusion=torch.cuda.is_available(),
+        # Apex's kernel, which NVIDIA's images have, adds a weight's gradient to its float32 sum.
+        gradient_accumulation_fusion=torch.cuda.is_available()
+        and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         # These fusions need kernels of Transformer Engine or Apex.
-        gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -1,14 +1,18 @@
 """Builds and steps Megatron-Core's optimizer: float32 gradients and master weights, no step on a NaN."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
 
-from megatron_bridge.optimizer_state import allocate_optimizer_state
+from megatron_bridge.optimizer_state import allocate_optimizer_state, optimizer_parts
 from treepo.config.trainer import TrainerConfig
 
 
@@ -21,14 +25,13 @@ def trainable(
     optimizer, so that its checkpoints are the same too. All memory that the optimizer keeps is allocated
     here.
     """
-    wrapped = [
-        DistributedDataParallel(
-            chunk.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            chunk,
-        )
-        for chunk in chunks
-    ]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlaps(chunks, config)
+    )
+    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    if ddp.overlap_grad_reduce:
+        for chunk in chunks:
+            chunk.config.no_sync_func = partial(_without_sums, wrapped)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.optimizer.learning_rate,
@@ -42,20 +45,69 @@ def trainable(
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, list(wrapped))
+    for group in optimizer.param_groups:
+        group["fused"] = True  # torch's Adam in one kernel; Transformer Engine's always is
     allocate_optimizer_state(optimizer)
     return wrapped, optimizer
 
 
+@contextmanager
+def _without_sums(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Sum no gradients over replicas within it, which all micro-batches of a step but the last are."""
+    with ExitStack() as stack:
+        for chunk in chunks:
+            stack.enter_context(chunk.no_sync())
+        yield
+
+
+def overlaps(chunks: Sequence[GPTModel], config: TrainerConfig) -> bool:
+    """Whether replicas sum a bucket of gradients while the backward pass computes the next.
+
+    Every parameter needs a gradient in every micro-batch, and an expert without a token has none. The weights
+    are never gathered during the next forward pass: they are read outside of it too, for engines and
+    checkpoints.
+    """
+    return config.parallel.data > 1 and not any(chunk.config.num_moe_experts for chunk in chunks)
+
+
+@torch.no_grad()
 def step(optimizer: MegatronOptimizer) -> float:
     """Clip the gradients and take a step; return their norm before clipping.
 
     Raises FloatingPointError on all ranks if the norm is not finite, and leaves weights and optimizer state
-    as they were. Megatron-Core itself would step: it looks for NaN only if losses are scaled. Its `step`
-    computes the norm again, which costs a small share of an optimizer step.
+    as they were. Megatron-Core itself would step: it looks for NaN only if losses are scaled. Without
+    Transformer Engine its norm also waits for the device at every parameter. Here torch's Adam clips, and
+    decides whether to step, on the device, so that the host waits once, when everything is launched.
     """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm, largest = gradient_norm(optimizer), optimizer.config.clip_grad
+    parts = optimizer_parts(optimizer)
+    on_device = all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts)
+    if on_device:
+        for part in parts:
+            part.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)
+            part.optimizer.found_inf = norm.isfinite().logical_not().float()
+    else:  # Transformer Engine's Adam takes neither
+        _check_finite(norm.item())
+        torch.nn.utils.clip_grads_with_norm_(optimizer.get_parameters(), largest, norm)
+    optimizer.step_with_ready_grads()
+    value = norm.item()
+    _check_finite(value)
+    return value
+
+
+def _check_finite(norm: float) -> None:
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}: no rank took the step")
-    optimizer.step()
-    return norm
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
+    """Give the optimizer the gradient; return the norm of the whole model's, on the device. Collective."""
+    optimizer.prepare_grads()
+    parts = optimizer_parts(optimizer)
+    (group,) = {part.get_grad_stats_parallel_group() for part in parts}  # experts' gradients have the same
+    gradients = [gradient for part in parts for gradient in part.get_grads_for_grad_norm()]
+    nothing = torch.zeros(1, device="cuda")  # of a rank that owns no gradient
+    square = torch.nn.utils.get_total_norm([*gradients, nothing]).square()
+    dist.all_reduce(square, group=group)
+    return square.sqrt()

@@ -25,7 +25,7 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Allocate what the first step would allocate. Engines that start later must not count that memory as
     free, and a checkpoint needs tensors to load into.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
     set_step_count(optimizer, 0)
 
@@ -37,7 +37,7 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model: dict[Any, Any])
     """
     of_parameter = {id(sharded.data): sharded for sharded in nested_values(model)}
     pieces: list[ShardedTensor] = []
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         for parameter, owned in _owned_ranges(part):
             replicas = of_parameter[id(parameter)]
             for name, values in _state_of(part, parameter):
@@ -49,10 +49,11 @@ def set_step_count(optimizer: MegatronOptimizer, steps: int) -> None:
     """Set how many steps Adam has taken: torch's counts for each parameter, Transformer Engine's for each
     group.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):
-            for state in part.optimizer.state.values():
-                state["step"] = torch.tensor(float(steps))
+            for parameter, state in part.optimizer.state.items():
+                count = state.setdefault("step", torch.zeros((), device=parameter.device))
+                count.fill_(steps)  # where it is, if the parameter is offloaded
         else:
             for group in part.optimizer.param_groups:
                 group["step"] = steps
@@ -74,7 +75,7 @@ def rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, i
         start += height * width
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     """The distributed optimizers that Megatron-Core chains, one for each kind of parameter."""
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 

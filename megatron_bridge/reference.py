@@ -1,33 +1,28 @@
 """The reference model of the KL term: initial weights in host memory, swapped in to compute log-probs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import nn
+from megatron_bridge.host_memory import Weights
 
 
 class ReferenceWeights:
-    """A copy of this rank's weights as `chunks` hold them now. The device never holds a second copy."""
+    """A copy of this rank's weights as they are now. The device never holds a second copy.
 
-    def __init__(self, chunks: Iterable[nn.Module]) -> None:
-        self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        self._initial = self._to_host()
+    Both host copies are made once and locked, so that a swap takes as long as the transfers.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._initial, self._current = weights.room(), weights.room()
+        weights.save(self._initial)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While the body runs, the model has the initial weights; afterwards it has its own again."""
-        current = self._to_host()
-        self._to_model(self._initial)
+        self._weights.save(self._current)
+        self._weights.load(self._initial)
         try:
             yield
         finally:
-            self._to_model(current)
-
-    def _to_host(self) -> list[torch.Tensor]:
-        return [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
-
-    def _to_model(self, values: list[torch.Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, values, strict=True):
-                parameter.copy_(value)
+            self._weights.load(self._current)

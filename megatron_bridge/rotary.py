@@ -6,23 +6,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from treepo.errors import ModelError
+from megatron_bridge.fusion import fused
+
+ROPE_TYPES = ("default", "llama3")
 
 
 def inverse_frequency(rope: Mapping[str, object], head_dim: int) -> Tensor:
     """The radians of each dimension per position: float32 [head_dim / 2].
 
-    rope: `rope_parameters` of a Hugging Face config. Raises ModelError for a scaling other than `default` and
-    `llama3`.
+    rope: `rope_parameters` of a Hugging Face config, of one of ROPE_TYPES.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequency = 1.0 / float(rope["rope_theta"]) ** exponent  # type: ignore[arg-type]  # JSON number
     kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return frequency
-    if kind == "llama3":
-        return _llama3(frequency, rope)
-    raise ModelError(f"config.json: rope_type {kind!r} is not supported; default and llama3 are")
+    assert kind in ROPE_TYPES, kind
+    return _llama3(frequency, rope) if kind == "llama3" else frequency
 
 
 def _llama3(frequency: Tensor, rope: Mapping[str, object]) -> Tensor:
@@ -34,35 +32,36 @@ def _llama3(frequency: Tensor, rope: Mapping[str, object]) -> Tensor:
     return (1 - share) * frequency / factor + share * frequency
 
 
-def cos_sin(position_T: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, head_dim / 2] of every token's angles, in float32 as in transformers."""
-    angle = position_T[:, None, None].to(frequency.dtype) * frequency.to(position_T.device)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def cos_sin(position_T: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, 1, head_dim / 2] of every token's angles, in the frequency's dtype: float32, as in
+    SGLang and transformers.
+    """
+    angle = position_T[:, None, None].to(frequency.dtype) * frequency
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [T, heads, head_dim] by the angles of `cos_sin`."""
+    """Rotate `x` [T, heads, head_dim] by the angles of `cos_sin`. Keeps no activation."""
     return _Rotation.apply(x, cos, sin)  # type: ignore[return-value]  # torch leaves `apply` untyped
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate`, in plain operations for the compiler, which fuses them. Any leading dimensions."""
+    left, right = x.chunk(2, dim=-1)
+    new_left = (left * cos).addcmul_(right, sin, value=-1)
+    new_right = (right * cos).addcmul_(left, sin)
+    return torch.cat([new_left, new_right], dim=-1).to(x.dtype)
+
+
 class _Rotation(torch.autograd.Function):
-    """Keeps no activation and makes no temporaries: the gradient is rotated back by the same angles."""
+    """The gradient is rotated back by the same angles."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        return fused(rotated)(x, cos, sin)
 
     @staticmethod
     def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, sin, -1), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sense: int) -> Tensor:
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    left, right = x.chunk(2, dim=-1)
-    new_left, new_right = turned.chunk(2, dim=-1)
-    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-sense)
-    torch.mul(right, cos, out=new_right).addcmul_(left, sin, value=sense)
-    return turned
+        return fused(rotated)(grads[0], cos, -sin), None, None

@@ -14,6 +14,7 @@ _WARNINGS = (
     r".*Apex (is|are) not installed",  # we use torch's norm and optimizer
     "full scope is deprecated",  # of CUDA graphs, which we do not set
     "MimoModelConfig is experimental",  # imported by the optimizer, not used
+    "TypedStorage is deprecated",  # with which Megatron-Core frees its gradients
     "`sequence_parallel` is set to `True`, but tensor",  # about experts, which are whole on their rank
 )
 _LOGGERS = (

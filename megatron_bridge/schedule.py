@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,22 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.attention import AttentionPlan, plan_attention
+from megatron_bridge.attention import CUDA_BLOCK, AttentionPlan, plan_attention
 from treepo.config.trainer import ParallelConfig
 from treepo.learning.packing import Pack, blank_pack, padded
+
+_COLUMNS = (
+    *("token", "source", "exit", "position", "advantage_pos", "advantage_neg", "count_pos", "count_neg"),
+    *("rollout_log_prob", "old_log_prob", "reference_log_prob"),
+)
+"""The columns of a pack that the forward pass, the attention and the loss read."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """A pack on the device. wanted: int64 [N], the tokens whose log-probs are computed."""
+    """A pack's columns on the device, without those of its plan. wanted: int64 [N], the tokens whose
+    log-probs are computed.
+    """
 
     pack: dict[str, Tensor]
     plan: AttentionPlan
@@ -44,31 +52,36 @@ class Schedule:
         device: torch.device,
     ) -> None:
         self._chunks, self._parallel = chunks, parallel
-        self._frequency, self._dtype, self._device = architecture.frequency, dtype, device
+        self._frequency, self._dtype, self._device = architecture.frequency.to(device), dtype, device
+        # Tensor-parallel ranks hold equal numbers of tokens. FlexAttention computes whole blocks.
+        sequence = parallel.tensor if parallel.sequence_parallel else 1
+        self._multiple = math.lcm(sequence, CUDA_BLOCK if device.type == "cuda" else 1)
 
     def filled_up(self, packs: Sequence[Pack]) -> list[Pack]:
         """Append blank packs up to a number that the pipeline schedule accepts. Collective.
 
         Replicas that share experts communicate in every layer of every micro-batch, so they need equal
-        numbers. Interleaved stages process micro-batches in groups as large as the pipeline.
+        numbers. Every replica needs one, whose backward pass sums the gradients. Interleaved stages process
+        micro-batches in groups as large as the pipeline.
         """
-        count = torch.tensor(len(packs), device=self._device)
+        count = max(1, len(packs))
         if self._parallel.expert > 1:
-            dist.all_reduce(count, dist.ReduceOp.MAX, parallel_state.get_data_parallel_group())
+            most = torch.tensor(count, device=self._device)
+            dist.all_reduce(most, dist.ReduceOp.MAX, parallel_state.get_data_parallel_group())
+            count = int(most)
         group = self._parallel.pipeline if len(self._chunks) > 1 else 1
-        number = math.ceil(int(count) / group) * group
+        number = math.ceil(count / group) * group
         return [*packs, *[blank_pack()] * (number - len(packs))]
 
     def prepare(self, pack: Pack, wanted: np.ndarray) -> MicroBatch:
         """Move a pack to the device and plan its attention. wanted: bool [T], the tokens whose log-probs are
         computed.
         """
-        if self._parallel.sequence_parallel:  # tensor-parallel ranks hold equal numbers of tokens
-            pack = padded(pack, len(pack) + -len(pack) % self._parallel.tensor)
-        plan = plan_attention(pack.exit, pack.position, self._frequency, self._dtype, self._device)
-        # Copies: arrays from another process may be read-only, and tensors cannot be.
-        tensors = {name: torch.tensor(column, device=self._device) for name, column in pack.columns().items()}
-        return MicroBatch(tensors, plan, torch.from_numpy(np.flatnonzero(wanted)).to(self._device))
+        pack = padded(pack, len(pack) + -len(pack) % self._multiple)
+        columns = {name: getattr(pack, name) for name in _COLUMNS if getattr(pack, name) is not None}
+        tensors = to_device(columns | {"wanted": np.flatnonzero(wanted)}, self._device)
+        plan = plan_attention(tensors.pop("exit"), tensors.pop("position"), self._frequency, self._dtype)
+        return MicroBatch(plan=plan, wanted=tensors.pop("wanted"), pack=tensors)
 
     def run(
         self,
@@ -109,6 +122,23 @@ class Schedule:
             forward_only=not train,
             collect_non_loss_data=not train,
         )
+
+
+def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Copy arrays to the device in one transfer, for which the host does not wait."""
+    by_size = sorted(arrays.items(), key=lambda item: -item[1].itemsize)  # so that all are aligned
+    ends = np.cumsum([array.nbytes for _, array in by_size]).tolist()
+    staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for (_, array), end in zip(by_size, ends, strict=True):
+        staging.numpy()[end - array.nbytes : end] = np.ascontiguousarray(array).view(np.uint8)
+    moved = staging.to(device, non_blocking=True)
+    return {
+        name: moved[end - array.nbytes : end].view(_TORCH_TYPES[array.dtype.str])
+        for (name, array), end in zip(by_size, ends, strict=True)
+    }
+
+
+_TORCH_TYPES = {"<f8": torch.float64, "<f4": torch.float32, "<i8": torch.int64, "<i4": torch.int32}
 
 
 def _for_each(readers: int, batches: Iterator[MicroBatch]) -> list[Iterator[MicroBatch]]:

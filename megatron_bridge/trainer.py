@@ -5,11 +5,10 @@ It knows no Ray: the process of each rank constructs one, and every method is ca
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
-import math
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,32 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
-from torch.nn.functional import linear
 
 from megatron_bridge import optimizer
 from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.checkpoint import Checkpointer
+from megatron_bridge.host_memory import DeviceMemory
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.model import build_model
 from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.reference import ReferenceWeights
 from megatron_bridge.runtime import on_device
 from megatron_bridge.schedule import MicroBatch, Schedule
+from megatron_bridge.step_metrics import log_prob_mismatch, reduced
+from megatron_bridge.warm_up import warm_up_packs
 from megatron_bridge.weight_transfer import WeightExporter, load_weights
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import ParallelConfig, TrainerConfig
+from treepo.errors import TrainerError
 from treepo.learning.loss import policy_loss, summarise
-from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult
 from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.weight_sync.wire import Manifest
 
-REDUCTIONS: dict[str, Callable[..., float]] = {"sum": math.fsum, "max": max, "min": min}
+PATIENCE = timedelta(minutes=30)
+"""The longest that a rank waits for another in a collective, and for a communicator to be opened: stages
+compile their kernels in turn."""
 
 
 class MegatronTrainer:
@@ -79,7 +82,8 @@ class MegatronTrainer:
             load_weights(folder, chunks, self._architecture)
             self._model, self._optimizer = optimizer.trainable(chunks, config, self._dtype)
             self._exporter = WeightExporter(chunks, self._architecture, self._dtype, self._device)
-            self._reference = ReferenceWeights(chunks) if learning.kl_coefficient else None
+            self._memory = DeviceMemory(self._model, self._optimizer, config.offload)
+            self._reference = ReferenceWeights(self._memory.weights) if learning.kl_coefficient else None
             self._checkpointer = Checkpointer(
                 self._model, self._optimizer, folder, config.parallel.model_dump()
             )
@@ -126,7 +130,7 @@ class MegatronTrainer:
             if self._reference is not None:
                 with self._reference.in_place():
                     self._attach("reference_log_prob", every, temperature)
-            mismatch = _mismatch(list(chain.from_iterable(packs)), every)
+            mismatch = log_prob_mismatch(list(chain.from_iterable(packs)), every)
             computed = time.perf_counter()
             updates = [
                 self._update(part, len(part), temperature, denominator)
@@ -149,6 +153,46 @@ class MegatronTrainer:
             batches = (self._schedule.prepare(pack, _trained(pack)) for pack in filled)
             return self._update(batches, len(filled), temperature, denominator)
 
+    def warm_up(self) -> None:
+        """Compute the gradient of full packs and forget it, and gather the weights as for a sync. Collective.
+
+        Kernels are compiled and communicators opened before anything waits for them, and the device's memory
+        is at its peak before engines measure what is free. Raises TrainerError if a full pack does not fit.
+        """
+        # A CPU compiles nothing, and engines do not wait for its memory.
+        tokens = self._config.max_tokens_per_pack if torch.cuda.is_available() else 2
+        try:
+            for packs in warm_up_packs(tokens, self._config.parallel.pipeline):
+                self.log_probs(packs, 1.0)
+                with on_device():
+                    batches = (self._schedule.prepare(pack, _trained(pack)) for pack in packs)
+                    self._compute_gradient(batches, len(packs), 1.0, 1.0)
+                    optimizer.gradient_norm(self._optimizer)
+        except torch.OutOfMemoryError as error:
+            raise TrainerError(
+                f"a pack of trainer.max_tokens_per_pack = {tokens} tokens does not fit on the device "
+                f"({str(error).splitlines()[0]}); a smaller pack, trainer.recompute = full or more ranks "
+                "(trainer.parallel) take less"
+            ) from None
+        for _ in self.tensors():
+            pass
+        self.release_cache()
+
+    def offload(self, weights: bool) -> None:
+        """Give the device to engines: free the gradients, copy to the host what `trainer.offload` says, and
+        return torch's cache. weights: whether that may include the weights.
+
+        Weights and optimizer state can still be read, saved and loaded; `reload` precedes any computation.
+        """
+        with on_device():
+            self._memory.give_back(weights)
+        self.release_cache()
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        with on_device():
+            self._memory.take()
+
     def release_cache(self) -> None:
         """Return the device memory that torch caches to the device; memory in use stays."""
         if torch.cuda.is_available():
@@ -160,11 +204,13 @@ class MegatronTrainer:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the model's tensors under their Hugging Face names on rank 0; every rank must iterate."""
-        return self._exporter.tensors()
+        with self._memory.weights.readable():
+            yield from self._exporter.tensors()
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder for transformers and SGLang. Raises ModelError if it exists."""
-        self._exporter.write(self._folder, folder)
+        with self._memory.weights.readable():
+            self._exporter.write(self._folder, folder)
 
     def save(self, folder: Path, run: Mapping[str, Any]) -> None:
         """Begin a training checkpoint (`treepo.training.checkpoint_manifest`) whose manifest holds `run`.
@@ -173,7 +219,7 @@ class MegatronTrainer:
         """
         dtype = str(self._dtype).removeprefix("torch.")
         layout = self._config.parallel.model_dump()
-        with on_device():
+        with on_device(), self._memory.weights.readable():
             self._checkpointer.save(folder, CheckpointManifest(dtype, True, self._step, layout, run))
 
     def finish_save(self) -> None:
@@ -182,7 +228,7 @@ class MegatronTrainer:
 
     def load(self, folder: Path) -> None:
         """Restore a training checkpoint of any layout; the reference weights stay. Raises ModelError."""
-        with on_device():
+        with on_device(), self._memory.weights.readable():
             self._step = self._checkpointer.load(folder).optimizer_steps
 
     def close(self) -> None:
@@ -196,7 +242,7 @@ class MegatronTrainer:
             return self._schedule.run(
                 batches,
                 number,
-                forward=lambda batch, chunk: self._forward(batch, chunk, temperature, with_entropy=False),
+                forward=lambda batch, chunk: self._forward(batch, chunk, temperature),
                 finish=lambda _, outputs: outputs[0],
                 train=False,
             )
@@ -212,6 +258,18 @@ class MegatronTrainer:
         self, batches: Iterable[MicroBatch], number: int, temperature: float, denominator: float
     ) -> dict[str, float]:
         """Take the optimizer step of `train_step`."""
+        metrics = self._compute_gradient(batches, number, temperature, denominator)
+        learning_rate = self._set_learning_rate()
+        grad_norm = optimizer.step(self._optimizer)
+        self._step += 1
+        return summarise(reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def _compute_gradient(
+        self, batches: Iterable[MicroBatch], number: int, temperature: float, denominator: float
+    ) -> list[dict[str, Tensor]]:
+        """Compute the gradient of all replicas' packs, and the metrics of each of this replica's; those are
+        empty before the last stage.
+        """
         assert denominator > 0, denominator
 
         def loss(batch: MicroBatch, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -224,21 +282,16 @@ class MegatronTrainer:
         metrics = self._schedule.run(
             batches,
             number,
-            forward=lambda batch, chunk: self._forward(batch, chunk, temperature, with_entropy=True),
+            forward=lambda batch, chunk: self._forward(batch, chunk, temperature),
             finish=loss,
             train=True,
         )
         finalize_model_grads(list(self._model))
-        learning_rate = self._set_learning_rate()
-        grad_norm = optimizer.step(self._optimizer)
-        self._step += 1
-        return summarise(_reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        return metrics
 
-    def _forward(
-        self, batch: MicroBatch, chunk: DistributedDataParallel, temperature: float, with_entropy: bool
-    ) -> Tensor:
-        """Return the last stage's log-probs, and entropies on request: float32 [1 or 2, T], 0 on tokens that
-        are not wanted. Return the hidden states of any other stage.
+    def _forward(self, batch: MicroBatch, chunk: DistributedDataParallel, temperature: float) -> Tensor:
+        """Return the last stage's log-probs and entropies: float32 [2, T], 0 on tokens that are not wanted.
+        Return the hidden states of any other stage.
         """
 
         def log_probs(
@@ -249,17 +302,15 @@ class MegatronTrainer:
             source, target = (batch.pack[name].index_select(0, batch.wanted) for name in ("source", "token"))
             log_prob, entropy = token_log_probs(
                 states.index_select(0, source),
-                lambda rows: linear(rows, weight),
+                weight,
                 target.long(),
                 temperature,
                 self._architecture.dimensions.vocabulary,
                 self._groups.tp,
-                with_entropy,
             )
-            outputs = [log_prob]
-            if entropy is not None:  # cheap unless a gradient flows through it
-                outputs.append(entropy if self._learning.entropy_coefficient else entropy.detach())
-            wanted = torch.stack(outputs)
+            if not self._learning.entropy_coefficient:  # a metric, cheap unless a gradient flows through it
+                entropy = entropy.detach()
+            wanted = torch.stack([log_prob, entropy])
             everywhere = wanted.new_zeros(len(wanted), len(states))
             return everywhere.index_copy(1, batch.wanted, wanted)
 
@@ -293,11 +344,18 @@ def create_store(host: str = "127.0.0.1") -> TCPStore:
     """Open the store through which the ranks find each other, on `host` at a port that the system chooses
     (its `port`). Called on rank 0.
 
-    The other ranks connect with `TCPStore(host, port, is_master=False)`.
+    The other ranks connect with `join_store`.
     """
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
-    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return TCPStore(
+        host, port, None, True, PATIENCE, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def join_store(host: str, port: int) -> TCPStore:
+    """Connect to the store that rank 0 has opened."""
+    return TCPStore(host, port, None, False, PATIENCE)
 
 
 def _join(parallel: ParallelConfig, rank: int, world_size: int, store: Store) -> None:
@@ -305,39 +363,9 @@ def _join(parallel: ParallelConfig, rank: int, world_size: int, store: Store) ->
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     form_groups(parallel)
 
 
 def _trained(pack: Pack) -> np.ndarray:
     return pack.count_pos + pack.count_neg > 0
-
-
-def _reports() -> bool:
-    """Whether this rank reports for its replica: tensor-parallel ranks compute the same loss, so one does."""
-    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-
-
-def _mismatch(packs: Sequence[Pack], batches: Sequence[MicroBatch]) -> LogProbMismatch:
-    """Measure all replicas' packs by the log-probs that their micro-batches carry; the same on every rank."""
-    mine = LogProbMismatch()
-    if batches and _reports():
-        computed = [
-            batch.pack["old_log_prob"][: len(pack)] for pack, batch in zip(packs, batches, strict=True)
-        ]
-        parts = np.split(torch.cat(computed).cpu().numpy(), np.cumsum([len(part) for part in computed[:-1]]))
-        mine = LogProbMismatch.of(
-            replace(pack, old_log_prob=part) for pack, part in zip(packs, parts, strict=True)
-        )
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return sum(everyone, LogProbMismatch())
-
-
-def _reduced(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Reduce metrics over all micro-batches and replicas; the last part of a key says how."""
-    mine = [{key: float(value) for key, value in entry.items()} for entry in metrics] if _reports() else []
-    everyone: list[list[dict[str, float]]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    entries = list(chain.from_iterable(everyone))
-    return {key: REDUCTIONS[key.rsplit("_", 1)[1]](entry[key] for entry in entries) for key in entries[0]}

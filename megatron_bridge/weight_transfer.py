@@ -150,7 +150,9 @@ class WeightExporter:
         owners = self._owners_of(rule)
         if self._rank != 0:
             if any(owner.rank == self._rank for owner in owners):
-                _exchange([dist.P2POp(dist.isend, self._parameters[rule.parameter].detach(), 0)])
+                _exchange(
+                    [dist.P2POp(dist.isend, self._parameters[rule.parameter].detach().to(self._device), 0)]
+                )
             return []
         if rule.surgery.stacked and len(owners) > 1:
             rows, *rest = owners[0].shapes[rule.parameter]
@@ -160,7 +162,7 @@ class WeightExporter:
             self._fetch(owners, list(stack))
             return [stack.flatten(0, 1)]
         shards = [
-            self._parameters[rule.parameter].detach()
+            self._parameters[rule.parameter].detach().to(self._device)  # it may be offloaded
             if owner.rank == 0
             else torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device=self._device)
             for owner in owners

@@ -29,6 +29,7 @@ _GRAPH_SHARE = 64  # graphs take at most this part of the device
 # that an engine that misses an update still has the weights of a version.
 _SHARES_DEVICE = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
 
+_DETERMINISTIC_WITH_CACHE = ("fa3", "fa4", "triton")
 _OWN_KEYS = {
     "model_path": "model.path",
     "dtype": "model.dtype",
@@ -50,6 +51,8 @@ _FIXED = {
     "nnodes": "an engine runs on one node",
     "node_rank": "an engine runs on one node",
     "dist_init_addr": "an engine runs on one node",
+    "trust_remote_code": "code of a model folder never runs",
+    "json_model_override_args": "engines and trainer read the same config.json",
     "skip_tokenizer_init": "an engine takes and returns tokens",
     "tokenizer_path": "an engine takes and returns tokens",
     "disable_radix_cache": "trees share their prefixes in it",
@@ -81,6 +84,9 @@ def sglang_arguments(
         "dtype": dtype,
         "random_seed": seed,
         "tp_size": config.tensor,
+        "trust_remote_code": False,
+        # SGLang 0.5.16 imports the folder's code for an architecture that it does not know, trusted or not.
+        "json_model_override_args": '{"auto_map": {}}',
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "max_total_tokens": config.max_total_tokens,
         "mem_fraction_static": config.memory_fraction,
@@ -169,6 +175,13 @@ def argument_faults(engine: EngineConfig, types: Mapping[str, Any]) -> Iterator[
             yield f"{key}: SGLang has no such argument{hint}"
         else:
             yield from _value_faults(key, value, types[name])
+    deterministic = engine.sglang.get("enable_deterministic_inference")
+    if deterministic is True and engine.attention_backend not in _DETERMINISTIC_WITH_CACHE:
+        yield (
+            "engine.sglang.enable_deterministic_inference: needs engine.attention_backend = "
+            f"{', '.join(_DETERMINISTIC_WITH_CACHE)}; with others SGLang turns the prefix cache off, in "
+            "which trees share their prefixes"
+        )
 
 
 def _value_faults(key: str, value: Any, annotated: Any) -> Iterator[str]:

@@ -1,18 +1,15 @@
-"""Checks before an engine starts: the folder's weights, its layers, tensor-parallel ranks, lengths, and
-SGLang's arguments.
+"""Checks before an engine starts: the model's layers, tensor-parallel ranks, lengths, and SGLang's arguments.
 
-SGLang may serve families that the trainer does not know, so the checks read only config.json and the headers
-of the weights.
+SGLang may serve families that the trainer does not know, so the checks read only config.json.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sglang_rollout.arguments import check_sglang_arguments
-from sglang_rollout.weight_update import checkpoint_shapes
 from treepo.config.engine import EngineConfig
+from treepo.data.model_config import CONFIG, read_model_config, shown, text_config
 from treepo.errors import ConfigError, ModelError
 
 _KEPT_FREE = 6
@@ -24,11 +21,10 @@ def check_engine(folder: Path, prompt: int, response: int, engine: EngineConfig)
 
     prompt, response: most tokens of one prompt and of one response.
     """
-    checkpoint_shapes(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = text_config(read_model_config(folder))
     check_tensor(folder, config, engine.tensor)
     _check_layers(folder, config)
-    positions = config.get("max_position_embeddings")
+    positions = _size(config, "max_position_embeddings")
     total = prompt + response
     for limit, name in (
         (positions, f"{folder} has {positions} positions (max_position_embeddings in config.json)"),
@@ -48,15 +44,21 @@ def check_tensor(folder: Path, config: Mapping[str, Any], tensor: int) -> None:
 
     If there are fewer key-value heads than ranks, each is on several ranks.
     """
-    heads = config.get("num_attention_heads")
+    heads = _size(config, "num_attention_heads")
     if heads is None:
         return  # a family that names them differently: SGLang checks them itself
-    groups = config.get("num_key_value_heads") or heads
+    groups = _size(config, "num_key_value_heads") or heads
     if heads % tensor or (groups % tensor and tensor % groups):
         raise ConfigError(
             f"engine.tensor = {tensor}: {folder} has {heads} attention heads and {groups} key-value heads, "
             f"which {tensor} ranks cannot share equally"
         )
+
+
+def _size(config: Mapping[str, Any], key: str) -> int | None:
+    """A size that the config has as one number; some families have a list, or another key."""
+    value = config.get(key)
+    return value if isinstance(value, int) else None
 
 
 def _check_layers(folder: Path, config: Mapping[str, Any]) -> None:
@@ -66,5 +68,6 @@ def _check_layers(folder: Path, config: Mapping[str, Any]) -> None:
     for name, allowed in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
         if (found := config.get(name, allowed)) != allowed:
             raise ModelError(
-                f"{folder}: {name} = {found} in config.json; SGLang serves such models with {allowed} only"
+                f"{folder}: {name} = {shown(found)} in {CONFIG}; SGLang serves such models with "
+                f"{shown(allowed)} only"
             )

@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import orjson
-from safetensors import SafetensorError, safe_open
-
-from treepo.errors import EngineError, ModelError
+from treepo.data.model_config import CONFIG, read_json_object
+from treepo.data.weight_headers import read_weight_headers
+from treepo.errors import EngineError
 from treepo.weight_sync.wire import Manifest
 
 _NAMED = 5  # names that an error message spells out
@@ -19,23 +18,13 @@ _OUTPUT = "lm_head.weight"
 
 
 def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a model folder, from the headers of its safetensors files.
+    """Name and shape of every tensor that an update of the model in this folder has.
 
     Leaves out an output layer that is tied to the embedding, which some folders store again. Raises
     ModelError.
     """
-    files = sorted(model.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{model}: no *.safetensors in the folder")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
-    if orjson.loads((model / "config.json").read_bytes()).get("tie_word_embeddings"):
+    shapes = {name: header.shape for name, header in read_weight_headers(model).items()}
+    if read_json_object(model / CONFIG).get("tie_word_embeddings"):
         shapes.pop(_OUTPUT, None)
     return shapes
 

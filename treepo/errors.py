@@ -79,6 +79,12 @@ class TransportError(EngineError):
     """Weights that did not reach an engine; sender or engine may be at fault."""
 
 
+class WeightsRefusedError(TreepoError):
+    """Weights that an engine refuses again after a restart; the text has the engine's reason."""
+
+    exit_code = 1
+
+
 class CheckpointError(TreepoError):
     """A checkpoint or model that could not be written; the text names the folder and the reason."""
 
@@ -88,3 +94,15 @@ class CheckpointError(TreepoError):
 def one_line(message: object) -> str:
     """Join the lines of a message, such as another library's exception, into one."""
     return " ".join(str(message).split())
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """The text in one line of about `most` characters, its middle left out if it is longer."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 4 :]}"
+    return one_line(text)
+
+
+def shown(value: object) -> str:
+    """The value as it is written in Python, shortened."""
+    return shortened(repr(value))

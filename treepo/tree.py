@@ -15,9 +15,11 @@ Suffixes: `_S` one value a segment, `_L` one value a leaf, `_T` one value a toke
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import orjson
+from pydantic import TypeAdapter
 
 PROMPT = -1
 
@@ -74,7 +76,7 @@ class Segment:
 class Leaf:
     """The end of one trajectory. reward: None until it is graded, or if it cannot be graded.
 
-    terms: added to the reward before training, by name. numbers: the grader's further numbers, by name.
+    terms: added to the reward before training, by name. numbers, texts: the grader's further values, by name.
     """
 
     segment: int
@@ -83,6 +85,7 @@ class Leaf:
     verdict: Verdict | None = None
     terms: Mapping[str, float] = field(default_factory=dict, hash=False)
     numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
+    texts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,6 +146,36 @@ class Tree:
         return replace(self, leaves=tuple(leaves))
 
 
+class _SegmentRecord(TypedDict):
+    parent: int
+    version: int
+    finish: str
+    tokens: list[int]
+    log_probs: list[float]
+
+
+class _LeafRecord(TypedDict):
+    segment: int
+    stop: str
+    reward: float | None
+    verdict: str | None
+    terms: NotRequired[dict[str, object]]
+    numbers: NotRequired[dict[str, object]]
+    texts: NotRequired[dict[str, object]]
+
+
+class _Record(TypedDict):
+    """A line of JSON, without extra keys."""
+
+    prompt_id: str
+    prompt: list[int]
+    segments: list[_SegmentRecord]
+    leaves: list[_LeafRecord]
+
+
+_RECORD = TypeAdapter(_Record)
+
+
 def to_json(tree: Tree, **extra: object) -> bytes:
     """Write the tree, and `extra` keys, as one line of JSON with its newline.
 
@@ -170,6 +203,7 @@ def to_json(tree: Tree, **extra: object) -> bytes:
                 "verdict": leaf.verdict,
                 "terms": leaf.terms,
                 "numbers": leaf.numbers,
+                "texts": leaf.texts,
             }
             for leaf in tree.leaves
         ],
@@ -178,8 +212,11 @@ def to_json(tree: Tree, **extra: object) -> bytes:
 
 
 def from_json(line: bytes | str) -> Tree:
-    """Read a line that `to_json` wrote; extra keys are ignored, and terms and numbers may be missing."""
-    record = orjson.loads(line)
+    """Read a line that `to_json` wrote; extra keys are ignored, and a leaf may lack values by name.
+
+    Raises ValueError or OverflowError for any other line.
+    """
+    record: Any = _RECORD.validate_python(orjson.loads(line), strict=True)
     return Tree(
         prompt_id=record["prompt_id"],
         prompt=np.asarray(record["prompt"], dtype=np.int32),
@@ -201,6 +238,7 @@ def from_json(line: bytes | str) -> Tree:
                 verdict=None if leaf["verdict"] is None else Verdict(leaf["verdict"]),
                 terms=leaf.get("terms", {}),
                 numbers=leaf.get("numbers", {}),
+                texts=leaf.get("texts", {}),
             )
             for leaf in record["leaves"]
         ),

@@ -67,18 +67,22 @@ class Scale:
         )
 
 
+def dry_scale() -> Scale:
+    return Scale(
+        shapes=["tiny"],
+        widths=[4],
+        prompts=6,
+        prompt_tokens=16,
+        segment_tokens=8,
+        max_depth=6,
+        dtype="float32",
+        engine=EngineConfig(max_total_tokens=4096),
+    )
+
+
 def scale(arguments: argparse.Namespace) -> Scale:
     if arguments.dry_run:
-        return Scale(
-            shapes=["tiny"],
-            widths=[4],
-            prompts=6,
-            prompt_tokens=16,
-            segment_tokens=8,
-            max_depth=6,
-            dtype="float32",
-            engine=EngineConfig(max_total_tokens=4096),
-        )
+        return dry_scale()
     return Scale(
         shapes=arguments.shapes,
         widths=arguments.widths,
@@ -116,21 +120,27 @@ def measure(shape: str, scale: Scale, budget: Budget) -> None:
 
 
 async def _compare(engine: SGLangEngine, shape: str, scale: Scale, budget: Budget) -> None:
-    drawn = random_prompts(scale.prompts, scale.prompt_tokens, SHAPES[shape]["vocab_size"])
-    lengths = LogNormal(MEAN_SEGMENTS * scale.segment_tokens, SIGMA)
     for number, width in enumerate(scale.widths):
         if number and budget.spent:
             return
-        comparison = Comparison(engine, drawn, scale.sampling(width), lengths)
-        record = await comparison.run(budget.repeats, budget.deadline)
-        line: dict[str, Any] = {
-            "benchmark": "gpu/rollout",
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "shape": shape,
-            **record,
-        }
+        line = await compare(engine, shape, scale, width, budget)
         sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         sys.stdout.flush()
+
+
+async def compare(
+    engine: SGLangEngine, shape: str, scale: Scale, width: int, budget: Budget
+) -> dict[str, Any]:
+    """The line of one shape and width, on an engine that serves a model of this shape."""
+    drawn = random_prompts(scale.prompts, scale.prompt_tokens, SHAPES[shape]["vocab_size"])
+    lengths = LogNormal(MEAN_SEGMENTS * scale.segment_tokens, SIGMA)
+    comparison = Comparison(engine, drawn, scale.sampling(width), lengths)
+    return {
+        "benchmark": "gpu/rollout",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "shape": shape,
+        **await comparison.run(budget.repeats, budget.deadline),
+    }
 
 
 def main() -> None:

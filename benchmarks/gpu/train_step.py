@@ -141,15 +141,15 @@ def flash_attention(trajectory_tokens: int) -> Iterator[None]:
         layers.attend = of_trees
 
 
-def measure(shape: str, sizes: dict[str, int], scale: Scale) -> None:
-    """Train a random model of this shape; print a line for each setting."""
+def measure(shape: str, sizes: dict[str, int], scale: Scale) -> Iterator[dict[str, Any]]:
+    """Train a random model of this shape; yield a line for each setting."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), scale.dtype, sizes)
         config = TrainerConfig(recompute=scale.recompute)
         trainer = MegatronTrainer(Path(folder), scale.dtype, config, LearningConfig(), 0, 1, create_store())
     for setting in scale.settings:
         batch = work(setting, sizes["vocab_size"])
-        line: dict[str, Any] = {
+        yield {
             "benchmark": "gpu/train_step",
             "device": _device(),
             "shape": shape,
@@ -161,7 +161,6 @@ def measure(shape: str, sizes: dict[str, int], scale: Scale) -> None:
             "repeats": scale.repeats,
             "model": sizes,
         }
-        print(json.dumps(line), flush=True)  # noqa: T201 - the result
     trainer.close()
 
 
@@ -174,8 +173,8 @@ def compare(
     log_probs = {}
     for way, attention in ways.items():
         with attention():
-            log_probs[way] = _by_token(batch.packs[way], trainer.log_probs(batch.packs[way], 1.0))
-    difference = _difference(log_probs["packed"], log_probs["flat"])
+            log_probs[way] = by_token(batch.packs[way], trainer.log_probs(batch.packs[way], 1.0))
+    off = difference(log_probs["packed"], log_probs["flat"])
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     memory: dict[str, tuple[float | None, float | None]] = {}
     for _ in range(1 + scale.repeats):
@@ -193,8 +192,8 @@ def compare(
         "ideal_ratio": ideal,
         "share_of_ideal": ratio / ideal,
         "unique_tokens_per_second": batch.unique_tokens / median["packed"],
-        "log_prob_difference_mean": float(difference.mean()),
-        "log_prob_difference_max": float(difference.max()),
+        "log_prob_difference_mean": float(off.mean()),
+        "log_prob_difference_max": float(off.max()),
     }
     for way, attention in ways.items():
         line[way] = {
@@ -212,7 +211,7 @@ def compare(
     return line
 
 
-def _by_token(packs: Sequence[Pack], log_probs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def by_token(packs: Sequence[Pack], log_probs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Keys (`token_keys`) and log-probs of the trained tokens."""
     trained = [pack.count_pos + pack.count_neg > 0 for pack in packs]
     keys = [token_keys(pack)[chosen] for pack, chosen in zip(packs, trained, strict=True)]
@@ -220,7 +219,7 @@ def _by_token(packs: Sequence[Pack], log_probs: Sequence[np.ndarray]) -> tuple[n
     return np.concatenate(keys), np.concatenate(values)
 
 
-def _difference(packed: tuple[np.ndarray, np.ndarray], flat: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def difference(packed: tuple[np.ndarray, np.ndarray], flat: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """|flat - packed| of every trained token of the trajectories; a shared token counts once a trajectory."""
     order = packed[0].argsort()
     place = order[np.searchsorted(packed[0], flat[0], sorter=order)]
@@ -270,7 +269,8 @@ def main() -> None:
         parser.error("no CUDA device is visible; --dry-run runs on a CPU")
     wanted = scale(arguments)
     for shape, sizes in wanted.shapes.items():
-        measure(shape, sizes, wanted)
+        for line in measure(shape, sizes, wanted):
+            print(json.dumps(line), flush=True)  # noqa: T201 - the result
 
 
 if __name__ == "__main__":

@@ -46,6 +46,10 @@ class FakeTrainer:
         tensors, manifest = iter(self._weights.items()), await self.manifest()
         return await asyncio.to_thread(self._stream.send, tensors, manifest, version, sinks)
 
+    async def offload(self, weights: bool) -> None: ...
+
+    async def reload(self) -> None: ...
+
     async def release_cache(self) -> None: ...
 
 

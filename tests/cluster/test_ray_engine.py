@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from treepo.cluster.ray_engine import HostedEngine, RayEngine, RaySink
+from treepo.cluster.ray_engine import HostedEngine, RayEngine, RaySink, engine_seed
 from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError, ModelError, TransportError, TreepoError
 from treepo.weight_sync.wire import Bucket
@@ -98,3 +98,11 @@ def test_an_engine_that_cannot_start_says_why_when_it_is_asked_for_its_capacity(
     with pytest.raises(ModelError, match=str(make(tmp_path))):
         engine.capacity()
     engine.close()
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 - 1, 2**32, 2**64, 10**40])
+def test_an_engine_s_seed_fits_whatever_the_run_s_is(seed: int) -> None:
+    seeds = [engine_seed(seed, index) for index in range(4)]
+    assert len(set(seeds)) == 4
+    assert all(0 <= value < 2**31 for value in seeds)
+    assert seeds == [engine_seed(seed, index) for index in range(4)]

@@ -1,16 +1,22 @@
 """Configuration: YAML and overrides load as written, and a mistake is one line with its place and cause."""
 
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from tests.support.paths import ROOT
 from treepo.config.base import Section
 from treepo.config.evaluate import EvalConfig
 from treepo.config.load import RENAMED_KEYS, dump_config, load_as, load_config
+from treepo.config.plan import PlanConfig
 from treepo.config.rollout import RolloutConfig
-from treepo.config.run import RunConfig
+from treepo.config.run import ModelConfig, RunConfig
 from treepo.errors import ConfigError
 
 EXAMPLES = [
@@ -94,6 +100,46 @@ def test_a_mistake_is_named_with_its_place(write, text: str, overrides: list[str
     assert any(message in line for line in str(error.value).splitlines()), error.value
 
 
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "decided"),
+    [
+        ("auto", True, "bfloat16"),
+        ("auto", False, "float32"),
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "bfloat16"),
+        ("float32", False, "float32"),
+    ],
+)
+def test_auto_is_decided_by_the_devices(dtype: str, gpus: bool, decided: str) -> None:
+    model = ModelConfig.model_validate({"path": "m", "dtype": dtype}).on(gpus=gpus)
+    assert (str(model.path), model.dtype) == ("m", decided)
+
+
+def test_float32_is_refused_on_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"model\.dtype = float32: .* bfloat16 and auto"):
+        ModelConfig.model_validate({"path": "m", "dtype": "float32"}).on(gpus=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "paths"),
+    [
+        ([], 64 * 16),
+        (["engine.count=3"], 22 * 16),  # the fullest engine's share
+        (["sampling.max_live_trees=4", "engine.count=2"], 4 * 16),
+    ],
+)
+def test_paths_at_once_are_those_of_an_engines_trees(write, overrides: list[str], paths: int) -> None:
+    given = ["data.prompts_per_step=64", "sampling.width=16", *overrides]
+    assert load_config(write(MINIMAL), given).paths_at_once == paths
+
+
+def test_sglangs_arguments_are_any_values(write) -> None:
+    path = write(MINIMAL + "engine: {sglang: {page_size: 4, kv_cache_dtype: auto, sizes: [1, 2]}}\n")
+    config = load_config(path, ["engine.sglang.page_size=8"])
+    assert config.engine.sglang == {"page_size": 8, "kv_cache_dtype": "auto", "sizes": [1, 2]}
+    assert load_config(write(dump_config(config))) == config
+
+
 @pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
 def test_a_key_that_has_a_new_name_is_told_so(write, old: str, new: str) -> None:
     with pytest.raises(ConfigError, match=f": {old}: unknown key; it is now called '{new}'$"):
@@ -121,3 +167,59 @@ def test_every_key_is_documented(schema: type[Section]) -> None:
         if not field.description
     ]
     assert not undocumented
+
+
+def _float_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key below `section` that takes a float, itself or in a list or mapping, and how it is given."""
+    for name, field in section.model_fields.items():
+        for annotation, wrap in _leaves(field.annotation, lambda value: value):
+            if annotation is float:
+                yield f"{prefix}{name}", wrap
+            elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                for key, inner in _float_keys(annotation):
+                    yield f"{prefix}{name}", lambda value, k=key, i=inner, w=wrap: w(_nest(k, i(value)))
+
+
+def _nest(dotted: str, value: object) -> object:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _leaves(annotation: Any, wrap: Callable[[Any], Any]) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
+    """The types that an annotation is made of, each with what puts a value of it in its place."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _leaves(arguments[0], wrap)
+    elif origin in (Union, UnionType):
+        for argument in arguments:
+            yield from _leaves(argument, wrap)
+    elif origin in (list, tuple):
+        yield from _leaves(arguments[0], lambda value: wrap([value]))
+    elif origin is dict:
+        yield from _leaves(arguments[1], lambda value: wrap({"overlong": value}))
+    elif origin is not Literal:
+        yield annotation, wrap
+
+
+@pytest.mark.parametrize("schema", [RunConfig, RolloutConfig, EvalConfig, PlanConfig])
+def test_no_number_may_be_infinite_or_nan(schema: type[Section]) -> None:
+    """In every key that takes a float: from a file's value, and as an override."""
+    keys = list(_float_keys(schema))
+    assert keys
+    for key, wrap in keys:
+        for number in (math.inf, -math.inf, math.nan):
+            value = yaml.safe_dump(wrap(number), default_flow_style=True).removesuffix("...\n").strip()
+            with pytest.raises(ConfigError) as error:
+                load_as(schema, None, [f"{key}={value}"])
+            lines = [line for line in str(error.value).splitlines() if "finite number" in line]
+            assert any(f": {key}" in line and f"found {number}" in line for line in lines), error.value
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "1e999"])
+def test_a_number_that_is_not_finite_is_named_with_its_place(write, text: str) -> None:
+    message = r"trainer.optimizer.learning_rate: should be a finite number, found (inf|-inf|nan)$"
+    with pytest.raises(ConfigError, match=rf"run.yaml:6: {message}"):
+        load_config(write(MINIMAL + f"trainer: {{optimizer: {{learning_rate: {text}}}}}\n"))
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(MINIMAL), [f"trainer.optimizer.learning_rate={text}"])

@@ -166,8 +166,11 @@ BAD_ROWS = {
     "no prompt": ('{"question": null, "answer": 1}', "column 'question' is None; allowed: text, or"),
     "empty prompt": ('{"question": "\\n", "answer": 1}', "column 'question' is '\\n'"),
     "no messages": ('{"question": [], "answer": 1}', "column 'question' is []"),
-    "no content": ('{"question": [{"role": "user"}], "answer": 1}', "column 'question' is [{'role'"),
-    "messages of text": ('{"question": ["?"], "answer": 1}', "column 'question' is ['?']"),
+    "no content": (
+        '{"question": [{"role": "user"}], "answer": 1}',
+        "column 'question', message 1 is {'role': 'user'}; allowed",
+    ),
+    "messages of text": ('{"question": ["?"], "answer": 1}', "column 'question', message 1 is '?'"),
     "too long": (
         json.dumps({"question": "?" * 100, "answer": 1}),
         "column 'question' makes 106 tokens; data.max_prompt_tokens allows 50",
@@ -205,13 +208,16 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path: Path, kind: str) ->
         ({"source": "answer_type"}, "column 'answer_type' is absent"),
         ({"source": "number"}, "column 'number' is 3; a string is needed"),
         ({"extra": "more"}, "column 'more' is absent"),
-        ({"answer": "answer.value"}, "column 'answer.value' is absent"),
+        ({"answer": "answer.value"}, "column 'answer' is text, '7'; 'answer.value' needs an object there"),
+        ({"source": "nested.other"}, "column 'nested' has no 'other'; there are: value"),
     ],
 )
 def test_a_column_that_does_not_hold_what_it_should(
     tmp_path: Path, columns: dict[str, object], said: str
 ) -> None:
-    path = write_jsonl(tmp_path / "data.jsonl", [{"question": "?", "answer": "7", "number": 3}])
+    path = write_jsonl(
+        tmp_path / "data.jsonl", [{"question": "?", "answer": "7", "number": 3, "nested": {"value": 1}}]
+    )
     config = configure(path, PLAIN | columns)
     with pytest.raises(DataError) as raised:
         check_prompts(path, config.columns, config)

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from treepo.data.tokenizer import (
     RefusedMessagesError,
     Tokenizer,
-    check_model_folder,
     end_tokens,
     load_tokenizer,
 )
@@ -115,7 +114,7 @@ def test_every_end_token_counts(
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere: no such folder"):
-        check_model_folder(tmp_path / "nowhere")
+        load_tokenizer(tmp_path / "nowhere")
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_tokenizer(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match=rf"{tiny_model}: it has no tokenizer \(none of tokenizer.json"):
+    with pytest.raises(ModelError, match=rf"{tiny_model}: it has no vocabulary of a tokenizer \(none of"):
         load_tokenizer(tiny_model)
 
 

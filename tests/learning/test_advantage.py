@@ -392,3 +392,29 @@ def test_token_weights_sum_to_what_the_normalisation_counts(normalisation: str) 
 def test_options_that_would_be_ignored_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(**options)
+
+
+def test_spo_takes_the_mean_over_leaves_and_with_inverse_branching_over_children() -> None:
+    """Without ungraded leaves; the naive version of tests/support takes the mean over leaves."""
+
+    def mean_over_children(tree: Tree, node: int) -> float:
+        below = [mean_over_children(tree, child) for child in children_of(tree, node)]
+        return float(np.mean(below or [leaf.reward for leaf in tree.leaves if leaf.segment == node]))
+
+    trees = random_batch(np.random.default_rng(8), 6, least_leaves=4)
+    by_leaves = estimate(trees, config_of(estimator="spo"))
+    by_children = estimate(trees, config_of(estimator="spo", leaf_weights="inverse_branching"))
+    differences = []
+    for number, tree in enumerate(trees):
+        for index, leaf in enumerate(tree.leaves):
+            expected = []
+            for node in tree.path(leaf.segment):
+                siblings = [
+                    mean_over_children(tree, child) for child in children_of(tree, tree.segments[node].parent)
+                ]
+                deviation = float(np.std(siblings)) + estimators.SPO_EPSILON
+                expected.append((mean_over_children(tree, node) - np.mean(siblings)) / deviation)
+            # Both divide by (deviation + epsilon); where all siblings are equal, rounding is divided by 1e-8.
+            np.testing.assert_allclose(values_of(by_children, number, index), expected, atol=1e-6)
+            differences.append(np.abs(values_of(by_leaves, number, index) - expected).max())
+    assert max(differences) > 0.1

@@ -12,10 +12,8 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_bridge import attention
-from megatron_bridge.attention import attend, block_mask, plan_attention
+from megatron_bridge.attention import AttentionPlan, attend, block_mask, plan_attention
 from megatron_bridge.rotary import inverse_frequency
-
-CPU = torch.device("cpu")
 
 
 def random_forest(
@@ -64,6 +62,11 @@ def frequency(head_dim: int) -> Tensor:
     return inverse_frequency({"rope_theta": 10000.0}, head_dim).double()
 
 
+def cpu_plan(exit_T: np.ndarray, position_T: np.ndarray, head_dim: int) -> AttentionPlan:
+    exits, positions = torch.from_numpy(exit_T), torch.from_numpy(position_T)
+    return plan_attention(exits, positions, frequency(head_dim), torch.float64)
+
+
 def dense(exit_T: np.ndarray) -> Tensor:
     query, key = np.arange(len(exit_T))[:, None], np.arange(len(exit_T))[None]
     return torch.from_numpy((key <= query) & (query < exit_T[None]))
@@ -101,7 +104,7 @@ def test_values_and_gradients_are_those_of_the_dense_mask(shape, seed) -> None:
         torch.randn(len(exit_T), heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
     ]
     weight = torch.randn(len(exit_T), 4, 6, dtype=torch.float64)
-    plan = plan_attention(exit_T, position_T, frequency(6), torch.float64, CPU)
+    plan = cpu_plan(exit_T, position_T, 6)
     results = [
         [output, *torch.autograd.grad((output * weight).sum(), inputs)]
         for output in (
@@ -132,7 +135,7 @@ def test_queries_past_the_end_leave_gradients_finite() -> None:
     """Five tokens in a block of 64: the 59 empty rows must not turn into NaN."""
     exit_T = np.array([3, 3, 3, 4, 5], dtype=np.int32)
     position_T = np.array([0, 1, 2, 0, 0], dtype=np.int32)
-    plan = plan_attention(exit_T, position_T, frequency(4), torch.float64, CPU)
+    plan = cpu_plan(exit_T, position_T, 4)
     query, key, value = (torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     output = attend(query, key, value, plan)
     gradients = torch.autograd.grad(output[:3].sum(), [query, key, value])
@@ -192,7 +195,7 @@ def test_on_cuda_values_and_gradients_are_those_of_the_cpu_and_of_the_dense_mask
         torch.randn(len(exit_T), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (14, 2, 2)
     ]
     weight = torch.randn(len(exit_T), 14, 8, dtype=torch.float64)
-    plan = plan_attention(exit_T, position_T, frequency(8), torch.float64, CPU)
+    plan = cpu_plan(exit_T, position_T, 8)
     on_cuda = replace(plan, mask=block_mask(torch.from_numpy(exit_T)))
     sparse, gathered, reference = (
         [output, *torch.autograd.grad((output * weight).sum(), inputs)]
@@ -224,9 +227,12 @@ def test_lengths_and_masks_are_compiled_for_once() -> None:
     for number in range(12):
         exit_T, _ = random_forest(rng, 10 + 9 * (number // 2), 60, 0.5)
         mask = block_mask(torch.from_numpy(exit_T))
-        query, key, value = (attention._in_blocks(torch.randn(len(exit_T), heads, 8)) for heads in (4, 2, 2))
+        projected = torch.randn(len(exit_T), 8, 8)  # as the model's projection gives them: views of it
+        query, key, value = (part.bfloat16() for part in projected.split([4, 2, 2], dim=1))
+        cos, sin = torch.randn(2, len(exit_T), 1, 4)
+        inputs = (*(attention._in_blocks(x) for x in (query, key, value, cos, sin)), mask)
         with torch.set_grad_enabled(number % 2 == 0):
-            compiled(query, key, value, mask)
+            compiled(*inputs)  # type: ignore[reportCallIssue]  # their number is not in the type
     # The first length and all others, each with and without gradients.
     assert 2 <= len(lengths) <= 4
     # The kernels omit bounds checks if the length is known to be a multiple of 128.

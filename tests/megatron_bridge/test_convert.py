@@ -1,5 +1,6 @@
 """`treepo convert` loses nothing, in memory that does not grow with the model."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,29 @@ def test_a_damaged_checkpoint_leaves_nothing(checkpoint: Path, tmp_path: Path, l
 def test_weights_that_are_not_the_configs_are_named(tmp_path: Path) -> None:
     model, other = write_tiny_qwen2(tmp_path / "model"), write_tiny_qwen2(tmp_path / "other", hidden_size=32)
     shutil.copyfile(model / "model.safetensors", other / "model.safetensors")
-    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight give .* which needs"):
+    with pytest.raises(ModelError, match=r"lm_head\.weight has shape \[128, 64\] .* \[128, 32\] by config"):
         convert(other, tmp_path / "x")
     assert not list(tmp_path.glob("*x*"))
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("size", [0, 50, 1000])
+@pytest.mark.parametrize("sizes", [True, False])
+def test_a_truncated_checkpoint_is_one_line(tmp_path: Path, name: str, size: int, sizes: bool) -> None:
+    """Also a checkpoint of an earlier version, whose manifest has no sizes."""
+    checkpoint = tmp_path / "checkpoint"
+    to_checkpoint(write_tiny_qwen2(tmp_path / "model", vocab_size=127), checkpoint)
+    (checkpoint / "trainer" / name).write_bytes((checkpoint / "trainer" / name).read_bytes()[:size])
+    if not sizes:
+        manifest = json.loads((checkpoint / "checkpoint.json").read_bytes())
+        (checkpoint / "checkpoint.json").write_text(json.dumps(manifest | {"files": {}}))
+    with pytest.raises(ModelError) as error:
+        convert(checkpoint, tmp_path / "out")
+    said = str(error.value)
+    assert "\n" not in said
+    assert len(said) < 700
+    if sizes:
+        assert said.startswith(f"{checkpoint / 'trainer' / name} has {size} bytes, and had ")
+    else:
+        assert said.startswith(f"{checkpoint / 'trainer'}: not readable as this model's: ")
+    assert not (tmp_path / "out").exists()

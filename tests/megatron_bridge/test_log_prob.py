@@ -1,10 +1,13 @@
 """Log-probs on one rank against torch's log-softmax; test_trainer.py has several ranks."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_bridge import log_prob
+from megatron_bridge.fusion import compiled
 
 HIDDEN, VOCABULARY, PADDED = 7, 19, 24
 
@@ -19,18 +22,9 @@ class OneRank:
         return 0
 
 
-def compute(
-    weight: Tensor, hidden: Tensor, target: Tensor, temperature: float, with_entropy: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    return log_prob.token_log_probs(
-        hidden,
-        lambda rows: rows @ weight.T,
-        target,
-        temperature,
-        VOCABULARY,
-        OneRank(),  # type: ignore[arg-type]  # the only two methods that are called
-        with_entropy,
-    )
+def compute(weight: Tensor, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    group: Any = OneRank()  # the only two methods that are called
+    return log_prob.token_log_probs(hidden, weight, target, temperature, VOCABULARY, group)
 
 
 def reference(weight: Tensor, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -58,7 +52,6 @@ def test_values_and_gradients(problem, temperature: float, chunk: int, monkeypat
         compute(weight, hidden, target, temperature),
         reference(weight, hidden, target, temperature),
     ):
-        assert entropy is not None
         gradients = torch.autograd.grad((a * log_p + b * entropy).sum(), [weight, hidden])
         results.append([log_p, entropy, *gradients])
     for ours, theirs in zip(*results, strict=True):
@@ -76,22 +69,70 @@ def test_padding_of_the_vocabulary_counts_for_nothing(problem) -> None:
     assert (weight.grad[VOCABULARY:] == 0).all()
 
 
-def test_gradient_of_the_log_prob_alone(problem) -> None:
+@pytest.mark.parametrize("which", [0, 1], ids=["log-prob", "entropy"])
+def test_gradient_of_one_result_alone(problem, which: int) -> None:
     weight, hidden, target = problem
-    log_p, entropy = compute(weight, hidden, target, 1.0, with_entropy=False)
-    assert entropy is None
-    ours = torch.autograd.grad(log_p.sum(), hidden)
-    theirs = torch.autograd.grad(reference(weight, hidden, target, 1.0)[0].sum(), hidden)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(compute(weight, hidden, target, 1.0)[which].sum(), [weight, hidden])
+    theirs = torch.autograd.grad(reference(weight, hidden, target, 1.0)[which].sum(), [weight, hidden])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_softmax_of_half_precision_logits_is_in_float32(problem) -> None:
-    weight, hidden, target = (x.detach() for x in problem)
-    log_p, _ = compute(weight.bfloat16(), hidden.bfloat16(), target, 1.0)
-    rounded = (hidden.bfloat16() @ weight[:VOCABULARY].bfloat16().T).float().log_softmax(-1)
-    assert log_p.dtype == torch.float32
-    # One float32 log-softmax of 19 terms against another.
-    torch.testing.assert_close(log_p, rounded.gather(1, target[:, None])[:, 0], rtol=0, atol=1e-5)
+def test_logits_of_half_precision_are_not_rounded(problem) -> None:
+    weight, hidden, target = problem
+    weight, hidden = weight.detach().bfloat16(), hidden.detach().bfloat16()
+    log_p, entropy = compute(weight, hidden, target, 1.0)
+    assert log_p.dtype == entropy.dtype == torch.float32
+    # Sums of seven float32 products, and one log-softmax of 19 terms against another. Logits in bfloat16
+    # would be off by up to 0.1.
+    for ours, theirs in zip(
+        (log_p, entropy), reference(weight.float(), hidden.float(), target, 1.0), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_half_precision_gradients_of_chunks_are_summed_in_float32(problem, monkeypatch) -> None:
+    """A thousand chunks of the same token: a sum in bfloat16 stops growing after 256 of them."""
+    weight, hidden, target = problem
+    weight = weight.detach().bfloat16().requires_grad_()
+    hidden, target = hidden[:1].detach().bfloat16(), target[:1]
+    once, *_ = torch.autograd.grad(compute(weight, hidden, target, 1.0)[0].sum(), weight)
+    monkeypatch.setattr(log_prob, "CHUNK_BYTES", 1)
+    often = compute(weight, hidden.expand(1000, -1), target.expand(1000), 1.0)[0].sum()
+    summed, *_ = torch.autograd.grad(often, weight)
+    # Both are rounded to bfloat16 once, by up to 2^-8.
+    torch.testing.assert_close(summed.float(), 1000 * once.float(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_is_added_to_megatrons_sum(problem, tied: bool) -> None:
+    """`main_grad` gets the output's part. Of tied embeddings autograd brings the other part."""
+    weight, hidden, target = problem
+    expected, *_ = torch.autograd.grad(reference(weight, hidden, target, 1.0)[0].sum(), weight)
+    weight.main_grad = torch.ones_like(weight)
+    weight.zero_out_wgrad = tied
+    total = compute(weight, hidden, target, 1.0)[0].sum()
+    (total + (3 * weight.sum() if tied else 0)).backward()
+    torch.testing.assert_close(weight.main_grad, expected + 1, rtol=1e-12, atol=1e-12)
+    assert weight.grad_added_to_main_grad
+    if tied:
+        assert (weight.grad == 3).all()
+
+
+@pytest.mark.slow
+def test_compiled_sums_and_gradients_are_those_of_plain_torch(problem, monkeypatch) -> None:
+    """As on CUDA, but compiled for the CPU: two lengths of chunks and both kinds of gradient."""
+    weight, hidden, target = problem
+    monkeypatch.setattr(log_prob, "CHUNK_BYTES", 4 * PADDED * 8)
+    results = []
+    for fused in (lambda function: function, compiled):
+        monkeypatch.setattr(log_prob, "fused", fused)
+        log_p, entropy = compute(weight, hidden, target, 0.6)
+        alone = torch.autograd.grad(log_p.sum(), [weight, hidden], retain_graph=True)
+        both = torch.autograd.grad((log_p * entropy).sum(), [weight, hidden])
+        results.append([log_p, entropy, *alone, *both])
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(plain, ours, rtol=1e-12, atol=1e-12)
 
 
 def test_no_tokens_leave_the_graph_connected(problem) -> None:

@@ -20,14 +20,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from megatron_bridge.architecture import read_architecture
+from megatron_bridge.architecture import read_architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import EMBEDDING, OUTPUT
 from megatron_bridge.layout_shards import (
     Shard,
     check_shards,
     expert_data_ranks,
     layout_shards,
-    tensor_shapes,
 )
 from treepo.config.trainer import ParallelConfig
 from treepo.errors import ConfigError, ModelError

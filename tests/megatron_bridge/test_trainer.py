@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -98,12 +98,16 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
         replace(qwen2, name="selective", recompute="selective"),
         replace(qwen2, name="spoilt", spoilt=[spoilt(batch.packed)]),
         replace(qwen2, name="entropy", learning=BONUS),
+        *(replace(qwen2, name=f"offload {what}", offload=what) for what in OFFLOADS),
+        replace(qwen2, name="offload all, bfloat16", offload="all", dtype="bfloat16"),
+        replace(qwen2, name="not offloaded, bfloat16", dtype="bfloat16"),
         replace(qwen2, name="warm-up", steps=[[batch.packed]] * 5, optimizer=WARM_UP),
         replace(qwen2, name="bfloat16", dtype="bfloat16", steps=[[batch.packed]] * 12, optimizer=SMALL_STEPS),
     ]
     return megatron_ranks.run(cases, tmp_path_factory.mktemp("ranks") / "one")
 
 
+OFFLOADS: list[Literal["none", "optimizer", "all"]] = ["none", "optimizer", "all"]
 BONUS = LearningConfig(entropy_coefficient=0.1)
 KL = LearningConfig(kl_coefficient=0.1)
 WARM_UP = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
@@ -179,6 +183,7 @@ def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
     return [
         *cases,
         replace(plain, name=f"{name}: flat", steps=steps(batch.flat)),
+        replace(plain, name=f"{name}: offload", offload="all"),
         replace(
             plain,
             name=f"{name}: bfloat16",
@@ -274,6 +279,28 @@ def test_packed_and_flat_are_the_same_step(one_rank) -> None:
 @pytest.mark.parametrize("layout", VARIANTS)
 def test_packed_and_flat_are_the_same_step_at_every_layout(layout: str, parallel) -> None:
     assert_same_step(parallel[f"{layout}: flat"], parallel[f"{layout}: qwen2"])
+
+
+def assert_the_same_bits(ours: Result, reference: Result) -> None:
+    assert ours.metrics == reference.metrics
+    assert ours.final.keys() == reference.final.keys()
+    for name, tensor in reference.final.items():
+        assert torch.equal(ours.final[name], tensor), name
+
+
+@pytest.mark.parametrize("what", OFFLOADS)
+def test_offloading_changes_no_bit(what: str, one_rank) -> None:
+    """Nor does a checkpoint that is written and loaded while everything is away."""
+    assert_the_same_bits(one_rank[f"offload {what}"], one_rank["qwen2"])
+
+
+def test_offloading_master_weights_changes_no_bit(one_rank) -> None:
+    assert_the_same_bits(one_rank["offload all, bfloat16"], one_rank["not offloaded, bfloat16"])
+
+
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_offloading_changes_no_bit_at_any_layout(layout: str, parallel) -> None:
+    assert_the_same_bits(parallel[f"{layout}: offload"], parallel[f"{layout}: qwen2"])
 
 
 def test_padding_changes_nothing(one_rank) -> None:

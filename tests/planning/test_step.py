@@ -11,6 +11,7 @@ from tests.support.naive_batching import StatedRates
 from tests.support.plan_configs import config, engine
 from treepo.planning.hardware import device
 from treepo.planning.memory.engine_shard import engine_shard
+from treepo.planning.memory.trainer import parameter_count
 from treepo.planning.simulation.rates import Prefill
 from treepo.planning.simulation.workload import workload
 from treepo.planning.speed.device_rates import DeviceRates
@@ -107,3 +108,17 @@ def test_a_sync_takes_longer_the_longer_its_way_is(qwen2: Path) -> None:
         config(weights_transport="broadcast", **settings | {"plan_devices_per_node": 2}), qwen2
     )
     assert apart.seconds > seconds["broadcast"]
+
+
+def test_a_sync_counts_what_the_trainer_offloads(qwen2: Path) -> None:
+    """There and back over pinned memory, if engines share its devices."""
+
+    def seconds(placement: str, offload: str) -> float:
+        settings = config(placement=placement, trainer_offload=offload, weights_transport="disk")
+        return sync_weights(settings, qwen2).seconds
+
+    shared = {offload: seconds("colocated", offload) for offload in ("none", "optimizer", "all")}
+    moved = 2 * 12 * parameter_count(qwen2) / device("h100").pinned
+    assert shared["optimizer"] - shared["none"] == pytest.approx(moved, rel=1e-3)
+    assert shared["all"] - shared["none"] == pytest.approx(moved * 14 / 12, rel=1e-3)
+    assert len({seconds("split", offload) for offload in ("none", "optimizer", "all")}) == 1

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.paths import ROOT
@@ -92,8 +93,8 @@ def test_a_cancelled_caller_leaves_the_pool_usable(obeying_pool: RewardPool) -> 
         ("crash", "exit code 3"),
         ("segfault", "SIGSEGV"),
         ("reward nan", "not finite"),
-        ("text much", "'much'"),
-        ("no_reward", 'no "reward"'),
+        ("text 1.0", "reward = '1.0', which is text"),
+        ("no_reward", 'a dict without "reward", only'),
     ],
 )
 def test_a_response_that_cannot_be_graded_has_no_reward_and_disturbs_no_neighbour(
@@ -108,7 +109,8 @@ def test_a_response_that_cannot_be_graded_has_no_reward_and_disturbs_no_neighbou
 def test_a_missed_deadline_kills_what_the_function_started(obeying_pool: RewardPool, tmp_path: Path) -> None:
     before, bad, after = grades(obeying_pool, "reward 0.25", f"spawn {tmp_path / 'pid'}", "reward 0.75")
     assert (before.reward, after.reward) == (0.25, 0.75)
-    assert bad == Grade(None, Verdict.TIMEOUT, message="not graded within 1.5 s")
+    name = "reward.function = tests.support.reward_functions:obey"
+    assert bad == Grade(None, Verdict.TIMEOUT, message=f"{name}: not graded within 1.5 s")
     child = int((tmp_path / "pid").read_text())
     wait_until(lambda: not alive(child))
 
@@ -120,16 +122,20 @@ def test_a_worker_that_has_grown_is_replaced_before_it_fails(obeying_pool: Rewar
     assert obeying_pool.restarts >= restarts + 3  # the last replacement may still be under way
 
 
-def test_workers_killed_from_outside_are_replaced_and_lose_no_item() -> None:
+@pytest.mark.parametrize("killed", ["keeper", "grading process"])
+def test_workers_killed_from_outside_are_replaced_and_lose_no_item(killed: str) -> None:
     config = RewardConfig(function="tests.support.reward_functions:obey", workers=2, deadline_seconds=30)
     with RewardPool(config) as pool:
         asyncio.run(pool.ready())
-        killed = pool.worker_pids()
-        for pid in killed:
+        keepers = pool.worker_pids()
+        graders = [child.pid for keeper in keepers for child in psutil.Process(keeper).children()]
+        assert len(graders) == 2
+        for pid in keepers if killed == "keeper" else graders:
             os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(alive, keepers + graders)))
         assert [grade.reward for grade in grades(pool, *["reward 1"] * 8)] == [1.0] * 8
         assert pool.restarts >= 1
-        assert set(pool.worker_pids()) != set(killed)
+        assert set(pool.worker_pids()) != set(keepers)
 
 
 def test_starting_does_not_count_against_the_deadline() -> None:

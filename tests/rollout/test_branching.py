@@ -149,3 +149,13 @@ def test_a_bad_combination_names_its_numbers(values: dict[str, Any], shown: str)
 
 def test_sequential_mode_does_not_look_at_the_branching() -> None:
     assert config(mode="sequential", width=1).width == 1
+
+
+def test_a_token_cap_limits_the_initial_branching_of_a_range_only() -> None:
+    cap = {"cap": "response_tokens", "tree_response_tokens": 31}  # pays for three segments of 8
+    rng = np.random.default_rng(0)
+    drawn = {branching.initial_children(config(initial_branching="2-8", **cap), rng) for _ in range(200)}
+    assert drawn == {2, 3}
+    assert branching.initial_children(config(initial_branching=8, **cap), rng) == 8
+    free = {branching.initial_children(config(initial_branching="2-8"), rng) for _ in range(200)}
+    assert free == set(range(2, 9))

@@ -144,7 +144,7 @@ def leaf_order(leaves: list[Path], config: SamplingConfig, rng: random.Random) -
 def cut_of(leaf: Path, config: SamplingConfig, rng: random.Random) -> int:
     rule, length = config.fallback, len(leaf.tokens)
     window = rule.window_tokens or config.segment_tokens
-    if length < window or rule.cut == "from_start":
+    if length < (rule.window_tokens or 0) or rule.cut == "from_start":
         return 0
     if rule.cut == "random":
         windows = math.ceil(length / window)
@@ -191,6 +191,8 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
     seen: Counter[str] = Counter()
     leaves: list[Path] = []
     first = between(config.initial_branching, rng)
+    if config.tree_response_tokens is not None and isinstance(config.initial_branching, str):
+        first = min(first, config.tree_response_tokens // config.segment_tokens)
     if config.tokens_per_step is not None:
         first = min(config.width, factor(config, rng))
     queue = [Path()] * (config.width if config.mode == "sequential" else first)

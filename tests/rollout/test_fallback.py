@@ -36,7 +36,23 @@ def test_a_cut_leaves_something_to_sample(cut: str, aligned: bool, length: int, 
     assert 0 <= kept < length
     assert kept <= 3 * 8  # room for one more segment under max_depth
     assert not aligned or kept in (0, *leaf.boundaries)
-    assert length >= 8 or kept == 0
+    assert length >= 8 or kept == 0 or not (aligned or cut == "random")
+
+
+@pytest.mark.parametrize("cut", ["min_log_prob", "block", "inverse_block"])
+def test_a_response_shorter_than_a_segment_is_cut_unless_a_window_forbids_it(cut: str) -> None:
+    """As in the official code. All but one token are equally likely, and it is in the second block."""
+    log_probs = np.full(7, -1, dtype=np.float32)
+    log_probs[5] = -60 if cut != "inverse_block" else -1e-3
+    log_probs[4:] = log_probs[5] if cut != "min_log_prob" else log_probs[4:]
+    if cut == "inverse_block":
+        log_probs[:4] = -60
+    leaf, rng = candidate(7, log_probs=log_probs), np.random.default_rng(0)
+    free = {"cut": cut, "aligned": False}
+    assert cut_point(leaf, config(**free), rng) == (5 if cut == "min_log_prob" else 4)
+    assert cut_point(leaf, config(**free, window_tokens=7), rng) > 0
+    assert cut_point(leaf, config(**free, window_tokens=8), rng) == 0
+    assert cut_point(leaf, config(cut=cut), rng) == 0  # no segment boundary lies before it
 
 
 def cuts(length: int, draws: int = DRAWS, **fallback: Any) -> Counter[int]:

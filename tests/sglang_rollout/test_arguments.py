@@ -88,6 +88,21 @@ def test_every_fault_has_a_line() -> None:
     assert len(list(argument_faults(config, TYPES))) == 3
 
 
+@pytest.mark.parametrize(
+    ("backend", "good"), [(None, False), ("flashinfer", False), ("fa3", True), ("triton", True)]
+)
+def test_deterministic_inference_keeps_the_prefix_cache(backend: str | None, good: bool) -> None:
+    types = TYPES | {"attention_backend": str | None}
+    for deterministic in (True, False):
+        config = EngineConfig.model_validate(
+            {
+                "attention_backend": backend,
+                "sglang": {"enable_deterministic_inference": deterministic},
+            }
+        )
+        assert bool(list(argument_faults(config, types))) == (deterministic and not good)
+
+
 def test_without_arguments_sglang_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sglang.srt.server_args", None)
     check_sglang_arguments(EngineConfig())
@@ -173,9 +188,7 @@ def test_sglangs_own_arguments_are_checked() -> None:
     assert set(_OWN_KEYS) | set(_FIXED) <= set(types)
     for name in types:
         list(argument_faults(engine(**{name: None}), types))  # every type can be checked
-    check_sglang_arguments(
-        engine(enable_deterministic_inference=True, kv_cache_dtype="fp8_e5m2", page_size=16)
-    )
+    check_sglang_arguments(engine(kv_cache_dtype="fp8_e5m2", page_size=16))
     with pytest.raises(ConfigError, match="did you mean 'cuda_graph_max_bs_decode'"):
         check_sglang_arguments(engine(cuda_graph_max_bs=8))
     with pytest.raises(ConfigError, match=r"engine\.attention_backend: should be one of triton"):

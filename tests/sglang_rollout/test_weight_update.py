@@ -23,12 +23,12 @@ def test_arrived_names_must_be_the_expected_ones_each_once() -> None:
 
 
 def test_a_manifest_must_be_the_models_own(tmp_path: Path) -> None:
-    save_file({"a": np.zeros((2, 3), dtype=np.float32)}, tmp_path / "model-00001-of-00002.safetensors")
-    save_file({"b": np.zeros(4, dtype=np.float32)}, tmp_path / "model-00002-of-00002.safetensors")
-    save_file({"lm_head.weight": np.zeros(4, dtype=np.float32)}, tmp_path / "model-3.safetensors")
+    shapes = {"a": (2, 3), "b": (4,), "lm_head.weight": (4,), "model.rotary_emb.inv_freq": (3,)}
+    tensors = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
     shapes = checkpoint_shapes(tmp_path)
-    assert shapes == {"a": (2, 3), "b": (4,)}, "a tied output layer is no tensor of its own"
+    assert shapes == {"a": (2, 3), "b": (4,)}, "neither a tied output layer nor a buffer is updated"
     a, b = TensorInfo("a", "float32", (2, 3)), TensorInfo("b", "float32", (4,))
     check_manifest((b, a), shapes)
     with pytest.raises(EngineError, match="1 missing: b"):

@@ -1,7 +1,5 @@
 """The work of one rank in the tests of training checkpoints, for `megatron_ranks.run_lives`."""
 
-import resource
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.support.full_disk import full_disk
 from tests.support.megatron_ranks import weights_of
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import OptimizerConfig, ParallelConfig, TrainerConfig
@@ -79,9 +78,9 @@ def fail(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> 
     said = []
     assert case.save is not None
     for full in (0, layout.ranks - 1):
-        with _full_disk(rank == full):
+        with full_disk(rank == full):
             said.append(_said(_save, trainer, folder / f"full-{full}"))
-    with _full_disk(rank == 0):
+    with full_disk(rank == 0):
         said.append(_said(trainer.export, folder / "export"))
     torch.distributed.all_gather_object(everything, said)
     _save(trainer, case.save)
@@ -107,20 +106,6 @@ def _said(work: Callable[..., None], *arguments: object) -> str:
     except TreepoError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
-
-
-class _full_disk:  # noqa: N801  a context manager that reads like one
-    """Within it this process can write only a few bytes to a file, if `full`."""
-
-    def __init__(self, full: bool) -> None:
-        self._limit = 100 if full else resource.RLIM_INFINITY
-
-    def __enter__(self) -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write fails with an OSError instead
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit, resource.RLIM_INFINITY))
-
-    def __exit__(self, *_: object) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def _trainer(case: Case, layout: ParallelConfig, rank: int, store):

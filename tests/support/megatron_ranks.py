@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -43,6 +43,7 @@ Life = tuple[str, Callable[..., Any], Any]
 class Case:
     """One trainer's life. steps: each replica's packs, for each optimizer step. chunk_bytes: of logits at
     once. spoilt: packs of each replica for a first step that must fail, because the gradient is not finite.
+    offload: as if engines took the device before every step; what is away is read then too.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Case:
     learning: LearningConfig = field(default_factory=LearningConfig)
     chunk_bytes: int = 1 << 29
     spoilt: Sequence[Sequence[Pack]] = ()
+    offload: Literal["none", "optimizer", "all"] | None = None
 
 
 @dataclass
@@ -163,6 +165,7 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
         parallel=layout,
         optimizer=case.optimizer,
         recompute=case.recompute,  # type: ignore[arg-type]  # one of its literals
+        offload=case.offload or "none",
     )
     trainer = MegatronTrainer(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
     # Ranks count tensor parallelism fastest, then data, then pipeline.
@@ -180,12 +183,17 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
             by_replica.append(first)
         return by_replica
 
+    trainer.warm_up()
     initial = weights_of(trainer)
     before = everyone(case.steps[0])
     if case.spoilt:
         with pytest.raises(FloatingPointError):  # on every rank: none is left waiting for another
             trainer.train_step(case.spoilt[replica], case.temperature, case.denominator)
-    metrics = [trainer.train_step(packs[replica], case.temperature, case.denominator) for packs in case.steps]
+    metrics = []
+    for number, packs in enumerate(case.steps):
+        if case.offload is not None:
+            _offload(trainer, folder / f"{case.name}-{number}")
+        metrics.append(trainer.train_step(packs[replica], case.temperature, case.denominator))
     reference = everyone(case.steps[0], trainer.reference_log_probs) if case.learning.kl_coefficient else []
     after = everyone(case.steps[0])
     final = weights_of(trainer)
@@ -195,6 +203,18 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
         trainer.export(export)
     trainer.close()
     return Result(before, metrics, after, initial, final, export, reference)
+
+
+def _offload(trainer, checkpoint: Path) -> None:
+    """Offload and reload. Meanwhile a checkpoint is written and loaded, and the weights are read."""
+    before = weights_of(trainer)
+    trainer.offload(weights=False)
+    trainer.offload(weights=True)
+    trainer.save(checkpoint, {})
+    trainer.finish_save()
+    trainer.load(checkpoint)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(trainer).items())
+    trainer.reload()
 
 
 def _learn(

@@ -2,7 +2,8 @@
 
 import asyncio
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,8 +72,17 @@ class PolicyTrainer:
     policy: TinyPolicy
     padding: int = 0
     dtype: str = "float32"
+    has_device: bool = False
+
+    @asynccontextmanager
+    async def offloaded(self) -> AsyncIterator[None]:
+        """Of the engines, which share the trainer's device."""
+        self.has_device = True
+        yield
+        self.has_device = False
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
+        assert self.has_device
         return [[self._log_probs(pack, temperature) for pack in replica] for replica in packs]
 
     @torch.no_grad()
@@ -110,7 +120,7 @@ def check(engines: Sequence[PolicyEngine], trainer: PolicyTrainer, config: RunCo
         for index in range(12)
     ]
     trainer.dtype = config.model.dtype
-    return asyncio.run(check_log_probs(config, prompts, str, engines, trainer))
+    return asyncio.run(check_log_probs(config, prompts, str, engines, trainer, trainer.offloaded))
 
 
 def changed(policy: TinyPolicy, change: Callable[[Tensor], Tensor]) -> TinyPolicy:

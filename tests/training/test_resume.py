@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support.fake_trainer import FakeTrainer
+from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
 from tests.support.random_trees import random_tree
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.load import load_config
 from treepo.config.run import RunConfig
+from treepo.data.folder_lock import locked
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import DataReport, PromptSet
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, DataError, ModelError
+from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.training.checkpoints import Checkpoints, newest
-from treepo.training.resume import find_resume
+from treepo.training.resume import find_resume, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, RunState
 from treepo.tree import from_json
@@ -199,11 +202,84 @@ def test_other_data_is_refused(config: RunConfig) -> None:
         find_resume(config, inputs("of other data"))
 
 
+def test_devices_of_another_dtype_are_refused(config: RunConfig) -> None:
+    """`model.dtype: auto` on GPUs, when the checkpoint is of a run on CPUs."""
+    write_run(config, steps=3, saved=2)
+    resume = find_resume(config, inputs())
+    assert resume is not None
+    trainer = FakeTrainer()
+    trainer.dtype = "bfloat16"
+    with pytest.raises(ConfigError, match=r"a run in float32, and model\.dtype = auto is bfloat16"):
+        asyncio.run(restore(resume, FakePool(NamedEngine(), []), trainer))
+
+
 def test_a_file_that_lost_lines_is_refused(config: RunConfig) -> None:
     write_run(config, steps=3, saved=2)
     (config.out / "trees.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"trees\.jsonl has 0 bytes, but had \d+ after step 2"):
         find_resume(config, inputs())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: os.truncate(file, 3), r"trainer/__0_0\.distcp has 3 bytes, and had 9 when"),
+        (lambda file: file.write_bytes(b""), r"trainer/__0_0\.distcp has 0 bytes, and had 9 when"),
+        (lambda file: file.unlink(), r"trainer/__0_0\.distcp: not readable: No such file"),
+    ],
+)
+@pytest.mark.parametrize("older_is_whole", [True, False])
+def test_a_damaged_checkpoint_names_the_file_and_an_older_whole_one(
+    config: RunConfig, damage: Callable[[Path], object], message: str, older_is_whole: bool
+) -> None:
+    for step in (2, 4, 6):
+        folder = config.out / "checkpoints" / f"step-{step:05d}"
+        (folder / "trainer").mkdir(parents=True)
+        (folder / "trainer" / "__0_0.distcp").write_bytes(b"nine byte")
+        CheckpointManifest("float32", True, step, {}, asdict(state_after(step))).write(folder)
+    assert newest(config.out) is not None
+    for step in (4, 6) if older_is_whole else (2, 4, 6):
+        damage(config.out / "checkpoints" / f"step-{step:05d}" / "trainer" / "__0_0.distcp")
+    with pytest.raises(ModelError, match=message) as error:
+        newest(config.out)
+    said = str(error.value)
+    hint = "; step-00002 beside it is whole: --resume continues from it once step-00006 is gone"
+    assert said.endswith(hint) == older_is_whole
+    assert ("is whole" in said) == older_is_whole
+    assert "step-00006/trainer" in said
+    assert "\n" not in said
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_sizes_and_is_read(config: RunConfig) -> None:
+    write_run(config, steps=3, saved=2)
+    path = config.out / "checkpoints" / "step-00002" / "checkpoint.json"
+    content = json.loads(path.read_bytes())
+    del content["files"]
+    path.write_text(json.dumps(content))
+    assert newest(config.out) is not None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"metrics\.jsonl:3: not JSON"),
+        ("[" * 100_000, r"metrics\.jsonl:3: not JSON"),
+        ("[]", r"metrics\.jsonl:3: not the numbers of a step"),
+        ('{"step": 2}', r"metrics\.jsonl:3: not the numbers of a step"),
+        ('{"step": 3, "time": 1.5, "reward": "x"}', r"metrics\.jsonl:3: not the numbers of a step"),
+    ],
+)
+def test_a_line_of_the_metrics_that_no_run_wrote_is_named(config: RunConfig, line: str, message: str) -> None:
+    write_run(config, steps=2, saved=2)
+    with (config.out / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    found = find_resume(config, inputs())
+    assert found is not None
+    found.state.sizes["metrics.jsonl"] = (config.out / "metrics.jsonl").stat().st_size
+    with pytest.raises(DataError, match=message):
+        RunFolder(config, found.state).__enter__()
+    with locked(config.out):
+        pass  # the failed start has let the folder go
 
 
 def test_the_state_survives_its_file() -> None:

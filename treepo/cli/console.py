@@ -1,6 +1,8 @@
 """What the commands share: the consoles of standard output and standard error, and texts."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,3 +21,18 @@ def show_data(reports: "Iterable[DataReport]") -> None:
     """Show the contents of each data file, one line each."""
     for report in reports:
         output.print(report.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
+def check_surroundings(out: Path, *, uses_ray: bool = True) -> None:
+    """Raise TreepoError if another command writes into the folder, or if the Ray cluster that RAY_ADDRESS
+    names does not answer: before the inputs are read, which may take minutes.
+    """
+    from treepo.data.folder_lock import check_free
+
+    check_free(out)
+    if uses_ray and os.environ.get("RAY_ADDRESS"):  # else Ray need not be imported yet
+        from treepo.cluster.ray_address import check_cluster, named_cluster
+
+        named = named_cluster()
+        if named is not None:
+            check_cluster(named)

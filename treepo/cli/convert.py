@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from treepo.cli.console import output
+from treepo.data.model_config import CONFIG
 
 
 def convert(
@@ -18,7 +19,11 @@ def convert(
     """Convert a training checkpoint to a Hugging Face folder, or the other way round."""
     from megatron_bridge.convert import convert as run
     from treepo.display.conversion import convert_progress, show_converted
+    from treepo.preflight.model_folder import check_present_parts
+    from treepo.training.checkpoint_manifest import is_checkpoint
 
+    if (source / CONFIG).is_file() and not is_checkpoint(source):
+        check_present_parts(source)
     started = time.perf_counter()
     with convert_progress(output) as progress:
         converted = run(source, target, progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treepo.cli.console import OVERRIDES, errors, output
+from treepo.cli.console import OVERRIDES, check_surroundings, errors, output
 from treepo.config.load import load_as
 from treepo.errors import EXIT_INTERRUPTED, ConfigError
 
@@ -91,6 +91,7 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
 
     path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
     eval_config = load_as(EvalConfig, path, [*overrides_of(options), *arguments])
+    check_surroundings(eval_config.out, uses_ray=eval_config.model.url is None)
     from treepo.preflight.inputs import read_evaluation_inputs
 
     inputs = read_evaluation_inputs(eval_config)
@@ -136,6 +137,7 @@ def _compare(folders: list[str], out: Path | None) -> None:
     """Compare every further folder with the first."""
     if len(folders) < 2:
         raise ConfigError(f"--compare: at least two folders are needed, {len(folders)} given")
+    from treepo.data.output_folder import write_file
     from treepo.display.comparison import show_comparison
     from treepo.evaluation.comparison import compare
     from treepo.evaluation.report.plot import accuracy_plot, curve
@@ -145,8 +147,9 @@ def _compare(folders: list[str], out: Path | None) -> None:
     for name, other in zip(folders[1:], results[1:], strict=True):
         show_comparison(output, folders[0], name, compare(results[0], other))
     if out is not None:
+        plot = accuracy_plot([curve(*pair) for pair in zip(results, folders, strict=True)])
         try:
-            out.write_text(accuracy_plot([curve(*pair) for pair in zip(results, folders, strict=True)]))
+            write_file(out, plot)
         except OSError as error:
             raise ConfigError(f"--out: {out}: {error.strerror}") from None
         output.print(f"accuracy against compute of all of them: {out}", highlight=False)

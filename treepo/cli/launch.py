@@ -56,9 +56,11 @@ def launch(
     from treepo.cluster.ray_node import NodeResources
 
     def check() -> None:
+        from treepo.data.folder_lock import check_free
         from treepo.preflight.inputs import read_train_inputs
         from treepo.training.resume import find_resume
 
+        check_free(run_config.out)
         inputs = read_train_inputs(run_config)
         if resume:
             find_resume(run_config, inputs)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import OVERRIDES, errors, output, show_data
+from treepo.cli.console import OVERRIDES, check_surroundings, errors, output, show_data
 from treepo.config.load import load_as
 from treepo.errors import EXIT_INTERRUPTED
 
@@ -22,6 +22,7 @@ def rollout(
     from treepo.config.rollout import RolloutConfig
 
     rollout_config = load_as(RolloutConfig, config, overrides or [])
+    check_surroundings(rollout_config.out)
     from treepo.preflight.inputs import read_rollout_inputs
 
     inputs = read_rollout_inputs(rollout_config)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import OVERRIDES, errors, output, show_data
+from treepo.cli.console import OVERRIDES, check_surroundings, errors, output, show_data
 from treepo.config.load import load_config
 from treepo.errors import EXIT_INTERRUPTED
 
@@ -27,6 +27,7 @@ def train(
 ) -> None:
     """Train a model: sample trees, grade them, learn from them, send the new weights to the engines."""
     run_config = load_config(config, overrides or [])
+    check_surroundings(run_config.out)
     from treepo.display.train import TrainDisplay, show_resume, show_summary
     from treepo.preflight.inputs import read_train_inputs
 

@@ -43,7 +43,9 @@ def find_allocation(environment: Mapping[str, str], flags: Flags) -> Allocation 
     if flags.rank is not None or flags.head is not None:
         return _of_flags(flags)
     found = _of_schedulers(environment)
-    address = environment.get("RAY_ADDRESS")
+    address = environment.get("RAY_ADDRESS", "").strip()
+    if address == "local":
+        address = ""
     if address and found is not None:
         raise AllocationError(
             f"RAY_ADDRESS={address} names a running cluster, and {found.source} names nodes to start one on: "

@@ -6,15 +6,22 @@ the current weights before it serves. `engine.max_restarts` bounds the restarts 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from treepo.cluster.pooled_engine import EngineProcess, PooledEngine, State
 from treepo.config.engine import EngineConfig
-from treepo.errors import DeadEngineError, EngineError, ModelError, NoEngineError
-from treepo.weight_sync.transaction import WeightSender, update_weights
+from treepo.errors import (
+    DeadEngineError,
+    EngineError,
+    ModelError,
+    NoEngineError,
+    TransportError,
+    WeightsRefusedError,
+)
+from treepo.weight_sync.transaction import UpdateFailedError, WeightSender, update_weights
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +134,18 @@ class EnginePool[P: EngineProcess]:
             self.state_changed()
 
 
+class ColocatedTrainer(WeightSender, Protocol):
+    """The trainer as the pool uses it; `treepo.cluster.trainer_group.TrainerGroup` implements it."""
+
+    async def offload(self, weights: bool) -> None:
+        """Give the devices to the engines. weights: whether that may include the trainer's weights."""
+        ...
+
+    async def reload(self) -> None:
+        """Take the devices back, before anything is computed."""
+        ...
+
+
 class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     """Implements `treepo.protocols.TrainingEnginePool`.
 
@@ -135,7 +154,11 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     """
 
     def __init__(
-        self, launch: Callable[[int], P], config: EngineConfig, trainer: WeightSender, shares_devices: bool
+        self,
+        launch: Callable[[int], P],
+        config: EngineConfig,
+        trainer: ColocatedTrainer,
+        shares_devices: bool,
     ) -> None:
         super().__init__(launch, config)
         self._trainer = trainer
@@ -145,6 +168,7 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         self._weights = asyncio.Lock()
         self._version = 0  # the model folder's
         self._weights_offloaded = False
+        self._refusals: dict[PooledEngine[P], str] = {}  # by engines whose last update was refused
 
     def updating(self) -> bool:
         return self._weights.locked()
@@ -152,37 +176,55 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     @asynccontextmanager
     async def offloaded(self) -> AsyncIterator[None]:
         """Let the trainer compute and change its weights while the body runs."""
+        if self._fault is not None:
+            raise self._fault
         async with self._weights:
             if self._shares_devices:
                 await self._each(lambda engine: engine.offload())
                 self._weights_offloaded = True
+                await self._trainer.reload()
             yield
             await self._reload_weights()
             if self._shares_devices:
+                await self._trainer.offload(weights=True)
                 await self._each(lambda engine: engine.reload("cache"))
 
     async def sync_weights(self, version: int) -> None:
         """Make every serving engine serve the trainer's weights as `version`; replace those that fail.
 
         If no engine serves or takes the weights, the restarted engines take them. Raises what the trainer
-        raises.
+        raises, and WeightsRefusedError if an engine has refused its last two updates for the same reason.
         """
         assert self._weights.locked()
         await self._reload_weights()
-        for engine, reason in (await self._failed_updates(version)).items():
-            engine.fail(reason)
+        failed = await self._failed_updates(version)
+        for engine in self.serving():
+            engine_error = failed.get(engine)
+            self._note_update(engine, engine_error)
+            if engine_error is not None:
+                engine.fail(str(engine_error))
         self._version = version
-        if self._shares_devices:
-            await self._trainer.release_cache()
 
-    async def _failed_updates(self, version: int) -> dict[PooledEngine[P], str]:
+    async def _failed_updates(self, version: int) -> Mapping[PooledEngine[P], EngineError]:
         engines = self.serving()
         if not engines:
             return {}
         try:
             return await update_weights(self._trainer, engines, version, self._config.update_seconds)
-        except EngineError as error:
-            return dict.fromkeys(engines, str(error))
+        except UpdateFailedError as error:
+            return error.failed
+
+    def _note_update(self, engine: PooledEngine[P], error: EngineError | None) -> None:
+        """Raise WeightsRefusedError at the second refusal in a row with the same reason: a restart in between
+        has not helped, so none will. A death and a broken transport are no refusals.
+        """
+        if error is None or isinstance(error, (DeadEngineError, TransportError)):
+            self._refusals.pop(engine, None)
+            return
+        if self._refusals.get(engine) == str(error):
+            reason = str(error).removeprefix(f"{engine.name}: ")
+            raise WeightsRefusedError(f"{engine.name} refuses the weights, also after a restart: {reason}")
+        self._refusals[engine] = str(error)
 
     async def _restart(self, engine: PooledEngine[P]) -> None:
         async with AsyncExitStack() as stack:
@@ -194,7 +236,12 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
                 await stack.enter_async_context(self._weights)
             if self._version > 0:
                 seconds = self._config.update_seconds
-                await update_weights(self._trainer, [engine.process], self._version, seconds)
+                try:
+                    await update_weights(self._trainer, [engine.process], self._version, seconds)
+                except UpdateFailedError as error:
+                    self._note_update(engine, *error.failed.values())
+                    raise
+                self._note_update(engine, None)
                 if self._shares_devices:
                     await self._trainer.release_cache()
             engine.serve()
@@ -202,7 +249,7 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     async def _reload_weights(self) -> None:
         """Take back the memory of the engines' weights, if the trainer has it."""
         if self._weights_offloaded:
-            await self._trainer.release_cache()
+            await self._trainer.offload(weights=False)  # a sync reads them
             await self._each(lambda engine: engine.reload("weights"))
             self._weights_offloaded = False
 

@@ -98,6 +98,9 @@ async def _launch(target: Allocation | Cluster, spec: Launch, terminated: asynci
 
 async def _use(cluster: Cluster, spec: Launch) -> int:
     """Train on a cluster that already runs."""
+    from treepo.cluster.ray_address import check_job_server
+
+    await asyncio.to_thread(check_job_server, cluster.address)
     await asyncio.to_thread(spec.check)
     return await _train(spec, None, cluster.nodes, lambda _: (), may_grow=True)
 

@@ -6,7 +6,8 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from treepo.errors import TreepoError, one_line
+from treepo.cluster.actor_death import death_without_lines
+from treepo.errors import TreepoError
 
 
 def use_interface_of_node() -> None:
@@ -34,5 +35,5 @@ def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
     if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
         return error.cause
     if isinstance(error, RayActorError):
-        return death(f"it died: {one_line(error)}")
+        return death(death_without_lines(error))
     return error

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,21 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
+from treepo.cluster.actor_death import death_of, note_start, own_last_lines
 from treepo.cluster.pooled_engine import Memory
 from treepo.cluster.ray_actor import own_error, use_interface_of_node
+from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
 from treepo.errors import DeadEngineError, TreepoError
 from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.rollout import rng
 from treepo.rollout.stopping import StopRule
 from treepo.weight_sync.wire import Address, Bucket, Manifest
 
 _log = logging.getLogger(__name__)
 _CONCURRENT_REQUESTS = 100_000  # the driver bounds the requests in flight; Ray should not
+_LAST_LINES_SECONDS = 10
 _END_SECONDS = 30  # for an engine to end its processes; then its actor is killed, and they end with it
 
 
@@ -35,6 +39,8 @@ class HostedEngine(SGLangEngine):
 
     def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
         self._failure: TreepoError | None = None
+        note_start()
+        self._desk = RequestDesk(self.generate)
         use_interface_of_node()  # SGLang's processes inherit it
         try:
             super().__init__(model, dtype, config, **settings)
@@ -46,6 +52,16 @@ class HostedEngine(SGLangEngine):
         if self._failure is not None:
             raise self._failure
         return super().capacity()
+
+    def last_lines(self) -> str:
+        """How SGLang's processes ended, and what they wrote last."""
+        return own_last_lines([child.pid for child in self._sglang._children])
+
+    async def post(self, requests: Posted, cancelled: Sequence[int]) -> None:
+        self._desk.post(requests, cancelled)
+
+    async def collect(self) -> Answers:
+        return await self._desk.collect()
 
     def close(self) -> None:
         if self._failure is None:
@@ -61,6 +77,15 @@ class ServingConfig(Protocol):
     def engine(self) -> EngineConfig: ...
     @property
     def seed(self) -> int: ...
+
+
+def engine_seed(seed: int, index: int) -> int:
+    """The seed of an engine's own random numbers, of which SGLang and numpy take 31 bits.
+
+    Requests have seeds of their own (treepo.rollout.rng), so no sampled token depends on it.
+    """
+    plain = seed + index
+    return plain if plain < 1 << 31 else rng.seed(seed, "engine", index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +109,7 @@ class EngineLauncher:
             config.model.path.resolve(),
             config.model.dtype,
             config.engine,
-            seed=config.seed + index,
+            seed=engine_seed(config.seed, index),
             stop_rule=self.stop_rule,
             shares_device=self.shares_devices,
             paths_at_once=self.paths_at_once,
@@ -102,18 +127,23 @@ class RayEngine:
         self.name = name
         self.actor = actor
         self._ranks = ranks
+        self._said: asyncio.Future[str] | None = None  # of the death: whoever sees it first asks, once
+        self._channel = RequestChannel(actor)
 
     async def start(self) -> int:
         return await self._answer(self.actor.capacity)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        return await self._answer(self.actor.generate, request)
+        try:
+            return await self._channel.generate(request)
+        except (RayTaskError, RayActorError) as error:
+            raise await self._own(error) from None
 
     async def health_check(self) -> None:
         await self._answer(self.actor.health_check)
 
     async def wait_for_death(self) -> str:
-        return await self._answer(self.actor.died)
+        return f"{await self._answer(self.actor.died)}; {await self._once(self._last_lines())}"
 
     async def begin(self, version: int, manifest: Manifest) -> None:
         await self._answer(self.actor.begin, version, manifest)
@@ -154,10 +184,32 @@ class RayEngine:
             ray.cancel(reference)
             raise
         except (RayTaskError, RayActorError) as error:
-            own = own_error(error, DeadEngineError)
-            if isinstance(own, TreepoError):
-                raise type(own)(f"{self.name}: {own}") from None
-            raise
+            raise await self._own(error) from None
+
+    async def _own(self, error: RayTaskError | RayActorError) -> BaseException:
+        """Our own error with the engine's name in place of Ray's; a fault as it is, with its traceback."""
+        if isinstance(error, RayActorError):
+            return DeadEngineError(f"{self.name}: {await self._once(death_of(error))}")
+        own = own_error(error, DeadEngineError)
+        if isinstance(own, DeadEngineError):
+            return DeadEngineError(f"{self.name}: {own}; {await self._once(self._last_lines())}")
+        return type(own)(f"{self.name}: {own}") if isinstance(own, TreepoError) else own
+
+    async def _once(self, ask: Coroutine[Any, Any, str]) -> str:
+        """The answer to the first question after the death, for all calls that fail with it."""
+        if self._said is None:
+            self._said = asyncio.ensure_future(ask)
+        else:
+            ask.close()
+        return await asyncio.shield(self._said)
+
+    async def _last_lines(self) -> str:
+        """What SGLang's processes said last; the actor outlives them."""
+        try:
+            async with asyncio.timeout(_LAST_LINES_SECONDS):
+                return await self.actor.last_lines.remote()
+        except (RayTaskError, RayActorError, TimeoutError) as error:
+            return f"its last lines cannot be read: {type(error).__name__}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from treepo.cluster.schedulers import Allocation
-from treepo.errors import AllocationError, ClusterError
+from treepo.errors import AllocationError, ClusterError, shown
 
 _HELLO_SECONDS = 30.0
 _RETRY_SECONDS = 1.0
@@ -83,7 +83,7 @@ class Rendezvous:
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
                 hello = Hello(**json.loads(await reader.readline()))
-        except (TimeoutError, OSError, ValueError, TypeError):
+        except (TimeoutError, OSError, ValueError, TypeError, RecursionError):
             writer.close()  # it is not a node of a launch
             return
         refusal = self._refusal(hello)
@@ -146,14 +146,19 @@ class Connection:
         """
         try:
             line = await self._reader.readline()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a line of more than 64 KiB
             line = b""
         if not line.endswith(b"\n"):
             raise ClusterError(f"the head at {self._head} is gone and did not say how the launch ended")
-        message: dict[str, Any] = json.loads(line)
-        if "refused" in message:
-            raise AllocationError(f"the head at {self._head} refuses this node: {message['refused']}")
-        return message["exit"] if "exit" in message else RayAddress(**message)
+        try:
+            message: dict[str, Any] = json.loads(line)
+            if "refused" in message:
+                raise AllocationError(f"the head at {self._head} refuses this node: {message['refused']}")
+            return int(message["exit"]) if "exit" in message else RayAddress(**message)
+        except (ValueError, TypeError, RecursionError):
+            raise AllocationError(
+                f"{self._head} is not a launch's head, but another program's port: it says {shown(line)}"
+            ) from None
 
     def close(self) -> None:
         self._writer.close()

@@ -3,20 +3,24 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
+from treepo.cluster.actor_death import without_guesses
 from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
+from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
 from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
 from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig
 from treepo.config.run import ModelConfig, RunConfig
-from treepo.errors import PlacementError
+from treepo.errors import ClusterError, PlacementError, one_line
 from treepo.rollout.stopping import StopRule
 
 _log = logging.getLogger(__name__)
@@ -49,8 +53,8 @@ async def training_session(
     """Run Ray, engines and trainer while the body runs. Raises PlacementError if the cluster cannot hold
     them.
 
-    Engines and trainer start at the same time, unless they share devices: then the trainer starts first, and
-    the engines' caches take the memory that it leaves.
+    Engines and trainer start at the same time, unless they share devices: then the trainer starts first,
+    computes once, and gives back what it can, and the engines' caches take the memory that it leaves.
     """
     with ray_session(config.engine.count + config.trainer.parallel.ranks):
         config = config.model_copy(update={"model": _on_cluster(config.model)})
@@ -60,6 +64,7 @@ async def training_session(
         shared = reservation.shares_devices
         if shared:
             await trainer.ready()
+            await trainer.offload(weights=True)
         options = reservation.engine_options(await trainer.devices() if shared else ())
         launcher = EngineLauncher(config, stop_rule, options, shared, config.paths_at_once)
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared)
@@ -88,24 +93,37 @@ def ray_session(actors: int) -> Iterator[None]:
 
     actors: number of engines and trainer ranks. A cluster started here has a CPU slot for each, so that a
     small machine can hold a layout of several ranks. On an existing cluster the layout must fit its CPUs.
+    Raises ClusterError if Ray does not start, or the named cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Compiled Python modules halve the start of every worker, and Ray passes this environment to them.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    named = named_cluster()
+    if named is None:
+        where: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": max(actors, os.cpu_count() or 1),
+            "include_dashboard": False,
+        }
     else:
-        ray.init(
-            address="local",
-            num_cpus=max(actors, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        where = {"address": check_cluster(named)}
+    ray._private.worker.print_to_stdstream = _log_message  # type: ignore[reportAttributeAccessIssue]
+    try:
+        ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
+    except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
+        what = "Ray does not start" if named is None else f"RAY_ADDRESS={named}: Ray cannot join the cluster"
+        raise ClusterError(f"{what}: {one_line(error)}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Write Ray's messages about dead processes to the log: by default it prints them, with its guesses."""
+    del ignore_prefix
+    for line in data["lines"]:
+        _log.info("Ray: %s", without_guesses(line))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
+from treepo.cluster.actor_death import death_of, note_start
 from treepo.cluster.ray_actor import own_error, use_interface_of_node
 from treepo.config.run import RunConfig
 from treepo.errors import TrainerError
@@ -20,9 +20,10 @@ from treepo.weight_sync.wire import Manifest
 
 _DEATH_SECONDS = 2.0  # from the first failure until every rank that died is known to be dead
 
-Method = Literal[
-    "log_probs", "train_batch", "save", "finish_save", "load", "export", "manifest", "release_cache"
-]
+Method = (
+    Literal["warm_up", "log_probs", "train_batch", "offload", "reload", "release_cache", "manifest"]
+    | Literal["save", "finish_save", "load", "export"]
+)
 """The methods of `megatron_bridge.trainer.MegatronTrainer` that `TrainerRank.call` reaches."""
 
 
@@ -47,13 +48,14 @@ class TrainerRank:
 
     def build(self, config: RunConfig, rank: int, world_size: int, host: str, port: int) -> None:
         """Load the model. Collective, like every method below."""
-        from megatron_bridge.trainer import MegatronTrainer
+        from megatron_bridge.trainer import MegatronTrainer, join_store
 
+        note_start()
         use_interface_of_node()
         self._config, self._rank = config, rank
         self._stream: WeightStream | None = None
         if rank > 0:
-            self._store = TCPStore(host, port, is_master=False)
+            self._store = join_store(host, port)
         self._trainer = MegatronTrainer(
             config.model.path.resolve(),
             config.model.dtype,
@@ -86,8 +88,8 @@ class TrainerRank:
 class TrainerGroup:
     """All trainer ranks: `treepo.protocols.Trainer`, and the weight sender of the engine pool.
 
-    Construction returns at once; `ready` builds the model. Ranks are numbered in Megatron's order: tensor
-    parallel fastest, then data, then pipeline. options: Ray's options for each rank's actor.
+    Construction returns at once; `ready` builds the model and warms it up. Ranks are numbered in Megatron's
+    order: tensor parallel fastest, then data, then pipeline. options: Ray's options for each rank's actor.
     """
 
     def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]]) -> None:
@@ -104,7 +106,11 @@ class TrainerGroup:
         return self._config.model.dtype
 
     async def ready(self) -> None:
-        """Build the model on all ranks. Raises ConfigError or ModelError."""
+        """Build the model on all ranks, and compute once, so that nothing is compiled and no communicator
+        opened while others wait.
+
+        Raises ConfigError or ModelError, and TrainerError if a full pack does not fit on the device.
+        """
         world_size = len(self._ranks)
         host, port = await self._ranks[0].open_store.remote()
         await self._gather(
@@ -113,18 +119,15 @@ class TrainerGroup:
                 for rank, actor in enumerate(self._ranks)
             ]
         )
+        await self._call("warm_up")
 
     async def devices(self) -> list[str]:
         """The GPU of every rank, as Ray numbers the GPUs of its node."""
         return await self._gather([rank.device.remote() for rank in self._ranks])
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
-        """Compute each token's log-prob given its path, for every replica's packs: float32 [T].
-
-        Engines that share the devices keep their memory meanwhile, so torch's cache is released afterwards.
-        """
+        """Compute each token's log-prob given its path, for every replica's packs: float32 [T]."""
         results = await self._call_by_replica("log_probs", packs, temperature)
-        await self.release_cache()
         return [results[replica * self._tensor] for replica in range(self._replicas)]
 
     async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
@@ -147,6 +150,16 @@ class TrainerGroup:
         return (
             await self._gather([rank.send_weights.remote(version, manifest, sinks) for rank in self._ranks])
         )[0]
+
+    async def offload(self, weights: bool) -> None:
+        """Give the devices to engines that share them, as `trainer.offload` says. weights: whether that may
+        include the weights, which `send_weights` reads faster where they are.
+        """
+        await self._call("offload", weights)
+
+    async def reload(self) -> None:
+        """Take the devices back, before anything is computed."""
+        await self._call("reload")
 
     async def release_cache(self) -> None:
         """Return unused device memory to the device, for the other processes on it."""
@@ -199,13 +212,17 @@ class TrainerGroup:
             raise own_error(error, TrainerError) from None
 
     async def _gone(self, calls: Sequence[Any]) -> list[str]:
-        """Name the ranks that died. Ranks that waited for them fail too, in the collective, and are not
-        named.
+        """Name the ranks that died, with the reason of the first. Ranks that waited for them fail too, in the
+        collective, and are not named.
         """
         ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECONDS, fetch_local=False)
         outcomes = await asyncio.gather(*ended, return_exceptions=True)
-        return [
-            f"rank {calls.index(call)}"
+        deaths = {
+            calls.index(call): outcome
             for call, outcome in zip(ended, outcomes, strict=True)
             if isinstance(outcome, RayActorError)
-        ]
+        }
+        names = [f"rank {rank}" for rank in sorted(deaths)]
+        if names:
+            names[0] += f" ({await death_of(deaths[min(deaths)])})"
+        return names

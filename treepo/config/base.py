@@ -12,9 +12,11 @@ from pydantic_core import CoreSchema, core_schema
 
 
 class Section(BaseModel):
-    """A section of the YAML file; unknown keys are refused. The string under each field documents it."""
+    """A section of the YAML file; unknown keys, inf and nan are refused. A field's string documents it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 PathField = Annotated[Path, Field(strict=False)]

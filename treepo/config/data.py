@@ -23,7 +23,7 @@ class ColumnsConfig(Section):
     """
 
     prompt: str = "prompt"
-    """A string, or a list of chat messages."""
+    """A string, or a list of chat messages, also as JSON text."""
     answer: str = "reward_model.ground_truth"
     """The gold answer: a string, a number, or a list of which the last counts."""
     answer_after: str | None = Field(default=None, min_length=1)
@@ -68,14 +68,14 @@ class PromptsConfig(Section):
 
 class RolloutDataConfig(PromptsConfig):
     prompts: PathField
-    """Prompts to sample from: .jsonl or .parquet."""
+    """Prompts to sample from: a .jsonl or .parquet file, or a folder of them."""
     columns: ColumnsConfig = ColumnsConfig()
     """Column names of `prompts`."""
 
 
 class DataConfig(PromptsConfig):
     train: PathField
-    """Prompts to sample from: .jsonl or .parquet."""
+    """Prompts to sample from: a .jsonl or .parquet file, or a folder of them."""
     columns: ColumnsConfig = ColumnsConfig()
     """Column names of `train`."""
     heldout: PathField | None = None

@@ -51,7 +51,7 @@ class EvalModelConfig(Section):
 
 class BenchmarkConfig(Section):
     path: PathField
-    """A file of problems: .jsonl or .parquet."""
+    """Problems: a .jsonl or .parquet file, or a folder of them."""
     name: str = Field(default="", pattern=r"^[\w.-]*$")
     """Its name in tables and problem ids; by default the file's name without its extension."""
     columns: ColumnsConfig = ColumnsConfig()
@@ -66,7 +66,7 @@ class BenchmarkConfig(Section):
     def _columns_by_file_name(cls, value: Any) -> Any:
         if not isinstance(value, dict) or "columns" in value:
             return value
-        stem = str(value.get("path", "")).rpartition("/")[2].rpartition(".")[0]
+        stem = Path(str(value.get("path", ""))).stem
         return value | {"columns": stem} if stem in shipped_columns() else value
 
     @property
@@ -176,7 +176,8 @@ class EvalConfig(Section):
     resumes from it.
     """
     seed: int = Field(default=0, ge=0)
-    """Seed of the bootstraps, and of sampling as far as the engine is deterministic."""
+    """Seed of the bootstraps, and of sampling as far as the engine is deterministic. Any whole number
+    from 0."""
     model: EvalModelConfig
     """The model to evaluate."""
     data: BenchmarksConfig

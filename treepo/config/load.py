@@ -7,39 +7,25 @@ All other paths in a configuration are relative to the working directory.
 """
 
 import difflib
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from treepo.config.base import Section
 from treepo.config.run import RunConfig
-from treepo.errors import ConfigError, one_line
+from treepo.config.yaml_text import read_mapping, read_value
+from treepo.errors import ConfigError, shortened, shown
 
 RENAMED_KEYS = {"actor": "trainer", "score_check": "log_prob_check"}
 """Old dotted keys, and their new names in the same section."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without two surprises of YAML 1.1: here 1e-6 is a number and `off` is a word."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_MAX_FAULTS = 20  # that are spelled out
+_MAX_EXTENDS = 16  # files, one extending the next
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -61,9 +47,11 @@ def load_as[Schema: Section](
         return schema.model_validate(values)
     except ValidationError as error:
         place = str(path or "command line")
-        raise ConfigError(
-            "\n".join(_explain(fault, schema, places, place) for fault in error.errors())
-        ) from None
+        faults = error.errors()
+        lines = [_explain(fault, schema, places, place) for fault in faults[:_MAX_FAULTS]]
+        if len(faults) > _MAX_FAULTS:
+            lines.append(f"{place}: {len(faults) - _MAX_FAULTS} more mistakes")
+        raise ConfigError("\n".join(lines)) from None
 
 
 def dump_config(config: Section) -> str:
@@ -76,24 +64,28 @@ def _read(path: Path, said_in: str = "", above: Sequence[Path] = ()) -> tuple[di
 
     said_in: the place that names `path`, if a file does. above: the files that led here.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{said_in}{path}: {reason}") from None
-    values, places = _parse(text, path)
+    values, places = read_mapping(path, said_in)
     if "extends" not in values:
         return values, places
     name, said_in = values.pop("extends"), f"{places.pop('extends')}: extends: "
     if not isinstance(name, str):
-        raise ConfigError(f"{said_in}should be the path of a YAML file, found {name!r}")
-    other, above = path.parent / name, [*above, path.resolve()]
-    if other.resolve() in above:
-        raise ConfigError(f"{said_in}{other} extends itself, {_circle(above, other.resolve())}")
+        raise ConfigError(f"{said_in}should be the path of a YAML file, found {shown(name)}")
+    if not name:
+        raise ConfigError(f"{said_in}should be the path of a YAML file, found {shown(name)}")
+    other, above = path.parent / name, [*above, _real(path)]
+    if _real(other) in above:
+        raise ConfigError(f"{said_in}{other} extends itself, {_circle(above, _real(other))}")
+    if len(above) > _MAX_EXTENDS:
+        raise ConfigError(f"{said_in}more than {_MAX_EXTENDS} files, each extending the next")
     merged, base_places = _read(other, said_in, above)
     replaced = tuple(_merge(merged, values))
     kept = {key: line for key, line in base_places.items() if not f"{key}.".startswith(replaced)}
     return merged, kept | places
+
+
+def _real(path: Path) -> Path:
+    """The path without links. Path.resolve would raise RuntimeError for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _circle(above: Sequence[Path], repeated: Path) -> str:
@@ -113,51 +105,16 @@ def _merge(values: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> 
             yield dotted
 
 
-def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values, and the place ("file:line") of each dotted key."""
-    try:
-        node = yaml.compose(text, _Loader)
-        values = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {one_line(error)}") from None
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
-    places: dict[str, str] = {}
-    _locate(node, "", path, places)
-    return values, places
-
-
-def _locate(node: yaml.MappingNode, prefix: str, path: Path, places: dict[str, str]) -> None:
-    for key, value in node.value:
-        dotted, place = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
-        if dotted in places:
-            raise ConfigError(f"{place}: {dotted}: given twice, first at {places[dotted]}")
-        places[dotted] = place
-        _locate_below(value, dotted, path, places)
-
-
-def _locate_below(value: yaml.Node, dotted: str, path: Path, places: dict[str, str]) -> None:
-    if isinstance(value, yaml.MappingNode):
-        _locate(value, f"{dotted}.", path, places)
-    elif isinstance(value, yaml.SequenceNode):
-        for index, item in enumerate(value.value):
-            places[f"{dotted}.{index}"] = f"{path}:{item.start_mark.line + 1}"
-            _locate_below(item, f"{dotted}.{index}", path, places)
-
-
 def _override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    place = f"override {override!r}"
+    place = f"override {shown(override)}"
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"{place}: expected KEY=VALUE, for example sampling.width=8")
     *parents, last = dotted.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{place}: {parent} is {child!r}, not a section")
+            raise ConfigError(f"{place}: {parent} is {shown(child)}, not a section")
         values = child
     values[last] = _override_value(text, place)
     places[dotted] = place
@@ -165,28 +122,27 @@ def _override(values: dict[str, Any], places: dict[str, str], override: str) -> 
 
 def _override_value(text: str, place: str) -> Any:
     """Read `text` as YAML, except that text which YAML takes for a comment ("#### ") stays text."""
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place}: not YAML: {one_line(error)}") from None
+    value = read_value(text, place)
     return text if value is None and text.strip().lstrip("#") != text.strip() else value
 
 
 def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], file: str) -> str:
     """One line for pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
     location = [str(part) for part in fault["loc"] if part != "[key]"]  # pydantic's mark of a mapping's key
-    dotted = ".".join(location)
+    dotted = shortened(".".join(location))
     place = _place(location, places) or file
     if fault["type"] == "extra_forbidden":
         return f"{place}: {dotted}: unknown key; {_suggestion(schema, location)}"
     if fault["type"] == "missing":
         return f"{place}: {dotted}: required, but not given"
     if fault["type"] == "model_type":
-        return f"{place}: {dotted}: should be a section (keys and values), found {fault['input']!r}"
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+        return f"{place}: {dotted}: should be a section (keys and values), found {shown(fault['input'])}"
+    message = shortened(fault["msg"].removeprefix("Value error, "), 400).replace(
+        "Input should be", "should be"
+    )
     if fault["type"] == "value_error":  # a rule of ours: its message shows the values
         return f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"
-    return f"{place}: {dotted}: {message}, found {fault['input']!r}"
+    return f"{place}: {dotted}: {message}, found {shown(fault['input'])}"
 
 
 def _suggestion(schema: type[Section], location: Sequence[str]) -> str:

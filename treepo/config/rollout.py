@@ -13,7 +13,8 @@ class RolloutConfig(Section):
     out: PathField
     """The folder for trees, summary, config and log."""
     seed: int = Field(default=0, ge=0)
-    """Seed of everything random. The same seed gives the same trees, as far as the engine samples by seed."""
+    """Seed of everything random. The same seed gives the same trees, as far as the engine samples by seed.
+    Any whole number from 0."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Most usable prompts, from the start of the data; all of them by default."""
     model: ModelConfig

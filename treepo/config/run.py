@@ -51,7 +51,9 @@ class RunConfig(Section):
     out: PathField
     """The run folder: config, metrics, trees, checkpoints, log, summary."""
     seed: int = Field(default=0, ge=0)
-    """Seed of everything random: data order, sampling, tree policies."""
+    """Seed of everything random: data order, sampling, tree policies. Any whole number from 0. On GPUs SGLang
+    samples by seed only with `engine.sglang: {enable_deterministic_inference: true}`, which needs
+    `engine.attention_backend`."""
     steps: int = Field(ge=1)
     """Training steps: each samples `data.prompts_per_step` trees and learns from them."""
     model: ModelConfig

@@ -124,8 +124,8 @@ class FallbackConfig(Section):
         description=f"Which leaves are continued first; the prompt, if none is admitted. {ORDERS.describe()}",
     )
     window_tokens: int | None = Field(default=None, ge=1)
-    """Grid of the random cuts; segment_tokens by default. A response shorter than this restarts at the
-    prompt."""
+    """Grid of the random cuts; segment_tokens by default. If it is set, a shorter response restarts at the
+    prompt, whatever the cut."""
     max_windows: int | None = Field(default=None, ge=1)
     """Random cuts lie within this many windows of the response's end."""
     min_windows: int | None = Field(default=None, ge=1)

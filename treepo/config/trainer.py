@@ -77,3 +77,7 @@ class TrainerConfig(Section):
     transformer_impl: Literal["auto", "te", "local"] = "auto"
     """Layers of Transformer Engine (`te`) or of Megatron-Core alone (`local`). `auto` uses Transformer
     Engine's on CUDA if it is installed."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What the trainer copies to the host's memory while engines on the same devices sample: nothing, the
+    optimizer state, or the weights too (`all`). This leaves more memory to the KV cache and costs two
+    transfers a step. Gradients are freed in any case. Without shared devices it has no effect."""

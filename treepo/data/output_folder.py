@@ -1,16 +1,25 @@
-"""The folder that a command writes to: the files that every command leaves, and its log."""
+"""The folder that a command writes to: the files that every command leaves, and how they are written.
+
+An OSError of a write names its file; the command line shows it as one line.
+"""
 
 import logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from treepo.config.base import Section
 from treepo.config.load import dump_config
+from treepo.data.folder_lock import LOCK
 from treepo.errors import ConfigError
 
 CONFIG, TREES, SUMMARY, LOG = "config.yaml", "trees.jsonl", "summary.json", "log.txt"
 _PREVIOUS = "previous-"
+_PART = ".part"  # the suffix of a file that is being written
 
 
 def prepare_folder(folder: Path, config: Section) -> None:
@@ -20,11 +29,12 @@ def prepare_folder(folder: Path, config: Section) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = [entry for entry in folder.iterdir() if not entry.name.startswith(_PREVIOUS)]
+        kept = (_PREVIOUS, LOCK)
+        files = [entry for entry in folder.iterdir() if not entry.name.startswith(kept)]
         if files and folder / CONFIG not in files:
             raise ConfigError(f"out: {folder} has files in it, but not of a run ({CONFIG} is missing)")
         set_aside(folder, files)
-        (folder / CONFIG).write_text(dump_config(config))
+        write_file(folder / CONFIG, dump_config(config))
     except OSError as error:
         raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
 
@@ -41,9 +51,97 @@ def set_aside(folder: Path, files: Sequence[Path]) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the body name `path`, as that of a write to an open file does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all. Raises OSError with its name."""
+    part = path.with_name(f"{path.name}{_PART}")
+    try:
+        with naming(path):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+class GrowingFile:
+    """A context manager that appends whole lines to a file; each is in the file once `write` returns.
+
+    Raises OSError with the file's name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with naming(self._path):
+            os.close(self._file)
+
+    def write(self, lines: bytes) -> None:
+        """Append the lines. If the disk has no room for all of them, none is left in the file."""
+        with naming(self._path):
+            before = os.fstat(self._file).st_size
+            rest = memoryview(lines)
+            try:
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._file, before)
+                raise
+
+    def sync(self) -> int:
+        """Wait until the file is on the disk, and return its size in bytes."""
+        with naming(self._path):
+            os.fsync(self._file)
+            return os.fstat(self._file).st_size
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written is one warning, and the command goes on."""
+
+    _broken = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._broken:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._broken = True
+        logging.getLogger(__name__).warning("%s ends here: %s", self.baseFilename, error.strerror)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # the lines that `handleError` gave up
+            if not self._broken:
+                raise
+
+
+@contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Write to a file what our packages log while the body runs, and the error that ends it."""
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("treepo", "sglang_rollout")]
     levels = [logger.level for logger in loggers]

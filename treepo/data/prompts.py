@@ -1,4 +1,4 @@
-"""Prompts from JSON lines and parquet files, and the order in which training takes them.
+"""Prompts from JSON lines and parquet files or folders of them, and the order in which training takes them.
 
 The configuration names the columns, so a publisher's file is used as it is. A row that cannot be used is an
 error that names file, row and column, or it is skipped and counted by reason. A file may be larger than
@@ -7,23 +7,23 @@ memory: only the places of its usable rows are kept.
 
 import hashlib
 import json
-import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
 from treepo.config.data import ColumnsConfig, PromptsConfig
-from treepo.data.rows import BadRow, Row, RowFile, open_rows
+from treepo.data.answers import answer_of
+from treepo.data.messages import messages_of
+from treepo.data.row_files import open_rows
+from treepo.data.rows import BadRow, Row, RowFile, show
 from treepo.data.tokenizer import Message, RefusedMessagesError, Tokenizer
 from treepo.errors import DataError
 from treepo.rollout import rng
-from treepo.rollout.boxed import last_boxed
 
 _READ_AHEAD = 256  # prompts
 _SKIP_HINT = "data.bad_rows: skip leaves such rows out"
@@ -125,16 +125,27 @@ class _Question:
     extra: Mapping[str, object]
 
 
-def check_prompts(path: Path, columns: ColumnsConfig, config: PromptsConfig) -> DataReport:
-    """Read the whole file and check every row, except what needs a tokenizer. Raises DataError."""
+def check_prompts(
+    path: Path, columns: ColumnsConfig, config: PromptsConfig, *, extra_as_json: bool = False
+) -> DataReport:
+    """Read the whole file and check every row, except what needs a tokenizer. Raises DataError.
+
+    extra_as_json: whether the column `extra` must fit into JSON, as for a reward endpoint.
+    """
     report = DataReport(path)
-    for _ in _convert_rows(open_rows(path, _names(columns)), columns, config, report, lambda *_: None):
+    rows = open_rows(path, _names(columns))
+    for _ in _convert_rows(rows, columns, config, report, lambda *_: None, extra_as_json):
         pass
     return report
 
 
 def load_prompts(
-    path: Path, columns: ColumnsConfig, tokenizer: Tokenizer, config: PromptsConfig
+    path: Path,
+    columns: ColumnsConfig,
+    tokenizer: Tokenizer,
+    config: PromptsConfig,
+    *,
+    extra_as_json: bool = False,
 ) -> PromptSet:
     """Open the file's prompts, with the limits, system prompt and treatment of bad rows of `config`.
 
@@ -142,10 +153,18 @@ def load_prompts(
     """
 
     def to_prompt(row: Row, question: _Question) -> Prompt:
+        messages = _with_system_prompt(question.messages, config.system_prompt)
         try:
-            text = tokenizer.render(_with_system_prompt(question.messages, config.system_prompt))
+            text = tokenizer.render(messages)
         except RefusedMessagesError as refusal:
             raise BadRow("chat template", f"column {columns.prompt!r}: {refusal}") from refusal
+        for message in messages:
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise BadRow(
+                    "chat template",
+                    f"column {columns.prompt!r}: the chat template leaves out the message of role "
+                    f"{message['role']!r}, {show(message['content'])}",
+                )
         tokens = tokenizer.encode(text)
         if len(tokens) > config.max_prompt_tokens:
             raise BadRow(
@@ -168,7 +187,7 @@ def load_prompts(
 
     report, rows = DataReport(path), open_rows(path, _names(columns))
     places = array("q")
-    for pair in _convert_rows(rows, columns, config, report, place):
+    for pair in _convert_rows(rows, columns, config, report, place, extra_as_json):
         places.extend(pair)
     return PromptSet(
         report,
@@ -214,6 +233,7 @@ def _convert_rows[T](
     config: PromptsConfig,
     report: DataReport,
     convert: Callable[[Row, _Question], T],
+    extra_as_json: bool,
 ) -> Iterator[T]:
     """Yield what `convert` makes of each usable row; `report` is complete at the end."""
     prompts = array("q")  # hashes
@@ -222,6 +242,8 @@ def _convert_rows[T](
         report.rows += 1
         try:
             question = _question(row, columns, default_source=report.path.stem)
+            if extra_as_json:
+                _check_json(question.extra, columns.extra)
             converted = convert(row, question)
         except BadRow as bad:
             if config.bad_rows == "error":
@@ -242,67 +264,24 @@ def _convert_rows[T](
 def _question(row: Row, columns: ColumnsConfig, default_source: str) -> _Question:
     source = default_source if columns.source is None else row.column(columns.source)
     if not isinstance(source, str):
-        raise BadRow("no source", f"column {columns.source!r} is {_show(source)}; a string is needed")
+        raise BadRow("no source", f"column {columns.source!r} is {show(source)}; a string is needed")
     extra = {} if columns.extra is None else row.column(columns.extra)
     return _Question(
-        messages=_messages(row.column(columns.prompt), columns.prompt),
-        answer=_answer(row.column(columns.answer), columns),
+        messages=messages_of(row.column(columns.prompt), columns.prompt),
+        answer=answer_of(row.column(columns.answer), columns),
         source=source,
         extra={} if extra is None else extra if isinstance(extra, Mapping) else {str(columns.extra): extra},
     )
 
 
-def _messages(value: Any, column: str) -> tuple[Message, ...]:
-    if isinstance(value, str) and value.strip():
-        return ({"role": "user", "content": value},)
-    if isinstance(value, list) and value:
-        texts = [(m.get("role"), m.get("content")) for m in value if isinstance(m, Mapping)]
-        if len(texts) == len(value) and all(isinstance(text, str) for pair in texts for text in pair):
-            return tuple({"role": str(role), "content": str(content)} for role, content in texts)
-    raise BadRow(
-        "no prompt",
-        f"column {column!r} is {_show(value)}; allowed: text, or a list of messages with role and content",
-    )
-
-
-def _answer(value: Any, columns: ColumnsConfig) -> str:
-    scalar = value[-1] if isinstance(value, list) and value else value
-    if isinstance(scalar, Decimal):  # the value of a decimal column of parquet
-        scalar = format(scalar, "f")
-    if isinstance(scalar, float) and math.isfinite(scalar) and scalar.is_integer():
-        scalar = int(scalar)  # publishers write 27 as 27.0
-    if (
-        isinstance(scalar, bool)
-        or not isinstance(scalar, str | int | float)
-        or scalar in (math.inf, -math.inf)
-    ):
-        raise _no_answer(columns, value)
-    text = str(scalar)
-    if columns.answer_after is not None:
-        _, mark, text = text.rpartition(columns.answer_after)
-        if not mark:
-            raise _no_answer(columns, value, f"without {columns.answer_after!r} in it")
-    if columns.answer_boxed:
-        boxed = last_boxed(text)
-        if boxed is None:
-            raise _no_answer(columns, value, r"without a complete \boxed{...} in it")
-        text = boxed
-    if not text.strip() or text == "nan":
-        raise _no_answer(columns, value)
-    return text.strip()
-
-
-def _no_answer(columns: ColumnsConfig, value: Any, lack: str = "") -> BadRow:
-    return BadRow(
-        "no answer",
-        f"column {columns.answer!r} is {_show(value)} {lack}".rstrip()
-        + "; allowed: text, a finite number, or a list of them of which the last counts",
-    )
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _check_json(extra: Mapping[str, object], column: str | None) -> None:
+    try:
+        json.dumps(dict(extra), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRow(
+            "extra not JSON",
+            f"column {column!r} does not fit into JSON, which reward.url needs: {error}",
+        ) from error
 
 
 def _with_system_prompt(messages: tuple[Message, ...], system_prompt: str | None) -> tuple[Message, ...]:

@@ -1,16 +1,35 @@
 """A model folder's tokenizer: prompts to token ids, responses to text, and the tokens that end a sequence."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from treepo.data.model_config import (
+    CONFIG,
+    GENERATION_CONFIG,
+    check_no_pointers,
+    read_json_object,
+    read_model_config,
+    text_config,
+    token_ids,
+)
 from treepo.errors import ModelError, one_line
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Each line is a vocabulary of its own: the files that it needs.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("tekken.json",),
+    ("tiktoken.model",),
+)
+_PROBE = "What is 12 + 34?"
 Message = Mapping[str, str]
 
 
@@ -28,12 +47,15 @@ class Tokenizer:
     def render(self, messages: Sequence[Message]) -> str:
         """Apply the chat template to the messages and open the assistant's turn: the model's input as text.
 
+        A final assistant message stays open: its text follows the turn that the template opens, as it is.
         Without a chat template (a base model) it is the plain contents of the messages, separated by blank
         lines. Raises RefusedMessagesError for messages that the template refuses, and ModelError for a
         template that is not valid.
         """
         if self.hugging_face.chat_template is None:
             return "\n\n".join(message["content"] for message in messages)
+        if messages[-1]["role"] == "assistant":
+            return self._continued(messages[:-1], messages[-1]["content"])
         from jinja2 import TemplateError, TemplateSyntaxError  # needed only to apply a template
 
         try:
@@ -52,6 +74,17 @@ class Tokenizer:
                 f"the chat template refuses the messages ({roles}): {one_line(error)}"
             ) from error
 
+    def _continued(self, messages: Sequence[Message], begun: str) -> str:
+        if not messages:
+            raise RefusedMessagesError("the messages (assistant) begin with the answer")
+        opened = self.render(messages)
+        tag = re.match(r"\s*(<[^<>\s]+>)", begun)
+        if tag and opened.rstrip().endswith(tag[1]):
+            raise RefusedMessagesError(
+                f"the chat template opens the assistant's turn with {tag[1]}, and so does the final message"
+            )
+        return opened + begun
+
     def encode(self, text: str) -> np.ndarray:
         """Encode a rendered prompt: int32 [T]. A chat template has written its own special tokens."""
         templated = self.hugging_face.chat_template is not None
@@ -63,47 +96,77 @@ class Tokenizer:
         return self.hugging_face.decode([int(token) for token in tokens], skip_special_tokens=True)
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raise ModelError if the folder lacks a model configuration or a tokenizer. Imports nothing heavy."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder; a Hugging Face model folder is needed")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: it has no config.json, so it is no Hugging Face model folder")
-    _read_json(folder / "config.json")
-    if not has_tokenizer(folder):
-        raise ModelError(f"{folder}: it has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder has the files of a tokenizer."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    whole = any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES)
+    return whole or any(folder.glob("*.tiktoken"))
+
+
+def check_vocabulary_files(folder: Path) -> None:
+    """Raise ModelError if the folder has no vocabulary. Imports nothing heavy."""
+    if not has_tokenizer(folder):
+        names = ", ".join(" with ".join(names) for names in _VOCABULARIES)
+        beside = f" beside its {TOKENIZER_CONFIG}" if (folder / TOKENIZER_CONFIG).is_file() else ""
+        raise ModelError(f"{folder}: it has no vocabulary of a tokenizer{beside} (none of {names})")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a local model folder. Raises ModelError with the folder and what it lacks."""
-    check_model_folder(folder)
+    """Load the tokenizer of a local model folder, whose code is never run.
+
+    Raises ModelError if a file is missing or broken, or if a token is beyond the model's embedding.
+    """
+    config = read_model_config(folder)
+    check_vocabulary_files(folder)
     from transformers import AutoTokenizer  # here: it takes seconds, and the command line stays fast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        probe = tokenizer(_PROBE)["input_ids"]
+        vocabulary = tokenizer.get_vocab()
     except Exception as error:  # its Rust half raises bare Exceptions, for a broken folder only
         reason = one_line(error)
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason[:300]}") from error
-    return Tokenizer(tokenizer, end_tokens(folder, tokenizer.eos_token_id))
+    if len(set(probe)) < 2:
+        raise ModelError(
+            f"{folder}: its tokenizer makes {list(probe)} of the text {_PROBE!r}; its files are broken"
+        )
+    ends = end_tokens(folder, tokenizer.eos_token_id)
+    rows = text_config(config).get("vocab_size", config.get("vocab_size"))
+    if isinstance(rows, int):
+        _check_embedding(folder, vocabulary, ends, rows)
+    return Tokenizer(tokenizer, ends)
+
+
+def _check_embedding(folder: Path, vocabulary: Mapping[str, int], ends: Sequence[int], rows: int) -> None:
+    """Raise ModelError if a token has no row in the embedding."""
+    token, last = max(vocabulary.items(), key=lambda item: item[1])
+    if last >= rows:
+        raise ModelError(
+            f"{folder}: its tokenizer has token {last}, {token!r}, but the embedding only {rows} rows "
+            f"(vocab_size = {rows} in {CONFIG}); resize the embedding, or remove the tokens beyond it"
+        )
+    if ends[-1] >= rows:
+        places = [name for name in _NAME_ENDS if ends[-1] in _named_ends(folder / name)]
+        raise ModelError(
+            f"{folder / (places or [TOKENIZER_CONFIG])[0]}: eos_token_id = {ends[-1]}, but the embedding has "
+            f"only {rows} rows (vocab_size = {rows} in {CONFIG})"
+        )
+
+
+_NAME_ENDS = (GENERATION_CONFIG, CONFIG)
 
 
 def end_tokens(folder: Path, tokenizer_eos: int | None = None) -> tuple[int, ...]:
     """Every id that ends a sequence according to generation_config.json, config.json or the tokenizer.
 
     Ascending. The three differ in practice: a chat model's generation_config.json names its end of turn and
-    its end of text, config.json one of the two. Raises ModelError if none of them names any.
+    its end of text, config.json one of the two. Raises ModelError if none of them names any, or if one has
+    anything but numbers.
     """
-    found = set(_ids(tokenizer_eos))
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            config = _read_json(folder / name)
-            found.update(_ids(config.get("eos_token_id")))
-            found.update(_ids((config.get("text_config") or {}).get("eos_token_id")))
+    check_no_pointers(folder)
+    found = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in _NAME_ENDS:
+        found |= _named_ends(folder / name)
     if not found:
         raise ModelError(
             f"{folder}: no end token: eos_token_id is in none of generation_config.json, config.json "
@@ -112,17 +175,10 @@ def end_tokens(folder: Path, tokenizer_eos: int | None = None) -> tuple[int, ...
     return tuple(sorted(found))
 
 
-def _ids(value: int | Iterable[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: a JSON object is needed, not {type(content).__name__}")
-    return content
+def _named_ends(path: Path) -> set[int]:
+    if not path.is_file():
+        return set()
+    config = read_json_object(path)
+    return {
+        token for part in (config, text_config(config)) for token in token_ids(part.get("eos_token_id"), path)
+    }

@@ -63,8 +63,8 @@ def try_toolkit(environment: Mapping[str, str], architecture: str, built: str) -
     if version.split(".")[0] != built.split(".")[0]:
         return failed(
             f"{nvcc} is of CUDA {version}, torch was built with CUDA {built}",
-            f"set CUDA_HOME to a toolkit of CUDA {built.split('.')[0]}; pip's is used if there is no CUDA_HOME, "
-            "no nvcc on the PATH and no /usr/local/cuda",
+            f"set CUDA_HOME to a toolkit of CUDA {built.split('.')[0]}; pip's is used if there is no "
+            "CUDA_HOME, no nvcc on the PATH and no /usr/local/cuda",
         )
     folder = Path(mkdtemp())  # deleted with this check's temporary files
     (folder / "probe.cu").write_text(_SOURCE)

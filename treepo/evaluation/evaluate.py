@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from treepo.config.evaluate import EvalConfig, grades_mathematics
+from treepo.data.folder_lock import locked
 from treepo.data.inputs import EvaluationInputs
+from treepo.data.output_folder import write_file
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.evaluation.folder import PLOT, REPORT, EvaluationFolder, GradedProblem, SessionCost
@@ -55,30 +57,36 @@ async def evaluate(
     anew: set aside what is in the folder. Raises EngineError if no problem could be finished at all, and
     RewardError if too many responses could not be graded.
     """
-    prompts = inputs.prompts
-    folder = EvaluationFolder(config, prompts, inputs.model, anew=anew)
-    with folder:
-        failures: dict[str, str] = {}
-        if len(folder.results) < len(prompts):
-            reporter.starting()
-            failures = await _sample(config, inputs, folder, reporter, start)
-        if not folder.results:
-            raise EngineError(f"no problem could be finished; the last: {list(failures.values())[-1]}")
-        finished = {
-            benchmark.config.label: [
-                folder.results[prompt.id] for prompt in benchmark.prompts if prompt.id in folder.results
-            ]
-            for benchmark in inputs.benchmarks
-        }
-        results = results_document(
-            config.model_dump(mode="json"),
-            grades_mathematics(config.reward),
-            finished,
-            {benchmark.config.label: len(benchmark.prompts) for benchmark in inputs.benchmarks},
-            failures,
-            total_cost(folder.spent, [problem for problems in finished.values() for problem in problems]),
-        )
-        _write(folder, results, inputs)
+    with locked(config.out):
+        folder = EvaluationFolder(config, inputs.prompts, inputs.model, anew=anew)
+        with folder:
+            return await _evaluate(config, inputs, folder, reporter, start)
+
+
+async def _evaluate(
+    config: EvalConfig, inputs: EvaluationInputs, folder: EvaluationFolder, reporter: Reporter, start: Start
+) -> dict[str, Any]:
+    prompts, failures = inputs.prompts, {}
+    if len(folder.results) < len(prompts):
+        reporter.starting()
+        failures = await _sample(config, inputs, folder, reporter, start)
+    if not folder.results:
+        raise EngineError(f"no problem could be finished; the last: {list(failures.values())[-1]}")
+    finished = {
+        benchmark.config.label: [
+            folder.results[prompt.id] for prompt in benchmark.prompts if prompt.id in folder.results
+        ]
+        for benchmark in inputs.benchmarks
+    }
+    results = results_document(
+        config.model_dump(mode="json"),
+        grades_mathematics(config.reward),
+        finished,
+        {benchmark.config.label: len(benchmark.prompts) for benchmark in inputs.benchmarks},
+        failures,
+        total_cost(folder.spent, [problem for problems in finished.values() for problem in problems]),
+    )
+    _write(folder, results, inputs)
     return results
 
 
@@ -198,8 +206,9 @@ class _Session:
 
 def _write(folder: EvaluationFolder, results: dict[str, Any], inputs: EvaluationInputs) -> None:
     plot = accuracy_plot([curve(results, str(folder.path))])
-    folder.write_file(RESULTS, json.dumps(results, indent=1) + "\n")
-    folder.write_file(PLOT, plot)
-    folder.write_file(
-        REPORT, evaluation_page(results, folder.problems, inputs.prompts, inputs.tokenizer.decode, plot)
+    write_file(folder.path / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_file(folder.path / PLOT, plot)
+    write_file(
+        folder.path / REPORT,
+        evaluation_page(results, folder.problems, inputs.prompts, inputs.tokenizer.decode, plot),
     )

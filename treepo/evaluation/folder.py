@@ -21,15 +21,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from treepo.config.evaluate import EvalConfig
 from treepo.config.load import load_as
-from treepo.data.output_folder import CONFIG, LOG, TREES, log_to, prepare_folder
+from treepo.data.output_folder import CONFIG, LOG, TREES, GrowingFile, log_to, prepare_folder
 from treepo.data.prompts import Prompt
-from treepo.errors import ConfigError, DataError
+from treepo.errors import ConfigError, DataError, shortened
 from treepo.evaluation.metrics import ProblemResult
 from treepo.learning.advantage import inverse_branching
 from treepo.learning.forest import Forest
@@ -38,7 +39,6 @@ from treepo.tree import Tree, from_json, to_json
 
 SAMPLES, REPORT, PLOT = "samples.jsonl", "report.html", "accuracy.svg"
 _MAY_CHANGE = ("out", "engine.", "reward.workers")  # prefixes of the keys that no number depends on
-_KEYS = ("model", "answer", "answers", "classes", "spent")  # of a line of trees.jsonl, besides the tree's own
 _PART = ".part"  # the suffix of a file that is being written
 
 
@@ -54,6 +54,19 @@ class SessionCost:
     cached_tokens: int
     requests: int
     failed_requests: int
+
+
+class _Keys(TypedDict):
+    """The keys of a line of trees.jsonl besides the tree's own."""
+
+    model: str
+    answer: str
+    answers: list[str | None]
+    classes: list[int]
+    spent: SessionCost
+
+
+_KEYS = TypeAdapter(_Keys)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,8 +111,8 @@ class EvaluationFolder:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        self._trees = self._stack.enter_context((self.path / TREES).open("ab"))
-        self._samples = self._stack.enter_context((self.path / SAMPLES).open("a"))
+        self._trees = self._stack.enter_context(GrowingFile(self.path / TREES))
+        self._samples = self._stack.enter_context(GrowingFile(self.path / SAMPLES))
         self._stack.enter_context(log_to(self.path / LOG))
         return self
 
@@ -111,8 +124,7 @@ class EvaluationFolder:
     def write(self, problem: GradedProblem, spent: SessionCost) -> ProblemResult:
         """Write a finished problem: its samples, then its tree."""
         prompt = self._prompts[problem.tree.prompt_id]
-        self._samples.writelines(_sample_lines(problem, prompt))
-        self._samples.flush()
+        self._samples.write("".join(_sample_lines(problem, prompt)).encode())
         line = to_json(
             problem.tree,
             model=self._model,
@@ -125,15 +137,8 @@ class EvaluationFolder:
             spent=asdict(spent),
         )
         self._trees.write(line)
-        self._trees.flush()
         self._add(orjson.loads(line), problem.tree)
         return self.results[prompt.id]
-
-    def write_file(self, name: str, text: str) -> None:
-        """Write a file atomically."""
-        part = self.path / f"{name}{_PART}"
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.path / name)
 
     def problems(self) -> Iterator[tuple[Mapping[str, Any], Tree]]:
         """The record and the tree of every finished problem, in the order in which they were finished."""
@@ -143,7 +148,7 @@ class EvaluationFolder:
 
     def _add(self, record: Mapping[str, Any], tree: Tree) -> None:
         self.results[tree.prompt_id] = problem_result(record, tree)
-        spent = SessionCost(**record["spent"])
+        spent = SessionCost(**record["spent"])  # `_parse_tree` has checked it, if it was read
         self.spent[spent.session] = spent
 
     def _recover(self) -> None:
@@ -152,14 +157,14 @@ class EvaluationFolder:
             path.touch()
             _drop_incomplete_line(path)
         for record, tree in self.problems():
-            prompt = self._prompts.get(tree.prompt_id)
+            prompt, name = self._prompts.get(tree.prompt_id), shortened(tree.prompt_id)
             if (
                 prompt is None
                 or prompt.tokens.tobytes() != tree.prompt.tobytes()
                 or _unicode(prompt.answer) != record["answer"]
             ):
                 raise ConfigError(
-                    f"out: {trees} has problem {tree.prompt_id} with another prompt or answer than the data "
+                    f"out: {trees} has problem {name} with another prompt or answer than the data "
                     "file has now; --force starts over"
                 )
             if record["model"] != self._model:
@@ -167,6 +172,8 @@ class EvaluationFolder:
                     f"out: {self.path} holds an evaluation of other weights than the model has now; --force "
                     "starts over and sets its files aside"
                 )
+            if tree.prompt_id in self.results:
+                raise DataError(f"{trees}: problem {name} is in it twice; --force starts over")
             self._add(record, tree)
         self._drop_unfinished(samples)
 
@@ -227,6 +234,7 @@ def _sample_lines(problem: GradedProblem, prompt: Prompt) -> Iterator[str]:
             "vote": number,
             "reward": grade.reward,
             "terms": dict(grade.terms),
+            "texts": dict(grade.texts),
             "message": grade.message,
             "tokens": tokens,
             "stop": leaf.stop,
@@ -238,18 +246,31 @@ def _sample_lines(problem: GradedProblem, prompt: Prompt) -> Iterator[str]:
 def _parse_tree(line: bytes, place: str) -> tuple[dict[str, Any], Tree]:
     try:
         record, tree = orjson.loads(line), from_json(line)
-        for key in _KEYS:
-            record[key]
+        _KEYS.validate_json(line, strict=True)
+        if len(record["classes"]) != len(tree.leaves):
+            raise ValueError(f"{len(record['classes'])} classes for {len(tree.leaves)} leaves")
         return record, tree
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts over") from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise _foreign_line(place, error) from None
 
 
 def _parse_problem_id(line: bytes, place: str) -> str:
     try:  # not orjson, which refuses the lone surrogates that a model's text may have
-        return json.loads(line)["problem"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: not a line of an evaluation: {error}; --force starts over") from error
+        problem = json.loads(line)["problem"]
+        if not isinstance(problem, str):
+            raise TypeError(f"problem {problem!r}")
+        return problem
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _foreign_line(place, error) from None
+
+
+def _foreign_line(place: str, error: Exception) -> DataError:
+    if isinstance(error, ValidationError):
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+    else:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return DataError(f"{place}: not a line of an evaluation: {shortened(reason)}; --force starts over")
 
 
 def _unicode(text: str) -> str:

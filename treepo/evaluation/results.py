@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from treepo.errors import DataError
+from pydantic import Field, TypeAdapter, ValidationError
+
+from treepo.errors import DataError, one_line, shortened, shown
 from treepo.evaluation.metrics import (
     Estimate,
     ProblemResult,
@@ -25,6 +27,55 @@ from treepo.tree import Stop, Verdict
 
 RESULTS = "results.json"
 SCHEMA = 1
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)] | None
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+
+
+class _Interval(TypedDict):
+    """An estimate; none of its numbers exists if no problem has a value."""
+
+    value: _Number
+    low: _Number
+    high: _Number
+
+
+class _Scores(TypedDict):
+    metrics: dict[Annotated[str, Field(pattern=r"^[a-z_]+(@[0-9]{1,9})?$")], _Interval]
+    finished: _Count
+    tokens: dict[str, _Count]
+
+
+class _Benchmark(_Scores):
+    name: str
+
+
+class _Row(TypedDict):
+    id: str
+    benchmark: str
+    answer: str
+    metrics: dict[str, _Number]
+
+
+class _Sampling(TypedDict):
+    width: Annotated[int, Field(strict=True, ge=1)]
+    mode: str
+    branching: object
+
+
+class _Settings(TypedDict):
+    seed: Annotated[int, Field(strict=True, ge=0)]
+    sampling: _Sampling
+
+
+class _Results(TypedDict):
+    settings: _Settings
+    benchmarks: list[_Benchmark]
+    overall: _Scores
+    problems: list[_Row]
+
+
+_READ = TypeAdapter(_Results)
+"""The keys that the comparison and its plot read."""
 OVERALL = "all (by size)"
 """The name of all benchmarks together, each counted by its size."""
 
@@ -111,13 +162,19 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read results.json. path: the file, or the folder of the evaluation. Raises DataError."""
     file = path if path.is_file() else path / RESULTS
     try:
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_bytes())
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; name a folder that `treepo eval` has written") from None
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON: {one_line(error)}") from None
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise DataError(f"{file}: not a result of `treepo eval` with schema {SCHEMA}")
+    try:
+        _READ.validate_python(results)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = shortened(".".join(map(str, fault["loc"])))
+        raise DataError(f"{file}: {key}: {one_line(fault['msg'])}, found {shown(fault['input'])}") from None
     return results
 
 

@@ -10,7 +10,8 @@ Departures from the paper and its code:
 - A group is a node of the tree, never a window of 512 tokens: a fallback cut inside a segment makes a new
   node.
 - Every depth counts.
-- `spo` compares a child with its siblings; the official code's numbers are wrong.
+- `spo` compares a child with its siblings; the official code's numbers are wrong. A node's value is the mean
+  over its leaves, there over its children: `leaf_weights: inverse_branching`.
 - `treepo` adds `distinct_groups` and `depth_count: constant`. Under the latter, a shared token's net weight
   is exactly its node's value minus its ancestors'.
 

@@ -1,7 +1,8 @@
 """Whether a run fits: devices in training, sampling and weight sync, host memory of nodes, placement.
 
-Trainer and engines that share devices take turns. The trainer frees what only its computation needs before
-the engines take their KV cache, and the engines keep only their runtime while the trainer computes.
+Trainer and engines that share devices take turns. The trainer frees what only its computation needs, and
+offloads what `trainer.offload` says, before the engines take their KV cache. The engines keep only their
+runtime while the trainer computes.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,9 @@ from treepo.planning.hardware import GIB, Device, device
 from treepo.planning.memory.engine import EngineMemory, engine_memory
 from treepo.planning.memory.host import node_memory
 from treepo.planning.memory.parts import Memory
-from treepo.planning.memory.trainer import trainer_memory
+from treepo.planning.memory.trainer import kept_while_sampling, trainer_memory
 from treepo.planning.nodes import Footprint, footprint, shares_devices, transport_problem
 
-STATE = ("weights", "gradients", "optimizer")
-"""Parts that the trainer holds all the time."""
 RUNTIME = 2 * GIB
 """CUDA's context, libraries and NCCL's buffers of one process on a GPU, estimated."""
 
@@ -75,9 +74,10 @@ def fit(config: RunConfig, folder: Path) -> Fit:
     """Raises ConfigError if the layout does not divide the model in `folder`."""
     hardware, occupied, shared = device(config.plan.device), footprint(config), shares_devices(config)
     on_gpus = hardware.name != "cpu"
-    trainer = trainer_memory(config, folder)
+    trainer = trainer_memory(config, folder, shared)
     runtime = RUNTIME if on_gpus else 0
-    kept = max(memory.subtotal(STATE) for memory in trainer) + runtime if shared else 0
+    staying = kept_while_sampling(config)
+    kept = max(stage.subtotal(staying) for stage in trainer[:-1]) + runtime if shared else 0
     engine = engine_memory(config, folder, hardware.memory - runtime - kept)
     host = node_memory(config, folder, trainer[:-1], engine)
     if on_gpus:

@@ -16,6 +16,7 @@ from treepo.planning.memory.trainer import checkpoint_bytes, parameter_count
 from treepo.planning.memory.weight_sync import exported_bytes
 from treepo.planning.speed.sampling import Sampling, simulate
 from treepo.planning.speed.step import StepTime, step_time
+from treepo.preflight.model_folder import check_present_parts
 
 _PROPOSALS = 3
 _SEARCH_SECONDS = 20.0
@@ -53,6 +54,7 @@ class Plan:
 def make_plan(config: RunConfig, report: Callable[[str], None]) -> Plan:
     """Plans within a minute. report: told the work in progress. Raises ConfigError or ModelError."""
     folder = model_folder(config)
+    check_present_parts(folder)
     report("build the model without memory")
     fitted = fit(config, folder)
     sampling = step = None

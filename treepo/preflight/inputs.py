@@ -17,24 +17,26 @@ from treepo.config.run import RunConfig
 from treepo.data.fingerprint import model_fingerprint
 from treepo.data.inputs import Benchmark, EvaluationInputs, RolloutInputs, TrainInputs
 from treepo.data.prompts import Prompt, check_prompts, load_prompts
-from treepo.data.tokenizer import Tokenizer, check_model_folder, load_tokenizer
+from treepo.data.tokenizer import Tokenizer, load_tokenizer
 from treepo.errors import ConfigError
+from treepo.preflight.model_folder import check_files, check_served_folder
 
 
 def read_train_inputs(config: RunConfig) -> TrainInputs:
     """Read a training run's tokenizer, training prompts and held-out prompts."""
-    data = config.data
-    check_model_folder(config.model.path)
-    check_prompts(data.train, data.columns, data)
+    data, as_json = config.data, config.reward.url is not None
+    check_files(config.model.path)
+    check_prompts(data.train, data.columns, data, extra_as_json=as_json)
     if data.heldout is not None:
-        check_prompts(data.heldout, data.heldout_columns, data)
+        check_prompts(data.heldout, data.heldout_columns, data, extra_as_json=as_json)
+    check_served_folder(config.model.path, trained=True)
     # Held-out responses are sampled sequentially, so `max_depth` does not bound them.
     _check_served(
         config.model.path, data.max_prompt_tokens, config.sampling.max_response_tokens, config.engine
     )
     _check_trained(config)
     tokenizer = load_tokenizer(config.model.path)
-    train = load_prompts(data.train, data.columns, tokenizer, data)
+    train = load_prompts(data.train, data.columns, tokenizer, data, extra_as_json=as_json)
     reports = [train.report]
     if len(train) < data.prompts_per_step:
         raise ConfigError(
@@ -42,7 +44,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
         )
     heldout: Sequence[Prompt] = ()
     if data.heldout is not None:
-        prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data)
+        prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data, extra_as_json=as_json)
         reports.append(prompts.report)
         heldout = list(prompts[: config.evaluation.max_problems])
     return TrainInputs(tokenizer, train, heldout, reports)
@@ -51,8 +53,9 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
 def read_rollout_inputs(config: RolloutConfig) -> RolloutInputs:
     """Read a rollout's tokenizer and prompts."""
     data = config.data
-    check_model_folder(config.model.path)
+    check_files(config.model.path)
     check_prompts(data.prompts, data.columns, data)
+    check_served_folder(config.model.path)
     _check_served(config.model.path, data.max_prompt_tokens, config.sampling.longest_response, config.engine)
     tokenizer = load_tokenizer(config.model.path)
     prompts = load_prompts(data.prompts, data.columns, tokenizer, data)
@@ -63,11 +66,17 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
     """Read an evaluation's tokenizer and problems, and ask a running server about its model."""
     data, folder, url = config.data, config.model.path, config.model.url
     if folder is not None:
-        check_model_folder(folder)
+        check_files(folder)
     for benchmark in data.benchmarks:
-        check_prompts(benchmark.path, benchmark.columns, data.prompts())
+        check_prompts(
+            benchmark.path,
+            benchmark.columns,
+            data.prompts(),
+            extra_as_json=config.reward.url is not None,
+        )
     prompt, response = data.max_prompt_tokens, config.sampling.longest_response
     if folder is not None:
+        check_served_folder(folder)
         _check_served(folder, prompt, response, config.engine)
         tokenizer, model, kv_tokens = load_tokenizer(folder), model_fingerprint(folder), None
     else:
@@ -86,7 +95,7 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
 
 
 def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine: EngineConfig) -> None:
-    """Check that SGLang can serve the model folder and the longest trajectory."""
+    """Check that the engine's ranks can share the model, and that the longest trajectory fits."""
     # Imported here because torch and transformers take seconds.
     from sglang_rollout.preflight import check_engine
 
@@ -94,7 +103,7 @@ def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine
 
 
 def _check_trained(config: RunConfig) -> None:
-    """Check that the trainer can build the model and divide it among its ranks."""
+    """Check that the trainer can divide the model among its ranks."""
     from megatron_bridge.architecture import check_layout, check_transformer_impl, read_architecture
 
     check_layout(read_architecture(config.model.path), config.trainer.parallel)
@@ -123,7 +132,13 @@ def _tokenizer_folder(url: str, facts: Mapping[str, Any]) -> Path:
 
 
 def _benchmark(config: EvalConfig, benchmark: BenchmarkConfig, tokenizer: Tokenizer) -> Benchmark:
-    loaded = load_prompts(benchmark.path, benchmark.columns, tokenizer, config.data.prompts())
+    loaded = load_prompts(
+        benchmark.path,
+        benchmark.columns,
+        tokenizer,
+        config.data.prompts(),
+        extra_as_json=config.reward.url is not None,
+    )
     wanted = loaded[: benchmark.max_problems or config.data.max_problems]
     prompts = (replace(prompt, id=f"{benchmark.label}:{prompt.id.rpartition(':')[2]}") for prompt in wanted)
     return Benchmark(benchmark, tuple(prompts), loaded.report)

@@ -1,9 +1,11 @@
 """The user's own reward function, named `module:function` in the configuration.
 
 It is called as f(prompt, response, answer, extra): strings, and the row's extra column as a dict. It
-returns the reward as a number, or a dict of numbers with the reward under `reward`. A boolean `correct` in
-the dict is the verdict; without it, a response is correct if its reward is above 0. All other numbers are
-logged under their names.
+returns the reward, a finite number, or a dict with the reward under `reward`. In the dict, `correct` is the
+verdict: true, false, 1 or 0; without it, a response is correct if its reward is above 0. A further number is
+logged as a metric and a further text with the sample, by what they are, not by what they look like: "1.0" is
+a text. True is the number 1, None stands for no value, and a scalar of numpy or torch for its number or
+text. Anything else is an error.
 """
 
 import importlib
@@ -11,11 +13,18 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
+from treepo.errors import one_line
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.tree import Verdict
 
 RewardFunction = Callable[[str, str, str, Mapping[str, object]], object]
+_ALLOWED = "a number, or a dict with a number under `reward`"
+
+
+class BadGradeError(ValueError):
+    """What a reward function or endpoint returned is no grade; the text says why."""
 
 
 def load_function(name: str) -> RewardFunction:
@@ -29,26 +38,58 @@ def load_function(name: str) -> RewardFunction:
 
 
 def call(function: RewardFunction, item: GradeItem) -> Grade:
-    """Grade `item` with the function. Raises ValueError if its result is no reward."""
+    """Grade `item` with the function. Raises BadGradeError if its result is no grade."""
     return grade_of(function(item.prompt, item.response, item.answer, item.extra))
 
 
 def grade_of(result: object) -> Grade:
-    """Make a grade of a number or a dict of numbers. Raises ValueError for anything else."""
-    numbers = result if isinstance(result, Mapping) else {"reward": result}
-    if "reward" not in numbers:
-        raise ValueError(f'the dict that it returned has no "reward", only {sorted(map(str, numbers))}')
-    terms = {str(name): _number(name, value) for name, value in numbers.items()}
+    """Make a grade of a number, or of a dict of numbers and texts. Raises BadGradeError for anything else."""
+    values = result if isinstance(result, Mapping) else {"reward": result}
+    fields = {printable(str(name)): value for name, value in values.items()}
+    if fields.get("reward") is None:
+        what = "reward = None" if "reward" in fields else f'a dict without "reward", only {sorted(fields)}'
+        raise BadGradeError(f"it returned {what:.200}; allowed: {_ALLOWED}")
+    terms: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    for name, value in fields.items():
+        plain = _plain(value)
+        if isinstance(plain, str) and name not in ("reward", "correct"):
+            texts[name] = printable(plain)
+        elif plain is not None:
+            terms[name] = _number(name, plain)
     reward = terms.pop("reward")
-    correct = bool(terms.pop("correct", reward > 0))
-    return Grade(reward, Verdict.CORRECT if correct else Verdict.WRONG, terms=terms)
+    correct = terms.pop("correct", float(reward > 0))
+    if correct not in (0, 1):
+        raise BadGradeError(f"it returned correct = {correct:g}; allowed: true, false, 1, 0")
+    return Grade(reward, Verdict.CORRECT if correct else Verdict.WRONG, terms=terms, texts=texts)
 
 
-def _number(name: object, value: object) -> float:
+def printable(text: str) -> str:
+    """`text` with half surrogate pairs escaped: no file or terminal can hold them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """The Python value of a scalar of numpy, torch or jax; other values as they are."""
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    return value.item()
+
+
+def _show(value: object) -> str:
+    return one_line(repr(value))[:60]
+
+
+def _number(name: str, value: Any) -> float:
+    allowed = _ALLOWED if name == "reward" else "a number, a text or None"
+    if isinstance(value, str | bytes | bytearray):  # float() would read "1.0"
+        raise BadGradeError(f"it returned {name} = {_show(value)}, which is text; allowed: a number")
     try:
-        number = float(value)  # type: ignore[arg-type]  # numpy and torch scalars convert too
-    except (TypeError, OverflowError) as error:
-        raise ValueError(f"it returned {name} = {value!r:.60}, which is no number") from error
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is torch's
+        raise BadGradeError(
+            f"it returned {name} = {_show(value)}, which is no number; allowed: {allowed}"
+        ) from error
     if not math.isfinite(number):
-        raise ValueError(f"it returned {name} = {number}, which is not finite")
+        raise BadGradeError(f"it returned {name} = {number}, which is not finite")
     return number

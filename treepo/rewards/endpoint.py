@@ -20,8 +20,8 @@ from typing import Self
 import aiohttp
 
 from treepo.config.reward import RewardConfig
-from treepo.errors import ConfigError
-from treepo.rewards.custom import grade_of
+from treepo.errors import ConfigError, one_line
+from treepo.rewards.custom import BadGradeError, grade_of
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.tree import Verdict
 
@@ -109,7 +109,7 @@ class HttpRewards:
             raise BadReply(f"no reply: {error or type(error).__name__}", transient=True) from error
         if response.status != 200:
             transient = response.status >= 500 or response.status in _WORTH_ANOTHER_ATTEMPT
-            said = " ".join(content[:200].decode(errors="replace").split())
+            said = one_line(content[:200].decode(errors="replace"))
             raise BadReply(f"HTTP {response.status}: {said}", transient=transient)
         return content
 
@@ -153,5 +153,5 @@ def _grade(value: object) -> Grade:
         return Grade(None, Verdict.ERROR, message="it returned null, no grade, for a response")
     try:
         return grade_of(value)
-    except ValueError as error:
+    except BadGradeError as error:
         return Grade(None, Verdict.ERROR, message=str(error))

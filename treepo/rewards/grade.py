@@ -6,6 +6,9 @@ from typing import Protocol
 
 from treepo.tree import Verdict
 
+PIPE_CLOSED = 97
+"""Exit code of a grading process whose reward function has closed the pipe."""
+
 
 @dataclass(frozen=True, slots=True)
 class GradeItem:
@@ -21,8 +24,8 @@ class GradeItem:
 class Grade:
     """The grade of one response. reward: None if the verdict is `timeout` or `error`.
 
-    answer_text: the text that was taken as the response's answer. message: why there is no reward. terms:
-    further numbers of a reward function, by name.
+    answer_text: the text that was taken as the response's answer. message: why there is no reward. terms,
+    texts: further numbers and texts of a reward function, by name.
     """
 
     reward: float | None
@@ -30,6 +33,7 @@ class Grade:
     answer_text: str | None = None
     message: str | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Rewards(Protocol):
@@ -48,12 +52,21 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """An item for a grading process. number: the reply to it has the same."""
+
+    number: int
+    item: GradeItem
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """A grading process's answer to one item. The grade of a mathematical answer has no reward yet.
+    """A grading process's answer to one request. The grade of a mathematical answer has no reward yet.
 
     traceback: of an exception in the grader. retire: whether the worker has grown and should be replaced.
     """
 
+    number: int
     grade: Grade
     traceback: str | None = None
     retire: bool = False

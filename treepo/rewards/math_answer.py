@@ -1,34 +1,75 @@
 r"""Grade mathematics: compare the last boxed answer of a response with the gold answer, by math-verify.
 
+`treepo.rewards.answer_text` takes typography and units off both answers. math-verify parses what is left and
+compares it, down to two numbers, which `treepo.rewards.answer_numbers` compares. Pairs that math-verify would
+accept although their notation differs (a set for a tuple, a list with one element less) are refused here.
+docs/rewards.md lists what math-verify does otherwise by itself.
+
 Nothing here bounds time or memory. math-verify's own time-outs use SIGALRM, which a long operation inside one
-C function ignores; they are off, and the grading process (treepo.rewards.worker) is killed instead. If a
-comparison raises, math-verify says "not equal"; this module lets the exception through.
+C function ignores; they are off, and the grading process (treepo.rewards.worker) is killed instead.
 """
 
-import math
 import re
-import sys
+from functools import lru_cache
 from itertools import product
+from typing import Any
 
-from math_verify import parse, verify
-from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
-from sympy import Expr
+from antlr4 import Token
+from latex2sympy2_extended import latex2sympy2
+from latex2sympy2_extended.antlr_parser import PSParser
+from latex2sympy2_extended.math_normalization import NormalizationConfig
+from math_verify import grader, parse, verify
+from math_verify.parser import LatexExtractionConfig
+from sympy import Add, Basic, Eq, Expr, MatrixBase, Mul, Ne, Number, S
 
+from treepo.rewards.answer_numbers import differ, equal_values
+from treepo.rewards.answer_text import AnswerText, read_answer
+from treepo.rewards.answer_units import without_letter_unit
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.rollout.boxed import last_boxed
 from treepo.tree import Verdict
 
-_TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-# 4.5e33 as programs write it; LaTeX reads it as 4.5 times Euler's number times 33.
-_SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\w.^{])")
-# A point that ends a sentence, or a number as in 1./3: LaTeX's grammar refuses the whole text for it.
-_IDLE_POINT = re.compile(r"(?<=\d)\.(?![\d.])|(?<![\\.])[.,]$")
+# math-verify has no parameter for this. Its own comparison drops everything below 1e-15: 1/2**64 and 1/2**63
+# are both 0 to it, alone, in a set, a tuple or an equation.
+grader.sympy_numeric_eq = equal_values
+
+
+class _WholeAnswer(latex2sympy2.PSParser):
+    """Its parser without this stops at what it cannot read and returns what is before: 1 for `1 E_{1}`."""
+
+    def math(self) -> PSParser.MathContext:
+        tree = super().math()
+        end = self.getCurrentToken()
+        if end is None or end.type != Token.EOF:
+            raise ValueError("the answer goes on after its mathematics")
+        return tree
+
+
+latex2sympy2.PSParser = _WholeAnswer
+
+# Units are off: math-verify would take the m of 6m, a variable, for metres.
+_TARGETS = (
+    LatexExtractionConfig(
+        boxed_match_priority=0,
+        normalization_config=NormalizationConfig(malformed_operators=True, nits=True, boxed="all"),
+    ),
+)
+# What sympy and math-verify raise for a pair of values that they have no rule for.
+_NO_RULE = (TypeError, ValueError, KeyError, AttributeError, NotImplementedError)
+_TIME = re.compile(r"(\d{1,2}):([0-5]\d)(?::[0-5]\d)?")
+_CHOICE = re.compile(r"\(?([A-J])\)?|\(?([A-J])\).*|\\text\{\(?([A-J])\)?[.:]?\}.*", re.DOTALL)
+_JUXTAPOSED = re.compile(r"(?<![_^\d.])\d+(?:\.\d+)? \d")
+_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+_EULER = re.compile(r"(?<![A-Za-z\\])[eE](?= ?_)")  # E_{1} is no power of Euler's number
+_BRACKETS = ("()", "(]", "[)", "[]")
+_BRACKET_OR_COMMA = re.compile(r"\\[{}]|[()\[\]{},;]")
+_LEFT_SIDE = re.compile(r"^[^=<>]*?(?:=|\\in(?![a-z])) ?(?=\(|\[|\\\{)")
 
 
 def grade_math(response: str, answer: str) -> tuple[Verdict, str | None]:
     """Return the verdict (`correct`, `wrong` or `no_answer`) and the text of the boxed answer.
 
-    Raises what math-verify raises if it can neither accept nor refuse the answer.
+    Raises what math-verify raises if it fails; a pair that it has no rule for is `wrong`.
     """
     boxed = last_boxed(response)
     if boxed is None:
@@ -46,42 +87,132 @@ def equal_answers(gold: str, other: str) -> bool:
     """Whether two answers are mathematically equal. Not symmetric: the form of `gold` decides the rules."""
     if gold.strip() == other.strip():
         return True
-    failure: Exception | None = None
-    for gold_form, other_form in product(_parse(gold), _parse(other)):
-        try:
-            if verify(
-                gold_form,
-                other_form,
-                float_rounding=_decimals(gold_form),
-                timeout_seconds=0,
-                raise_on_error=True,
-            ):
-                return True
-        except Exception as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
-    return False
+    first, second = _read(gold), _read(other)
+    if first.unit and second.unit and first.unit != second.unit:
+        return False
+    if first.key == second.key:
+        return bool(first.key)
+    if (choice := re.fullmatch(r"\(?([A-J])\)?", first.key)) is not None:
+        found = _CHOICE.fullmatch(second.value)
+        return found is not None and choice[1] == (found[1] or found[2] or found[3])
+    if _is_text(first) or _is_text(second):
+        return _words(first.value) == _words(second.value) != ""
+    if not re.search(r"(?<!\\)[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", first.value)):
+        second = AnswerText(without_letter_unit(second.value) or second.value)
+    value = _same_notation(first.value, second.value)
+    return value is not None and _equal_forms(value, second.value)
 
 
-def _parse(answer: str) -> list:
-    """The comparable forms of an answer: its sympy expressions, if it has any, and its text."""
-    text = _IDLE_POINT.sub("", answer.strip())
-    forms = _parse_latex(text)
-    if (scientific := _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)) != text:
-        forms += _parse_latex(scientific)
-    return forms
+@lru_cache(maxsize=64)
+def _read(answer: str) -> AnswerText:
+    return read_answer(answer)
 
 
-def _parse_latex(text: str) -> list:
-    return parse(rf"\boxed{{{text}}}", _TARGETS, parsing_timeout=0, raise_on_error=True)
+def _is_text(answer: AnswerText) -> bool:
+    r"""Whether an answer is compared as text: words, a time of day, "1, 2, \ldots, n", digits side by side.
 
-
-def _decimals(gold: object) -> int:
-    """Decimals to which math-verify rounds before it compares decimal fractions: by default 6.
-
-    That would round 1e-8 to 0, so a tiny gold answer keeps six significant digits.
+    math-verify multiplies the letters of a word, divides 12:00, drops dots and adds 12 and 34 in "12 34".
     """
-    if not (isinstance(gold, Expr) and gold.is_number and gold.is_real) or gold == 0 or abs(gold) >= 1e-4:
-        return 6
-    return 6 + math.floor(-math.log10(max(abs(float(gold)), sys.float_info.min)))
+    value = answer.value
+    if r"\ldots" in value or _JUXTAPOSED.search(value):
+        return True
+    if (time := _TIME.fullmatch(value)) is not None:
+        hours, minutes = int(time[1]), int(time[2])
+        return (
+            time[2][0] == "0" or hours == 0 or minutes % hours == 0 or "::" in value or value.count(":") > 1
+        )
+    if r"\text" in value and not re.search(r"[\d=<>^_\\]", value.replace(r"\text", "")):
+        return True
+    return bool(re.fullmatch(r"(?=.*[A-Za-z]{4}|(?i:yes|no|odd)$)[A-Za-z][A-Za-z' -]*", value))
+
+
+def _words(value: str) -> str:
+    words = re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", value)
+    return re.sub(r"(?<![a-z0-9]) +| +(?![a-z0-9])|[.,]+ *$", "", " ".join(words.casefold().split()))
+
+
+def _same_notation(gold: str, other: str) -> str | None:
+    """`gold` as it is compared with `other`; None if their brackets or numbers of elements contradict."""
+    kind, size = _notation(gold)
+    other_kind, other_size = _notation(other)
+    bracketed, other_bracketed = kind in _BRACKETS, other_kind in _BRACKETS
+    if {kind, other_kind} & {"list", "set"} and size != other_size and r"\pm" not in gold + other:
+        return None
+    if (kind == "set" and other_bracketed) or (bracketed and other_kind == "set"):
+        return None
+    if bracketed and other_bracketed and size == other_size == 2 and kind != other_kind:
+        return None  # a closed interval and an open one; [1, 2, 3] and (1, 2, 3) differ in taste only
+    return f"({gold})" if kind == "list" and other_bracketed else gold  # then the order counts
+
+
+@lru_cache(maxsize=64)
+def _notation(value: str) -> tuple[str, int]:
+    r"""How values are written and how many they are: ("set", 2) for `\{1, 2\}`, ("[)", 2) for `[1, 2)`,
+    ("list", 2) for `1, 2`, ("", 1) for anything else.
+    """
+    value = _LEFT_SIDE.sub("", value, count=1)
+    depth, commas, first_end = 0, {0: 0, 1: 0}, 0
+    for mark in _BRACKET_OR_COMMA.finditer(value):
+        depth += mark[0] in ("(", "[", "{", r"\{")
+        depth -= mark[0] in (")", "]", "}", r"\}")
+        if mark[0] in ",;" and depth in commas:
+            commas[depth] += 1
+        elif depth == 0 and not first_end:
+            first_end = mark.end()
+    if value.startswith(("(", "[", r"\{")) and first_end == len(value) and (commas[1] or value[0] == "\\"):
+        return ("set" if value[0] == "\\" else value[0] + value[-1]), commas[1] + 1
+    return ("list" if commas[0] else ""), commas[0] + 1
+
+
+def _equal_forms(gold: str, other: str) -> bool:
+    gold, other = _distinct_cases(gold, other)
+    return any(_equal_pair(*pair) for pair in product(_forms(gold), _forms(other)))
+
+
+def _distinct_cases(gold: str, other: str) -> tuple[str, str]:
+    """Rename capitals if `gold` has both N and n: math-verify makes one variable of them."""
+    letters = set(_LETTER.findall(gold))
+    both = sorted(letter for letter in letters if letter.isupper() and letter.lower() in letters)
+    names = dict(zip(both, (r"\Xi ", r"\Upsilon ", r"\Gamma ", r"\Lambda "), strict=False))
+    first, second = (_LETTER.sub(lambda found: names.get(found[0], found[0]), text) for text in (gold, other))
+    return first, second
+
+
+@lru_cache(maxsize=64)
+def _forms(value: str) -> tuple[Basic | MatrixBase | str, ...]:
+    """The comparable forms of a value: what sympy can express, and its text."""
+    value = _EULER.sub(r"\\varepsilon", value)
+    forms = parse(rf"\boxed{{{value}}}", _TARGETS, parsing_timeout=0, raise_on_error=True)
+    return tuple(form for form in forms if not _undefined(form))
+
+
+def _undefined(form: object) -> bool:
+    return isinstance(form, Basic) and form.has(S.NaN, S.ComplexInfinity)
+
+
+def _equal_pair(gold: Any, other: Any) -> bool:
+    if isinstance(gold, Ne) or isinstance(other, Ne):  # math-verify has no rule for these
+        return type(gold) is type(other) and {gold.lhs, gold.rhs} == {other.lhs, other.rhs}
+    if isinstance(other, Eq) and (_says_nothing(other) or (not isinstance(gold, Eq) and _is_unsolved(other))):
+        return False
+    try:
+        return not differ(gold, other) and verify(
+            gold, other, allow_set_relation_comp=True, timeout_seconds=0, raise_on_error=True
+        )
+    except _NO_RULE:
+        return False
+
+
+def _says_nothing(equation: Any) -> bool:
+    """Whether it is like x = x + 1: to math-verify, all equations without a solution are the same."""
+    left, right = equation.lhs, equation.rhs
+    if not (isinstance(left, Expr) and isinstance(right, Expr) and left.free_symbols and right.free_symbols):
+        return False
+    return bool(Add(left, Mul(-1, right)).is_number)
+
+
+def _is_unsolved(equation: Any) -> bool:
+    """Whether it is like x^2 = 5 or 2x = 5, whose right side math-verify takes for the value of x."""
+    left = equation.lhs
+    polynomial = len(left.free_symbols) == 1 and not left.is_Symbol and left.is_polynomial()
+    return polynomial and isinstance(equation.rhs, Number)

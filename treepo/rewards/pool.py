@@ -64,7 +64,7 @@ class RewardPool:
         self._lock = threading.Lock()  # guards everything below
         self._failure: Exception | None = None  # once set, nothing more is queued, started or graded
         self._workers: dict[int, Worker] = {}
-        self._traceback_shown = False
+        self._failure_shown = False
         self.restarts = 0
         self._ready: list[Future[None]] = [Future() for _ in range(config.workers)]
         for ready in self._ready:
@@ -91,7 +91,7 @@ class RewardPool:
         return await asyncio.gather(*(asyncio.wrap_future(task.future) for task in tasks))
 
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers, starting ones included."""
+        """Process ids of the workers' keepers, starting ones included."""
         with self._lock:
             return [worker.pid for worker in self._workers.values()]
 
@@ -177,17 +177,18 @@ class RewardPool:
                 worker = self._replace(slot)
                 reply = worker.grade(task.item, self._config.deadline_seconds)
         except TimeoutError:
-            message = f"not graded within {self._config.deadline_seconds:g} s"
-            task.future.set_result(Grade(None, Verdict.TIMEOUT, message=message))
+            late = f"not graded within {self._config.deadline_seconds:g} s"
+            task.future.set_result(self._named(Grade(None, Verdict.TIMEOUT, message=late)))
         except WorkerDied as death:
-            task.future.set_result(Grade(None, Verdict.ERROR, message=str(death)))
+            task.future.set_result(self._named(Grade(None, Verdict.ERROR, message=str(death))))
         except Exception as failure:
             task.future.set_exception(failure)
             raise
         else:
-            if reply.traceback is not None:
-                self._show(reply.traceback)
-            task.future.set_result(self._rewarded(reply.grade))
+            grade = self._named(reply.grade)
+            if reply.traceback is not None or self._config.function is not None:
+                self._show(reply.traceback or grade.message)
+            task.future.set_result(self._rewarded(grade))
             if not reply.retire:
                 return worker
         return self._replace(slot)
@@ -197,12 +198,20 @@ class RewardPool:
             self.restarts += 1
         return self._start(slot)
 
-    def _show(self, trace: str) -> None:
-        """Log the first traceback of a grader only: a faulty function fails on every response."""
+    def _named(self, grade: Grade) -> Grade:
+        """The grade, the reward function's name in its message."""
+        if grade.message is None or self._config.function is None:
+            return grade
+        return replace(grade, message=f"reward.function = {self._config.function}: {grade.message}")
+
+    def _show(self, failure: str | None) -> None:
+        """Log the first failure only, a traceback or a message: a faulty function fails on every response."""
+        if failure is None:
+            return
         with self._lock:
-            shown, self._traceback_shown = self._traceback_shown, True
+            shown, self._failure_shown = self._failure_shown, True
         if not shown:
-            _log.error("the grader raised (shown once, counted as verdict `error`):\n%s", trace)
+            _log.error("the grader failed (shown once, counted as verdict `error`):\n%s", failure)
 
     def _rewarded(self, grade: Grade) -> Grade:
         if grade.reward is not None or not grade.verdict.graded:

@@ -1,18 +1,20 @@
 """The parent's end of one grading process: start it, have it grade with a deadline, kill it."""
 
-import contextlib
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
-from multiprocessing.connection import Pipe
+from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
 
 from treepo.config.reward import RewardConfig
-from treepo.rewards.grade import GradeItem, Ready, Reply
+from treepo.rewards.grade import PIPE_CLOSED, GradeItem, Ready, Reply, Request
 
 START_SECONDS = 120.0
 
@@ -22,26 +24,30 @@ class WorkerDied(Exception):  # noqa: N818 (an event that the pool handles, not 
 
 
 class Worker:
-    """One grading process, owned by the thread that starts it: the kernel kills it when that thread ends."""
+    """One grading process and its keeper, owned by the thread that starts them: both end with that thread."""
 
     def __init__(self, config: RewardConfig) -> None:
         self._stopping = threading.Lock()
+        self._requests = 0
         self._connection, child = Pipe()
+        _limit_waits(self._connection.fileno(), config.deadline_seconds)
         arguments = [str(child.fileno()), str(os.getpid()), str(config.memory_mb)]
         if config.function is not None:
             arguments.append(config.function)
         environment = {"PYTHONPATH": os.pathsep.join(_import_path(sys.path)), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "treepo.rewards.worker", *arguments],
+            [sys.executable, "-P", "-m", "treepo.rewards.keeper", *arguments],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # never written to: it closes when all processes are gone
             pass_fds=[child.fileno()],
-            start_new_session=True,  # the parent handles Ctrl-C, and kills the worker with its children
+            start_new_session=True,  # the parent handles Ctrl-C
             env=os.environ | environment,
         )
         child.close()
 
     @property
     def pid(self) -> int:
+        """The keeper's process id; the grading process is its child."""
         return self._process.pid
 
     def wait_ready(self) -> Ready:
@@ -50,41 +56,68 @@ class Worker:
 
     def grade(self, item: GradeItem, deadline_seconds: float) -> Reply:
         """Have one item graded. Raises TimeoutError or WorkerDied; close the worker after either."""
+        self._requests += 1
         try:
-            self._connection.send(item)
-        except OSError as error:
-            raise WorkerDied(self._how_it_died()) from error
-        return self._receive(deadline_seconds)
+            self._connection.send(Request(self._requests, item))
+        except BlockingIOError as error:
+            raise TimeoutError from error
+        except OSError:
+            pass  # the pipe is closed; _receive waits for the reason
+        reply = self._receive(deadline_seconds)
+        if reply.number != self._requests:
+            raise WorkerDied(f"the grading process sent reply {reply.number} to request {self._requests}")
+        return reply
 
     def _receive(self, seconds: float) -> Any:
-        if not self._connection.poll(seconds):
+        """Wait for a message. A crash is noticed at once, even if a child holds the pipe open."""
+        end = time.monotonic() + seconds
+        ready = wait([self._connection, self._gone], seconds)
+        if self._connection in ready:
+            try:
+                return self._connection.recv()
+            except (EOFError, OSError):  # it has ended, or its function has closed the pipe and goes on
+                ready = wait([self._gone], max(end - time.monotonic(), 0))
+        if self._gone not in ready:
             raise TimeoutError
-        try:
-            return self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise WorkerDied(self._how_it_died()) from error
+        raise WorkerDied(self._how_it_died())
+
+    @property
+    def _gone(self) -> Any:
+        """Readable when all processes are gone."""
+        return self._process.stdout
 
     def _how_it_died(self) -> str:
-        self.stop()
+        self._process.wait()
         code = self._process.returncode
+        if code == PIPE_CLOSED:
+            return "the function closed the pipe of its grading process"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"the grading process {how}"
 
     def stop(self) -> None:
-        """Kill the process and its children, and wait until it is gone. From any thread, any number of times.
+        """Kill the process and all that it started, and wait until they are gone. From any thread, any number
+        of times.
 
         A dead process keeps its id until it is waited for, so no other process is hit.
         """
         with self._stopping:
             if self._process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.terminate()  # the keeper kills the others
                 self._process.wait()
 
     def close(self) -> None:
         """Stop the process and free the pipe. From the owning thread only."""
         self.stop()
         self._connection.close()
+        self._gone.close()
+
+
+def _limit_waits(fd: int, seconds: float) -> None:
+    """Have a message that stops midway, as to a stopped process, end in BlockingIOError after `seconds`."""
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + 1)
+    with socket.socket(fileno=os.dup(fd)) as duplicate:
+        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
 def _import_path(path: Sequence[str]) -> list[str]:

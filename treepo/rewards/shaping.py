@@ -14,13 +14,13 @@ from treepo.tree import Tree, Verdict
 def with_grades(
     tree: Tree, texts: Sequence[str], grades: Sequence[Grade], config: RewardConfig, max_response_tokens: int
 ) -> Tree:
-    """Set the grader's reward, verdict and numbers on each leaf, and the weighted value of each term.
+    """Set the grader's reward, verdict, numbers and texts on each leaf, and the weighted value of each term.
 
     texts, grades: one a leaf, in the order of `leaves`. A leaf that could not be graded has no terms and
     counts in none. The reward is the grader's alone; `shaped` adds the terms.
     """
     leaves = [
-        replace(leaf, reward=grade.reward, verdict=grade.verdict, numbers=grade.terms)
+        replace(leaf, reward=grade.reward, verdict=grade.verdict, numbers=grade.terms, texts=grade.texts)
         for leaf, grade in zip(tree.leaves, grades, strict=True)
     ]
     graded = [at for at, leaf in enumerate(leaves) if leaf.reward is not None]

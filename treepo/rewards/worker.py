@@ -1,28 +1,25 @@
 """A grading process: reads responses from a pipe one at a time and answers each.
 
-treepo.rewards.process starts it as `python -P -m treepo.rewards.worker FD PARENT MEMORY_MB [FUNCTION]`. It
-may be killed at any moment, and ends by itself when the pipe closes or the parent dies.
+treepo.rewards.keeper starts it and ends what it leaves behind. It may be killed at any moment.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import resource
-import signal
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
-from treepo.rewards.custom import call, load_function
-from treepo.rewards.grade import Grade, GradeItem, Ready, Reply
+from treepo.errors import one_line
+from treepo.rewards.custom import BadGradeError, call, load_function, printable
+from treepo.rewards.grade import PIPE_CLOSED, Grade, GradeItem, Ready, Reply, Request
 from treepo.tree import Verdict
 
 Grader = Callable[[GradeItem], Grade]
-_PR_SET_PDEATHSIG = 1
 _MONITOR = 3  # a tool id of sys.monitoring that is not reserved for any kind of tool
 
 
@@ -53,8 +50,8 @@ class Exhaustion:
 def make_grader(function: str | None) -> Grader:
     """Make the grader and warm it up: imports and first compilations must not count against an item."""
     if function is not None:
-        own = load_function(function)
-        return lambda item: call(own, item)
+        own = in_this_process_only(lambda: load_function(function))
+        return lambda item: in_this_process_only(lambda: call(own, item))
     from treepo.rewards.math_answer import math_grader  # here: a user's function may not need sympy
 
     math_grader(GradeItem(r"\boxed{\frac{1}{2}x}", "0.5x"))
@@ -66,9 +63,11 @@ def grade(grader: Grader, item: GradeItem, exhaustion: Exhaustion) -> tuple[Grad
     exhaustion.seen = None
     try:
         result = grader(item)
-    except (Exception, SystemExit) as error:
-        message = f"{type(error).__name__}: {error}"
-        return Grade(None, Verdict.ERROR, message=message), _own_traceback(error)
+    except BadGradeError as error:
+        return Grade(None, Verdict.ERROR, message=printable(one_line(error))), None
+    except BaseException as error:  # whatever a function raises, the response has no grade
+        message = printable(one_line(f"{type(error).__name__}: {error}"))
+        return Grade(None, Verdict.ERROR, message=message), printable(_own_traceback(error))
     if exhaustion.seen and result.verdict is Verdict.WRONG and result.reward is None:
         return Grade(None, Verdict.ERROR, result.answer_text, f"{exhaustion.seen} while comparing"), None
     return result, None
@@ -88,40 +87,88 @@ def address_space() -> int:
     return pages * resource.getpagesize()
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent` dies, even in the middle of an item."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the process that started this grading worker is gone")
+def in_this_process_only[T](function: Callable[[], T]) -> T:
+    """Call `function`. A child that it forks does not come back from here: it ends, as a script ends.
+
+    Such a child would otherwise grade on, beside its parent.
+    """
+    parent, error = os.getpid(), None
+    try:
+        return function()
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        if os.getpid() != parent:
+            _end_child(error)
 
 
-def serve(connection: Connection, grader: Grader, memory_bytes: int) -> None:
+def _end_child(error: BaseException | None) -> NoReturn:
+    code = 0 if error is None else 1
+    with contextlib.suppress(OSError, ValueError):  # the function may have closed the files
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            code = error.code or 0
+        elif error is not None:
+            sys.stderr.write(_own_traceback(error))
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    os._exit(code & 0xFF)
+
+
+class Pipe:
+    """The grading process's end of the pipe. Only the process that made it may send.
+
+    A child that a reward function forks loses the pipe when it starts: it must not answer in its parent's
+    place, nor hold the pipe open when its parent has crashed.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._connection = Connection(fd)
+        self._owner = os.getpid()
+        self._socket = _identity(fd)
+        os.set_inheritable(fd, False)
+        os.register_at_fork(after_in_child=self._connection.close)
+
+    def receive(self) -> Request:
+        """Wait for the next item. Raises EOFError when the parent is gone."""
+        return self._connection.recv()
+
+    def send(self, message: Ready | Reply) -> None:
+        if os.getpid() != self._owner:
+            os._exit(1)
+        if _identity(self._connection.fileno()) != self._socket:  # another file may have taken its number
+            os._exit(PIPE_CLOSED)
+        self._connection.send(message)
+
+
+def _identity(fd: int) -> tuple[int, int] | None:
+    """What the descriptor refers to; None if it is closed."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def serve(pipe: Pipe, grader: Grader, memory_bytes: int) -> None:
     """Grade until the pipe closes."""
     start = address_space()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (start + memory_bytes, start + memory_bytes))
-    connection.send(Ready())
+    pipe.send(Ready())
     with Exhaustion() as exhaustion, contextlib.suppress(EOFError):
         while True:
-            result, trace = grade(grader, connection.recv(), exhaustion)
+            request = pipe.receive()
+            result, trace = grade(grader, request.item, exhaustion)
             retire = address_space() - start > memory_bytes // 2
-            connection.send(Reply(result, trace, retire))
+            pipe.send(Reply(request.number, result, trace, retire))
 
 
-def main(fd: int, parent: int, memory_mb: int, function: str | None = None) -> None:
-    die_with(parent)
-    # The parent handles Ctrl-C; Ray sends the signal to every descendant when it stops a job.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.dup2(2, 1)  # a reward function's prints must not land in the table that the parent draws
+def main(fd: int, memory_mb: int, function: str | None) -> None:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    connection = Connection(fd)
+    pipe = Pipe(fd)
     try:
         grader = make_grader(function)
-    except Exception:
-        connection.send(Ready(failure=traceback.format_exc()))
+    except BaseException:  # a module may raise SystemExit or an exception of its own kind
+        pipe.send(Ready(printable(traceback.format_exc())))
         return
-    serve(connection, grader, memory_mb * 2**20)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    serve(pipe, grader, memory_mb * 2**20)

@@ -16,10 +16,17 @@ from treepo.rollout.policies import ALLOCATIONS, BUDGETS, ActivePaths
 
 
 def initial_children(config: SamplingConfig, rng: np.random.Generator) -> int:
-    """Children of the prompt at the first step, at most `width`."""
+    """Children of the prompt at the first step, at most `width`.
+
+    Under a token cap, a number drawn from a range is at most the segments that the cap pays for. A fixed
+    number is not limited. Both are the official rules.
+    """
     if config.tokens_per_step is not None:
         return min(config.tokens_per_step // config.segment_tokens, config.width)
-    return _draw(config.initial_branching, rng)
+    children = _draw(config.initial_branching, rng)
+    if config.tree_response_tokens is not None and isinstance(config.initial_branching, str):
+        children = min(children, config.tree_response_tokens // config.segment_tokens)
+    return children
 
 
 def branching_factor(config: SamplingConfig, rng: np.random.Generator) -> int:

@@ -22,10 +22,11 @@ def order(candidates: Sequence[Candidate], config: SamplingConfig, rng: np.rando
 def cut_point(candidate: Candidate, config: SamplingConfig, rng: np.random.Generator) -> int:
     """How many of the response's tokens stay: fewer than all of them; 0 restarts from the prompt.
 
-    A response shorter than one window restarts. The cut leaves room for one segment under max_depth.
+    A response shorter than `window_tokens`, if it is set, restarts. The cut leaves room for one segment under
+    max_depth.
     """
-    sizes = _sizes(config)
-    if len(candidate.log_probs) < sizes.window:
+    sizes, shortest = _sizes(config), config.fallback.window_tokens
+    if shortest is not None and len(candidate.log_probs) < shortest:
         return 0
     cut = CUTS[config.fallback.cut](candidate.log_probs, sizes, rng)
     cut = min(cut, (config.max_depth - 1) * config.segment_tokens)

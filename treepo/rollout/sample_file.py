@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import asdict, dataclass
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from treepo.config.rollout import RolloutConfig
+from treepo.data.folder_lock import locked
 from treepo.data.inputs import RolloutInputs
-from treepo.data.output_folder import LOG, SUMMARY, TREES, log_to, prepare_folder
+from treepo.data.output_folder import LOG, SUMMARY, TREES, GrowingFile, log_to, prepare_folder, write_file
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.protocols import EnginePool
@@ -69,19 +70,20 @@ async def rollout(
 
     start: starts the engines, and ends them on exit. Raises EngineError if no tree could be sampled.
     """
-    prepare_folder(config.out, config)
-    with log_to(config.out / LOG), (config.out / TREES).open("wb") as trees:
-        async with start() as pool:
-            decode = inputs.tokenizer.decode
-            driver = TreeDriver(pool.engines, config.sampling, decode, config.seed, pool.kv_tokens)
-            async with watched(driver, pool.engines, config.engine.stall_seconds):
-                summary = await _sample(driver, inputs.prompts, trees, reporter)
-    (config.out / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    with locked(config.out):
+        prepare_folder(config.out, config)
+        with log_to(config.out / LOG), GrowingFile(config.out / TREES) as trees:
+            async with start() as pool:
+                decode = inputs.tokenizer.decode
+                driver = TreeDriver(pool.engines, config.sampling, decode, config.seed, pool.kv_tokens)
+                async with watched(driver, pool.engines, config.engine.stall_seconds):
+                    summary = await _sample(driver, inputs.prompts, trees, reporter)
+        write_file(config.out / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 
 
 async def _sample(
-    driver: TreeDriver, prompts: Sequence[Prompt], trees: BinaryIO, reporter: Reporter
+    driver: TreeDriver, prompts: Sequence[Prompt], trees: GrowingFile, reporter: Reporter
 ) -> Summary:
     """Write every tree to the file `trees` as soon as it is finished."""
     reporter.sampling(len(prompts))
@@ -94,7 +96,6 @@ async def _sample(
                 failures.append(result)
             else:
                 trees.write(to_json(result, answer=answers[result.prompt_id]))
-                trees.flush()
             done += 1
             reporter.tree(done, driver.stats, time.perf_counter() - started)
     if len(failures) == len(prompts):

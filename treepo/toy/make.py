@@ -67,6 +67,8 @@ def _make(
 ) -> ToyReport:
     start = time.monotonic()
     # Imported here: torch takes seconds to load, and a toy that is already made does not need it.
+    import torch
+
     from treepo.toy import problems, warmstart
     from treepo.toy.byte_tokenizer import byte_tokenizer
 
@@ -79,7 +81,9 @@ def _make(
         (out / f"{split}.jsonl").write_bytes(b"".join(lines))
 
     tokenizer = byte_tokenizer(warmstart.MAX_CONTEXT)
+    # On a GPU the warm start takes seconds; on a CPU one to two minutes.
     model = warmstart.new_model(seed)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     with warmstart.one_thread():
         warmstart.warm_start(model, tokenizer, recipe, seed, frozenset(heldout), progress)
         accuracy = warmstart.sampled_accuracy(model, tokenizer, heldout, recipe.measured_samples, seed)
@@ -128,15 +132,19 @@ def _read_stamp(out: Path, fingerprint: str) -> ToyReport | None:
     """Read the report of the toy in `out`; None if it is incomplete or was made from anything else."""
     if not (out / _STAMP).is_file():
         return None
-    content = orjson.loads((out / _STAMP).read_bytes())
-    if content["fingerprint"] != fingerprint or not content["files"].items() <= _files(out).items():
+    try:
+        content = orjson.loads((out / _STAMP).read_bytes())
+        report = ToyReport(
+            model=out / "model",
+            train=out / "train.jsonl",
+            heldout=out / "heldout.jsonl",
+            parameters=int(content["parameters"]),
+            sampled_accuracy=float(content["sampled_accuracy"]),
+            seconds=float(content["seconds"]),
+            cached=True,
+        )
+        files = dict(content["files"])
+        made = content["fingerprint"] == fingerprint and files.items() <= _files(out).items()
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
-    return ToyReport(
-        model=out / "model",
-        train=out / "train.jsonl",
-        heldout=out / "heldout.jsonl",
-        parameters=content["parameters"],
-        sampled_accuracy=content["sampled_accuracy"],
-        seconds=content["seconds"],
-        cached=True,
-    )
+    return report if made else None

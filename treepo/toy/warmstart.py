@@ -80,7 +80,7 @@ def warm_start(
     model.train()
     for step in range(recipe.steps):
         tokens, labels = _batch(tokenizer, draws, recipe.batch, exclude, careful=step < recipe.careful_steps)
-        loss = _loss(model, tokens, labels)
+        loss = _loss(model, tokens.to(model.device), labels.to(model.device))
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -101,10 +101,10 @@ def sampled_accuracy(
     seed: int,
 ) -> float:
     """Sample `samples` responses to each problem at temperature 1; return the fraction that is correct."""
-    prompts = torch.tensor([_prompt_tokens(tokenizer, problem) for problem in heldout])
+    prompts = torch.tensor([_prompt_tokens(tokenizer, problem) for problem in heldout], device=model.device)
     longest = max(len(_solution_tokens(tokenizer, problem.solution())) for problem in heldout)
     generator: Any = model  # transformers types `generate` for a class that no model satisfies
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(rng.seed("toy", seed, "samples"))
         sequences = generator.generate(
             prompts,
@@ -116,7 +116,7 @@ def sampled_accuracy(
             num_return_sequences=samples,
             max_new_tokens=longest,
         )
-    responses = [tokenizer.decode(tokens) for tokens in sequences[:, prompts.shape[1] :].numpy()]
+    responses = [tokenizer.decode(tokens) for tokens in sequences[:, prompts.shape[1] :].cpu().numpy()]
     owners = [problem for problem in heldout for _ in range(samples)]
     return float(np.mean([problems.is_correct(o, r) for o, r in zip(owners, responses, strict=True)]))
 

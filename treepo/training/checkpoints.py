@@ -4,7 +4,6 @@ Decides when one is due and which ones are kept. The trainer writes a checkpoint
 sampled; `treepo.training.checkpoint_manifest` describes the folder.
 """
 
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treepo.config.checkpoint import CheckpointConfig
-from treepo.training.checkpoint_manifest import is_checkpoint, read_manifest
+from treepo.errors import ModelError
+from treepo.training.checkpoint_manifest import MANIFEST, NAME, is_checkpoint, read_manifest
 from treepo.training.run_state import RunState
 
 CHECKPOINTS = "checkpoints"
-_NAME = re.compile(r"step-(\d+)")
 
 
 class Saver(Protocol):
@@ -57,11 +56,14 @@ class Checkpoints:
 
 
 def newest(out: Path) -> tuple[Path, RunState] | None:
-    """Find the last checkpoint of the run in folder `out`. Raises ModelError if it is not readable."""
+    """Find the last checkpoint of the run in folder `out`. Raises ModelError if it is not whole."""
     if not (checkpoints := _all(out / CHECKPOINTS)):
         return None
     _, folder = checkpoints[-1]
-    return folder, RunState(**read_manifest(folder).run)
+    try:
+        return folder, RunState.of_manifest(read_manifest(folder).run)
+    except ValueError as error:
+        raise ModelError(f"{folder / MANIFEST}: run: {error}") from None
 
 
 def discard_leftovers(out: Path) -> None:
@@ -73,7 +75,7 @@ def discard_leftovers(out: Path) -> None:
 def _all(folder: Path) -> list[tuple[int, Path]]:
     """Steps and folders, in the order of steps."""
     entries = folder.iterdir() if folder.is_dir() else ()
-    named = ((_NAME.fullmatch(entry.name), entry) for entry in entries)
+    named = ((NAME.fullmatch(entry.name), entry) for entry in entries)
     return sorted((int(match[1]), entry) for match, entry in named if match and is_checkpoint(entry))
 
 

@@ -9,7 +9,7 @@ makes every later step learn from wrong ratios, which looks like a bad hyper-par
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -31,8 +31,7 @@ SEGMENT_TOKENS = 64  # at most, so that a check takes seconds
 SUSPECTS = (
     "the temperature (not the same on both sides), vocabulary padding (columns beyond the "
     "tokenizer's), fused kernels (engine.attention_backend), dtype (model.dtype on one side only), "
-    "stale weights (the engine serves other weights than the trainer has; does the model folder "
-    "hold two sets?)"
+    "stale weights (the engine serves other weights than the trainer has)"
 )
 
 _log = logging.getLogger(__name__)
@@ -76,23 +75,29 @@ async def check_log_probs(
     decode: Callable[[np.ndarray], str],
     engines: Sequence[Engine],
     trainer: LogProbs,
+    offloaded: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
     """Return the largest `mean` and `max` of |trainer's log-prob - engine's| over the engines, and the number
     of `tokens` that were compared.
 
-    Raises LogProbCheckError if an engine exceeds the limits of `config.log_prob_check`, and EngineError if it
-    cannot sample.
+    offloaded: gives the trainer the devices that it shares with the engines. Raises LogProbCheckError if an
+    engine exceeds the limits of `config.log_prob_check`, and EngineError if it cannot sample.
     """
     sampling = short_sampling(config.sampling)
     fixed = prompts[: config.log_prob_check.prompts]
     forests = await asyncio.gather(
         *(_sample(TreeDriver([engine], sampling, decode, config.seed), fixed, engine) for engine in engines)
     )
+    packed = [
+        _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)
+        for trees in forests
+    ]
+    async with offloaded():
+        computed = [await trainer.log_probs(packs, sampling.temperature) for packs in packed]
     limits = config.log_prob_check.limits(trainer.dtype)
     figures = {"mean": 0.0, "max": 0.0, "tokens": 0}
-    for engine, trees in zip(engines, forests, strict=True):
-        packs = _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)
-        comparison = _compare(trees, packs, await trainer.log_probs(packs, sampling.temperature))
+    for engine, trees, packs, log_probs in zip(engines, forests, packed, computed, strict=True):
+        comparison = _compare(trees, packs, log_probs)
         if not comparison.within(*limits):
             raise LogProbCheckError(_disagreement(comparison, engine.name, sampling.temperature, *limits))
         figures["mean"] = max(figures["mean"], comparison.mean)

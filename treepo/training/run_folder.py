@@ -18,8 +18,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -27,8 +28,20 @@ from tensorboard.summary import Writer
 
 from treepo.config.load import dump_config
 from treepo.config.run import RunConfig
-from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES, log_to, prepare_folder, set_aside
-from treepo.errors import ConfigError
+from treepo.data.folder_lock import locked
+from treepo.data.output_folder import (
+    CONFIG,
+    LOG,
+    SUMMARY,
+    TREES,
+    GrowingFile,
+    log_to,
+    naming,
+    prepare_folder,
+    set_aside,
+    write_file,
+)
+from treepo.errors import ConfigError, DataError, one_line, shown
 from treepo.training.checkpoints import discard_leftovers
 from treepo.training.run_state import RunState
 from treepo.tree import Tree, to_json
@@ -37,7 +50,7 @@ METRICS, CHECKPOINT, TENSORBOARD = "metrics.jsonl", "checkpoint", "tensorboard"
 
 
 class RunFolder:
-    """A context manager around a run's files.
+    """A context manager around a run's files, which no other command can write meanwhile.
 
     A new run moves an earlier run's files into `previous-N/`; nothing is overwritten. If `state` is given,
     the run in the folder continues from it.
@@ -49,25 +62,25 @@ class RunFolder:
         self._config, self._state = config, state
 
     def __enter__(self) -> Self:
-        if self._state is None:
-            prepare_folder(self.path, self._config)
-        else:
-            self._go_back(self._state)
-        self._stack = ExitStack()
-        self._metrics = self._stack.enter_context((self.path / METRICS).open("ab"))
-        self._trees = self._stack.enter_context((self.path / TREES).open("ab"))
-        self._tensorboard = Writer(str(self.path / TENSORBOARD))
-        self._stack.callback(self._tensorboard.close)
-        self._stack.enter_context(log_to(self.path / LOG))
-        for line in (self.path / METRICS).read_bytes().splitlines():
-            self._plot(json.loads(line))
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            if self._state is None:
+                prepare_folder(self.path, self._config)
+            else:
+                self._go_back(self._state)
+            self._metrics = stack.enter_context(GrowingFile(self.path / METRICS))
+            self._trees = stack.enter_context(GrowingFile(self.path / TREES))
+            self._tensorboard = Writer(str(self.path / TENSORBOARD))
+            stack.callback(self._close_tensorboard)
+            stack.enter_context(log_to(self.path / LOG))
+            for record in _read_metrics(self.path / METRICS):
+                self._plot(record)
+            self._stack = stack.pop_all()
         return self
 
     def sizes(self) -> dict[str, int]:
         """Wait until the growing files are on disk, and return their sizes in bytes."""
-        for file in (self._metrics, self._trees):
-            os.fsync(file.fileno())
-        return {METRICS: self._metrics.tell(), TREES: self._trees.tell()}
+        return {METRICS: self._metrics.sync(), TREES: self._trees.sync()}
 
     def __exit__(
         self,
@@ -83,25 +96,28 @@ class RunFolder:
             name: value if math.isfinite(value) else None for name, value in metrics.items()
         }
         self._metrics.write(json.dumps(record).encode() + b"\n")
-        self._metrics.flush()
         self._plot(record)
 
     def _plot(self, record: dict[str, float | None]) -> None:
         step, wall_time = record.pop("step"), record.pop("time")
-        for name, value in record.items():
-            self._tensorboard.add_scalar(
-                name, math.nan if value is None else value, step, wall_time=wall_time
-            )
-        self._tensorboard.flush()
+        with naming(self.path / TENSORBOARD):
+            for name, value in record.items():
+                self._tensorboard.add_scalar(
+                    name, math.nan if value is None else value, step, wall_time=wall_time
+                )
+            self._tensorboard.flush()
+
+    def _close_tensorboard(self) -> None:
+        with naming(self.path / TENSORBOARD):
+            self._tensorboard.close()
 
     def write_tree(self, tree: Tree, step: int, answer: str) -> None:
         """Write one graded tree."""
         self._trees.write(to_json(tree, step=step, answer=answer))
-        self._trees.flush()
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write the result of a finished run."""
-        (self.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        write_file(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def _go_back(self, state: RunState) -> None:
         """Truncate the files to their sizes at `state`, and set aside a finished run's model and summary."""
@@ -112,6 +128,27 @@ class RunFolder:
             for name, size in state.sizes.items():
                 os.truncate(folder / name, size)
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # written again from the metrics
-            (folder / CONFIG).write_text(dump_config(self._config))
+            write_file(folder / CONFIG, dump_config(self._config))
         except OSError as error:
             raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
+
+
+def _read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
+    """The records of metrics.jsonl. Raises DataError for a line that no run has written."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON: {one_line(error)}") from None
+        if not _is_metrics(record):
+            raise DataError(f"{path}:{number}: not the numbers of a step: {shown(record)}")
+        yield record
+
+
+def _is_metrics(record: object) -> bool:
+    """Whether a record has a step, a time, and numbers or null by name."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    if type(record.get("time")) not in (int, float):
+        return False
+    return all(value is None or type(value) in (int, float) for value in record.values())

@@ -1,10 +1,13 @@
 """The state of a run besides weights and optimizer state, and the clock that counts its seconds."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from treepo.protocols import BatchResult
 from treepo.rollout.stats import Stats
@@ -18,6 +21,8 @@ class RunState:
     files, by name, when the state was saved. seconds: total time of the run, before and after interruptions.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
     data: str
     steps_done: int = 0
     cursor: int = 0
@@ -28,6 +33,18 @@ class RunState:
     seconds: float = 0.0
     phase_seconds: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_manifest(cls, values: Mapping[str, Any]) -> Self:
+        """The state in a checkpoint's manifest. Raises ValueError if it is not one."""
+        try:
+            state = TypeAdapter(cls).validate_json(json.dumps(values))  # strict types need JSON
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        if min(state.steps_done, state.cursor, *state.sizes.values()) < 0:
+            raise ValueError("steps_done, cursor and sizes cannot be negative")
+        return state
 
     def step_done(self, step: int, stats: Stats, result: BatchResult) -> None:
         """Count a step whose weights the engines serve."""

@@ -56,7 +56,9 @@ async def train(
         if config.log_prob_check.enabled:
             with clock.phase("check log-probs", announce=True):
                 decode = inputs.tokenizer.decode
-                check = await check_log_probs(config, inputs.train, decode, engines.engines, trainer)
+                check = await check_log_probs(
+                    config, inputs.train, decode, engines.engines, trainer, engines.offloaded
+                )
         if resume is None:
             state.accuracy_before = await _evaluate(heldout, inputs.heldout, "evaluate before", clock)
 

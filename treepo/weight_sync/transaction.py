@@ -7,10 +7,10 @@ all engines share, the others begin again without it.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from treepo.errors import EngineError
+from treepo.errors import EngineError, TransportError
 from treepo.weight_sync.send import Outcome, WeightSink
 from treepo.weight_sync.wire import Manifest
 
@@ -57,29 +57,38 @@ class ReceivingEngine(Protocol):
         ...
 
 
+class UpdateFailedError(EngineError):
+    """No engine took an update. failed: the error of each engine."""
+
+    def __init__(self, version: int, failed: Mapping[Any, EngineError]) -> None:
+        reasons = "; ".join(f"{engine.name}: {error}" for engine, error in failed.items())
+        super().__init__(f"no engine took the weights of version {version}: {reasons}")
+        self.failed = failed
+
+
 async def update_weights[E: ReceivingEngine](
     trainer: WeightSender, engines: Sequence[E], version: int, seconds: float
-) -> dict[E, str]:
-    """Make the engines serve the trainer's weights as `version`; returns those that failed, with reasons.
+) -> dict[E, EngineError]:
+    """Make the engines serve the trainer's weights as `version`; returns those that failed, with the error of
+    each: a DeadEngineError or TransportError if another attempt may succeed.
 
     An engine that fails keeps its old weights if none was overwritten; otherwise it refuses requests.
-    seconds: deadline of each step of an engine. Raises EngineError if every engine failed, and passes on the
-    trainer's errors; no engine serves the version then.
+    seconds: deadline of each step of an engine. Raises UpdateFailedError if every engine failed, and passes
+    on the trainer's errors; no engine serves the version then.
     """
     transaction = _Transaction[E](trainer, version, seconds)
     committed = await transaction.run(engines)
     await transaction.abort_failed()
     if not committed:
-        reasons = "; ".join(f"{engine.name}: {reason}" for engine, reason in transaction.failed.items())
-        raise EngineError(f"no engine took the weights of version {version}: {reasons}")
+        raise UpdateFailedError(version, transaction.failed)
     return transaction.failed
 
 
 class _Transaction[E: ReceivingEngine]:
-    """failed: the engines that are left out, with reasons."""
+    """failed: the engines that are left out, with their errors."""
 
     def __init__(self, trainer: WeightSender, version: int, seconds: float) -> None:
-        self.failed: dict[E, str] = {}
+        self.failed: dict[E, EngineError] = {}
         self._trainer, self._version = trainer, version
         self._seconds = seconds + _GRACE_SECONDS
 
@@ -95,7 +104,9 @@ class _Transaction[E: ReceivingEngine]:
                 outcome = await self._trainer.send_weights(self._version, [one.sink() for one in live])
                 for remark in outcome.remarks:
                     _log.log(remark.level, remark.text)
-                self.failed |= {one: outcome.failed[one.name] for one in live if one.name in outcome.failed}
+                self.failed |= {
+                    one: EngineError(outcome.failed[one.name]) for one in live if one.name in outcome.failed
+                }
                 live = [one for one in live if one not in self.failed]
                 if outcome.broken is None:
                     return await self._each(live, "commit", lambda engine: engine.commit())
@@ -108,7 +119,8 @@ class _Transaction[E: ReceivingEngine]:
         except BaseException:
             await self._abort(live, "the trainer did not send them all")
             raise
-        self.failed |= dict.fromkeys(live, "the transport that all engines share broke at every attempt")
+        broken = TransportError("the transport that all engines share broke at every attempt")
+        self.failed |= dict.fromkeys(live, broken)
         return []
 
     async def abort_failed(self) -> None:
@@ -120,7 +132,7 @@ class _Transaction[E: ReceivingEngine]:
     ) -> list[E]:
         """Take a step on all engines at once; returns those that succeeded."""
         outcomes = await asyncio.gather(*(self._bounded(engine, step, call(engine)) for engine in engines))
-        self.failed |= {engine: str(error) for engine, error in zip(engines, outcomes, strict=True) if error}
+        self.failed |= {engine: error for engine, error in zip(engines, outcomes, strict=True) if error}
         return [engine for engine in engines if engine not in self.failed]
 
     async def _abort(self, engines: Iterable[E], reason: str) -> None:
@@ -134,7 +146,7 @@ class _Transaction[E: ReceivingEngine]:
             async with asyncio.timeout(self._seconds):
                 await call
         except TimeoutError:
-            return EngineError(f"{engine.name}: {step}: no answer within {self._seconds:g} s")
+            return TransportError(f"{engine.name}: {step}: no answer within {self._seconds:g} s")
         except EngineError as error:
             return error
         return None

@@ -18,8 +18,8 @@ _GATHER_PADDING = 1.12
 """Keys that the CPU's attention gathers over those it needs: blocks share a call with up to a third more."""
 _LARGEST_GROUP = 0.45
 """Share of all gathered keys in the largest call of the CPU's attention, on chains."""
-_COLUMN_BYTES = 76
-"""A token's fields in a pack on the device (`treepo.learning.packing.Pack`, with both further log-probs)."""
+_COLUMN_BYTES = 68
+"""A token's columns on the device (`megatron_bridge.schedule`, with both further log-probs and `wanted`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +98,26 @@ def after_layers(batch: MicroBatch) -> float:
     return _norm(batch, batch.stream) + batch.stream + gathered + batch.whole
 
 
-def logits(batch: MicroBatch, entropy_gradient: bool) -> float:
-    """The most that logits and their loss need at once.
+def logits(batch: MicroBatch) -> float:
+    """The most that logits and their loss need at once, in the backward pass.
 
-    Forward: the product, its float32 copy and the softmax of one chunk of tokens. Backward: the gradient of
-    the output matrix beside that of the product.
+    CUDA's kernels turn one chunk's float32 logits into their gradient; plain torch has two further copies and
+    the gradient in float32, and on a CPU without a product in float32 the output matrix in float32 too.
+    Beside them there is the gradient of the hidden states. Autograd gets an empty gradient of the matrix,
+    whose sum is among the gradients.
     """
     rows = -(-batch.architecture.dimensions.vocabulary // batch.tensor)
-    chunk = max(1, CHUNK_BYTES // (FLOAT32 * rows))
-    chunks = -(-batch.tokens // chunk)
-    values = min(batch.tokens, chunk) * rows
-    copies = 0 if batch.element == FLOAT32 else batch.element
-    forward = values * (4 * FLOAT32 if entropy_gradient else 2 * FLOAT32 + copies)
-    matrix = rows * batch.architecture.hidden * batch.element
-    backward = values * batch.element + matrix + batch.whole
-    return max(forward, backward) + (matrix if chunks > 1 else 0.0)
+    values = min(batch.tokens, max(1, CHUNK_BYTES // (FLOAT32 * rows))) * rows
+    matrix = rows * batch.architecture.hidden
+    chunk = values * (4 * FLOAT32 if batch.eager else FLOAT32 + batch.element)
+    if batch.eager and batch.element != FLOAT32:
+        chunk += matrix * FLOAT32
+    return batch.whole + max(chunk, matrix * batch.element)
 
 
 def pack(batch: MicroBatch) -> float:
     """A micro-batch's fields, rotary angles and attention plan on the device."""
-    angles = batch.tokens * batch.architecture.dimensions.head_dim * batch.element
+    angles = batch.tokens * batch.architecture.dimensions.head_dim * FLOAT32
     if batch.eager:
         plan = _gathered_blocks(batch) * batch.tokens * (CPU_BLOCK * batch.element + 8)
     else:

@@ -12,6 +12,7 @@ from treepo.config.run import RunConfig
 from treepo.planning.hardware import GIB
 from treepo.planning.memory.engine import EngineMemory
 from treepo.planning.memory.parts import Memory
+from treepo.planning.memory.trainer import offloaded
 from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
 from treepo.planning.nodes import ranks_per_node, shares_devices
 
@@ -66,8 +67,11 @@ def _node(config: RunConfig, ranks: Sequence[Memory]) -> Memory:
     parts: dict[str, tuple[float, str]] = {"trainer ranks": (len(ranks) * process, note)}
     if config.learning.kl_coefficient:
         weights = sum(rank.parts["weights"] for rank in ranks)
-        note = "the initial ones; the current ones while the reference computes"
+        note = "the initial ones, and room for the current ones while the reference computes"
         parts["reference weights"] = 2 * weights, note
+    if shares_devices(config) and (away := offloaded(config)):
+        moved = sum(rank.subtotal(away) for rank in ranks)
+        parts["trainer.offload"] = moved, f"{' and '.join(away)} of each rank, while engines sample"
     if config.checkpoint.every is not None:
         copied = sum(rank.subtotal(("weights", "optimizer")) for rank in ranks)
         note = "each rank's weights and its share of the optimizer, copied"

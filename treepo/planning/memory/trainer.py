@@ -6,23 +6,20 @@ among the replicas that hold a parameter (`megatron_bridge.optimizer`). Activati
 pipeline schedules. Units: bytes.
 
 Compared with real ranks on CPU in tests/planning/test_memory.py. Not counted: memory that the allocator loses
-between blocks; CUDA's and NCCL's context (`fit.RUNTIME`); the optimizer's own step, which runs when
-activations are gone (Transformer Engine's Adam works in place; torch's takes some further bytes for each
-value of a rank's share).
+between blocks; CUDA's and NCCL's context (`fit.RUNTIME`). The optimizer steps in place.
 """
 
 from functools import cache
 from math import ceil, prod
 from pathlib import Path
 
-from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.architecture import Architecture, read_architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import EMBEDDING
 from megatron_bridge.layout_shards import (
     Shard,
     buffer_elements,
     expert_data_ranks,
     layout_shards,
-    tensor_shapes,
 )
 from megatron_bridge.tensor_surgery import padded_vocabulary
 from treepo.config.run import RunConfig
@@ -38,16 +35,36 @@ def parameter_count(folder: Path) -> int:
     return sum(map(prod, tensor_shapes(read_architecture(folder)).values()))
 
 
-def trainer_memory(config: RunConfig, folder: Path) -> list[Memory]:
+def trainer_memory(config: RunConfig, folder: Path, shared: bool = False) -> list[Memory]:
     """One rank of each pipeline stage at the peak of a training step, then rank 0 in a weight sync.
 
-    Ranks of a stage are alike; in a sync no activations are held. Raises ConfigError if the layout does not
-    divide the model.
+    shared: whether engines use the devices; then gradients and what is offloaded have gone before a sync, but
+    not the weights. Ranks of a stage are alike; in a sync no activations are held. Raises ConfigError if the
+    layout does not divide the model.
     """
     architecture, shards = read_architecture(folder), stage_shards(folder, config.trainer.parallel)
     batch = largest_micro_batch(config, architecture)
     stages = [_stage(config, batch, shard) for shard in shards]
-    return [*stages, sync_memory(config, architecture, shards, held=_state(config, shards[0]))]
+    held = _state(config, shards[0])
+    if shared:
+        held = {name: held[name] for name in held if name in {"weights", *kept_while_sampling(config)}}
+    return [*stages, sync_memory(config, architecture, shards, held)]
+
+
+def kept_while_sampling(config: RunConfig) -> tuple[str, ...]:
+    """The parts of the state that stay on devices which engines share: gradients never do."""
+    return tuple(part for part in ("weights", "optimizer") if part not in offloaded(config))
+
+
+def offloaded(config: RunConfig) -> tuple[str, ...]:
+    """The parts of the state that `trainer.offload` moves to the host while engines sample."""
+    return {"none": (), "optimizer": ("optimizer",), "all": ("weights", "optimizer")}[config.trainer.offload]
+
+
+def offloaded_bytes(config: RunConfig, folder: Path) -> float:
+    """What a rank of the largest stage moves to the host."""
+    stages = trainer_memory(config, folder)[:-1]
+    return max(stage.subtotal(offloaded(config)) for stage in stages)
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
@@ -173,8 +190,7 @@ def work_on_logits(config: RunConfig, batch: MicroBatch, shard: Shard) -> float:
     """The most beyond kept activations from the last layer to the loss and back; 0 before the last stage."""
     if shard.stage < config.trainer.parallel.pipeline - 1:
         return 0.0
-    with_gradient = config.learning.entropy_coefficient > 0
-    return activations.after_layers(batch) + activations.logits(batch, with_gradient)
+    return activations.after_layers(batch) + activations.logits(batch)
 
 
 def _micro_batches_in_flight(parallel: ParallelConfig, stage: int) -> float:

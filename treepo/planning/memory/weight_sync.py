@@ -6,9 +6,9 @@ bucket while the previous bucket travels (`megatron_bridge.weight_transfer`, `tr
 
 from pathlib import Path
 
-from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.architecture import Architecture, read_architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import expand
-from megatron_bridge.layout_shards import Shard, tensor_shapes
+from megatron_bridge.layout_shards import Shard
 from megatron_bridge.tensor_surgery import QKV, VOCABULARY
 from treepo.config.run import RunConfig
 from treepo.planning.memory.parts import Memory, Parts, element_bytes, model_dtype

@@ -24,6 +24,7 @@ from treepo.config.run import RunConfig
 from treepo.planning.hardware import FILE_SYSTEM, FROM_HOST, GLOO, TO_HOST, device
 from treepo.planning.memory.engine_shard import engine_shard
 from treepo.planning.memory.parts import element_bytes
+from treepo.planning.memory.trainer import offloaded_bytes
 from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
 from treepo.planning.nodes import footprint, link_rate, shares_devices
 from treepo.planning.speed.flops import forward_flops
@@ -161,9 +162,13 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
     if shares_devices(config):
         shard = engine_shard(read_architecture(folder), config.engine.tensor)
         # SGLang offloads to pinned memory.
-        moved = 2 * shard.parameters * element_bytes(config) / device(config.plan.device).pinned
-        seconds += moved
+        pinned = device(config.plan.device).pinned
+        moved = 2 * shard.parameters * element_bytes(config) / pinned
         note += f"; engines' weights to the host and back {moved:.1f} s"
+        offloaded = 2 * offloaded_bytes(config, folder) / pinned
+        if offloaded:
+            note += f", what trainer.offload moves {offloaded:.1f} s"
+        seconds += moved + offloaded
     return Phase(seconds, note)
 
 

@@ -1,0 +1,131 @@
+"""The stages of first_day.py that are whole training runs: the quickstart, and a model of the 0.5B shape.
+
+Imported by grading processes too, so heavy modules are imported where they are used.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.stage_process import Context, Figures
+
+QUICKSTART = Path("examples/quickstart.yaml")
+ACCURACY = 0.30, 0.50
+"""Of the toy's model; its recipe aims at 0.4."""
+
+
+def coin(prompt: str, response: str, answer: str, extra: Mapping[str, object]) -> float:
+    """A reward for models that know nothing: without differences there would be nothing to train on."""
+    del prompt, response, answer, extra
+    return random.choice((-1.0, 1.0))
+
+
+def toy(context: Context) -> Figures:
+    """`treepo toy`."""
+    from treepo.toy.make import make_toy
+    from treepo.toy.recipe import RECIPE
+
+    recipe = RECIPE
+    if context.dry_run:
+        recipe = replace(
+            RECIPE, train_problems=24, heldout_problems=8, measured_samples=1, steps=2, careful_steps=1,
+            warmup_steps=1, batch=2,
+        )  # fmt: skip
+    report = make_toy(_toy(context), recipe=recipe)
+    low, high = ACCURACY
+    assert context.dry_run or low <= report.sampled_accuracy <= high, report.sampled_accuracy
+    return {
+        "headline": f"made in {report.seconds:.1f} s, accuracy {report.sampled_accuracy:.3f}",
+        "make_seconds": report.seconds,
+        "accuracy": report.sampled_accuracy,
+    }
+
+
+def quickstart(context: Context) -> Figures:
+    """`treepo train examples/quickstart.yaml`, with fewer steps."""
+    if not (_toy(context) / "toy.json").exists():
+        toy(context)
+    steps = 1 if context.dry_run else min(12, round(3 * context.settings.stretch))
+    overrides: dict[str, Any] = {"steps": steps}
+    if context.dry_run:
+        overrides |= {"data.prompts_per_step": 2, "evaluation.max_problems": 4}
+    return _train(context, "quickstart", overrides)
+
+
+def colocated_run(context: Context) -> Figures:
+    """Three steps of a random model of the 0.5B shape, colocated, with the engine's own choice of memory."""
+    from benchmarks.random_model import SHAPES, write_model
+    from treepo.toy.byte_tokenizer import byte_tokenizer
+
+    if not (_toy(context) / "toy.json").exists():
+        toy(context)
+    folder = context.folder("colocated")
+    shape = (
+        SHAPES["tiny"] | {"vocab_size": 320, "max_position_embeddings": 4096}
+        if context.dry_run
+        else SHAPES["0.5b"]
+    )
+    write_model(folder, "bfloat16", shape)
+    byte_tokenizer(shape["max_position_embeddings"]).hugging_face.save_pretrained(folder)
+    overrides: dict[str, Any] = {
+        "steps": 1 if context.dry_run else 3,
+        "model.path": folder,
+        "data.heldout": "null",
+        "reward.function": f"{__name__}:coin",
+        "checkpoint.every": "null",
+        "engine.max_total_tokens": "null",
+        "trainer.optimizer.learning_rate": 1e-6,
+    }
+    if context.dry_run:
+        overrides |= {"data.prompts_per_step": 2, "engine.max_total_tokens": 60000}
+    else:
+        overrides |= {
+            "data.prompts_per_step": 16,
+            "sampling.segment_tokens": 256,
+            "sampling.max_depth": 4,
+            "sampling.max_response_tokens": 1024,
+            "sampling.width": 16,
+        }
+    return _train(context, "colocated", overrides)
+
+
+def _train(context: Context, name: str, overrides: dict[str, Any]) -> Figures:
+    """Run `treepo train` on the quickstart's configuration, with these keys changed too."""
+    from treepo.cli.train import train
+
+    out = context.folder("runs") / name
+    toys = _toy(context)
+    usual = {
+        "out": out,
+        "model.path": toys / "model",
+        "data.train": toys / "train.jsonl",
+        "data.heldout": toys / "heldout.jsonl",
+        "engine.attention_backend": context.settings.attention_backend,
+    }
+    train(QUICKSTART, [f"{key}={value}" for key, value in (usual | overrides).items()])
+    summary = json.loads((out / "summary.json").read_text())
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == summary["steps"] == overrides["steps"], (len(steps), summary["steps"])
+    last = steps[-1]
+    phases = ("sample", "log_probs", "train", "weight_sync")
+    seconds = {phase: last[f"seconds/{phase}"] for phase in phases}
+    shown = ", ".join(f"{phase.replace('_', ' ')} {took:.2f}" for phase, took in seconds.items())
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    accuracy = "" if before is None else f", held-out accuracy {before:.2f} to {after:.2f}"
+    return {
+        "headline": (
+            f"{len(steps)} steps in {summary['seconds']:.1f} s; seconds of the last: {shown}; "
+            f"{last['rollout/tokens_per_second']:.0f} tokens/s, log-probs differ by "
+            f"{last['logprob_difference_mean']:.1e}{accuracy}"
+        ),
+        "summary": summary,
+        "steps": steps,
+        "overrides": {key: str(value) for key, value in (usual | overrides).items()},
+    }
+
+
+def _toy(context: Context) -> Path:
+    return context.folder("toy")

@@ -1,0 +1,57 @@
+"""Families that SGLang serves and the trainer does not know: sampled from, never trained, checked as well."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.model_folders import Change, config, tensors
+from tests.support.preflight_commands import convert, evaluate, plan, rollout, run, train
+from treepo.errors import TreepoError
+
+LM_HEAD, UP = "lm_head.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.usefixtures("mistral")
+def test_an_engines_family_is_sampled_from_and_not_trained() -> None:
+    for command in (rollout, evaluate):
+        run(command)
+    for command in (train, convert, plan):
+        with pytest.raises(
+            TreepoError, match=r'model/config\.json: model_type = "mistral" is not supported; qwen2'
+        ):
+            run(command)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            tensors(lambda t: t.pop(LM_HEAD)),
+            r"model: no file has lm_head\.weight, which MistralForCausalLM needs",
+        ),
+        (tensors(lambda t: t.pop(UP)), r"no file has model\.layers\.1\.mlp\.up_proj\.weight"),
+        (
+            tensors(lambda t: t.update({"v_head.weight": torch.zeros(1)})),
+            r"it has v_head\.weight, which no Mistral",
+        ),
+        (
+            config(num_hidden_layers=1),
+            r"it has model\.layers\.1\..*, which no MistralForCausalLM with this config",
+        ),
+        (config(vocab_size=1024), r"has shape \[512, 32\], but \[1024, 32\] by config\.json"),
+        (
+            config(hidden_size="x"),
+            r"config\.json: transformers refuses it: Field 'hidden_size' expected int, got str",
+        ),
+        (config(num_hidden_layers=10**9), r"num_hidden_layers = 1000000000; it must be at most 1024"),
+        (config(architectures=None), r"config\.json: architectures = null; it must be"),
+        (config(eos_token_id="</s>"), r'config\.json: eos_token_id = "</s>"; it must be'),
+    ],
+)
+def test_an_engines_family_is_checked_too(mistral: Path, change: Change, said: str) -> None:
+    change(mistral)
+    for command in (rollout, evaluate):
+        with pytest.raises(TreepoError, match=said) as raised:
+            run(command)
+        assert "\n" not in str(raised.value)
