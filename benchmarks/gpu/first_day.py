@@ -14,6 +14,7 @@ code on a CPU at tiny sizes. Exit code 1 if a stage failed.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     record = out / "first_day.jsonl"
     start = time.time()
+    # An error ends what a stage has started; without this, SIGTERM would leave it running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="first-day-", ignore_cleanup_errors=True) as scratch:
         settings = Settings(
             dry_run=arguments.dry_run,

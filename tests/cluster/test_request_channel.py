@@ -181,6 +181,23 @@ def test_a_request_that_is_cancelled_ends_in_the_engine_and_no_other_does() -> N
     asyncio.run(sample())
 
 
+def test_a_request_may_be_cancelled_while_its_answer_arrives() -> None:
+    """In every order of the two, and the other requests are answered."""
+
+    async def sample(turns: int) -> None:
+        channel = RequestChannel(LocalActor(Engine()))
+        ended = asyncio.create_task(channel.generate(request(1)))
+        stays = asyncio.create_task(channel.generate(request(2)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        ended.cancel()
+        assert (await stays).tokens[0] == 2
+        assert (await channel.generate(request(3))).tokens[0] == 3
+
+    for turns in range(30):
+        asyncio.run(sample(turns))
+
+
 def test_a_cancellation_may_overtake_its_request() -> None:
     engine = Engine()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from treepo.protocols import GenerateOutput, GenerateRequest
 
@@ -67,7 +67,7 @@ class RequestChannel:
     async def _post(self, requests: Mapping[int, GenerateRequest], cancelled: Sequence[int]) -> None:
         try:
             await self._actor.post.remote(list(requests.items()), cancelled)
-        except (RayTaskError, RayActorError) as error:
+        except Exception as error:  # of any kind: nobody else would hear of it, and the requests would wait
             self._fail(requests, error)
 
     async def _collect(self) -> None:
@@ -79,7 +79,7 @@ class RequestChannel:
                         self._fail([number], answer)
                     elif (waiting := self._take(number)) is not None:
                         waiting.set_result(answer)
-        except (RayTaskError, RayActorError) as error:
+        except Exception as error:  # as above
             self._fail([*self._waiting], error)
         finally:
             self._collecting = False
