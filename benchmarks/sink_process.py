@@ -2,6 +2,7 @@
 
 import multiprocessing
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -62,14 +63,14 @@ class ProcessSink:
                 self._ours.send((action, argument))
                 error = self._ours.recv()
             except (EOFError, OSError):
-                error = f"{self.name}: its process died"
+                error = f"{self.name}: its process died, with a traceback on standard error"
             if error:
                 raise EngineError(error)
 
         return self._thread.submit(obey)
 
     def close(self) -> None:
-        if self._process.is_alive():
+        with suppress(BrokenPipeError):  # of a process that died, whose traceback is on standard error
             self._ours.send(None)
         self._process.join()
         self._thread.shutdown()

@@ -22,10 +22,8 @@ fi
 
 # Docker's defaults are too small for these: docs/docker.md.
 options=(--rm --shm-size=16g --ulimit memlock=-1 --ulimit nofile=65536:65536)
-overrides=()
 if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; then
     options+=(--gpus all)
-    overrides+=(model.dtype=bfloat16)
     say "with the GPUs above"
 else
     say "without a GPU"
@@ -38,7 +36,7 @@ say "doctor"
 
 say "quickstart"
 "$docker" run "${options[@]}" --entrypoint sh "$image" -c \
-    'treepo toy && treepo train examples/quickstart.yaml "$@"' sh "${overrides[@]}" || failed+=(quickstart)
+    'treepo toy && treepo train examples/quickstart.yaml' || failed+=(quickstart)
 
 if ((${#failed[@]})); then
     say "$image failed: ${failed[*]}"

@@ -2,7 +2,6 @@
 
 import ctypes.util
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -209,7 +208,6 @@ def test_check_runs_doctor_and_quickstart(fails: str, gpus: str, code: int, tmp_
         assert "--rm" in line
         assert ("--gpus all" in line) == bool(gpus)
         assert "an-image" in line
-    assert ("model.dtype=bfloat16" in runs[1]) == bool(gpus)
     assert ("an-image works here" in result.stdout) == (code == 0)
 
 
@@ -219,10 +217,3 @@ def test_scripts_are_of_their_shell(script: str, shell: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     if shellcheck := shutil.which("shellcheck"):
         subprocess.run([shellcheck, str(ROOT / script)], check=True)
-
-
-def test_the_configuration_takes_the_override_of_the_quickstart() -> None:
-    from treepo.config.load import load_config
-
-    config = load_config(ROOT / "examples/quickstart.yaml", ["model.dtype=bfloat16"])
-    assert json.loads(config.model_dump_json())["model"]["dtype"] == "bfloat16"

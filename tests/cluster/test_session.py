@@ -99,6 +99,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[str]]:
             return reservation
 
         monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
+        monkeypatch.setattr(session, "cluster_nodes", list)
         monkeypatch.setattr(session, "reserve", reserve)
         monkeypatch.setattr(session, "TrainerGroup", lambda *_: FakeTrainer(events))
         monkeypatch.setattr(session, "TrainingEnginePool", lambda *_: FakePool(events))

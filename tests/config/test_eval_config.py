@@ -13,7 +13,7 @@ from tests.support.paths import ROOT, SHARED
 from tests.support.sglang_http import FakeServer
 from tests.support.tiny import write_tiny_qwen2
 from treepo.cli.main import app
-from treepo.config.evaluate import EvalConfig, overrides_of
+from treepo.config.evaluate import BenchmarkConfig, EvalConfig, overrides_of
 from treepo.config.load import load_as
 from treepo.errors import ConfigError, TreepoError
 from treepo.preflight.inputs import read_evaluation_inputs
@@ -238,3 +238,9 @@ def test_there_is_an_engine_for_each_gpu_unless_a_number_is_given(
 ) -> None:
     config = from_options(f"engine.count={json.dumps(count)}", out="o", model="m", data=[Path("x.jsonl")])
     assert config.engine.on(gpus).count == engines
+
+
+@pytest.mark.parametrize("path", ["data/gsm8k.jsonl", "data/gsm8k", "data/gsm8k/", "data/gsm8k.parquet/"])
+def test_a_folder_has_the_columns_of_its_name(path: str) -> None:
+    benchmark = BenchmarkConfig.model_validate({"path": path})
+    assert (benchmark.label, benchmark.shipped_map) == ("gsm8k", "gsm8k")

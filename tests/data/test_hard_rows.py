@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -325,3 +326,38 @@ def test_messages_that_a_template_would_spoil_are_refused(
     path = write_jsonl(tmp_path / "data.jsonl", [GOOD | {"question": messages}])
     with pytest.raises(DataError, match=re.escape(f"{path}:1: column 'question': {said}")):
         load(path, tokenizer)
+
+
+MUTATIONS = [b"\x00", b'"', b"}", b"\\ud800", b"\xff", b"[[", b"null,", b"NaN", b"\n"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_damaged_bytes_are_prompts_or_one_line(tmp_path: Path, suffix: str) -> None:
+    drawn, path = random.Random(0), tmp_path / f"data{suffix}"
+    write(path, [{"q": [USER], "a": {"b": str(index)}, "s": "é", "x": {"k": ["é"]}} for index in range(10)])
+    whole, columns = path.read_bytes(), {"prompt": "q", "answer": "a.b", "source": "s", "extra": "x"}
+    config = configure(path, columns, bad_rows="skip")
+    errors, skipped = [], 0
+    for _ in range(150):
+        damaged, at = bytearray(whole), drawn.randrange(len(whole))
+        damaged[at : at + drawn.choice([0, 1, 30])] = drawn.choice(MUTATIONS)
+        path.write_bytes(damaged)
+        try:
+            prompts = load_prompts(path, config.columns, Utf8Tokenizer(), config)
+            assert len(list(prompts)) == prompts.report.usable
+            skipped += prompts.report.skipped.total()
+        except DataError as error:
+            errors.append(str(error))
+    for error in errors:
+        assert error.startswith(f"{path}: ")
+        assert "\n" not in error
+        error.encode()
+    assert skipped + len(errors) > 50  # the damage is real
+
+
+def test_a_column_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    arrays = [pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array(["1"])]
+    table = pyarrow.Table.from_arrays(arrays, names=["question", "question", "answer"])
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(table, path)
+    assert "column 'question' is there 2 times" in error_of(path, skip=False)

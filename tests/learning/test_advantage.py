@@ -399,8 +399,9 @@ def test_spo_takes_the_mean_over_leaves_and_with_inverse_branching_over_children
 
     def mean_over_children(tree: Tree, node: int) -> float:
         below = [mean_over_children(tree, child) for child in children_of(tree, node)]
-        rewards = [leaf.reward for leaf in tree.leaves if leaf.segment == node]
-        return float(np.mean(np.array(below or rewards, dtype=np.float64)))
+        return float(
+            np.mean(below or [float(leaf.reward or 0) for leaf in tree.leaves if leaf.segment == node])
+        )
 
     trees = random_batch(np.random.default_rng(8), 6, least_leaves=4)
     by_leaves = estimate(trees, config_of(estimator="spo"))

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_bridge.architecture import read_architecture
 from tests.support.plan_configs import config, engine
 from treepo.errors import ConfigError
+from treepo.planning.fit import fit
 from treepo.planning.memory.engine import sglang_defaults
 from treepo.planning.memory.engine_shard import engine_shard
 
@@ -48,6 +49,17 @@ def test_sglangs_default_is_its_documented_sum() -> None:
     assert chosen.graphs_mib == 512 + 58 * 8
     assert sglang_defaults(24 * 1024, tensor=1, batch=0).chunk_tokens == 2048
     assert sglang_defaults(24 * 1024, tensor=1, batch=0).graphs_mib == 0
+
+
+def test_graphs_stay_beside_a_trainer_that_shares_the_gpu(qwen2: Path) -> None:
+    """512 MiB for batches of 256 paths, 32 trees of 8 leaves at once, and 58 x 8 MiB for prefill."""
+    for placement, kept in (("colocated", True), ("split", False)):
+        planned = fit(config(placement=placement), qwen2)
+        assert planned.engine.graphs == (512 + 58 * 8) << 20
+        for stage in planned.trainer:
+            assert ("engine's CUDA graphs" in stage.parts) == kept
+            assert not kept or stage.parts["engine's CUDA graphs"] == planned.engine.graphs
+    assert engine(config(plan_device="cpu"), qwen2).graphs == 0
 
 
 def test_the_cache_gets_what_the_weights_leave(qwen2: Path) -> None:

@@ -92,10 +92,10 @@ class Replaying:
 class TakingTurns:
     """An engine that computes only while the driver waits for all its answers.
 
-    held: while its body runs, the engine accepts requests and computes nothing.
+    held: while its body runs, the engine accepts that many requests and computes nothing.
     """
 
-    def __init__(self, engine: Sampler, held: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
+    def __init__(self, engine: Sampler, held: Callable[[int], AbstractAsyncContextManager[Any]]) -> None:
         self._engine, self._held = engine, held
         self._asked: list[tuple[GenerateRequest, asyncio.Future[GenerateOutput]]] = []
         self._turns: asyncio.Task[None] | None = None
@@ -111,7 +111,7 @@ class TakingTurns:
         await nothing_to_do()
         while self._asked:
             asked, self._asked = self._asked, []
-            async with self._held():
+            async with self._held(len(asked)):
                 work = [asyncio.create_task(self._engine.generate(request)) for request, _ in asked]
                 await nothing_to_do()
             for (_, answer), output in zip(asked, await asyncio.gather(*work), strict=True):
@@ -163,14 +163,23 @@ def sampled(real: "RealEngine", engine: Sampler) -> tuple[list[list[tuple[int, i
 
 
 @asynccontextmanager
-async def held(real: "RealEngine"):
-    """SGLang's scheduler queues requests and runs none; what is sent first is received first."""
+async def held(real: "RealEngine", requests: int):
+    """SGLang's scheduler queues `requests` and runs none of them.
+
+    It receives in the order of sending, and answers `get_internal_state` while it is paused: the answer says
+    that it has everything that was sent before.
+    """
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
-    send = real.engine._sglang.manager._async_dispatch_to_scheduler
-    await send(PauseGenerationReqInput(mode="in_place"))
+    manager = real.engine._sglang.manager
+    await manager._async_dispatch_to_scheduler(PauseGenerationReqInput(mode="in_place"))
+    await manager.get_internal_state()
     yield
-    await send(ContinueGenerationReqInput())
+    while len(manager.rid_to_state) < requests:
+        await asyncio.sleep(0)
+    await nothing_to_do()
+    await manager.get_internal_state()
+    await manager._async_dispatch_to_scheduler(ContinueGenerationReqInput())
 
 
 def test_the_simulation_has_the_real_engines_events(real_engine: "RealEngine") -> None:
@@ -193,9 +202,9 @@ def test_the_simulation_has_the_real_engines_events(real_engine: "RealEngine") -
 
 def test_engine_and_driver_in_turns_take_the_same_decoding_steps(real_engine: "RealEngine") -> None:
     recording = Recording(real_engine.engine)
-    shapes, steps = sampled(real_engine, TakingTurns(recording, lambda: held(real_engine)))
+    shapes, steps = sampled(real_engine, TakingTurns(recording, lambda requests: held(real_engine, requests)))
     simulated = SimulatedEngine(StatedRates(), kv_tokens=50_000)
-    turns = TakingTurns(Replaying(simulated, recording), nullcontext)
+    turns = TakingTurns(Replaying(simulated, recording), lambda _: nullcontext())
     assert run_virtually(sample(turns)) == shapes
     assert simulated.counts.steps == steps
     # A request's prefill makes its first token.

@@ -55,3 +55,22 @@ def test_an_engines_family_is_checked_too(mistral: Path, change: Change, said: s
         with pytest.raises(TreepoError, match=said) as raised:
             run(command)
         assert "\n" not in str(raised.value)
+
+
+def test_a_feature_that_the_trainer_does_not_build_is_sampled_from(folder: Path) -> None:
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    config(rope_parameters=yarn)(folder)
+    for command in (rollout, evaluate):
+        run(command)
+    with pytest.raises(
+        TreepoError, match=r'config\.json: rope_type = "yarn" is not supported; default, llama3 are'
+    ):
+        run(train)
+    config(architectures=["Qwen2ForSequenceClassification"])(folder)
+    with pytest.raises(TreepoError, match=r"architectures = .*; it must be"):
+        run(rollout)

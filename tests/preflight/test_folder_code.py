@@ -2,13 +2,15 @@
 
 import io
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.support.model_folders import Change, config, text
 from tests.support.preflight_commands import COMMANDS, ENGINES, evaluate, rollout, run
-from treepo.errors import TreepoError
+from treepo.data.tokenizer import load_tokenizer
+from treepo.errors import ModelError, TreepoError
 
 MARK = "code-ran"
 CODE = f"""
@@ -74,4 +76,20 @@ def test_a_class_of_its_own_in_an_engines_family(mistral: Path) -> None:
             TreepoError, match=r"OwnForCausalLM.* is no class of transformers; .* is never run"
         ):
             run(command)
+    assert not Path(MARK).exists()
+
+
+@pytest.mark.parametrize("case", OWN_CODE)
+def test_a_tokenizer_alone_runs_no_code_either(
+    folder: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a server's model, of which the tokenizer's folder alone is here."""
+    OWN_CODE[case][0](folder)
+    OWN_CODE["a tokenizer of its own"][0](folder)
+    text("own.py", CODE)(folder)
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr(sys, "stdin", answers)
+    with suppress(ModelError):
+        load_tokenizer(folder)
+    assert answers.tell() == 0
     assert not Path(MARK).exists()

@@ -155,6 +155,13 @@ def test_a_decimal_equals_an_exact_number_within_a_millionth(decimal: str, equal
     assert equal_answers(r"\{\frac{10^9}{7}, 1\}", rf"\{{{decimal} \cdot 10^9, 1\}}") == equal
 
 
+@pytest.mark.parametrize(
+    "other", ["0.(?)", r"0.\overline{?}", "1 ?/?", r"1\frac{?}{?}", "?:00", r"?~\text{cm}"]
+)
+def test_numbers_of_thousands_of_digits_are_no_error(other: str) -> None:
+    assert not equal_answers(r"\frac{1}{3}", other.replace("?", "3" * 5000))
+
+
 def wrong_verdicts(answers: list[str]) -> tuple[int, list[str]]:
     """How many dressed answers were graded, and those that were not graded right."""
     wrong, count = [], 0

@@ -132,9 +132,8 @@ def test_what_a_function_left_dies_with_a_killed_parent(tmp_path: Path) -> None:
 
 def test_a_process_that_no_longer_answers_is_a_timeout() -> None:
     with RewardPool(RewardConfig(function=OBEY, workers=2, deadline_seconds=0.5)) as pool:
-        assert [one.verdict for one in grades(pool, "execute sleep 600", "signal SIGSTOP")] == [
-            Verdict.TIMEOUT
-        ] * 2
+        executed, stopped = grades(pool, "execute sleep 600", "signal SIGSTOP")
+    assert (executed.verdict, stopped.verdict) == (Verdict.TIMEOUT, Verdict.TIMEOUT)
 
 
 def test_a_closed_pipe_is_said_and_nothing_is_written_into_the_file_in_its_place(

@@ -261,6 +261,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "random budget": {"budget": "random", "branching": "1-3"},
     "token budget": {"budget": "tokens", "tokens_per_step": 20},
     "token cap": {"cap": "response_tokens", "tree_response_tokens": 70},
+    "token cap, initial range": {
+        "cap": "response_tokens",
+        "tree_response_tokens": 20,
+        "min_width": 4,
+        "initial_branching": "2-8",
+    },
     "token cap, min width": {"cap": "response_tokens", "tree_response_tokens": 40, "min_width": 4},
     **{
         f"allocation {policy}": {

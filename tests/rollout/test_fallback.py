@@ -48,7 +48,7 @@ def test_a_response_shorter_than_a_segment_is_cut_unless_a_window_forbids_it(cut
     if cut == "inverse_block":
         log_probs[:4] = -60
     leaf, rng = candidate(7, log_probs=log_probs), np.random.default_rng(0)
-    free = {"cut": cut, "aligned": False}
+    free: dict[str, Any] = {"cut": cut, "aligned": False}
     assert cut_point(leaf, config(**free), rng) == (5 if cut == "min_log_prob" else 4)
     assert cut_point(leaf, config(**free, window_tokens=7), rng) > 0
     assert cut_point(leaf, config(**free, window_tokens=8), rng) == 0

@@ -10,6 +10,7 @@ import pytest
 from tests.support.fake_engine import FakeEngine, decode, prompt_tokens
 from tests.support.sampling_policies import sampling
 from treepo.data.prompts import Prompt
+from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.watchdog import watched
@@ -39,7 +40,7 @@ def stall(engines: list[SilentEngine], caplog: pytest.LogCaptureFixture) -> str:
             await asyncio.wait((tree,))
 
     with caplog.at_level(logging.WARNING):
-        asyncio.run(scenario())
+        run_virtually(scenario())
     return caplog.messages[0]
 
 

@@ -1,11 +1,20 @@
 """The reason of a failed start, taken from what the processes write to standard error."""
 
+import multiprocessing
+import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
+import psutil
 import pytest
+import torch
 
 from sglang_rollout.child_output import ChildOutput, explain
+from treepo.config.engine import EngineConfig
+from treepo.errors import EngineError
 
 TRACEBACK = """\
 [2026-11-27 16:00:00] a warning about libcuda.so
@@ -73,3 +82,38 @@ def test_output_is_passed_on_and_kept(capfd: pytest.CaptureFixture[str]) -> None
     written = capfd.readouterr().err
     assert "ValueError: the child failed\n" in written
     assert written.endswith("ours\n")
+
+
+def fail() -> None:
+    raise RuntimeError("Could not find CUDA installation. Please set CUDA_HOME environment variable.")
+
+
+class FailingEngine:
+    """As SGLang's: the parent learns the exit code of a child that failed, and has another that waits."""
+
+    pids: ClassVar[list[int]] = []
+
+    def __init__(self, **_arguments: object) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        waiting = spawn.Process(target=signal.pause)
+        waiting.start()
+        assert waiting.pid is not None
+        self.pids.append(waiting.pid)
+        child = spawn.Process(target=fail)
+        child.start()
+        child.join()
+        raise RuntimeError(f"Rank 0 scheduler died during initialization (exit code: {child.exitcode}).")
+
+
+def test_a_start_that_fails_says_what_the_child_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_rollout.processes import SGLangProcesses
+
+    module = SimpleNamespace(EngineWithoutDetokenizer=FailingEngine)
+    monkeypatch.setitem(sys.modules, "sglang_rollout.without_detokenizer", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError) as error:
+        SGLangProcesses(tmp_path, "float32", EngineConfig(), 0, shares_device=False, paths_at_once=None)
+    said = str(error.value)
+    assert said.startswith(f"SGLang does not start on {tmp_path}: SGLang compiles kernels and finds no")
+    assert "(RuntimeError: Could not find CUDA installation. " in said
+    assert not any(map(psutil.pid_exists, FailingEngine.pids))

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 
-time.sleep(0.6)
+time.sleep(2.5)
 
 
 def nap_if_asked(prompt: str, response: str, answer: str, extra: Mapping[str, object]) -> float:  # noqa: ARG001 (the signature of a reward function)

@@ -1,5 +1,6 @@
 """One command at a time writes into a folder; a dead one's folder is free at once."""
 
+import asyncio
 import json
 import os
 import signal
@@ -7,16 +8,23 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.support.command import DEADLINE
+from tests.support.evaluations import config_of
 from tests.support.paths import ROOT
 from tests.training.test_resume import config as config
+from treepo.cli.main import app
+from treepo.config.rollout import RolloutConfig
 from treepo.data import folder_lock
 from treepo.data.folder_lock import LOCK, Holder, check_free, locked
 from treepo.data.output_folder import prepare_folder
 from treepo.errors import ConfigError
+from treepo.evaluation.evaluate import evaluate
+from treepo.rollout.sample_file import rollout
 from treepo.training.run_folder import RunFolder
 
 HOLD = """
@@ -138,3 +146,29 @@ def test_a_strangers_folder_is_left_as_it_is(config) -> None:
     with pytest.raises(ConfigError, match="but not of a run"), locked(config.out):
         prepare_folder(config.out, config)
     assert [entry.name for entry in config.out.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("command", "example"), [("train", "quickstart"), ("rollout", "rollout"), ("eval", "eval-toy")]
+)
+def test_every_command_refuses_before_it_reads_its_inputs(
+    tmp_path: Path, command: str, example: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the example's model and data do not exist
+    with locked(tmp_path):
+        result = CliRunner().invoke(app, [command, str(ROOT / f"examples/{example}.yaml"), f"out={tmp_path}"])
+    assert isinstance(result.exception, ConfigError)
+    assert f"{tmp_path} is in use by process {os.getpid()} on " in str(result.exception)
+
+
+def test_a_rollout_and_an_evaluation_hold_their_folders(tmp_path: Path) -> None:
+    nothing: Any = None  # neither gets as far as its inputs
+    rollout_config = RolloutConfig.model_validate(
+        {"out": str(tmp_path), "model": {"path": "m"}, "data": {"prompts": "p.jsonl"}}
+    )
+    for work in (
+        lambda: rollout(rollout_config, nothing, nothing, nothing),
+        lambda: evaluate(config_of(str(tmp_path), 2), nothing, nothing, nothing),
+    ):
+        with locked(tmp_path), pytest.raises(ConfigError, match="is in use by process"):
+            asyncio.run(work())

@@ -100,6 +100,25 @@ def test_host_memory_is_unregistered_once_and_only_if_it_was_registered(fake: Fa
     assert fake.calls == ["cudaHostRegister"]
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:0", 0), ("cuda:1", 1)])
+def test_calls_are_made_on_the_tensors_device(
+    device: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device without a number is the current one."""
+    chosen: list[int] = []
+
+    def choose(index: int) -> tuple[Any]:
+        chosen.append(index)
+        return (SUCCESS,)
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(runtime, "cudaSetDevice", choose)
+    monkeypatch.setattr(runtime, "cudaHostUnregister", lambda _: (SUCCESS,))
+    device_memory.unregister(torch.zeros(8, dtype=torch.uint8), torch.device(device))
+    assert chosen == [index]
+
+
 def test_without_cuda_bindings_nothing_is_shared_or_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(RuntimeError, match="cuda-bindings is not installed"):

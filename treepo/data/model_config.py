@@ -47,8 +47,10 @@ def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_no_pointers(folder: Path) -> None:
-    """Raise ModelError if Git LFS has left a pointer in the place of a file."""
-    for path in sorted(folder.glob("*")):  # none if there is no folder, which others report
+    """Raise ModelError if Git LFS has left a pointer in the place of a file, or if there is no folder."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder")
+    for path in sorted(folder.iterdir()):
         if path.suffix not in _READ or not path.is_file():
             continue
         with path.open("rb") as file:

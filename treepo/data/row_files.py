@@ -10,6 +10,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -196,20 +197,16 @@ class ParquetRows:
         self._path, self._columns = path, columns
         self._unchanged = _Unchanged(path)
         self._groups = groups
+        self._metadata: Any = None  # once the file has been opened
         self.blank_lines = 0
 
     def __iter__(self) -> Iterator[Row]:
-        import pyarrow  # here and below, not at the top: it takes half a second that JSON lines need not pay
-
         index = 0
-        try:
-            with self._open() as file:
-                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=self._top_columns):
-                    for content in _contents(batch):
-                        yield self._row(index, content)
-                        index += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise self._unreadable(error) from error
+        with self._open() as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=self._top_columns):
+                for content in _contents(batch):
+                    yield self._row(index, content)
+                    index += 1
 
     def read(self, rows: Sequence[tuple[int, int]]) -> list[Row]:
         self._unchanged.check()
@@ -227,59 +224,52 @@ class ParquetRows:
 
     def _group(self, number: int) -> Any:
         """Read a row group, or find it among those kept."""
-        import pyarrow
-
         key = (self._path, number)
         if key not in self._groups:
-            try:
-                with self._open() as file:
-                    self._groups[key] = file.read_row_group(number, columns=self._top_columns)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise self._unreadable(error) from error
+            with self._open() as file:
+                self._groups[key] = file.read_row_group(number, columns=self._top_columns)
         self._groups.move_to_end(key)
         while len(self._groups) > 1 and sum(table.nbytes for table in self._groups.values()) > _KEPT_BYTES:
             self._groups.popitem(last=False)
         return self._groups[key]
 
-    def _open(self) -> Any:
-        import pyarrow.parquet
-
-        return pyarrow.parquet.ParquetFile(self._path, metadata=self._metadata)
-
-    @cached_property
-    def _metadata(self) -> Any:
-        import pyarrow
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        """Open the file. Whatever pyarrow raises while it is open becomes a DataError."""
+        import pyarrow  # here, not at the top: it takes half a second that JSON lines need not pay
         import pyarrow.parquet
 
         try:
-            return pyarrow.parquet.read_metadata(self._path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise self._unreadable(error) from error
+            with pyarrow.parquet.ParquetFile(self._path, metadata=self._metadata) as file:
+                self._metadata = file.metadata
+                yield file
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # the last if names are not UTF-8
+            raise DataError(f"{self._path}: it cannot be read as parquet: {one_line(error)}") from error
 
     @cached_property
     def _top_columns(self) -> list[str]:
         """The columns to read; a nested one is read with the whole column that contains it."""
-        names = self._metadata.schema.to_arrow_schema().names
+        with self._open() as file:
+            names = file.schema_arrow.names
         wanted = {name: name if name in names else name.split(".")[0] for name in self._columns}
         for name, top in sorted(wanted.items()):
             if top not in names:
                 raise DataError(f"{self._path}: column {name!r} is absent; there are: {names_of(names)}")
             if names.count(top) > 1:
                 raise DataError(
-                    f"{self._path}: {names.count(top)} columns are named {top!r}; rename all but one"
+                    f"{self._path}: column {top!r} is there {names.count(top)} times; rename others"
                 )
         return sorted(set(wanted.values()))
 
     @cached_property
     def _group_starts(self) -> list[int]:
         """The index of each row group's first row."""
+        with self._open() as file:
+            metadata = file.metadata
         starts = [0]
-        for number in range(self._metadata.num_row_groups - 1):
-            starts.append(starts[-1] + self._metadata.row_group(number).num_rows)
+        for number in range(metadata.num_row_groups - 1):
+            starts.append(starts[-1] + metadata.row_group(number).num_rows)
         return starts
-
-    def _unreadable(self, error: Exception) -> DataError:
-        return DataError(f"{self._path}: it cannot be read as parquet: {error}")
 
 
 def _contents(part: Any) -> list[Mapping[str, Any] | BadRow]:

@@ -34,6 +34,7 @@ def check_served_folder(folder: Path, *, trained: bool = False) -> None:
     """
     from megatron_bridge.architecture import UntrainableError, read_architecture
 
+    check_class(folder)
     try:
         architecture = read_architecture(folder)
     except UntrainableError:
@@ -45,7 +46,6 @@ def check_served_folder(folder: Path, *, trained: bool = False) -> None:
     else:
         from megatron_bridge.hf_tensors import check_tensors
 
-        check_class(folder, architecture.model_type)
         check_tensors(folder, architecture)
     check_generation_config(folder)
 
@@ -57,7 +57,7 @@ def check_present_parts(folder: Path) -> None:
 
     architecture = read_architecture(folder)
     if read_model_config(folder).get("architectures") is not None:
-        check_class(folder, architecture.model_type)
+        check_class(folder)
     if has_weights(folder):
         check_tensors(folder, architecture)
     check_generation_config(folder)
@@ -65,14 +65,20 @@ def check_present_parts(folder: Path) -> None:
         load_tokenizer(folder)
 
 
-def check_class(folder: Path, model_type: str) -> None:
-    """Raise ModelError unless config.json names the family's class for text, which SGLang builds."""
+def check_class(folder: Path) -> None:
+    """Raise ModelError unless config.json names the class for text of a family that the trainer knows.
+
+    SGLang builds the class that is named.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found, needed = (
-        read_model_config(folder).get("architectures"),
-        [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
-    )
+    from megatron_bridge.hf_weight_map import FAMILIES
+
+    config = read_model_config(folder)
+    model_type = config["model_type"]
+    if model_type not in FAMILIES:
+        return
+    found, needed = config.get("architectures"), [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     if found != needed:
         needed = f"{shown(needed)} for model_type = {model_type}"
         raise ModelError(f"{folder / CONFIG}: {wrong_value('architectures', found, needed)}")

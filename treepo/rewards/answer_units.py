@@ -65,10 +65,10 @@ _NOT_UNITS = re.compile(
 )
 _WORD = r"\\text ?\{(?:[^{}]|\{[^{}]*\})*\}(?: ?\^ ?\{? ?-?\d ?\}?)?"
 _TEXT_TAIL = re.compile(
-    rf"(?<=[\w}})\]!|%])(?P<tail>(?: |/|\\cdot|\\times|\\mu|\\Omega|\\AA|{_WORD}|(?<=degree\}}) ?[CFK])+)$"
+    rf"(?<=[\w}})\]!|%])(?P<tail>(?: |/|\\cdot|\\times|\\mu|\\Omega|\\AA|{_WORD}|(?<=degree\}}) ?[CFK])++)$"
 )
 # Words without \text: short ones must be known, because they could be variables.
-_PLAIN_TAIL = re.compile(r"(?<=[\d})])(?P<tail>(?: ?[A-Za-z][A-Za-z.]*(?:\^\{?[23]\}?)?(?: ?/)?)+)$")
+_PLAIN_TAIL = re.compile(r"(?<=[\d})])(?P<tail>(?: ?[A-Za-z][A-Za-z.]*+(?:\^\{?[23]\}?)?+(?: ?/)?+)++)$")
 _SINGLE = frozenset("mgshLNJWVKCF")
 _CURRENCY = re.compile(
     r"^(?P<sign>[-+]?) ?(?P<unit>\\?\$|€|£|¥|₹) ?(?=[\d.\\])|(?<=\d) ?(?P<after>\\?\$|€|£|¥|₹)$"

@@ -42,8 +42,6 @@ class ColocatedSender:
     collective: ClassVar[bool] = False
 
     def __init__(self, device: torch.device, best: Way = "ipc") -> None:
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
         self._device, self._best = device, best
         self._reports: Reports | None = None
         self._probe: DeviceBytes | None = None

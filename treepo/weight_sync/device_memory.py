@@ -162,7 +162,8 @@ def _runtime(device: torch.device) -> Any:
     except ImportError as error:
         raise RuntimeError(f"cuda-bindings is not installed ({error})") from error
     torch.cuda.init()
-    _call(runtime, "cudaSetDevice", device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    _call(runtime, "cudaSetDevice", index)
     return runtime
 
 
