@@ -38,14 +38,14 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-def write_model(folder: Path, dtype: str, shape: Mapping[str, Any]) -> None:
-    """Write a random Qwen2 with its end token beyond its vocabulary, so that it is never sampled."""
+def write_model(folder: Path, dtype: str, shape: Mapping[str, Any], end_token: int | None = None) -> None:
+    """Write a random Qwen2. By default its end token is beyond the vocabulary, so it is never sampled."""
     config = Qwen2Config(
         **shape,
         tie_word_embeddings=False,
         bos_token_id=None,
         pad_token_id=0,
-        eos_token_id=shape["vocab_size"],
+        eos_token_id=shape["vocab_size"] if end_token is None else end_token,
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

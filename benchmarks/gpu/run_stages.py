@@ -58,7 +58,7 @@ def quickstart(context: Context) -> Figures:
 def colocated_run(context: Context) -> Figures:
     """Three steps of a random model of the 0.5B shape, colocated, with the engine's own choice of memory."""
     from benchmarks.random_model import SHAPES, write_model
-    from treepo.toy.byte_tokenizer import byte_tokenizer
+    from treepo.toy.byte_tokenizer import EOS_ID, byte_tokenizer
 
     if not (_toy(context) / "toy.json").exists():
         toy(context)
@@ -68,7 +68,7 @@ def colocated_run(context: Context) -> Figures:
         if context.dry_run
         else SHAPES["0.5b"]
     )
-    write_model(folder, "bfloat16", shape)
+    write_model(folder, "bfloat16", shape, EOS_ID)
     byte_tokenizer(shape["max_position_embeddings"]).hugging_face.save_pretrained(folder)
     overrides: dict[str, Any] = {
         "steps": 1 if context.dry_run else 3,
