@@ -5,6 +5,8 @@ Imported by grading processes too, so heavy modules are imported where they are 
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -93,9 +95,7 @@ def colocated_run(context: Context) -> Figures:
 
 
 def _train(context: Context, name: str, overrides: dict[str, Any]) -> Figures:
-    """Run `treepo train` on the quickstart's configuration, with these keys changed too."""
-    from treepo.cli.train import train
-
+    """Run the command `treepo train` on the quickstart's configuration, with these keys changed too."""
     out = context.folder("runs") / name
     toys = _toy(context)
     usual = {
@@ -105,7 +105,11 @@ def _train(context: Context, name: str, overrides: dict[str, Any]) -> Figures:
         "data.heldout": toys / "heldout.jsonl",
         "engine.attention_backend": context.settings.attention_backend,
     }
-    train(QUICKSTART, [f"{key}={value}" for key, value in (usual | overrides).items()])
+    command = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", str(QUICKSTART)]
+    changes = [f"{key}={value}" for key, value in (usual | overrides).items()]
+    done = subprocess.run([*command, *changes], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(done.stderr)
+    assert done.returncode == 0, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     summary = json.loads((out / "summary.json").read_text())
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == summary["steps"] == overrides["steps"], (len(steps), summary["steps"])
