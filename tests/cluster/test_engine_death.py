@@ -60,13 +60,12 @@ async def _pids(actor: Any) -> tuple[int, list[int]]:
     )
 
 
-async def _kill_while_it_answers(driver: TreeDriver, engine: int, pid: int, stop: list[int]) -> None:
-    """SIGKILL with requests in flight. SGLang (`stop`) is halted first, so that it cannot answer them."""
-    for process in stop:
+async def _halt_while_it_answers(driver: TreeDriver, engine: int, processes: list[int]) -> None:
+    """SIGSTOP the engine's SGLang, so that it keeps requests in flight."""
+    for process in processes:
         os.kill(process, signal.SIGSTOP)
     while not any(pending.engine == engine for pending in driver.pending()):
         await asyncio.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
 
 
 def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,16 +144,17 @@ async def _sample(driver: TreeDriver, disturb: Any) -> list[Tree]:
 
 
 async def _kill_both(driver: TreeDriver, first: Any, one: list[int], actor: int, other: list[int]) -> None:
-    """Kill the first engine's SGLang; then, once the second engine has answered, the second's Ray actor."""
+    """Kill the first engine's SGLang, and the second's Ray actor when the first's death is known. Both have
+    requests in flight.
+    """
     from treepo.cluster.pooled_engine import State
 
-    await _kill_while_it_answers(driver, 0, one[0], stop=one)
+    await _halt_while_it_answers(driver, 0, one)
+    await _halt_while_it_answers(driver, 1, other)  # before the other's death: there may be no work left then
+    os.kill(one[0], signal.SIGKILL)
     while first.state is State.SERVING:
         await asyncio.sleep(0.01)
-    answered = driver.stats.requests
-    while driver.stats.requests < answered + 4:
-        await asyncio.sleep(0.01)
-    await _kill_while_it_answers(driver, 1, actor, stop=other)
+    os.kill(actor, signal.SIGKILL)
 
 
 async def _check(tree: Tree, engine: Any) -> None:
