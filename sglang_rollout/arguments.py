@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -154,7 +155,9 @@ def check_sglang_arguments(engine: EngineConfig) -> None:
     type or choice there, or that is set elsewhere; and for an `engine.attention_backend` that it lacks.
     """
     if engine.sglang or engine.attention_backend:
-        from sglang.srt.server_args import ServerArgs  # takes seconds
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kernels for absent devices
+            from sglang.srt.server_args import ServerArgs  # takes seconds
 
         if faults := list(argument_faults(engine, get_type_hints(ServerArgs, include_extras=True))):
             raise ConfigError("\n".join(faults))
