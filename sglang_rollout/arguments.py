@@ -110,7 +110,10 @@ def sglang_arguments(
 
 
 def _of_gpu(model: Path, paths_at_once: int | None) -> dict[str, Any]:
-    memory = torch.cuda.get_device_properties(0).total_memory
+    from sglang.srt.utils import get_nvgpu_memory_capacity
+
+    # By nvidia-smi: torch would open a context, which takes GPU memory, in a process that computes nothing.
+    memory = get_nvgpu_memory_capacity() * 2**20
     arguments: dict[str, Any] = {"cuda_graph_max_bs_decode": decode_graph_size(paths_at_once, memory)}
     if has_experts(json.loads((model / "config.json").read_text())):
         # SGLang's own choice on Blackwell permutes the experts' weights after loading them, and an update

@@ -3,10 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import pytest
+import sglang.srt.utils
 import torch
 
 from sglang_rollout.arguments import (
@@ -45,7 +45,7 @@ def engine(**sglang: Any) -> EngineConfig:
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, memory: int = 80 * GIB) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(sglang.srt.utils, "get_nvgpu_memory_capacity", lambda: memory / 2**20)
 
 
 def arguments(folder: Path, config: EngineConfig, model: dict[str, Any], **settings: Any) -> dict[str, Any]:
