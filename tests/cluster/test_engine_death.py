@@ -132,13 +132,12 @@ PROMPTS = [
 
 
 async def _sample(driver: TreeDriver, disturb: Any) -> list[Tree]:
-    """Sample all trees; `disturb` runs beside the sampling, from the first tree on."""
+    """Sample all trees; `disturb` runs beside the sampling."""
     trees: list[Tree] = []
     async with asyncio.TaskGroup() as group, aclosing(driver.sample(PROMPTS, step=0)) as results:
+        group.create_task(disturb())
         async for result in results:
             assert isinstance(result, Tree), result
-            if not trees:
-                group.create_task(disturb())
             trees.append(result)
     return trees
 
@@ -149,6 +148,8 @@ async def _kill_both(driver: TreeDriver, first: Any, one: list[int], actor: int,
     """
     from treepo.cluster.pooled_engine import State
 
+    while driver.stats.requests < 2 * TREES:  # a tenth of all
+        await asyncio.sleep(0.01)
     await _halt_while_it_answers(driver, 0, one)
     await _halt_while_it_answers(driver, 1, other)  # before the other's death: there may be no work left then
     os.kill(one[0], signal.SIGKILL)

@@ -343,14 +343,15 @@ def test_without_old_log_probs_the_policy_is_its_own_old_one() -> None:
     ],
 )
 def test_what_the_loss_lacks_is_named(options: dict[str, object], message: str) -> None:
+    pack = replace(blank_pack(), old_log_prob=None, reference_log_prob=None)
     with pytest.raises(ValueError, match=message):
-        policy_loss(torch.zeros(1), tensors(blank_pack()), config_of(**options), 1.0)
+        policy_loss(torch.zeros(1), tensors(pack), config_of(**options), 1.0)
 
 
 def test_a_blank_pack_adds_nothing() -> None:
     scene = Scene(5, {})
     packs = scene.packs(pack_trees, 1000, 1)
-    with_blank = [packs[0], [replace(blank_pack(), old_log_prob=np.zeros(1, dtype=np.float32))]]
+    with_blank = [packs[0], [blank_pack()]]
     alone, together = scene.loss(packs), scene.loss(with_blank)
     assert alone[0].item() == together[0].item()
     assert alone[1] == together[1]

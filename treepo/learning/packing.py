@@ -153,6 +153,8 @@ def blank_pack() -> Pack:
         count_pos=weight,
         count_neg=weight,
         rollout_log_prob=weight.astype(np.float32),
+        old_log_prob=weight.astype(np.float32),
+        reference_log_prob=weight.astype(np.float32),
         version=none,
         tree=none,
         segment=none,
