@@ -75,6 +75,7 @@ def test_every_proposal_fits_and_is_another_idea() -> None:
     assert len({frozenset(idea) for idea in ideas}) == 3
 
 
+@pytest.mark.slow
 def test_another_transport_is_proposed() -> None:
     plan = planned("weights.transport=broadcast")
     assert plan.proposals[0].overrides == ("weights.transport=colocated",)
