@@ -29,7 +29,7 @@ def _refuse(folder: Path, key: str, value: object, needed: str) -> None:
 
 
 def _whole(least: int, most: int, null: bool = False) -> Rule:
-    """A whole number, or null where the families have a default for it."""
+    """A whole number; or null, if the families have a default for it."""
 
     def check(folder: Path, key: str, value: Any) -> None:
         if value is None and null:

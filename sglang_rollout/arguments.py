@@ -1,7 +1,7 @@
 """SGLang's arguments: what the configuration and the device decide, then what the user adds.
 
-`engine.sglang` may set any argument of SGLang 0.5.16's `ServerArgs`, except those that other keys set and
-those that the project depends on.
+`engine.sglang` may set any argument of SGLang 0.5.16's `ServerArgs`, unless another key sets it or the
+project depends on its value.
 """
 
 import difflib
@@ -101,7 +101,7 @@ def sglang_arguments(
     if shares_device:
         arguments |= _SHARES_DEVICE
         if os.environ.get("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "").lower() in ("1", "true"):
-            arguments["disable_prefill_cuda_graph"] = True  # those that the saver cannot release
+            arguments["disable_prefill_cuda_graph"] = True  # the saver cannot release prefill graphs
     if torch.cuda.is_available():
         arguments |= _of_gpu(model, paths_at_once)
     else:

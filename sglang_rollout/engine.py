@@ -39,8 +39,7 @@ class SGLangEngine:
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16"). stop_rule:
     called at the boundaries of `GenerateRequest.check_every`. shares_device: whether other work needs the
     device's memory at times (`offload`). paths_at_once: the most paths that it samples at once; None if
-    unknown. Raises EngineError or ModelError if SGLang does not start on the
-    folder.
+    unknown. Raises EngineError or ModelError if SGLang does not start on the folder.
     """
 
     def __init__(

@@ -1,6 +1,5 @@
 """The stage of first_day.py that compares FlexAttention, which attends along trees, with dense attention."""
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.stage_process import Context, Figures
+from benchmarks.gpu.timing import median_seconds, synchronize
 from megatron_bridge.attention import attend, plan_attention
 from megatron_bridge.rotary import rotate
 
@@ -51,7 +51,7 @@ def flex(context: Context) -> Figures:
 
         start = time.perf_counter()
         found = step(inputs, partial(attend, plan=plan), weight)
-        _synchronize()
+        synchronize()
         first_seconds[str(length)] = time.perf_counter() - start
         exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
         dense = partial(_dense, exit_T=exits, cos=plan.cos, sin=plan.sin)
@@ -61,7 +61,9 @@ def flex(context: Context) -> Figures:
             name: _relative(mine, his, weight) for name, mine, his in zip(names, found, expected, strict=True)
         }
         del expected, exact_inputs
-        milliseconds[str(length)] = 1e3 * _seconds(partial(step, inputs, partial(attend, plan=plan), weight))
+        milliseconds[str(length)] = 1e3 * median_seconds(
+            partial(step, inputs, partial(attend, plan=plan), weight), repeats=5
+        )
     compilations = counters["stats"]["unique_graphs"]
     assert compilations <= MOST_COMPILATIONS, f"{compilations} compilations for lengths {lengths}"
     for length, of_length in errors.items():
@@ -120,18 +122,3 @@ def _relative(found: Tensor, expected: Tensor, weight: Tensor) -> float:
     """weight: the gradient of the output; those of query and key vanish if a token sees itself alone."""
     norm = torch.maximum(expected.float().norm(), 0.01 * weight.float().norm())
     return float((found.float() - expected.float()).norm() / norm)
-
-
-def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        _synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _synchronize() -> None:
-    if _CUDA:
-        torch.cuda.synchronize()

@@ -15,6 +15,7 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[reportPrivateImportUsage]  # documented there
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.gpu.timing import synchronize
 from megatron_bridge import optimizer
 
 FAMILIES = {
@@ -49,7 +50,7 @@ def profile_step(step: Callable[[], object]) -> dict[str, Any]:
         activities.append(ProfilerActivity.CUDA)
     with _marked_optimizer(), profile(activities=activities) as profiler:
         step()
-        _synchronize()
+        synchronize()
     events = list(profiler.events() or ())
     return summary(
         _kernels(events), min(event.time_range.start for event in events if event.name == _OPTIMIZER)
@@ -95,7 +96,7 @@ def _marked_optimizer() -> Iterator[None]:
     original = optimizer.step
 
     def step(*arguments: Any) -> float:
-        _synchronize()
+        synchronize()
         with record_function(_OPTIMIZER):
             return original(*arguments)
 
@@ -104,8 +105,3 @@ def _marked_optimizer() -> Iterator[None]:
         yield
     finally:
         optimizer.step = original
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

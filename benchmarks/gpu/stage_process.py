@@ -71,7 +71,7 @@ class Settings:
         return self.end - time.time()
 
     def deadline(self, seconds: float) -> float:
-        """`time.time()` at which something that may take so many seconds must have ended."""
+        """The latest end, in `time.time()`, of work that may take `seconds`."""
         patience = DRY_PATIENCE if self.dry_run else self.stretch
         return min(time.time() + patience * seconds, self.end)
 

@@ -163,7 +163,7 @@ def test_numbers_of_thousands_of_digits_are_no_error(other: str) -> None:
 
 
 def wrong_verdicts(answers: list[str]) -> tuple[int, list[str]]:
-    """How many dressed answers were graded, and those that were not graded right."""
+    """The number of dressed answers, and those that were graded wrong."""
     wrong, count = [], 0
     for name, dress in WAYS.items():
         for answer in answers:
@@ -192,7 +192,7 @@ def test_every_gold_answer_is_correct_in_every_dress() -> None:
 
 
 def accepted_misses(of_a_kind: int) -> tuple[int, list[tuple[str, str]]]:
-    """How many near misses were graded, and those that were not graded wrong."""
+    """The number of near misses, and those that were graded right."""
     rng = random.Random(1)
     answers = list(dict.fromkeys(answer.replace("$", "").strip() for answer in gold_answers()))
     misses: list[tuple[str, str]] = []

@@ -1,8 +1,8 @@
 """Environment variables of the processes that compute: engines and trainer ranks.
 
 Ray sets them in an actor's process before Python starts, because OpenMP and CUDA read them once, when torch
-is imported or first used. A variable that is set where the run starts has the user's value in every process,
-on every node.
+is imported or first used. If the user sets a variable where the run starts, every process on every node gets
+the user's value.
 """
 
 import os

@@ -127,7 +127,7 @@ class RayEngine:
         self.name = name
         self.actor = actor
         self._ranks = ranks
-        self._said: asyncio.Future[str] | None = None  # of the death: whoever sees it first asks, once
+        self._said: asyncio.Future[str] | None = None  # the cause of death, asked for once
         self._channel = RequestChannel(actor)
 
     async def start(self) -> int:

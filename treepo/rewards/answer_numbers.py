@@ -28,7 +28,7 @@ from sympy import (
     simplify,
 )
 
-# Two values are equal if they differ by no more than one part in so many.
+# Two values are equal if their relative difference is at most 1 over this.
 _DECIMAL_AND_EXACT = 10**6
 _TWO_DECIMALS = 10**9
 _EXACT = 10**50  # leaves 10 of _DIGITS to the rounding of their evaluation

@@ -214,7 +214,7 @@ def _mathematical(words: str) -> bool:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """Where the group closes that is open at `start`."""
+    """The position at which the group that is open at `start` closes."""
     depth = 1
     for found in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(found[0], 0)
