@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bridge.architecture import read_architecture
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
+from treepo.planning.architecture import planned_architecture
 from treepo.planning.fit import Fit, fit
 from treepo.planning.layouts import Neighbour, neighbours
 from treepo.planning.memory.parts import Memory
@@ -98,7 +98,7 @@ def _proposals(config: RunConfig, folder: Path) -> Iterator[Proposal]:
     """The nearest layouts that fit, none of which changes all that another changes."""
     found: list[Neighbour] = []
     deadline = time.monotonic() + _SEARCH_SECONDS
-    for neighbour in neighbours(config, read_architecture(folder)):
+    for neighbour in neighbours(config, planned_architecture(folder)):
         if len(found) == _PROPOSALS or time.monotonic() > deadline:
             return
         if any(neighbour.goes_beyond(other) for other in found):

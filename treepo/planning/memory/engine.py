@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_bridge.architecture import read_architecture
 from sglang_rollout.arguments import CPU_KV_TOKENS, GRAPH_MIB, decode_graph_size
 from treepo.config.run import RunConfig
+from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import GIB, device
 from treepo.planning.memory.engine_shard import EngineShard, engine_shard
 from treepo.planning.memory.parts import Memory, element_bytes
@@ -64,7 +64,7 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
     Raises ConfigError if engine.tensor ranks cannot share the model.
     """
     engine, on_cpu = config.engine, config.plan.device == "cpu"
-    architecture = read_architecture(folder)
+    architecture = planned_architecture(folder)
     shard = engine_shard(architecture, engine.tensor)
     device_mib = device(config.plan.device).memory / (1 << 20)
     batch = 0 if on_cpu else decode_graph_size(config.paths_at_once, device_mib * (1 << 20))

@@ -6,9 +6,9 @@ With `plan.device: cpu` the trainer's own memory (memory/trainer.py) is host mem
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bridge.architecture import read_architecture
 from megatron_bridge.hf_folder import SHARD_BYTES
 from treepo.config.run import RunConfig
+from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import GIB
 from treepo.planning.memory.engine import EngineMemory
 from treepo.planning.memory.parts import Memory
@@ -82,5 +82,5 @@ def _node(config: RunConfig, ranks: Sequence[Memory]) -> Memory:
 def _outgoing(config: RunConfig, folder: Path) -> float:
     """The most that rank 0 holds of weights that leave it: buckets for the engines, or one exported file."""
     on_host = config.weights.transport != "broadcast"
-    buckets = bucket_bytes(config, read_architecture(folder)) if on_host else 0.0
+    buckets = bucket_bytes(config, planned_architecture(folder)) if on_host else 0.0
     return max(buckets, min(exported_bytes(config, folder), SHARD_BYTES))

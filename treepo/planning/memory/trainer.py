@@ -13,7 +13,7 @@ from functools import cache
 from math import ceil, prod
 from pathlib import Path
 
-from megatron_bridge.architecture import Architecture, read_architecture, tensor_shapes
+from megatron_bridge.architecture import Architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import EMBEDDING
 from megatron_bridge.layout_shards import (
     Shard,
@@ -24,6 +24,7 @@ from megatron_bridge.layout_shards import (
 from megatron_bridge.tensor_surgery import padded_vocabulary
 from treepo.config.run import RunConfig
 from treepo.config.trainer import ParallelConfig
+from treepo.planning.architecture import planned_architecture
 from treepo.planning.memory import activations
 from treepo.planning.memory.activations import MicroBatch
 from treepo.planning.memory.parts import FLOAT32, Memory, Parts, element_bytes
@@ -32,7 +33,7 @@ from treepo.planning.memory.weight_sync import sync_memory
 
 def parameter_count(folder: Path) -> int:
     """Parameters of the whole model, each once: transformers' count."""
-    return sum(map(prod, tensor_shapes(read_architecture(folder)).values()))
+    return sum(map(prod, tensor_shapes(planned_architecture(folder)).values()))
 
 
 def trainer_memory(config: RunConfig, folder: Path, shared: bool = False) -> list[Memory]:
@@ -42,7 +43,7 @@ def trainer_memory(config: RunConfig, folder: Path, shared: bool = False) -> lis
     not the weights. Ranks of a stage are alike; in a sync no activations are held. Raises ConfigError if the
     layout does not divide the model.
     """
-    architecture, shards = read_architecture(folder), stage_shards(folder, config.trainer.parallel)
+    architecture, shards = planned_architecture(folder), stage_shards(folder, config.trainer.parallel)
     batch = largest_micro_batch(config, architecture)
     stages = [_stage(config, batch, shard) for shard in shards]
     held = _state(config, shards[0])
@@ -69,7 +70,7 @@ def offloaded_bytes(config: RunConfig, folder: Path) -> float:
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
     """One training checkpoint: weights and optimizer state, with the vocabulary's padding."""
-    architecture = read_architecture(folder)
+    architecture = planned_architecture(folder)
     vocabulary = architecture.dimensions.vocabulary
     padding = padded_vocabulary(vocabulary, config.trainer.parallel.tensor) - vocabulary
     written = parameter_count(folder) + padding * architecture.hidden * (1 if architecture.tied else 2)
@@ -88,7 +89,7 @@ def stage_shards(folder: Path, parallel: ParallelConfig) -> tuple[Shard, ...]:
 
 @cache
 def _stage_shards(folder: Path, parallel: ParallelConfig) -> tuple[Shard, ...]:
-    return tuple(layout_shards(read_architecture(folder), parallel))
+    return tuple(layout_shards(planned_architecture(folder), parallel))
 
 
 def largest_micro_batch(config: RunConfig, architecture: Architecture) -> MicroBatch:

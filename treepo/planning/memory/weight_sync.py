@@ -6,11 +6,12 @@ bucket while the previous bucket travels (`megatron_bridge.weight_transfer`, `tr
 
 from pathlib import Path
 
-from megatron_bridge.architecture import Architecture, read_architecture, tensor_shapes
+from megatron_bridge.architecture import Architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import expand
 from megatron_bridge.layout_shards import Shard
 from megatron_bridge.tensor_surgery import QKV, VOCABULARY
 from treepo.config.run import RunConfig
+from treepo.planning.architecture import planned_architecture
 from treepo.planning.memory.parts import Memory, Parts, element_bytes, model_dtype
 from treepo.weight_sync.wire import TensorInfo, plan_buckets
 
@@ -60,7 +61,7 @@ def bucket_bytes(config: RunConfig, architecture: Architecture) -> float:
 
 def exported_bytes(config: RunConfig, folder: Path) -> int:
     """A Hugging Face folder of the weights; a sync sends the same bytes."""
-    return sum(tensor.nbytes for tensor in _manifest(config, read_architecture(folder)))
+    return sum(tensor.nbytes for tensor in _manifest(config, planned_architecture(folder)))
 
 
 def _manifest(config: RunConfig, architecture: Architecture) -> tuple[TensorInfo, ...]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from megatron_bridge.architecture import read_architecture
 from treepo.config.run import RunConfig
+from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import device
 from treepo.planning.memory.engine import EngineMemory
 from treepo.planning.memory.parts import element_bytes
@@ -62,7 +62,7 @@ def simulate(config: RunConfig, folder: Path, engine: EngineMemory) -> Sampling:
     """The step that `config` samples with the model in `folder`, on engines described by `engine`."""
     rates = DeviceRates(
         device(config.plan.device),
-        read_architecture(folder),
+        planned_architecture(folder),
         engine.shard,
         config.engine.tensor,
         element_bytes(config),

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from math import ceil, log2
 from pathlib import Path
 
-from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.architecture import Architecture
 from treepo.config.run import RunConfig
+from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import FILE_SYSTEM, FROM_HOST, GLOO, TO_HOST, device
 from treepo.planning.memory.engine_shard import engine_shard
 from treepo.planning.memory.parts import element_bytes
@@ -61,7 +62,7 @@ class StepTime:
 
 def step_time(config: RunConfig, folder: Path, sampling: Sampling) -> StepTime:
     """A step with this sampling, of the model in `folder`."""
-    architecture = read_architecture(folder)
+    architecture = planned_architecture(folder)
     work = replica_work(config, sampling.trees)
     rate = sampling.decoded_tokens / sampling.seconds
     forward = 2 if config.learning.kl_coefficient else 1
@@ -156,11 +157,11 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
     whole = exported_bytes(config, folder)
     send, load, way = _send_and_load(config, whole)
     send += _gather_seconds(config, whole)
-    bucket = bucket_bytes(config, read_architecture(folder)) / 2 / whole
+    bucket = bucket_bytes(config, planned_architecture(folder)) / 2 / whole
     seconds = max(send, load) + bucket * min(send, load)
     note = f"{whole / 1e9:.1f} GB over {way}: gathered and written in {send:.1f} s, read in {load:.1f} s"
     if shares_devices(config):
-        shard = engine_shard(read_architecture(folder), config.engine.tensor)
+        shard = engine_shard(planned_architecture(folder), config.engine.tensor)
         # SGLang offloads to pinned memory.
         pinned = device(config.plan.device).pinned
         moved = 2 * shard.parameters * element_bytes(config) / pinned
