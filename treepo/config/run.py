@@ -11,6 +11,7 @@ from treepo.config.data import DataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.learning import LearningConfig
 from treepo.config.log_prob_check import LogProbCheckConfig
+from treepo.config.loop import LoopConfig
 from treepo.config.plan import PlanConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
@@ -39,6 +40,8 @@ class ModelConfig(Section):
 
 
 class HeldoutConfig(Section):
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations on the held-out prompts during training; null: only before and after it."""
     samples: int = Field(default=1, ge=1)
     """Sequential samples of each held-out prompt."""
     temperature: float = Field(default=1.0, gt=0)
@@ -64,6 +67,8 @@ class RunConfig(Section):
     """How answers are graded and rewarded."""
     sampling: SamplingConfig = SamplingConfig()
     """How trees are sampled."""
+    loop: LoopConfig = LoopConfig()
+    """Whether sampling waits for training."""
     learning: LearningConfig = LearningConfig()
     """Advantages and loss."""
     trainer: TrainerConfig = TrainerConfig()
@@ -76,7 +81,7 @@ class RunConfig(Section):
     weights: WeightsConfig = WeightsConfig()
     """How the trainer's weights reach the engines."""
     evaluation: HeldoutConfig = HeldoutConfig()
-    """Held-out accuracy before and after training."""
+    """Held-out accuracy before, during and after training."""
     log_prob_check: LogProbCheckConfig = LogProbCheckConfig()
     """The check, before the first step, that trainer and engines agree."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -86,9 +91,37 @@ class RunConfig(Section):
 
     @property
     def paths_at_once(self) -> int:
-        """The most paths that one engine samples at once in a step."""
-        trees = math.ceil(self.data.prompts_per_step / self.engine.count)
+        """The most paths that one engine samples at once."""
+        trees = math.ceil(self.max_untrained / self.engine.count)
         return min(trees, self.sampling.max_live_trees or trees) * self.sampling.width
+
+    @property
+    def max_untrained(self) -> int:
+        """The most trees that have been started and not been trained, at any time."""
+        prompts, loop = self.data.prompts_per_step, self.loop
+        if loop.mode == "sync":
+            return math.ceil(prompts * self.sampling.oversample)
+        return prompts * (loop.max_staleness + 1)
+
+    @model_validator(mode="after")
+    def _loop_fits(self) -> Self:
+        oversample, loop = self.sampling.oversample, self.loop
+        if loop.mode == "async" and self.placement == "colocated":
+            raise ValueError(
+                "loop.mode = async with placement = colocated: engines and trainer cannot use the same "
+                "devices at the same time; split is allowed, or loop.mode = sync with sampling.oversample"
+            )
+        if loop.mode == "async" and oversample != 1:
+            raise ValueError(
+                f"loop.mode = async with sampling.oversample = {oversample:g}: sampling never stops, and "
+                "loop.max_staleness says how far it runs ahead; 1 is allowed"
+            )
+        if oversample > loop.max_staleness + 1:
+            raise ValueError(
+                f"sampling.oversample = {oversample:g} is more than loop.max_staleness + 1 = "
+                f"{loop.max_staleness + 1}: the last of its trees would be too stale to train"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:

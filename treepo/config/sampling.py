@@ -187,6 +187,9 @@ class SamplingConfig(Section):
     """When a path ends."""
     fallback: FallbackConfig = FallbackConfig()
     """How a tree that ran out of active paths goes on."""
+    oversample: float = Field(default=1.0, ge=1)
+    """Start this many times the trees that a step needs, and train the first that finish; the others pause
+    while the trainer learns and go on under the next weights. Training only, with `loop.mode: sync`."""
     max_live_trees: int | None = Field(default=None, ge=1)
     """Most trees on one engine at once; by default as many as its KV cache can hold."""
     attempts: int = Field(default=4, ge=1)
