@@ -11,7 +11,7 @@ from tests.support.fake_engine import FakeEngine
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
-from treepo.training.checkpoint_manifest import CheckpointManifest
+from treepo.training.checkpoint_manifest import READY_TREES, CheckpointManifest
 
 
 class FakeTrainer:
@@ -36,9 +36,10 @@ class FakeTrainer:
         updates = [{"loss": 0.0, "grad_norm": 1.0}] * len(mini_batches)
         return BatchResult(updates, LogProbMismatch(2.0, 4.0, 1.5), {"log_probs": 3.0, "train": 5.0})
 
-    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+    async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True)
+        (partial / READY_TREES).write_bytes(ready_trees)
         CheckpointManifest("float32", True, run["steps_done"], {}, run).write(partial)
         self._pending = partial, folder
 
@@ -69,7 +70,7 @@ class FakePool:
         self._offloaded = False
 
     @asynccontextmanager
-    async def offloaded(self) -> AsyncIterator[None]:
+    async def training(self) -> AsyncIterator[None]:
         assert not self._offloaded
         self._offloaded = True
         self._events.append("offload")
