@@ -24,7 +24,7 @@ async def learn(
 
     Raises RewardError if no response could be graded, and FloatingPointError if a gradient is not finite.
     """
-    async with engines.offloaded():
+    async with engines.training():
         with clock.phase("log-probs"):
             parts = mini_batches(trees, config)
         clock.show("log-probs, train")

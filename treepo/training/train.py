@@ -57,7 +57,7 @@ async def train(
             with clock.phase("check log-probs", announce=True):
                 decode = inputs.tokenizer.decode
                 check = await check_log_probs(
-                    config, inputs.train, decode, engines.engines, trainer, engines.offloaded
+                    config, inputs.train, decode, engines.engines, trainer, engines.training
                 )
         if resume is None:
             state.accuracy_before = await _evaluate(heldout, inputs.heldout, "evaluate before", clock)
