@@ -87,8 +87,11 @@ class SGLangProcesses:
             self.manager.asyncio_tasks.add(answers)
         return self._death
 
-    async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float, what: str) -> T:
-        """The result of `work`. Raises EngineError at the deadline, DeadEngineError when SGLang dies."""
+    async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float | None, what: str) -> T:
+        """The result of `work`. Raises EngineError at the deadline, DeadEngineError when SGLang dies.
+
+        seconds: None for no deadline. what: names the work in the error.
+        """
         death = self.death
         if death.done():
             work.close()
@@ -103,6 +106,7 @@ class SGLangProcesses:
             return task.result()
         if death.done():
             raise DeadEngineError(death.result())
+        assert seconds is not None
         raise EngineError(f"{what} took longer than {seconds:g} s")
 
     def close(self) -> None:

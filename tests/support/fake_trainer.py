@@ -67,19 +67,19 @@ class FakePool:
     def __init__(self, engine: NamedEngine, events: list[str]) -> None:
         self.engines = (engine,)
         self._events = events
-        self._offloaded = False
+        self._training = False
 
     @asynccontextmanager
     async def training(self) -> AsyncIterator[None]:
-        assert not self._offloaded
-        self._offloaded = True
+        assert not self._training
+        self._training = True
         self._events.append("offload")
         yield
         self._events.append("reload")
-        self._offloaded = False
+        self._training = False
 
     async def sync_weights(self, version: int) -> None:
-        assert self._offloaded
+        assert self._training
         assert self.engines[0].running == 0
         self._events.append(f"sync {version}")
         self.engines[0].version = version
