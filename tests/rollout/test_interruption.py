@@ -137,9 +137,10 @@ class NumberingEngine(FakeEngine):
 @EVERY_POLICY
 def test_every_token_keeps_its_version_through_extensions_and_cuts(policy: str) -> None:
     changes, seen = 0, set()
-    for index in range(8):
+    for index in range(20):
         engine = engine_of(policy, random_interruptions(index, 0.9, longest=4), NumberingEngine)
         assert isinstance(engine, NumberingEngine)
+        engine.end = 0.12  # for many fallbacks
         tree = grow(policy, engine, index).tree
         numbers = [-int(number) for segment in tree.segments for number in segment.log_probs]
         assert len(set(numbers)) == len(numbers)
@@ -157,7 +158,7 @@ def test_every_token_keeps_its_version_through_extensions_and_cuts(policy: str) 
             assert (np.diff(segment.versions, prepend=above) >= 0).all(), "one engine's versions only rise"
             changes += several
     assert changes > 20
-    if policy == "random, unaligned":
+    if "unaligned" in policy:
         assert (True, Finish.CUT) in seen
 
 
