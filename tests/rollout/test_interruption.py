@@ -87,7 +87,7 @@ def assert_same(plain: Grown, interrupted: Grown) -> None:
 
 def runs(tree: Tree) -> int:
     """The most runs of one version that a segment has."""
-    return max(1 + np.count_nonzero(np.diff(segment.versions)) for segment in tree.segments)
+    return max(1 + int(np.count_nonzero(np.diff(segment.versions))) for segment in tree.segments)
 
 
 @EVERY_POLICY
@@ -164,7 +164,7 @@ def test_every_token_keeps_its_version_through_extensions_and_cuts(policy: str) 
 
 @EVERY_POLICY
 def test_long_requests_begin_at_segment_boundaries(policy: str) -> None:
-    """The grid of a path's segments begins where its path request did, after an unaligned cut anywhere."""
+    """A path's segments are counted from where its path request began: after an unaligned cut, anywhere."""
     interruptions = 0
     for index in range(4):
         plain = grow(policy, engine_of(policy, NEVER), index)
@@ -181,6 +181,17 @@ def test_long_requests_begin_at_segment_boundaries(policy: str) -> None:
                 assert request.max_tokens <= SEGMENT
         interruptions += len(grown.requests) - len(plain.requests)
     assert interruptions > 0
+
+
+@EVERY_POLICY
+def test_segments_are_whole_wherever_their_path_was_cut(policy: str) -> None:
+    for index in range(10):
+        engine = engine_of(policy, random_interruptions(index, 0.5, longest=20))
+        segments = grow(policy, engine, index).tree.segments
+        parents = [segment.parent for segment in segments]
+        cut = {parents.index(at) for at, segment in enumerate(segments) if segment.finish is Finish.CUT}
+        for at in {*parents} - {PROMPT} - cut:
+            assert segments[at].finish is Finish.CUT or len(segments[at].tokens) == SEGMENT
 
 
 def output_of(request: GenerateRequest, tokens: int, finish: str) -> GenerateOutput:
