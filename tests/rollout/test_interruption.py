@@ -190,6 +190,7 @@ def test_segments_are_whole_wherever_their_path_was_cut(policy: str) -> None:
         segments = grow(policy, engine, index).tree.segments
         parents = [segment.parent for segment in segments]
         cut = {parents.index(at) for at, segment in enumerate(segments) if segment.finish is Finish.CUT}
+        assert max(len(segment.tokens) for segment in segments) <= SEGMENT
         for at in {*parents} - {PROMPT} - cut:
             assert segments[at].finish is Finish.CUT or len(segments[at].tokens) == SEGMENT
 
