@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from tests.support.loss_scene import Scene, naive_ratios, naive_weights, relative_difference, tensors
+from tests.support.loss_scene import Scene, naive_importance_metrics, relative_difference, tensors
 from tests.support.small_trees import config_of
 from treepo.config.learning import ImportanceConfig, LearningConfig
 from treepo.learning.importance import importance_weights
@@ -77,7 +77,7 @@ def test_every_packing_equals_the_responses_one_by_one(rule: dict[str, object], 
 )
 def test_metrics_are_those_of_the_responses(rule: dict[str, object], options: dict[str, object]) -> None:
     scene = scene_of(3, rule, **options)
-    expected = naive_metrics(scene)
+    expected = naive_importance_metrics(scene)
     if rule["mode"] != "none":
         assert min(expected["importance_above"], expected["effective_sample_share"]) > 0.01
         assert (expected["importance_below"] > 0.01) == (rule != {"mode": "truncate", "level": rule["level"]})
@@ -95,37 +95,6 @@ MEASURED = {
     *("importance", "importance_min", "importance_max", "importance_weight"),
     *("importance_below", "importance_above", "effective_sample_share"),
 }
-
-
-def naive_metrics(scene: Scene) -> dict[str, float]:
-    """The metrics of MEASURED, by numpy on all tokens of all responses."""
-    config = scene.config.importance
-    responses = list(scene.responses())
-    ratios = [naive_ratios(config, response) for response in responses]
-    mean = scene.config.normalisation == "sequence_mean"
-    count = np.concatenate(
-        [
-            np.full(len(ratio), response.weight / (len(ratio) if mean else 1))
-            for response, ratio in zip(responses, ratios, strict=True)
-        ]
-    )
-    ratio = torch.cat(ratios)
-    weight = naive_weights(config, ratio).numpy()
-    ratio = ratio.numpy()
-    metrics = {
-        "importance": np.average(ratio, weights=count),
-        "importance_min": ratio.min(),
-        "importance_max": ratio.max(),
-    }
-    if config.mode != "none":
-        low = config.low or (1 / config.high if config.mode == "mask" else 0)
-        metrics |= {
-            "importance_weight": np.average(weight, weights=count),
-            "importance_below": np.average(ratio < low, weights=count),
-            "importance_above": np.average(ratio > config.high, weights=count),
-            "effective_sample_share": (count @ weight) ** 2 / (count.sum() * (count @ weight**2)),
-        }
-    return {key: float(value) for key, value in metrics.items()}
 
 
 @pytest.mark.parametrize("level", ["token", "segment", "leaf"])

@@ -171,5 +171,36 @@ def naive_weights(config: ImportanceConfig, ratio: Tensor) -> Tensor:
     return torch.where(kept, ratio, 0.0)
 
 
+def naive_importance_metrics(scene: Scene) -> dict[str, float]:
+    """The metrics of importance weights, by numpy on all tokens of all responses."""
+    config = scene.config.importance
+    responses = list(scene.responses())
+    ratios = [naive_ratios(config, response) for response in responses]
+    mean = scene.config.normalisation == "sequence_mean"
+    count = np.concatenate(
+        [
+            np.full(len(ratio), response.weight / (len(ratio) if mean else 1))
+            for response, ratio in zip(responses, ratios, strict=True)
+        ]
+    )
+    ratio = torch.cat(ratios)
+    weight = naive_weights(config, ratio).numpy()
+    ratio = ratio.numpy()
+    metrics = {
+        "importance": np.average(ratio, weights=count),
+        "importance_min": ratio.min(),
+        "importance_max": ratio.max(),
+    }
+    if config.mode != "none":
+        low = config.low or (1 / config.high if config.mode == "mask" else 0)
+        metrics |= {
+            "importance_weight": np.average(weight, weights=count),
+            "importance_below": np.average(ratio < low, weights=count),
+            "importance_above": np.average(ratio > config.high, weights=count),
+            "effective_sample_share": (count @ weight) ** 2 / (count.sum() * (count @ weight**2)),
+        }
+    return {key: float(value) for key, value in metrics.items()}
+
+
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).detach().norm() / expected.detach().norm())
