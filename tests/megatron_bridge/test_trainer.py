@@ -115,9 +115,9 @@ BONUS = LearningConfig(entropy_coefficient=0.1)
 KL = LearningConfig(kl_coefficient=0.1)
 # Engine and trainer differ by at most 10%, most segments by less than 3%.
 MASKED = LearningConfig(importance=ImportanceConfig(mode="mask", level="segment", low=0.97, high=1.03))
-# Against a random model's own log-probs the engine's are far off.
+# A random model's own log-probs are far below those that the packs give as the engine's.
 MASKED_BATCH = LearningConfig(
-    kl_coefficient=0.1, importance=ImportanceConfig(mode="mask", level="segment", high=1.5)
+    kl_coefficient=0.1, importance=ImportanceConfig(mode="mask", level="segment", low=0.1, high=2.0)
 )
 WARM_UP = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
 # Steps of which one is too small to change a bfloat16 weight near 0.15 (spaced by 2^-10), but twelve are not.
@@ -493,7 +493,8 @@ def test_a_batch_is_its_log_probs_and_its_steps(layout: str, parallel) -> None:
     assert result.mismatch.mean == pytest.approx(expected.mismatch.mean, rel=1e-6)
     assert result.mismatch.largest == pytest.approx(expected.mismatch.largest, rel=1e-5)
     assert result.mismatch.weight == expected.mismatch.weight > 0
-    assert all(0.05 < update["importance_weight"] < 0.9 for update in result.updates)  # some are masked
+    for update in result.updates:  # some segments are masked
+        assert 0.05 < update["importance_below"] + update["importance_above"] < 0.95
     for update, by_hand in zip(result.updates, expected.updates, strict=True):
         assert update.keys() == by_hand.keys()
         for key, value in by_hand.items():
