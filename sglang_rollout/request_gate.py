@@ -12,7 +12,9 @@ from treepo.errors import EngineError
 
 
 class RequestGate:
-    """Lets requests in while it is open, makes them wait while it is shut, refuses them while it is closed."""
+    """Lets requests in while it is open, makes them wait while it is shut, and refuses them while it is
+    closed.
+    """
 
     def __init__(self) -> None:
         self._refusal: str | None = None

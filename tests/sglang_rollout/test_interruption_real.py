@@ -81,14 +81,15 @@ def test_an_update_interrupts_wherever_decoding_is(real_engine: "RealEngine", ch
     decoding = asyncio.Event()
 
     def note(response: np.ndarray) -> bool:
-        if len(response) == 5:
+        if len(response) >= 5:
             decoding.set()
         return False
 
     real_engine.stop_rule.holds = note
 
     async def scenario() -> list[list[GenerateOutput]]:
-        beside = asyncio.ensure_future(engine.generate(request(CONTEXT, max_tokens=900, check_every=1)))
+        watched = [request(CONTEXT, max_tokens=900, check_every=1, seed=100 + seed) for seed in range(9)]
+        beside = asyncio.gather(*map(engine.generate, watched))
         running = [asyncio.ensure_future(parts_of(real_engine, one)) for one in asked]
         await decoding.wait()
         await update(engine, weights[old + 1])
