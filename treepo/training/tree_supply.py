@@ -38,15 +38,13 @@ class Batch:
 
     sampled: all graded trees that were trained or dropped since the last step, in the order of their prompts.
     trained: the trees to learn from, rewards shaped. staleness: of each of those, in weight versions.
-    dropped: the number of the others, by reason. growing, ready: untrained trees that are left.
+    dropped: the number of the others, by reason.
     """
 
     sampled: Sequence[FinishedTree]
     trained: Sequence[Tree]
     staleness: Sequence[int]
     dropped: Mapping[Dropped, int]
-    growing: int
-    ready: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +52,14 @@ class Sampled:
     """What the engines did since the last step.
 
     stats: the driver's counters. idle: share of the engines' time without work. seconds: in which sampling
-    was not paused.
+    was not paused. growing, ready: trees now that are not trained, by whether they have finished.
     """
 
     stats: Stats
     idle: float
     seconds: float
+    growing: int
+    ready: int
 
 
 class TreeSupply:
@@ -143,7 +143,8 @@ class TreeSupply:
     def take_sampled(self) -> Sampled:
         """What the engines did since the last call."""
         idle, seconds = self._driver.idle.take()
-        return Sampled(self._driver.take_stats(), idle, seconds)
+        schedule = self._scheduler
+        return Sampled(self._driver.take_stats(), idle, seconds, schedule.growing, len(schedule.ready))
 
     def _batch(self, began: Mapping[int, int]) -> Batch:
         trees = {position: self._finished.pop(position) for position in began}
@@ -156,8 +157,6 @@ class TreeSupply:
             trained=[shaped(one.tree) for one in trees.values()],
             staleness=[self._scheduler.version - version for version in began.values()],
             dropped=dropped,
-            growing=self._scheduler.growing,
-            ready=len(self._scheduler.ready),
         )
 
     def _tell(self) -> None:
