@@ -49,7 +49,7 @@ class GenerateOutput:
     tokens: np.ndarray
     log_probs: np.ndarray
     version: int
-    finish: Literal["eos", "length"]
+    finish: Literal["eos", "length", "interrupted"]
     cached_tokens: int
 
 
