@@ -29,7 +29,8 @@ def full_tree(
         for parent in parents:
             tokens = rng.integers(0, vocabulary, segment_tokens, dtype=np.int32)
             log_probs = np.full(segment_tokens, -np.log(vocabulary), dtype=np.float32)
-            segments.append(Segment(parent, tokens, log_probs, 0, Finish.LENGTH))
+            versions = np.zeros(segment_tokens, dtype=np.int32)
+            segments.append(Segment(parent, tokens, log_probs, versions, Finish.LENGTH))
         level = list(range(first, len(segments)))
     leaves = tuple(
         Leaf(index, Stop.DEPTH, float(rng.choice([-1.0, 1.0])), Verdict.CORRECT) for index in level

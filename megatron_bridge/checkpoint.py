@@ -60,6 +60,7 @@ from megatron_bridge.process_groups import on_first_rank
 from treepo.errors import CheckpointError
 from treepo.training.checkpoint_manifest import (
     HUGGING_FACE,
+    READY_TREES,
     TRAINER,
     CheckpointManifest,
     read_manifest,
@@ -97,14 +98,16 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: _Writing | None = None
 
-    def save(self, folder: Path, manifest: CheckpointManifest) -> None:
+    def save(self, folder: Path, manifest: CheckpointManifest, ready_trees: bytes) -> None:
         """Begin a checkpoint, and return when the state is copied; `finish` completes it.
 
-        An earlier checkpoint is finished first. Raises CheckpointError if that fails, or if the folder exists
+        ready_trees: on rank 0, the content of the file of this name. An earlier checkpoint is finished first. Raises CheckpointError if that fails, or if the folder exists
         or cannot be made.
         """
         self.finish()
-        on_first_rank(lambda: _begin(folder, self._model, manifest.dtype), f"checkpoint {folder}")
+        on_first_rank(
+            lambda: _begin(folder, self._model, manifest.dtype, ready_trees), f"checkpoint {folder}"
+        )
         model = self._weights()
         state = {
             "model": model,
@@ -191,13 +194,14 @@ def _tracker() -> Any:
     return tensor_parallel.get_cuda_rng_tracker()
 
 
-def _begin(folder: Path, model: Path, dtype: str) -> None:
+def _begin(folder: Path, model: Path, dtype: str, ready_trees: bytes) -> None:
     if folder.exists():
         raise FileExistsError(errno.EEXIST, "it exists, and nothing is overwritten", str(folder))
     partial = begin_folder(folder)
     try:
         (partial / TRAINER).mkdir()
         (partial / HUGGING_FACE).mkdir()
+        (partial / READY_TREES).write_bytes(ready_trees)
         copy_model_files(model, partial / HUGGING_FACE, dtype)
         declare_format(partial / TRAINER)
     except OSError:

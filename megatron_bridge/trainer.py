@@ -212,15 +212,16 @@ class MegatronTrainer:
         with self._memory.weights.readable():
             self._exporter.write(self._folder, folder)
 
-    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes = b"") -> None:
         """Begin a training checkpoint (`treepo.training.checkpoint_manifest`) whose manifest holds `run`.
 
-        Returns once the state is copied; `finish_save` completes the checkpoint. Raises CheckpointError.
+        ready_trees: on rank 0, the content of the file of this name. Returns once the state is copied; `finish_save` completes the checkpoint. Raises CheckpointError.
         """
         dtype = str(self._dtype).removeprefix("torch.")
         layout = self._config.parallel.model_dump()
         with on_device(), self._memory.weights.readable():
-            self._checkpointer.save(folder, CheckpointManifest(dtype, True, self._step, layout, run))
+            manifest = CheckpointManifest(dtype, True, self._step, layout, run)
+            self._checkpointer.save(folder, manifest, ready_trees)
 
     def finish_save(self) -> None:
         """Wait until a checkpoint that was begun is complete. Raises CheckpointError if it cannot be."""

@@ -1,16 +1,21 @@
 """The tree: its invariants, its counts against the leaves one by one, its line of JSON."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support.random_trees import random_tree
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict, from_json, to_json
 
 
 def _segment(parent: int, *tokens: int) -> Segment:
-    return Segment(parent, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), 0, Finish.LENGTH)
+    zeros = np.zeros(len(tokens), np.int32)
+    return Segment(parent, np.array(tokens, np.int32), zeros.astype(np.float32), zeros, Finish.LENGTH)
 
 
 def _tree(segments: list[Segment], leaves: list[int]) -> Tree:
@@ -35,7 +40,12 @@ def test_the_worked_example() -> None:
         (
             [replace(_segment(PROMPT, 1, 2), log_probs=np.zeros(1, np.float32))],
             [0],
-            "2 tokens and 1 log-probs",
+            "2 tokens, 1 log-probs and 2 versions",
+        ),
+        (
+            [replace(_segment(PROMPT, 1, 2), versions=np.zeros(3, np.int32))],
+            [0],
+            "2 tokens, 2 log-probs and 3 versions",
         ),
         ([_segment(PROMPT, 1), _segment(0, 2)], [0, 1], "not exactly its childless"),
         ([_segment(PROMPT, 1), _segment(PROMPT, 2)], [0], "not exactly its childless"),
@@ -66,6 +76,62 @@ def test_one_line_of_json_gives_the_tree_back(seed: int) -> None:
     assert back.leaves == tree.leaves
     assert back.prompt.tolist() == tree.prompt.tolist()
     for ours, theirs in zip(tree.segments, back.segments, strict=True):
-        assert (ours.parent, ours.version, ours.finish) == (theirs.parent, theirs.version, theirs.finish)
+        assert (ours.parent, ours.finish) == (theirs.parent, theirs.finish)
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_array_equal(ours.versions, theirs.versions, strict=True)
         np.testing.assert_array_equal(ours.log_probs, theirs.log_probs)  # bit for bit, through decimal text
+
+
+def _of_versions(versions: list[int]) -> Tree:
+    tree = _tree([_segment(PROMPT, *range(len(versions)))], [0])
+    return replace(tree, segments=(replace(tree.segments[0], versions=np.array(versions, np.int32)),))
+
+
+@pytest.mark.parametrize(
+    ("versions", "written"),
+    [
+        ([3], 3),
+        ([3, 3, 3], 3),
+        ([3, 4], [[3, 1], [4, 1]]),
+        ([0, 0, 0, 7, 8, 8], [[0, 3], [7, 1], [8, 2]]),
+        ([2**31 - 1, 0], [[2**31 - 1, 1], [0, 1]]),  # a server's versions may fall
+    ],
+)
+def test_versions_are_written_as_runs(versions: list[int], written: Any) -> None:
+    assert orjson.loads(to_json(_of_versions(versions)))["segments"][0]["version"] == written
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=9))
+def test_versions_survive_json(versions: list[int]) -> None:
+    (segment,) = from_json(to_json(_of_versions(versions))).segments
+    np.testing.assert_array_equal(segment.versions, np.array(versions, np.int32), strict=True)
+
+
+@pytest.mark.parametrize(
+    "version",
+    [
+        [],
+        [[3, 3]],
+        [[3, 1], [4, 2]],
+        [[3, 2], [4, 0]],
+        [[3, 3], [4, -1]],
+        [[-1, 2]],
+        [[3, 2, 4]],
+        [[3]],
+        [3, 2],
+        [[True, 2]],
+        [[3.0, 2]],
+        [[2**31, 2]],
+        [[3, 2**63 - 1], [4, 2**63 - 1]],
+        -1,
+        2**31,
+        True,
+        None,
+        "3",
+    ],
+)
+def test_versions_that_do_not_fit_the_tokens_are_refused(version: Any) -> None:
+    record = orjson.loads(to_json(_of_versions([3, 3])))
+    record["segments"][0]["version"] = version
+    with pytest.raises((ValueError, OverflowError)):
+        from_json(orjson.dumps(record))

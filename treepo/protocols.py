@@ -154,9 +154,9 @@ class Trainer(Protocol):
         """
         ...
 
-    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Begin a training checkpoint that holds `run` too; return once the state is copied. Raises
-        CheckpointError.
+    async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None:
+        """Begin a training checkpoint that holds `run` and the file of ready trees too; return once the state
+        is copied. Raises CheckpointError.
         """
         ...
 

@@ -15,11 +15,12 @@ Suffixes: `_S` one value a segment, `_L` one value a leaf, `_T` one value a toke
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, NotRequired, TypedDict
+from itertools import pairwise
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import orjson
-from pydantic import TypeAdapter
+from pydantic import Field, NonNegativeInt, TypeAdapter
 
 PROMPT = -1
 
@@ -59,16 +60,17 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Tokens sampled in one go under `parent`, the index of a segment or PROMPT.
+    """Tokens sampled under `parent`, the index of a segment or PROMPT.
 
-    tokens: int32 [T], T >= 1. log_probs: float32 [T], under the policy that sampled the tokens, temperature
-    applied. version: the committed weight version of that policy.
+    tokens: int32 [T], T >= 1. log_probs: float32 [T], under the policy that sampled the token, temperature
+    applied. versions: int32 [T], the committed weight version of that policy. It changes within a segment
+    where a weight update interrupted the decoding.
     """
 
     parent: int
     tokens: np.ndarray
     log_probs: np.ndarray
-    version: int
+    versions: np.ndarray
     finish: Finish
 
 
@@ -102,10 +104,10 @@ class Tree:
         for index, segment in enumerate(self.segments):
             if not PROMPT <= segment.parent < index:
                 raise ValueError(f"tree {self.prompt_id}: segment {index} has parent {segment.parent}")
-            if not 0 < len(segment.tokens) == len(segment.log_probs):
+            if not 0 < len(segment.tokens) == len(segment.log_probs) == len(segment.versions):
                 raise ValueError(
-                    f"tree {self.prompt_id}: segment {index} has {len(segment.tokens)} tokens "
-                    f"and {len(segment.log_probs)} log-probs"
+                    f"tree {self.prompt_id}: segment {index} has {len(segment.tokens)} tokens, "
+                    f"{len(segment.log_probs)} log-probs and {len(segment.versions)} versions"
                 )
             if segment.parent != PROMPT:
                 has_child[segment.parent] = True
@@ -146,9 +148,12 @@ class Tree:
         return replace(self, leaves=tuple(leaves))
 
 
+_Run = Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]  # a version, a number of tokens
+
+
 class _SegmentRecord(TypedDict):
     parent: int
-    version: int
+    version: NonNegativeInt | list[_Run]
     finish: str
     tokens: list[int]
     log_probs: list[float]
@@ -179,7 +184,8 @@ _RECORD = TypeAdapter(_Record)
 def to_json(tree: Tree, **extra: object) -> bytes:
     """Write the tree, and `extra` keys, as one line of JSON with its newline.
 
-    Each float has the fewest digits that read back as the same float32.
+    Each float has the fewest digits that read back as the same float32. A segment's version is a number, or
+    runs if it changes: `[[3, 40], [4, 24]]` is version 3 for 40 tokens, then version 4 for 24.
     """
     record = {
         "prompt_id": tree.prompt_id,
@@ -188,7 +194,7 @@ def to_json(tree: Tree, **extra: object) -> bytes:
         "segments": [
             {
                 "parent": segment.parent,
-                "version": segment.version,
+                "version": _runs(segment.versions),
                 "finish": segment.finish,
                 "tokens": segment.tokens,
                 "log_probs": segment.log_probs,
@@ -225,7 +231,7 @@ def from_json(line: bytes | str) -> Tree:
                 parent=segment["parent"],
                 tokens=np.asarray(segment["tokens"], dtype=np.int32),
                 log_probs=np.asarray(segment["log_probs"], dtype=np.float32),
-                version=segment["version"],
+                versions=_versions(segment["version"], len(segment["tokens"])),
                 finish=Finish(segment["finish"]),
             )
             for segment in record["segments"]
@@ -243,3 +249,20 @@ def from_json(line: bytes | str) -> Tree:
             for leaf in record["leaves"]
         ),
     )
+
+
+def _runs(versions: np.ndarray) -> int | list[tuple[int, int]]:
+    """The version of all tokens, or a pair (version, number of tokens) for each run of equal versions."""
+    edges = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
+    runs = [(int(versions[start]), stop - start) for start, stop in pairwise(edges)]
+    return runs if len(runs) > 1 else runs[0][0]
+
+
+def _versions(version: int | list[list[int]], tokens: int) -> np.ndarray:
+    """What `_runs` made of the versions of `tokens` tokens: int32 [T]."""
+    if isinstance(version, int):
+        return np.full(tokens, version, dtype=np.int32)
+    counts = [count for _, count in version]
+    if 0 in counts or sum(counts) != tokens:
+        raise ValueError(f"the versions {version} do not cover the {tokens} tokens of their segment")
+    return np.repeat(np.array([number for number, _ in version], dtype=np.int32), counts)

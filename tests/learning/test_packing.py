@@ -139,7 +139,7 @@ def test_a_token_keeps_what_its_segment_says(packer: Packer) -> None:
             else:
                 segment = trees[pack.tree[i]].segments[pack.segment[i]]
                 assert pack.rollout_log_prob[i] == segment.log_probs[pack.offset[i]]
-                assert pack.version[i] == segment.version
+                assert pack.version[i] == segment.versions[pack.offset[i]]
 
 
 @PACKERS

@@ -1,4 +1,6 @@
-"""Random trees with hard cases: chains, one-token segments, leaves at every depth, equal leaves."""
+"""Random trees with hard cases: chains, one-token segments, leaves at every depth, equal leaves, and versions
+that change at any token.
+"""
 
 import numpy as np
 
@@ -31,7 +33,8 @@ def random_tree(
             log_probs = -rng.exponential(1.0, len(tokens)).astype(np.float32)
             open_parents.append(len(segments))
             depth[len(segments)] = depth[parent] + 1
-            segments.append(Segment(parent, tokens, log_probs, int(rng.integers(0, 3)), Finish.LENGTH))
+            versions = np.sort(rng.integers(0, 3, len(tokens), dtype=np.int32))
+            segments.append(Segment(parent, tokens, log_probs, versions, Finish.LENGTH))
     parents = {segment.parent for segment in segments}
     leaves = tuple(
         Leaf(index, Stop.EOS, float(rng.choice([-1.0, 1.0])), Verdict.CORRECT)

@@ -25,7 +25,7 @@ def tree_of(
             parent=parent,
             tokens=np.arange(length, dtype=np.int32) + 10 * index,
             log_probs=np.full(length, -0.5, dtype=np.float32),
-            version=0,
+            versions=np.zeros(length, dtype=np.int32),
             finish=Finish.LENGTH,
         )
         for index, (parent, length) in enumerate(zip(parents, lengths, strict=True))

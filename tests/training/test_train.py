@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_every_step_samples_learns_and_serves_the_next_version(folder: Path, tmp
     assert seen.steps == [1, 2, 3]
 
     trees = [from_json(line) for line in (config.out / "trees.jsonl").read_bytes().splitlines()]
-    versions = [{segment.version for segment in tree.segments} for tree in trees]
+    versions = [{*chain.from_iterable(segment.versions for segment in tree.segments)} for tree in trees]
     assert versions == [{step} for step in (0, 1, 2) for _ in range(4)]
     metrics = lines(config.out / "metrics.jsonl")
     assert [line["logprob_difference_mean"] for line in metrics] == [0.5] * 3

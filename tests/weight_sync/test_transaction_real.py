@@ -78,7 +78,8 @@ async def take_step(trainer: TrainerGroup) -> None:
 
 async def chain_log_probs(trainer: TrainerGroup, tokens: np.ndarray) -> np.ndarray:
     """The trainer's log-probs of a chain of tokens, without the first token."""
-    segment = Segment(PROMPT, tokens[1:], np.zeros(len(tokens) - 1, dtype=np.float32), 0, Finish.LENGTH)
+    zeros = np.zeros(len(tokens) - 1, dtype=np.int32)
+    segment = Segment(PROMPT, tokens[1:], zeros.astype(np.float32), zeros, Finish.LENGTH)
     tree = Tree("chain", tokens[:1], (segment,), (Leaf(0, Stop.EOS, 1.0, Verdict.CORRECT),))
     (packs,) = pack_trees([tree], advantage.estimate([tree], LearningConfig()), 512, 1)
     return (await trainer.log_probs([packs], 1.0))[0][0][1:]

@@ -169,9 +169,13 @@ class TrainerGroup:
         """Write a Hugging Face folder of the current weights. Raises CheckpointError or ModelError."""
         await self._call("export", folder)
 
-    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Begin a training checkpoint that holds `run` too. Raises CheckpointError."""
-        await self._call("save", folder, run)
+    async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None:
+        """Begin a training checkpoint that holds `run` and the ready trees too, which rank 0 writes. Raises
+        CheckpointError.
+        """
+        first, *others = self._ranks
+        calls = [first.call.remote("save", folder, run, ready_trees)]
+        await self._gather(calls + [rank.call.remote("save", folder, run) for rank in others])
 
     async def finish_save(self) -> None:
         """Wait until the checkpoint that was begun is complete. Raises CheckpointError."""

@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import overload
 
@@ -198,29 +199,26 @@ def load_prompts(
 
 
 class PromptOrder:
-    """Indices of n prompts in training order: epoch after epoch, each a permutation drawn from the seed.
+    """The order in which training takes n prompts: epoch after epoch, each a permutation drawn from the seed.
 
-    `cursor`, the number of indices passed since the start, is the whole state. All indices of one call are of
-    one epoch, so a step never holds a prompt twice; if too few are left of an epoch, they are passed over.
+    A position is the number of prompts before it since the start of training.
     """
 
-    def __init__(self, n: int, seed: int, cursor: int = 0) -> None:
-        self.cursor = cursor
+    def __init__(self, n: int, seed: int) -> None:
         self._n, self._seed = n, seed
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+        # A tree that is sampled again may be of the epoch before the newest one.
+        self._permutation = lru_cache(maxsize=2)(self._drawn_permutation)
 
-    def next(self, k: int) -> list[int]:
-        """Take the next k indices, all different. Raises DataError if k is larger than n."""
-        if k > self._n:
-            raise DataError(f"{k} different prompts are wanted at once, but there are {self._n}")
-        epoch, offset = divmod(self.cursor, self._n)
-        if offset + k > self._n:
-            epoch, offset = epoch + 1, 0
-        self.cursor = epoch * self._n + offset + k
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = rng.generator("prompt order", self._seed, epoch).permutation(self._n)
-        return self._permutation[offset : offset + k].tolist()
+    def __len__(self) -> int:
+        return self._n
+
+    def index(self, position: int) -> int:
+        """Index of the prompt at the position."""
+        epoch, offset = divmod(position, self._n)
+        return int(self._permutation(epoch)[offset])
+
+    def _drawn_permutation(self, epoch: int) -> np.ndarray:
+        return rng.generator("prompt order", self._seed, epoch).permutation(self._n)
 
 
 def _names(columns: ColumnsConfig) -> frozenset[str]:

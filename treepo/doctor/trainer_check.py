@@ -63,7 +63,13 @@ def tree_of_two_answers(tokens: np.ndarray) -> "Tree":
 
     prompt, good, bad = np.split(tokens, [_PROMPT, _PROMPT + _RESPONSE])
     segments = tuple(
-        Segment(PROMPT, answer, np.zeros(len(answer), dtype=np.float32), 0, Finish.LENGTH)
+        Segment(
+            parent=PROMPT,
+            tokens=answer,
+            log_probs=np.zeros(len(answer), dtype=np.float32),
+            versions=np.zeros(len(answer), dtype=np.int32),
+            finish=Finish.LENGTH,
+        )
         for answer in (good, bad)
     )
     leaves = (Leaf(0, Stop.LIMIT, 1.0, Verdict.CORRECT), Leaf(1, Stop.LIMIT, 0.0, Verdict.WRONG))

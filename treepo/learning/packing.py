@@ -248,16 +248,15 @@ class _Columns:
         self._above_N = forest.path_tokens_N - forest.length_N
         self._tokens: list[np.ndarray] = []
         self._log_probs: list[np.ndarray] = []
-        versions: list[int] = []
+        self._versions: list[np.ndarray] = []
         for tree in trees:
             self._tokens.append(tree.prompt)
             self._log_probs.append(np.zeros(len(tree.prompt), dtype=np.float32))
-            versions.append(-1)
+            self._versions.append(np.full(len(tree.prompt), -1, dtype=np.int32))
             for segment in tree.segments:
                 self._tokens.append(segment.tokens)
                 self._log_probs.append(segment.log_probs)
-                versions.append(segment.version)
-        self._version_N = np.array(versions, dtype=np.int32)
+                self._versions.append(segment.versions)
 
     def build(self, packs: list[list[_Piece]]) -> list[Pack]:
         """Make one pack of each list of pieces; all packs are views of the same arrays."""
@@ -309,7 +308,7 @@ class _Columns:
             "count_pos": spread(weight_R[2], np.float64),
             "count_neg": spread(weight_R[3], np.float64),
             "rollout_log_prob": np.concatenate([self._log_probs[node] for node in nodes]),
-            "version": spread(self._version_N[node_R]),
+            "version": np.concatenate([self._versions[node] for node in nodes]),
             "tree": spread(forest.tree_N[node_R]),
             "segment": spread(node_R - forest.first_P[forest.tree_N[node_R]] - 1),
             "offset": offset,

@@ -8,8 +8,7 @@ to come, and to an engine that fails its requests only if no other has room. The
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,8 @@ from treepo.data.prompts import Prompt
 from treepo.errors import DeadEngineError, EngineError
 from treepo.protocols import Sampler
 from treepo.rollout.growing_tree import GrowingTree, PathRequest
-from treepo.rollout.router import LiveTree, RoutedEngine, Router
+from treepo.rollout.idle_clock import IdleClock
+from treepo.rollout.router import LiveTree, Router
 from treepo.rollout.stats import Stats
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
@@ -68,6 +68,7 @@ class TreeDriver:
         if not engines:
             raise ValueError("a driver needs at least one engine")
         self.stats = Stats()
+        self.idle = IdleClock(len(engines))
         self._sampling = sampling
         self._rule = StopRule(sampling, decode)
         self._seed = seed
@@ -77,15 +78,30 @@ class TreeDriver:
         self._room = asyncio.Event()
         self._pending: dict[PathRequest, tuple[str, int, float]] = {}  # prompt id, engine, sent at
 
+    async def wait_for_room(self, prompt: Prompt) -> None:
+        """Return once an engine has room for the prompt's tree."""
+        while self._router.engine_with_room(len(prompt.tokens)) is None:
+            self._room.clear()
+            await self._room.wait()
+
+    def start(self, prompt: Prompt, step: int) -> Coroutine[None, None, Tree | FailedTree]:
+        """Admit the prompt's tree to an engine, which must have room; the coroutine grows it.
+
+        Cancelling the coroutine cancels the tree's requests. A request that keeps failing ends its tree as a
+        FailedTree; an exception group raised by the coroutine is a bug.
+        """
+        engine = self._router.engine_with_room(len(prompt.tokens))
+        assert engine is not None
+        tree = GrowingTree(prompt, self._sampling, self._rule, self._seed, step)
+        return self._grow(self._router.admit(tree, engine))
+
     async def sample(self, prompts: Iterable[Prompt], step: int) -> AsyncGenerator[Tree | FailedTree]:
         """Yield the tree of each prompt as soon as it is finished. At most one call at a time.
 
         `prompts` may be lazy: it is advanced only when an engine has room. Closing the iterator
-        (`contextlib.aclosing`) cancels everything in flight. A request that keeps failing ends its tree as a
-        FailedTree; an exception group raised here is a bug.
+        (`contextlib.aclosing`) cancels everything in flight.
         """
-        for engine in self._router.engines:
-            engine.failures = 0  # an engine that failed in the last step may have been replaced
+        self.forgive()
         results: asyncio.Queue[Tree | FailedTree | None] = asyncio.Queue()
         growing = asyncio.create_task(self._grow_all(prompts, step, results))
         try:
@@ -95,6 +111,11 @@ class TreeDriver:
         finally:
             growing.cancel()
             await asyncio.wait([growing])
+
+    def forgive(self) -> None:
+        """Forget which engines have failed: those may have been replaced."""
+        for engine in self._router.engines:
+            engine.failures = 0
 
     def take_stats(self) -> Stats:
         """Return the counters and start new ones from 0."""
@@ -107,7 +128,7 @@ class TreeDriver:
 
     def pending(self) -> list[PendingRequest]:
         """Requests in flight, the oldest first."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         return [
             PendingRequest(prompt_id, path.number, engine, now - since)
             for path, (prompt_id, engine, since) in self._pending.items()
@@ -116,22 +137,18 @@ class TreeDriver:
     async def _grow_all(
         self, prompts: Iterable[Prompt], step: int, results: asyncio.Queue[Tree | FailedTree | None]
     ) -> None:
+        async def report(growing: Coroutine[None, None, Tree | FailedTree]) -> None:
+            results.put_nowait(await growing)
+
         try:
             async with asyncio.TaskGroup() as group:
                 for prompt in prompts:
-                    engine = await self._engine_with_room(prompt)
-                    tree = GrowingTree(prompt, self._sampling, self._rule, self._seed, step)
-                    group.create_task(self._grow(self._router.admit(tree, engine), results))
+                    await self.wait_for_room(prompt)
+                    group.create_task(report(self.start(prompt, step)))
         finally:
             results.put_nowait(None)
 
-    async def _engine_with_room(self, prompt: Prompt) -> RoutedEngine:
-        while (engine := self._router.engine_with_room(len(prompt.tokens))) is None:
-            self._room.clear()
-            await self._room.wait()
-        return engine
-
-    async def _grow(self, live: LiveTree, results: asyncio.Queue[Tree | FailedTree | None]) -> None:
+    async def _grow(self, live: LiveTree) -> Tree | FailedTree:
         tree, failure = live.tree, None
         try:
             while tree.path_requests and failure is None:
@@ -150,12 +167,11 @@ class TreeDriver:
         if failure is not None:
             self.stats.failed_trees += 1
             _log.warning("prompt %s: tree given up: %s", tree.prompt.id, failure)
-            results.put_nowait(FailedTree(tree.prompt.id, str(failure)))
-            return
+            return FailedTree(tree.prompt.id, str(failure))
         self._router.tree_finished(live)
         finished = tree.finished()
         self.stats.count_tree(finished, tree.branchings, tree.fallbacks)
-        results.put_nowait(finished)
+        return finished
 
     async def _complete(self, live: LiveTree, path: PathRequest) -> None:
         while not path.complete:
@@ -174,7 +190,8 @@ class TreeDriver:
         attempts = self._sampling.attempts
         for attempt in range(1, attempts + 1):
             home = live.home
-            self._pending[path] = live.tree.prompt.id, home.index, time.monotonic()
+            self._pending[path] = live.tree.prompt.id, home.index, asyncio.get_running_loop().time()
+            self.idle.begin(home.index)
             try:
                 output = await home.engine.generate(request)
                 taken = live.tree.receive(path, output)
@@ -195,3 +212,4 @@ class TreeDriver:
                 return
             finally:
                 del self._pending[path]
+                self.idle.end(home.index)

@@ -6,6 +6,9 @@ round. While the tree may still branch, a path request is for one segment; after
 that its path may still get. (The official code goes on segment by segment, in step with all other prompts;
 the trees are the same.)
 
+An engine may interrupt a request anywhere. The path's last node is then a part of a segment, which the next
+output extends: stop rules, depth and branching see whole segments only, as if nothing had happened.
+
 Depth counts the segments of `segment_tokens` that a response fills, the last one even if partly; the two
 pieces of a segment that a fallback cut has split count as one.
 """
@@ -36,7 +39,7 @@ class Node:
     parent: "Node | None"
     tokens: np.ndarray
     log_probs: np.ndarray
-    version: int
+    versions: np.ndarray
     finish: Finish
     end: int
     box: BoxScan
@@ -59,12 +62,14 @@ class PathRequest:
     """The tokens that one path needs in one round.
 
     number: unique in the tree, in the order of creation. context: int32 [T], prompt and response so far.
-    target_length: response tokens at which the request is complete. last_node: the path's last node, None at
-    the prompt. new_nodes: nodes that this round added. stop: why the path ended; None while it goes on.
+    first_length: response tokens at which the request began, where its first segment starts. target_length:
+    response tokens at which it is complete. last_node: the path's last node, None at the prompt. new_nodes:
+    nodes that this round added. stop: why the path ended; None while it goes on.
     """
 
     number: int
     context: np.ndarray
+    first_length: int
     target_length: int
     last_node: Node | None
     new_nodes: list[Node] = field(default_factory=list)
@@ -118,7 +123,7 @@ class GrowingTree:
 
     def generate_request(self, path: PathRequest) -> GenerateRequest:
         """The request to send to an engine next for `path`."""
-        wanted, segment_tokens = path.target_length - path.length, self._config.segment_tokens
+        wanted, segment_tokens = self._wanted(path), self._config.segment_tokens
         return GenerateRequest(
             context=path.context,
             prompt_tokens=len(self.prompt.tokens),
@@ -131,12 +136,12 @@ class GrowingTree:
     def receive(self, path: PathRequest, output: GenerateOutput) -> int:
         """Add an engine's tokens to `path`, up to the first segment boundary at which the path ends.
 
-        Returns how many tokens were taken. If an engine returns less than requested, up to a segment
-        boundary, the path request is not complete yet. Raises EngineError for an output that does not fit the
-        request.
+        Returns how many tokens were taken. If an engine returns less than requested, up to a segment boundary
+        or anywhere if it was interrupted, the path request is not complete yet. Raises EngineError for an
+        output that does not fit the request.
         """
         segment_tokens, total = self._config.segment_tokens, len(output.tokens)
-        wanted = path.target_length - path.length
+        wanted = self._wanted(path)
         short = output.finish == "length" and total < wanted and total % segment_tokens
         if not 0 < total <= wanted or total != len(output.log_probs) or short:
             raise EngineError(
@@ -147,13 +152,13 @@ class GrowingTree:
         context = np.concatenate([path.context, output.tokens])
         taken = 0
         while taken < total and path.stop is None:
-            piece = slice(taken, min(taken + segment_tokens, total))
+            segment_end = self._segment_end(path)
+            piece = slice(taken, min(taken + segment_end - path.length, total))
             taken = piece.stop
             eos = output.finish == "eos" and taken == total
-            node = self._node(path.last_node, output, piece, Finish.EOS if eos else Finish.LENGTH)
-            path.last_node = node
-            path.new_nodes.append(node)
-            path.stop = self._rule.classify(context[prompt_tokens : base + taken], node.box, eos)
+            node = self._extend(path, output, piece, Finish.EOS if eos else Finish.LENGTH)
+            if eos or node.end == segment_end:
+                path.stop = self._rule.classify(context[prompt_tokens : base + taken], node.box, eos)
         path.context = context[: base + taken]
         return taken
 
@@ -215,7 +220,7 @@ class GrowingTree:
                     parent=PROMPT if node.parent is None else index_of[id(node.parent)],
                     tokens=node.tokens,
                     log_probs=node.log_probs,
-                    version=node.version,
+                    versions=node.versions,
                     finish=node.finish,
                 )
                 for node in nodes
@@ -238,18 +243,42 @@ class GrowingTree:
             todo += children.get(id(nodes[-1]), [])[::-1]
         return nodes
 
-    def _node(self, parent: Node | None, output: GenerateOutput, piece: slice, finish: Finish) -> Node:
-        tokens = output.tokens[piece]
-        above, box = (parent.end, parent.box) if parent else (0, BoxScan())
-        return Node(
-            parent=parent,
-            tokens=tokens,
-            log_probs=output.log_probs[piece],
-            version=output.version,
-            finish=finish,
-            end=above + len(tokens),
-            box=self._rule.scan(box, tokens),
-        )
+    def _in_segment(self, path: PathRequest) -> bool:
+        """Whether the last node is a part of a segment, because the engine was interrupted."""
+        return (path.length - path.first_length) % self._config.segment_tokens > 0
+
+    def _segment_end(self, path: PathRequest) -> int:
+        """Response tokens at which the segment ends that gets the next token."""
+        segment_tokens = self._config.segment_tokens
+        whole = (path.length - path.first_length) // segment_tokens
+        return min(path.first_length + (whole + 1) * segment_tokens, path.target_length)
+
+    def _wanted(self, path: PathRequest) -> int:
+        """Tokens to request next: all that the path needs, or only the rest of its segment.
+
+        An engine checks the stop rule at multiples of `segment_tokens` of new tokens. So that these are
+        segment boundaries, a request for more than one segment begins at one.
+        """
+        end = self._segment_end(path) if self._in_segment(path) else path.target_length
+        return end - path.length
+
+    def _extend(self, path: PathRequest, output: GenerateOutput, piece: slice, finish: Finish) -> Node:
+        """Add a piece of an output to the segment that the last node is a part of, or as a new node."""
+        tokens, log_probs = output.tokens[piece], output.log_probs[piece]
+        versions = np.full(len(tokens), output.version, dtype=np.int32)
+        node = path.last_node
+        if node is not None and self._in_segment(path):
+            node.tokens = np.concatenate([node.tokens, tokens])
+            node.log_probs = np.concatenate([node.log_probs, log_probs])
+            node.versions = np.concatenate([node.versions, versions])
+            node.finish, node.end = finish, node.end + len(tokens)
+            node.box = self._rule.scan(node.box, tokens)
+            return node
+        box = node.box if node else BoxScan()
+        end, box = path.length + len(tokens), self._rule.scan(box, tokens)
+        path.last_node = Node(node, tokens, log_probs, versions, finish, end, box)
+        path.new_nodes.append(path.last_node)
+        return path.last_node
 
     def _branch(self, active: list[Node], finished_now: int) -> list[PathRequest]:
         config = self._config
@@ -301,12 +330,13 @@ class GrowingTree:
             parent=node.parent,
             tokens=node.tokens[:keep],
             log_probs=node.log_probs[:keep],
-            version=node.version,
+            versions=node.versions[:keep],
             finish=Finish.CUT,
             end=cut,
             box=self._rule.scan(box, node.tokens[:keep]),
         )
-        node.parent, node.tokens, node.log_probs = upper, node.tokens[keep:], node.log_probs[keep:]
+        node.parent, node.tokens = upper, node.tokens[keep:]
+        node.log_probs, node.versions = node.log_probs[keep:], node.versions[keep:]
         self._nodes.append(upper)
         return upper
 
@@ -317,9 +347,10 @@ class GrowingTree:
         for node, count in zip(last_nodes, children, strict=True):
             above = [ancestor.tokens for ancestor in node.path()] if node else []
             context = np.concatenate([self.prompt.tokens, *above])
-            target = self._target_length(node.end if node else 0, saturated)
+            length = node.end if node else 0
+            target = self._target_length(length, saturated)
             numbers = range(self._requested, self._requested + count)
-            requests += (PathRequest(number, context, target, node) for number in numbers)
+            requests += (PathRequest(number, context, length, target, node) for number in numbers)
             self._requested += count
         return requests
 

@@ -17,6 +17,7 @@ class Stats:
     fallbacks: int = 0  # times that a tree ran out of active paths before it had its leaves
     requests: int = 0
     failed_requests: int = 0
+    interrupted_requests: int = 0  # answered in part, because a weight sync began or the engine was held
     decoded_tokens: int = 0
     dropped_tokens: int = 0  # decoded past the boundary at which the path ended
     total_tokens: int = 0  # of all responses; a shared token counts once for each response
@@ -42,6 +43,7 @@ class Stats:
         """Add an answered request. taken: tokens that the tree kept of it."""
         context_tokens = len(request.context)
         self.requests += 1
+        self.interrupted_requests += output.finish == "interrupted"
         self.decoded_tokens += len(output.tokens)
         self.dropped_tokens += len(output.tokens) - taken
         self.prompt_tokens += context_tokens

@@ -13,7 +13,9 @@ _log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def watched(driver: TreeDriver, engines: Sequence[Engine], seconds: float) -> AsyncIterator[None]:
-    """While the body samples, warn whenever no engine of the driver has answered for `seconds`."""
+    """While the body samples, warn whenever requests wait and no engine of the driver has answered for
+    `seconds`. A pause of sampling is no reason to warn.
+    """
     watch = asyncio.create_task(_watch(driver, engines, seconds))
     try:
         yield
@@ -26,8 +28,10 @@ async def _watch(driver: TreeDriver, engines: Sequence[Engine], seconds: float) 
     while True:
         before = driver.stats.requests, driver.stats.failed_requests
         await asyncio.sleep(seconds)
-        if before == (driver.stats.requests, driver.stats.failed_requests):
-            _log.warning("nothing was answered for %g s: %s", seconds, describe(driver.pending(), engines))
+        if before != (driver.stats.requests, driver.stats.failed_requests) or driver.idle.paused:
+            continue
+        if pending := driver.pending():
+            _log.warning("nothing was answered for %g s: %s", seconds, describe(pending, engines))
 
 
 def describe(pending: Sequence[PendingRequest], engines: Sequence[Engine]) -> str:

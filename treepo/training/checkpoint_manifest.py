@@ -3,8 +3,9 @@
     checkpoint.json    the manifest: layout and dtype, optimizer steps, and the run's own state
     trainer/           Megatron-Core's distributed checkpoint (torch_dist): weights, optimizer, generators
     hugging_face/      config, tokenizer and generation config of the model
+    ready_trees.jsonl  finished trees that wait for a step (treepo.training.ready_trees)
 
-A checkpoint that was converted from a model folder has weights only: no optimizer, no layout.
+A checkpoint that was converted from a model folder has weights only: no optimizer, no layout, no trees.
 """
 
 import re
@@ -19,9 +20,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from treepo.errors import ModelError, one_line, shortened, shown
 
 MANIFEST, TRAINER, HUGGING_FACE = "checkpoint.json", "trainer", "hugging_face"
+READY_TREES = "ready_trees.jsonl"
 NAME = re.compile(r"step-(\d{1,18})")
 """The name of a checkpoint's folder in a run."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class CheckpointManifest:
 
     dtype: of the weights. optimizer_steps: taken so far. layout: `trainer.parallel` of the ranks that wrote
     it; empty for weights alone. run: the state from which `treepo train` resumes. files: the sizes in bytes
-    of all other files, by path in the folder; empty in a checkpoint of an earlier version.
+    of all other files, by path in the folder.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)

@@ -21,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 class Saver(Protocol):
     """The part of `treepo.protocols.Trainer` that writes checkpoints."""
 
-    async def save(self, folder: Path, run: Mapping[str, Any]) -> None: ...
+    async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None: ...
 
     async def finish_save(self) -> None: ...
 
@@ -39,9 +39,13 @@ class Checkpoints:
         every = self._config.every
         return every is not None and (step % every == 0 or step == self._steps)
 
-    async def begin(self, state: RunState) -> None:
-        """Begin a checkpoint; training may continue. Raises CheckpointError."""
-        await self._saver.save(self._folder / f"step-{state.steps_done:05d}", asdict(state))
+    async def begin(self, state: RunState, ready_trees: bytes = b"") -> None:
+        """Begin a checkpoint; training may continue. ready_trees: the content of its file of this name.
+
+        Raises CheckpointError.
+        """
+        folder = self._folder / f"step-{state.steps_done:05d}"
+        await self._saver.save(folder, asdict(state), ready_trees)
         self._writing = True
 
     async def finish(self) -> None:

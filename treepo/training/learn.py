@@ -1,6 +1,7 @@
 """Learns from a batch: packs it, trains on it, and gives the engines the new weights."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 from treepo.config.run import RunConfig
 from treepo.errors import RewardError
@@ -19,20 +20,31 @@ async def learn(
     engines: TrainingEnginePool,
     trainer: Trainer,
     clock: Clock,
+    paused: Callable[[], AbstractContextManager[None]],
+    before_sync: Callable[[], Awaitable[None]],
 ) -> BatchResult:
     """Train on graded trees, then make the engines serve the new weights as version `step`.
 
-    Raises RewardError if no response could be graded, and FloatingPointError if a gradient is not finite.
+    paused: entered while the engines do not sample: in a synchronous run all the time, else during the weight
+    sync. before_sync: what must end under the old weights. Raises RewardError if no response could be graded,
+    and FloatingPointError if a gradient is not finite.
     """
-    async with engines.offloaded():
-        with clock.phase("log-probs"):
-            parts = mini_batches(trees, config)
-        clock.show("log-probs, train")
-        result = await trainer.train_batch(parts, config.sampling.temperature)
-        clock.count("log-probs", result.seconds["log_probs"])
-        clock.count("train", result.seconds["train"])
-        with clock.phase("weight sync"):
-            await engines.sync_weights(step)
+    synchronous = config.loop.mode == "sync"
+    with ExitStack() as pause:
+        if synchronous:
+            pause.enter_context(paused())
+        async with engines.training():
+            with clock.phase("log-probs"):
+                parts = mini_batches(trees, config)
+            clock.show("log-probs, train")
+            result = await trainer.train_batch(parts, config.sampling.temperature)
+            clock.count("log-probs", result.seconds["log_probs"])
+            clock.count("train", result.seconds["train"])
+            await before_sync()
+            if not synchronous:
+                pause.enter_context(paused())
+            with clock.phase("weight sync"):
+                await engines.sync_weights(step)
     return result
 
 

@@ -75,12 +75,12 @@ async def check_log_probs(
     decode: Callable[[np.ndarray], str],
     engines: Sequence[Engine],
     trainer: LogProbs,
-    offloaded: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    training: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
     """Return the largest `mean` and `max` of |trainer's log-prob - engine's| over the engines, and the number
     of `tokens` that were compared.
 
-    offloaded: gives the trainer the devices that it shares with the engines. Raises LogProbCheckError if an
+    training: gives the trainer the devices that it shares with the engines. Raises LogProbCheckError if an
     engine exceeds the limits of `config.log_prob_check`, and EngineError if it cannot sample.
     """
     sampling = short_sampling(config.sampling)
@@ -92,7 +92,7 @@ async def check_log_probs(
         _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)
         for trees in forests
     ]
-    async with offloaded():
+    async with training():
         computed = [await trainer.log_probs(packs, sampling.temperature) for packs in packed]
     limits = config.log_prob_check.limits(trainer.dtype)
     figures = {"mean": 0.0, "max": 0.0, "tokens": 0}

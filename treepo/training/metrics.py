@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from treepo.protocols import BatchResult
-from treepo.rollout.stats import Stats
-from treepo.training.batch import Batch
+from treepo.training.tree_supply import Batch, Sampled
 from treepo.tree import Leaf, Stop, Tree, Verdict
 
 STEP_PHASES = {
-    "sample": "seconds/sample",
+    "sample": "seconds/sample",  # the trainer waits for trees
     "log-probs": "seconds/log_probs",
     "train": "seconds/train",
     "weight sync": "seconds/weight_sync",
@@ -18,19 +17,31 @@ STEP_PHASES = {
 """The phases of a step, and the metrics that hold their seconds."""
 
 
-def step_metrics(batch: Batch, result: BatchResult, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Collect all metrics of a step. seconds: of each of the STEP_PHASES."""
+def step_metrics(
+    batch: Batch, sampled: Sampled, result: BatchResult, seconds: Mapping[str, float], wall_seconds: float
+) -> dict[str, float]:
+    """Collect all metrics of a step.
+
+    seconds: of each of the STEP_PHASES. wall_seconds: since the end of the step before.
+    """
     return (
-        tree_metrics(batch.sampled)
-        | rollout_metrics(batch.stats, seconds["sample"])
+        tree_metrics([finished.tree for finished in batch.sampled])
+        | rollout_metrics(sampled)
         | {f"dropped/{reason}": count for reason, count in batch.dropped.items()}
         | {
+            "staleness/mean": float(np.mean(batch.staleness)) if batch.staleness else 0.0,
+            "staleness/max": max(batch.staleness, default=0),
+            "trees/growing": batch.growing,
+            "trees/ready": batch.ready,
+            "idle/engines": sampled.idle,
+            "idle/trainer": seconds["sample"] / wall_seconds,
             "logprob_difference_mean": result.mismatch.mean,
             "logprob_difference_max": result.mismatch.largest,
             "train/optimizer_steps": len(result.updates),
         }
         | update_metrics(result.updates)
         | {metric: seconds[phase] for phase, metric in STEP_PHASES.items()}
+        | {"seconds/step": wall_seconds}
     )
 
 
@@ -79,14 +90,16 @@ def reward_metrics(leaves: Sequence[Leaf]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in means.items()}
 
 
-def rollout_metrics(stats: Stats, seconds: float) -> dict[str, float]:
-    """The engines' work and failures while one step was sampled."""
+def rollout_metrics(sampled: Sampled) -> dict[str, float]:
+    """The engines' work and failures since the last step."""
+    stats = sampled.stats
     return {
         "rollout/decoded_tokens": stats.decoded_tokens,
-        "rollout/tokens_per_second": stats.decoded_tokens / seconds,
+        "rollout/tokens_per_second": stats.decoded_tokens / sampled.seconds if sampled.seconds else 0.0,
         "rollout/cached_token_ratio": stats.cached_token_ratio,
         "rollout/requests": stats.requests,
         "rollout/failed_requests": stats.failed_requests,
+        "rollout/interrupted_requests": stats.interrupted_requests,
         "rollout/failed_trees": stats.failed_trees,
         "rollout/branchings": stats.branchings,
         "rollout/fallbacks": stats.fallbacks,

@@ -89,7 +89,7 @@ async def restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer)
             f"--resume: {resume.checkpoint} is of a run in {dtype}, and model.dtype = auto is "
             f"{trainer.dtype} on these devices; a run cannot change between CPUs and GPUs"
         )
-    async with engines.offloaded():
+    async with engines.training():
         await trainer.load(resume.checkpoint.resolve())
         await engines.sync_weights(resume.state.steps_done)
 

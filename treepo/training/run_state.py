@@ -11,21 +11,24 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from treepo.protocols import BatchResult
 from treepo.rollout.stats import Stats
+from treepo.training.scheduler import ScheduleState
 
 
 @dataclass(slots=True)
 class RunState:
     """Everything that a run carries from step to step; a checkpoint saves it whole.
 
-    data: fingerprint of the training prompts. cursor: position in their order. sizes: bytes of the growing
-    files, by name, when the state was saved. seconds: total time of the run, before and after interruptions.
+    data: fingerprint of the training prompts. schedule: which of them are not trained yet. resampled: finished
+    trees that a resumed run found too stale. sizes: bytes of the growing files, by name, when the state was
+    saved. seconds: total time of the run, before and after interruptions.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     data: str
     steps_done: int = 0
-    cursor: int = 0
+    schedule: ScheduleState = field(default_factory=ScheduleState)
+    resampled: int = 0
     accuracy_before: float | None = None
     decoded_tokens: int = 0
     sequential_tokens: int = 0
@@ -42,8 +45,9 @@ class RunState:
         except ValidationError as error:
             fault = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-        if min(state.steps_done, state.cursor, *state.sizes.values()) < 0:
-            raise ValueError("steps_done, cursor and sizes cannot be negative")
+        if min(state.steps_done, *state.sizes.values()) < 0:
+            raise ValueError("steps_done and sizes cannot be negative")
+        state.schedule.check(state.steps_done)
         return state
 
     def step_done(self, step: int, stats: Stats, result: BatchResult) -> None:
@@ -68,6 +72,7 @@ class RunState:
             "steps": self.steps_done,
             "decoded_tokens": self.decoded_tokens,
             "sequential_tokens": self.sequential_tokens,
+            "resampled_trees": self.resampled,
             "log_prob_check": log_prob_check,
             "max_logprob_difference": self.max_logprob_difference,
             "phase_seconds": self.phase_seconds,
@@ -82,6 +87,9 @@ class Reporter(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""
+
+    def evaluated(self, step: int, accuracy: float) -> None:
+        """Show the held-out accuracy after a step."""
 
 
 class Clock:

@@ -1,0 +1,205 @@
+"""Which prompt starts a tree next, and which trees are trained next. Pure: no clock, no engine, no Ray.
+
+A tree is known by the position of its prompt in the training order. From its start until a step takes it or
+it is dropped, it is growing or ready. Step s trains under weight version s - 1, and a tree that began with
+version v may be trained until step v + max_staleness + 1: that is its last step.
+
+Two rules keep the bound. A tree starts only if the steps that are left to it have room for it and for all
+trees before it. A step takes the oldest ready trees, and waits for a growing one only if a later step would
+have no room for all whose last step it is. If trees are trained at the step after their start and none is
+left over, this is the synchronous loop.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, count
+from typing import ClassVar, Self
+
+from pydantic import ConfigDict
+
+from treepo.config.run import RunConfig
+from treepo.data.prompts import PromptOrder
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleState:
+    """What a checkpoint keeps of the schedule. Every position below `cursor` is trained, dropped, or here.
+
+    again: positions whose trees are to be started, ascending. ready: positions of finished trees.
+    began: the version that each of `ready` began with.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    cursor: int = 0
+    again: list[int] = field(default_factory=list)
+    ready: list[int] = field(default_factory=list)
+    began: list[int] = field(default_factory=list)
+
+    def check(self, version: int) -> None:
+        """Raise ValueError if no schedule at `version` has this state."""
+        if self.cursor < 0:
+            raise ValueError("schedule: cursor cannot be negative")
+        positions = [*self.again, *self.ready]
+        if len(set(positions)) != len(positions) or not all(0 <= each < self.cursor for each in positions):
+            raise ValueError("schedule: again and ready must be different positions below cursor")
+        if len(self.began) != len(self.ready) or not all(0 <= each <= version for each in self.began):
+            raise ValueError("schedule: began must be a version of each ready tree, at most steps_done")
+
+
+class Scheduler:
+    """Schedules the trees of one run.
+
+    order: the training order; it has at least `batch` prompts, and no two untrained trees have the same one.
+    batch: trees of one step. max_untrained: most trees that are started and not trained, at any time; from
+    batch to batch x (max_staleness + 1). max_replaced: most dropped trees that others replace in one step;
+    every further one makes the step's batch smaller. steps: of the run.
+
+    version: that the engines serve. resampled: finished trees of the restored state that are too stale now.
+    """
+
+    def __init__(
+        self,
+        order: PromptOrder,
+        *,
+        batch: int,
+        max_staleness: int,
+        max_untrained: int,
+        max_replaced: int,
+        steps: int,
+        version: int = 0,
+        state: ScheduleState | None = None,
+    ) -> None:
+        assert batch <= max_untrained <= batch * (max_staleness + 1)
+        self.version = version
+        self.resampled = 0
+        self._order, self._batch, self._steps = order, batch, steps
+        self._max_staleness, self._max_untrained = max_staleness, max_untrained
+        self._max_replaced = max_replaced
+        self._growing: dict[int, int] = {}  # positions, and the versions that their trees began with
+        self._ready: dict[int, int] = {}
+        self._busy: set[int] = set()  # prompts of both
+        self._training = False
+        self._dropped = 0
+        state = state or ScheduleState()
+        self._cursor, self._again = state.cursor, list(state.again)
+        self._restore(dict(zip(state.ready, state.began, strict=True)))
+
+    @classmethod
+    def of_run(cls, config: RunConfig, order: PromptOrder, version: int, state: ScheduleState) -> Self:
+        """The scheduler of a training run that begins, or continues after step `version`."""
+        batch = config.data.prompts_per_step
+        return cls(
+            order,
+            batch=batch,
+            max_staleness=config.loop.max_staleness,
+            max_untrained=config.max_untrained,
+            max_replaced=config.learning.max_refills * batch,
+            steps=config.steps,
+            version=version,
+            state=state,
+        )
+
+    @property
+    def growing(self) -> int:
+        """Number of trees that have started and not finished."""
+        return len(self._growing)
+
+    @property
+    def ready(self) -> Collection[int]:
+        """Positions of the finished trees that wait for a step."""
+        return self._ready.keys()
+
+    def next(self) -> int | None:
+        """The position to start next; None until a tree is dropped or a step is taken or trained."""
+        if len(self._busy) >= min(self._room(), len(self._order)):
+            return None
+        for position in chain(self._again, count(self._cursor)):
+            if self._order.index(position) not in self._busy:
+                return position
+        raise AssertionError("positions never end")
+
+    def start(self, position: int) -> None:
+        """Start the tree at the position that `next` returned."""
+        if position < self._cursor:
+            self._again.remove(position)
+        else:  # the positions that were passed over wait for an earlier tree of their prompt
+            self._again += range(self._cursor, position)
+            self._cursor = position + 1
+        self._growing[position] = self.version
+        self._busy.add(self._order.index(position))
+
+    def finish(self, position: int) -> None:
+        """A tree has finished and can be trained."""
+        self._ready[position] = self._growing.pop(position)
+
+    def drop(self, position: int) -> None:
+        """A tree has finished and has nothing to teach."""
+        self.fail(position)
+        self._dropped += 1
+
+    def fail(self, position: int) -> None:
+        """A tree was given up. Another replaces it, however many fail."""
+        del self._growing[position]
+        self._busy.remove(self._order.index(position))
+
+    def take(self) -> Mapping[int, int] | None:
+        """Take the trees of the next step: ascending positions, with the version that each began with. None:
+        wait until another tree finishes. `trained` ends the step.
+        """
+        assert not self._training, "the last step is still being trained"
+        oldest = sorted(self._ready, key=lambda position: (self._ready[position], position))
+        least = self._batch - self._unreplaced()
+        for spare in range(self._max_staleness + 1):
+            began = self.version + spare - self._max_staleness
+            untrained = sum(version <= began for version in (*self._growing.values(), *self._ready.values()))
+            due = untrained - spare * self._batch  # the `spare` steps after this one have no room for more
+            if sum(self._ready[position] <= began for position in oldest) < due:
+                return None
+            least = max(least, due)
+        if len(oldest) < least:
+            return None
+        taken = {position: self._ready.pop(position) for position in sorted(oldest[: self._batch])}
+        self._busy.difference_update(map(self._order.index, taken))
+        self._training, self._dropped = True, 0
+        return taken
+
+    def trained(self) -> None:
+        """The step is trained, and the engines serve its weights."""
+        assert self._training
+        self._training = False
+        self.version += 1
+
+    def state(self) -> ScheduleState:
+        """The schedule between two steps. Trees that grow are started again."""
+        assert not self._training
+        ready = sorted(self._ready)
+        return ScheduleState(
+            self._cursor,
+            sorted([*self._again, *self._growing]),
+            ready,
+            [self._ready[position] for position in ready],
+        )
+
+    def _unreplaced(self) -> int:
+        """Dropped trees of this step that no other tree replaces."""
+        return min(max(self._dropped - self._max_replaced, 0), self._batch)
+
+    def _room(self) -> int:
+        """Most trees that may grow or be ready now."""
+        trained = self.version + self._training
+        left = (self._steps - trained) * self._batch
+        return min(self._max_untrained - self._training * self._batch, left) - self._unreplaced()
+
+    def _restore(self, began: Mapping[int, int]) -> None:
+        """Keep the finished trees of a checkpoint, the oldest first, for which the bound leaves a step."""
+        oldest = sorted(began, key=lambda position: (began[position], position))
+        for position in oldest:
+            spare = began[position] + self._max_staleness - self.version
+            if spare >= 0 and len(self._ready) < (spare + 1) * self._batch:
+                self._ready[position] = began[position]
+                self._busy.add(self._order.index(position))
+            else:
+                self._again.append(position)
+                self.resampled += 1
+        self._again.sort()

@@ -1,0 +1,38 @@
+"""Grades finished trees, and stops a run whose grader fails too often."""
+
+from treepo.config.reward import RewardConfig
+from treepo.data.prompts import Prompt
+from treepo.data.tokenizer import Tokenizer
+from treepo.rewards.failures import FailedGrades
+from treepo.rewards.grade import GradeItem, Rewards
+from treepo.rewards.shaping import with_grades
+from treepo.tree import Tree
+
+
+class TreeGrader:
+    """Grades trees of one kind, of training or of an evaluation.
+
+    max_response_tokens: length of a response that was cut off.
+    """
+
+    def __init__(
+        self, config: RewardConfig, tokenizer: Tokenizer, rewards: Rewards, max_response_tokens: int
+    ) -> None:
+        self._config, self._tokenizer, self._rewards = config, tokenizer, rewards
+        self._max_response_tokens = max_response_tokens
+        self._failed_grades = FailedGrades(config.max_failed_share)
+
+    async def grade(self, tree: Tree, prompt: Prompt) -> Tree:
+        """Return the tree of `prompt` with a verdict and a reward at each leaf."""
+        responses = [self._tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
+        grades = await self._rewards.grade(
+            [GradeItem(response, prompt.answer, prompt.text, prompt.extra) for response in responses]
+        )
+        self._failed_grades.add(grades)
+        return with_grades(tree, responses, grades, self._config, self._max_response_tokens)
+
+    def check(self, what: str) -> None:
+        """Raise RewardError if too many responses since the last call could not be graded; `what` names
+        them.
+        """
+        self._failed_grades.check_and_clear(what)

@@ -1,0 +1,234 @@
+"""Keeps trees growing for training: starts prompts, grades finished trees, hands out the trees of a step.
+
+`treepo.training.scheduler` decides; this module carries it out in the background, beside the trainer. In a
+synchronous run trees start only while the loop waits for the next step's.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+from treepo.config.run import RunConfig
+from treepo.data.prompts import Prompt, PromptOrder, PromptSet
+from treepo.errors import EngineError
+from treepo.learning.dynamic_sampling import Dropped, uninformative
+from treepo.protocols import EnginePool
+from treepo.rewards.shaping import shaped
+from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.stats import Stats
+from treepo.rollout.watchdog import watched
+from treepo.training.scheduler import Scheduler
+from treepo.training.tree_grader import TreeGrader
+from treepo.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedTree:
+    """A graded tree with the gold answer of its prompt."""
+
+    tree: Tree
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The trees of one step.
+
+    sampled: all graded trees that were trained or dropped since the last step, in the order of their prompts.
+    trained: the trees to learn from, rewards shaped. staleness: of each of those, in weight versions.
+    dropped: the number of the others, by reason. growing, ready: untrained trees that are left.
+    """
+
+    sampled: Sequence[FinishedTree]
+    trained: Sequence[Tree]
+    staleness: Sequence[int]
+    dropped: Mapping[Dropped, int]
+    growing: int
+    ready: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the engines did since the last step.
+
+    stats: the driver's counters. idle: share of the engines' time without work. seconds: in which sampling
+    was not paused.
+    """
+
+    stats: Stats
+    idle: float
+    seconds: float
+
+
+class TreeSupply:
+    """The trees of a training run. `running` keeps it going; errors of the background reach `batch`.
+
+    finished: by position, the trees with which a resumed run begins; those of `scheduler.ready` are kept.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: PromptSet,
+        order: PromptOrder,
+        scheduler: Scheduler,
+        driver: TreeDriver,
+        grader: TreeGrader,
+        finished: Mapping[int, FinishedTree] | None = None,
+    ) -> None:
+        self._config, self._prompts, self._order = config, prompts, order
+        self._dynamic = config.learning.dynamic_sampling
+        self._scheduler, self._driver, self._grader = scheduler, driver, grader
+        self._ahead: dict[int, Prompt] = {}  # prompts that were read together, by position
+        self._finished = {position: (finished or {})[position] for position in scheduler.ready}
+        self._dropped_trees: dict[int, FinishedTree] = {}
+        self._dropped: Counter[Dropped] = Counter()
+        self._failures = 0  # since the last tree that finished
+        self._may_start = config.loop.mode == "async"
+        self._changed = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def running(self, engines: EnginePool) -> AsyncIterator[None]:
+        """Let trees grow while the body runs; what is unfinished then is cancelled."""
+        self._running = asyncio.create_task(self._run())
+        self._running.add_done_callback(lambda _: self._tell())
+        try:
+            async with watched(self._driver, engines.engines, self._config.engine.stall_seconds):
+                yield
+        finally:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+
+    async def batch(self, step: int) -> Batch:
+        """Wait for the trees of a step. `trained` must follow before the next call.
+
+        Raises EngineError if no tree can be sampled, RewardError if too few responses could be graded.
+        """
+        assert self._running is not None
+        assert step == self._scheduler.version + 1
+        self._may_start = True
+        self._tell()
+        self._raise_failure()
+        while (began := self._scheduler.take()) is None:
+            await self._changed.wait()
+            self._raise_failure()
+        if self._config.loop.mode == "sync":
+            self._may_start = False
+        self._tell()
+        self._grader.check(f"step {step}")
+        return self._batch(began)
+
+    def trained(self) -> None:
+        """The trees of the last batch are trained, and the engines serve the new weights."""
+        self._scheduler.trained()
+        self._driver.forgive()
+        self._tell()
+
+    def finished(self) -> Mapping[int, FinishedTree]:
+        """The graded trees that wait for a step, by position."""
+        return dict(self._finished)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count the engines as idle while the body runs, because they work on no request."""
+        self._driver.idle.pause()
+        try:
+            yield
+        finally:
+            self._driver.idle.go_on()
+
+    def take_sampled(self) -> Sampled:
+        """What the engines did since the last call."""
+        idle, seconds = self._driver.idle.take()
+        return Sampled(self._driver.take_stats(), idle, seconds)
+
+    def _batch(self, began: Mapping[int, int]) -> Batch:
+        trees = {position: self._finished.pop(position) for position in began}
+        sampled = sorted((trees | self._dropped_trees).items())
+        dropped = {reason: self._dropped[reason] for reason in Dropped} if self._dynamic else {}
+        self._dropped_trees.clear()
+        self._dropped.clear()
+        return Batch(
+            sampled=[one for _, one in sampled],
+            trained=[shaped(one.tree) for one in trees.values()],
+            staleness=[self._scheduler.version - version for version in began.values()],
+            dropped=dropped,
+            growing=self._scheduler.growing,
+            ready=len(self._scheduler.ready),
+        )
+
+    def _tell(self) -> None:
+        """Wake what waits for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _raise_failure(self) -> None:
+        """Raise the error that ended the background, a fault of ours with its traceback."""
+        assert self._running is not None
+        if not self._running.done():
+            return
+        failure = self._running.exception()
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+        assert failure is not None
+        raise failure
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as growing:
+            while True:
+                position, prompt = await self._next()
+                self._scheduler.start(position)
+                tree = self._driver.start(prompt, self._scheduler.version + 1)
+                growing.create_task(self._grow(position, prompt, tree))
+
+    async def _next(self) -> tuple[int, Prompt]:
+        """Wait until a tree may start and an engine has room for it."""
+        while True:
+            changed = self._changed
+            position = self._scheduler.next() if self._may_start else None
+            if position is None:
+                await changed.wait()
+                continue
+            prompt = self._prompt(position)
+            await self._driver.wait_for_room(prompt)
+            if self._may_start and self._scheduler.next() == position:
+                return position, prompt
+
+    async def _grow(
+        self, position: int, prompt: Prompt, growing: Coroutine[None, None, Tree | FailedTree]
+    ) -> None:
+        tree = await growing
+        if isinstance(tree, FailedTree):
+            self._failed(position, tree)
+        else:
+            finished = FinishedTree(await self._grader.grade(tree, prompt), prompt.answer)
+            self._failures = 0
+            self._keep_or_drop(position, finished)
+        self._tell()
+
+    def _failed(self, position: int, tree: FailedTree) -> None:
+        self._failures += 1
+        if self._failures >= self._config.data.prompts_per_step:
+            raise EngineError(f"no tree could be sampled; the last: {tree.reason}")
+        self._scheduler.fail(position)
+
+    def _keep_or_drop(self, position: int, finished: FinishedTree) -> None:
+        reason = uninformative(finished.tree) if self._dynamic else None
+        if reason is None:
+            self._scheduler.finish(position)
+            self._finished[position] = finished
+        else:
+            self._scheduler.drop(position)
+            self._dropped_trees[position] = finished
+            self._dropped[reason] += 1
+
+    def _prompt(self, position: int) -> Prompt:
+        """The prompt at a position; those after it are read with it, which is cheaper."""
+        if position not in self._ahead:
+            positions = range(position, position + self._config.data.prompts_per_step)
+            prompts = self._prompts.take([self._order.index(each) for each in positions])
+            self._ahead = dict(zip(positions, prompts, strict=True))
+        return self._ahead[position]
