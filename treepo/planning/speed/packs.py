@@ -5,13 +5,14 @@ mini-batch of as many replicas as they fill; the other replicas are like these.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from treepo.config.run import RunConfig
 from treepo.learning.advantage import estimate
 from treepo.learning.packing import Pack, pack_flat, pack_trees
+from treepo.planning.simulation.workload import half_correct
 from treepo.tree import Tree
 
 _MAX_TREES = 128  # a packed token takes about 80 bytes
@@ -36,7 +37,7 @@ def replica_work(config: RunConfig, trees: Sequence[Tree], max_trees: int = _MAX
     share = config.data.prompts_per_step // (learning.mini_batches * trainer.parallel.data)
     used = trees[:max_trees]
     replicas = max(1, min(len(used) // share, trainer.parallel.data))
-    used = [_graded(tree) for tree in used[: replicas * share]]
+    used = [half_correct(tree) for tree in used[: replicas * share]]
     pack = pack_trees if learning.packing == "tree" else pack_flat
     packed = pack(used, estimate(used, learning), trainer.max_tokens_per_pack, replicas)
     scale = replicas * share / len(used)  # fewer trees than one replica has stand for all
@@ -44,11 +45,6 @@ def replica_work(config: RunConfig, trees: Sequence[Tree], max_trees: int = _MAX
         ReplicaWork(scale * len(packs), scale * sum(map(len, packs)), scale * sum(map(_pairs, packs)))
         for packs in packed
     ]
-
-
-def _graded(tree: Tree) -> Tree:
-    leaves = (replace(leaf, reward=float(index % 2)) for index, leaf in enumerate(tree.leaves))
-    return replace(tree, leaves=tuple(leaves))
 
 
 def _pairs(pack: Pack) -> int:

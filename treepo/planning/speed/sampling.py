@@ -36,8 +36,8 @@ class Sampling:
 
     decoded_tokens: by all engines. leaf_tokens: all responses with their shared tokens, as independent
     samples decode them. peak_tokens: the most KV tokens of one engine's running requests. mean_batch:
-    requests in a decoding step of one engine. trees: of the last seed. share: of the step's trees that were
-    grown.
+    requests in a decoding step of one engine. busy: share of the time in which an engine computed. trees: of
+    the last seed. share: of the step's trees that were grown.
     """
 
     seconds: float
@@ -45,6 +45,7 @@ class Sampling:
     leaf_tokens: float
     peak_tokens: float
     mean_batch: float
+    busy: float
     trees: tuple[Tree, ...]
     share: float
 
@@ -94,6 +95,7 @@ def simulate_step(
         peak_tokens=fmean(max(count.peak_tokens for count in run.counts) for run in runs),
         mean_batch=sum(count.request_steps for count in counts)
         / max(sum(count.steps for count in counts), 1),
+        busy=fmean(fmean(count.busy_seconds for count in run.counts) / run.seconds for run in runs),
         trees=runs[-1].trees,
         share=share,
     )
