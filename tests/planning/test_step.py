@@ -68,12 +68,14 @@ def test_a_part_of_a_step_tells_the_time_of_all_of_it(qwen2: Path, engines: int,
 def test_packs_hold_every_tree_once(qwen2: Path) -> None:
     run = config(trainer_parallel={"data": 4}, trainer_max_tokens_per_pack=4096, learning_mini_batches=2)
     sampling = simulate_step(workload(run), StatedRates(), engine(run, qwen2), engines=2)
-    work = replica_work(run, sampling.trees)
-    assert len(work) == 4
-    trees = sampling.trees[:16]  # of one mini-batch
-    assert sum(one.tokens for one in work) == sum(tree.unique_tokens() + len(tree.prompt) for tree in trees)
-    (few,) = replica_work(run, sampling.trees, max_trees=3)  # of a replica's four
-    assert few.tokens == 4 / 3 * sum(tree.unique_tokens() + len(tree.prompt) for tree in trees[:3])
+    works = replica_work(run, sampling.trees)
+    assert [len(work) for work in works] == [4, 4]
+    for work, trees in zip(works, (sampling.trees[:16], sampling.trees[16:]), strict=True):
+        tokens = sum(tree.unique_tokens() + len(tree.prompt) for tree in trees)
+        assert sum(one.tokens for one in work) == tokens
+    ((few,),) = replica_work(run, sampling.trees, max_trees=3)  # of a replica's four
+    tokens = sum(tree.unique_tokens() + len(tree.prompt) for tree in sampling.trees[:3])
+    assert few.tokens == 4 / 3 * tokens
 
 
 def planned(run: RunConfig, folder: Path) -> StepTime:

@@ -10,14 +10,11 @@ from pathlib import Path
 from statistics import fmean
 
 from treepo.config.run import RunConfig
-from treepo.planning.architecture import planned_architecture
-from treepo.planning.hardware import device
 from treepo.planning.memory.engine import EngineMemory
-from treepo.planning.memory.parts import element_bytes
 from treepo.planning.simulation.loop import LoopTime, SimulatedTrainer, simulate_loop
 from treepo.planning.simulation.rates import Rates
 from treepo.planning.simulation.workload import Workload, workload
-from treepo.planning.speed.device_rates import DeviceRates
+from treepo.planning.speed.device_rates import planned_rates
 from treepo.planning.speed.step import Phase
 from treepo.tree import Tree
 
@@ -41,13 +38,7 @@ def loop_time(
 
     trees: of a step, which the trainer needs `phases` for.
     """
-    rates = DeviceRates(
-        device(config.plan.device),
-        planned_architecture(folder),
-        engine.shard,
-        config.engine.tensor,
-        element_bytes(config),
-    )
+    rates = planned_rates(config, folder, engine)
     return simulate_share(config, workload(config), rates, engine, trees, phases, _MAX_PROMPTS, _STEPS)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 from pathlib import Path
+from statistics import fmean
 
 from megatron_bridge.architecture import Architecture
 from treepo.config.run import RunConfig
@@ -97,7 +98,7 @@ def step_time(phases: Mapping[str, Phase], sampling: Sampling, loop: LoopTime | 
 def trainer_phases(config: RunConfig, folder: Path, trees: Sequence[Tree]) -> Mapping[str, Phase]:
     """What follows sampling, in a step of such trees of the model in `folder`."""
     architecture = planned_architecture(folder)
-    work = replica_work(config, trees)
+    work = _slowest(architecture, replica_work(config, trees))
     forward = 2 if config.learning.kl_coefficient else 1
     return {
         "log_probs": _passes(config, architecture, work, forward, sends=forward),
@@ -107,33 +108,42 @@ def trainer_phases(config: RunConfig, folder: Path, trees: Sequence[Tree]) -> Ma
     }
 
 
-def _training_passes(
-    config: RunConfig, architecture: Architecture, work: list[ReplicaWork]
-) -> tuple[float, int]:
+def _slowest(architecture: Architecture, works: Sequence[Sequence[ReplicaWork]]) -> ReplicaWork:
+    """The slowest replica's part of a mini-batch, as a mean over mini-batches."""
+    slowest = [
+        max(work, key=lambda one: forward_flops(architecture, one.tokens, one.pairs)) for work in works
+    ]
+    return ReplicaWork(
+        micro_batches=fmean(one.micro_batches for one in slowest),
+        tokens=fmean(one.tokens for one in slowest),
+        pairs=fmean(one.pairs for one in slowest),
+    )
+
+
+def _training_passes(config: RunConfig, architecture: Architecture, work: ReplicaWork) -> tuple[float, int]:
     """Training's computation and its traffic, both in forward passes."""
     if config.trainer.recompute == "full":
         return 4.0, 3
     if config.trainer.recompute == "none":
         return 3.0, 2
-    tokens, pairs = sum(one.tokens for one in work), sum(one.pairs for one in work)
-    attention = forward_flops(architecture, 0, pairs) / forward_flops(architecture, tokens, pairs)
+    pairs = forward_flops(architecture, 0, work.pairs)
+    attention = pairs / forward_flops(architecture, work.tokens, work.pairs)
     return 3.0 + attention, 2
 
 
 def _passes(
-    config: RunConfig, architecture: Architecture, work: list[ReplicaWork], passes: float, sends: int
+    config: RunConfig, architecture: Architecture, work: ReplicaWork, passes: float, sends: int
 ) -> Phase:
     """`passes` forward passes over the step's packs by the slowest replica, `sends` of them with traffic."""
     hardware, mini_batches = device(config.plan.device), config.learning.mini_batches
     parallel = config.trainer.parallel
     ranks = parallel.tensor * parallel.pipeline
-    slowest = max(work, key=lambda one: forward_flops(architecture, one.tokens, one.pairs))
-    flops = forward_flops(architecture, slowest.tokens, slowest.pairs)
+    flops = forward_flops(architecture, work.tokens, work.pairs)
     computing = passes * flops / (ranks * hardware.flops * hardware.efficiency)
-    sending = sends * slowest.tokens * _sending_seconds(config, architecture) / parallel.pipeline
-    idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / slowest.micro_batches
+    sending = sends * work.tokens * _sending_seconds(config, architecture) / parallel.pipeline
+    idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / work.micro_batches
     seconds = mini_batches * (computing + sending) * (1 + idle)
-    tokens = mini_batches * slowest.tokens
+    tokens = mini_batches * work.tokens
     note = (
         f"{passes:g} x {mini_batches * flops:.2e} FLOP for {tokens:,.0f} packed tokens of a replica, on "
         f"{ranks} devices at {hardware.efficiency:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s"
@@ -141,7 +151,7 @@ def _passes(
     if sending:
         note += f"; {mini_batches * sending:.1f} s sending"
     if idle:
-        note += f"; {idle:.0%} idle, {slowest.micro_batches:.0f} micro-batches in {parallel.pipeline} stages"
+        note += f"; {idle:.0%} idle, {work.micro_batches:.0f} micro-batches in {parallel.pipeline} stages"
     return Phase(seconds, note)
 
 
