@@ -27,7 +27,8 @@ from treepo.planning.simulation.lengths import (
 )
 from treepo.protocols import GenerateRequest, Sampler
 from treepo.rollout.driver import TreeDriver
-from treepo.rollout.growing_tree import GrowingTree, PathRequest
+from treepo.rollout.growing_tree import GrowingTree
+from treepo.rollout.path import PathRequest
 from treepo.rollout.router import REMEMBERED_TREES
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree

@@ -101,8 +101,8 @@ class Checkpointer:
     def save(self, folder: Path, manifest: CheckpointManifest, ready_trees: bytes) -> None:
         """Begin a checkpoint, and return when the state is copied; `finish` completes it.
 
-        ready_trees: on rank 0, the content of the file of this name. An earlier checkpoint is finished first. Raises CheckpointError if that fails, or if the folder exists
-        or cannot be made.
+        ready_trees: on rank 0, the content of the file of this name. An earlier checkpoint is finished first.
+        Raises CheckpointError if that fails, or if the folder exists or cannot be made.
         """
         self.finish()
         on_first_rank(

@@ -20,7 +20,7 @@ from treepo.learning.packing import Pack, blank_pack, padded
 
 _COLUMNS = (
     *("token", "source", "exit", "position", "advantage_pos", "advantage_neg", "count_pos", "count_neg"),
-    *("rollout_log_prob", "old_log_prob", "reference_log_prob"),
+    *("offset", "rollout_log_prob", "old_log_prob", "reference_log_prob"),
 )
 """The columns of a pack that the forward pass, the attention and the loss read."""
 

@@ -215,7 +215,8 @@ class MegatronTrainer:
     def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes = b"") -> None:
         """Begin a training checkpoint (`treepo.training.checkpoint_manifest`) whose manifest holds `run`.
 
-        ready_trees: on rank 0, the content of the file of this name. Returns once the state is copied; `finish_save` completes the checkpoint. Raises CheckpointError.
+        ready_trees: on rank 0, the content of the file of this name. Returns once the state is copied;
+        `finish_save` completes the checkpoint. Raises CheckpointError.
         """
         dtype = str(self._dtype).removeprefix("torch.")
         layout = self._config.parallel.model_dump()

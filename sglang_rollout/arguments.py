@@ -52,6 +52,7 @@ _FIXED = {
     "nnodes": "an engine runs on one node",
     "node_rank": "an engine runs on one node",
     "dist_init_addr": "an engine runs on one node",
+    "nccl_port": "the ranks meet at a port that is taken from the start",
     "trust_remote_code": "code of a model folder never runs",
     "json_model_override_args": "engines and trainer read the same config.json",
     "skip_tokenizer_init": "an engine takes and returns tokens",

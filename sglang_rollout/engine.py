@@ -8,17 +8,19 @@ update succeeds.
 """
 
 import asyncio
-import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from sglang_rollout import control
+from sglang_rollout.generation import Generation, StopRule
 from sglang_rollout.processes import SGLangProcesses
 from sglang_rollout.request_gate import RequestGate
-from sglang_rollout.weight_loader import LOADER, Command, End, Join, Load, Receipts
+from sglang_rollout.requests import SGLangRequests
+from sglang_rollout.weight_loader import End, Join, Load
 from sglang_rollout.weight_update import WeightUpdate, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
 from treepo.data.tokenizer import end_tokens, has_tokenizer, load_tokenizer
@@ -28,9 +30,7 @@ from treepo.weight_sync.wire import Address, Bucket, Manifest
 
 _REPORT_SECONDS = 5.0  # a rank that misses a transport's deadline reports it a little later
 _POLL_SECONDS = 0.2  # between two checks of whether SGLang has answered anything
-
-StopRule = Callable[[np.ndarray], bool]
-"""Whether a response (int32 [T], prompt excluded) needs no further tokens."""
+_INTERRUPT_SECONDS = 1.0  # between two interruptions of the same requests
 
 
 class SGLangEngine:
@@ -55,12 +55,12 @@ class SGLangEngine:
     ) -> None:
         self.name = f"SGLang on {model}"
         self._config = config
-        self._stop_rule = stop_rule
-        self._end_tokens = _end_tokens(model)
         self._shapes = checkpoint_shapes(model)
         self._sglang = SGLangProcesses(
             model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
         )
+        self._requests = SGLangRequests(self._sglang)
+        self._generation = Generation(self._requests, stop_rule, _end_tokens(model))
         self._gate = RequestGate()
         self._version = 0
         self._update: WeightUpdate | None = None
@@ -73,6 +73,8 @@ class SGLangEngine:
             return f"down: {self._sglang.death.result()}"
         if self._gate.is_draining:
             return "updating its weights"
+        if self._gate.is_held:
+            return "held"
         return "serving" if self._gate.refusal is None else f"down: {self._gate.refusal}"
 
     @property
@@ -85,20 +87,22 @@ class SGLangEngine:
         return self._sglang.kv_tokens
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        """Sample. Waits while an update is under way. Raises EngineError with the reason.
+        """Sample. Waits while the engine is held or updated. Raises EngineError with the reason.
 
-        With `check_every`, decoding also ends at the next boundary after an update begins: the new weights
-        then sample the rest of the path.
+        If a hold or an update begins meanwhile, returns the tokens that were sampled by then; if there are
+        none, waits for its end and samples then.
         """
-        return await self._sglang.bounded(
-            self._generate(request), self._config.request_seconds, "a request for tokens"
-        )
+        self._check(request)
+        while True:
+            async with self._inside():
+                output = await self._bounded_request(self._sample(request), "a request for tokens")
+            if output is not None:
+                return output
 
     async def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """Log-probs of all tokens but the first, given those before them, at temperature 1: float32 [T-1]."""
-        return await self._sglang.bounded(
-            self._log_probs(tokens), self._config.request_seconds, "a request for log-probs"
-        )
+        async with self._inside():
+            return await self._bounded_request(self._log_probs(tokens), "a request for log-probs")
 
     async def died(self) -> str:
         """Wait until the engine can no longer answer, and return why."""
@@ -109,11 +113,23 @@ class SGLangEngine:
 
         Raises EngineError if the engine refuses, and DeadEngineError as soon as it has died.
         """
-        await self._sglang.bounded(self._first_answer(), self._config.request_seconds, "a health check")
+        await self._bounded_request(self._first_answer(), "a health check")
+
+    async def hold(self) -> None:
+        """Interrupt running requests and make later ones wait until `release`; return once none is running.
+
+        Raises EngineError if they do not end in time.
+        """
+        self._gate.hold()
+        await self._bounded_update(self._interrupt(), "waiting for running requests")
+
+    def release(self) -> None:
+        """End a hold."""
+        self._gate.release()
 
     async def begin(self, version: int, manifest: Manifest) -> None:
-        """Begin an update: later requests wait, running ones end. Replaces an earlier update that was not
-        ended.
+        """Begin an update: interrupt running requests and make later ones wait. Replaces an earlier update
+        that was not ended.
 
         Raises EngineError if the manifest does not fit the model or running requests do not end in time; the
         engine then goes on serving its weights.
@@ -121,7 +137,7 @@ class SGLangEngine:
         check_manifest(manifest, self._shapes)
         self._gate.drain()
         try:
-            await self._bounded_update(self._gate.drained(), "waiting for running requests")
+            await self._bounded_update(self._interrupt(), "waiting for running requests")
         except EngineError as error:
             self.abort(str(error))
             raise
@@ -132,14 +148,18 @@ class SGLangEngine:
     async def join(self, address: Address) -> None:
         """Connect every rank to the sender of the update. Raises TransportError."""
         self._updating()
-        await self._bounded_update(self._execute(Join(address)), "connecting to the sender", _REPORT_SECONDS)
+        await self._bounded_update(
+            control.execute(self._sglang, Join(address)), "connecting to the sender", _REPORT_SECONDS
+        )
 
     async def load(self, bucket: Bucket) -> None:
         """Overwrite the bucket's weights. If that fails, raise EngineError and refuse requests."""
         update = self._updating()
         try:
             update.add(bucket.tensors)
-            await self._bounded_update(self._execute(Load(bucket)), "loading weights", _REPORT_SECONDS)
+            await self._bounded_update(
+                control.execute(self._sglang, Load(bucket)), "loading weights", _REPORT_SECONDS
+            )
         except EngineError as error:
             self._gate.close(f"its weights are incomplete ({error})")
             raise
@@ -149,7 +169,7 @@ class SGLangEngine:
         update = self._updating()
         try:
             update.check_complete()
-            await self._bounded_update(self._execute(End()), "ending the update")
+            await self._bounded_update(control.execute(self._sglang, End()), "ending the update")
             await self.clear_cache()
         except EngineError as error:
             self._gate.close(f"its weights are incomplete ({error})")
@@ -173,26 +193,20 @@ class SGLangEngine:
 
     async def clear_cache(self) -> None:
         """Forget every cached prefix. No request may be running."""
-        await self._bounded_update(self._flush(), "flushing the prefix cache")
+        flush = control.flush_cache(self._sglang, self._config.update_seconds)
+        await self._bounded_update(flush, "flushing the prefix cache")
 
     async def offload(self) -> None:
-        """Release the device memory until `reload`; no request may run or arrive meanwhile.
+        """Release the device memory until `reload`. Only while the engine is held.
 
         The weights stay in the host's memory. Only for an engine with `shares_device`.
         """
-        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
-
-        await self._bounded_update(self._flush(), "flushing the prefix cache")
-        release = self._sglang.manager.release_memory_occupation(ReleaseMemoryOccupationReqInput())
-        await self._bounded_update(release, "offloading memory")
+        await self.clear_cache()
+        await self._bounded_update(control.offload(self._sglang), "offloading memory")
 
     async def reload(self, part: Literal["weights", "cache"]) -> None:
         """Take device memory again after `offload`: first for the weights, later for the cache."""
-        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
-
-        tags = {"weights": ["weights"], "cache": ["kv_cache", "cuda_graph"]}[part]
-        resume = self._sglang.manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
-        await self._bounded_update(resume, "reloading memory")
+        await self._bounded_update(control.reload(self._sglang, part), "reloading memory")
 
     def close(self) -> None:
         """End SGLang's processes and no others. May be called again."""
@@ -206,8 +220,28 @@ class SGLangEngine:
             raise EngineError("no weight sync has begun")
         return self._update
 
-    async def _generate(self, request: GenerateRequest) -> GenerateOutput:
-        if request.check_every and self._stop_rule is None:
+    async def _bounded_request[T](self, work: Coroutine[Any, Any, T], what: str) -> T:
+        return await self._sglang.bounded(work, self._config.request_seconds, what)
+
+    @asynccontextmanager
+    async def _inside(self) -> AsyncIterator[None]:
+        """Be inside the gate while the body runs. The wait before it has no deadline: a hold may be long."""
+        while self._gate.is_shut:
+            await self._sglang.bounded(self._gate.settled(), None, "")
+        with self._gate.inside():
+            yield
+
+    async def _interrupt(self) -> None:
+        """Interrupt running requests, and wait until none is inside the gate."""
+        while True:
+            self._requests.interrupt()
+            with suppress(TimeoutError):  # an abort that overtakes its request is lost, so it is repeated
+                async with asyncio.timeout(_INTERRUPT_SECONDS):
+                    return await self._gate.drained()
+
+    def _check(self, request: GenerateRequest) -> None:
+        """Raise EngineError for a request that cannot be served."""
+        if request.check_every and not self._generation.checks:
             raise EngineError("check_every needs an engine with a stop rule")
         if len(request.context) + request.max_tokens > self._sglang.longest:
             raise EngineError(
@@ -215,62 +249,18 @@ class SGLangEngine:
                 f"together they may be {self._sglang.longest} (the model's positions, or its KV cache of "
                 f"{self._sglang.kv_tokens} tokens, less what SGLang keeps free)"
             )
-        sampling = {
-            "max_new_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "stop_token_ids": sorted(self._end_tokens),
-            "sampling_seed": request.seed,
-            "stream_interval": request.check_every or None,
-        }
-        async with (
-            self._gate.request(),
-            aclosing(self._answers(request.context, sampling, stream=request.check_every > 0)) as answers,
-        ):
-            checked = 0
-            output = {}
-            async for output in answers:
-                tokens = output["output_ids"]
-                for boundary in _boundaries(request.check_every, checked, len(tokens)):
-                    if self._gate.is_draining or self._should_stop(request, tokens[:boundary]):
-                        return self._output(output, boundary)
-                    checked = boundary
-            return self._output(output, len(output["output_ids"]))
 
-    def _should_stop(self, request: GenerateRequest, tokens: list[int]) -> bool:
-        """Whether the stop rule holds for the response that ends with the new `tokens`."""
-        assert self._stop_rule is not None
-        above = request.context[request.prompt_tokens :]
-        return self._stop_rule(np.concatenate([above, np.asarray(tokens, dtype=np.int32)]))
-
-    def _output(self, output: dict[str, Any], length: int) -> GenerateOutput:
-        """The first `length` tokens of what SGLang sampled."""
-        meta = output["meta_info"]
-        tokens = np.asarray(output["output_ids"][:length], dtype=np.int32)
-        sampled = meta["output_token_logprobs"][:length]
-        log_probs = np.asarray([log_prob for log_prob, _, _ in sampled], dtype=np.float32)
-        if not 0 < len(tokens) == len(log_probs):
-            raise EngineError(f"SGLang returned {len(tokens)} tokens and {len(log_probs)} log-probs")
-        if not np.isfinite(log_probs).all():
-            raise EngineError("SGLang returned a log-prob that is not finite: the weights may have diverged")
-        if meta["weight_version"] != str(self._version):
-            raise EngineError(
-                f"SGLang sampled with weights of version {meta['weight_version']}, not {self._version}"
-            )
-        return GenerateOutput(
-            tokens=tokens,
-            log_probs=log_probs,
-            version=self._version,
-            finish="eos" if int(tokens[-1]) in self._end_tokens else "length",
-            cached_tokens=meta["cached_tokens"],
-        )
+    async def _sample(self, request: GenerateRequest) -> GenerateOutput | None:
+        """Sample; None if the request was interrupted before its first token."""
+        if self._gate.is_shut:  # SGLang does not have the request yet, so nothing has interrupted it
+            return None
+        return await self._generation.sample(request, self._version)
 
     async def _log_probs(self, tokens: np.ndarray) -> np.ndarray:
-        async with (
-            self._gate.request(),
-            aclosing(self._answers(tokens, {"max_new_tokens": 0}, of_context=True)) as answers,
-        ):
-            output = await anext(answers)
-        computed = output["meta_info"]["input_token_logprobs"][1:]
+        work = self._requests.answers(tokens, {"max_new_tokens": 0}, self._version, of_context=True)
+        async with aclosing(work) as answers:
+            answer = await anext(answers)
+        computed = answer["meta_info"]["input_token_logprobs"][1:]
         return np.asarray([log_prob for log_prob, _, _ in computed], dtype=np.float32)
 
     async def _first_answer(self) -> None:
@@ -288,84 +278,8 @@ class SGLangEngine:
 
     async def _one_token(self) -> None:
         token = np.zeros(1, dtype=np.int32)  # every vocabulary has token 0
-        async with aclosing(self._answers(token, {"max_new_tokens": 1})) as answers:
+        async with aclosing(self._requests.answers(token, {"max_new_tokens": 1}, self._version)) as answers:
             await anext(answers)
-
-    async def _answers(
-        self,
-        context: np.ndarray,
-        sampling: dict[str, Any],
-        *,
-        stream: bool = False,
-        of_context: bool = False,
-    ) -> AsyncGenerator[dict[str, Any]]:
-        """SGLang's answers to one request, each with all tokens so far. Closing it early aborts the request.
-
-        of_context: whether log-probs of the context's tokens are computed too.
-        """
-        from fastapi import HTTPException
-        from sglang.srt.managers.io_struct import GenerateReqInput
-
-        manager = self._sglang.manager
-        if context.max() >= manager.model_config.vocab_size or context.min() < 0:
-            raise EngineError(
-                f"the context has tokens from {context.min()} to {context.max()}; the model has a vocabulary "
-                f"of {manager.model_config.vocab_size}"
-            )
-        request = GenerateReqInput(
-            rid=uuid.uuid4().hex,
-            input_ids=context.tolist(),
-            sampling_params=sampling,
-            return_logprob=True,
-            logprob_start_len=0 if of_context else -1,
-            stream=stream,
-            extra_key=f"v{self._version}",
-        )
-        finish = None
-        try:
-            async with aclosing(manager.generate_request(request)) as answers:
-                async for answer in answers:
-                    finish = answer["meta_info"]["finish_reason"]
-                    if finish is not None and finish["type"] == "abort":
-                        raise EngineError(f"SGLang ended a request: {finish.get('message')}")
-                    yield answer
-        except (ValueError, HTTPException) as error:
-            raise EngineError(f"SGLang refused a request of {len(context)} tokens: {error}") from error
-        finally:
-            if finish is None and not self._sglang.death.done():
-                manager.abort_request(request.rid)
-
-    async def _execute(self, command: Command) -> None:
-        """Make every rank of SGLang execute a command about weights. Raises the failure of a rank."""
-        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
-        from sglang.srt.utils import MultiprocessingSerializer
-
-        ranks = self._sglang.ranks
-        receipts = Receipts(ranks)
-        try:
-            named = [("command", receipts.message(command))]
-            # One message for each rank: the shared memory that a message names can be taken once.
-            payloads: Any = [MultiprocessingSerializer.serialize(named) for _ in range(ranks)]
-            request = UpdateWeightsFromTensorReqInput(
-                serialized_named_tensors=payloads, load_format=LOADER, flush_cache=False
-            )
-            success, message = await self._sglang.manager.update_weights_from_tensor(request)
-            if not success:
-                raise EngineError(f"SGLang did not load weights: {message}")
-            receipts.check()
-        finally:
-            receipts.close()
-
-    async def _flush(self) -> None:
-        """Free the memory of all cached prefixes."""
-        flushed = await self._sglang.manager.flush_cache(timeout_s=self._config.update_seconds)
-        if not flushed.success:
-            raise EngineError(f"SGLang did not flush its prefix cache: {flushed.message}")
-
-
-def _boundaries(step: int, checked: int, sampled: int) -> range:
-    """Multiples of `step` above `checked` and below `sampled`; none if `step` is 0."""
-    return range(checked + step, sampled, step) if step else range(0)
 
 
 def _end_tokens(model: Path) -> frozenset[int]:

@@ -7,8 +7,11 @@ Here only SGLang's own processes are ended, and a death is an error of the reque
 
 import asyncio
 import atexit
+import ctypes
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +21,7 @@ import psutil
 
 from sglang_rollout.arguments import sglang_arguments
 from sglang_rollout.child_output import ChildOutput
+from sglang_rollout.rank_store import open_store
 from sglang_rollout.start_environment import start_environment
 from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError, one_line
@@ -49,8 +53,9 @@ class SGLangProcesses:
             model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
         )
         self._output = ChildOutput()
+        self._store = open_store()
         try:
-            with start_environment(config, shares_device), self._output.recorded():
+            with start_environment(config, shares_device, self._store.port), self._output.recorded():
                 engine = _start(arguments)
         except Exception as error:  # of any type: SGLang passes on whatever its modules raise
             said = self._output.reason(_END_SECONDS) or one_line(error)
@@ -87,8 +92,11 @@ class SGLangProcesses:
             self.manager.asyncio_tasks.add(answers)
         return self._death
 
-    async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float, what: str) -> T:
-        """The result of `work`. Raises EngineError at the deadline, DeadEngineError when SGLang dies."""
+    async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float | None, what: str) -> T:
+        """The result of `work`. Raises EngineError at the deadline, DeadEngineError when SGLang dies.
+
+        seconds: None for no deadline. what: names the work in the error.
+        """
         death = self.death
         if death.done():
             work.close()
@@ -103,6 +111,7 @@ class SGLangProcesses:
             return task.result()
         if death.done():
             raise DeadEngineError(death.result())
+        assert seconds is not None
         raise EngineError(f"{what} took longer than {seconds:g} s")
 
     def close(self) -> None:
@@ -142,6 +151,8 @@ def _start(arguments: dict[str, Any]) -> Any:
     """A running `sglang.Engine`. If the start fails, every process that it started is ended."""
     from sglang_rollout.without_detokenizer import EngineWithoutDetokenizer
 
+    if threading.current_thread() is not threading.main_thread():  # else `sglang_arguments` has a handler
+        _ignore_signals_of_children()
     others = set(multiprocessing.active_children())
     try:
         engine: Any = EngineWithoutDetokenizer(**arguments)
@@ -152,6 +163,14 @@ def _start(arguments: dict[str, Any]) -> Any:
     atexit.unregister(engine.shutdown)
     engine.send_to_rpc.close(linger=0)  # for calls that are not made here
     return engine
+
+
+def _ignore_signals_of_children() -> None:
+    """Outlive the SIGQUIT that a failing child of SGLang sends; `SGLangProcesses.death` reports its end.
+
+    Python sets signal handlers in the main thread only, and an actor of Ray starts its engine in another.
+    """
+    ctypes.CDLL(None).signal(signal.SIGQUIT, ctypes.c_void_p(int(signal.SIG_IGN)))
 
 
 def _end(children: Sequence[psutil.Process]) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from sglang_rollout.cuda_toolkit import cuda_variables
+from sglang_rollout.rank_store import store_variables
 from treepo.config.engine import EngineConfig
 
 RESERVED_TOKENS = 64
@@ -23,10 +24,10 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def start_environment(config: EngineConfig, shares_device: bool) -> Iterator[None]:
+def start_environment(config: EngineConfig, shares_device: bool, store_port: int) -> Iterator[None]:
     """Set the environment and logging that SGLang's processes inherit; restore our own afterwards.
 
-    shares_device: whether SGLang's memory saver is on.
+    shares_device: whether SGLang's memory saver is on. store_port: of the store at which the ranks meet.
     """
     environment, root = dict(os.environ), logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -35,6 +36,7 @@ def start_environment(config: EngineConfig, shares_device: bool) -> Iterator[Non
     os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(RESERVED_TOKENS)
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for absent devices
     os.environ["TQDM_DISABLE"] = "1"
+    os.environ.update(store_variables(store_port))
     if torch.cuda.is_available():
         os.environ.update(cuda_variables(environment))
     elif config.tensor > 1:

@@ -42,7 +42,9 @@ class GenerateOutput:
 
     log_probs: float32 [T], under the sampling distribution (temperature applied).
     version: the committed weight version that sampled all of them.
-    finish: `eos` if the last token is an end token of the model, else `length`.
+    finish: `eos` if the last token is an end token of the model; `length` after `max_tokens` tokens, or at a
+    boundary of `check_every` where the stop rule holds; `interrupted` if the engine stopped anywhere else,
+    because a weight sync began or the pool held its requests: the rest is another request.
     cached_tokens: number of context tokens that were found in the prefix cache.
     """
 
@@ -88,16 +90,18 @@ class EnginePool(Protocol):
 class TrainingEnginePool(EnginePool, Protocol):
     """The engines of a training run, which serve the trainer's weights."""
 
-    def offloaded(self) -> AbstractAsyncContextManager[None]:
+    def training(self) -> AbstractAsyncContextManager[None]:
         """Let the trainer compute and change its weights while the body runs.
 
-        If engines and trainer share devices, the engines give their memory to the trainer meanwhile. A
-        restarted engine takes weights only after the body has ended.
+        In a synchronous loop the engines are held meanwhile: running requests are interrupted, and later ones
+        wait. If engines and trainer share devices, the engines also give their memory to the trainer. In an
+        asynchronous loop sampling goes on until `sync_weights`. A restarted engine takes weights only after
+        the body has ended.
         """
         ...
 
     async def sync_weights(self, version: int) -> None:
-        """Make every serving engine serve the trainer's weights as `version`. Only inside `offloaded`.
+        """Make every serving engine serve the trainer's weights as `version`. Only inside `training`.
 
         An engine that fails is replaced. An engine that is restarted later takes the trainer's weights of
         that version before it serves.

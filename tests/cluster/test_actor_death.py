@@ -89,6 +89,7 @@ Extension modules: msgpack._cmsgpack (total: 17)
             NATIVE,
             'its last lines: Fatal Python error: Segmentation fault | File "kernel.py", line 525 in launch',
         ),
+        ("  f(x)\n    ~^^^\nValueError: no\n  ^^\n", "its last lines: f(x) | ValueError: no ("),
         ("x" * 10_000_000, "its last lines: xxx"),
         (
             "torch.OutOfMemoryError: CUDA out of memory\n",

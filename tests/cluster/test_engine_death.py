@@ -96,11 +96,13 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
     async def scenario() -> None:
         options = unreserved_engines(config.engine)
         launcher = EngineLauncher(config, StopRule(policy, decode), options, shares_devices=False)
-        pool = TrainingEnginePool(launcher, config.engine, trainer, shares_devices=False)
+        pool = TrainingEnginePool(
+            launcher, config.engine, trainer, shares_devices=False, sampling_goes_on=False
+        )
         try:
             await pool.ready()
             first, second = pool.engines
-            async with pool.offloaded():
+            async with pool.training():
                 await pool.sync_weights(1)
             driver = TreeDriver(pool.engines, policy, decode, seed=3, kv_tokens=pool.kv_tokens)
             (_, one), (actor, other) = [await _pids(engine.process.actor) for engine in pool.engines]

@@ -95,6 +95,7 @@ def run(
     count: int = 1,
     trainer: FakeTrainer | None = None,
     shares_devices: bool = False,
+    sampling_goes_on: bool = False,
     **settings: Any,
 ) -> None:
     """Run the scenario on a pool that is ready, in virtual time; every process is ended afterwards."""
@@ -102,10 +103,10 @@ def run(
     async def main() -> None:
         launch = fakes or Fakes()
         config = EngineConfig.model_validate({"count": count} | settings)
-        pool = TrainingEnginePool(launch, config, trainer or FakeTrainer(), shares_devices)
+        pool = TrainingEnginePool(launch, config, trainer or FakeTrainer(), shares_devices, sampling_goes_on)
         try:
             await pool.ready()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await scenario(pool, launch)
         finally:
             await pool.close()
@@ -115,7 +116,7 @@ def run(
 
 
 async def sync(pool: FakePool, version: int) -> None:
-    async with pool.offloaded():
+    async with pool.training():
         await pool.sync_weights(version)
 
 
@@ -206,7 +207,7 @@ def test_a_restarted_engine_serves_only_after_it_has_the_weights_and_nobody_chan
         pools.append(pool)
         (engine,) = pool.engines
         await sync(pool, 3)
-        async with pool.offloaded():
+        async with pool.training():
             fakes.made[0][0].die()
             await until(lambda: len(fakes.made[0]) == 2)
             waiting = asyncio.ensure_future(engine.generate(REQUEST))
@@ -218,14 +219,14 @@ def test_a_restarted_engine_serves_only_after_it_has_the_weights_and_nobody_chan
         assert trainer.sent == [3, 4]
 
     async def happens(_version: int) -> None:
-        states.append((pools[0].updating(), pools[0].engines[0].state))
+        states.append(pools[0].engines[0].state)
 
-    states: list[tuple[bool, State]] = []
+    states: list[State] = []
     pools: list[FakePool] = []
     trainer = FakeTrainer(happens)
 
     run(scenario, trainer=trainer)
-    assert states == [(True, State.SERVING), (True, State.STARTING)]
+    assert states == [State.SERVING, State.STARTING]
 
 
 def test_silence_is_death_but_work_is_not() -> None:
@@ -389,7 +390,7 @@ def test_a_process_that_replaces_another_during_an_update_is_not_asked_to_commit
 
 def test_an_update_without_a_serving_engine_is_taken_after_the_restart() -> None:
     async def scenario(pool: FakePool, fakes: Fakes) -> None:
-        async with pool.offloaded():
+        async with pool.training():
             fakes.made[0][0].die()
             await until(lambda: not pool.serving())
             await pool.sync_weights(5)
@@ -411,7 +412,7 @@ def test_shared_memory_is_the_trainer_s_while_it_computes(updates: bool) -> None
 
     async def scenario(pool: FakePool, fakes: Fakes) -> None:
         kept = fakes.made[1][0]
-        async with pool.offloaded():
+        async with pool.training():
             await until(lambda: fakes.made[0][-1].ended == 1 or len(fakes.made[0]) == 2)
             await let_others_run()
             assert kept.memory == set()
@@ -421,6 +422,9 @@ def test_shared_memory_is_the_trainer_s_while_it_computes(updates: bool) -> None
                 await pool.sync_weights(1)
                 assert kept.memory == {"weights"}
         assert kept.memory == {"weights", "cache"}
+        update = ["begin", "commit"] if updates else []
+        first, last = ["hold", "offload", "reload weights"], ["reload cache", "release"]
+        assert kept.moves == [*first, *update, *last]
         assert moves == [("reload", set()), ("offload", set()), ("offload all", {"weights"})]
         await until(serves(pool.engines[0]))
         assert fakes.made[0][1].memory == {"weights", "cache"}
@@ -434,13 +438,93 @@ def test_memory_that_is_not_shared_is_left_alone() -> None:
     moves: list[str] = []
 
     async def scenario(pool: FakePool, fakes: Fakes) -> None:
-        async with pool.offloaded():
-            assert pool.updating()
+        async with pool.training():
             await pool.sync_weights(1)
-            assert fakes.made[0][0].memory == {"weights", "cache"}
+        assert fakes.made[0][0].moves == ["hold", "begin", "commit", "release"]
         assert not moves
 
     run(scenario, trainer=FakeTrainer(moves=moves.append))
+
+
+def test_requests_wait_while_a_synchronous_trainer_computes_and_go_on_beside_an_asynchronous_one() -> None:
+    async def synchronous(pool: FakePool, fakes: Fakes) -> None:
+        async with pool.training():
+            waiting = asyncio.ensure_future(pool.engines[0].generate(REQUEST))
+            await asyncio.sleep(10)
+            assert not waiting.done()
+            await pool.sync_weights(1)
+            await let_others_run()
+            assert not waiting.done()
+        assert (await waiting).version == 1
+        assert fakes.made[0][0].health_checks == 0
+
+    async def asynchronous(pool: FakePool, fakes: Fakes) -> None:
+        async with pool.training():
+            assert (await pool.engines[0].generate(REQUEST)).version == 0
+            await pool.sync_weights(1)
+            assert (await pool.engines[0].generate(REQUEST)).version == 1
+        assert fakes.made[0][0].moves == ["begin", "commit"]
+
+    run(synchronous, health_seconds=1)
+    run(asynchronous, sampling_goes_on=True)
+
+
+def test_an_engine_is_checked_beside_an_asynchronous_trainer_but_not_during_an_update() -> None:
+    fakes = Fakes(lambda _, number: {"hangs_at": 1, "healthy": True} if not number else {})
+    checks: list[int] = []
+
+    async def happens(_version: int) -> None:
+        checks.append(fakes.made[0][0].health_checks)
+        await asyncio.sleep(5)
+        checks.append(fakes.made[0][0].health_checks)
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        working = asyncio.ensure_future(pool.engines[0].generate(REQUEST))
+        async with pool.training():
+            await until(lambda: fakes.made[0][0].health_checks == 3)
+            await pool.sync_weights(1)
+            assert checks == [3, 3]
+            fakes.made[0][0].healthy = False
+            with pytest.raises(EngineError):
+                await working
+        await until(serves(pool.engines[0]))
+        assert versions(fakes) == [1]
+
+    run(scenario, fakes, trainer=FakeTrainer(happens), sampling_goes_on=True, health_seconds=1)
+
+
+@pytest.mark.parametrize("shares_devices", [False, True])
+def test_an_engine_that_dies_when_it_is_held_is_replaced(shares_devices: bool) -> None:
+    fakes = Fakes(lambda index, number: {"dies_when_held": index == 0 and not number})
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        async with pool.training():
+            assert [engine.state for engine in pool.serving()] == [State.SERVING]
+            waiting = asyncio.ensure_future(pool.engines[0].generate(REQUEST))
+            await pool.sync_weights(1)
+        with pytest.raises(DeadEngineError):
+            await waiting
+        await until(lambda: len(pool.serving()) == 2)
+        assert versions(fakes) == [1, 1]
+        for engine in pool.engines:
+            assert (await engine.generate(REQUEST)).version == 1
+
+    run(scenario, fakes, 2, shares_devices=shares_devices)
+
+
+def test_an_engine_that_never_finishes_a_hold_is_replaced() -> None:
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        fakes.made[0][0].hold = never  # type: ignore[method-assign]
+        async with pool.training():
+            await pool.sync_weights(1)
+        await until(serves(pool.engines[0]))
+        assert "no answer" in pool.engines[0].reason
+        assert versions(fakes) == [1]
+
+    run(scenario, update_seconds=1, start_seconds=100)
 
 
 def test_a_stall_is_logged_with_each_engine_s_status_and_oldest_request(

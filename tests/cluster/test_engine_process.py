@@ -2,16 +2,42 @@
 
 import asyncio
 import multiprocessing
+import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.command import DEADLINE
+from tests.support.paths import ROOT
 from treepo.config.engine import EngineConfig
 from treepo.errors import DeadEngineError, EngineError
 
 pytestmark = pytest.mark.slow
+
+START_IN_A_THREAD = """
+import sys, threading
+from pathlib import Path
+from sglang_rollout.engine import SGLangEngine
+from treepo.config.engine import EngineConfig
+from treepo.errors import EngineError
+
+def start():
+    try:
+        SGLangEngine(Path(sys.argv[1]), "float32", EngineConfig(), seed=0)
+    except EngineError as error:
+        print("raised:", error)
+
+if __name__ == "__main__":
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+"""
 
 
 def living_children() -> set[int]:
@@ -21,9 +47,16 @@ def living_children() -> set[int]:
     return {child.pid for child in alive if "resource_tracker" not in " ".join(child.cmdline())}
 
 
-def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Path) -> None:
+def test_a_death_fails_what_is_running_and_close_ends_only_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has taken the port that SGLang chose for its ranks: they need none."""
+    from sglang.srt import server_args
+
     from tests.support.real_engine import manifest, request, start, write_model
 
+    taken = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(server_args, "get_free_port", lambda: taken.getsockname()[1])
     stranger = multiprocessing.get_context("spawn").Process(target=signal.pause)
     stranger.start()
     before = living_children()
@@ -66,6 +99,7 @@ def test_a_death_fails_what_is_running_and_close_ends_only_its_own(tmp_path: Pat
     asyncio.run(scenario())
     assert living_children() == before
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    taken.close()
     stranger.terminate()
     stranger.join()
 
@@ -81,3 +115,24 @@ def test_a_start_that_fails_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="does not start"):
         SGLangEngine(folder, "float32", EngineConfig.model_validate({}), seed=0)
     assert living_children() == before
+
+
+def test_a_child_that_fails_does_not_end_the_process_that_starts_it_in_a_thread(tmp_path: Path) -> None:
+    """As in an actor of Ray. SGLang's child sends SIGQUIT, and the error must name its exception."""
+    from tests.support.real_engine import write_model
+
+    config = write_model(tmp_path / "model") / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 80'))
+    script = tmp_path / "script.py"
+    script.write_text(START_IN_A_THREAD)
+    ran = subprocess.run(
+        [sys.executable, script, tmp_path / "model"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"raised: SGLang does not start on .*model: .*(Error|Exception)", ran.stdout), ran.stdout

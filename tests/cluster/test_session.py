@@ -102,7 +102,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[str]]:
         monkeypatch.setattr(session, "cluster_nodes", list)
         monkeypatch.setattr(session, "reserve", reserve)
         monkeypatch.setattr(session, "TrainerGroup", lambda *_: FakeTrainer(events))
-        monkeypatch.setattr(session, "TrainingEnginePool", lambda *_: FakePool(events))
+        monkeypatch.setattr(session, "TrainingEnginePool", lambda *_, **__: FakePool(events))
 
         async def main() -> None:
             async with training_session(config_of(), StopRule.__new__(StopRule)):

@@ -74,6 +74,11 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
         (MINIMAL + "smpling: {}\n", [], "run.yaml:6: smpling: unknown key; did you mean 'sampling'?"),
         (MINIMAL, ["sampling.widht=3"], "did you mean 'width'?"),
         (MINIMAL + "actor: {}\n", [], "run.yaml:6: actor: unknown key; it is now called 'trainer'"),
+        (
+            MINIMAL + "learning:\n  importance_cap: 2.0\n",
+            [],
+            "run.yaml:7: learning.importance_cap: unknown key; write importance: {high: NUMBER} instead",
+        ),
         (MINIMAL, ["learning.estimator=gpro"], "found 'gpro'; did you mean 'grpo'?"),
         (MINIMAL, ["learning.kl_estimator=k4"], "should be one of k1, k2, k3, found 'k4'; did you mean 'k"),
         (

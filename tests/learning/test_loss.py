@@ -1,164 +1,31 @@
 """The loss: packed equals trajectory by trajectory, whichever clip binds, over the whole mini-batch."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.small_trees import config_of, random_batch
-from tests.support.tiny_policy import VOCABULARY, TinyPolicy
-from treepo.config.learning import LearningConfig
-from treepo.learning.advantage import estimate
+from tests.support.loss_scene import Scene, relative_difference, tensors
+from tests.support.small_trees import config_of
 from treepo.learning.kl import KL_ESTIMATORS
 from treepo.learning.loss import denominator, policy_loss, summarise
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, split_mini_batches
-from treepo.tree import PROMPT
 
 OPTIONS = [
     {},
-    {"estimator": "spo", "importance_cap": None},
+    {"estimator": "spo", "importance": {"mode": "none"}},
     {"estimator": "treepo_segment", "normalisation": "sequence_mean"},
     {"estimator": "dr_grpo", "normalisation": "constant", "normalisation_tokens": 33},
-    {"leaf_weights": "inverse_branching", "normalisation": "sequence_mean", "importance_cap": 0.05},
+    {"leaf_weights": "inverse_branching", "normalisation": "sequence_mean", "importance": {"high": 1.1}},
     {"leaf_weights": "inverse_branching", "normalisation": "constant", "normalisation_tokens": 9},
     *({"kl_coefficient": 0.3, "kl_estimator": name} for name in KL_ESTIMATORS),
-    {"entropy_coefficient": 0.2, "importance_cap": 0.05},
+    {"entropy_coefficient": 0.2, "importance": {"mode": "mask"}},
 ]
-LossOfPacks = Callable[[Sequence[Sequence[Pack]]], tuple[Tensor, dict[str, float]]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors have a few dozen rows: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tensors(pack: Pack) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(column) for name, column in pack.columns().items()}
-
-
-class Scene:
-    """A batch with old and reference log-probs so far from the policy's that every bound is reached."""
-
-    def __init__(self, seed: int, options: dict[str, object], trees: int = 3) -> None:
-        rng = np.random.default_rng(seed)
-        self.config = config_of(**options)
-        self.policy = TinyPolicy(seed)
-        self.trees = random_batch(
-            rng, trees, ungraded=0.15, max_depth=4, max_tokens=4, least_leaves=3, vocabulary=VOCABULARY
-        )
-        self.advantages = estimate(self.trees, self.config)
-        shape = [[len(segment.tokens) for segment in tree.segments] for tree in self.trees]
-        near = -math.log(VOCABULARY)
-        self.old = [[(near + 2 * rng.normal(size=n)).astype(np.float32) for n in row] for row in shape]
-        self.reference = [[(near + rng.normal(size=n)).astype(np.float32) for n in row] for row in shape]
-
-    def packs(self, packer: Callable[..., list[list[Pack]]], budget: int, replicas: int) -> list[list[Pack]]:
-        packs = packer(self.trees, self.advantages, budget, replicas)
-        return [[self.with_log_probs(pack) for pack in replica] for replica in packs]
-
-    def with_log_probs(self, pack: Pack) -> Pack:
-        places = list(zip(pack.tree.tolist(), pack.segment.tolist(), pack.offset.tolist(), strict=True))
-
-        def column(table: list[list[np.ndarray]]) -> np.ndarray:
-            values = [0.0 if segment == PROMPT else table[tree][segment][at] for tree, segment, at in places]
-            return np.array(values, dtype=np.float32)
-
-        return replace(pack, old_log_prob=column(self.old), reference_log_prob=column(self.reference))
-
-    def loss(self, packs: Sequence[Sequence[Pack]]) -> tuple[Tensor, dict[str, float]]:
-        """Compute the loss as the trainer does: each micro-batch of each replica alone, then the sum."""
-        divisor = denominator(packs, self.config)
-        losses, metrics = [], []
-        for pack in chain.from_iterable(packs):
-            fields_T = tensors(pack)
-            token, position, exits, source = (
-                fields_T[name].long() for name in ("token", "position", "exit", "source")
-            )
-            log_prob, entropy = self.policy.log_probs_and_entropy(token, position, exits, source)
-            loss, values = policy_loss(log_prob, fields_T, self.config, divisor, entropy)
-            losses.append(loss)
-            metrics.append({key: float(value) for key, value in values.items()})
-        reduce = {"sum": math.fsum, "max": max, "min": min}
-        reduced = {
-            key: reduce[key.rsplit("_", 1)[1]](values[key] for values in metrics) for key in metrics[0]
-        }
-        return torch.stack(losses).sum(), summarise(reduced)
-
-    def naive_loss(self) -> Tensor:
-        """Compute the loss leaf by leaf and token by token, from the trees alone."""
-        total, divisor, index = torch.zeros((), dtype=torch.float64), 0.0, -1
-        for number, tree in enumerate(self.trees):
-            for leaf in tree.leaves:
-                index += 1
-                if leaf.reward is None:
-                    continue
-                path = tree.path(leaf.segment)
-                token = torch.from_numpy(np.concatenate([tree.prompt, tree.response(leaf)])).long()
-                place = torch.arange(len(token))
-                log_prob, entropy = self.policy.log_probs_and_entropy(
-                    token, place, torch.full_like(token, len(token)), place - 1
-                )
-                response = slice(len(tree.prompt), None)
-                lengths = [len(tree.segments[node].tokens) for node in path]
-                values = self.advantages.value_M[
-                    slice(*self.advantages.forest.path_offset_L[index : index + 2])
-                ]
-                losses = naive_token_losses(
-                    self.config,
-                    log_prob[response],
-                    entropy[response],
-                    torch.from_numpy(np.concatenate([self.old[number][node] for node in path])).double(),
-                    torch.from_numpy(np.concatenate([self.reference[number][node] for node in path])),
-                    torch.from_numpy(np.concatenate([tree.segments[node].log_probs for node in path])),
-                    torch.from_numpy(np.repeat(values, lengths)),
-                )
-                weight = float(self.advantages.leaf_weight_L[index])
-                mean = self.config.normalisation == "sequence_mean"
-                total = total + weight * losses.sum() / (len(losses) if mean else 1)
-                divisor += (
-                    weight
-                    * {
-                        "token_mean": len(losses),
-                        "sequence_mean": 1,
-                        "constant": self.config.normalisation_tokens or 0,
-                    }[self.config.normalisation]
-                )
-        return total / divisor
-
-
-def naive_token_losses(
-    config: LearningConfig,
-    log_prob: Tensor,
-    entropy: Tensor,
-    old: Tensor,
-    reference: Tensor,
-    rollout: Tensor,
-    advantage: Tensor,
-) -> Tensor:
-    """PPO with two clips as it is printed in papers; all arrays are [T], of one leaf."""
-    ratio = (log_prob - old).exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-    loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * config.dual_clip), loss)
-    if config.importance_cap is not None:
-        loss = loss * (old - rollout).exp().clamp(max=config.importance_cap)
-    difference = log_prob - reference
-    kl = {"k1": difference, "k2": difference**2 / 2, "k3": (-difference).exp() - 1 + difference}
-    return loss + config.kl_coefficient * kl[config.kl_estimator] - config.entropy_coefficient * entropy
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
@@ -175,8 +42,8 @@ def test_packed_loss_and_gradient_equal_the_leaves_one_by_one(options: dict[str,
     ]:
         loss, metrics = scene.loss(scene.packs(packer, budget, replicas))
         # Float64: ten digits are left after sums over thousands of products in another order.
-        assert difference(loss, expected) < 1e-10
-        assert difference(scene.policy.gradient(loss), expected_gradient) < 1e-10
+        assert relative_difference(loss, expected) < 1e-10
+        assert relative_difference(scene.policy.gradient(loss), expected_gradient) < 1e-10
         assert min(metrics[name] for name in ("clip_high", "clip_low", "dual_clip")) > 0.01
         assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-10)
 
@@ -192,7 +59,7 @@ def test_the_net_advantage_alone_would_be_wrong() -> None:
 
     expected = scene.policy.gradient(scene.naive_loss())
     wrong = scene.policy.gradient(scene.loss([[netted(pack) for pack in r] for r in packs])[0])
-    assert difference(wrong, expected) > 0.01
+    assert relative_difference(wrong, expected) > 0.01
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
@@ -268,28 +135,6 @@ def test_kl_and_entropy_by_hand() -> None:
         assert loss.item() == pytest.approx(0.1 * expected - 0.2 * (2 + 3 * 0.4) / 4)
 
 
-def test_importance_weights_are_capped_by_hand() -> None:
-    pack = {
-        name: torch.tensor(values, dtype=torch.float64)
-        for name, values in {
-            "advantage_pos": [1.0, 1.0, 0.0],
-            "advantage_neg": [0.0, 0.0, 0.0],
-            "count_pos": [1.0, 3.0, 0.0],
-            "count_neg": [0.0, 0.0, 0.0],
-            "old_log_prob": [-1.0, -1.0, -1.0],
-            "rollout_log_prob": [-1.0 - math.log(5), -1.0 + math.log(2), -9.0],
-        }.items()
-    }
-    log_prob = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
-    loss, metrics = policy_loss(log_prob, pack, config_of(importance_cap=2.0), 4.0)
-    (gradient,) = torch.autograd.grad(loss, log_prob)
-    np.testing.assert_allclose(gradient, [-2 / 4, -0.5 / 4, 0], rtol=1e-12)
-    summary = summarise({key: float(metric) for key, metric in metrics.items()})
-    assert summary["importance_capped"] == pytest.approx(1 / 4)
-    assert summary["importance"] == pytest.approx((5 + 3 * 0.5) / 4)
-    assert (summary["importance_max"], summary["importance_min"]) == pytest.approx((5, 0.5))
-
-
 def test_no_ratio_overflows() -> None:
     # float64 overflows at exp(710); k3 of the old policy is allowed to.
     for advantage in (1.0, -1.0):
@@ -324,7 +169,7 @@ def test_mini_batches_have_denominators_of_their_own(options: dict[str, object])
 
 
 def test_without_old_log_probs_the_policy_is_its_own_old_one() -> None:
-    scene = Scene(4, {"importance_cap": None})
+    scene = Scene(4, {"importance": {"mode": "none"}})
     bare = pack_trees(scene.trees, scene.advantages, 1000, 1)
     loss, metrics = scene.loss(bare)
     # At ratio 1 the loss is minus the mean advantage, and the gradient is the policy gradient.

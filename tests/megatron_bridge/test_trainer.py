@@ -24,7 +24,7 @@ from tests.support.trainer_layouts import (
     VARIANTS,
     VOCABULARY,
 )
-from treepo.config.learning import LearningConfig
+from treepo.config.learning import ImportanceConfig, LearningConfig
 from treepo.config.trainer import OptimizerConfig
 from treepo.learning import advantage, loss
 from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, padded
@@ -93,6 +93,9 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
     cases += [replace(case, name=f"{case.name}, one step", steps=case.steps[:1]) for case in cases]
     cases += [
         replace(qwen2, name="flat", steps=[[batch.flat]] * 2),
+        replace(qwen2, name="masked", learning=MASKED),
+        replace(qwen2, name="masked, flat", learning=MASKED, steps=[[batch.flat]] * 2),
+        replace(qwen2, name="masked, versions", learning=MASKED, steps=[[mixed_versions(batch.packed)]] * 2),
         replace(qwen2, name="padded", steps=[[[padded(pack, len(pack) + 70) for pack in batch.packed]]] * 2),
         replace(qwen2, name="full", recompute="full"),
         replace(qwen2, name="selective", recompute="selective"),
@@ -110,6 +113,12 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
 OFFLOADS: list[Literal["none", "optimizer", "all"]] = ["none", "optimizer", "all"]
 BONUS = LearningConfig(entropy_coefficient=0.1)
 KL = LearningConfig(kl_coefficient=0.1)
+# Engine and trainer differ by at most 10%, most segments by less than 3%.
+MASKED = LearningConfig(importance=ImportanceConfig(mode="mask", level="segment", low=0.97, high=1.03))
+# A random model's own log-probs are far below those that the packs give as the engine's.
+MASKED_BATCH = LearningConfig(
+    kl_coefficient=0.1, importance=ImportanceConfig(mode="mask", level="segment", low=0.1, high=2.0)
+)
 WARM_UP = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
 # Steps of which one is too small to change a bfloat16 weight near 0.15 (spaced by 2^-10), but twelve are not.
 SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0)
@@ -148,13 +157,13 @@ def batch_cases(name: str, models: dict[str, Path], batch: Batch) -> list[BatchC
     steps = [[plain[:1], plain[2:]], [plain[1:2], []]]
     if LAYOUTS[name].data == 1:
         steps = [[plain[:3]], [plain[3:]]]
-    whole = [(packs, loss.denominator(packs, KL)) for packs in steps]
+    whole = [(packs, loss.denominator(packs, MASKED_BATCH)) for packs in steps]
     # Blank packs are not given the log-probs that the loss needs, unless they are there from the beginning.
     by_hand = [(filled(packs), denominator) for packs, denominator in whole]
     model = models[MODELS[name][0]]
     return [
-        BatchCase(f"{name}: batch", model, whole, LAYOUTS[name], KL, by_hand=False),
-        BatchCase(f"{name}: by hand", model, by_hand, LAYOUTS[name], KL, by_hand=True),
+        BatchCase(f"{name}: batch", model, whole, LAYOUTS[name], MASKED_BATCH, by_hand=False),
+        BatchCase(f"{name}: by hand", model, by_hand, LAYOUTS[name], MASKED_BATCH, by_hand=True),
     ]
 
 
@@ -183,6 +192,7 @@ def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
     return [
         *cases,
         replace(plain, name=f"{name}: flat", steps=steps(batch.flat)),
+        replace(plain, name=f"{name}: masked", learning=MASKED),
         replace(plain, name=f"{name}: offload", offload="all"),
         replace(
             plain,
@@ -194,6 +204,14 @@ def cases_at(name: str, models: dict[str, Path], batch: Batch) -> list[Case]:
         # A few tokens' logits at once, computed again in the backward pass by all ranks together.
         replace(plain, name=f"{name}: entropy", learning=BONUS, chunk_bytes=4096, recompute="full"),
         replace(plain, name=f"{name}: kl", learning=KL, steps=with_reference(plain.steps)),
+    ]
+
+
+def mixed_versions(packs: Sequence[Pack]) -> list[Pack]:
+    """The packs as if each token of a segment had been sampled by other weights than the one before it."""
+    return [
+        replace(pack, version=np.where(pack.version >= 0, pack.offset % 3, -1).astype(np.int32))
+        for pack in packs
     ]
 
 
@@ -279,6 +297,22 @@ def test_packed_and_flat_are_the_same_step(one_rank) -> None:
 @pytest.mark.parametrize("layout", VARIANTS)
 def test_packed_and_flat_are_the_same_step_at_every_layout(layout: str, parallel) -> None:
     assert_same_step(parallel[f"{layout}: flat"], parallel[f"{layout}: qwen2"])
+
+
+def test_packed_and_flat_mask_the_same_segments(one_rank) -> None:
+    """Of which some are too likely and some too unlikely, and their tokens may be of several versions."""
+    masked = one_rank["masked"]
+    for metrics in masked.metrics:
+        assert min(metrics["importance_above"], metrics["importance_below"]) > 0.05
+        assert metrics["importance_above"] + metrics["importance_below"] < 0.9
+    assert masked.metrics[0]["grad_norm"] != one_rank["qwen2"].metrics[0]["grad_norm"]
+    assert_same_step(one_rank["masked, flat"], masked)
+    assert_the_same_bits(one_rank["masked, versions"], masked)
+
+
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_every_layout_masks_the_same_segments(layout: str, parallel, one_rank) -> None:
+    assert_same_step(parallel[f"{layout}: masked"], one_rank["masked"])
 
 
 def assert_the_same_bits(ours: Result, reference: Result) -> None:
@@ -459,6 +493,8 @@ def test_a_batch_is_its_log_probs_and_its_steps(layout: str, parallel) -> None:
     assert result.mismatch.mean == pytest.approx(expected.mismatch.mean, rel=1e-6)
     assert result.mismatch.largest == pytest.approx(expected.mismatch.largest, rel=1e-5)
     assert result.mismatch.weight == expected.mismatch.weight > 0
+    for update in result.updates:  # some segments are masked
+        assert 0.05 < update["importance_below"] + update["importance_above"] < 0.95
     for update, by_hand in zip(result.updates, expected.updates, strict=True):
         assert update.keys() == by_hand.keys()
         for key, value in by_hand.items():

@@ -31,7 +31,7 @@ def package(root: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
 
 
 def started(config: EngineConfig, shares_device: bool) -> dict[str, str]:
-    with start_environment.start_environment(config, shares_device):
+    with start_environment.start_environment(config, shares_device, 1):
         return dict(os.environ)
 
 

@@ -1,6 +1,5 @@
 """Weight syncs of the real SGLang engine: a transaction that takes effect as a whole or not at all."""
 
-import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -114,66 +113,6 @@ def test_an_engine_that_cannot_meet_the_sender_keeps_its_weights(real_engine: "R
     with pytest.raises(TransportError):
         real_engine.run(update())
     engine.abort("nobody sends")
-    assert_agrees(real_engine)
-
-
-def test_an_update_waits_for_running_requests_and_makes_later_ones_wait(real_engine: "RealEngine") -> None:
-    from tests.support.real_engine import manifest, perturbed, request, update
-
-    engine = real_engine.engine
-    old = engine.version
-    weights = {name: tensor.clone() for name, tensor in perturbed(real_engine.reference).items()}
-
-    async def scenario() -> tuple[int, int]:
-        asked = request(CONTEXT, max_tokens=100)
-        running = [asyncio.ensure_future(engine.generate(asked)) for _ in range(8)]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)  # a task starts in one turn of the loop, its request in the next
-        await engine.begin(old + 1, manifest(weights))
-        assert all(task.done() for task in running)
-        late = asyncio.ensure_future(engine.generate(request(CONTEXT)))
-        await update(engine, weights)
-        assert {task.result().version for task in running} == {old}
-        return (await late).version, old
-
-    version, old = real_engine.run(scenario())
-    real_engine.reference.load_state_dict(weights)
-    assert version == old + 1
-    assert_agrees(real_engine)
-
-
-def test_an_update_ends_a_checked_request_at_its_next_boundary(real_engine: "RealEngine") -> None:
-    """The old weights have sampled the path up to there; the new ones sample the rest."""
-    from safetensors.torch import load_file
-
-    from tests.support.real_engine import manifest, perturbed, request
-
-    engine = real_engine.engine
-    # With the first weights an end is rare, so many of the paths reach a boundary.
-    real_engine.update(load_file(real_engine.folder / "model.safetensors"))
-    weights = perturbed(real_engine.reference)
-    checked = asyncio.Event()
-
-    def note_check(_: np.ndarray) -> bool:
-        checked.set()
-        return False
-
-    real_engine.stop_rule.holds = note_check
-
-    async def scenario() -> None:
-        asked = [request(CONTEXT, max_tokens=900, check_every=16, seed=seed) for seed in range(30)]
-        running = [asyncio.ensure_future(engine.generate(one)) for one in asked]
-        await checked.wait()  # one path is at its first boundary, the others will be
-        old = engine.version
-        await engine.begin(old + 1, manifest(weights))
-        outputs = [task.result() for task in running]
-        assert {output.version for output in outputs} == {old}
-        stopped = [output for output in outputs if output.finish == "length"]
-        assert stopped
-        assert all(len(output.tokens) % 16 == 0 and len(output.tokens) < 900 for output in stopped)
-
-    real_engine.run(scenario())
-    real_engine.update(weights)
     assert_agrees(real_engine)
 
 

@@ -6,8 +6,9 @@ token was sampled after exactly the tokens that the tree has above it.
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 
@@ -37,6 +38,13 @@ def prompt_tokens(index: int, length: int = 5) -> np.ndarray:
     return np.random.default_rng(index).integers(2, VOCABULARY, size=length, dtype=np.int32)
 
 
+def random_interruptions(seed: int, chance: float, longest: int) -> Iterator[int]:
+    """Interruptions for a `FakeEngine`: with `chance`, an answer ends after 1 to `longest` tokens."""
+    rng = random.Random(seed)
+    while True:
+        yield rng.randint(1, longest) if rng.random() < chance else 0
+
+
 @dataclass
 class FakeEngine:
     """An engine whose tokens depend only on the request's seed; each is EOS or a box with the given chances.
@@ -47,6 +55,8 @@ class FakeEngine:
     pause_after: if not 0, a long request returns after this many boundaries.
     letters: number of distinct tokens besides EOS and the box.
     caches: whether there is a prefix cache.
+    interruptions: for each answer the tokens after which a weight update interrupts it, so that later tokens
+        have the next version; 0, or more than the answer has: none does.
     """
 
     end: float = 0.0
@@ -58,6 +68,7 @@ class FakeEngine:
     pause_after: int = 0
     letters: int = VOCABULARY - 2
     caches: bool = False
+    interruptions: Iterator[int] = field(default_factory=lambda: repeat(0))
     requests: list[GenerateRequest] = field(default_factory=list)
     running: int = 0
     cancelled: int = 0
@@ -81,23 +92,32 @@ class FakeEngine:
 
     def answer(self, request: GenerateRequest) -> GenerateOutput:
         """The output, without delay."""
-        generator = np.random.default_rng(request.seed)
-        tokens = generator.integers(2, 2 + self.letters, size=request.max_tokens, dtype=np.int32)
-        chances = generator.random(request.max_tokens)
+        tokens, chances = self.draw(request)
         tokens[chances < self.end + self.box] = BOX
         ends = np.flatnonzero(chances < self.end)
         if len(ends):
             tokens = tokens[: ends[0] + 1]
             tokens[-1] = EOS
         tokens = tokens[: self._stop(request, tokens)]
+        interrupted = 0 < (decoded := next(self.interruptions)) <= len(tokens)
+        if interrupted:
+            tokens = tokens[:decoded]
         context = np.concatenate([request.context, tokens])
-        return GenerateOutput(
+        output = GenerateOutput(
             tokens=tokens,
             log_probs=log_probs_of(context)[len(request.context) :],
             version=self.version,
-            finish="eos" if tokens[-1] == EOS else "length",
+            finish="eos" if tokens[-1] == EOS else "interrupted" if interrupted else "length",
             cached_tokens=self._cached(request.context, context) if self.caches else 0,
         )
+        self.version += interrupted
+        return output
+
+    def draw(self, request: GenerateRequest) -> tuple[np.ndarray, np.ndarray]:
+        """Letters, int32 [T], and numbers from 0 to 1, float64 [T], that decide which become EOS or a box."""
+        generator = np.random.default_rng(request.seed)
+        letters = generator.integers(2, 2 + self.letters, size=request.max_tokens, dtype=np.int32)
+        return letters, generator.random(request.max_tokens)
 
     def _stop(self, request: GenerateRequest, tokens: np.ndarray) -> int:
         every = request.check_every
@@ -119,3 +139,15 @@ class FakeEngine:
             cached -= 1
         self._known.update(whole[:length].tobytes() for length in range(cached, len(whole)))
         return cached
+
+
+class SteadyEngine(FakeEngine):
+    """A token also depends on the length of its context, but not on where its request began.
+
+    So after an interruption, a request with the same seed goes on as the first one would have.
+    """
+
+    def draw(self, request: GenerateRequest) -> tuple[np.ndarray, np.ndarray]:
+        above = len(request.context)
+        draws = np.random.default_rng(request.seed).random((above + request.max_tokens, 2))[above:]
+        return (2 + draws[:, 0] * self.letters).astype(np.int32), draws[:, 1]

@@ -18,7 +18,8 @@ class FakeProcess:
     start_error: the error of its start. slow: it starts once `loaded` is set. dies_at, hangs_at: the number,
     from 1, of the request at which it dies, or from which on it answers nothing. healthy: whether it passes
     health checks though it answers no request. keeps_memory: it fails to offload. refuses_weights: it fails
-    to commit. memory: the parts that are on the device.
+    to commit. dies_when_held: it dies when it is held. memory: the parts that are on the device. moves: the
+    calls of the pool, in order.
     """
 
     name: str
@@ -30,16 +31,20 @@ class FakeProcess:
     healthy: bool = False
     keeps_memory: bool = False
     refuses_weights: bool = False
+    dies_when_held: bool = False
     requests: int = 0
     health_checks: int = 0
     commits: int = 0
     ended: int = 0
     memory: set[str] = field(default_factory=lambda: {"weights", "cache"})
+    moves: list[str] = field(default_factory=list)
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     _begun: int = 0
     _death: asyncio.Event = field(default_factory=asyncio.Event)
+    _released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self._released.set()
         if not self.slow:
             self.loaded.set()
 
@@ -64,6 +69,7 @@ class FakeProcess:
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         self._check_alive()
+        await self._released.wait()
         self.requests += 1
         number = len(self.engine.requests) + 1
         if self.dies_at is not None and number >= self.dies_at:
@@ -74,9 +80,21 @@ class FakeProcess:
         self._check_alive()
         return output
 
+    async def hold(self) -> None:
+        self._move("hold")
+        self._released.clear()
+        if self.dies_when_held:
+            self.die()
+        self._check_alive()
+
+    async def release(self) -> None:
+        self._move("release")
+        assert self.memory == {"weights", "cache"}
+        self._released.set()
+
     async def begin(self, version: int, manifest: Manifest) -> None:
         del manifest
-        self._check_alive()
+        self._move("begin")
         self._begun = version
 
     def sink(self) -> Any:
@@ -84,7 +102,7 @@ class FakeProcess:
         return self
 
     async def commit(self) -> None:
-        self._check_alive()
+        self._move("commit")
         self.commits += 1
         if self.refuses_weights:
             raise EngineError(f"{self.name} refuses the weights")
@@ -95,18 +113,23 @@ class FakeProcess:
         self._check_alive()
 
     async def offload(self) -> None:
-        self._check_alive()
+        self._move("offload")
+        assert not self._released.is_set()
         if self.keeps_memory:
             raise EngineError("it does not release its memory")
         self.memory = set()
 
     async def reload(self, memory: Memory) -> None:
-        self._check_alive()
+        self._move(f"reload {memory}")
         self.memory.add(memory)
 
     async def end(self) -> None:
         self.ended += 1
         self.die()
+
+    def _move(self, name: str) -> None:
+        self._check_alive()
+        self.moves.append(name)
 
     def _check_alive(self) -> None:
         if self._death.is_set():

@@ -11,7 +11,7 @@ from tests.support.fake_engine import FakeEngine
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
-from treepo.training.checkpoint_manifest import CheckpointManifest
+from treepo.training.checkpoint_manifest import READY_TREES, CheckpointManifest
 
 
 class FakeTrainer:
@@ -36,9 +36,10 @@ class FakeTrainer:
         updates = [{"loss": 0.0, "grad_norm": 1.0}] * len(mini_batches)
         return BatchResult(updates, LogProbMismatch(2.0, 4.0, 1.5), {"log_probs": 3.0, "train": 5.0})
 
-    async def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+    async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True)
+        (partial / READY_TREES).write_bytes(ready_trees)
         CheckpointManifest("float32", True, run["steps_done"], {}, run).write(partial)
         self._pending = partial, folder
 
@@ -66,19 +67,19 @@ class FakePool:
     def __init__(self, engine: NamedEngine, events: list[str]) -> None:
         self.engines = (engine,)
         self._events = events
-        self._offloaded = False
+        self._training = False
 
     @asynccontextmanager
-    async def offloaded(self) -> AsyncIterator[None]:
-        assert not self._offloaded
-        self._offloaded = True
+    async def training(self) -> AsyncIterator[None]:
+        assert not self._training
+        self._training = True
         self._events.append("offload")
         yield
         self._events.append("reload")
-        self._offloaded = False
+        self._training = False
 
     async def sync_weights(self, version: int) -> None:
-        assert self._offloaded
+        assert self._training
         assert self.engines[0].running == 0
         self._events.append(f"sync {version}")
         self.engines[0].version = version

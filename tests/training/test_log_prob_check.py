@@ -75,7 +75,7 @@ class PolicyTrainer:
     has_device: bool = False
 
     @asynccontextmanager
-    async def offloaded(self) -> AsyncIterator[None]:
+    async def training(self) -> AsyncIterator[None]:
         """Of the engines, which share the trainer's device."""
         self.has_device = True
         yield
@@ -120,7 +120,7 @@ def check(engines: Sequence[PolicyEngine], trainer: PolicyTrainer, config: RunCo
         for index in range(12)
     ]
     trainer.dtype = config.model.dtype
-    return asyncio.run(check_log_probs(config, prompts, str, engines, trainer, trainer.offloaded))
+    return asyncio.run(check_log_probs(config, prompts, str, engines, trainer, trainer.training))
 
 
 def changed(policy: TinyPolicy, change: Callable[[Tensor], Tensor]) -> TinyPolicy:

@@ -26,6 +26,7 @@ from treepo.training.checkpoints import Checkpoints, newest
 from treepo.training.resume import find_resume, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, RunState
+from treepo.training.scheduler import ScheduleState
 from treepo.tree import from_json
 
 DATA = "fingerprint of the data"
@@ -36,7 +37,8 @@ def state_after(step: int, sizes: dict[str, int] | None = None) -> RunState:
     return RunState(
         data=DATA,
         steps_done=step,
-        cursor=4 * step,
+        schedule=ScheduleState(cursor=4 * step, again=[1], ready=[], began=[]),
+        resampled=2,
         accuracy_before=0.25,
         decoded_tokens=100,
         sequential_tokens=150,
@@ -284,7 +286,7 @@ def test_a_line_of_the_metrics_that_no_run_wrote_is_named(config: RunConfig, lin
 
 def test_the_state_survives_its_file() -> None:
     state = state_after(3, {"trees.jsonl": 5})
-    assert RunState(**json.loads(json.dumps(asdict(state)))) == state
+    assert RunState.of_manifest(json.loads(json.dumps(asdict(state)))) == state
 
 
 class Silent:
@@ -294,6 +296,8 @@ class Silent:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def evaluated(self, step: int, accuracy: float) -> None: ...
+
 
 def test_times_go_on_where_they_were() -> None:
     state = state_after(3)
@@ -302,7 +306,7 @@ def test_times_go_on_where_they_were() -> None:
     clock.count("weight sync", 1.0)
     assert state.phase_seconds == {"sample": 9.0, "weight sync": 1.0}
     assert state.seconds >= 60.0
-    assert clock.take_step_seconds() == {"sample": 2.0, "weight sync": 1.0}
+    assert clock.take_step_seconds()[0] == {"sample": 2.0, "weight sync": 1.0}
     with clock.phase("sample"):
         pass
-    assert list(clock.take_step_seconds()) == ["sample"]
+    assert list(clock.take_step_seconds()[0]) == ["sample"]

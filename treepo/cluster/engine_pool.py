@@ -6,8 +6,8 @@ the current weights before it serves. `engine.max_restarts` bounds the restarts 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from treepo.errors import (
     TransportError,
     WeightsRefusedError,
 )
-from treepo.weight_sync.transaction import UpdateFailedError, WeightSender, update_weights
+from treepo.weight_sync.transaction import GRACE_SECONDS, UpdateFailedError, WeightSender, update_weights
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class EnginePool[P: EngineProcess]:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def updating(self) -> bool:
+    def suspends_health_checks(self) -> bool:
         return False
 
     async def wait_to_serve(self, engine: PooledEngine[P]) -> None:
@@ -150,7 +150,8 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
     """Implements `treepo.protocols.TrainingEnginePool`.
 
     shares_devices: whether the trainer uses the engines' devices. Engines and trainer then use the memory in
-    turn, and an engine is restarted only during the engines' turn.
+    turn, and an engine is restarted only during the engines' turn. sampling_goes_on: whether engines sample
+    while the trainer computes; else they are held. Not together with `shares_devices`.
     """
 
     def __init__(
@@ -159,10 +160,14 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         config: EngineConfig,
         trainer: ColocatedTrainer,
         shares_devices: bool,
+        sampling_goes_on: bool,
     ) -> None:
+        assert not (shares_devices and sampling_goes_on)
         super().__init__(launch, config)
         self._trainer = trainer
         self._shares_devices = shares_devices
+        self._sampling_goes_on = sampling_goes_on
+        self._pauses = 0  # holds and weight syncs in progress
         # Held from the first change of the trainer's weights until the engines serve the new ones, and while
         # a restarted engine takes weights.
         self._weights = asyncio.Lock()
@@ -170,24 +175,33 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         self._weights_offloaded = False
         self._refusals: dict[PooledEngine[P], str] = {}  # by engines whose last update was refused
 
-    def updating(self) -> bool:
-        return self._weights.locked()
+    def suspends_health_checks(self) -> bool:
+        return self._pauses > 0
 
     @asynccontextmanager
-    async def offloaded(self) -> AsyncIterator[None]:
-        """Let the trainer compute and change its weights while the body runs."""
+    async def training(self) -> AsyncIterator[None]:
+        """Let the trainer compute and change its weights while the body runs.
+
+        Unless sampling goes on, the engines are held meanwhile.
+        """
         if self._fault is not None:
             raise self._fault
         async with self._weights:
-            if self._shares_devices:
-                await self._each(lambda engine: engine.offload())
-                self._weights_offloaded = True
-                await self._trainer.reload()
-            yield
-            await self._reload_weights()
-            if self._shares_devices:
-                await self._trainer.offload(weights=True)
-                await self._each(lambda engine: engine.reload("cache"))
+            if self._sampling_goes_on:
+                yield
+                return
+            with self._paused():
+                await self._each(lambda engine: engine.hold())
+                if self._shares_devices:
+                    await self._each(lambda engine: engine.offload())
+                    self._weights_offloaded = True
+                    await self._trainer.reload()
+                yield
+                await self._reload_weights()
+                if self._shares_devices:
+                    await self._trainer.offload(weights=True)
+                    await self._each(lambda engine: engine.reload("cache"))
+                await self._each(lambda engine: engine.release())
 
     async def sync_weights(self, version: int) -> None:
         """Make every serving engine serve the trainer's weights as `version`; replace those that fail.
@@ -197,13 +211,25 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         """
         assert self._weights.locked()
         await self._reload_weights()
-        failed = await self._failed_updates(version)
+        with self._paused():
+            failed = await self._failed_updates(version)
         for engine in self.serving():
             engine_error = failed.get(engine)
             self._note_update(engine, engine_error)
             if engine_error is not None:
                 engine.fail(str(engine_error))
         self._version = version
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Suspend health checks while the body runs."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            for engine in self.engines:
+                engine.restart_clock()
 
     async def _failed_updates(self, version: int) -> Mapping[PooledEngine[P], EngineError]:
         engines = self.serving()
@@ -255,10 +281,15 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
 
     async def _each(self, call: Callable[[PooledEngine[P]], Coroutine[Any, Any, None]]) -> None:
         """Call every serving engine; replace those that fail."""
-        engines = self.serving()
-        outcomes = await asyncio.gather(*map(call, engines), return_exceptions=True)
-        for engine, outcome in zip(engines, outcomes, strict=True):
-            if isinstance(outcome, EngineError):
-                engine.fail(str(outcome))
-            elif isinstance(outcome, BaseException):
-                raise outcome
+
+        async def bounded(engine: PooledEngine[P]) -> None:
+            seconds = self._config.update_seconds + GRACE_SECONDS
+            try:
+                async with asyncio.timeout(seconds):
+                    await call(engine)
+            except TimeoutError:
+                engine.fail(f"no answer within {seconds:g} s")
+            except EngineError as error:
+                engine.fail(str(error))
+
+        await asyncio.gather(*map(bounded, self.serving()))

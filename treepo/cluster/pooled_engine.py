@@ -37,8 +37,16 @@ class EngineProcess(ReceivingEngine, Protocol):
         """Return the reason once the engine can no longer answer."""
         ...
 
+    async def hold(self) -> None:
+        """Interrupt running requests and make later ones wait until `release`, also beyond a weight sync;
+        return once none is running.
+        """
+        ...
+
+    async def release(self) -> None: ...
+
     async def offload(self) -> None:
-        """Release the device memory. No request may run or come until all of it is reloaded."""
+        """Release the device memory. Only while the engine is held; reload all of it before the release."""
         ...
 
     async def reload(self, memory: Memory) -> None: ...
@@ -53,8 +61,8 @@ class Supervisor(Protocol):
 
     def state_changed(self) -> None: ...
 
-    def updating(self) -> bool:
-        """Whether the engines' weights are changing, so that no request is answered."""
+    def suspends_health_checks(self) -> bool:
+        """Whether the engines answer no request, because they are held or take weights."""
         ...
 
     async def wait_to_serve(self, engine: "PooledEngine[Any]") -> None:
@@ -126,11 +134,21 @@ class PooledEngine[P: EngineProcess]:
     def sink(self) -> WeightSink:
         return self.process.sink()
 
+    async def hold(self) -> None:
+        await self._answer(self._serving_process().hold())
+
+    async def release(self) -> None:
+        await self._answer(self._serving_process().release())
+
     async def offload(self) -> None:
         await self._answer(self._serving_process().offload())
 
     async def reload(self, memory: Memory) -> None:
         await self._answer(self._serving_process().reload(memory))
+
+    def restart_clock(self) -> None:
+        """Count the silence of running requests from now on: until now the engine could not answer."""
+        self._last_answer = self._loop.time()
 
     def fail(self, reason: str) -> None:
         """Stop using the process, so that it is replaced. Does nothing if the engine does not serve."""
@@ -198,8 +216,10 @@ class PooledEngine[P: EngineProcess]:
         raise DeadEngineError(f"{self.name}: {lost.result()}")
 
     def _silent_seconds(self) -> float:
-        """How long requests have waited without any answer. A weight sync has deadlines of its own."""
-        if not self._outstanding or self._supervisor.updating():
+        """How long requests have waited without any answer, apart from holds and weight syncs, which have
+        deadlines of their own.
+        """
+        if not self._outstanding or self._supervisor.suspends_health_checks():
             return 0.0
         return self._loop.time() - self._last_answer
 

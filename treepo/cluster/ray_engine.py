@@ -145,6 +145,12 @@ class RayEngine:
     async def wait_for_death(self) -> str:
         return f"{await self._answer(self.actor.died)}; {await self._once(self._last_lines())}"
 
+    async def hold(self) -> None:
+        await self._answer(self.actor.hold)
+
+    async def release(self) -> None:
+        await self._answer(self.actor.release)
+
     async def begin(self, version: int, manifest: Manifest) -> None:
         await self._answer(self.actor.begin, version, manifest)
 

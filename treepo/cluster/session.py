@@ -67,7 +67,8 @@ async def training_session(
             await trainer.offload(weights=True)
         options = reservation.engine_options(await trainer.devices() if shared else ())
         launcher = EngineLauncher(config, stop_rule, options, shared, config.paths_at_once)
-        pool = TrainingEnginePool(launcher, config.engine, trainer, shared)
+        goes_on = config.loop.mode == "async"
+        pool = TrainingEnginePool(launcher, config.engine, trainer, shared, sampling_goes_on=goes_on)
         try:
             if shared:
                 await pool.ready()

@@ -9,6 +9,41 @@ from treepo.learning.estimators import ESTIMATORS
 from treepo.learning.kl import KL_ESTIMATORS
 
 
+class ImportanceConfig(Section):
+    """Corrects for tokens that other weights sampled than those that are trained, or the same in other
+    rounding: each token's policy loss is multiplied by a weight without gradient. The weight is made of the
+    ratio of the trainer's probability, before the step's first update, to the engine's.
+    """
+
+    mode: Literal["truncate", "mask", "none"] = "truncate"
+    """What becomes of a ratio below `low` or above `high`: `truncate` moves it to that bound; `mask` makes it
+    0, so that nothing is learned from its tokens. `none`: the weight is always 1."""
+    level: Literal["token", "segment", "leaf"] = "token"
+    """Which tokens have one ratio: each its own, or all of a segment, or of a leaf's response, the geometric
+    mean of theirs. `leaf` needs `packing: flat`."""
+    low: float | None = Field(default=None, gt=0, lt=1)
+    """Smallest ratio; null: 1 / high with `mask`, 0 with `truncate`."""
+    high: float = Field(default=2.0, ge=1)
+    """Largest ratio."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest ratio."""
+        default = 1 / self.high if self.mode == "mask" else 0.0
+        return default if self.low is None else self.low, self.high
+
+    @model_validator(mode="after")
+    def _mode_reads_bounds(self) -> Self:
+        for option in ("low", "high"):
+            value, default = getattr(self, option), type(self).model_fields[option].default
+            if self.mode == "none" and value != default:
+                raise ValueError(
+                    f"{option} = {value} with mode = none: only truncate and mask read it; "
+                    f"leave it at {'null' if default is None else default}"
+                )
+        return self
+
+
 class LearningConfig(Section):
     estimator: Annotated[str, Registered(ESTIMATORS)] = "treepo"
     """The advantage estimator (treepo.learning.estimators)."""
@@ -38,8 +73,8 @@ class LearningConfig(Section):
     or the sum over tokens divided by trajectories x normalisation_tokens (Dr. GRPO)."""
     normalisation_tokens: int | None = Field(default=None, ge=1)
     """Tokens that a trajectory counts as under `normalisation: constant`; usually max_response_tokens."""
-    importance_cap: float | None = Field(default=2.0, gt=0)
-    """Each token's loss is multiplied by min(trainer probability / engine probability, this); null: by 1."""
+    importance: ImportanceConfig = ImportanceConfig()
+    """How the loss corrects for the difference between trainer and engines, staleness included."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the reference model; 0 loads no reference."""
     kl_estimator: Annotated[str, Registered(KL_ESTIMATORS)] = "k3"
@@ -66,6 +101,16 @@ class LearningConfig(Section):
                     f"{option} = {value} with estimator = {self.estimator}: only {readers} reads it; "
                     f"leave it at {default}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_shared_token_has_one_weight(self) -> Self:
+        if self.importance.level == "leaf" and self.packing == "tree":
+            raise ValueError(
+                "importance.level = leaf with packing = tree: a shared token would need a weight for each of "
+                "its leaves, and a pack keeps only their sum; importance.level = segment or packing = flat "
+                "are allowed"
+            )
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,10 @@ from treepo.errors import ConfigError, shortened, shown
 RENAMED_KEYS = {"actor": "trainer", "score_check": "log_prob_check"}
 """Old dotted keys, and their new names in the same section."""
 
+REPLACED_KEYS = {
+    "learning.importance_cap": "importance: {high: NUMBER} instead, or importance: {mode: none} for null",
+}
+"""Old dotted keys, and what is written instead in the same section."""
 
 _MAX_FAULTS = 20  # that are spelled out
 _MAX_EXTENDS = 16  # files, one extending the next
@@ -147,6 +151,8 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
 
 def _suggestion(schema: type[Section], location: Sequence[str]) -> str:
     """What to write in place of the unknown key at `location`."""
+    if replacement := REPLACED_KEYS.get(".".join(location)):
+        return f"write {replacement}"
     allowed = _keys_of(schema, location[:-1])
     new = RENAMED_KEYS.get(".".join(location))
     if new in allowed:

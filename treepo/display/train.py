@@ -103,6 +103,9 @@ class TrainDisplay(LiveDisplay):
         self.line("".join(f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True)))
         self.progress.update(self._task, completed=step)
 
+    def evaluated(self, step: int, accuracy: float) -> None:
+        self.line(f"{step:>4}/{self._steps}  held-out accuracy {accuracy:.3f}")
+
 
 def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
     """Show which checkpoint the run continues from, and which keys changed."""

@@ -9,8 +9,8 @@ A packed token therefore carries (A+, A-) and the summed weights (K+, K-) of the
 training it once is exact. KL and entropy terms count K+ + K- times. Every micro-batch's loss is divided by
 the whole mini-batch's `denominator`, so micro-batches and data-parallel ranks simply add up.
 
-Departures from the paper: an importance weight between engine and trainer (unless `importance_cap` is null),
-KL and entropy terms, and a token mean over the whole mini-batch instead of each micro-batch.
+Departures from the paper: an importance weight between engine and trainer (treepo.learning.importance), KL
+and entropy terms, and a token mean over the whole mini-batch instead of each micro-batch.
 """
 
 import math
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from treepo.config.learning import LearningConfig
+from treepo.learning.importance import effective_sample_share, importance_weights
 from treepo.learning.kl import KL_ESTIMATORS, k3
 from treepo.learning.packing import Pack
 
@@ -60,18 +61,10 @@ def policy_loss(
     count = (pack["count_pos"] + pack["count_neg"]).to(log_prob.dtype)
     trained = count > 0
     old_log_prob = _old_log_prob(log_prob, pack, config)
-    importance = torch.where(trained, old_log_prob - pack["rollout_log_prob"], 0.0).exp()
+    weight, measured = importance_weights(old_log_prob, pack, config.importance)
     total, metrics = _surrogate(torch.where(trained, log_prob - old_log_prob, 0.0), pack, config)
-    metrics |= {
-        "weight_sum": _sum(count),
-        "unique_tokens_sum": _sum(trained),
-        "importance_sum": _sum(count * importance),
-        "importance_max": importance.where(trained, -math.inf).max(),
-        "importance_min": importance.where(trained, math.inf).min(),
-    }
-    if config.importance_cap is not None:
-        metrics["importance_capped_sum"] = _sum(count * (importance > config.importance_cap))
-        total = total * importance.clamp(max=config.importance_cap)
+    total = total * weight
+    metrics |= {"weight_sum": _sum(count), "unique_tokens_sum": _sum(trained)} | measured
     if config.kl_coefficient:
         if "reference_log_prob" not in pack:
             raise ValueError(
@@ -95,16 +88,21 @@ def summarise(reduced: Mapping[str, float]) -> dict[str, float]:
     """Turn the metrics of `policy_loss`, reduced over micro-batches and ranks, into the mini-batch's.
 
     `loss` is a sum, `unique_tokens` counts the packed tokens that were trained, `*_max` and `*_min` are
-    extremes. Every other metric is a mean over the trained tokens of all trajectories; `clip_high`,
-    `clip_low`, `dual_clip` and `importance_capped` are fractions of them.
+    extremes, and `effective_sample_share` is that of the importance weights. Every other metric is a mean
+    over the trained tokens of all trajectories; `clip_high`, `clip_low`, `dual_clip`, `importance_above` and
+    `importance_below` are fractions of them.
     """
     summary = {"loss": reduced["loss_sum"], "unique_tokens": reduced["unique_tokens_sum"]}
     for key, value in reduced.items():
         name = key.removesuffix("_sum")
         if name == key:
             summary[key] = value
-        elif name not in ("weight", "loss", "unique_tokens"):
+        elif name not in ("weight", "loss", "unique_tokens", "importance_square"):
             summary[name] = value / reduced["weight_sum"]
+    if "importance_square_sum" in reduced:
+        summary["effective_sample_share"] = effective_sample_share(
+            reduced["importance_weight_sum"], reduced["importance_square_sum"], reduced["weight_sum"]
+        )
     return summary
 
 

@@ -8,6 +8,7 @@ to come, and to an engine that fails its requests only if no other has room. The
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -128,7 +129,7 @@ class TreeDriver:
 
     def pending(self) -> list[PendingRequest]:
         """Requests in flight, the oldest first."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         return [
             PendingRequest(prompt_id, path.number, engine, now - since)
             for path, (prompt_id, engine, since) in self._pending.items()
@@ -190,7 +191,7 @@ class TreeDriver:
         attempts = self._sampling.attempts
         for attempt in range(1, attempts + 1):
             home = live.home
-            self._pending[path] = live.tree.prompt.id, home.index, asyncio.get_running_loop().time()
+            self._pending[path] = live.tree.prompt.id, home.index, time.monotonic()
             self.idle.begin(home.index)
             try:
                 output = await home.engine.generate(request)

@@ -6,15 +6,14 @@ round. While the tree may still branch, a path request is for one segment; after
 that its path may still get. (The official code goes on segment by segment, in step with all other prompts;
 the trees are the same.)
 
-An engine may interrupt a request anywhere. The path's last node is then a part of a segment, which the next
-output extends: stop rules, depth and branching see whole segments only, as if nothing had happened.
+An engine may interrupt a request anywhere. Stop rules, depth and branching see whole segments only, so an
+interruption changes nothing but versions, and tokens that depend on a request's seed.
 
 Depth counts the segments of `segment_tokens` that a response fills, the last one even if partly; the two
 pieces of a segment that a fallback cut has split count as one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from operator import itemgetter
 
 import numpy as np
@@ -25,64 +24,9 @@ from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout import branching, fallback, rng
 from treepo.rollout.boxed import BoxScan
+from treepo.rollout.path import Node, PathRequest
 from treepo.rollout.stopping import StopRule
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """A segment of a growing tree.
-
-    end: length in tokens of the response that ends here. box: the search for a box in that response.
-    """
-
-    parent: "Node | None"
-    tokens: np.ndarray
-    log_probs: np.ndarray
-    versions: np.ndarray
-    finish: Finish
-    end: int
-    box: BoxScan
-
-    def path(self) -> "list[Node]":
-        """The nodes from the prompt's child down to this one, both included."""
-        nodes, node = [], self
-        while node is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
-
-    def response_log_probs(self) -> np.ndarray:
-        """Log-probs of the response that ends here: float32 [T]."""
-        return np.concatenate([node.log_probs for node in self.path()])
-
-
-@dataclass(slots=True, eq=False)
-class PathRequest:
-    """The tokens that one path needs in one round.
-
-    number: unique in the tree, in the order of creation. context: int32 [T], prompt and response so far.
-    first_length: response tokens at which the request began, where its first segment starts. target_length:
-    response tokens at which it is complete. last_node: the path's last node, None at the prompt. new_nodes:
-    nodes that this round added. stop: why the path ended; None while it goes on.
-    """
-
-    number: int
-    context: np.ndarray
-    first_length: int
-    target_length: int
-    last_node: Node | None
-    new_nodes: list[Node] = field(default_factory=list)
-    stop: Stop | None = None
-
-    @property
-    def length(self) -> int:
-        """Response tokens so far."""
-        return self.last_node.end if self.last_node else 0
-
-    @property
-    def complete(self) -> bool:
-        return self.stop is not None or self.length == self.target_length
 
 
 def _unseen_tokens(node: Node | None, seen: set[int]) -> int:
@@ -123,7 +67,7 @@ class GrowingTree:
 
     def generate_request(self, path: PathRequest) -> GenerateRequest:
         """The request to send to an engine next for `path`."""
-        wanted, segment_tokens = self._wanted(path), self._config.segment_tokens
+        wanted, segment_tokens = path.wanted, self._config.segment_tokens
         return GenerateRequest(
             context=path.context,
             prompt_tokens=len(self.prompt.tokens),
@@ -140,9 +84,8 @@ class GrowingTree:
         or anywhere if it was interrupted, the path request is not complete yet. Raises EngineError for an
         output that does not fit the request.
         """
-        segment_tokens, total = self._config.segment_tokens, len(output.tokens)
-        wanted = self._wanted(path)
-        short = output.finish == "length" and total < wanted and total % segment_tokens
+        wanted, total = path.wanted, len(output.tokens)
+        short = output.finish == "length" and total < wanted and total % self._config.segment_tokens
         if not 0 < total <= wanted or total != len(output.log_probs) or short:
             raise EngineError(
                 f"the engine returned {total} tokens with {len(output.log_probs)} log-probs, finish "
@@ -152,11 +95,11 @@ class GrowingTree:
         context = np.concatenate([path.context, output.tokens])
         taken = 0
         while taken < total and path.stop is None:
-            segment_end = self._segment_end(path)
+            segment_end = path.segment_end
             piece = slice(taken, min(taken + segment_end - path.length, total))
             taken = piece.stop
             eos = output.finish == "eos" and taken == total
-            node = self._extend(path, output, piece, Finish.EOS if eos else Finish.LENGTH)
+            node = path.add(output, piece, Finish.EOS if eos else Finish.LENGTH, self._rule)
             if eos or node.end == segment_end:
                 path.stop = self._rule.classify(context[prompt_tokens : base + taken], node.box, eos)
         path.context = context[: base + taken]
@@ -243,43 +186,6 @@ class GrowingTree:
             todo += children.get(id(nodes[-1]), [])[::-1]
         return nodes
 
-    def _in_segment(self, path: PathRequest) -> bool:
-        """Whether the last node is a part of a segment, because the engine was interrupted."""
-        return (path.length - path.first_length) % self._config.segment_tokens > 0
-
-    def _segment_end(self, path: PathRequest) -> int:
-        """Response tokens at which the segment ends that gets the next token."""
-        segment_tokens = self._config.segment_tokens
-        whole = (path.length - path.first_length) // segment_tokens
-        return min(path.first_length + (whole + 1) * segment_tokens, path.target_length)
-
-    def _wanted(self, path: PathRequest) -> int:
-        """Tokens to request next: all that the path needs, or only the rest of its segment.
-
-        An engine checks the stop rule at multiples of `segment_tokens` of new tokens. So that these are
-        segment boundaries, a request for more than one segment begins at one.
-        """
-        end = self._segment_end(path) if self._in_segment(path) else path.target_length
-        return end - path.length
-
-    def _extend(self, path: PathRequest, output: GenerateOutput, piece: slice, finish: Finish) -> Node:
-        """Add a piece of an output to the segment that the last node is a part of, or as a new node."""
-        tokens, log_probs = output.tokens[piece], output.log_probs[piece]
-        versions = np.full(len(tokens), output.version, dtype=np.int32)
-        node = path.last_node
-        if node is not None and self._in_segment(path):
-            node.tokens = np.concatenate([node.tokens, tokens])
-            node.log_probs = np.concatenate([node.log_probs, log_probs])
-            node.versions = np.concatenate([node.versions, versions])
-            node.finish, node.end = finish, node.end + len(tokens)
-            node.box = self._rule.scan(node.box, tokens)
-            return node
-        box = node.box if node else BoxScan()
-        end, box = path.length + len(tokens), self._rule.scan(box, tokens)
-        path.last_node = Node(node, tokens, log_probs, versions, finish, end, box)
-        path.new_nodes.append(path.last_node)
-        return path.last_node
-
     def _branch(self, active: list[Node], finished_now: int) -> list[PathRequest]:
         config = self._config
         bound = branching.leaf_bound(
@@ -348,9 +254,9 @@ class GrowingTree:
             above = [ancestor.tokens for ancestor in node.path()] if node else []
             context = np.concatenate([self.prompt.tokens, *above])
             length = node.end if node else 0
-            target = self._target_length(length, saturated)
+            target, size = self._target_length(length, saturated), self._config.segment_tokens
             numbers = range(self._requested, self._requested + count)
-            requests += (PathRequest(number, context, length, target, node) for number in numbers)
+            requests += (PathRequest(number, context, size, length, target, node) for number in numbers)
             self._requested += count
         return requests
 

@@ -1,4 +1,8 @@
-"""Accuracy on the held-out prompts: before, during and after training."""
+"""Accuracy on the held-out prompts: before, during and after training.
+
+An evaluation is of one weight version. In an asynchronous run it takes place beside the next step, whose
+weight sync waits for it; the trees that grow for training meanwhile do not count.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -62,3 +66,40 @@ class Heldout:
         versions = {int(version) for tree in trees for one in tree.segments for version in one.versions}
         assert len(versions) == 1, f"{what}: answers of the versions {sorted(versions)}"
         return accuracy(trees)
+
+
+class PeriodicEvaluation:
+    """The evaluations of `evaluation.every`, one at a time. That of the last step comes after training."""
+
+    def __init__(self, config: RunConfig, heldout: Heldout) -> None:
+        self._every = config.evaluation.every if heldout.prompts else None
+        self._steps, self._heldout = config.steps, heldout
+        self._step = 0
+        self._task: asyncio.Task[float] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether an evaluation was begun and not finished."""
+        return self._task is not None
+
+    def due(self, step: int) -> bool:
+        """Whether an evaluation follows this step."""
+        return self._every is not None and 0 < step < self._steps and step % self._every == 0
+
+    def begin(self, step: int) -> None:
+        """Begin to evaluate the weights of a step, which are served until `finish`."""
+        assert self._task is None
+        self._step = step
+        self._task = asyncio.create_task(self._heldout.accuracy(f"evaluation after step {step}"))
+
+    async def finish(self) -> tuple[int, float]:
+        """Wait for the evaluation; returns its step and the accuracy. Raises what `Heldout` raises."""
+        assert self._task is not None
+        task, self._task = self._task, None
+        return self._step, await task
+
+    async def cancel(self) -> None:
+        """Cancel the evaluation that was begun, if any."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])

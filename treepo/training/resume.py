@@ -9,11 +9,13 @@ from treepo.config.load import load_config
 from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
 from treepo.data.output_folder import CONFIG, SUMMARY
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, ModelError
 from treepo.protocols import Trainer, TrainingEnginePool
-from treepo.training.checkpoint_manifest import read_manifest
+from treepo.training.checkpoint_manifest import MANIFEST, READY_TREES, read_manifest
 from treepo.training.checkpoints import newest
+from treepo.training.ready_trees import read_ready_trees
 from treepo.training.run_state import RunState
+from treepo.training.tree_supply import FinishedTree
 
 # Keys that determine the run's numbers. All others may change: layout, engines, number of steps.
 FIXED = (
@@ -38,11 +40,13 @@ _ABSENT = object()
 class Resume:
     """Where a run continues.
 
-    checkpoint: its folder. changes: keys whose value differs from the interrupted run's, one line each.
+    checkpoint: its folder. ready_trees: finished trees that wait for a step, by position. changes: keys whose
+    value differs from the interrupted run's, one line each.
     """
 
     checkpoint: Path
     state: RunState
+    ready_trees: Mapping[int, FinishedTree]
     changes: tuple[str, ...]
 
 
@@ -75,7 +79,13 @@ def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
             f"and steps = {config.steps}"
         )
     _check_sizes(config.out, state)
-    return Resume(checkpoint, state, tuple(changes.values()))
+    ready_trees = read_ready_trees(checkpoint / READY_TREES)
+    if sorted(ready_trees) != state.schedule.ready:
+        raise ModelError(
+            f"{checkpoint / READY_TREES}: it has the trees {sorted(ready_trees)}, and {MANIFEST} names "
+            f"{state.schedule.ready}"
+        )
+    return Resume(checkpoint, state, ready_trees, tuple(changes.values()))
 
 
 async def restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer) -> None:

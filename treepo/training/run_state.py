@@ -18,9 +18,9 @@ from treepo.training.scheduler import ScheduleState
 class RunState:
     """Everything that a run carries from step to step; a checkpoint saves it whole.
 
-    data: fingerprint of the training prompts. schedule: which of them are not trained yet. resampled: finished
-    trees that a resumed run found too stale. sizes: bytes of the growing files, by name, when the state was
-    saved. seconds: total time of the run, before and after interruptions.
+    data: fingerprint of the training prompts. schedule: which of them are not trained yet. resampled: trees
+    that a resumed run found too stale. sizes: bytes of the growing files, by name, when the state was saved.
+    seconds: total time of the run, before and after interruptions.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -99,6 +99,7 @@ class Clock:
         self._state, self._reporter = state, reporter
         self._started = time.perf_counter() - state.seconds
         self._step_seconds: dict[str, float] = {}
+        self._step_began = time.perf_counter()
 
     def show(self, phase: str, announce: bool = False) -> None:
         """Show the phase that begins, without counting its time."""
@@ -120,7 +121,8 @@ class Clock:
             counts[phase] = counts.get(phase, 0.0) + seconds
         self._state.seconds = time.perf_counter() - self._started
 
-    def take_step_seconds(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last call."""
+    def take_step_seconds(self) -> tuple[dict[str, float], float]:
+        """Return the seconds of each phase since the last call, and the seconds since then in all."""
         taken, self._step_seconds = self._step_seconds, {}
-        return taken
+        began, self._step_began = self._step_began, time.perf_counter()
+        return taken, self._step_began - began

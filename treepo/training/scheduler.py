@@ -50,10 +50,11 @@ class ScheduleState:
 class Scheduler:
     """Schedules the trees of one run.
 
-    order: the training order; it has at least `batch` prompts, and no two untrained trees have the same one.
-    batch: trees of one step. max_untrained: most trees that are started and not trained, at any time; from
-    batch to batch x (max_staleness + 1). max_replaced: most dropped trees that others replace in one step;
-    every further one makes the step's batch smaller. steps: of the run.
+    order: the training order, of at least `batch` prompts. A prompt has one untrained tree at a time, and
+    begins one under each version: another would draw the same random numbers. batch: trees of one step.
+    max_untrained: most trees that are started and not trained, at any time; from batch to
+    batch x (max_staleness + 1). max_replaced: most dropped trees that others replace in one step; every
+    further one makes the step's batch smaller. steps: of the run.
 
     version: that the engines serve. resampled: finished trees of the restored state that are too stale now.
     """
@@ -79,6 +80,7 @@ class Scheduler:
         self._growing: dict[int, int] = {}  # positions, and the versions that their trees began with
         self._ready: dict[int, int] = {}
         self._busy: set[int] = set()  # prompts of both
+        self._begun: set[int] = set()  # prompts that have begun a tree under this version
         self._training = False
         self._dropped = 0
         state = state or ScheduleState()
@@ -112,22 +114,22 @@ class Scheduler:
 
     def next(self) -> int | None:
         """The position to start next; None until a tree is dropped or a step is taken or trained."""
-        if len(self._busy) >= min(self._room(), len(self._order)):
+        barred = self._busy | self._begun
+        if len(self._busy) >= self._room() or len(barred) == len(self._order):
             return None
-        for position in chain(self._again, count(self._cursor)):
-            if self._order.index(position) not in self._busy:
-                return position
-        raise AssertionError("positions never end")
+        positions = chain(self._again, count(self._cursor))
+        return next(position for position in positions if self._order.index(position) not in barred)
 
     def start(self, position: int) -> None:
         """Start the tree at the position that `next` returned."""
         if position < self._cursor:
             self._again.remove(position)
-        else:  # the positions that were passed over wait for an earlier tree of their prompt
+        else:  # the positions that were passed over wait until their prompt may begin again
             self._again += range(self._cursor, position)
             self._cursor = position + 1
         self._growing[position] = self.version
         self._busy.add(self._order.index(position))
+        self._begun.add(self._order.index(position))
 
     def finish(self, position: int) -> None:
         """A tree has finished and can be trained."""
@@ -144,8 +146,10 @@ class Scheduler:
         self._busy.remove(self._order.index(position))
 
     def take(self) -> Mapping[int, int] | None:
-        """Take the trees of the next step: ascending positions, with the version that each began with. None:
-        wait until another tree finishes. `trained` ends the step.
+        """Take the trees of the next step: ascending positions, with the version that each began with.
+
+        None: wait until another tree finishes. They are fewer than a batch if no further tree can begin, or
+        replace a dropped one. `trained` ends the step.
         """
         assert not self._training, "the last step is still being trained"
         oldest = sorted(self._ready, key=lambda position: (self._ready[position], position))
@@ -157,7 +161,7 @@ class Scheduler:
             if sum(self._ready[position] <= began for position in oldest) < due:
                 return None
             least = max(least, due)
-        if len(oldest) < least:
+        if len(oldest) < least and (self._growing or self.next() is not None):
             return None
         taken = {position: self._ready.pop(position) for position in sorted(oldest[: self._batch])}
         self._busy.difference_update(map(self._order.index, taken))
@@ -169,6 +173,7 @@ class Scheduler:
         assert self._training
         self._training = False
         self.version += 1
+        self._begun.clear()
 
     def state(self) -> ScheduleState:
         """The schedule between two steps. Trees that grow are started again."""

@@ -1,25 +1,27 @@
-"""The synchronous loop: sample trees, grade them, learn from them, give the engines the new weights."""
+"""A training run from its start to its summary; `treepo.training.loop` takes the steps."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
 from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
-from treepo.data.prompts import Prompt, PromptOrder
-from treepo.evaluation.metrics import evaluation_sampling
+from treepo.data.prompts import PromptOrder
 from treepo.protocols import Trainer, TrainingEnginePool
+from treepo.rewards.grade import Rewards
 from treepo.rewards.pool import open_rewards
-from treepo.training.batch import BatchSampler
+from treepo.rollout.driver import TreeDriver
 from treepo.training.checkpoints import Checkpoints
-from treepo.training.graded_trees import GradedSampler
-from treepo.training.learn import learn
+from treepo.training.heldout import Heldout, PeriodicEvaluation
 from treepo.training.log_prob_check import check_log_probs
-from treepo.training.metrics import accuracy, step_metrics
+from treepo.training.loop import TrainingLoop
 from treepo.training.resume import Resume, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, Reporter, RunState
+from treepo.training.scheduler import Scheduler
+from treepo.training.tree_grader import TreeGrader
+from treepo.training.tree_supply import TreeSupply
 
 Start = Callable[[], AbstractAsyncContextManager[tuple[TrainingEnginePool, Trainer]]]
 """Starts the engines and the trainer, and ends them on exit."""
@@ -44,11 +46,7 @@ async def train(
             # Rewards first: a reward function that cannot be imported is found within a second.
             rewards = await stack.enter_async_context(open_rewards(config.reward))
             engines, trainer = await stack.enter_async_context(start())
-        order = PromptOrder(len(inputs.train), config.seed, state.cursor)
-        sampler = GradedSampler(config, config.sampling, inputs.tokenizer, engines, rewards)
-        batches = BatchSampler(config, inputs.train, order, sampler, folder)
-        heldout = GradedSampler(config, evaluation_sampling(config), inputs.tokenizer, engines, rewards)
-        checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, trainer)
+        heldout = Heldout(config, inputs.heldout, inputs.tokenizer, engines, rewards)
         if resume is not None:
             with clock.phase(f"continue from {resume.checkpoint.name}", announce=True):
                 await restore(resume, engines, trainer)
@@ -57,30 +55,24 @@ async def train(
             with clock.phase("check log-probs", announce=True):
                 decode = inputs.tokenizer.decode
                 check = await check_log_probs(
-                    config, inputs.train, decode, engines.engines, trainer, engines.offloaded
+                    config, inputs.train, decode, engines.engines, trainer, engines.training
                 )
         if resume is None:
-            state.accuracy_before = await _evaluate(heldout, inputs.heldout, "evaluate before", clock)
-
-        for step in range(state.steps_done + 1, config.steps + 1):
-            with clock.phase("sample"):
-                batch = await batches.sample(step)
-            with clock.phase("write checkpoint"):  # of the step before
-                await checkpoints.finish()
-            result = await learn(batch.trained, step, config, engines, trainer, clock)
-            state.step_done(step, batch.stats, result)
-            state.cursor = order.cursor
-            metrics = step_metrics(batch, result, clock.take_step_seconds())
-            folder.write_metrics(step, metrics)
-            reporter.step(step, metrics)
-            if checkpoints.due(step):
-                with clock.phase("write checkpoint"):
-                    state.sizes = folder.sizes()
-                    await checkpoints.begin(state)
-
-        with clock.phase("write checkpoint"):
-            await checkpoints.finish()
-        accuracy_after = await _evaluate(heldout, inputs.heldout, "evaluate after", clock)
+            state.accuracy_before = await _evaluate(heldout, "evaluate before", clock)
+        loop = TrainingLoop(
+            config=config,
+            engines=engines,
+            trainer=trainer,
+            supply=_supply(config, inputs, engines, rewards, state, resume),
+            evaluation=PeriodicEvaluation(config, heldout),
+            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer),
+            folder=folder,
+            state=state,
+            clock=clock,
+            reporter=reporter,
+        )
+        await loop.run()
+        accuracy_after = await _evaluate(heldout, "evaluate after", clock)
         with clock.phase("write model"):
             await trainer.export(folder.checkpoint.resolve())
         summary = state.summary(trainer.dtype, accuracy_after, check)
@@ -89,16 +81,30 @@ async def train(
     return summary
 
 
-async def _evaluate(
-    sampler: GradedSampler, prompts: Sequence[Prompt], phase: str, clock: Clock
-) -> float | None:
-    """Return the accuracy of the served weights on held-out prompts; None if there are none.
+def _supply(
+    config: RunConfig,
+    inputs: TrainInputs,
+    engines: TrainingEnginePool,
+    rewards: Rewards,
+    state: RunState,
+    resume: Resume | None,
+) -> TreeSupply:
+    """The supply of trees that begins as the state says."""
+    order = PromptOrder(len(inputs.train), config.seed)
+    scheduler = Scheduler.of_run(config, order, state.steps_done, state.schedule)
+    if scheduler.resampled:
+        state.resampled += scheduler.resampled
+        _log.warning("%d finished trees are too stale now and are sampled again", scheduler.resampled)
+    tokenizer, sampling = inputs.tokenizer, config.sampling
+    driver = TreeDriver(engines.engines, sampling, tokenizer.decode, config.seed, engines.kv_tokens)
+    grader = TreeGrader(config.reward, tokenizer, rewards, sampling.max_response_tokens)
+    finished = {} if resume is None else resume.ready_trees
+    return TreeSupply(config, inputs.train, order, scheduler, driver, grader, finished)
 
-    Every evaluation samples as step 0, with the same seeds.
-    """
-    if not prompts:
+
+async def _evaluate(heldout: Heldout, phase: str, clock: Clock) -> float | None:
+    """Return the accuracy of the served weights on the held-out prompts; None if there are none."""
+    if not heldout.prompts:
         return None
     with clock.phase(phase, announce=True):
-        trees = await sampler.sample(prompts, step=0)
-        sampler.check_grades(phase)
-        return accuracy(trees)
+        return await heldout.accuracy(phase)

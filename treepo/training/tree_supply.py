@@ -19,7 +19,7 @@ from treepo.rewards.shaping import shaped
 from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.rollout.stats import Stats
 from treepo.rollout.watchdog import watched
-from treepo.training.scheduler import Scheduler
+from treepo.training.scheduler import Scheduler, ScheduleState
 from treepo.training.tree_grader import TreeGrader
 from treepo.tree import Tree
 
@@ -127,9 +127,9 @@ class TreeSupply:
         self._driver.forgive()
         self._tell()
 
-    def finished(self) -> Mapping[int, FinishedTree]:
-        """The graded trees that wait for a step, by position."""
-        return dict(self._finished)
+    def state(self) -> tuple[ScheduleState, Mapping[int, FinishedTree]]:
+        """What a checkpoint keeps: the schedule, and the trees that wait for a step."""
+        return self._scheduler.state(), self._finished
 
     @contextmanager
     def paused(self) -> Iterator[None]:

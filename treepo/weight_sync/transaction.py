@@ -15,7 +15,8 @@ from treepo.weight_sync.send import Outcome, WeightSink
 from treepo.weight_sync.wire import Manifest
 
 _log = logging.getLogger(__name__)
-_GRACE_SECONDS = 20.0  # an engine's own deadlines come first
+GRACE_SECONDS = 20.0
+"""For an engine's answer beyond a deadline of its own."""
 
 
 class WeightSender(Protocol):
@@ -41,7 +42,7 @@ class ReceivingEngine(Protocol):
     def name(self) -> str: ...
 
     async def begin(self, version: int, manifest: Manifest) -> None:
-        """Stop serving: running requests end, later ones wait."""
+        """Stop serving: running requests are interrupted, later ones wait."""
         ...
 
     def sink(self) -> WeightSink:
@@ -90,7 +91,7 @@ class _Transaction[E: ReceivingEngine]:
     def __init__(self, trainer: WeightSender, version: int, seconds: float) -> None:
         self.failed: dict[E, EngineError] = {}
         self._trainer, self._version = trainer, version
-        self._seconds = seconds + _GRACE_SECONDS
+        self._seconds = seconds + GRACE_SECONDS
 
     async def run(self, engines: Sequence[E]) -> list[E]:
         """Update the engines, and return those that committed. If the trainer raises an error, none has."""

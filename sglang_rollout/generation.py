@@ -1,0 +1,99 @@
+"""Samples the tokens of one request with SGLang, up to a boundary where the stop rule holds."""
+
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any, Literal
+
+import numpy as np
+
+from sglang_rollout.requests import SGLangRequests
+from treepo.errors import EngineError
+from treepo.protocols import GenerateOutput, GenerateRequest
+
+StopRule = Callable[[np.ndarray], bool]
+"""Whether a response (int32 [T], prompt excluded) needs no further tokens."""
+
+
+class Generation:
+    """stop_rule: called at the boundaries of `GenerateRequest.check_every`. end_tokens: end an answer."""
+
+    def __init__(
+        self, requests: SGLangRequests, stop_rule: StopRule | None, end_tokens: frozenset[int]
+    ) -> None:
+        self._requests = requests
+        self._stop_rule = stop_rule
+        self._end_tokens = end_tokens
+
+    @property
+    def checks(self) -> bool:
+        """Whether requests may have `check_every`."""
+        return self._stop_rule is not None
+
+    async def sample(self, request: GenerateRequest, version: int) -> GenerateOutput | None:
+        """Sample with the weights of `version`; None if interrupted before the first token."""
+        sampling = {
+            "max_new_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "stop_token_ids": sorted(self._end_tokens),
+            "sampling_seed": request.seed,
+            "stream_interval": request.check_every or None,
+        }
+        stream = request.check_every > 0
+        work = self._requests.answers(request.context, sampling, version, stream=stream, interruptible=True)
+        checked, answer, interrupted = 0, {}, False
+        async with aclosing(work) as answers:
+            async for answer in answers:
+                tokens = answer["output_ids"]
+                interrupted = _is_interrupted(answer)
+                for boundary in _boundaries(request.check_every, checked, len(tokens), interrupted):
+                    if self._should_stop(request, tokens[:boundary]):
+                        return self._output(answer, boundary, "length", version)
+                    checked = boundary
+        length = len(answer["output_ids"])
+        if interrupted and not length:
+            return None
+        finish = "interrupted" if interrupted and length < request.max_tokens else "length"
+        return self._output(answer, length, finish, version)
+
+    def _should_stop(self, request: GenerateRequest, tokens: list[int]) -> bool:
+        """Whether the stop rule holds for the response that ends with the new `tokens`."""
+        assert self._stop_rule is not None
+        above = request.context[request.prompt_tokens :]
+        return self._stop_rule(np.concatenate([above, np.asarray(tokens, dtype=np.int32)]))
+
+    def _output(
+        self, answer: dict[str, Any], length: int, finish: Literal["length", "interrupted"], version: int
+    ) -> GenerateOutput:
+        """The first `length` tokens that SGLang sampled. finish: if the last of them is not an end token."""
+        meta = answer["meta_info"]
+        tokens = np.asarray(answer["output_ids"][:length], dtype=np.int32)
+        sampled = meta["output_token_logprobs"][:length]
+        log_probs = np.asarray([log_prob for log_prob, _, _ in sampled], dtype=np.float32)
+        if not 0 < len(tokens) == len(log_probs):
+            raise EngineError(f"SGLang returned {len(tokens)} tokens and {len(log_probs)} log-probs")
+        if not np.isfinite(log_probs).all():
+            raise EngineError("SGLang returned a log-prob that is not finite: the weights may have diverged")
+        if meta["weight_version"] != str(version):
+            raise EngineError(
+                f"SGLang sampled with weights of version {meta['weight_version']}, not {version}"
+            )
+        return GenerateOutput(
+            tokens=tokens,
+            log_probs=log_probs,
+            version=version,
+            finish="eos" if int(tokens[-1]) in self._end_tokens else finish,
+            cached_tokens=meta["cached_tokens"],
+        )
+
+
+def _is_interrupted(answer: dict[str, Any]) -> bool:
+    finish = answer["meta_info"]["finish_reason"]
+    return finish is not None and finish["type"] == "abort"
+
+
+def _boundaries(step: int, checked: int, sampled: int, is_last: bool) -> range:
+    """Multiples of `step` above `checked` and below `sampled`; none if `step` is 0.
+
+    is_last: no token follows, so a boundary at `sampled` itself counts too.
+    """
+    return range(checked + step, sampled + is_last, step) if step else range(0)

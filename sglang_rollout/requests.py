@@ -1,0 +1,98 @@
+"""Requests to SGLang's tokenizer manager, which can be interrupted while SGLang computes them."""
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+
+from sglang_rollout.processes import SGLangProcesses
+from treepo.errors import EngineError
+
+_INTERRUPTIBLE = "treepo-"  # SGLang aborts all requests whose names begin with the given text
+
+
+class SGLangRequests:
+    """Sends requests and reads their answers."""
+
+    def __init__(self, sglang: SGLangProcesses) -> None:
+        self._sglang = sglang
+        self._running: set[str] = set()
+        self._interrupted: set[str] = set()
+
+    def interrupt(self) -> None:
+        """End every interruptible request that SGLang has, after the decoding step that it is in."""
+        from sglang.srt.managers.io_struct import AbortReq
+
+        if self._running and not self._sglang.death.done():
+            self._interrupted |= self._running
+            self._sglang.manager._dispatch_to_scheduler(AbortReq(rid=_INTERRUPTIBLE))
+
+    async def answers(
+        self,
+        context: np.ndarray,
+        sampling: dict[str, Any],
+        version: int,
+        *,
+        stream: bool = False,
+        of_context: bool = False,
+        log_probs: bool = True,
+        interruptible: bool = False,
+    ) -> AsyncGenerator[dict[str, Any]]:
+        """SGLang's answers to one request, each with all tokens so far. Closing it early ends the request.
+
+        The last answer of a request that was interrupted has a finish reason of type "abort", and perhaps no
+        token. context: int32 [T]. version: of the weights, part of the radix-cache key. of_context: whether
+        log-probs of the context's tokens are computed too. Raises EngineError if SGLang refuses the request
+        or ends it by itself.
+        """
+        from fastapi import HTTPException
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        manager = self._sglang.manager
+        check_vocabulary(context, manager.model_config.vocab_size)
+        name = f"{_INTERRUPTIBLE if interruptible else ''}{uuid.uuid4().hex}"
+        request = GenerateReqInput(
+            rid=name,
+            input_ids=context.tolist(),
+            sampling_params=sampling,
+            return_logprob=log_probs,
+            logprob_start_len=0 if of_context else -1,
+            stream=stream,
+            extra_key=f"v{version}",
+        )
+        finish = None
+        cached = 0
+        if interruptible:
+            self._running.add(name)
+        try:
+            async with aclosing(manager.generate_request(request)) as answers:
+                async for answer in answers:
+                    meta = answer["meta_info"]
+                    finish = meta["finish_reason"]
+                    if finish is not None and finish["type"] == "abort":
+                        if name not in self._interrupted:
+                            raise EngineError(f"SGLang ended a request: {finish.get('message')}")
+                        # Of a request in its queue, SGLang returns the last token only, but all log-probs.
+                        answer["output_ids"] = [
+                            token for _, token, _ in meta.get("output_token_logprobs", ())
+                        ]
+                    cached = meta.setdefault("cached_tokens", cached)
+                    yield answer
+        except (ValueError, HTTPException) as error:
+            raise EngineError(f"SGLang refused a request of {len(context)} tokens: {error}") from error
+        finally:
+            self._running.discard(name)
+            self._interrupted.discard(name)
+            if finish is None and not self._sglang.death.done():
+                manager.abort_request(name)
+
+
+def check_vocabulary(context: np.ndarray, vocabulary: int) -> None:
+    """Raise EngineError if a token is not in the model's vocabulary."""
+    if context.max() >= vocabulary or context.min() < 0:
+        raise EngineError(
+            f"the context has tokens from {context.min()} to {context.max()}; the model has a vocabulary of "
+            f"{vocabulary}"
+        )

@@ -1,0 +1,20 @@
+"""The store of an engine's ranks: its port is taken from the start, and ranks meet there."""
+
+import socket
+
+import pytest
+from torch.distributed.rendezvous import rendezvous
+
+from sglang_rollout.rank_store import open_store, store_variables
+
+
+def test_ranks_meet_at_a_port_that_nobody_else_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store()
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(("127.0.0.1", store.port))
+    for name, value in store_variables(store.port).items():
+        monkeypatch.setenv(name, value)
+    first, second = (next(iter(rendezvous("env://", rank, 2)))[0] for rank in range(2))
+    first.set("a", "b")
+    assert second.get("a") == b"b"
+    assert open_store().port != store.port

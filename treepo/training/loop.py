@@ -1,0 +1,96 @@
+"""The steps of a training run: take trees, learn from them, serve the new weights, save.
+
+In a synchronous run the engines sample only while the loop waits for trees; in an asynchronous one they
+sample the trees of later steps while the trainer learns. Everything else is the same.
+"""
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from treepo.config.run import RunConfig
+from treepo.protocols import Trainer, TrainingEnginePool
+from treepo.training.checkpoints import Checkpoints
+from treepo.training.heldout import PeriodicEvaluation
+from treepo.training.learn import learn
+from treepo.training.metrics import step_metrics
+from treepo.training.ready_trees import ready_trees_lines
+from treepo.training.run_folder import RunFolder
+from treepo.training.run_state import Clock, Reporter, RunState
+from treepo.training.tree_supply import TreeSupply
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingLoop:
+    """Everything that a run's steps use. `state` says where they begin, and follows them."""
+
+    config: RunConfig
+    engines: TrainingEnginePool
+    trainer: Trainer
+    supply: TreeSupply
+    evaluation: PeriodicEvaluation
+    checkpoints: Checkpoints
+    folder: RunFolder
+    state: RunState
+    clock: Clock
+    reporter: Reporter
+
+    async def run(self) -> None:
+        """Take the steps that are left."""
+        self.clock.take_step_seconds()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.supply.running(self.engines))
+            stack.push_async_callback(self.evaluation.cancel)
+            await self._evaluate(self.state.steps_done)  # a checkpoint is older than its step's evaluation
+            for step in range(self.state.steps_done + 1, self.config.steps + 1):
+                await self._step(step)
+                if self.checkpoints.due(step):
+                    await self._begin_checkpoint()
+                await self._evaluate(step)
+            await self._finish_checkpoint()
+
+    async def _step(self, step: int) -> None:
+        with self.clock.phase("sample"):
+            batch = await self.supply.batch(step)
+        for finished in batch.sampled:
+            self.folder.write_tree(finished.tree, step, finished.answer)
+        await self._finish_checkpoint()  # of the step before
+        result = await learn(
+            batch.trained,
+            step,
+            self.config,
+            self.engines,
+            self.trainer,
+            self.clock,
+            self.supply.paused,
+            self._finish_evaluation,
+        )
+        self.supply.trained()
+        sampled = self.supply.take_sampled()
+        self.state.step_done(step, sampled.stats, result)
+        metrics = step_metrics(batch, sampled, result, *self.clock.take_step_seconds())
+        self.folder.write_metrics(step, metrics)
+        self.reporter.step(step, metrics)
+
+    async def _begin_checkpoint(self) -> None:
+        with self.clock.phase("write checkpoint"):
+            self.state.sizes = self.folder.sizes()
+            self.state.schedule, ready_trees = self.supply.state()
+            await self.checkpoints.begin(self.state, ready_trees_lines(ready_trees))
+
+    async def _finish_checkpoint(self) -> None:
+        with self.clock.phase("write checkpoint"):
+            await self.checkpoints.finish()
+
+    async def _evaluate(self, step: int) -> None:
+        """Evaluate the weights of a step if that is due; in an asynchronous run, only begin."""
+        if self.evaluation.due(step):
+            self.evaluation.begin(step)
+            if self.config.loop.mode == "sync":
+                await self._finish_evaluation()
+
+    async def _finish_evaluation(self) -> None:
+        if self.evaluation.running:
+            with self.clock.phase("evaluate"):
+                step, accuracy = await self.evaluation.finish()
+            self.folder.write_metrics(step, {"heldout/accuracy": accuracy})
+            self.reporter.evaluated(step, accuracy)
