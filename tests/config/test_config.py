@@ -120,6 +120,13 @@ def test_auto_is_decided_by_the_devices(dtype: str, gpus: bool, decided: str) ->
     assert (str(model.path), model.dtype) == ("m", decided)
 
 
+def test_sampling_alone_refuses_the_surplus_of_training() -> None:
+    needed = ["out=o", "model.path=m", "data.prompts=x.jsonl"]
+    with pytest.raises(ConfigError, match=r"sampling: oversample = 2: .*; 1 is allowed$"):
+        load_as(RolloutConfig, None, [*needed, "sampling.oversample=2"])
+    assert load_as(RolloutConfig, None, [*needed, "sampling.oversample=1"]).sampling.oversample == 1
+
+
 def test_float32_is_refused_on_gpus() -> None:
     with pytest.raises(ConfigError, match=r"model\.dtype = float32: .* bfloat16 and auto"):
         ModelConfig.model_validate({"path": "m", "dtype": "float32"}).on(gpus=True)

@@ -89,6 +89,7 @@ def test_columns_are_guessed_from_the_name_of_a_file_only_if_a_map_is_shipped() 
         (["model.url=h:1", "model.path=null"], "model.url: String should match pattern"),
         (["model.tokenizer=t"], "tokenizer = t has no effect: the model at path = m"),
         (["sampling.temperature=0"], "temperature = 0 gives the same response every time, but width = 16"),
+        (["sampling.oversample=1.5"], "sampling: oversample = 1.5: every prompt is sampled once"),
         (["samplign.width=3"], "unknown key; did you mean 'sampling'?"),
         (["sampling.stops.boxes=end"], "sampling.stops.boxes: unknown key; did you mean 'boxed'?"),
     ],

@@ -61,6 +61,21 @@ def test_a_run_that_fits_is_planned_in_full() -> None:
     assert not plan.proposals
 
 
+def test_an_asynchronous_run_has_devices_of_its_own_for_each_side() -> None:
+    split = ("placement=split", "weights.transport=broadcast")
+    sync, ahead = planned(*split), planned(*split, "loop.mode=async")
+    assert sync.step is not None
+    assert ahead.step is not None
+    assert ahead.fit.footprint.devices == sync.fit.footprint.devices == 16
+    assert ahead.step.seconds < sync.step.seconds
+    assert ahead.step.engines_idle < sync.step.engines_idle
+    assert ahead.step.trainer_idle < sync.step.trainer_idle
+    beside = run(*split, "loop.mode=async")
+    assert "loop: asynchronous, at most 16 trees started and not trained" in beside.stdout
+    assert "Engines and trainer work side by side: " in beside.stdout
+    assert "Engines and trainer take turns: " in run(*split).stdout
+
+
 def test_every_proposal_fits_and_is_another_idea() -> None:
     plan = planned(*TOO_LARGE)
     assert plan.fit.problem is not None

@@ -9,6 +9,7 @@ import pytest
 from megatron_bridge.architecture import read_architecture
 from tests.support.naive_batching import StatedRates
 from tests.support.plan_configs import config, engine
+from treepo.config.run import RunConfig
 from treepo.planning.hardware import device
 from treepo.planning.memory.engine_shard import engine_shard
 from treepo.planning.memory.trainer import parameter_count
@@ -17,7 +18,7 @@ from treepo.planning.simulation.workload import workload
 from treepo.planning.speed.device_rates import DeviceRates
 from treepo.planning.speed.packs import replica_work
 from treepo.planning.speed.sampling import simulate, simulate_step
-from treepo.planning.speed.step import step_time, sync_weights
+from treepo.planning.speed.step import StepTime, step_time, sync_weights, trainer_phases
 
 
 def test_passes_take_longer_the_more_they_do(qwen2: Path, moe: Path) -> None:
@@ -67,12 +68,19 @@ def test_a_part_of_a_step_tells_the_time_of_all_of_it(qwen2: Path, engines: int,
 def test_packs_hold_every_tree_once(qwen2: Path) -> None:
     run = config(trainer_parallel={"data": 4}, trainer_max_tokens_per_pack=4096, learning_mini_batches=2)
     sampling = simulate_step(workload(run), StatedRates(), engine(run, qwen2), engines=2)
-    work = replica_work(run, sampling.trees)
-    assert len(work) == 4
-    trees = sampling.trees[:16]  # of one mini-batch
-    assert sum(one.tokens for one in work) == sum(tree.unique_tokens() + len(tree.prompt) for tree in trees)
-    (few,) = replica_work(run, sampling.trees, max_trees=3)  # of a replica's four
-    assert few.tokens == 4 / 3 * sum(tree.unique_tokens() + len(tree.prompt) for tree in trees[:3])
+    works = replica_work(run, sampling.trees)
+    assert [len(work) for work in works] == [4, 4]
+    for work, trees in zip(works, (sampling.trees[:16], sampling.trees[16:]), strict=True):
+        tokens = sum(tree.unique_tokens() + len(tree.prompt) for tree in trees)
+        assert sum(one.tokens for one in work) == tokens
+    ((few,),) = replica_work(run, sampling.trees, max_trees=3)  # of a replica's four
+    tokens = sum(tree.unique_tokens() + len(tree.prompt) for tree in sampling.trees[:3])
+    assert few.tokens == 4 / 3 * tokens
+
+
+def planned(run: RunConfig, folder: Path) -> StepTime:
+    sampling = simulate(run, folder, engine(run, folder))
+    return step_time(trainer_phases(run, folder, sampling.trees), sampling)
 
 
 def test_a_step_has_all_its_phases_and_more_devices_are_faster(qwen2: Path) -> None:
@@ -81,7 +89,7 @@ def test_a_step_has_all_its_phases_and_more_devices_are_faster(qwen2: Path) -> N
         config(engine_count=4, trainer_parallel={"data": 4}),
         config(engine_count=1, trainer_recompute="full", learning_kl_coefficient=0.1),
     ]
-    times = [step_time(run, qwen2, simulate(run, qwen2, engine(run, qwen2))) for run in runs]
+    times = [planned(run, qwen2) for run in runs]
     small, large, again = times
     assert list(small.phases) == ["sample", "log_probs", "train", "optimizer", "weight_sync"]
     assert all(phase.seconds > 0 and phase.note for phase in small.phases.values())

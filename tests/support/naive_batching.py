@@ -31,26 +31,49 @@ class Request:
 
 
 class NaiveEngine:
-    """Caches every prefix it has computed; decodes one token a step for each request."""
+    """Caches every prefix it has computed; decodes one token a step for each request.
+
+    stop: while it is true nothing is computed, and what was running has been answered.
+    """
 
     def __init__(self, rates: StatedRates) -> None:
         self.rates = rates
         self.known: set[bytes] = set()
         self.waiting: list[Request] = []
-        self.steps = self.prefilled = 0
+        self.steps = self.prefilled = self.version = 0
+        self.stop = False
         self.serving: asyncio.Task | None = None
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         await asyncio.sleep(self.rates.latency)
         item = Request(request, asyncio.get_running_loop().create_future())
         self.waiting.append(item)
-        if self.serving is None:
-            self.serving = asyncio.create_task(self.serve())
+        self.start()
         return await item.answer
+
+    def start(self) -> None:
+        if self.serving is None and not self.stop:
+            self.serving = asyncio.create_task(self.serve())
+
+    async def hold(self) -> None:
+        self.stop = True
+        if self.serving is not None:
+            await self.serving
+
+    def release(self) -> None:
+        self.stop = False
+        self.start()
+
+    async def begin(self, version: int) -> None:
+        await self.hold()
+        self.version, self.known = version, set()
+
+    def commit(self) -> None:
+        self.release()
 
     async def serve(self) -> None:
         running: list[Request] = []
-        while self.waiting or running:
+        while (self.waiting or running) and not self.stop:
             if self.waiting:
                 batch, self.waiting = self.waiting, []
                 await asyncio.sleep(self.prefill([item.request.context for item in batch]))
@@ -67,6 +90,8 @@ class NaiveEngine:
                     running.append(item)
                 else:
                     self.end(item)
+        for item in running:
+            self.end(item)
         self.serving = None
 
     def prefill(self, contexts: list[np.ndarray]) -> float:
@@ -84,7 +109,8 @@ class NaiveEngine:
     def end(self, item: Request) -> None:
         request = item.request
         tokens = np.random.default_rng(request.seed).integers(0, 4096, request.max_tokens, dtype=np.int32)
+        tokens = tokens[: item.made]
         self.know(np.concatenate([request.context, tokens[:-1]]))
-        item.answer.set_result(
-            GenerateOutput(tokens, np.zeros(len(tokens), dtype=np.float32), 0, "length", cached_tokens=0)
-        )
+        finish = "length" if item.made == request.max_tokens else "interrupted"
+        log_probs = np.zeros(len(tokens), dtype=np.float32)
+        item.answer.set_result(GenerateOutput(tokens, log_probs, self.version, finish, cached_tokens=0))

@@ -8,15 +8,15 @@ responses of at most 16384. The held-out evaluation inside a training run has it
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from treepo.config.base import PathField, Section
 from treepo.config.data import ColumnsConfig, PromptsConfig, shipped_columns
 from treepo.config.engine import EngineConfig
 from treepo.config.reward import RewardConfig
-from treepo.config.sampling import RepetitionConfig, SamplingConfig, StopsConfig
+from treepo.config.sampling import RepetitionConfig, SamplingConfig, StopsConfig, without_oversample
 
 
 class EvalModelConfig(Section):
@@ -182,7 +182,7 @@ class EvalConfig(Section):
     """The model to evaluate."""
     data: BenchmarksConfig
     """The benchmarks, and which of their rows are used."""
-    sampling: EvalSamplingConfig = EvalSamplingConfig()
+    sampling: Annotated[EvalSamplingConfig, AfterValidator(without_oversample)] = EvalSamplingConfig()
     """How responses are sampled; a schedule stays at its first step."""
     reward: RewardConfig = RewardConfig()
     """Grading."""

@@ -1,12 +1,14 @@
 """The configuration of `treepo rollout`: a model, prompts, sampling. Its sections are those of training."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from treepo.config.base import PathField, Section
 from treepo.config.data import RolloutDataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
-from treepo.config.sampling import SamplingConfig
+from treepo.config.sampling import SamplingConfig, without_oversample
 
 
 class RolloutConfig(Section):
@@ -21,7 +23,7 @@ class RolloutConfig(Section):
     """The model that samples; its dtype is the engine's."""
     data: RolloutDataConfig
     """Prompts."""
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: Annotated[SamplingConfig, AfterValidator(without_oversample)] = SamplingConfig()
     """How trees are sampled; schedules stay at their first step."""
     engine: EngineConfig = EngineConfig()
     """The engines that sample."""

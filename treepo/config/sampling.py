@@ -262,3 +262,13 @@ class SamplingConfig(Section):
                 f"segment_tokens = {self.segment_tokens}; allowed with fallback.aligned = false"
             )
         return self
+
+
+def without_oversample[S: SamplingConfig](sampling: S) -> S:
+    """Validate the sampling of a command that trains nothing."""
+    if sampling.oversample != 1:
+        raise ValueError(
+            f"oversample = {sampling.oversample:g}: every prompt is sampled once, and only training starts "
+            "more trees than it needs; 1 is allowed"
+        )
+    return sampling

@@ -60,6 +60,12 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if config.loop.mode == "async":
+        ahead = f"loop: asynchronous, at most {config.max_untrained:,} trees started and not trained"
+        console.print(ahead, highlight=False, soft_wrap=True)
+    elif config.sampling.oversample > 1:
+        ahead = f"loop: synchronous, {config.max_untrained:,} trees started for each step"
+        console.print(ahead, highlight=False, soft_wrap=True)
     console.print(
         f"engines: {engine.count} x tensor {engine.tensor}, placement {config.placement}, weight transport "
         f"{config.weights.transport}",
@@ -130,6 +136,13 @@ def _show_step(console: Console, plan: Plan) -> None:
         f"{sampling.leaf_tokens / sampling.decoded_tokens:.2f} for each decoded token",
     )
     console.print(table)
+    together = "work side by side" if plan.config.loop.mode == "async" else "take turns"
+    console.print(
+        f"Engines and trainer {together}: {step.engines_idle:.0%} of the engines' time and "
+        f"{step.trainer_idle:.0%} of the trainer's pass without computation, weight syncs included.",
+        highlight=False,
+        soft_wrap=True,
+    )
     learning = plan.config.learning
     if learning.dynamic_sampling:
         console.print(

@@ -14,8 +14,9 @@ from treepo.planning.layouts import Neighbour, neighbours
 from treepo.planning.memory.parts import Memory
 from treepo.planning.memory.trainer import checkpoint_bytes, parameter_count
 from treepo.planning.memory.weight_sync import exported_bytes
+from treepo.planning.speed.loop import loop_time, steps_overlap
 from treepo.planning.speed.sampling import Sampling, simulate
-from treepo.planning.speed.step import StepTime, step_time
+from treepo.planning.speed.step import StepTime, step_time, trainer_phases
 from treepo.preflight.model_folder import check_present_parts
 
 _PROPOSALS = 3
@@ -62,7 +63,12 @@ def make_plan(config: RunConfig, report: Callable[[str], None]) -> Plan:
     if fitted.problem is None:
         report("sample a step on simulated engines")
         sampling = simulate(config, folder, fitted.engine)
-        step = step_time(config, folder, sampling)
+        phases = trainer_phases(config, folder, sampling.trees)
+        loop = None
+        if steps_overlap(config):
+            report("run the loop on simulated engines")
+            loop = loop_time(config, folder, fitted.engine, sampling.trees, phases)
+        step = step_time(phases, sampling, loop)
     else:
         report("look for layouts that fit")
         proposals = tuple(_proposals(config, folder))
@@ -138,6 +144,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         and {
             "seconds": step.seconds,
             "tokens_per_second": step.tokens_per_second,
+            "engines_idle": step.engines_idle,
+            "trainer_idle": step.trainer_idle,
             "phases": {name: asdict(phase) for name, phase in step.phases.items()},
         },
         "assumed": plan.config.plan.model_dump(mode="json"),

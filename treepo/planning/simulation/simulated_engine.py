@@ -6,24 +6,25 @@ The scheduler follows SGLang 0.5.16 with the settings of `sglang_rollout/process
 - One step decodes a token for every running request.
 - All tokens of a finished request but the last stay in the cache until their room is needed.
 - If a step has no room, the request with the fewest tokens is retracted and prefilled again later.
+- A hold or an update interrupts running requests after the pass in progress. Those that have tokens are
+  answered with them, the others wait. An update empties the cache: no prefix of other weights is found.
 
 Not modelled: chunks of one prefill (a batch may be longer than a chunk by one context), pages of more than
 one token, the slow fall of SGLang's estimate of what running requests still need. Events are requests that
-arrive or end, never single tokens. An answer is as long as its request asks for.
+arrive or end, never single tokens. An answer is as long as its request asks for, unless it is interrupted.
 """
 
 import asyncio
-import heapq
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from sglang_rollout.start_environment import RESERVED_TOKENS
 from treepo.errors import EngineError
-from treepo.planning.simulation.prefix_cache import Node, PrefixCache
+from treepo.planning.simulation.prefix_cache import PrefixCache
 from treepo.planning.simulation.rates import Prefill, Rates
+from treepo.planning.simulation.running_requests import Counts, Job, Running
 from treepo.protocols import GenerateOutput, GenerateRequest
 
 _RESERVED_FOR_RUNNING = 7  # for each running request: SGLang's estimate falls to a tenth of RESERVED_TOKENS
@@ -31,123 +32,26 @@ _TABLE = 1 << 16
 _VOCABULARY = 4096
 
 
-@dataclass(slots=True)
-class Counts:
-    """Sums since the engine was made.
-
-    steps: decoding steps. request_steps: running requests, summed over the steps. peak_tokens: the most KV
-    tokens of running requests at one time.
-    """
-
-    decoded_tokens: int = 0
-    prefilled_tokens: int = 0
-    steps: int = 0
-    request_steps: int = 0
-    retractions: int = 0
-    busy_seconds: float = 0.0
-    peak_tokens: int = 0
-
-    @property
-    def mean_batch(self) -> float:
-        """Requests in a decoding step."""
-        return self.request_steps / max(self.steps, 1)
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A request in the engine.
-
-    context: tokens in the cache before it decodes; after a retraction, with the tokens that it had by then.
-    made: tokens so far. own: of those, tokens whose KV is in no cache yet. cached: tokens of the context that
-    the last prefill found in the cache; reported: that the first one found. node: the cache's, locked while
-    the job runs.
-    """
-
-    request: GenerateRequest
-    tokens: np.ndarray
-    answer: asyncio.Future[GenerateOutput]
-    context: np.ndarray
-    made: int = 0
-    own: int = 0
-    cached: int = 0
-    reported: int = 0
-    node: Node | None = None
-
-    @property
-    def left(self) -> int:
-        return len(self.tokens) - self.made
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """The decoding jobs in a heap of (the step at which it ends, order of joining, job).
-
-    step: number of the last one. kv: tokens that the next step reads. own: of these, tokens that are in no
-    cache yet.
-    """
-
-    jobs: list[tuple[int, int, _Job]] = field(default_factory=list)
-    step: int = 0
-    kv: int = 0
-    own: int = 0
-    joined: int = 0
-
-    def __len__(self) -> int:
-        return len(self.jobs)
-
-    def join(self, job: _Job) -> None:
-        """After the job's prefill, which has made one token."""
-        self.joined += 1
-        heapq.heappush(self.jobs, (self.step + job.left, self.joined, job))
-        self.kv += len(job.context) + 1
-
-    def until_end(self) -> int:
-        """Steps until the next job ends."""
-        return self.jobs[0][0] - self.step
-
-    def advance(self, steps: int) -> list[_Job]:
-        """Decodes `steps` steps and returns the jobs that have ended."""
-        self.step += steps
-        self.kv += steps * len(self)
-        self.own += steps * len(self)
-        ended: list[_Job] = []
-        while self.jobs and self.jobs[0][0] == self.step:
-            ended.append(self._leave(heapq.heappop(self.jobs)))
-        return ended
-
-    def retract(self) -> _Job:
-        """Removes the job with the fewest tokens."""
-        least = min(self.jobs, key=lambda entry: len(entry[2].tokens) - (entry[0] - self.step))
-        self.jobs.remove(least)
-        heapq.heapify(self.jobs)
-        return self._leave(least)
-
-    def _leave(self, entry: tuple[int, int, _Job]) -> _Job:
-        end, _, job = entry
-        job.own = job.left - (end - self.step)
-        job.made += job.own
-        self.kv -= len(job.context) + 1 + job.own
-        self.own -= job.own
-        return job
-
-
 class SimulatedEngine:
     """A `treepo.protocols.Engine` on a virtual clock (`virtual_clock.run_virtually`).
 
     kv_tokens: of the cache. max_requests: that run at once. chunk_tokens: no further request joins a prefill
-    that has reached them.
+    that has reached them. version: of the weights that it serves.
     """
 
     def __init__(
         self, rates: Rates, kv_tokens: int, max_requests: int = 4096, chunk_tokens: int = 8192
     ) -> None:
         self.counts = Counts()
+        self.version = 0
         self._rates, self._kv_tokens = rates, kv_tokens
         self._max_requests, self._chunk_tokens = max_requests, chunk_tokens
         self._cache = PrefixCache()
-        self._waiting: deque[_Job] = deque()
-        self._running = _Running()
+        self._waiting: deque[Job] = deque()
+        self._running = Running()
         self._full = False  # no request is admitted before another ends
+        self._held = False
+        self._next_version: int | None = None  # during an update
         self._serving: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None
         generator = np.random.default_rng(0)
@@ -155,7 +59,7 @@ class SimulatedEngine:
         self._log_probs = -generator.random(_TABLE, dtype=np.float32)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        """Exactly `max_tokens` tokens, which depend on the request's seed alone.
+        """Exactly `max_tokens` tokens, or fewer if they are interrupted; they depend on the seed alone.
 
         Raises EngineError if the cache cannot hold the request.
         """
@@ -164,25 +68,62 @@ class SimulatedEngine:
             raise EngineError(f"{whole} tokens do not fit into a KV cache of {self._kv_tokens}")
         await asyncio.sleep(self._rates.latency)
         answer = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Job(request, _drawn(self._tokens, request), answer, request.context))
+        self._waiting.append(Job(request, _drawn(self._tokens, request), answer, request.context))
         if self._serving is None:
-            self._serving = asyncio.create_task(self._serve())
-        elif self._wake is not None and not self._full and not self._wake.done():
-            self._wake.set_result(None)
+            self._serve_waiting()
+        elif not self._full:
+            self._end_sleep()
         return await answer
 
+    async def hold(self) -> None:
+        """Interrupt running requests; return once none runs. Later requests wait until `release`."""
+        self._held = True
+        await self._stop()
+
+    def release(self) -> None:
+        self._held = False
+        self._serve_waiting()
+
+    async def begin(self, version: int) -> None:
+        """Begin an update to weights of this version; like `hold`, until `commit`."""
+        assert self._next_version is None
+        self._next_version = version
+        await self._stop()
+
+    def commit(self) -> None:
+        """Serve the weights of the update, with an empty cache."""
+        assert self._next_version is not None
+        self.version, self._next_version = self._next_version, None
+        self._cache = PrefixCache()
+        self._serve_waiting()
+
+    @property
+    def _shut(self) -> bool:
+        return self._held or self._next_version is not None
+
+    async def _stop(self) -> None:
+        self._end_sleep()
+        if self._serving is not None:
+            await asyncio.shield(self._serving)
+
+    def _serve_waiting(self) -> None:
+        if self._serving is None and self._waiting and not self._shut:
+            self._serving = asyncio.create_task(self._serve())
+
     async def _serve(self) -> None:
-        while self._waiting or len(self._running):
+        while not self._shut and (self._waiting or len(self._running)):
             batch = self._admit() if self._waiting and not self._full else []
             if batch:
                 await self._prefill(batch)
             else:
                 await self._decode()
+        if self._shut:
+            self._interrupt()
         self._serving = None
 
-    def _admit(self) -> Sequence[_Job]:
+    def _admit(self) -> Sequence[Job]:
         """Takes waiting requests that can be prefilled together, and locks their cached prefixes."""
-        batch: list[_Job] = []
+        batch: list[Job] = []
         new = wanted = 0
         while self._waiting and new < self._chunk_tokens:
             job = self._waiting[0]
@@ -204,7 +145,7 @@ class SimulatedEngine:
             new += computed
         return batch
 
-    async def _prefill(self, batch: Sequence[_Job]) -> None:
+    async def _prefill(self, batch: Sequence[Job]) -> None:
         """Computes the contexts, and one token of each job."""
         new = [len(job.context) - job.cached for job in batch]
         self._evict_for(sum(new))
@@ -234,7 +175,7 @@ class SimulatedEngine:
         self._note_peak()
 
     async def _decode(self) -> None:
-        """Decodes until a request ends, arrives or has no room."""
+        """Decodes until a request ends, arrives, is interrupted or has no room."""
         running = self._running
         count = len(running)
         room = self._room()
@@ -244,7 +185,7 @@ class SimulatedEngine:
         most = min(running.until_end(), room // count)
         ends = np.cumsum(self._rates.decode(count, running.kv + count * np.arange(most)))
         passed = await self._sleep(float(ends[-1]))
-        steps = 1 + int(np.searchsorted(ends, passed))  # the step during which a request arrived is completed
+        steps = 1 + int(np.searchsorted(ends, passed))  # the step in progress is completed
         seconds = float(ends[steps - 1])
         if passed < seconds:
             await asyncio.sleep(seconds - passed)
@@ -258,7 +199,7 @@ class SimulatedEngine:
             self._end(job)
 
     async def _sleep(self, seconds: float) -> float:
-        """Sleeps for `seconds` or until a request arrives; returns the seconds that have passed."""
+        """Sleeps for `seconds` or until `_end_sleep`; returns the seconds that have passed."""
         loop = asyncio.get_running_loop()
         start, self._wake = loop.time(), loop.create_future()
         timer = loop.call_later(seconds, _wake_up, self._wake)
@@ -267,16 +208,35 @@ class SimulatedEngine:
         self._wake = None
         return min(loop.time() - start, seconds)
 
-    def _end(self, job: _Job) -> None:
+    def _end_sleep(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _end(self, job: Job) -> None:
         """Answers the request. The KV of its tokens but the last becomes evictable."""
         assert job.node is not None
-        self._cache.insert(np.concatenate([job.request.context, job.tokens[:-1]]))
+        self._cache.insert(np.concatenate([job.request.context, job.tokens[: job.made - 1]]))
         self._cache.unlock(job.node)
         self._full = False
-        self.counts.decoded_tokens += len(job.tokens)
+        self._answer(job)
+
+    def _interrupt(self) -> None:
+        """Answers every request that has tokens, retracted ones too."""
+        for job in self._running.leave_all():
+            self._end(job)
+        begun = [job for job in self._waiting if job.made]
+        self._waiting = deque(job for job in self._waiting if not job.made)
+        self._full = False
+        for job in begun:
+            self._answer(job)
+
+    def _answer(self, job: Job) -> None:
+        self.counts.decoded_tokens += job.made
+        self.counts.interrupted += job.left > 0
         if not job.answer.done():  # the driver may have cancelled it
-            log_probs = _drawn(self._log_probs, job.request)
-            job.answer.set_result(GenerateOutput(job.tokens, log_probs, 0, "length", job.reported))
+            tokens, log_probs = job.tokens[: job.made], _drawn(self._log_probs, job.request)[: job.made]
+            finish = "interrupted" if job.left else "length"
+            job.answer.set_result(GenerateOutput(tokens, log_probs, self.version, finish, job.reported))
 
     def _retract(self) -> None:
         job = self._running.retract()

@@ -7,7 +7,7 @@ Departures from a real run. Units: tokens.
 - Prompts that `learning.dynamic_sampling` would sample in place of others are not sampled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.planning.simulation.lengths import DrawnEnds, ForcedLengths, LogNormal, random_prompts
 from treepo.protocols import Sampler
+from treepo.tree import Tree
 
 _BOX = 1 << 20  # a token that no engine draws
 _VOCABULARY = 1 << 16
@@ -43,6 +44,12 @@ class Workload:
 def text_of(tokens: np.ndarray) -> str:
     """The stop rules' text: a box if an answer ends, nothing otherwise."""
     return "\\boxed{0}" if _BOX in tokens else ""
+
+
+def half_correct(tree: Tree) -> Tree:
+    """The tree with every other leaf graded as correct, and the rest as wrong."""
+    leaves = (replace(leaf, reward=float(index % 2)) for index, leaf in enumerate(tree.leaves))
+    return replace(tree, leaves=tuple(leaves))
 
 
 def workload(config: RunConfig) -> Workload:

@@ -9,12 +9,17 @@ constant for scheduling, sampling and launching (`Device.pass_seconds`).
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from megatron_bridge.architecture import Architecture
-from treepo.planning.hardware import Device
+from treepo.config.run import RunConfig
+from treepo.planning.architecture import planned_architecture
+from treepo.planning.hardware import Device, device
+from treepo.planning.memory.engine import EngineMemory
 from treepo.planning.memory.engine_shard import EngineShard
+from treepo.planning.memory.parts import element_bytes
 from treepo.planning.simulation.rates import Prefill
 from treepo.planning.speed.flops import forward_flops, logits_flops, pair_flops
 
@@ -76,3 +81,14 @@ class DeviceRates:
         rounds = 2 * self.architecture.dimensions.layers
         sent = 2 * (self.tensor - 1) / self.tensor * tokens * self.architecture.hidden * self.value_bytes
         return self.device.pass_seconds + rounds * (_ALL_REDUCE_SECONDS + sent / self.device.link)
+
+
+def planned_rates(config: RunConfig, folder: Path, engine: EngineMemory) -> DeviceRates:
+    """Of one engine that serves the model in `folder`."""
+    return DeviceRates(
+        device(config.plan.device),
+        planned_architecture(folder),
+        engine.shard,
+        config.engine.tensor,
+        element_bytes(config),
+    )

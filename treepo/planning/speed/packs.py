@@ -1,20 +1,21 @@
 """Packs of a step, made of simulated trees by the real packing: the trainer's time follows from them.
 
-Every other leaf is correct, because advantages do not change what a pack costs. The trees make up one
-mini-batch of as many replicas as they fill; the other replicas are like these.
+Every other leaf is correct, because advantages do not change what a pack costs. The trees make up as many
+mini-batches as they fill, or one of fewer replicas; the other mini-batches and replicas are like these.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from treepo.config.run import RunConfig
 from treepo.learning.advantage import estimate
 from treepo.learning.packing import Pack, pack_flat, pack_trees
+from treepo.planning.simulation.workload import half_correct
 from treepo.tree import Tree
 
-_MAX_TREES = 128  # a packed token takes about 80 bytes
+_MAX_TREES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +31,31 @@ class ReplicaWork:
     pairs: float
 
 
-def replica_work(config: RunConfig, trees: Sequence[Tree], max_trees: int = _MAX_TREES) -> list[ReplicaWork]:
-    """Some replicas' parts of one mini-batch. max_trees: that are packed."""
+def replica_work(
+    config: RunConfig, trees: Sequence[Tree], max_trees: int = _MAX_TREES
+) -> list[list[ReplicaWork]]:
+    """Parts of some mini-batches; of each mini-batch, those of some replicas. max_trees: that are packed."""
     learning, trainer = config.learning, config.trainer
     share = config.data.prompts_per_step // (learning.mini_batches * trainer.parallel.data)
     used = trees[:max_trees]
     replicas = max(1, min(len(used) // share, trainer.parallel.data))
-    used = [_graded(tree) for tree in used[: replicas * share]]
-    pack = pack_trees if learning.packing == "tree" else pack_flat
-    packed = pack(used, estimate(used, learning), trainer.max_tokens_per_pack, replicas)
-    scale = replicas * share / len(used)  # fewer trees than one replica has stand for all
+    size = min(replicas * share, len(used))
+    return [
+        _packed(config, used[start : start + size], replicas, share)
+        for start in range(0, len(used) - size + 1, size)
+    ]
+
+
+def _packed(config: RunConfig, trees: Sequence[Tree], replicas: int, share: int) -> list[ReplicaWork]:
+    """The trees as one mini-batch. share: trees of each replica; fewer than one replica has stand for all."""
+    pack = pack_trees if config.learning.packing == "tree" else pack_flat
+    graded = [half_correct(tree) for tree in trees]
+    packed = pack(graded, estimate(graded, config.learning), config.trainer.max_tokens_per_pack, replicas)
+    scale = replicas * share / len(trees)
     return [
         ReplicaWork(scale * len(packs), scale * sum(map(len, packs)), scale * sum(map(_pairs, packs)))
         for packs in packed
     ]
-
-
-def _graded(tree: Tree) -> Tree:
-    leaves = (replace(leaf, reward=float(index % 2)) for index, leaf in enumerate(tree.leaves))
-    return replace(tree, leaves=tuple(leaves))
 
 
 def _pairs(pack: Pack) -> int:

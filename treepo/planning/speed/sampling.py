@@ -12,16 +12,13 @@ from pathlib import Path
 from statistics import fmean
 
 from treepo.config.run import RunConfig
-from treepo.planning.architecture import planned_architecture
-from treepo.planning.hardware import device
 from treepo.planning.memory.engine import EngineMemory
-from treepo.planning.memory.parts import element_bytes
 from treepo.planning.simulation.lengths import InstantEngine
 from treepo.planning.simulation.rates import Rates
 from treepo.planning.simulation.simulated_engine import Counts, SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import Workload, text_of, workload
-from treepo.planning.speed.device_rates import DeviceRates
+from treepo.planning.speed.device_rates import planned_rates
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.router import REMEMBERED_TREES
 from treepo.tree import Tree
@@ -36,8 +33,8 @@ class Sampling:
 
     decoded_tokens: by all engines. leaf_tokens: all responses with their shared tokens, as independent
     samples decode them. peak_tokens: the most KV tokens of one engine's running requests. mean_batch:
-    requests in a decoding step of one engine. trees: of the last seed. share: of the step's trees that were
-    grown.
+    requests in a decoding step of one engine. busy: share of the time in which an engine computed. trees: of
+    the last seed. share: of the step's trees that were grown.
     """
 
     seconds: float
@@ -45,6 +42,7 @@ class Sampling:
     leaf_tokens: float
     peak_tokens: float
     mean_batch: float
+    busy: float
     trees: tuple[Tree, ...]
     share: float
 
@@ -60,13 +58,7 @@ class _Run:
 
 def simulate(config: RunConfig, folder: Path, engine: EngineMemory) -> Sampling:
     """The step that `config` samples with the model in `folder`, on engines described by `engine`."""
-    rates = DeviceRates(
-        device(config.plan.device),
-        planned_architecture(folder),
-        engine.shard,
-        config.engine.tensor,
-        element_bytes(config),
-    )
+    rates = planned_rates(config, folder, engine)
     return simulate_step(workload(config), rates, engine, config.engine.count)
 
 
@@ -94,6 +86,7 @@ def simulate_step(
         peak_tokens=fmean(max(count.peak_tokens for count in run.counts) for run in runs),
         mean_batch=sum(count.request_steps for count in counts)
         / max(sum(count.steps for count in counts), 1),
+        busy=fmean(fmean(count.busy_seconds for count in run.counts) / run.seconds for run in runs),
         trees=runs[-1].trees,
         share=share,
     )
@@ -122,8 +115,9 @@ def _grow(load: Workload, rates: Rates, engine: EngineMemory, engines: int, prom
 
 
 async def _trees(driver: TreeDriver, load: Workload, prompts: int, step: int) -> list[Tree]:
+    """In the order of their prompts: those that end first are smaller."""
     trees: list[Tree] = []
     async for tree in driver.sample(load.some_prompts(prompts), step):
         assert isinstance(tree, Tree), tree
         trees.append(tree)
-    return trees
+    return sorted(trees, key=lambda tree: int(tree.prompt_id))

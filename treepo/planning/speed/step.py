@@ -8,16 +8,18 @@ No phase was compared with a GPU. Counted are:
 - Traffic of tensor-parallel ranks (two gathers and two scatters of the hidden states a layer) and of experts'
   ranks (there and back), once forward and once backward, none of it hidden.
 - Gradients and parameters between replicas, and the optimizer's passes over its state.
+- If the run is asynchronous or oversamples, what overlaps (`speed/loop.py`).
 - The weight sync. Rank 0 gathers bucket k + 1 while bucket k travels and is loaded (docs/weights.md), so the
   slower side sets the pace, and the faster one is waited for once.
 
 Left out: traffic between pipeline stages, grading (it runs during sampling), checkpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 from pathlib import Path
+from statistics import fmean
 
 from megatron_bridge.architecture import Architecture
 from treepo.config.run import RunConfig
@@ -28,9 +30,11 @@ from treepo.planning.memory.parts import element_bytes
 from treepo.planning.memory.trainer import offloaded_bytes
 from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
 from treepo.planning.nodes import footprint, link_rate, shares_devices
+from treepo.planning.simulation.loop import LoopTime
 from treepo.planning.speed.flops import forward_flops
 from treepo.planning.speed.packs import ReplicaWork, replica_work
 from treepo.planning.speed.sampling import Sampling
+from treepo.tree import Tree
 
 _OPTIMIZER_BYTES = 30
 """Adam's traffic a parameter: gradient, master weight, averages (float32, both ways), the parameter."""
@@ -44,71 +48,102 @@ class Phase:
     note: str
 
 
+LEARNING = ("log_probs", "train", "optimizer")
+"""The phases in which the trainer computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """phases: by name, in their order. leaf_tokens: all responses of the step with their shared tokens."""
+    """phases: by name, in their order. leaf_tokens: all responses of the step with their shared tokens.
+
+    seconds: of a step, whose phases come one after another or overlap. computing: of these, seconds in which
+    an engine computes.
+    """
 
     phases: Mapping[str, Phase]
     leaf_tokens: float
-
-    @property
-    def seconds(self) -> float:
-        return sum(phase.seconds for phase in self.phases.values())
+    seconds: float
+    computing: float
 
     @property
     def tokens_per_second(self) -> float:
         return self.leaf_tokens / self.seconds
 
+    @property
+    def engines_idle(self) -> float:
+        """Share of time in which an engine computes nothing, weight syncs included."""
+        return 1 - self.computing / self.seconds
 
-def step_time(config: RunConfig, folder: Path, sampling: Sampling) -> StepTime:
-    """A step with this sampling, of the model in `folder`."""
-    architecture = planned_architecture(folder)
-    work = replica_work(config, sampling.trees)
+    @property
+    def trainer_idle(self) -> float:
+        """Share of time in which the trainer computes nothing, weight syncs included."""
+        return 1 - sum(self.phases[name].seconds for name in LEARNING) / self.seconds
+
+
+def step_time(phases: Mapping[str, Phase], sampling: Sampling, loop: LoopTime | None = None) -> StepTime:
+    """A step with this sampling and these further phases. loop: several steps together, if they overlap."""
     rate = sampling.decoded_tokens / sampling.seconds
+    note = f"{sampling.decoded_tokens:,.0f} tokens"
+    if loop is None:
+        note += f" at {rate:,.0f} a second; {sampling.mean_batch:.0f} requests in an engine's decoding step"
+        seconds, computing = sampling.seconds, sampling.seconds * sampling.busy
+        total = seconds + sum(phase.seconds for phase in phases.values())
+    else:
+        note += f"; {sampling.seconds:,.1f} s if all begin at once and nothing else happens"
+        seconds = computing = loop.sampling
+        total = loop.seconds
+    return StepTime({"sample": Phase(seconds, note), **phases}, sampling.leaf_tokens, total, computing)
+
+
+def trainer_phases(config: RunConfig, folder: Path, trees: Sequence[Tree]) -> Mapping[str, Phase]:
+    """What follows sampling, in a step of such trees of the model in `folder`."""
+    architecture = planned_architecture(folder)
+    work = _slowest(architecture, replica_work(config, trees))
     forward = 2 if config.learning.kl_coefficient else 1
-    return StepTime(
-        {
-            "sample": Phase(
-                sampling.seconds,
-                f"{sampling.decoded_tokens:,.0f} tokens at {rate:,.0f} a second; {sampling.mean_batch:.0f} "
-                "requests in an engine's decoding step",
-            ),
-            "log_probs": _passes(config, architecture, work, forward, sends=forward),
-            "train": _passes(config, architecture, work, *_training_passes(config, architecture, work)),
-            "optimizer": _optimizer(config, architecture),
-            "weight_sync": sync_weights(config, folder),
-        },
-        sampling.leaf_tokens,
+    return {
+        "log_probs": _passes(config, architecture, work, forward, sends=forward),
+        "train": _passes(config, architecture, work, *_training_passes(config, architecture, work)),
+        "optimizer": _optimizer(config, architecture),
+        "weight_sync": sync_weights(config, folder),
+    }
+
+
+def _slowest(architecture: Architecture, works: Sequence[Sequence[ReplicaWork]]) -> ReplicaWork:
+    """The slowest replica's part of a mini-batch, as a mean over mini-batches."""
+    slowest = [
+        max(work, key=lambda one: forward_flops(architecture, one.tokens, one.pairs)) for work in works
+    ]
+    return ReplicaWork(
+        micro_batches=fmean(one.micro_batches for one in slowest),
+        tokens=fmean(one.tokens for one in slowest),
+        pairs=fmean(one.pairs for one in slowest),
     )
 
 
-def _training_passes(
-    config: RunConfig, architecture: Architecture, work: list[ReplicaWork]
-) -> tuple[float, int]:
+def _training_passes(config: RunConfig, architecture: Architecture, work: ReplicaWork) -> tuple[float, int]:
     """Training's computation and its traffic, both in forward passes."""
     if config.trainer.recompute == "full":
         return 4.0, 3
     if config.trainer.recompute == "none":
         return 3.0, 2
-    tokens, pairs = sum(one.tokens for one in work), sum(one.pairs for one in work)
-    attention = forward_flops(architecture, 0, pairs) / forward_flops(architecture, tokens, pairs)
+    pairs = forward_flops(architecture, 0, work.pairs)
+    attention = pairs / forward_flops(architecture, work.tokens, work.pairs)
     return 3.0 + attention, 2
 
 
 def _passes(
-    config: RunConfig, architecture: Architecture, work: list[ReplicaWork], passes: float, sends: int
+    config: RunConfig, architecture: Architecture, work: ReplicaWork, passes: float, sends: int
 ) -> Phase:
     """`passes` forward passes over the step's packs by the slowest replica, `sends` of them with traffic."""
     hardware, mini_batches = device(config.plan.device), config.learning.mini_batches
     parallel = config.trainer.parallel
     ranks = parallel.tensor * parallel.pipeline
-    slowest = max(work, key=lambda one: forward_flops(architecture, one.tokens, one.pairs))
-    flops = forward_flops(architecture, slowest.tokens, slowest.pairs)
+    flops = forward_flops(architecture, work.tokens, work.pairs)
     computing = passes * flops / (ranks * hardware.flops * hardware.efficiency)
-    sending = sends * slowest.tokens * _sending_seconds(config, architecture) / parallel.pipeline
-    idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / slowest.micro_batches
+    sending = sends * work.tokens * _sending_seconds(config, architecture) / parallel.pipeline
+    idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / work.micro_batches
     seconds = mini_batches * (computing + sending) * (1 + idle)
-    tokens = mini_batches * slowest.tokens
+    tokens = mini_batches * work.tokens
     note = (
         f"{passes:g} x {mini_batches * flops:.2e} FLOP for {tokens:,.0f} packed tokens of a replica, on "
         f"{ranks} devices at {hardware.efficiency:.0%} of {hardware.flops / 1e12:.0f} TFLOP/s"
@@ -116,7 +151,7 @@ def _passes(
     if sending:
         note += f"; {mini_batches * sending:.1f} s sending"
     if idle:
-        note += f"; {idle:.0%} idle, {slowest.micro_batches:.0f} micro-batches in {parallel.pipeline} stages"
+        note += f"; {idle:.0%} idle, {work.micro_batches:.0f} micro-batches in {parallel.pipeline} stages"
     return Phase(seconds, note)
 
 

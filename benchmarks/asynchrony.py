@@ -1,0 +1,37 @@
+"""What waiting costs engines and trainer, and what oversampling and `loop.mode: async` save of it.
+
+    python -m benchmarks.asynchrony --simulated    # in the repository's root
+
+`--simulated`: the paper's 7B setting on 64 and 512 GPUs in virtual time (asynchrony_simulated.py). One JSON
+line a setting.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from benchmarks import asynchrony_simulated
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--simulated", action="store_true")
+    asynchrony_simulated.add_arguments(parser)
+    arguments = parser.parse_args()
+    for line in lines(arguments):
+        sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        sys.stdout.flush()
+
+
+def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    assert arguments.simulated
+    for line in asynchrony_simulated.lines(arguments):
+        yield {"benchmark": "asynchrony", "simulated": True, **line}
+
+
+if __name__ == "__main__":
+    main()
