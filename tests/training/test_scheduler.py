@@ -240,6 +240,24 @@ def test_every_epoch_has_every_prompt_once(seed: int) -> None:
         assert prompts == Counter(range(run.prompts))
 
 
+def test_epochs_do_not_drift_apart() -> None:
+    """One prompt's tree finishes only if the trainer would wait for ever; the others finish at once."""
+    run = Run(prompts=5, batch=4, max_staleness=1, max_untrained=8, steps=200)
+    order, scheduler = PromptOrder(5, 0), run.scheduler()
+    growing: list[int] = []
+    trained: Counter[int] = Counter()
+    for _ in range(run.steps):
+        while (taken := scheduler.take()) is None:
+            growing += start_all(scheduler)
+            fast = (position for position in growing if order.index(position) != 0)
+            position = next(fast, growing[0])
+            growing.remove(position)
+            scheduler.finish(position)
+        trained.update(map(order.index, taken))
+        scheduler.trained()
+        assert max(trained.values()) - min(trained[prompt] for prompt in range(5)) <= 3
+
+
 @pytest.mark.parametrize("max_staleness", range(5))
 @pytest.mark.parametrize("batch", [1, 3])
 def test_as_many_trees_are_untrained_as_the_bound_allows(batch: int, max_staleness: int) -> None:

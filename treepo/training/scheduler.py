@@ -172,7 +172,6 @@ class Scheduler:
             due = untrained - spare * self._batch  # the `spare` steps after this one have no room for more
             if sum(self._ready[position] <= began for position in oldest) < due:
                 return None
-            least = max(least, due)
         if len(oldest) < least and (self._growing or self.next() is not None):
             return None
         taken = {position: self._ready.pop(position) for position in sorted(oldest[: self._batch])}
@@ -215,7 +214,7 @@ class Scheduler:
         oldest = sorted(began, key=lambda position: (began[position], position))
         for position in oldest:
             spare = began[position] + self._max_staleness - self.version
-            if spare >= 0 and len(self._ready) < (spare + 1) * self._batch:
+            if len(self._ready) < (spare + 1) * self._batch:
                 self._ready[position] = began[position]
                 self._busy.add(self._order.index(position))
             else:
