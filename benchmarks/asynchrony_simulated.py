@@ -1,10 +1,10 @@
 """The loop's settings in virtual time: the paper's 7B run on 64 and 512 GPUs, at the rates of `treepo plan`.
 
 Real are the scheduler, the tree supply, the driver, the router and the trees; engines and trainer only take
-their time, and grading takes none. Answers' lengths are log-normal with a long tail. Every setting has the
-same prompts a step, and the layout on its GPUs that is fastest in a short search: tensor parallelism of the
-engines and, for `async`, the GPUs of the trainer. A share of the engines is simulated with its share of the
-prompts, with the whole time of the trainer.
+their time, and grading takes none. Answers' lengths are log-normal with a long tail. Dynamic sampling drops
+none of the trees, or a share of them that is drawn. Every setting has the same prompts a step, and the layout
+on its GPUs that is fastest in a short search: the engines' tensor parallelism and, for `async`, the trainer's
+GPUs. A share of the engines is simulated with its share of the prompts, with the whole time of the trainer.
 
 - `sync`: `placement: colocated`; engines and trainer take turns on all GPUs.
 - `oversample`: the same, with `sampling.oversample: 1.5`.
@@ -14,6 +14,7 @@ prompts, with the whole time of the trainer.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,12 +23,12 @@ from treepo.config.load import load_config
 from treepo.config.run import RunConfig
 from treepo.planning.fit import Fit, fit
 from treepo.planning.plan import model_folder
-from treepo.planning.simulation.loop import LoopTime
+from treepo.planning.simulation.loop import LoopTime, SimulatedGrading
 from treepo.planning.simulation.workload import workload
 from treepo.planning.speed.device_rates import planned_rates
 from treepo.planning.speed.loop import simulate_share
 from treepo.planning.speed.sampling import simulate_step
-from treepo.planning.speed.step import Phase, trainer_phases
+from treepo.planning.speed.step import Phase, sync_weights, trainer_phases
 
 PAPER = Path("examples/paper/treepo-qwen2.5-7b.yaml")
 SIGMA = 1.0
@@ -62,68 +63,81 @@ class Benchmark:
 
     def __init__(self, base: Sequence[str], prompts: int, steps: int) -> None:
         self._base, self._prompts, self._steps = base, prompts, steps
+        self._layouts: dict[tuple[str, int], list[Candidate]] = {}
+        self._phases: dict[str, Mapping[str, Phase]] = {}
         config = load_config(PAPER, base)
+        self._replicas = config.data.prompts_per_step // config.learning.mini_batches
         self._folder = model_folder(config)
         engine = fit(config, self._folder).engine
         rates = planned_rates(config, self._folder, engine)
         self._trees = simulate_step(workload(config), rates, engine, config.engine.count).trees
 
-    def best(self, setting: str, gpus: int) -> Candidate:
+    def best(self, setting: str, gpus: int, equal: float) -> Candidate:
         """The layout with the fastest steps in a short simulation."""
         best, seconds = None, float("inf")
-        for candidate in sorted(self._candidates(setting, gpus), key=lambda each: each.learning):
+        if (setting, gpus) not in self._layouts:
+            self._layouts[setting, gpus] = list(self._candidates(setting, gpus))
+        for candidate in sorted(self._layouts[setting, gpus], key=lambda each: each.learning):
             if candidate.config.loop.mode == "async" and candidate.learning >= seconds:
                 continue
-            time = self._simulate(candidate, candidate.config.seed, _SEARCH_PROMPTS, _SEARCH_STEPS)
+            time = self._simulate(candidate, candidate.config.seed, equal, _SEARCH_PROMPTS, _SEARCH_STEPS)
             if time.seconds < seconds:
                 best, seconds = candidate, time.seconds
         assert best is not None, f"{setting} fits on no layout of {gpus} GPUs"
         return best
 
-    def simulate(self, candidate: Candidate, seed: int) -> LoopTime:
-        return self._simulate(candidate, seed, self._prompts, self._steps)
+    def simulate(self, candidate: Candidate, seed: int, equal: float) -> LoopTime:
+        """equal: share of the trees that are dropped."""
+        return self._simulate(candidate, seed, equal, self._prompts, self._steps)
 
-    def _simulate(self, candidate: Candidate, seed: int, prompts: int, steps: int) -> LoopTime:
+    def _simulate(self, candidate: Candidate, seed: int, equal: float, prompts: int, steps: int) -> LoopTime:
         config, engine = candidate.config.model_copy(update={"seed": seed}), candidate.fit.engine
         rates = planned_rates(config, self._folder, engine)
         load = workload(config)
-        return simulate_share(config, load, rates, engine, self._trees, candidate.phases, prompts, steps)
+        grading = SimulatedGrading(equal=equal)
+        return simulate_share(
+            config, load, rates, engine, self._trees, candidate.phases, prompts, steps, grading
+        )
 
     def _candidates(self, setting: str, gpus: int) -> Iterator[Candidate]:
-        for trainer, engines in splits(setting, gpus, self._most_replicas()):
-            for tensor in (1, 2, 4):
-                overrides = [
-                    *self._base,
-                    *SETTINGS[setting],
-                    *layout(setting, trainer, self._most_replicas()),
-                    f"engine.tensor={tensor}",
-                    f"engine.count={engines // tensor}",
-                ]
-                config = load_config(PAPER, overrides)
+        """Layouts that fit, each with the fastest recomputation that fits."""
+        for (trainer, engines), tensor in product(splits(setting, gpus, self._replicas), (1, 2, 4)):
+            overrides = [
+                *self._base,
+                *SETTINGS[setting],
+                *layout(setting, trainer, self._replicas),
+                f"engine.tensor={tensor}",
+                f"engine.count={engines // tensor}",
+            ]
+            for recompute in ("none", "selective", "full"):
+                config = load_config(PAPER, [*overrides, f"trainer.recompute={recompute}"])
                 fitted = fit(config, self._folder)
                 if fitted.problem is None:
-                    phases = trainer_phases(config, self._folder, self._trees)
-                    yield Candidate(config, fitted, phases, (trainer, engines))
+                    yield Candidate(config, fitted, self._trainer(config), (trainer, engines))
+                    break
 
-    def _most_replicas(self) -> int:
-        config = load_config(PAPER, self._base)
-        return config.data.prompts_per_step // config.learning.mini_batches
+    def _trainer(self, config: RunConfig) -> Mapping[str, Phase]:
+        """The phases of the trainer, of which only the weight sync depends on the engines."""
+        key = config.trainer.model_dump_json()
+        if key not in self._phases:
+            self._phases[key] = trainer_phases(config, self._folder, self._trees)
+        return {**self._phases[key], "weight_sync": sync_weights(config, self._folder)}
 
 
-def splits(setting: str, gpus: int, most_replicas: int) -> Iterator[tuple[int, int]]:
-    """GPUs of the trainer and of the engines."""
+def splits(setting: str, gpus: int, replicas: int) -> Iterator[tuple[int, int]]:
+    """GPUs of the trainer and of the engines. replicas: the most that the trainer can have."""
     if not setting.startswith("async"):
         yield gpus, gpus
         return
     trainer = _TENSOR
-    while trainer <= min(gpus // 2, _TENSOR * most_replicas):
+    while trainer <= min(gpus // 2, _TENSOR * replicas):
         yield trainer, gpus - trainer
         trainer *= 2
 
 
-def layout(setting: str, trainer: int, most_replicas: int) -> list[str]:
+def layout(setting: str, trainer: int, replicas: int) -> list[str]:
     """Overrides for a trainer of so many GPUs: replicas first, then pipeline stages."""
-    data = min(trainer // _TENSOR, most_replicas)
+    data = min(trainer // _TENSOR, replicas)
     parallel = [
         f"trainer.parallel.tensor={_TENSOR}",
         f"trainer.parallel.data={data}",
@@ -139,24 +153,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpus", type=int, nargs="+", default=[64, 512])
     group.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     group.add_argument("--prompts", type=int, default=64, help="of a simulated step")
-    group.add_argument("--steps", type=int, default=6, help="that are measured")
+    group.add_argument("--steps", type=int, default=4, help="that are measured")
     group.add_argument("--seeds", type=int, default=3)
+    group.add_argument("--dropped", type=float, nargs="+", default=[0.0, 0.33], help="shares of the trees")
     group.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE")
 
 
 def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One line a setting; ratios are over `sync` with the same seed and GPUs."""
+    """One line a setting; ratios are over `sync` with the same seed, GPUs and dropped trees."""
     base = [f"plan.response_sigma={SIGMA}", *arguments.override]
     benchmark = Benchmark(base, arguments.prompts, arguments.steps)
-    for gpus in arguments.gpus:
+    for gpus, dropped in product(arguments.gpus, arguments.dropped):
         sync: list[LoopTime] = []
         for setting in dict.fromkeys(["sync", *arguments.only]):
-            candidate = benchmark.best(setting, gpus)
-            times = [benchmark.simulate(candidate, seed) for seed in range(1, arguments.seeds + 1)]
+            candidate = benchmark.best(setting, gpus, dropped)
+            times = [benchmark.simulate(candidate, seed, dropped) for seed in range(1, arguments.seeds + 1)]
             sync = sync or times
             yield {
                 "setting": setting,
                 "gpus": gpus,
+                "dropped": dropped,
                 **figures(candidate, gpus, times, sync),
                 **conditions(candidate, arguments),
             }
@@ -194,6 +210,7 @@ def conditions(candidate: Candidate, arguments: argparse.Namespace) -> dict[str,
         "trainer_gpus": candidate.gpus[0],
         "engine_gpus": candidate.gpus[1],
         "trainer": f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}",
+        "recompute": config.trainer.recompute,
         "engines": engines,
         "engine_tensor": config.engine.tensor,
         "placement": config.placement,

@@ -10,7 +10,7 @@ from tests.support.naive_batching import StatedRates
 from tests.support.plan_configs import config, engine
 from treepo.config.run import RunConfig
 from treepo.data.prompts import PromptOrder
-from treepo.planning.simulation.loop import LoopTime, SimulatedTrainer, simulate_loop
+from treepo.planning.simulation.loop import LoopTime, SimulatedGrading, SimulatedTrainer, simulate_loop
 from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import text_of, workload
@@ -59,8 +59,8 @@ def test_a_synchronous_step_is_its_parts_one_after_another(qwen2: Path, seed: in
     """Against the driver's own sampling of each step's prompts."""
     run = run_config()
     load, memory = workload(run.model_copy(update={"seed": seed})), engine(run, qwen2)
-    prompts = load.some_prompts(24)
-    order = PromptOrder(24, seed)
+    prompts = load.some_prompts(48)
+    order = PromptOrder(48, seed)
     simulated = [SimulatedEngine(StatedRates(0.002), memory.kv_tokens) for _ in range(2)]
     driver = TreeDriver(
         [load.engine(one) for one in simulated], load.sampling, text_of, seed, memory.kv_tokens
@@ -105,11 +105,22 @@ def test_grading_delays_only_what_waits_for_it(qwen2: Path) -> None:
     def seconds(run: RunConfig, grading: float) -> float:
         load, memory = workload(run), engine(run, qwen2)
         trainer = SimulatedTrainer(lambda _: 20.0, SYNC_SECONDS)
-        return simulate_loop(run, load, StatedRates(), memory, trainer, 4, grading).seconds
+        return simulate_loop(run, load, StatedRates(), memory, trainer, 4, SimulatedGrading(grading)).seconds
 
     sync, together = run_config(), run_config("async")
     assert seconds(sync, 3.0) == pytest.approx(seconds(sync, 0.0) + 3.0)
     assert seconds(together, 3.0) == pytest.approx(seconds(together, 0.0))
+
+
+def test_dropped_trees_are_sampled_in_vain(qwen2: Path) -> None:
+    def decoded(equal: float) -> float:
+        run = run_config(learning={"dynamic_sampling": True, "max_refills": 8})
+        load, memory = workload(run), engine(run, qwen2)
+        trainer = SimulatedTrainer(lambda _: 1.0, SYNC_SECONDS)
+        grading = SimulatedGrading(equal=equal)
+        return simulate_loop(run, load, StatedRates(), memory, trainer, 8, grading).decoded_tokens
+
+    assert decoded(0.5) == pytest.approx(2 * decoded(0.0), rel=0.25)  # some 200 trees
 
 
 def test_the_same_seed_is_the_same_run(qwen2: Path) -> None:

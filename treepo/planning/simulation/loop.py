@@ -1,13 +1,13 @@
 """Steps of the training loop in virtual time: the real scheduler, supply and driver on simulated engines.
 
-The trainer only takes its time, and every answer is graded the same time after its tree has finished. A tree
-always has something to teach, so none is dropped. The first steps are not measured: by then as many trees
+The trainer and the grader only take their time. Which trees have nothing to teach, so that dynamic sampling
+drops them, is drawn independently of their lengths. The first steps are not measured: by then as many trees
 grow as the loop allows, and the router knows how large they become.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from treepo.config.run import RunConfig
@@ -19,13 +19,15 @@ from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.planning.simulation.simulated_pool import SimulatedPool
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import Workload, half_correct, text_of
+from treepo.rollout import rng
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.router import REMEMBERED_TREES
-from treepo.training.scheduler import Scheduler
+from treepo.training.scheduler import Scheduler, ScheduleState
 from treepo.training.tree_grader import TreeGrader
 from treepo.training.tree_supply import TreeSupply
 from treepo.tree import Tree
 
+_PROMPTS = 4  # for each tree that may grow or be ready: none is short of a prompt
 _FIRST_STEPS = 3  # that are not measured, and one for each version of staleness
 
 
@@ -35,6 +37,17 @@ class SimulatedTrainer:
 
     learn: Callable[[Sequence[Tree]], float]
     sync_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedGrading:
+    """seconds: from the end of a tree to its grades. equal: share of trees whose answers are all wrong."""
+
+    seconds: float = 0.0
+    equal: float = 0.0
+
+
+AT_ONCE = SimulatedGrading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +96,7 @@ def simulate_loop(
     engine: EngineMemory,
     trainer: SimulatedTrainer,
     steps: int,
-    grading_seconds: float = 0.0,
+    grading: SimulatedGrading = AT_ONCE,
 ) -> LoopTime:
     """`steps` steps of the loop that `config` describes, with its prompts a step and its number of engines.
 
@@ -103,7 +116,7 @@ def simulate_loop(
         sampling_goes_on=config.loop.mode == "async",
     )
     driver = TreeDriver(pool.engines, load.sampling, text_of, load.seed, engine.kv_tokens)
-    run = _Run(config, load, pool, driver, trainer, grading_seconds)
+    run = _Run(config, load, pool, driver, trainer, grading)
 
     async def work() -> LoopTime:
         await _grow_instantly(driver, load)
@@ -122,24 +135,16 @@ class _Run:
         pool: SimulatedPool,
         driver: TreeDriver,
         trainer: SimulatedTrainer,
-        grading_seconds: float,
+        grading: SimulatedGrading,
     ) -> None:
         self._config, self._pool, self._trainer = config, pool, trainer
         self._unmeasured = _FIRST_STEPS + config.loop.max_staleness
-        batch, untrained = config.data.prompts_per_step, config.max_untrained
-        prompts = load.some_prompts(2 * untrained)
+        prompts = load.some_prompts(_PROMPTS * config.max_untrained)
         order = PromptOrder(len(prompts), load.seed)
-        scheduler = Scheduler(
-            order,
-            batch=batch,
-            max_staleness=config.loop.max_staleness,
-            max_untrained=untrained,
-            max_replaced=0,
-            steps=1 << 30,  # the last steps of a run would have fewer trees growing
-        )
-        self._supply = TreeSupply(
-            config, _Prompts(prompts), order, scheduler, driver, _Grader(grading_seconds)
-        )
+        endless = config.model_copy(update={"steps": 1 << 30})  # in the last steps fewer trees grow
+        scheduler = Scheduler.of_run(endless, order, 0, ScheduleState())
+        grader = _Grader(grading, load.seed)
+        self._supply = TreeSupply(config, _Prompts(prompts), order, scheduler, driver, grader)
         self._learning = 0.0
 
     async def steps(self, number: int) -> LoopTime:
@@ -194,13 +199,14 @@ class _Prompts(PromptSet):
 
 
 class _Grader(TreeGrader):
-    """Takes its time, in seconds for each tree."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, grading: SimulatedGrading, seed: int) -> None:
+        self._grading = grading
+        self._generator = rng.generator("equal", seed)
 
     async def grade(self, tree: Tree, prompt: Prompt) -> Tree:  # noqa: ARG002 - the base class's signature
-        await asyncio.sleep(self._seconds)
+        await asyncio.sleep(self._grading.seconds)
+        if self._generator.random() < self._grading.equal:
+            return replace(tree, leaves=tuple(replace(leaf, reward=0.0) for leaf in tree.leaves))
         return half_correct(tree)
 
     def check(self, what: str) -> None:

@@ -11,7 +11,13 @@ from statistics import fmean
 
 from treepo.config.run import RunConfig
 from treepo.planning.memory.engine import EngineMemory
-from treepo.planning.simulation.loop import LoopTime, SimulatedTrainer, simulate_loop
+from treepo.planning.simulation.loop import (
+    AT_ONCE,
+    LoopTime,
+    SimulatedGrading,
+    SimulatedTrainer,
+    simulate_loop,
+)
 from treepo.planning.simulation.rates import Rates
 from treepo.planning.simulation.workload import Workload, workload
 from treepo.planning.speed.device_rates import planned_rates
@@ -51,6 +57,7 @@ def simulate_share(
     phases: Mapping[str, Phase],
     max_prompts: int,
     steps: int,
+    grading: SimulatedGrading = AT_ONCE,
 ) -> LoopTime:
     """As `loop_time`, at any rates. max_prompts: of a simulated step, more only if they do not divide.
 
@@ -74,7 +81,7 @@ def simulate_share(
         return (by_tokens * tokens / mean_tokens + phases["optimizer"].seconds) / slower
 
     trainer = SimulatedTrainer(learn, phases["weight_sync"].seconds / slower)
-    time = simulate_loop(part, load, rates, engine, trainer, steps)
+    time = simulate_loop(part, load, rates, engine, trainer, steps, grading)
     return replace(
         time,
         seconds=time.seconds * slower,
