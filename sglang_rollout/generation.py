@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sglang_rollout.requests import SGLangRequests
+from sglang_rollout.requests import SGLangRequests, is_interrupted
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 
@@ -44,7 +44,7 @@ class Generation:
         async with aclosing(work) as answers:
             async for answer in answers:
                 tokens = answer["output_ids"]
-                interrupted = _is_interrupted(answer)
+                interrupted = is_interrupted(answer)
                 for boundary in _boundaries(request.check_every, checked, len(tokens), interrupted):
                     if self._should_stop(request, tokens[:boundary]):
                         return self._output(answer, boundary, "length", version)
@@ -84,11 +84,6 @@ class Generation:
             finish="eos" if int(tokens[-1]) in self._end_tokens else finish,
             cached_tokens=meta["cached_tokens"],
         )
-
-
-def _is_interrupted(answer: dict[str, Any]) -> bool:
-    finish = answer["meta_info"]["finish_reason"]
-    return finish is not None and finish["type"] == "abort"
 
 
 def _boundaries(step: int, checked: int, sampled: int, is_last: bool) -> range:
