@@ -157,9 +157,10 @@ def test_a_tree_s_shared_prefixes_are_computed_once_for_all_its_paths(
 
     engine, rng = real_engine.engine, np.random.default_rng(int(updates))
     paths = [rng.integers(4, 128, 50).astype(np.int32)]
-    for _ in range(40):
+    for number in range(40):
         above = paths[rng.integers(len(paths))]
-        paths.append(np.concatenate([above, rng.integers(4, 128, 40).astype(np.int32)]))
+        first = [4 + number]  # no two paths share a few tokens by chance, which no plan has
+        paths.append(np.concatenate([above, first, rng.integers(4, 128, 39)]).astype(np.int32))
     paths += paths[-3:]
     weights = {name: tensor.clone() for name, tensor in perturbed(real_engine.reference).items()}
 
