@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sglang_rollout import control
-from sglang_rollout.generation import Generation, StopRule
+from sglang_rollout.generation import Generation, StopRule, all_end_tokens
 from sglang_rollout.prefix_reader import PrefixReader
 from sglang_rollout.processes import SGLangProcesses
 from sglang_rollout.request_gate import RequestGate
@@ -25,7 +25,6 @@ from sglang_rollout.requests import SGLangRequests
 from sglang_rollout.weight_loader import End, Join, Load
 from sglang_rollout.weight_update import WeightUpdate, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
-from treepo.data.tokenizer import end_tokens, has_tokenizer, load_tokenizer
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.weight_sync.wire import Address, Bucket, Manifest
@@ -62,7 +61,7 @@ class SGLangEngine:
             model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
         )
         self._requests = SGLangRequests(self._sglang)
-        self._generation = Generation(self._requests, stop_rule, _end_tokens(model))
+        self._generation = Generation(self._requests, stop_rule, all_end_tokens(model))
         self._prefixes = PrefixReader(self._read_prefix)
         self._gate = RequestGate()
         self._version = 0
@@ -293,8 +292,3 @@ class SGLangEngine:
         token = np.zeros(1, dtype=np.int32)  # every vocabulary has token 0
         async with aclosing(self._requests.answers(token, {"max_new_tokens": 1}, self._version)) as answers:
             await anext(answers)
-
-
-def _end_tokens(model: Path) -> frozenset[int]:
-    """End tokens of the model and, if the folder has one, of the tokenizer. An engine needs no tokenizer."""
-    return frozenset(load_tokenizer(model).end_tokens if has_tokenizer(model) else end_tokens(model))

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from sglang_rollout.requests import SGLangRequests, is_interrupted
+from treepo.data.tokenizer import end_tokens, has_tokenizer, load_tokenizer
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 
@@ -84,6 +86,11 @@ class Generation:
             finish="eos" if int(tokens[-1]) in self._end_tokens else finish,
             cached_tokens=meta["cached_tokens"],
         )
+
+
+def all_end_tokens(model: Path) -> frozenset[int]:
+    """End tokens of the model and, if the folder has one, of the tokenizer. An engine needs no tokenizer."""
+    return frozenset(load_tokenizer(model).end_tokens if has_tokenizer(model) else end_tokens(model))
 
 
 def _boundaries(step: int, checked: int, sampled: int, is_last: bool) -> range:
