@@ -81,9 +81,7 @@ def run(steps: int, overrides: Sequence[str]) -> dict[str, Any]:
         out = Path(folder) / "run"
         command = [sys.executable, "-c", _COMMAND, "train", CONFIG, f"steps={steps}", f"out={out}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        subprocess.run(
-            [*command, *overrides], env=environment, check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([*command, *overrides], env=environment, check=True, stdout=subprocess.DEVNULL)
         metrics = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     counted = metrics[_UNCOUNTED:]
 
