@@ -198,7 +198,7 @@ def can_take(
     """
     for number in range(least, min(run.batch, len(ready)) + 1):
         for chosen in combinations(ready, number):
-            others = [began for position, began in (growing | ready).items() if position not in chosen]
+            others = [began for position, began in {**growing, **ready}.items() if position not in chosen]
             if fit(run, version, others):
                 return True
     return False
