@@ -25,7 +25,7 @@ from tests.support.training_runs import (
     versions_of,
 )
 from treepo.errors import EngineError, RewardError
-from treepo.protocols import GenerateRequest
+from treepo.protocols import BatchResult, GenerateRequest, MiniBatch
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.rollout.driver import TreeDriver
 from treepo.tree import Tree, Verdict
@@ -64,22 +64,30 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return versions
 
 
+class WatchingTrainer(FakeTrainer):
+    """during: for each step, the number of requests that the engine had while this trainer trained."""
+
+    watched: NamedEngine
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.during: list[int] = []
+
+    async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
+        before = len(self.watched.requests) - self.watched.running
+        result = await super().train_batch(mini_batches, temperature)
+        self.during.append(len(self.watched.requests) - before)
+        return result
+
+
 @pytest.mark.parametrize("max_staleness", [1, 3])
 def test_trees_grow_while_the_trainer_trains(folder: Path, tmp_path: Path, max_staleness: int) -> None:
     loop = {"loop": {"mode": "async", "max_staleness": max_staleness}, "placement": "split"}
     config = config_of(folder, tmp_path / "run", steps=6, **loop)
-    run = Run(config, engine=slow_engine(), trainer=slow_trainer())
-    during: list[int] = []
-    before = run.trainer.train_batch
-
-    async def counted(*arguments: Any) -> Any:
-        busy = run.engine.running - len(run.engine.requests)
-        result = await before(*arguments)
-        during.append(busy + len(run.engine.requests))
-        return result
-
-    run.trainer.train_batch = counted
-    run.train()
+    engine, trainer = slow_engine(), WatchingTrainer()
+    trainer.watched, trainer.turns = engine, 200
+    Run(config, engine=engine, trainer=trainer).train()
+    during = trainer.during
     assert all(during[:-max_staleness]), "the engine has requests in each training"
     assert not during[-1], "no tree grows for a step that does not come"
 
