@@ -142,6 +142,28 @@ def test_trees_that_a_step_does_not_need_pause_and_are_trained_next(folder: Path
     check_every_prompt_was_taken_once(config)
 
 
+def test_a_synchronous_run_starts_no_tree_while_the_trainer_trains(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees wait for room when the step is taken, and get it in the end of the others."""
+    sampling = {"oversample": 2.0, "max_live_trees": 5}
+    config = config_of(folder, tmp_path / "run", steps=6, sampling=sampling)
+    run = Run(config, engine=slow_engine(), trainer=slow_trainer())
+    start = TreeDriver.start
+
+    def noted(driver: TreeDriver, prompt: Any, step: int) -> Any:
+        run.events.append("start")
+        return start(driver, prompt, step)
+
+    monkeypatch.setattr(TreeDriver, "start", noted)
+    run.train()
+    trained = [index for index, event in enumerate(run.events) if event.startswith("train")]
+    assert len(trained) == 6
+    assert all(run.events[index - 1] == "hold" for index in trained)
+    assert all(run.events[index + 1].startswith("sync") for index in trained)
+    check_every_prompt_was_taken_once(config)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_synchronous_run_does_not_depend_on_delays(folder: Path, tmp_path: Path, dynamic: bool) -> None:
     learning = {"dynamic_sampling": dynamic, "max_refills": 1}
@@ -186,8 +208,8 @@ class EqualRewards(LengthRewards):
 
 @pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
 def test_another_prompt_replaces_a_failed_tree(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Every request of two prompts fails in training."""
-    config = config_of(folder, tmp_path / "run", steps=5, **ALONE, **changes)
+    """Every request of two prompts fails. In all more trees fail than may fail one after another."""
+    config = config_of(folder, tmp_path / "run", steps=10, **ALONE, **changes)
     engine = slow_engine()
     bad: set[bytes] = set()
 
@@ -200,8 +222,8 @@ def test_another_prompt_replaces_a_failed_tree(folder: Path, tmp_path: Path, cha
     engine.fails = fails
     Run(config, engine=engine).train()
     metrics = steps_of(config.out)
-    assert sum(line["rollout/failed_trees"] for line in metrics) >= 2
-    assert all(sum(step == each for step, _ in trees_of(config.out)) == 4 for each in range(1, 6))
+    assert sum(line["rollout/failed_trees"] for line in metrics) >= 4
+    assert all(sum(step == each for step, _ in trees_of(config.out)) == 4 for each in range(1, 11))
     check_every_prompt_was_taken_once(config)
 
 
