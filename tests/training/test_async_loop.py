@@ -142,25 +142,31 @@ def test_trees_that_a_step_does_not_need_pause_and_are_trained_next(folder: Path
     check_every_prompt_was_taken_once(config)
 
 
-def test_a_synchronous_run_starts_no_tree_while_the_trainer_trains(
+def test_a_synchronous_run_starts_trees_only_while_it_waits_for_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trees wait for room when the step is taken, and get it in the end of the others."""
+    """Not in an evaluation either, though trees that wait for room get it then."""
     sampling = {"oversample": 2.0, "max_live_trees": 5}
-    config = config_of(folder, tmp_path / "run", steps=6, sampling=sampling)
+    config = config_of(folder, tmp_path / "run", steps=9, sampling=sampling, evaluation={"every": 1})
     run = Run(config, engine=slow_engine(), trainer=slow_trainer())
     start = TreeDriver.start
 
     def noted(driver: TreeDriver, prompt: Any, step: int) -> Any:
-        run.events.append("start")
+        run.events.append("start" if step else "start held-out")
         return start(driver, prompt, step)
 
     monkeypatch.setattr(TreeDriver, "start", noted)
     run.train()
-    trained = [index for index, event in enumerate(run.events) if event.startswith("train")]
-    assert len(trained) == 6
-    assert all(run.events[index - 1] == "hold" for index in trained)
-    assert all(run.events[index + 1].startswith("sync") for index in trained)
+    events = [event for event in run.events if event != "start held-out"]
+    for step in range(1, 9):
+        first = events.index(f"sync {step}")
+        assert events[first - 2 : first + 3] == [
+            "hold",
+            "train 2",
+            f"sync {step}",
+            "release",
+            f"evaluated {step}",
+        ]
     check_every_prompt_was_taken_once(config)
 
 
