@@ -1,4 +1,4 @@
-"""Dynamic sampling: which trees can teach. tests/training has their replacement."""
+"""Dynamic sampling: which trees can teach. tests/training covers their replacement."""
 
 from tests.support.small_trees import tree_of
 from treepo.learning.dynamic_sampling import Dropped, uninformative

@@ -25,7 +25,7 @@ from tests.support.training_runs import (
     versions_of,
 )
 from treepo.errors import EngineError, RewardError
-from treepo.protocols import GenerateRequest
+from treepo.protocols import BatchResult, GenerateRequest, MiniBatch
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.rollout.driver import TreeDriver
 from treepo.tree import Tree, Verdict
@@ -64,22 +64,30 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return versions
 
 
+class WatchingTrainer(FakeTrainer):
+    """during: for each step, the number of requests that the engine had while this trainer trained."""
+
+    watched: NamedEngine
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.during: list[int] = []
+
+    async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
+        before = len(self.watched.requests) - self.watched.running
+        result = await super().train_batch(mini_batches, temperature)
+        self.during.append(len(self.watched.requests) - before)
+        return result
+
+
 @pytest.mark.parametrize("max_staleness", [1, 3])
 def test_trees_grow_while_the_trainer_trains(folder: Path, tmp_path: Path, max_staleness: int) -> None:
     loop = {"loop": {"mode": "async", "max_staleness": max_staleness}, "placement": "split"}
     config = config_of(folder, tmp_path / "run", steps=6, **loop)
-    run = Run(config, engine=slow_engine(), trainer=slow_trainer())
-    during: list[int] = []
-    before = run.trainer.train_batch
-
-    async def counted(*arguments: Any) -> Any:
-        busy = run.engine.running - len(run.engine.requests)
-        result = await before(*arguments)
-        during.append(busy + len(run.engine.requests))
-        return result
-
-    run.trainer.train_batch = counted
-    run.train()
+    engine, trainer = slow_engine(), WatchingTrainer()
+    trainer.watched, trainer.turns = engine, 200
+    Run(config, engine=engine, trainer=trainer).train()
+    during = trainer.during
     assert all(during[:-max_staleness]), "the engine has requests in each training"
     assert not during[-1], "no tree grows for a step that does not come"
 
@@ -134,6 +142,34 @@ def test_trees_that_a_step_does_not_need_pause_and_are_trained_next(folder: Path
     check_every_prompt_was_taken_once(config)
 
 
+def test_a_synchronous_run_starts_trees_only_while_it_waits_for_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in an evaluation either, though trees that wait for room get it then."""
+    sampling = {"oversample": 2.0, "max_live_trees": 5}
+    config = config_of(folder, tmp_path / "run", steps=9, sampling=sampling, evaluation={"every": 1})
+    run = Run(config, engine=slow_engine(), trainer=slow_trainer())
+    start = TreeDriver.start
+
+    def noted(driver: TreeDriver, prompt: Any, step: int) -> Any:
+        run.events.append("start" if step else "start held-out")
+        return start(driver, prompt, step)
+
+    monkeypatch.setattr(TreeDriver, "start", noted)
+    run.train()
+    events = [event for event in run.events if event != "start held-out"]
+    for step in range(1, 9):
+        first = events.index(f"sync {step}")
+        assert events[first - 2 : first + 3] == [
+            "hold",
+            "train 2",
+            f"sync {step}",
+            "release",
+            f"evaluated {step}",
+        ]
+    check_every_prompt_was_taken_once(config)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_synchronous_run_does_not_depend_on_delays(folder: Path, tmp_path: Path, dynamic: bool) -> None:
     learning = {"dynamic_sampling": dynamic, "max_refills": 1}
@@ -178,8 +214,8 @@ class EqualRewards(LengthRewards):
 
 @pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
 def test_another_prompt_replaces_a_failed_tree(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Every request of two prompts fails in training."""
-    config = config_of(folder, tmp_path / "run", steps=5, **ALONE, **changes)
+    """Every request of two prompts fails. In all more trees fail than may fail one after another."""
+    config = config_of(folder, tmp_path / "run", steps=10, **ALONE, **changes)
     engine = slow_engine()
     bad: set[bytes] = set()
 
@@ -192,8 +228,8 @@ def test_another_prompt_replaces_a_failed_tree(folder: Path, tmp_path: Path, cha
     engine.fails = fails
     Run(config, engine=engine).train()
     metrics = steps_of(config.out)
-    assert sum(line["rollout/failed_trees"] for line in metrics) >= 2
-    assert all(sum(step == each for step, _ in trees_of(config.out)) == 4 for each in range(1, 6))
+    assert sum(line["rollout/failed_trees"] for line in metrics) >= 4
+    assert all(sum(step == each for step, _ in trees_of(config.out)) == 4 for each in range(1, 11))
     check_every_prompt_was_taken_once(config)
 
 
