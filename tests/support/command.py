@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,7 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[
     """Send Ctrl-C as soon as `file` has content. The command must end with one line and leave no process.
     Returns standard output and standard error.
     """
-    deadline = time.monotonic() + DEADLINE
-    while not (file.exists() and file.read_bytes()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"nothing was written to {file}"
-        time.sleep(0.5)
-    descendants = psutil.Process(process.pid).children(recursive=True)
-    assert descendants
+    descendants = _descendants_once_written(process, file)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
@@ -74,3 +69,25 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[
     _, alive = psutil.wait_procs(descendants, timeout=DEADLINE)
     assert not alive
     return output, errors
+
+
+def kill_once_written(process: subprocess.Popen[str], file: Path) -> None:
+    """Kill the command and every process that it started as soon as `file` has content."""
+    descendants = _descendants_once_written(process, file)
+    for one in (process, *descendants):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.communicate(timeout=DEADLINE)
+    _, alive = psutil.wait_procs(descendants, timeout=DEADLINE)
+    assert not alive
+
+
+def _descendants_once_written(process: subprocess.Popen[str], file: Path) -> list[psutil.Process]:
+    deadline = time.monotonic() + DEADLINE
+    while not (file.exists() and file.read_bytes()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"nothing was written to {file}"
+        time.sleep(0.5)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    assert descendants
+    return descendants

@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.command import interrupt_once_written, start, write_model_and_problems
+from tests.support.command import interrupt_once_written, kill_once_written, start, write_model_and_problems
 from treepo.tree import from_json
 
 STEPS = 3
@@ -162,6 +164,28 @@ def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path) -> None:
     ours, expected = (json.loads((run / "summary.json").read_text()) for run in (interrupted, straight))
     for key in ("steps", "decoded_tokens", "sequential_tokens"):
         assert ours[key] == expected[key], key
+
+
+def test_an_asynchronous_run_that_is_killed_trains_every_prompt_once(folder: Path) -> None:
+    """Two epochs of three steps. After the kill, trees that wait for a step are trained as they are, and
+    those that were growing grow again.
+    """
+    split = ["placement=split", "loop.mode=async", "loop.max_staleness=2", "log_prob_check.enabled=false"]
+    arguments = ["train", "run.yaml", "out=async", "steps=6", *split]
+    run = folder / "async"
+    process = start(folder, *arguments)
+    kill_once_written(process, run / "checkpoints" / "step-00002" / "checkpoint.json")
+
+    process = start(folder, *arguments, "--resume")
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert "engines idle" in output
+    assert [line["step"] for line in _lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    records = _lines(run / "trees.jsonl")
+    assert Counter(record["prompt_id"] for record in records) == {f"train:{row}": 2 for row in range(12)}
+    for record, line in zip(records, (run / "trees.jsonl").read_bytes().splitlines(), strict=True):
+        versions = np.concatenate([segment.versions for segment in from_json(line).segments])
+        assert record["step"] - 3 <= versions.min() <= versions.max() <= record["step"] - 1
 
 
 def _without_log_probs(line: bytes) -> dict[str, Any]:
