@@ -19,6 +19,7 @@ from tests.support.training_runs import (
     check_every_prompt_was_taken_once,
     config_of,
     lines,
+    saved_schedule,
     steps_of,
     trees_of,
     versions_of,
