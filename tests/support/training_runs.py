@@ -16,6 +16,7 @@ from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import PromptOrder
 from treepo.preflight.inputs import read_train_inputs
+from treepo.protocols import GenerateRequest
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.training import train as module
 from treepo.training.checkpoints import newest
@@ -88,6 +89,24 @@ def config_of(folder: Path, out: Path, steps: int, **changes: Any) -> RunConfig:
 
 
 ASYNC = {"loop": {"mode": "async", "max_staleness": 1}, "placement": "split"}
+VERY_ASYNC = {"loop": {"mode": "async", "max_staleness": 3}, "placement": "split"}
+OVERSAMPLE = {"sampling": {"oversample": 2.0}}
+ALONE = {"data": {"heldout": None}, "log_prob_check": {"enabled": False}}  # only training samples
+
+
+def slow_engine(shuffle: int = 0, **changes: Any) -> NamedEngine:
+    return NamedEngine(end=0.1, pace=3, shuffle=shuffle, **changes)
+
+
+def slow_trainer(turns: int = 200) -> FakeTrainer:
+    trainer = FakeTrainer()
+    trainer.turns = turns
+    return trainer
+
+
+def prompts_of(requests: Sequence[GenerateRequest]) -> list[bytes]:
+    """The prompt of each request."""
+    return [request.context[: request.prompt_tokens].tobytes() for request in requests]
 
 
 @dataclass

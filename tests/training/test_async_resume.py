@@ -11,7 +11,10 @@ import pytest
 
 from tests.support.fake_trainer import NamedEngine
 from tests.support.training_runs import (
+    ALONE,
     ASYNC,
+    OVERSAMPLE,
+    VERY_ASYNC,
     Run,
     check_every_prompt_was_taken_once,
     config_of,
@@ -27,9 +30,6 @@ from treepo.training.checkpoints import newest
 from treepo.training.ready_trees import read_ready_trees, ready_trees_lines
 
 pytestmark = pytest.mark.usefixtures("graded")
-OVERSAMPLE = {"sampling": {"oversample": 2.0}}
-VERY_ASYNC = {"loop": {"mode": "async", "max_staleness": 3}, "placement": "split"}
-QUIET = {"data": {"heldout": None}, "log_prob_check": {"enabled": False}}  # only training samples
 
 
 class KilledError(Exception):
@@ -82,7 +82,7 @@ def test_a_killed_run_trains_every_prompt_once(
     learning = {"mini_batches": 2, "dynamic_sampling": bool(seed % 2)}
     checkpoint = {"every": rng.randint(1, 3)}
     config = config_of(
-        folder, tmp_path / "run", steps=8, learning=learning, checkpoint=checkpoint, **QUIET, **mode
+        folder, tmp_path / "run", steps=8, learning=learning, checkpoint=checkpoint, **ALONE, **mode
     )
     killed_often(config, rng)
     assert [line["step"] for line in steps_of(config.out)] == list(range(1, 9))
@@ -97,7 +97,7 @@ def test_a_killed_run_trains_every_prompt_once(
 
 def saved_with_ready_trees(folder: Path, out: Path, **changes: Any) -> RunConfig:
     """A run whose last checkpoint has finished trees: its trainer is slow."""
-    settings = {"sampling": {"width": 2}} | QUIET | VERY_ASYNC | changes
+    settings = {"sampling": {"width": 2}} | ALONE | VERY_ASYNC | changes
     config = config_of(folder, out, steps=9, checkpoint={"every": 1}, **settings)
     run = run_of(config, turns=800)
     run.trainer.before = killed_at_call(9)  # train, save, finish, ...
@@ -205,7 +205,7 @@ def test_an_evaluation_that_was_lost_is_repeated(folder: Path, tmp_path: Path, m
 
 
 def test_oversampling_may_change(folder: Path, tmp_path: Path) -> None:
-    config = config_of(folder, tmp_path / "run", steps=4, **QUIET)
+    config = config_of(folder, tmp_path / "run", steps=4, **ALONE)
     run_of(config).train()
     values = config.model_dump()
     values["sampling"]["oversample"], values["steps"] = 1.5, 6
