@@ -10,20 +10,21 @@ update succeeds.
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from sglang_rollout import control
-from sglang_rollout.generation import Generation, StopRule
+from sglang_rollout.generation import Generation, StopRule, all_end_tokens
+from sglang_rollout.prefix_reader import PrefixReader
 from sglang_rollout.processes import SGLangProcesses
 from sglang_rollout.request_gate import RequestGate
 from sglang_rollout.requests import SGLangRequests
 from sglang_rollout.weight_loader import End, Join, Load
 from sglang_rollout.weight_update import WeightUpdate, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
-from treepo.data.tokenizer import end_tokens, has_tokenizer, load_tokenizer
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.weight_sync.wire import Address, Bucket, Manifest
@@ -60,7 +61,8 @@ class SGLangEngine:
             model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
         )
         self._requests = SGLangRequests(self._sglang)
-        self._generation = Generation(self._requests, stop_rule, _end_tokens(model))
+        self._generation = Generation(self._requests, stop_rule, all_end_tokens(model))
+        self._prefixes = PrefixReader(self._read_prefix)
         self._gate = RequestGate()
         self._version = 0
         self._update: WeightUpdate | None = None
@@ -102,7 +104,9 @@ class SGLangEngine:
     async def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """Log-probs of all tokens but the first, given those before them, at temperature 1: float32 [T-1]."""
         async with self._inside():
-            return await self._bounded_request(self._log_probs(tokens), "a request for log-probs")
+            return await self._bounded_request(
+                self._requests.log_probs(tokens, self._version), "a request for log-probs"
+            )
 
     async def died(self) -> str:
         """Wait until the engine can no longer answer, and return why."""
@@ -193,6 +197,7 @@ class SGLangEngine:
 
     async def clear_cache(self) -> None:
         """Forget every cached prefix. No request may be running."""
+        self._prefixes.forget()
         flush = control.flush_cache(self._sglang, self._config.update_seconds)
         await self._bounded_update(flush, "flushing the prefix cache")
 
@@ -252,16 +257,23 @@ class SGLangEngine:
 
     async def _sample(self, request: GenerateRequest) -> GenerateOutput | None:
         """Sample; None if the request was interrupted before its first token."""
+        computed = await self._prefixes.read(request.context)
         if self._gate.is_shut:  # SGLang does not have the request yet, so nothing has interrupted it
             return None
-        return await self._generation.sample(request, self._version)
+        output = await self._generation.sample(request, self._version)
+        if output is None:
+            return None
+        self._prefixes.note(request.context)
+        self._prefixes.note(np.concatenate([request.context, output.tokens]))
+        return replace(output, cached_tokens=max(output.cached_tokens - computed, 0))
 
-    async def _log_probs(self, tokens: np.ndarray) -> np.ndarray:
-        work = self._requests.answers(tokens, {"max_new_tokens": 0}, self._version, of_context=True)
-        async with aclosing(work) as answers:
-            answer = await anext(answers)
-        computed = answer["meta_info"]["input_token_logprobs"][1:]
-        return np.asarray([log_prob for log_prob, _, _ in computed], dtype=np.float32)
+    async def _read_prefix(self, prefix: np.ndarray) -> int | None:
+        """Compute a prefix that requests inside the gate share; None if it was interrupted."""
+        if self._gate.is_shut:
+            return None
+        with self._gate.inside():
+            work = self._requests.read(prefix, self._version)
+            return await self._bounded_request(work, "a request for a shared prefix")
 
     async def _first_answer(self) -> None:
         """Return when SGLang has answered a request for one token, or any other request."""
@@ -280,8 +292,3 @@ class SGLangEngine:
         token = np.zeros(1, dtype=np.int32)  # every vocabulary has token 0
         async with aclosing(self._requests.answers(token, {"max_new_tokens": 1}, self._version)) as answers:
             await anext(answers)
-
-
-def _end_tokens(model: Path) -> frozenset[int]:
-    """End tokens of the model and, if the folder has one, of the tokenizer. An engine needs no tokenizer."""
-    return frozenset(load_tokenizer(model).end_tokens if has_tokenizer(model) else end_tokens(model))

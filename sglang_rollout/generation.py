@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from sglang_rollout.requests import SGLangRequests
+from sglang_rollout.requests import SGLangRequests, is_interrupted
+from treepo.data.tokenizer import end_tokens, has_tokenizer, load_tokenizer
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 
@@ -44,7 +46,7 @@ class Generation:
         async with aclosing(work) as answers:
             async for answer in answers:
                 tokens = answer["output_ids"]
-                interrupted = _is_interrupted(answer)
+                interrupted = is_interrupted(answer)
                 for boundary in _boundaries(request.check_every, checked, len(tokens), interrupted):
                     if self._should_stop(request, tokens[:boundary]):
                         return self._output(answer, boundary, "length", version)
@@ -86,9 +88,9 @@ class Generation:
         )
 
 
-def _is_interrupted(answer: dict[str, Any]) -> bool:
-    finish = answer["meta_info"]["finish_reason"]
-    return finish is not None and finish["type"] == "abort"
+def all_end_tokens(model: Path) -> frozenset[int]:
+    """End tokens of the model and, if the folder has one, of the tokenizer. An engine needs no tokenizer."""
+    return frozenset(load_tokenizer(model).end_tokens if has_tokenizer(model) else end_tokens(model))
 
 
 def _boundaries(step: int, checked: int, sampled: int, is_last: bool) -> range:

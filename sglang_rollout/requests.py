@@ -29,6 +29,23 @@ class SGLangRequests:
             self._interrupted |= self._running
             self._sglang.manager._dispatch_to_scheduler(AbortReq(rid=_INTERRUPTIBLE))
 
+    async def log_probs(self, tokens: np.ndarray, version: int) -> np.ndarray:
+        """Log-probs of all tokens but the first, given those before them, at temperature 1: float32 [T-1]."""
+        async with aclosing(self.answers(tokens, {"max_new_tokens": 0}, version, of_context=True)) as answers:
+            answer = await anext(answers)
+        computed = answer["meta_info"]["input_token_logprobs"][1:]
+        return np.asarray([log_prob for log_prob, _, _ in computed], dtype=np.float32)
+
+    async def read(self, prefix: np.ndarray, version: int) -> int | None:
+        """Compute a prefix (int32 [T]) into the cache; returns how many of its tokens were not there.
+
+        None if it was interrupted.
+        """
+        work = self.answers(prefix, {"max_new_tokens": 0}, version, log_probs=False, interruptible=True)
+        async with aclosing(work) as answers:
+            answer = await anext(answers)
+        return None if is_interrupted(answer) else len(prefix) - answer["meta_info"]["cached_tokens"]
+
     async def answers(
         self,
         context: np.ndarray,
@@ -87,6 +104,12 @@ class SGLangRequests:
             self._interrupted.discard(name)
             if finish is None and not self._sglang.death.done():
                 manager.abort_request(name)
+
+
+def is_interrupted(answer: dict[str, Any]) -> bool:
+    """Whether this is the last answer to a request that was interrupted."""
+    finish = answer["meta_info"]["finish_reason"]
+    return finish is not None and finish["type"] == "abort"
 
 
 def check_vocabulary(context: np.ndarray, vocabulary: int) -> None:

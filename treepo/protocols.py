@@ -45,7 +45,8 @@ class GenerateOutput:
     finish: `eos` if the last token is an end token of the model; `length` after `max_tokens` tokens, or at a
     boundary of `check_every` where the stop rule holds; `interrupted` if the engine stopped anywhere else,
     because a weight sync began or the pool held its requests: the rest is another request.
-    cached_tokens: number of context tokens that were found in the prefix cache.
+    cached_tokens: number of context tokens that were in the prefix cache and not computed on behalf of this
+    request.
     """
 
     tokens: np.ndarray

@@ -1,7 +1,8 @@
 """Draw the documentation's figures: `python docs/figures/make.py [RUN]`.
 
-Without RUN only `tree.svg` is written. RUN is the folder of a finished quickstart: `terminal.svg` shows what
-that run printed, and `learning.svg` its accuracy step by step. Both are drawn from the run's own files.
+Without RUN only `tree.svg` and `asynchrony.svg` are written. RUN is the folder of a finished quickstart:
+`terminal.svg` shows what that run printed, and `learning.svg` its accuracy step by step. Both are drawn from
+the run's own files.
 
 Every figure has its own background and loads nothing from a server, so it reads in light and dark themes, on
 GitHub and on the site.
@@ -11,7 +12,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ text { font: 13px system-ui, "Segoe UI", "DejaVu Sans", Verdana, sans-serif; fil
 .mark { fill: none; stroke-width: 2.5; stroke-linecap: round; stroke-linejoin: round }
 .curve { fill: none; stroke: #0f766e; stroke-width: 2.5 }
 .point { fill: #0f766e }
+.sync { fill: #c2410c }
 .heldout { fill: none; stroke: #c2410c; stroke-width: 2.5 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6eaee }
@@ -190,6 +192,95 @@ def tree_figure() -> str:
     return svg(940, bottom + 48, label, parts)
 
 
+# Who works when
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A stretch of one side's time. batch: the step whose trees are sampled or trained."""
+
+    batch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What engines and trainer do under one setting. syncs: when each weight sync ends."""
+
+    name: str
+    note: str
+    engines: Sequence[Work]
+    trainer: Sequence[Work]
+    syncs: Sequence[float]
+
+
+TIMELINES = (
+    Timeline(
+        "loop.mode: sync",
+        "A step lasts as long as its slowest tree, and the trainer’s time.",
+        [Work(1, 0, 5), Work(2, 8, 13), Work(3, 16, 21)],
+        [Work(1, 5, 7.5), Work(2, 13, 15.5), Work(3, 21, 23.5)],
+        [8, 16, 24],
+    ),
+    Timeline(
+        "sampling.oversample: 1.5",
+        "The slowest trees pause, keep their segments, and go on in the next step.",
+        [Work(1, 0, 3.2), Work(2, 6.2, 9.4), Work(3, 12.4, 15.6), Work(4, 18.6, 21.8)],
+        [Work(1, 3.2, 5.7), Work(2, 9.4, 11.9), Work(3, 15.6, 18.1), Work(4, 21.8, 23.5)],
+        [6.2, 12.4, 18.6],
+    ),
+    Timeline(
+        "loop.mode: async",
+        "Trees of later steps grow while the trainer learns. A weight sync interrupts them, and they go on.",
+        [
+            *(Work(1, 0, 4.5), Work(2, 4.5, 8.4), Work(3, 8.4, 12.3)),
+            *(Work(4, 12.3, 16.2), Work(5, 16.2, 20.1), Work(6, 20.1, 24)),
+        ],
+        [Work(1, 4.5, 7), Work(2, 8.4, 10.9), Work(3, 12.3, 14.8), Work(4, 16.2, 18.7), Work(5, 20.1, 22.6)],
+        [7.5, 11.4, 15.3, 19.2, 23.1],
+    ),
+)
+_LANE, _UNIT, _SYNC = 26, 31, 0.5
+
+
+def lane(works: Sequence[Work], syncs: Sequence[float], x: float, y: float, style: str) -> list[str]:
+    """One side's work, a bar for each batch; weight syncs cut through both sides."""
+    parts = [f'<path class="grid" d="M{x:g} {y:g} h{24 * _UNIT}"/>']
+    for work in works:
+        left, width = x + work.start * _UNIT, (work.end - work.start) * _UNIT - 2
+        parts.append(
+            f'<rect class="{style}" x="{left:g}" y="{y - _LANE / 2:g}" width="{width:g}" height="{_LANE}" '
+            'rx="4"/>' + text(left + width / 2, y + 4, f"step {work.batch}", "inside", "middle")
+        )
+    for end in syncs:
+        left = x + (end - _SYNC) * _UNIT
+        parts.append(
+            f'<rect class="sync" x="{left:g}" y="{y - _LANE / 2:g}" width="{_SYNC * _UNIT - 2:g}" '
+            f'height="{_LANE}"/>'
+        )
+    return parts
+
+
+def asynchrony_figure() -> str:
+    parts, x = [], 120
+    for number, timeline in enumerate(TIMELINES):
+        y = 40 + 138 * number
+        parts += [text(24, y, timeline.name, "big"), text(24, y + 20, timeline.note, "soft")]
+        for row, name, works, style in (
+            (48, "engines", timeline.engines, "shared2"),
+            (80, "trainer", timeline.trainer, "shared3"),
+        ):
+            parts.append(text(24, y + row + 4, name))
+            parts += lane(works, timeline.syncs, x, y + row, style)
+    bottom = 40 + 138 * len(TIMELINES)
+    parts += [
+        f'<rect class="sync" x="24" y="{bottom - 12}" width="13" height="16"/>',
+        text(46, bottom, "weight sync. Times are made up.", "small soft"),
+    ]
+    return svg(890, bottom + 22, "Engines and trainer in turn, with oversampling, and side by side", parts)
+
+
 # A run
 
 
@@ -249,7 +340,7 @@ def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
 
 def main(folders: list[str]) -> None:
     """Write the figures. folders: at most one, of the run to draw."""
-    figures = {"tree": tree_figure()}
+    figures = {"tree": tree_figure(), "asynchrony": asynchrony_figure()}
     for folder in folders:
         figures |= {"terminal": terminal(Path(folder)), "learning": learning_curve(Path(folder))}
     for name, drawn in figures.items():

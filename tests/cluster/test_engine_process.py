@@ -122,7 +122,7 @@ def test_a_child_that_fails_does_not_end_the_process_that_starts_it_in_a_thread(
     from tests.support.real_engine import write_model
 
     config = write_model(tmp_path / "model") / "config.json"
-    config.write_text(config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 80'))
+    config.write_text(config.read_text().replace('"vocab_size": 128', '"vocab_size": 120'))
     script = tmp_path / "script.py"
     script.write_text(START_IN_A_THREAD)
     ran = subprocess.run(

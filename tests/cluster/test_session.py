@@ -98,11 +98,15 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[str]]:
         async def reserve(*_: object) -> Any:
             return reservation
 
+        def pool(*_: object, sampling_goes_on: bool) -> FakePool:
+            assert not sampling_goes_on, "the loop is synchronous"
+            return FakePool(events)
+
         monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
         monkeypatch.setattr(session, "cluster_nodes", list)
         monkeypatch.setattr(session, "reserve", reserve)
         monkeypatch.setattr(session, "TrainerGroup", lambda *_: FakeTrainer(events))
-        monkeypatch.setattr(session, "TrainingEnginePool", lambda *_, **__: FakePool(events))
+        monkeypatch.setattr(session, "TrainingEnginePool", pool)
 
         async def main() -> None:
             async with training_session(config_of(), StopRule.__new__(StopRule)):

@@ -76,7 +76,7 @@ def test_every_packing_equals_the_responses_one_by_one(rule: dict[str, object], 
     ids=["", "weighted"],
 )
 def test_metrics_are_those_of_the_responses(rule: dict[str, object], options: dict[str, object]) -> None:
-    scene = scene_of(3, rule, **options)
+    scene = scene_of(5, rule, **options)
     expected = naive_importance_metrics(scene)
     if rule["mode"] != "none":
         assert min(expected["importance_above"], expected["effective_sample_share"]) > 0.01

@@ -187,7 +187,8 @@ def test_a_cancelled_request_leaves_the_engine_usable(real_engine: "RealEngine")
 
     async def cancel() -> None:
         task = asyncio.ensure_future(real_engine.engine.generate(request([5, 6, 7], max_tokens=900)))
-        await asyncio.sleep(0.05)
+        while not real_engine.engine._requests._running:
+            await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -1,5 +1,6 @@
 """Weight syncs of the real SGLang engine: a transaction that takes effect as a whole or not at all."""
 
+import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from treepo.errors import EngineError, TransportError
+from treepo.protocols import GenerateOutput
 
 if TYPE_CHECKING:
     from tests.support.real_engine import RealEngine
@@ -142,3 +144,54 @@ def test_no_commit_and_no_load_without_begin(real_engine: "RealEngine") -> None:
     with pytest.raises(EngineError, match="begun"):
         real_engine.run(real_engine.engine.join(DiskAddress()))
     assert_agrees(real_engine)
+
+
+@pytest.mark.parametrize("updates", [True, False])
+def test_a_tree_s_shared_prefixes_are_computed_once_for_all_its_paths(
+    real_engine: "RealEngine", updates: bool
+) -> None:
+    """All paths of a tree wait for an update, or arrive together: SGLang computes each token of the tree
+    once, and of each context the last token, which it never takes from the cache.
+    """
+    from tests.support.real_engine import perturbed, request, update
+
+    engine, rng = real_engine.engine, np.random.default_rng(int(updates))
+    paths = [rng.integers(4, 128, 50).astype(np.int32)]
+    for number in range(40):
+        above = paths[rng.integers(len(paths))]
+        first = [4 + number]  # no two paths share a few tokens by chance, which no plan has
+        paths.append(np.concatenate([above, first, rng.integers(4, 128, 39)]).astype(np.int32))
+    paths += paths[-3:]
+    weights = {name: tensor.clone() for name, tensor in perturbed(real_engine.reference).items()}
+
+    async def scenario() -> list[GenerateOutput]:
+        await engine.hold()
+        waiting = [
+            asyncio.ensure_future(engine.generate(request(path, max_tokens=1, seed=seed)))
+            for seed, path in enumerate(paths)
+        ]
+        await asyncio.sleep(0.1)
+        if updates:
+            await update(engine, weights)
+        else:
+            await engine.clear_cache()
+        engine.release()
+        return await asyncio.gather(*waiting)
+
+    outputs = real_engine.run(scenario())
+    if updates:
+        real_engine.reference.load_state_dict(weights)
+    heads = {path[:length].tobytes() for path in paths for length in range(1, len(path))}
+    computed = sum(len(path) - output.cached_tokens for path, output in zip(paths, outputs, strict=True))
+    assert computed == len(heads) + len(paths)
+    for path, output in zip(paths, outputs, strict=True):
+        expected = real_engine.log_probs(path, output.tokens, 1.0)
+        np.testing.assert_allclose(output.log_probs, expected, atol=10 * TOLERANCE)
+    again = real_engine.run(_together(real_engine, paths))
+    assert [output.cached_tokens for output in again] == [len(path) - 1 for path in paths]
+
+
+async def _together(real_engine: "RealEngine", paths: list[np.ndarray]) -> list[GenerateOutput]:
+    from tests.support.real_engine import request
+
+    return await asyncio.gather(*(real_engine.engine.generate(request(path, max_tokens=1)) for path in paths))

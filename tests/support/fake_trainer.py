@@ -1,26 +1,33 @@
 """A trainer that learns nothing and an engine pool; both record the calls of the loop."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.support.fake_engine import FakeEngine
+from treepo.errors import EngineError
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
-from treepo.protocols import BatchResult, MiniBatch
+from treepo.protocols import BatchResult, GenerateOutput, GenerateRequest, MiniBatch
 from treepo.training.checkpoint_manifest import READY_TREES, CheckpointManifest
 
 
 class FakeTrainer:
     """Implements `treepo.protocols.Trainer`; its log-probs are the engines'.
 
-    As the real one does, `save` leaves a hidden folder, and `finish_save` names it.
+    As the real one does, `save` leaves a hidden folder, and `finish_save` names it. turns: of the event loop,
+    while it trains. before: called with the name of each method before it does anything.
     """
 
     dtype = "float32"
+    turns = 0
+    before: Callable[[str], None] = staticmethod(lambda _name: None)
 
     def __init__(self, events: list[str] | None = None) -> None:
         self.events = [] if events is None else events
@@ -32,11 +39,15 @@ class FakeTrainer:
 
     async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
         del temperature
+        self.before("train_batch")
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
         self.events.append(f"train {len(mini_batches)}")
         updates = [{"loss": 0.0, "grad_norm": 1.0}] * len(mini_batches)
         return BatchResult(updates, LogProbMismatch(2.0, 4.0, 1.5), {"log_probs": 3.0, "train": 5.0})
 
     async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None:
+        self.before("save")
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True)
         (partial / READY_TREES).write_bytes(ready_trees)
@@ -44,6 +55,7 @@ class FakeTrainer:
         self._pending = partial, folder
 
     async def finish_save(self) -> None:
+        self.before("finish_save")
         assert self._pending is not None
         self._pending[0].rename(self._pending[1])
 
@@ -51,35 +63,116 @@ class FakeTrainer:
         self.events.append(f"load {folder.name}")
 
     async def export(self, folder: Path) -> None:
+        self.before("export")
         self.events.append(f"export {folder.name}")
 
 
+@dataclass
 class NamedEngine(FakeEngine):
-    name = "engine 0"
-    status = "serving"
+    """An engine of `FakePool`. While it is shut for some reason, it interrupts requests and lets none in.
+
+    pace: most turns of the event loop for one token, drawn from `shuffle` and the request's seed; 0: all
+    tokens take one turn. stalls: whether a request gets no further token yet.
+    """
+
+    name: str = "engine 0"
+    status: str = "serving"
+    pace: int = 0
+    stalls: Callable[[GenerateRequest], bool] = lambda _request: False
+    _shut: set[str] = field(default_factory=set)
+    _open: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._open.set()
+
+    async def generate(self, request: GenerateRequest) -> GenerateOutput:
+        while self._shut:
+            await self._open.wait()
+        if not self.pace:
+            return await super().generate(request)
+        self.requests.append(request)
+        number = len(self.requests)
+        self.running += 1
+        try:
+            output = self.answer(request)
+            done = await self._decode(request, len(output.tokens))
+        finally:
+            self.running -= 1
+        if self.fails(number, request):
+            raise EngineError("the fake engine fails on purpose")
+        if done == len(output.tokens):
+            return output
+        return replace(
+            output, tokens=output.tokens[:done], log_probs=output.log_probs[:done], finish="interrupted"
+        )
+
+    async def shut(self, reason: str) -> None:
+        """Interrupt all requests, and return when none is inside."""
+        self._shut.add(reason)
+        self._open.clear()
+        while self.running:
+            await asyncio.sleep(0)
+
+    def reopen(self, reason: str) -> None:
+        self._shut.remove(reason)
+        if not self._shut:
+            self._open.set()
+
+    async def _decode(self, request: GenerateRequest, tokens: int) -> int:
+        """The number of tokens after which the request ends, or is interrupted."""
+        turns = random.Random(request.seed + (self.shuffle or 0))
+        for done in range(1, tokens + 1):
+            for _ in range(turns.randrange(self.pace + 1)):
+                await asyncio.sleep(0)
+            while self.stalls(request) and not self._shut:
+                await asyncio.sleep(0)
+            if self._shut:
+                return done
+        return tokens
 
 
 class FakePool:
-    """Implements `treepo.protocols.TrainingEnginePool`; its engine serves the version it was given last."""
+    """Implements `treepo.protocols.TrainingEnginePool`; its engines serve the version they were given last.
+
+    sampling_goes_on: while the trainer computes, as in an asynchronous run; else the engines are held.
+    """
 
     kv_tokens = None
 
-    def __init__(self, engine: NamedEngine, events: list[str]) -> None:
-        self.engines = (engine,)
+    def __init__(
+        self, engine: NamedEngine, events: list[str], *others: NamedEngine, sampling_goes_on: bool = False
+    ) -> None:
+        self.engines = (engine, *others)
         self._events = events
+        self._sampling_goes_on = sampling_goes_on
         self._training = False
 
     @asynccontextmanager
     async def training(self) -> AsyncIterator[None]:
         assert not self._training
         self._training = True
-        self._events.append("offload")
-        yield
-        self._events.append("reload")
+        if self._sampling_goes_on:
+            yield
+        else:
+            self._events.append("hold")
+            async with self._shut("held"):
+                yield
+            self._events.append("release")
         self._training = False
 
     async def sync_weights(self, version: int) -> None:
         assert self._training
-        assert self.engines[0].running == 0
-        self._events.append(f"sync {version}")
-        self.engines[0].version = version
+        async with self._shut("updating"):
+            self._events.append(f"sync {version}")
+            for engine in self.engines:
+                await asyncio.sleep(0)
+                engine.version = version
+
+    @asynccontextmanager
+    async def _shut(self, reason: str) -> AsyncIterator[None]:
+        for engine in self.engines:
+            await engine.shut(reason)
+        yield
+        for engine in self.engines:
+            assert engine.running == 0
+            engine.reopen(reason)

@@ -1,116 +1,32 @@
 """The training loop with fakes: the order of its calls, its files, and a run that resumes."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.command import write_model_and_problems
-from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
+from tests.support.fake_trainer import FakeTrainer
+from tests.support.training_runs import LengthRewards, Run, Seen, config_of, lines, use_rewards
 from treepo.config.run import RunConfig
-from treepo.errors import LogProbCheckError, RewardError
-from treepo.preflight.inputs import read_train_inputs
-from treepo.rewards.grade import Grade, GradeItem
-from treepo.training import train as module
-from treepo.training.resume import find_resume
-from treepo.training.train import train
+from treepo.errors import ConfigError, LogProbCheckError, RewardError
 from treepo.tree import Verdict, from_json
 
-
-class Seen:
-    """A `Reporter`."""
-
-    def __init__(self) -> None:
-        self.phases: list[str] = []
-        self.steps: list[int] = []
-
-    def phase(self, name: str, announce: bool = False) -> None:  # noqa: ARG002
-        self.phases.append(name)
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
-        self.steps.append(step)
-
-
-class LengthRewards:
-    """Responses of even length are correct. verdict: of every response, if given."""
-
-    def __init__(self, verdict: Verdict | None = None) -> None:
-        self._verdict = verdict
-
-    async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
-        return [self._grade(item) for item in items]
-
-    def _grade(self, item: GradeItem) -> Grade:
-        if self._verdict is not None:
-            return Grade(None, self._verdict)
-        right = len(item.response) % 2 == 0
-        return Grade(float(right), Verdict.CORRECT if right else Verdict.WRONG)
-
-
-def use_rewards(monkeypatch: pytest.MonkeyPatch, rewards: LengthRewards) -> None:
-    @asynccontextmanager
-    async def opened(_: object) -> AsyncIterator[LengthRewards]:
-        yield rewards
-
-    monkeypatch.setattr(module, "open_rewards", opened)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loop")
-    write_model_and_problems(folder, folder / "problems.jsonl", 9)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def graded(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_rewards(monkeypatch, LengthRewards())
-
-
-def config_of(folder: Path, out: Path, steps: int, **changes: Any) -> RunConfig:
-    data = {"train": str(folder / "problems.jsonl"), "heldout": str(folder / "problems.jsonl")}
-    return RunConfig.model_validate(
-        {
-            "out": str(out),
-            "steps": steps,
-            "model": {"path": str(folder / "model"), "dtype": "float32"},
-            "data": data | {"prompts_per_step": 4, "max_prompt_tokens": 256},
-            "sampling": {"segment_tokens": 4, "max_depth": 4, "max_response_tokens": 16, "width": 4},
-            "learning": {"mini_batches": 2},
-            "checkpoint": {"every": 2},
-        }
-        | changes
-    )
+pytestmark = pytest.mark.usefixtures("graded")
 
 
 def run(config: RunConfig, *, resume: bool = False) -> tuple[dict[str, Any], list[str], Seen]:
     """Train; return the summary, the calls of pool and trainer, and the reports."""
-    events: list[str] = []
-    seen, inputs = Seen(), read_train_inputs(config)
-
-    @asynccontextmanager
-    async def start() -> AsyncIterator[tuple[FakePool, FakeTrainer]]:
-        yield FakePool(NamedEngine(end=0.1), events), FakeTrainer(events)
-        events.append("end")
-
-    origin = find_resume(config, inputs) if resume else None
-    return asyncio.run(train(config, inputs, seen, start, origin)), events, seen
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    one = Run(config, resume)
+    return one.train(), one.events, one.seen
 
 
 def test_every_step_samples_learns_and_serves_the_next_version(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, tmp_path / "run", steps=3)
     summary, events, seen = run(config)
-    steps = [["offload", "train 2", f"sync {step}", "reload"] for step in (1, 2, 3)]
-    check = ["offload", "reload"]
+    steps = [["hold", "train 2", f"sync {step}", "release"] for step in (1, 2, 3)]
+    check = ["hold", "release"]
     assert events == [*check, *steps[0], *steps[1], *steps[2], "export checkpoint", "end"]
     assert seen.steps == [1, 2, 3]
 
@@ -141,7 +57,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder: Path, tmp_pat
     run(config_of(folder, tmp_path / "run", steps=2))
     config = config_of(folder, tmp_path / "run", steps=5)
     summary, events, seen = run(config, resume=True)
-    assert events[:5] == ["offload", "load step-00002", "sync 2", "reload", "offload"]
+    assert events[:5] == ["hold", "load step-00002", "sync 2", "release", "hold"]
     assert seen.steps == [3, 4, 5]
     assert "evaluate before" not in seen.phases
     assert (config.out / "trees.jsonl").read_bytes() == (tmp_path / "straight" / "trees.jsonl").read_bytes()
@@ -192,3 +108,13 @@ def test_a_disagreement_stops_the_run_before_its_first_step(
         run(config)
     assert not (config.out / "metrics.jsonl").read_text()
     run(config_of(folder, tmp_path / "off", steps=1, log_prob_check={"enabled": False}))
+
+
+def test_a_data_set_smaller_than_a_step_is_refused_before_anything_starts(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = config_of(folder, tmp_path / "run", steps=1, data={"prompts_per_step": 10})
+    text = r"data\.prompts_per_step = 10, but .*problems\.jsonl has 9 usable rows"
+    with pytest.raises(ConfigError, match=text):
+        run(config)
+    assert not config.out.exists()

@@ -165,7 +165,7 @@ def test_if_the_trainer_fails_no_engine_serves_a_mixture(
 def test_an_engine_that_does_not_answer_does_not_hold_up_the_others(
     trainer: FakeTrainer, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transaction, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(transaction, "GRACE_SECONDS", 0.0)
 
     async def silent(version: int, manifest: Manifest) -> None:  # noqa: ARG001  as of every engine
         await asyncio.get_running_loop().create_future()

@@ -45,7 +45,9 @@ def train(
 
     stop_rule = StopRule(run_config.sampling, inputs.tokenizer.decode)
     try:
-        with TrainDisplay(output, f"{config} -> {run_config.out}", run_config.steps) as display:
+        overlaps = run_config.max_untrained > run_config.data.prompts_per_step
+        title = f"{config} -> {run_config.out}"
+        with TrainDisplay(output, title, run_config.steps, overlaps=overlaps) as display:
             start = partial(training_session, run_config, stop_rule)
             summary = asyncio.run(run(run_config, inputs, display, start, origin))
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ user has set RAY_AUTH_MODE, that setting stays.
 import asyncio
 import ctypes
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -23,6 +24,7 @@ import psutil
 
 _STOP_SECONDS = 45.0  # Ray gives its actors 30 s to end
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ABOVE_WORKERS = 20_000  # Ray's default for its workers is 10002 to 19999
 _LINES = 5  # of Ray's output that an error shows
 
 
@@ -159,7 +161,24 @@ def _end_with_parent() -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports on which nothing listens now."""
+    """Different ports on which nothing listens now.
+
+    Ray binds them seconds later. So they are below those that the system gives to connections, and above
+    those that Ray gives to its workers, unless there are none between.
+    """
+    between = range(_ABOVE_WORKERS, _first_of_connections())
+    ports = [*random.sample(between, len(between)), *([0] * count)]
+    free: list[int] = []
     with ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [server.getsockname()[1] for server in servers]
+        for port in ports:
+            if len(free) == count:
+                break
+            with suppress(OSError):  # something listens there
+                server = stack.enter_context(socket.create_server(("", port)))
+                free.append(server.getsockname()[1])
+    return free
+
+
+def _first_of_connections() -> int:
+    """The lowest port that the system gives to a connection."""
+    return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])

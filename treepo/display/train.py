@@ -18,14 +18,31 @@ from treepo.training.metrics import STEP_PHASES
 from treepo.training.resume import Resume
 from treepo.training.run_folder import CHECKPOINT, METRICS, TENSORBOARD
 
-_COLUMNS = (
-    ("step", 7),
-    ("reward", 8),
-    ("accuracy", 9),
-    ("tokens/s", 9),
-    ("shared", 8),
-    ("log-prob diff", 14),
-    *((phase, max(8, len(phase) + 1)) for phase in STEP_PHASES),
+type _Column = tuple[str, Callable[[Mapping[str, float]], str]]
+
+
+def _seconds(metric: str) -> Callable[[Mapping[str, float]], str]:
+    return lambda step: f"{step[metric]:.1f} s"
+
+
+_LEARNING: tuple[_Column, ...] = (
+    ("reward", lambda step: f"{step['reward']:+.3f}"),
+    ("accuracy", lambda step: f"{step['accuracy']:.3f}"),
+    ("tokens/s", lambda step: f"{step['rollout/tokens_per_second']:.0f}"),
+    ("shared", lambda step: f"{step['total_over_unique']:.2f}x"),
+)
+_IN_TURN: tuple[_Column, ...] = (
+    ("log-prob diff", lambda step: f"{step['logprob_difference_max']:.1e}"),
+    *((phase, _seconds(metric)) for phase, metric in STEP_PHASES.items()),
+)
+_OVERLAPPING: tuple[_Column, ...] = (
+    ("stale", lambda step: f"{step['staleness/mean']:.1f}"),
+    ("at most", lambda step: f"{step['staleness/max']:.0f}"),
+    ("in flight", lambda step: f"{step['trees/growing'] + step['trees/ready']:.0f}"),
+    ("engines idle", lambda step: f"{step['idle/engines']:.0%}"),
+    ("trainer idle", lambda step: f"{step['idle/trainer']:.0%}"),
+    ("step", _seconds("seconds/step")),
+    ("weight sync", _seconds("seconds/weight_sync")),
 )
 
 
@@ -64,9 +81,12 @@ def show_toy(console: Console, report: ToyReport) -> None:
 
 
 class TrainDisplay(LiveDisplay):
-    """The `Reporter` of treepo.training.run_state; a context manager around the run."""
+    """The `Reporter` of treepo.training.run_state; a context manager around the run.
 
-    def __init__(self, console: Console, title: str, steps: int) -> None:
+    overlaps: whether trees of several steps are in flight at once.
+    """
+
+    def __init__(self, console: Console, title: str, steps: int, *, overlaps: bool = False) -> None:
         super().__init__(
             console,
             title,
@@ -77,6 +97,7 @@ class TrainDisplay(LiveDisplay):
             TextColumn("steps"),
         )
         self._steps = steps
+        self._columns = (*_LEARNING, *(_OVERLAPPING if overlaps else _IN_TURN))
         self._task = self.progress.add_task("starting", total=steps)
         self._header_shown = False
         self._started = time.perf_counter()
@@ -89,22 +110,18 @@ class TrainDisplay(LiveDisplay):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._header_shown:
-            self.line("".join(f"{name:>{width}}" for name, width in _COLUMNS), style="bold")
+            self._row("step", *(name for name, _ in self._columns), style="bold")
             self._header_shown = True
-        values = (
-            f"{step}/{self._steps}",
-            f"{metrics['reward']:+.3f}",
-            f"{metrics['accuracy']:.3f}",
-            f"{metrics['rollout/tokens_per_second']:.0f}",
-            f"{metrics['total_over_unique']:.2f}x",
-            f"{metrics['logprob_difference_max']:.1e}",
-            *(f"{metrics[name]:.1f} s" for name in STEP_PHASES.values()),
-        )
-        self.line("".join(f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True)))
+        self._row(f"{step}/{self._steps}", *(show(metrics) for _, show in self._columns))
         self.progress.update(self._task, completed=step)
 
     def evaluated(self, step: int, accuracy: float) -> None:
-        self.line(f"{step:>4}/{self._steps}  held-out accuracy {accuracy:.3f}")
+        self.line(f"held-out accuracy after step {step}: {accuracy:.3f}")
+
+    def _row(self, step: str, *values: str, style: str | None = None) -> None:
+        widths = (max(8, len(name) + 1) for name, _ in self._columns)
+        cells = (f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
+        self.line(f"{step:>7}" + "".join(cells), style=style)
 
 
 def show_resume(console: Console, resume: Resume | None, out: Path) -> None:

@@ -49,6 +49,13 @@ class PendingRequest:
     seconds: float
 
 
+def closing(growing: Coroutine[None, None, Tree | FailedTree]) -> Callable[[object], None]:
+    """A callback for the end of the task that awaits `growing`: a task that is cancelled before it begins
+    leaves a coroutine that was never awaited.
+    """
+    return lambda _: growing.close()
+
+
 class TreeDriver:
     """Samples trees (or, in `sequential` mode, independent responses) for prompts.
 
@@ -88,8 +95,8 @@ class TreeDriver:
     def start(self, prompt: Prompt, step: int) -> Coroutine[None, None, Tree | FailedTree]:
         """Admit the prompt's tree to an engine, which must have room; the coroutine grows it.
 
-        Cancelling the coroutine cancels the tree's requests. A request that keeps failing ends its tree as a
-        FailedTree; an exception group raised by the coroutine is a bug.
+        Cancelling the coroutine cancels the tree's requests (see `closing` too). A request that keeps failing
+        ends its tree as a FailedTree; an exception group raised by the coroutine is a bug.
         """
         engine = self._router.engine_with_room(len(prompt.tokens))
         assert engine is not None
@@ -145,7 +152,8 @@ class TreeDriver:
             async with asyncio.TaskGroup() as group:
                 for prompt in prompts:
                     await self.wait_for_room(prompt)
-                    group.create_task(report(self.start(prompt, step)))
+                    growing = self.start(prompt, step)
+                    group.create_task(report(growing)).add_done_callback(closing(growing))
         finally:
             results.put_nowait(None)
 

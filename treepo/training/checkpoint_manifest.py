@@ -3,7 +3,7 @@
     checkpoint.json    the manifest: layout and dtype, optimizer steps, and the run's own state
     trainer/           Megatron-Core's distributed checkpoint (torch_dist): weights, optimizer, generators
     hugging_face/      config, tokenizer and generation config of the model
-    ready_trees.jsonl  finished trees that wait for a step (treepo.training.ready_trees)
+    ready_trees.jsonl  finished trees that no step has taken or counted (treepo.training.ready_trees)
 
 A checkpoint that was converted from a model folder has weights only: no optimizer, no layout, no trees.
 """

@@ -64,8 +64,8 @@ class TrainingLoop:
             self.supply.paused,
             self._finish_evaluation,
         )
-        self.supply.trained()
         sampled = self.supply.take_sampled()
+        self.supply.trained()
         self.state.step_done(step, sampled.stats, result)
         metrics = step_metrics(batch, sampled, result, *self.clock.take_step_seconds())
         self.folder.write_metrics(step, metrics)

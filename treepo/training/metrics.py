@@ -31,8 +31,8 @@ def step_metrics(
         | {
             "staleness/mean": float(np.mean(batch.staleness)) if batch.staleness else 0.0,
             "staleness/max": max(batch.staleness, default=0),
-            "trees/growing": batch.growing,
-            "trees/ready": batch.ready,
+            "trees/growing": sampled.growing,
+            "trees/ready": sampled.ready,
             "idle/engines": sampled.idle,
             "idle/trainer": seconds["sample"] / wall_seconds,
             "logprob_difference_mean": result.mismatch.mean,

@@ -1,4 +1,4 @@
-"""The file in a checkpoint with the finished trees that wait for a step: one tree a line."""
+"""The file in a checkpoint with the finished trees that no step has taken or counted: one tree a line."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ def ready_trees_lines(trees: Mapping[int, FinishedTree]) -> bytes:
 
 
 def read_ready_trees(path: Path) -> dict[int, FinishedTree]:
-    """Read the trees by position. Raises ModelError with the line that no checkpoint has."""
+    """Read the trees by position. Raises ModelError that names the first line which no checkpoint has."""
     trees: dict[int, FinishedTree] = {}
     try:
         lines = path.read_bytes().splitlines()
@@ -27,8 +27,11 @@ def read_ready_trees(path: Path) -> dict[int, FinishedTree]:
         raise ModelError(f"{path}: not readable: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            record = orjson.loads(line)
-            trees[int(record["position"])] = FinishedTree(from_json(line), str(record["answer"]))
+            tree, record = from_json(line), orjson.loads(line)
+            position, answer = int(record["position"]), str(record["answer"])
+            if position in trees:
+                raise ValueError(f"position {position} was in a line before")
+            trees[position] = FinishedTree(tree, answer)
         except (ValueError, OverflowError, KeyError, TypeError) as error:
             raise ModelError(f"{path}:{number}: not a tree of a checkpoint: {one_line(error)}") from None
     return trees

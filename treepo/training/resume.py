@@ -17,7 +17,8 @@ from treepo.training.ready_trees import read_ready_trees
 from treepo.training.run_state import RunState
 from treepo.training.tree_supply import FinishedTree
 
-# Keys that determine the run's numbers. All others may change: layout, engines, number of steps.
+# Sections and keys that determine the run's numbers, except FREE. All others may change: layout, engines,
+# number of steps, and when trees start (`loop`).
 FIXED = (
     "seed",
     "model",
@@ -33,6 +34,7 @@ FIXED = (
     "reward.correct",
     "reward.wrong",
 )
+FREE = ("sampling.oversample",)
 _ABSENT = object()
 
 
@@ -40,8 +42,8 @@ _ABSENT = object()
 class Resume:
     """Where a run continues.
 
-    checkpoint: its folder. ready_trees: finished trees that wait for a step, by position. changes: keys whose
-    value differs from the interrupted run's, one line each.
+    checkpoint: its folder. ready_trees: finished trees that no step has taken or counted, by position.
+    changes: keys whose value differs from the interrupted run's, one line each.
     """
 
     checkpoint: Path
@@ -80,10 +82,11 @@ def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
         )
     _check_sizes(config.out, state)
     ready_trees = read_ready_trees(checkpoint / READY_TREES)
-    if sorted(ready_trees) != state.schedule.ready:
+    named = sorted([*state.schedule.ready, *state.schedule.dropped])
+    if sorted(ready_trees) != named:
         raise ModelError(
             f"{checkpoint / READY_TREES}: it has the trees {sorted(ready_trees)}, and {MANIFEST} names "
-            f"{state.schedule.ready}"
+            f"{named}"
         )
     return Resume(checkpoint, state, ready_trees, tuple(changes.values()))
 
@@ -132,7 +135,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _is_fixed(key: str) -> bool:
-    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
+    return key not in FREE and any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
 
 
 def _show(values: Mapping[str, Any], key: str) -> str:

@@ -1,7 +1,7 @@
 """The files of a training run.
 
     config.yaml      the effective configuration, overrides applied
-    metrics.jsonl    one line for each step
+    metrics.jsonl    one line for each step, and one for each evaluation during training
     trees.jsonl      one tree a line (treepo.tree.to_json), with its step and the prompt's gold answer
     tensorboard/     the numbers of metrics.jsonl
     checkpoints/     training checkpoints, from which --resume continues (treepo.training.checkpoints)

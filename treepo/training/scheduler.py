@@ -8,11 +8,14 @@ Two rules keep the bound. A tree starts only if the steps that are left to it ha
 trees before it. A step takes the oldest ready trees, and waits for a growing one only if a later step would
 have no room for all whose last step it is. If trees are trained at the step after their start and none is
 left over, this is the synchronous loop.
+
+A failed or dropped tree is not sampled again: another position replaces it. A position waits while its prompt
+has another untrained tree; none a whole epoch after it starts meanwhile, so that epochs do not drift apart.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain
 from typing import ClassVar, Self
 
 from pydantic import ConfigDict
@@ -23,10 +26,12 @@ from treepo.data.prompts import PromptOrder
 
 @dataclass(frozen=True, slots=True)
 class ScheduleState:
-    """What a checkpoint keeps of the schedule. Every position below `cursor` is trained, dropped, or here.
+    """What a checkpoint keeps of the schedule. Every position below `cursor` is here, or a step has taken or
+    counted it.
 
     again: positions whose trees are to be started, ascending. ready: positions of finished trees.
-    began: the version that each of `ready` began with.
+    began: the version that each of `ready` began with. dropped: positions of trees that were dropped since
+    the last step took its trees.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -35,14 +40,15 @@ class ScheduleState:
     again: list[int] = field(default_factory=list)
     ready: list[int] = field(default_factory=list)
     began: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
 
     def check(self, version: int) -> None:
         """Raise ValueError if no schedule at `version` has this state."""
         if self.cursor < 0:
             raise ValueError("schedule: cursor cannot be negative")
-        positions = [*self.again, *self.ready]
+        positions = [*self.again, *self.ready, *self.dropped]
         if len(set(positions)) != len(positions) or not all(0 <= each < self.cursor for each in positions):
-            raise ValueError("schedule: again and ready must be different positions below cursor")
+            raise ValueError("schedule: again, ready and dropped must be different positions below cursor")
         if len(self.began) != len(self.ready) or not all(0 <= each <= version for each in self.began):
             raise ValueError("schedule: began must be a version of each ready tree, at most steps_done")
 
@@ -82,9 +88,9 @@ class Scheduler:
         self._busy: set[int] = set()  # prompts of both
         self._begun: set[int] = set()  # prompts that have begun a tree under this version
         self._training = False
-        self._dropped = 0
         state = state or ScheduleState()
         self._cursor, self._again = state.cursor, list(state.again)
+        self._dropped = list(state.dropped)
         self._restore(dict(zip(state.ready, state.began, strict=True)))
 
     @classmethod
@@ -112,13 +118,19 @@ class Scheduler:
         """Positions of the finished trees that wait for a step."""
         return self._ready.keys()
 
+    @property
+    def dropped(self) -> Collection[int]:
+        """Positions of the trees that were dropped since the last step took its trees."""
+        return self._dropped
+
     def next(self) -> int | None:
-        """The position to start next; None until a tree is dropped or a step is taken or trained."""
-        barred = self._busy | self._begun
-        if len(self._busy) >= self._room() or len(barred) == len(self._order):
+        """The position to start next; None until a tree ends or a step is taken or trained."""
+        if len(self._busy) >= self._room():
             return None
-        positions = chain(self._again, count(self._cursor))
-        return next(position for position in positions if self._order.index(position) not in barred)
+        barred = self._busy | self._begun
+        first = self._again[0] if self._again else self._cursor
+        positions = chain(self._again, range(self._cursor, first + len(self._order)))
+        return next((each for each in positions if self._order.index(each) not in barred), None)
 
     def start(self, position: int) -> None:
         """Start the tree at the position that `next` returned."""
@@ -138,10 +150,10 @@ class Scheduler:
     def drop(self, position: int) -> None:
         """A tree has finished and has nothing to teach."""
         self.fail(position)
-        self._dropped += 1
+        self._dropped.append(position)
 
     def fail(self, position: int) -> None:
-        """A tree was given up. Another replaces it, however many fail."""
+        """A tree was given up. Others replace all that fail."""
         del self._growing[position]
         self._busy.remove(self._order.index(position))
 
@@ -160,12 +172,12 @@ class Scheduler:
             due = untrained - spare * self._batch  # the `spare` steps after this one have no room for more
             if sum(self._ready[position] <= began for position in oldest) < due:
                 return None
-            least = max(least, due)
         if len(oldest) < least and (self._growing or self.next() is not None):
             return None
         taken = {position: self._ready.pop(position) for position in sorted(oldest[: self._batch])}
         self._busy.difference_update(map(self._order.index, taken))
-        self._training, self._dropped = True, 0
+        self._training = True
+        self._dropped.clear()
         return taken
 
     def trained(self) -> None:
@@ -184,11 +196,12 @@ class Scheduler:
             sorted([*self._again, *self._growing]),
             ready,
             [self._ready[position] for position in ready],
+            sorted(self._dropped),
         )
 
     def _unreplaced(self) -> int:
         """Dropped trees of this step that no other tree replaces."""
-        return min(max(self._dropped - self._max_replaced, 0), self._batch)
+        return min(max(len(self._dropped) - self._max_replaced, 0), self._batch)
 
     def _room(self) -> int:
         """Most trees that may grow or be ready now."""
@@ -201,7 +214,7 @@ class Scheduler:
         oldest = sorted(began, key=lambda position: (began[position], position))
         for position in oldest:
             spare = began[position] + self._max_staleness - self.version
-            if spare >= 0 and len(self._ready) < (spare + 1) * self._batch:
+            if len(self._ready) < (spare + 1) * self._batch:
                 self._ready[position] = began[position]
                 self._busy.add(self._order.index(position))
             else:

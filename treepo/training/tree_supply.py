@@ -16,7 +16,7 @@ from treepo.errors import EngineError
 from treepo.learning.dynamic_sampling import Dropped, uninformative
 from treepo.protocols import EnginePool
 from treepo.rewards.shaping import shaped
-from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.driver import FailedTree, TreeDriver, closing
 from treepo.rollout.stats import Stats
 from treepo.rollout.watchdog import watched
 from treepo.training.scheduler import Scheduler, ScheduleState
@@ -38,15 +38,13 @@ class Batch:
 
     sampled: all graded trees that were trained or dropped since the last step, in the order of their prompts.
     trained: the trees to learn from, rewards shaped. staleness: of each of those, in weight versions.
-    dropped: the number of the others, by reason. growing, ready: untrained trees that are left.
+    dropped: the number of the others, by reason.
     """
 
     sampled: Sequence[FinishedTree]
     trained: Sequence[Tree]
     staleness: Sequence[int]
     dropped: Mapping[Dropped, int]
-    growing: int
-    ready: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +52,21 @@ class Sampled:
     """What the engines did since the last step.
 
     stats: the driver's counters. idle: share of the engines' time without work. seconds: in which sampling
-    was not paused.
+    was not paused. growing, ready: trees now that are not trained, by whether they have finished.
     """
 
     stats: Stats
     idle: float
     seconds: float
+    growing: int
+    ready: int
 
 
 class TreeSupply:
     """The trees of a training run. `running` keeps it going; errors of the background reach `batch`.
 
-    finished: by position, the trees with which a resumed run begins; those of `scheduler.ready` are kept.
+    finished: by position, the trees with which a resumed run begins; those are kept that the scheduler has as
+    ready or dropped.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class TreeSupply:
         self._dynamic = config.learning.dynamic_sampling
         self._scheduler, self._driver, self._grader = scheduler, driver, grader
         self._ahead: dict[int, Prompt] = {}  # prompts that were read together, by position
-        self._finished = {position: (finished or {})[position] for position in scheduler.ready}
-        self._dropped_trees: dict[int, FinishedTree] = {}
-        self._dropped: Counter[Dropped] = Counter()
+        finished = finished or {}
+        self._finished = {position: finished[position] for position in scheduler.ready}
+        self._dropped = {position: finished[position] for position in scheduler.dropped}  # no step's yet
         self._failures = 0  # since the last tree that finished
         self._may_start = config.loop.mode == "async"
         self._changed = asyncio.Event()
@@ -100,7 +101,7 @@ class TreeSupply:
                 yield
         finally:
             self._running.cancel()
-            await asyncio.wait([self._running])
+            await asyncio.gather(self._running, return_exceptions=True)
 
     async def batch(self, step: int) -> Batch:
         """Wait for the trees of a step. `trained` must follow before the next call.
@@ -128,8 +129,8 @@ class TreeSupply:
         self._tell()
 
     def state(self) -> tuple[ScheduleState, Mapping[int, FinishedTree]]:
-        """What a checkpoint keeps: the schedule, and the trees that wait for a step."""
-        return self._scheduler.state(), self._finished
+        """What a checkpoint keeps: the schedule, and the finished trees that no step has taken or counted."""
+        return self._scheduler.state(), self._finished | self._dropped
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -143,21 +144,19 @@ class TreeSupply:
     def take_sampled(self) -> Sampled:
         """What the engines did since the last call."""
         idle, seconds = self._driver.idle.take()
-        return Sampled(self._driver.take_stats(), idle, seconds)
+        schedule = self._scheduler
+        return Sampled(self._driver.take_stats(), idle, seconds, schedule.growing, len(schedule.ready))
 
     def _batch(self, began: Mapping[int, int]) -> Batch:
         trees = {position: self._finished.pop(position) for position in began}
-        sampled = sorted((trees | self._dropped_trees).items())
-        dropped = {reason: self._dropped[reason] for reason in Dropped} if self._dynamic else {}
-        self._dropped_trees.clear()
+        sampled = sorted((trees | self._dropped).items())
+        reasons = Counter(uninformative(one.tree) for one in self._dropped.values())
         self._dropped.clear()
         return Batch(
             sampled=[one for _, one in sampled],
             trained=[shaped(one.tree) for one in trees.values()],
             staleness=[self._scheduler.version - version for version in began.values()],
-            dropped=dropped,
-            growing=self._scheduler.growing,
-            ready=len(self._scheduler.ready),
+            dropped={reason: reasons[reason] for reason in Dropped} if self._dynamic else {},
         )
 
     def _tell(self) -> None:
@@ -182,7 +181,8 @@ class TreeSupply:
                 position, prompt = await self._next()
                 self._scheduler.start(position)
                 tree = self._driver.start(prompt, self._scheduler.version + 1)
-                growing.create_task(self._grow(position, prompt, tree))
+                task = growing.create_task(self._grow(position, prompt, tree))
+                task.add_done_callback(closing(tree))
 
     async def _next(self) -> tuple[int, Prompt]:
         """Wait until a tree may start and an engine has room for it."""
@@ -216,14 +216,12 @@ class TreeSupply:
         self._scheduler.fail(position)
 
     def _keep_or_drop(self, position: int, finished: FinishedTree) -> None:
-        reason = uninformative(finished.tree) if self._dynamic else None
-        if reason is None:
+        if self._dynamic and uninformative(finished.tree) is not None:
+            self._scheduler.drop(position)
+            self._dropped[position] = finished
+        else:
             self._scheduler.finish(position)
             self._finished[position] = finished
-        else:
-            self._scheduler.drop(position)
-            self._dropped_trees[position] = finished
-            self._dropped[reason] += 1
 
     def _prompt(self, position: int) -> Prompt:
         """The prompt at a position; those after it are read with it, which is cheaper."""

@@ -1,0 +1,107 @@
+"""The loop's settings on real processes: `treepo train` on the quickstart's model, one thread for the engine
+and one for the trainer.
+
+The sampling temperature makes all tokens about equally likely. So the end token comes by chance, and answers
+have a long tail: 320 tokens on average, up to `max_response_tokens`. The settings take turns in every repeat;
+the first steps of a run do not count.
+
+- `sync`: the engine waits while the trainer learns.
+- `oversample`: the same, with `sampling.oversample: 1.5`.
+- `async`: `loop.mode: async`, `loop.max_staleness: 1`.
+- `async, one segment`: the same with a segment as long as the longest answer. Its weight syncs interrupt
+  requests in the middle of long segments.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import orjson
+
+CONFIG = "examples/quickstart.yaml"
+BASE = (
+    "placement=split",
+    "data.heldout=null",
+    "data.prompts_per_step=16",
+    "sampling.temperature=50.0",
+    "sampling.max_response_tokens=512",
+    "trainer.max_tokens_per_pack=4096",
+    "checkpoint.every=null",
+)
+SEGMENTS = ("sampling.segment_tokens=64", "sampling.max_depth=8")
+ONE_SEGMENT = ("sampling.segment_tokens=512", "sampling.max_depth=1", "sampling.initial_branching=8")
+ASYNC = ("loop.mode=async", "loop.max_staleness=1")
+SETTINGS: Mapping[str, Sequence[str]] = {
+    "sync": SEGMENTS,
+    "oversample": (*SEGMENTS, "sampling.oversample=1.5"),
+    "async": (*SEGMENTS, *ASYNC),
+    "async, one segment": (*ONE_SEGMENT, *ASYNC),
+}
+_COMMAND = "from treepo.cli.main import main; main()"
+_UNCOUNTED = 2  # first steps: the pipeline fills, and code is compiled
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("--real")
+    group.add_argument("--repeats", type=int, default=5)
+    group.add_argument("--run-steps", type=int, default=10, help="of one run, the first two uncounted")
+    group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides")
+
+
+def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One line a run, and at the end the medians of the repeats' ratios."""
+    runs: list[dict[str, dict[str, Any]]] = []
+    for repeat in range(arguments.repeats):
+        runs.append({})
+        for setting, overrides in SETTINGS.items():
+            runs[-1][setting] = run(arguments.run_steps, [*BASE, *overrides, *arguments.set])
+            yield {"setting": setting, "repeat": repeat, **runs[-1][setting]}
+    yield {
+        "async_over_sync": _ratio(runs, "async", "sync"),
+        "oversample_over_plain": _ratio(runs, "oversample", "sync"),
+        "pause_ms": {
+            "segment_tokens 64": median(each["async"]["pause_ms"] for each in runs),
+            "segment_tokens 512": median(each["async, one segment"]["pause_ms"] for each in runs),
+        },
+        "repeats": arguments.repeats,
+        "steps": arguments.run_steps,
+        "settings": {"config": CONFIG, "base": BASE, **SETTINGS, "set": arguments.set},
+    }
+
+
+def run(steps: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Train, and measure all steps but the first: means over them, except the median of the pauses."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-c", _COMMAND, "train", CONFIG, f"steps={steps}", f"out={out}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        subprocess.run([*command, *overrides], env=environment, check=True, stdout=subprocess.DEVNULL)
+        metrics = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+    counted = metrics[_UNCOUNTED:]
+
+    def mean(name: str) -> float:
+        return sum(step[name] for step in counted) / len(counted)
+
+    return {
+        "step_seconds": round((metrics[-1]["time"] - metrics[_UNCOUNTED - 1]["time"]) / len(counted), 3),
+        "pause_ms": round(1000 * median(step["seconds/weight_sync"] for step in counted), 1),
+        "waiting_seconds": round(mean("seconds/sample"), 3),
+        "learning_seconds": round(mean("seconds/log_probs") + mean("seconds/train"), 3),
+        "engines_idle": round(mean("idle/engines"), 3),
+        "trainer_idle": round(mean("idle/trainer"), 3),
+        "staleness_mean": round(mean("staleness/mean"), 3),
+        "staleness_max": max(step["staleness/max"] for step in counted),
+        "response_tokens": round(mean("response_tokens"), 1),
+        "decoded_tokens": round(mean("rollout/decoded_tokens")),
+    }
+
+
+def _ratio(runs: Sequence[Mapping[str, Mapping[str, Any]]], one: str, other: str) -> float:
+    """The median over repeats of the seconds a step of one setting over those of another."""
+    return round(median(each[one]["step_seconds"] / each[other]["step_seconds"] for each in runs), 3)

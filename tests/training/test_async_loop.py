@@ -1,0 +1,337 @@
+"""Trees that grow while the trainer learns, and trees that pause: overlap, versions, staleness, batches."""
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.fake_engine import log_probs_of
+from tests.support.fake_trainer import FakeTrainer, NamedEngine
+from tests.support.training_runs import (
+    ASYNC,
+    LengthRewards,
+    Run,
+    check_every_prompt_was_taken_once,
+    config_of,
+    lines,
+    steps_of,
+    trees_of,
+    use_rewards,
+    versions_of,
+)
+from treepo.errors import EngineError, RewardError
+from treepo.protocols import BatchResult, GenerateRequest, MiniBatch
+from treepo.rewards.grade import Grade, GradeItem
+from treepo.rollout.driver import TreeDriver
+from treepo.tree import Tree, Verdict
+
+NEVER_AWAITED = "error:Exception ignored in. <coroutine:pytest.PytestUnraisableExceptionWarning"
+pytestmark = [
+    pytest.mark.usefixtures("graded"),
+    pytest.mark.filterwarnings("error::RuntimeWarning", NEVER_AWAITED),
+]
+ALONE = {"data": {"heldout": None}, "log_prob_check": {"enabled": False}}  # only training samples
+OVERSAMPLE = {"sampling": {"oversample": 2.0}}
+
+
+def slow_engine(shuffle: int = 0, **changes: Any) -> NamedEngine:
+    return NamedEngine(end=0.1, pace=3, shuffle=shuffle, **changes)
+
+
+def slow_trainer(turns: int = 200) -> FakeTrainer:
+    trainer = FakeTrainer()
+    trainer.turns = turns
+    return trainer
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """The versions that each prompt's trees began with."""
+    versions: dict[str, list[int]] = defaultdict(list)
+    start = TreeDriver.start
+
+    def noted(driver: TreeDriver, prompt: Any, step: int) -> Any:
+        if step:  # 0: of an evaluation
+            versions[prompt.id].append(step - 1)
+        return start(driver, prompt, step)
+
+    monkeypatch.setattr(TreeDriver, "start", noted)
+    return versions
+
+
+class WatchingTrainer(FakeTrainer):
+    """during: for each step, the number of requests that the engine had while this trainer trained."""
+
+    watched: NamedEngine
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.during: list[int] = []
+
+    async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
+        before = len(self.watched.requests) - self.watched.running
+        result = await super().train_batch(mini_batches, temperature)
+        self.during.append(len(self.watched.requests) - before)
+        return result
+
+
+@pytest.mark.parametrize("max_staleness", [1, 3])
+def test_trees_grow_while_the_trainer_trains(folder: Path, tmp_path: Path, max_staleness: int) -> None:
+    loop = {"loop": {"mode": "async", "max_staleness": max_staleness}, "placement": "split"}
+    config = config_of(folder, tmp_path / "run", steps=6, **loop)
+    engine, trainer = slow_engine(), WatchingTrainer()
+    trainer.watched, trainer.turns = engine, 200
+    Run(config, engine=engine, trainer=trainer).train()
+    during = trainer.during
+    assert all(during[:-max_staleness]), "the engine has requests in each training"
+    assert not during[-1], "no tree grows for a step that does not come"
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("mode", ["async", "very async", "oversample"])
+def test_every_token_is_of_a_version_that_is_allowed(
+    folder: Path, tmp_path: Path, begun: dict[str, list[int]], mode: str, seed: int
+) -> None:
+    very = {"loop": {"mode": "async", "max_staleness": 3}, "placement": "split"}
+    most = {"async": 1, "very async": 3, "oversample": 1}[mode]
+    changes = {"async": ASYNC, "very async": very, "oversample": OVERSAMPLE}[mode]
+    config = config_of(folder, tmp_path / "run", steps=7, **changes)
+    Run(config, engine=slow_engine(seed), trainer=slow_trainer(60)).train()
+    staleness: dict[int, list[int]] = defaultdict(list)
+    for step, tree in trees_of(config.out):
+        versions, began = versions_of(tree), begun[tree.prompt_id].pop(0)
+        assert began <= versions[0] <= versions[-1] <= step - 1 <= began + most
+        staleness[step].append(step - 1 - began)
+        check_tree(tree)
+    metrics = steps_of(config.out)
+    for line in metrics:
+        of_step = staleness[line["step"]]
+        assert line["staleness/mean"] == float(np.mean(of_step))
+        assert line["staleness/max"] == max(of_step)
+    assert all(len(of_step) == 4 for of_step in staleness.values())
+    assert max(line["staleness/max"] for line in metrics) == most
+    check_every_prompt_was_taken_once(config)
+
+
+def check_tree(tree: Tree) -> None:
+    """Each token was sampled after exactly the tokens above it; versions only rise along a path."""
+    for leaf in tree.leaves:
+        path = tree.path(leaf.segment)
+        tokens = np.concatenate([tree.prompt, *(tree.segments[each].tokens for each in path)])
+        log_probs = np.concatenate([tree.segments[each].log_probs for each in path])
+        versions = np.concatenate([tree.segments[each].versions for each in path])
+        assert np.array_equal(log_probs, log_probs_of(tokens)[len(tree.prompt) :])
+        assert np.all(np.diff(versions) >= 0)
+
+
+def test_trees_that_a_step_does_not_need_pause_and_are_trained_next(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, tmp_path / "run", steps=6, **OVERSAMPLE)
+    Run(config, engine=slow_engine()).train()
+    grown_on = 0
+    for step, tree in trees_of(config.out):
+        versions = versions_of(tree)
+        assert set(versions) <= {step - 2, step - 1}
+        grown_on += len(versions) == 2
+    assert grown_on, "else no tree has gone on under the next weights"
+    assert sum(line["rollout/interrupted_requests"] for line in steps_of(config.out))
+    check_every_prompt_was_taken_once(config)
+
+
+def test_a_synchronous_run_starts_trees_only_while_it_waits_for_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in an evaluation either, though trees that wait for room get it then."""
+    sampling = {"oversample": 2.0, "max_live_trees": 5}
+    config = config_of(folder, tmp_path / "run", steps=9, sampling=sampling, evaluation={"every": 1})
+    run = Run(config, engine=slow_engine(), trainer=slow_trainer())
+    start = TreeDriver.start
+
+    def noted(driver: TreeDriver, prompt: Any, step: int) -> Any:
+        run.events.append("start" if step else "start held-out")
+        return start(driver, prompt, step)
+
+    monkeypatch.setattr(TreeDriver, "start", noted)
+    run.train()
+    events = [event for event in run.events if event != "start held-out"]
+    for step in range(1, 9):
+        first = events.index(f"sync {step}")
+        assert events[first - 2 : first + 3] == [
+            "hold",
+            "train 2",
+            f"sync {step}",
+            "release",
+            f"evaluated {step}",
+        ]
+    check_every_prompt_was_taken_once(config)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_synchronous_run_does_not_depend_on_delays(folder: Path, tmp_path: Path, dynamic: bool) -> None:
+    learning = {"dynamic_sampling": dynamic, "max_refills": 1}
+    contents = set()
+    for shuffle in range(4):
+        config = config_of(folder, tmp_path / str(shuffle), steps=5, learning=learning, sampling={"width": 2})
+        Run(config, engine=slow_engine(shuffle)).train()
+        contents.add((config.out / "trees.jsonl").read_bytes())
+    assert len(contents) == 1
+
+
+def prompts_of(requests: Sequence[GenerateRequest]) -> list[bytes]:
+    """The prompt of each request."""
+    return [request.context[: request.prompt_tokens].tobytes() for request in requests]
+
+
+@pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
+def test_another_prompt_replaces_a_dropped_tree_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """All trees are dropped, and the first stands still until all the others have begun."""
+    use_rewards(monkeypatch, EqualRewards())
+    learning = {"dynamic_sampling": True, "max_refills": 1}
+    config = config_of(folder, tmp_path / "run", steps=1, learning=learning, **ALONE, **changes)
+    engine = slow_engine()
+
+    def stalls(request: GenerateRequest) -> bool:
+        prompts = prompts_of(engine.requests)
+        return prompts_of([request])[0] == prompts[0] and len(set(prompts)) < 8
+
+    engine.stalls = stalls
+    Run(config, engine=engine).train()
+    assert steps_of(config.out)[0]["dropped/equal"] == 8
+    assert len(trees_of(config.out)) == 8
+
+
+class EqualRewards(LengthRewards):
+    def _grade(self, item: GradeItem) -> Grade:
+        del item
+        return Grade(1.0, Verdict.CORRECT)
+
+
+@pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
+def test_another_prompt_replaces_a_failed_tree(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Every request of two prompts fails. In all more trees fail than may fail one after another."""
+    config = config_of(folder, tmp_path / "run", steps=10, **ALONE, **changes)
+    engine = slow_engine()
+    bad: set[bytes] = set()
+
+    def fails(number: int, request: GenerateRequest) -> bool:
+        prompt = prompts_of([request])[0]
+        if number > 100 and len(bad) < 2:
+            bad.add(prompt)
+        return prompt in bad
+
+    engine.fails = fails
+    Run(config, engine=engine).train()
+    metrics = steps_of(config.out)
+    assert sum(line["rollout/failed_trees"] for line in metrics) >= 4
+    assert all(sum(step == each for step, _ in trees_of(config.out)) == 4 for each in range(1, 11))
+    check_every_prompt_was_taken_once(config)
+
+
+@pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
+@pytest.mark.parametrize("after", [0, 400])
+def test_if_all_requests_fail_one_line_says_so(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], after: int
+) -> None:
+    config = config_of(folder, tmp_path / "run", steps=50, **ALONE, **changes)
+    engine = slow_engine(fails=lambda number, _: number > after)
+    with pytest.raises(EngineError, match=r"no tree could be sampled; the last: .*\(attempt 4 of 4\)"):
+        Run(config, engine=engine).train()
+
+
+@pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
+def test_ungraded_responses_are_masked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    use_rewards(monkeypatch, SomeTimeouts())
+    config = config_of(folder, tmp_path / "run", steps=4, reward={"max_failed_share": 1.0}, **changes)
+    Run(config, engine=slow_engine()).train()
+    for line in steps_of(config.out):
+        assert 0 < line["leaves_ungraded"] < line["leaves"] == 16
+    check_every_prompt_was_taken_once(config)
+
+
+class SomeTimeouts(LengthRewards):
+    def _grade(self, item: GradeItem) -> Grade:
+        return Grade(None, Verdict.TIMEOUT) if len(item.response) % 3 == 0 else super()._grade(item)
+
+
+def test_an_error_of_the_grader_while_the_trainer_trains_ends_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that is being trained is finished first."""
+    rewards = FailsInTraining()
+    use_rewards(monkeypatch, rewards)
+    config = config_of(folder, tmp_path / "run", steps=9, **ASYNC)
+    run = Run(config, engine=slow_engine(), trainer=slow_trainer(2000))
+    run.trainer.before = rewards.training.append
+    with pytest.raises(RewardError, match="the reward function is broken"):
+        run.train()
+    assert run.seen.steps == [1]
+
+
+class FailsInTraining(LengthRewards):
+    def __init__(self) -> None:
+        super().__init__()
+        self.training: list[str] = []
+
+    async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
+        if self.training:
+            raise RewardError("the reward function is broken")
+        return await super().grade(items)
+
+
+@pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    folder: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = config_of(folder, tmp_path / "run", steps=9, evaluation={"every": 1}, **changes)
+    run = Run(config, engine=slow_engine())
+    calls: list[str] = []
+
+    def fail(name: str) -> None:
+        calls.append(name)
+        if calls.count("train_batch") == 3:
+            raise FloatingPointError("gradient norm nan")
+
+    run.trainer.before = fail
+    with pytest.raises(FloatingPointError):
+        run.train()
+    assert run.seen.steps == [1, 2]
+
+
+@pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
+@pytest.mark.parametrize("seed", range(5))
+def test_an_interrupted_run_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], seed: int
+) -> None:
+    turns = random.Random(seed).randrange(1500)
+    config = config_of(folder, tmp_path / "run", steps=1000, evaluation={"every": 2}, **changes)
+    run = Run(config, engine=slow_engine(), trainer=slow_trainer(30), killed_after=turns)
+    with pytest.raises(asyncio.CancelledError):
+        run.train()
+
+
+@pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])
+def test_an_evaluation_is_of_one_version(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The engine's tokens do not depend on its version, so each evaluation has the same answers; their
+    versions are compared in `Heldout`.
+    """
+    config = config_of(folder, tmp_path / "run", steps=6, evaluation={"every": 2}, **changes)
+    run = Run(config, engine=slow_engine(), trainer=slow_trainer(5))
+    summary = run.train()
+    found = [line for line in lines(config.out / "metrics.jsonl") if "heldout/accuracy" in line]
+    accuracies = {line["step"]: line["heldout/accuracy"] for line in found}
+    assert accuracies == run.seen.accuracies == dict.fromkeys((2, 4), summary["accuracy_before"])
+    assert summary["accuracy_after"] == summary["accuracy_before"]
+    for step in (2, 4):
+        done = run.events.index(f"evaluated {step}")
+        assert run.events.index(f"sync {step}") < done < run.events.index(f"sync {step + 1}")
+        trained = run.events.index("train 2", run.events.index(f"sync {step}"))
+        assert (trained < done) == (config.loop.mode == "async"), "it takes place beside the next step"
+    check_every_prompt_was_taken_once(config)
