@@ -80,7 +80,8 @@ class Benchmark:
         for candidate in sorted(self._layouts[setting, gpus], key=lambda each: each.learning):
             if candidate.config.loop.mode == "async" and candidate.learning >= seconds:
                 continue
-            time = self._simulate(candidate, candidate.config.seed, equal, _SEARCH_PROMPTS, _SEARCH_STEPS)
+            prompts = min(_SEARCH_PROMPTS, self._prompts)
+            time = self._simulate(candidate, candidate.config.seed, equal, prompts, _SEARCH_STEPS)
             if time.seconds < seconds:
                 best, seconds = candidate, time.seconds
         assert best is not None, f"{setting} fits on no layout of {gpus} GPUs"

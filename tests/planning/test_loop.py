@@ -29,23 +29,21 @@ def run_config(mode: str = "sync", staleness: int = 1, oversample: float = 1.0, 
         placement="split",
         data_prompts_per_step=12,
         engine_count=2,
-        plan_response_sigma=1.0,
         **settings,
     )
 
 
-def steps(run: RunConfig, folder: Path, learn: float, seed: int = 0, number: int = 5) -> LoopTime:
+def steps(run: RunConfig, folder: Path, learn: float, seed: int = 0, number: int = 4) -> LoopTime:
     load = workload(run.model_copy(update={"seed": seed}))
     trainer = SimulatedTrainer(lambda _: learn, SYNC_SECONDS)
     return simulate_loop(run, load, StatedRates(0.002), engine(run, folder), trainer, number)
 
 
 @pytest.mark.parametrize("learn", [0.1, 2.0, 20.0])
-@pytest.mark.parametrize("seed", range(2))
-def test_what_overlaps_is_faster_and_no_tree_is_too_stale(qwen2: Path, learn: float, seed: int) -> None:
-    sync = steps(run_config(), qwen2, learn, seed)
+def test_what_overlaps_is_faster_and_no_tree_is_too_stale(qwen2: Path, learn: float) -> None:
+    sync = steps(run_config(), qwen2, learn)
     for run in (run_config(oversample=2.0), *(run_config("async", bound) for bound in (1, 2, 4))):
-        loop = steps(run, qwen2, learn, seed)
+        loop = steps(run, qwen2, learn)
         assert loop.seconds <= sync.seconds + SYNC_SECONDS
         assert 0 <= loop.engines_idle <= 1
         assert 0 <= loop.trainer_idle <= 1
