@@ -28,7 +28,7 @@ CONFIG = "examples/quickstart.yaml"
 BASE = (
     "placement=split",
     "data.heldout=null",
-    "data.prompts_per_step=16",
+    "data.prompts_per_step=8",
     "sampling.temperature=50.0",
     "sampling.max_response_tokens=512",
     "trainer.max_tokens_per_pack=4096",
@@ -50,7 +50,7 @@ _UNCOUNTED = 2  # first steps: the pipeline fills, and code is compiled
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--real")
     group.add_argument("--repeats", type=int, default=5)
-    group.add_argument("--run-steps", type=int, default=10, help="of one run, the first two uncounted")
+    group.add_argument("--run-steps", type=int, default=8, help="of one run, the first two uncounted")
     group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides")
 
 
