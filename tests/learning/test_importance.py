@@ -55,7 +55,7 @@ def contexts(packs: Sequence[Sequence[Pack]]) -> int:
 
 
 @RULE
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_packing_equals_the_responses_one_by_one(rule: dict[str, object], seed: int) -> None:
     scene = scene_of(seed, rule)
     expected = scene.naive_loss()
