@@ -50,7 +50,7 @@ _UNCOUNTED = 2  # first steps: the pipeline fills, and code is compiled
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--real")
     group.add_argument("--repeats", type=int, default=5)
-    group.add_argument("--run-steps", type=int, default=8, help="of one run, the first two uncounted")
+    group.add_argument("--run-steps", type=int, default=6, help="of one run, the first two uncounted")
     group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides")
 
 
@@ -65,9 +65,9 @@ def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {
         "async_over_sync": _ratio(runs, "async", "sync"),
         "oversample_over_plain": _ratio(runs, "oversample", "sync"),
-        "pause_ms": {
-            "segment_tokens 64": median(each["async"]["pause_ms"] for each in runs),
-            "segment_tokens 512": median(each["async, one segment"]["pause_ms"] for each in runs),
+        "pause_ms": {  # by segment_tokens
+            "64": median(each["async"]["pause_ms"] for each in runs),
+            "512": median(each["async, one segment"]["pause_ms"] for each in runs),
         },
         "repeats": arguments.repeats,
         "steps": arguments.run_steps,
