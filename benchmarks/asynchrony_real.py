@@ -30,12 +30,12 @@ BASE = (
     "data.heldout=null",
     "data.prompts_per_step=8",
     "sampling.temperature=50.0",
-    "sampling.max_response_tokens=512",
+    "sampling.max_response_tokens=768",
     "trainer.max_tokens_per_pack=4096",
     "checkpoint.every=null",
 )
-SEGMENTS = ("sampling.segment_tokens=64", "sampling.max_depth=8")
-ONE_SEGMENT = ("sampling.segment_tokens=512", "sampling.max_depth=1", "sampling.initial_branching=8")
+SEGMENTS = ("sampling.segment_tokens=64", "sampling.max_depth=12")
+ONE_SEGMENT = ("sampling.segment_tokens=768", "sampling.max_depth=1", "sampling.initial_branching=8")
 ASYNC = ("loop.mode=async", "loop.max_staleness=1")
 SETTINGS: Mapping[str, Sequence[str]] = {
     "sync": SEGMENTS,
@@ -67,7 +67,7 @@ def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "oversample_over_plain": _ratio(runs, "oversample", "sync"),
         "pause_ms": {  # by segment_tokens
             "64": median(each["async"]["pause_ms"] for each in runs),
-            "512": median(each["async, one segment"]["pause_ms"] for each in runs),
+            "768": median(each["async, one segment"]["pause_ms"] for each in runs),
         },
         "repeats": arguments.repeats,
         "steps": arguments.run_steps,
