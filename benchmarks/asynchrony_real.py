@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One line a run, and at the end the medians of the repeats' ratios."""
+    assert arguments.run_steps >= 4, "--run-steps: three steps do not count"
     runs: list[dict[str, dict[str, Any]]] = []
     for repeat in range(arguments.repeats):
         runs.append({})

@@ -8,6 +8,7 @@ update succeeds.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
@@ -25,10 +26,11 @@ from sglang_rollout.requests import SGLangRequests
 from sglang_rollout.weight_loader import End, Join, Load
 from sglang_rollout.weight_update import WeightUpdate, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
-from treepo.errors import EngineError
+from treepo.errors import DeadEngineError, EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.weight_sync.wire import Address, Bucket, Manifest
 
+_log = logging.getLogger(__name__)
 _REPORT_SECONDS = 5.0  # a rank that misses a transport's deadline reports it a little later
 _POLL_SECONDS = 0.2  # between two checks of whether SGLang has answered anything
 _INTERRUPT_SECONDS = 1.0  # between two interruptions of the same requests
@@ -125,7 +127,11 @@ class SGLangEngine:
         Raises EngineError if they do not end in time.
         """
         self._gate.hold()
-        await self._bounded_update(self._interrupt(), "waiting for running requests")
+        try:
+            await self._bounded_update(self._interrupt(), "waiting for running requests")
+        except EngineError:
+            self._gate.release()
+            raise
 
     def release(self) -> None:
         """End a hold."""
@@ -268,12 +274,20 @@ class SGLangEngine:
         return replace(output, cached_tokens=max(output.cached_tokens - computed, 0))
 
     async def _read_prefix(self, prefix: np.ndarray) -> int | None:
-        """Compute a prefix that requests inside the gate share; None if it was interrupted."""
+        """Compute a prefix that requests inside the gate share; None if that failed or was interrupted, since
+        the requests can do without.
+        """
         if self._gate.is_shut:
             return None
         with self._gate.inside():
             work = self._requests.read(prefix, self._version)
-            return await self._bounded_request(work, "a request for a shared prefix")
+            try:
+                return await self._bounded_request(work, "a request for a shared prefix")
+            except DeadEngineError:
+                raise
+            except EngineError as error:
+                _log.warning("%s: a shared prefix of %d tokens: %s", self.name, len(prefix), error)
+                return None
 
     async def _first_answer(self) -> None:
         """Return when SGLang has answered a request for one token, or any other request."""

@@ -144,7 +144,9 @@ class Simulation:
         more = bool(self.growing) or self.scheduler.next() is not None
         taken = self.scheduler.take()
         if taken is None:
-            assert not can_take(self.run, self.version, self.growing, self.ready, wanted if more else 0)
+            assert not can_take(
+                self.run, self.version, self.growing, self.ready, max(wanted, 1) if more else 0
+            )
             return None
         assert list(taken) == sorted(taken)
         assert len(taken) <= self.run.batch

@@ -26,6 +26,7 @@ from tests.support.training_runs import (
 from treepo.errors import EngineError, RewardError
 from treepo.protocols import GenerateRequest
 from treepo.rewards.grade import Grade, GradeItem
+from treepo.training import heldout
 from treepo.tree import Verdict
 
 NEVER_AWAITED = "error:Exception ignored in. <coroutine:pytest.PytestUnraisableExceptionWarning"
@@ -138,3 +139,24 @@ def test_an_interrupted_run_leaves_nothing_behind(
     run = Run(config, engine=slow_engine(), trainer=slow_trainer(30), killed_after=turns)
     with pytest.raises(asyncio.CancelledError):
         run.train()
+
+
+def test_an_evaluation_that_no_engine_answers_is_given_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restarted engine serves only after the weight sync, which waits for the evaluation."""
+    monkeypatch.setattr(heldout, "_POLL_SECONDS", 0.01)
+    evaluation = {"every": 2, "temperature": 0.5}
+    config = config_of(folder, tmp_path / "run", steps=6, evaluation=evaluation, **ASYNC)
+    engine = slow_engine()
+    run = Run(config, engine=engine, trainer=slow_trainer(5))
+
+    def stalls(request: GenerateRequest) -> bool:
+        lost = "sync 2" in run.events and "sync 3" not in run.events
+        engine.status = "down: killed" if lost else "serving"
+        return lost and request.temperature == 0.5
+
+    engine.stalls = stalls
+    run.train()
+    assert run.seen.steps == [1, 2, 3, 4, 5, 6]
+    assert list(run.seen.accuracies) == [4]

@@ -72,24 +72,34 @@ class EnginePool[P: EngineProcess]:
         return False
 
     async def wait_to_serve(self, engine: PooledEngine[P]) -> None:
-        """Return when `engine` serves.
+        """Return when `engine` serves. Time in which no restarted engine may serve does not count.
 
         Raises DeadEngineError as soon as another engine serves, where the request can be repeated, and
         NoEngineError if every engine is given up.
         """
         seconds = self._config.start_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                while engine.state is not State.SERVING:
-                    if self._fault is not None:
-                        raise self._fault
-                    if self.serving():
-                        raise DeadEngineError(f"{engine.name} is {engine.status}")
-                    if all(other.state is State.GIVEN_UP for other in self.engines):
-                        raise NoEngineError(f"no engine is left: {self._statuses()}")
-                    await self._changed.wait()
-        except TimeoutError:
-            raise EngineError(f"no engine serves after {seconds:g} s: {self._statuses()}") from None
+        while engine.state is not State.SERVING:
+            if self._fault is not None:
+                raise self._fault
+            if self.serving():
+                raise DeadEngineError(f"{engine.name} is {engine.status}")
+            if all(other.state is State.GIVEN_UP for other in self.engines):
+                raise NoEngineError(f"no engine is left: {self._statuses()}")
+            changed, began = self._changed, asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(max(seconds, 0)):
+                    await changed.wait()
+            except TimeoutError:
+                if not self._restarts_wait():
+                    limit = self._config.start_seconds
+                    raise EngineError(f"no engine serves after {limit:g} s: {self._statuses()}") from None
+                seconds = self._config.start_seconds
+            else:
+                seconds -= asyncio.get_running_loop().time() - began
+
+    def _restarts_wait(self) -> bool:
+        """Whether a restarted engine has to wait before it may serve."""
+        return False
 
     async def _start(self, process: P) -> int:
         """Wait for the model; returns the KV tokens. Raises EngineError at the deadline."""
@@ -177,6 +187,9 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
 
     def suspends_health_checks(self) -> bool:
         return self._pauses > 0
+
+    def _restarts_wait(self) -> bool:
+        return self._weights.locked()  # the trainer's weights are of no version that is served
 
     @asynccontextmanager
     async def training(self) -> AsyncIterator[None]:
@@ -283,7 +296,7 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         """Call every serving engine; replace those that fail."""
 
         async def bounded(engine: PooledEngine[P]) -> None:
-            seconds = self._config.update_seconds + GRACE_SECONDS
+            seconds = 2 * self._config.update_seconds + GRACE_SECONDS  # offloading takes two steps
             try:
                 async with asyncio.timeout(seconds):
                     await call(engine)

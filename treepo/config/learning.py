@@ -41,6 +41,8 @@ class ImportanceConfig(Section):
                     f"{option} = {value} with mode = none: only truncate and mask read it; "
                     f"leave it at {'null' if default is None else default}"
                 )
+        if self.mode == "mask" and self.bounds[0] == self.bounds[1]:
+            raise ValueError("high = 1 with mode = mask and low = null: almost every ratio would be masked")
         return self
 
 

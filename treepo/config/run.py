@@ -100,7 +100,7 @@ class RunConfig(Section):
         """The most trees that have been started and not been trained, at any time."""
         prompts, loop = self.data.prompts_per_step, self.loop
         if loop.mode == "sync":
-            return math.ceil(prompts * self.sampling.oversample)
+            return math.ceil(round(prompts * self.sampling.oversample, 6))
         return prompts * (loop.max_staleness + 1)
 
     @model_validator(mode="after")
@@ -120,6 +120,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"sampling.oversample = {oversample:g} is more than loop.max_staleness + 1 = "
                 f"{loop.max_staleness + 1}: the last of its trees would be too stale to train"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heldout_is_there(self) -> Self:
+        if self.evaluation.every is not None and self.data.heldout is None:
+            raise ValueError(
+                f"evaluation.every = {self.evaluation.every} with data.heldout = null: there is nothing to "
+                "evaluate on; null is allowed"
             )
         return self
 

@@ -37,7 +37,7 @@ _IN_TURN: tuple[_Column, ...] = (
 )
 _OVERLAPPING: tuple[_Column, ...] = (
     ("stale", lambda step: f"{step['staleness/mean']:.1f}"),
-    ("at most", lambda step: f"{step['staleness/max']:.0f}"),
+    ("stalest", lambda step: f"{step['staleness/max']:.0f}"),
     ("in flight", lambda step: f"{step['trees/growing'] + step['trees/ready']:.0f}"),
     ("engines idle", lambda step: f"{step['idle/engines']:.0%}"),
     ("trainer idle", lambda step: f"{step['idle/trainer']:.0%}"),

@@ -96,7 +96,7 @@ class TreeDriver:
         """Admit the prompt's tree to an engine, which must have room; the coroutine grows it.
 
         Cancelling the coroutine cancels the tree's requests (see `closing` too). A request that keeps failing
-        ends its tree as a FailedTree; an exception group raised by the coroutine is a bug.
+        ends its tree as a FailedTree.
         """
         engine = self._router.engine_with_room(len(prompt.tokens))
         assert engine is not None
@@ -118,7 +118,7 @@ class TreeDriver:
             await growing
         finally:
             growing.cancel()
-            await asyncio.wait([growing])
+            await asyncio.gather(growing, return_exceptions=True)
 
     def forgive(self) -> None:
         """Forget which engines have failed: those may have been replaced."""

@@ -5,8 +5,11 @@ weight sync waits for it; the trees that grow for training meanwhile do not coun
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from contextlib import aclosing
+
+import numpy as np
 
 from treepo.config.run import RunConfig
 from treepo.data.prompts import Prompt
@@ -20,6 +23,9 @@ from treepo.rollout.watchdog import watched
 from treepo.training.metrics import accuracy
 from treepo.training.tree_grader import TreeGrader
 from treepo.tree import Tree
+
+_log = logging.getLogger(__name__)
+_POLL_SECONDS = 1.0
 
 
 class Heldout:
@@ -61,11 +67,18 @@ class Heldout:
                     grading.append(group.create_task(grade))
         if not grading:
             raise EngineError(f"{what}: no prompt could be answered; the last: {failures[-1].reason}")
+        if failures:
+            answered, number = len(grading), len(self.prompts)
+            _log.warning("%s: the accuracy is of %d of %d prompts; the others failed", what, answered, number)
         self._grader.check(what)
         trees = [task.result() for task in grading]
-        versions = {int(version) for tree in trees for one in tree.segments for version in one.versions}
-        assert len(versions) == 1, f"{what}: answers of the versions {sorted(versions)}"
+        versions = np.unique(np.concatenate([one.versions for tree in trees for one in tree.segments]))
+        assert len(versions) == 1, f"{what}: answers of the versions {versions.tolist()}"
         return accuracy(trees)
+
+    def served(self) -> bool:
+        """Whether any engine serves."""
+        return any(engine.status == "serving" for engine in self._engines.engines)
 
 
 class PeriodicEvaluation:
@@ -92,14 +105,25 @@ class PeriodicEvaluation:
         self._step = step
         self._task = asyncio.create_task(self._heldout.accuracy(f"evaluation after step {step}"))
 
-    async def finish(self) -> tuple[int, float]:
-        """Wait for the evaluation; returns its step and the accuracy. Raises what `Heldout` raises."""
+    async def finish(self) -> tuple[int, float | None]:
+        """Wait for the evaluation; returns its step and the accuracy. Raises what `Heldout` raises.
+
+        If no engine is left to answer, gives up and returns None: engines that are restarted beside a trainer
+        at work serve after the weight sync that waits for this call.
+        """
         assert self._task is not None
+        while not self._task.done():
+            await asyncio.wait((self._task,), timeout=_POLL_SECONDS)
+            if not self._task.done() and not self._heldout.served():
+                _log.warning("the evaluation after step %d is given up: no engine serves", self._step)
+                await self.cancel()
+                return self._step, None
         task, self._task = self._task, None
-        return self._step, await task
+        return self._step, task.result()
 
     async def cancel(self) -> None:
         """Cancel the evaluation that was begun, if any."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            task, self._task = self._task, None
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

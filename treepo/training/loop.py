@@ -4,19 +4,21 @@ In a synchronous run the engines sample only while the loop waits for trees; in 
 sample the trees of later steps while the trainer learns. Everything else is the same.
 """
 
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 
 from treepo.config.run import RunConfig
-from treepo.protocols import Trainer, TrainingEnginePool
+from treepo.protocols import BatchResult, Trainer, TrainingEnginePool
 from treepo.training.checkpoints import Checkpoints
 from treepo.training.heldout import PeriodicEvaluation
-from treepo.training.learn import learn
 from treepo.training.metrics import step_metrics
+from treepo.training.mini_batches import mini_batches
 from treepo.training.ready_trees import ready_trees_lines
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, Reporter, RunState
 from treepo.training.tree_supply import TreeSupply
+from treepo.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +56,39 @@ class TrainingLoop:
         for finished in batch.sampled:
             self.folder.write_tree(finished.tree, step, finished.answer)
         await self._finish_checkpoint()  # of the step before
-        result = await learn(
-            batch.trained,
-            step,
-            self.config,
-            self.engines,
-            self.trainer,
-            self.clock,
-            self.supply.paused,
-            self._finish_evaluation,
-        )
+        result = await self._learn(batch.trained, step)
         sampled = self.supply.take_sampled()
         self.supply.trained()
         self.state.step_done(step, sampled.stats, result)
         metrics = step_metrics(batch, sampled, result, *self.clock.take_step_seconds())
         self.folder.write_metrics(step, metrics)
         self.reporter.step(step, metrics)
+
+    async def _learn(self, trees: Sequence[Tree], step: int) -> BatchResult:
+        """Train on graded trees, then make the engines serve the new weights as version `step`.
+
+        Raises RewardError if no response could be graded, and FloatingPointError if a gradient is not finite.
+        """
+        with ExitStack() as paused:
+            if self._synchronous:
+                paused.enter_context(self.supply.paused())
+            async with self.engines.training():
+                with self.clock.phase("log-probs"):
+                    parts = mini_batches(trees, self.config)
+                self.clock.show("log-probs, train")
+                result = await self.trainer.train_batch(parts, self.config.sampling.temperature)
+                self.clock.count("log-probs", result.seconds["log_probs"])
+                self.clock.count("train", result.seconds["train"])
+                await self._finish_evaluation()  # of the weights that the engines still serve
+                if not self._synchronous:
+                    paused.enter_context(self.supply.paused())
+                with self.clock.phase("weight sync"):
+                    await self.engines.sync_weights(step)
+        return result
+
+    @property
+    def _synchronous(self) -> bool:
+        return self.config.loop.mode == "sync"
 
     async def _begin_checkpoint(self) -> None:
         with self.clock.phase("write checkpoint"):
@@ -85,12 +104,14 @@ class TrainingLoop:
         """Evaluate the weights of a step if that is due; in an asynchronous run, only begin."""
         if self.evaluation.due(step):
             self.evaluation.begin(step)
-            if self.config.loop.mode == "sync":
-                await self._finish_evaluation()
+            if self._synchronous:
+                with self.supply.paused():
+                    await self._finish_evaluation()
 
     async def _finish_evaluation(self) -> None:
         if self.evaluation.running:
             with self.clock.phase("evaluate"):
                 step, accuracy = await self.evaluation.finish()
-            self.folder.write_metrics(step, {"heldout/accuracy": accuracy})
-            self.reporter.evaluated(step, accuracy)
+            if accuracy is not None:
+                self.folder.write_metrics(step, {"heldout/accuracy": accuracy})
+                self.reporter.evaluated(step, accuracy)

@@ -27,7 +27,7 @@ from treepo.data.prompts import PromptOrder
 @dataclass(frozen=True, slots=True)
 class ScheduleState:
     """What a checkpoint keeps of the schedule. Every position below `cursor` is here, or a step has taken or
-    counted it.
+    counted it, or its tree failed.
 
     again: positions whose trees are to be started, ascending. ready: positions of finished trees.
     began: the version that each of `ready` began with. dropped: positions of trees that were dropped since
@@ -172,7 +172,7 @@ class Scheduler:
             due = untrained - spare * self._batch  # the `spare` steps after this one have no room for more
             if sum(self._ready[position] <= began for position in oldest) < due:
                 return None
-        if len(oldest) < least and (self._growing or self.next() is not None):
+        if len(oldest) < max(least, 1) and (self._growing or self.next() is not None):
             return None
         taken = {position: self._ready.pop(position) for position in sorted(oldest[: self._batch])}
         self._busy.difference_update(map(self._order.index, taken))

@@ -65,8 +65,8 @@ class Sampled:
 class TreeSupply:
     """The trees of a training run. `running` keeps it going; errors of the background reach `batch`.
 
-    finished: by position, the trees with which a resumed run begins; those are kept that the scheduler has as
-    ready or dropped.
+    finished: by position, the trees with which a resumed run begins; only those that the scheduler still has
+    are kept.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class TreeSupply:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count the engines as idle while the body runs, because they work on no request."""
+        """The engines sample nothing while the body runs, and count as idle."""
         self._driver.idle.pause()
         try:
             yield
