@@ -3,7 +3,7 @@
     python -m benchmarks.asynchrony --real         # in the repository's root, after `treepo toy`
     python -m benchmarks.asynchrony --simulated
 
-`--real`: the quickstart's model with long answers, on two CPU cores (asynchrony_real.py); 15 minutes.
+`--real`: the quickstart's model with long answers, on two CPU cores (asynchrony_real.py); 20 minutes.
 `--simulated`: the paper's 7B setting on 64 and 512 GPUs in virtual time (asynchrony_simulated.py). One JSON
 line a setting.
 """

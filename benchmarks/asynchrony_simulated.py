@@ -137,7 +137,7 @@ def splits(setting: str, gpus: int, replicas: int) -> Iterator[tuple[int, int]]:
 
 
 def layout(setting: str, trainer: int, replicas: int) -> list[str]:
-    """Overrides for a trainer of so many GPUs: replicas first, then pipeline stages."""
+    """Overrides for a trainer on `trainer` GPUs: replicas first, then pipeline stages."""
     data = min(trainer // _TENSOR, replicas)
     parallel = [
         f"trainer.parallel.tensor={_TENSOR}",

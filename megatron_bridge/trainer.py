@@ -5,7 +5,6 @@ It knows no Ray: the process of each rank constructs one, and every method is ca
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -42,6 +41,7 @@ from treepo.learning.loss import policy_loss, summarise
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult
 from treepo.training.checkpoint_manifest import CheckpointManifest
+from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.wire import Manifest
 
 PATIENCE = timedelta(minutes=30)
@@ -348,11 +348,7 @@ def create_store(host: str = "127.0.0.1") -> TCPStore:
 
     The other ranks connect with `join_store`.
     """
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    return TCPStore(
-        host, port, None, True, PATIENCE, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    return listening_store(host, PATIENCE)
 
 
 def join_store(host: str, port: int) -> TCPStore:

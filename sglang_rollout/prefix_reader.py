@@ -2,7 +2,7 @@
 
 After a weight sync, all paths of a tree ask again at once, and SGLang computes a prefix once for each request
 of a batch that has it. Its own remedy (`schedule_policy: lpm`) puts requests off only if less than 32 of
-their tokens are cached, so it knows one level of a tree, and none if more than 128 requests wait.
+their tokens are cached. So it helps with one level of a tree, and not at all if more than 128 requests wait.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class PrefixReader:
         return await ready
 
     def _start(self) -> None:
-        """Begin what the requests that have arrived wait for."""
+        """Start the reads that the arrived requests need."""
         arrived = [(context, ready) for context, ready in self._arrived if not ready.done()]
         self._arrived = []
         contexts = [context for context, _ in arrived]
@@ -90,7 +90,7 @@ class PrefixReader:
 
 
 def _settle(ready: asyncio.Future[int], own: Sequence[asyncio.Task[int]], last: "asyncio.Task[int]") -> None:
-    """Let a request go on after the last prefix that it needs. own: those that are computed on its behalf."""
+    """Let a request go on after the last prefix that it needs. own: the prefixes that are read on its behalf."""
     error = last.exception()
     if ready.done():  # the request was cancelled
         return

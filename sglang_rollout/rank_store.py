@@ -5,10 +5,11 @@ machine may take it. Here the process that starts SGLang listens from the beginn
 it, as torch lets the processes of a launcher do.
 """
 
-import socket
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
+
+from treepo.weight_sync.listening_store import listening_store
 
 _PATIENCE = timedelta(minutes=30)  # SGLang's deadlines come first
 _HOST = "127.0.0.1"  # an engine runs on one node
@@ -16,11 +17,7 @@ _HOST = "127.0.0.1"  # an engine runs on one node
 
 def open_store() -> TCPStore:
     """A store at a port that the system chooses (its `port`). It listens while the object lives."""
-    listener = socket.create_server((_HOST, 0))
-    port = listener.getsockname()[1]
-    return TCPStore(
-        _HOST, port, None, True, _PATIENCE, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    return listening_store(_HOST, _PATIENCE)
 
 
 def store_variables(port: int) -> dict[str, str]:

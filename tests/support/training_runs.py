@@ -91,6 +91,10 @@ def config_of(folder: Path, out: Path, steps: int, **changes: Any) -> RunConfig:
 ASYNC = {"loop": {"mode": "async", "max_staleness": 1}, "placement": "split"}
 VERY_ASYNC = {"loop": {"mode": "async", "max_staleness": 3}, "placement": "split"}
 OVERSAMPLE = {"sampling": {"oversample": 2.0}}
+NOTHING_UNAWAITED = pytest.mark.filterwarnings(
+    "error::RuntimeWarning",
+    "error:Exception ignored in. <coroutine:pytest.PytestUnraisableExceptionWarning",
+)
 ALONE = {"data": {"heldout": None}, "log_prob_check": {"enabled": False}}  # only training samples
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.support.training_runs import (
     ALONE,
     ASYNC,
+    NOTHING_UNAWAITED,
     OVERSAMPLE,
     LengthRewards,
     Run,
@@ -29,11 +30,7 @@ from treepo.rewards.grade import Grade, GradeItem
 from treepo.training import heldout
 from treepo.tree import Verdict
 
-NEVER_AWAITED = "error:Exception ignored in. <coroutine:pytest.PytestUnraisableExceptionWarning"
-pytestmark = [
-    pytest.mark.usefixtures("graded"),
-    pytest.mark.filterwarnings("error::RuntimeWarning", NEVER_AWAITED),
-]
+pytestmark = [pytest.mark.usefixtures("graded"), NOTHING_UNAWAITED]
 
 
 @pytest.mark.parametrize("changes", [{}, OVERSAMPLE, ASYNC])

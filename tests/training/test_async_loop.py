@@ -13,6 +13,7 @@ from tests.support.fake_trainer import FakeTrainer, NamedEngine
 from tests.support.training_runs import (
     ALONE,
     ASYNC,
+    NOTHING_UNAWAITED,
     OVERSAMPLE,
     VERY_ASYNC,
     LengthRewards,
@@ -33,11 +34,7 @@ from treepo.rewards.grade import Grade, GradeItem
 from treepo.rollout.driver import TreeDriver
 from treepo.tree import Tree, Verdict
 
-NEVER_AWAITED = "error:Exception ignored in. <coroutine:pytest.PytestUnraisableExceptionWarning"
-pytestmark = [
-    pytest.mark.usefixtures("graded"),
-    pytest.mark.filterwarnings("error::RuntimeWarning", NEVER_AWAITED),
-]
+pytestmark = [pytest.mark.usefixtures("graded"), NOTHING_UNAWAITED]
 
 
 @pytest.fixture

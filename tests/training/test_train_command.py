@@ -160,8 +160,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path) -> None:
     ours, expected = (load_file(run / "checkpoint" / "model.safetensors") for run in (interrupted, straight))
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
-        # Adam divides by a gradient's size: where it is all rounding, a weight moves by up to the rate, 1e-3,
-        # in a direction of chance.
+        # Adam divides by the gradient's size. If a gradient is nothing but rounding, its weight moves by up
+        # to the learning rate, 1e-3, in a random direction.
         difference = (ours[name] - tensor).abs()
         assert difference.max() <= 2 * STEPS * 1e-3, name
         assert (difference > 1e-4).float().mean() < 1e-3, name

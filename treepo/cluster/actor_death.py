@@ -28,8 +28,8 @@ _PID = re.compile(r"^\s*pid: (\d+)$", re.MULTILINE)
 _ADDRESS = re.compile(r"^\s*ip: (\S+)$", re.MULTILINE)
 _DETAIL = re.compile(r"Worker exit detail: (.*)", re.DOTALL)
 _KILLS = "treepo: processes that the kernel has killed for memory so far: "
-# Lines that say nothing of the cause: Ray's own first lines, native stacks, lists of modules, and the marks
-# below the lines of a traceback.
+# Lines that say nothing of the cause: Ray's own first lines, native stacks, lists of modules, and the
+# underlines of a traceback.
 _NOISE = re.compile(
     r":job_id:|:actor_name:|\s+@ |\[.*logging\.cc:\d+\]|Extension modules:|Stack \(most recent|[\s~^]+$"
 )

@@ -72,12 +72,21 @@ class EnginePool[P: EngineProcess]:
         return False
 
     async def wait_to_serve(self, engine: PooledEngine[P]) -> None:
-        """Return when `engine` serves. Time in which no restarted engine may serve does not count.
+        """Return when `engine` serves. The deadline begins again while no restarted engine may serve.
 
         Raises DeadEngineError as soon as another engine serves, where the request can be repeated, and
         NoEngineError if every engine is given up.
         """
         seconds = self._config.start_seconds
+        while True:
+            try:
+                async with asyncio.timeout(seconds):
+                    return await self._serves(engine)
+            except TimeoutError:
+                if not self._restarts_wait():
+                    raise EngineError(f"no engine serves after {seconds:g} s: {self._statuses()}") from None
+
+    async def _serves(self, engine: PooledEngine[P]) -> None:
         while engine.state is not State.SERVING:
             if self._fault is not None:
                 raise self._fault
@@ -85,17 +94,7 @@ class EnginePool[P: EngineProcess]:
                 raise DeadEngineError(f"{engine.name} is {engine.status}")
             if all(other.state is State.GIVEN_UP for other in self.engines):
                 raise NoEngineError(f"no engine is left: {self._statuses()}")
-            changed, began = self._changed, asyncio.get_running_loop().time()
-            try:
-                async with asyncio.timeout(max(seconds, 0)):
-                    await changed.wait()
-            except TimeoutError:
-                if not self._restarts_wait():
-                    limit = self._config.start_seconds
-                    raise EngineError(f"no engine serves after {limit:g} s: {self._statuses()}") from None
-                seconds = self._config.start_seconds
-            else:
-                seconds -= asyncio.get_running_loop().time() - began
+            await self._changed.wait()
 
     def _restarts_wait(self) -> bool:
         """Whether a restarted engine has to wait before it may serve."""

@@ -163,8 +163,8 @@ def _end_with_parent() -> None:
 def free_ports(count: int) -> list[int]:
     """Different ports on which nothing listens now.
 
-    Ray binds them seconds later. So they are below those that the system gives to connections, and above
-    those that Ray gives to its workers, unless there are none between.
+    Ray binds them seconds later. So they lie below the ports that the system gives to connections and above
+    the ports of Ray's workers, if there are enough.
     """
     between = range(_ABOVE_WORKERS, _first_of_connections())
     ports = [*random.sample(between, len(between)), *([0] * count)]

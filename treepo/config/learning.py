@@ -10,9 +10,9 @@ from treepo.learning.kl import KL_ESTIMATORS
 
 
 class ImportanceConfig(Section):
-    """Corrects for tokens that other weights sampled than those that are trained, or the same in other
-    rounding: each token's policy loss is multiplied by a weight without gradient. The weight is made of the
-    ratio of the trainer's probability, before the step's first update, to the engine's.
+    """Corrects for tokens sampled by older weights, or by the same weights with other rounding. Each token's
+    policy loss is multiplied by a weight without gradient. The weight comes from a ratio: the trainer's
+    probability before the step's first update, over the engine's.
     """
 
     mode: Literal["truncate", "mask", "none"] = "truncate"

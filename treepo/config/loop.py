@@ -12,8 +12,8 @@ class LoopConfig(Section):
     """`sync`: the engines wait while the trainer learns. `async`: they sample the trees of later steps
     meanwhile, on devices of their own (`placement: split`)."""
     max_staleness: int = Field(default=1, ge=0)
-    """A tree is trained at most so many weight versions after the one it began with. Under `mode: sync` this
-    matters only with `sampling.oversample`."""
+    """The most weight versions between the start of a tree and its training. Under `mode: sync` this matters
+    only with `sampling.oversample`."""
 
     @model_validator(mode="after")
     def _async_is_stale(self) -> Self:

@@ -86,15 +86,12 @@ def nccl() -> Outcome:
 
 
 def _all_reduce(backend: str, ranks: int) -> Outcome:
-    from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
+    from treepo.weight_sync.listening_store import listening_store
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    store = TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    store = listening_store("127.0.0.1", timedelta(seconds=_COLLECTIVE_SECONDS))
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(backend, rank, ranks, port)) for rank in range(ranks)]
+    arguments = [(backend, rank, ranks, store.port) for rank in range(ranks)]
+    processes = [context.Process(target=_rank, args=each) for each in arguments]
     for process in processes:
         process.start()
     for process in processes:

@@ -18,8 +18,9 @@ from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import DeadEngineError, EngineError
 from treepo.protocols import Sampler
-from treepo.rollout.growing_tree import GrowingTree, PathRequest
+from treepo.rollout.growing_tree import GrowingTree
 from treepo.rollout.idle_clock import IdleClock
+from treepo.rollout.path import PathRequest
 from treepo.rollout.router import LiveTree, Router
 from treepo.rollout.stats import Stats
 from treepo.rollout.stopping import StopRule

@@ -65,8 +65,8 @@ class Sampled:
 class TreeSupply:
     """The trees of a training run. `running` keeps it going; errors of the background reach `batch`.
 
-    finished: by position, the trees with which a resumed run begins; only those that the scheduler still has
-    are kept.
+    finished: the trees that a resumed run begins with, by position; those that the scheduler has given up are
+    left out.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ The group consists of the sending rank and every rank of every engine, and is ke
 is outside torch's default process group, so it does not interfere with the groups of trainer and engines.
 """
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
+from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.wire import Bucket, Manifest, Remark, Stripes
 
 
@@ -53,12 +53,7 @@ class BroadcastSender:
 
     def __init__(self, device: torch.device, host: str, seconds: float) -> None:
         self._device, self._host, self._seconds = device, host, seconds
-        listener = socket.create_server((host, 0))
-        self._port = listener.getsockname()[1]
-        self._store = TCPStore(
-            host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
-            timeout=timedelta(seconds=seconds),
-        )  # fmt: skip
+        self._store = listening_store(host, timedelta(seconds=seconds))
         self._groups = 0
         self._size = 0
         self._group: Any = None
@@ -72,7 +67,7 @@ class BroadcastSender:
         through_host = self._device.type == "cpu"
         return [
             BroadcastAddress(
-                self._host, self._port, self._name, first, self._size, self._seconds, through_host
+                self._host, self._store.port, self._name, first, self._size, self._seconds, through_host
             )
             for first in firsts
         ]

@@ -115,7 +115,7 @@ def _grow(load: Workload, rates: Rates, engine: EngineMemory, engines: int, prom
 
 
 async def _trees(driver: TreeDriver, load: Workload, prompts: int, step: int) -> list[Tree]:
-    """In the order of their prompts: those that end first are smaller."""
+    """Trees in the order of their prompts: the first to end are the smallest."""
     trees: list[Tree] = []
     async for tree in driver.sample(load.some_prompts(prompts), step):
         assert isinstance(tree, Tree), tree
