@@ -90,7 +90,7 @@ class PrefixReader:
 
 
 def _settle(ready: asyncio.Future[int], own: Sequence[asyncio.Task[int]], last: "asyncio.Task[int]") -> None:
-    """Let a request go on after the last prefix that it needs. own: the prefixes that are read on its behalf."""
+    """Let a request go on after the last prefix that it needs. own: the prefixes read on its behalf."""
     error = last.exception()
     if ready.done():  # the request was cancelled
         return

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout.boxed import BoxScan
-from treepo.rollout.driver import FailedTree, TreeDriver, closing
+from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.rollout.stats import Stats
 from treepo.rollout.stopping import StopRule
 from treepo.tree import PROMPT, Finish, Stop, Tree, from_json, to_json
@@ -274,13 +274,8 @@ def test_a_caller_may_stop_early() -> None:
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_task_that_is_cancelled_before_it_begins_leaves_no_coroutine() -> None:
     async def cancel_at_once() -> None:
-        async def grow(growing: Coroutine[None, None, Tree | FailedTree]) -> None:
-            await growing
-
         driver = TreeDriver([FakeEngine()], sampling(), decode, seed=7)
-        growing = driver.start(prompts(1)[0], 1)
-        task = asyncio.create_task(grow(growing))
-        task.add_done_callback(closing(growing))
+        task = asyncio.create_task(driver.grow(driver.admit(prompts(1)[0], 1)))
         task.cancel()
         await asyncio.wait([task])
 

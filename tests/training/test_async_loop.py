@@ -41,14 +41,14 @@ pytestmark = [pytest.mark.usefixtures("graded"), NOTHING_UNAWAITED]
 def begun(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The versions that each prompt's trees began with."""
     versions: dict[str, list[int]] = defaultdict(list)
-    start = TreeDriver.start
+    admit = TreeDriver.admit
 
     def noted(driver: TreeDriver, prompt: Any, step: int) -> Any:
         if step:  # 0: of an evaluation
             versions[prompt.id].append(step - 1)
-        return start(driver, prompt, step)
+        return admit(driver, prompt, step)
 
-    monkeypatch.setattr(TreeDriver, "start", noted)
+    monkeypatch.setattr(TreeDriver, "admit", noted)
     return versions
 
 
@@ -136,13 +136,13 @@ def test_a_synchronous_run_starts_trees_only_while_it_waits_for_them(
     sampling = {"oversample": 2.0, "max_live_trees": 5}
     config = config_of(folder, tmp_path / "run", steps=9, sampling=sampling, evaluation={"every": 1})
     run = Run(config, engine=slow_engine(), trainer=slow_trainer())
-    start = TreeDriver.start
+    admit = TreeDriver.admit
 
     def noted(driver: TreeDriver, prompt: Any, step: int) -> Any:
         run.events.append("start" if step else "start held-out")
-        return start(driver, prompt, step)
+        return admit(driver, prompt, step)
 
-    monkeypatch.setattr(TreeDriver, "start", noted)
+    monkeypatch.setattr(TreeDriver, "admit", noted)
     run.train()
     events = [event for event in run.events if event != "start held-out"]
     for step in range(1, 9):

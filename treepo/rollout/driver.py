@@ -9,7 +9,7 @@ to come, and to an engine that fails its requests only if no other has room. The
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +50,6 @@ class PendingRequest:
     seconds: float
 
 
-def closing(growing: Coroutine[None, None, Tree | FailedTree]) -> Callable[[object], None]:
-    """A callback for the end of the task that awaits `growing`: a task that is cancelled before it begins
-    leaves a coroutine that was never awaited.
-    """
-    return lambda _: growing.close()
-
-
 class TreeDriver:
     """Samples trees (or, in `sequential` mode, independent responses) for prompts.
 
@@ -93,16 +86,37 @@ class TreeDriver:
             self._room.clear()
             await self._room.wait()
 
-    def start(self, prompt: Prompt, step: int) -> Coroutine[None, None, Tree | FailedTree]:
-        """Admit the prompt's tree to an engine, which must have room; the coroutine grows it.
-
-        Cancelling the coroutine cancels the tree's requests (see `closing` too). A request that keeps failing
-        ends its tree as a FailedTree.
-        """
+    def admit(self, prompt: Prompt, step: int) -> LiveTree:
+        """Admit the prompt's tree to an engine, which must have room; `grow` must follow."""
         engine = self._router.engine_with_room(len(prompt.tokens))
         assert engine is not None
-        tree = GrowingTree(prompt, self._sampling, self._rule, self._seed, step)
-        return self._grow(self._router.admit(tree, engine))
+        return self._router.admit(GrowingTree(prompt, self._sampling, self._rule, self._seed, step), engine)
+
+    async def grow(self, live: LiveTree) -> Tree | FailedTree:
+        """Grow an admitted tree. If a request of it keeps failing, the result is a FailedTree."""
+        tree, failure = live.tree, None
+        try:
+            while tree.path_requests and failure is None:
+                try:
+                    async with asyncio.TaskGroup() as paths:
+                        for path in tree.path_requests:
+                            paths.create_task(self._complete(live, path))
+                except* EngineError as errors:
+                    failure = errors.exceptions[0]
+                else:
+                    self._router.round_ended(live)
+                    tree.advance()
+        finally:
+            self._router.remove(live)
+            self._room.set()
+        if failure is not None:
+            self.stats.failed_trees += 1
+            _log.warning("prompt %s: tree given up: %s", tree.prompt.id, failure)
+            return FailedTree(tree.prompt.id, str(failure))
+        self._router.tree_finished(live)
+        finished = tree.finished()
+        self.stats.count_tree(finished, tree.branchings, tree.fallbacks)
+        return finished
 
     async def sample(self, prompts: Iterable[Prompt], step: int) -> AsyncGenerator[Tree | FailedTree]:
         """Yield the tree of each prompt as soon as it is finished. At most one call at a time.
@@ -146,42 +160,16 @@ class TreeDriver:
     async def _grow_all(
         self, prompts: Iterable[Prompt], step: int, results: asyncio.Queue[Tree | FailedTree | None]
     ) -> None:
-        async def report(growing: Coroutine[None, None, Tree | FailedTree]) -> None:
-            results.put_nowait(await growing)
+        async def report(live: LiveTree) -> None:
+            results.put_nowait(await self.grow(live))
 
         try:
             async with asyncio.TaskGroup() as group:
                 for prompt in prompts:
                     await self.wait_for_room(prompt)
-                    growing = self.start(prompt, step)
-                    group.create_task(report(growing)).add_done_callback(closing(growing))
+                    group.create_task(report(self.admit(prompt, step)))
         finally:
             results.put_nowait(None)
-
-    async def _grow(self, live: LiveTree) -> Tree | FailedTree:
-        tree, failure = live.tree, None
-        try:
-            while tree.path_requests and failure is None:
-                try:
-                    async with asyncio.TaskGroup() as paths:
-                        for path in tree.path_requests:
-                            paths.create_task(self._complete(live, path))
-                except* EngineError as errors:
-                    failure = errors.exceptions[0]
-                else:
-                    self._router.round_ended(live)
-                    tree.advance()
-        finally:
-            self._router.remove(live)
-            self._room.set()
-        if failure is not None:
-            self.stats.failed_trees += 1
-            _log.warning("prompt %s: tree given up: %s", tree.prompt.id, failure)
-            return FailedTree(tree.prompt.id, str(failure))
-        self._router.tree_finished(live)
-        finished = tree.finished()
-        self.stats.count_tree(finished, tree.branchings, tree.fallbacks)
-        return finished
 
     async def _complete(self, live: LiveTree, path: PathRequest) -> None:
         while not path.complete:

@@ -6,7 +6,7 @@ synchronous run trees start only while the loop waits for the next step's.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ from treepo.errors import EngineError
 from treepo.learning.dynamic_sampling import Dropped, uninformative
 from treepo.protocols import EnginePool
 from treepo.rewards.shaping import shaped
-from treepo.rollout.driver import FailedTree, TreeDriver, closing
+from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.router import LiveTree
 from treepo.rollout.stats import Stats
 from treepo.rollout.watchdog import watched
 from treepo.training.scheduler import Scheduler, ScheduleState
@@ -180,9 +181,8 @@ class TreeSupply:
             while True:
                 position, prompt = await self._next()
                 self._scheduler.start(position)
-                tree = self._driver.start(prompt, self._scheduler.version + 1)
-                task = growing.create_task(self._grow(position, prompt, tree))
-                task.add_done_callback(closing(tree))
+                live = self._driver.admit(prompt, self._scheduler.version + 1)
+                growing.create_task(self._grow(position, prompt, live))
 
     async def _next(self) -> tuple[int, Prompt]:
         """Wait until a tree may start and an engine has room for it."""
@@ -197,10 +197,8 @@ class TreeSupply:
             if self._may_start and self._scheduler.next() == position:
                 return position, prompt
 
-    async def _grow(
-        self, position: int, prompt: Prompt, growing: Coroutine[None, None, Tree | FailedTree]
-    ) -> None:
-        tree = await growing
+    async def _grow(self, position: int, prompt: Prompt, live: LiveTree) -> None:
+        tree = await self._driver.grow(live)
         if isinstance(tree, FailedTree):
             self._failed(position, tree)
         else:
