@@ -65,6 +65,7 @@ def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"setting": setting, "repeat": repeat, **runs[-1][setting]}
     yield {
         "async_over_sync": _ratio(runs, "async", "sync"),
+        "async_over_sync_per_token": _ratio(runs, "async", "sync", per_token=True),
         "oversample_over_plain": _ratio(runs, "oversample", "sync"),
         "pause_ms": {  # by segment_tokens
             "64": median(each["async"]["pause_ms"] for each in runs),
@@ -104,6 +105,12 @@ def run(steps: int, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _ratio(runs: Sequence[Mapping[str, Mapping[str, Any]]], one: str, other: str) -> float:
-    """The median over repeats of the seconds a step of one setting over those of another."""
-    return round(median(each[one]["step_seconds"] / each[other]["step_seconds"] for each in runs), 3)
+def _ratio(
+    runs: Sequence[Mapping[str, Mapping[str, Any]]], one: str, other: str, *, per_token: bool = False
+) -> float:
+    """The median over repeats of the seconds a step, or a decoded token, of one setting over another's."""
+
+    def seconds(run: Mapping[str, Any]) -> float:
+        return run["step_seconds"] / (run["decoded_tokens"] if per_token else 1)
+
+    return round(median(seconds(each[one]) / seconds(each[other]) for each in runs), 3)
