@@ -50,9 +50,19 @@ class LogProbCheckError(TreepoError):
 
 
 class TrainerError(TreepoError):
-    """A trainer rank that died; the text names it."""
+    """A trainer that cannot go on; the text names the rank and the reason."""
 
     exit_code = 1
+
+
+class LostTrainerError(TrainerError):
+    """A trainer rank that died or hangs, so that the group must be started again; the text names it."""
+
+
+class TrainerMemoryError(TrainerError):
+    """A trainer rank that ran out of memory and would again; the text has the numbers and names the keys."""
+
+    exit_code = 2
 
 
 class PlacementError(TreepoError):
