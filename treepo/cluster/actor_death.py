@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from treepo.cluster.ray_logs import log_folder
 from treepo.errors import one_line, shortened
 
 _READ_SECONDS = 15.0  # for another node to start a process and read the file
@@ -83,7 +84,7 @@ def _reason(error: RayActorError, pid: str | None, address: str | None) -> str:
 
 async def _last_lines(pid: int, address: str) -> str:
     if address == ray.util.get_node_ip_address():
-        return last_lines(_log_folder(), pid)
+        return last_lines(log_folder(), pid)
     node = next(
         (node for node in ray.nodes() if node["NodeManagerAddress"] == address and node["Alive"]), None
     )
@@ -95,12 +96,7 @@ async def _last_lines(pid: int, address: str) -> str:
 
 
 def _read_there(pid: int) -> str:
-    return last_lines(_log_folder(), pid)
-
-
-def _log_folder() -> Path:
-    """Ray's logs on this node. Ray has no public name for it."""
-    return Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[reportAttributeAccessIssue]
+    return last_lines(log_folder(), pid)
 
 
 def last_lines(logs: Path, pid: int) -> str:
