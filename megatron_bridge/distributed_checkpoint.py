@@ -6,7 +6,7 @@ it.
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +129,22 @@ class DistributedCheckpointReader:
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         except READ_FAILURES as error:
             raise unreadable(folder, error) from None
+
+    def keys(self) -> Set[str]:
+        """The keys of all tensors and other values."""
+        return self._metadata.state_dict_metadata.keys()
+
+    def read_any(self, key: str) -> Tensor | bytes:
+        """A whole tensor, or the bytes of any other value, such as a generator's state."""
+        if isinstance(self._metadata.state_dict_metadata.get(key), TensorStorageMetadata):
+            return self.read(key)
+        place = self._metadata.storage_data[MetadataIndex(key)]
+        try:
+            with (self._folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                return file.read(place.length)
+        except OSError as error:
+            raise unreadable(self._folder, error) from None
 
     def read(self, key: str) -> Tensor:
         """The whole tensor, in the checkpoint's dtype."""
