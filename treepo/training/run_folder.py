@@ -149,6 +149,11 @@ def _is_metrics(record: object) -> bool:
     """Whether a record has a step, a time, and numbers or null by name."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return False
-    if type(record.get("time")) not in (int, float):
-        return False
-    return all(value is None or type(value) in (int, float) for value in record.values())
+    return record.get("time") is not None and all(
+        _is_number(value) for value in record.values() if value is not None
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether TensorBoard can write it: a float, or an integer of 64 bits."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
