@@ -5,6 +5,7 @@ Its deadlines are short, so that a fault is noticed within seconds. All are in s
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,18 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def train_command(config: Path, resume: bool) -> list[str]:
+def start(config: Path, resume: bool, log: Path) -> "subprocess.Popen[bytes]":
+    """Start `treepo train`, or resume it; what it prints goes to `log`."""
     program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", str(config)]
-    return [*program, *(["--resume"] if resume else [])]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*program, *(["--resume"] if resume else [])],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def environment() -> dict[str, str]:

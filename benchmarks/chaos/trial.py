@@ -84,19 +84,11 @@ class Trial:
     def _supervise(self, config: Path, disk: SmallDisk) -> None:
         for number in range(_STARTS):
             log = self.folder / f"start-{number + 1}.txt"
-            with log.open("wb") as output:
-                driver = subprocess.Popen(
-                    scene.train_command(config, resume=number > 0),
-                    cwd=scene.ROOT,
-                    env=scene.environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-                deadline = time.monotonic() + scene.START_SECONDS + _MARGIN_SECONDS
-                if number == 0:
-                    deadline += self._strike(driver, disk, deadline)
-                self._wait(driver, deadline)
+            driver = scene.start(config, number > 0, log)
+            deadline = time.monotonic() + scene.START_SECONDS + _MARGIN_SECONDS
+            if number == 0:
+                deadline += self._strike(driver, disk, deadline)
+            self._wait(driver, deadline)
             self._after(driver, log)
             if self.hung or driver.returncode in (0, _BAD_INPUT) or (self.out / "summary.json").exists():
                 return
