@@ -15,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 STEPS, PROMPTS, ROWS = 4, 4, 64
-START_SECONDS, HEALTH_SECONDS, UPDATE_SECONDS, GRADE_SECONDS = 180.0, 8.0, 15.0, 4.0
+START_SECONDS, HEALTH_SECONDS, UPDATE_SECONDS, GRADE_SECONDS = 400.0, 10.0, 20.0, 5.0
 SILENCE_SECONDS, DISK_SECONDS = 30.0, 30.0
 HELDOUT_ROWS = 8
 CONFIG = "run.yaml"
@@ -129,5 +129,7 @@ def start(config: Path, resume: bool, log: Path) -> "subprocess.Popen[bytes]":
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run: its configuration names a function of this module."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    """The environment of a run: its configuration names a function of this module, and its engines and ranks
+    run at the priority of everything else, which Ray would lower: on a busy machine they would starve.
+    """
+    return os.environ | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
