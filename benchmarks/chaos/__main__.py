@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.chaos import resume_exact
@@ -35,7 +36,7 @@ def main() -> int:
     return _cases(workshop, arguments.seed, cases)
 
 
-def _cases(workshop: Workshop, seed: int, cases: "range | list[int]") -> int:
+def _cases(workshop: Workshop, seed: int, cases: Sequence[int]) -> int:
     began, lines = time.monotonic(), []
     for case in cases:
         folder = workshop.folder / f"seed-{seed}-case-{case}"
@@ -60,7 +61,7 @@ def _cases(workshop: Workshop, seed: int, cases: "range | list[int]") -> int:
     return int(any(not line["ok"] for line in lines))
 
 
-def _print(line: dict[str, object]) -> None:
+def _print(line: Mapping[str, object]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 

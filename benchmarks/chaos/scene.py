@@ -5,6 +5,7 @@ Its deadlines are short, so that a fault is noticed within seconds. All are in s
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 STEPS, PROMPTS, ROWS = 4, 4, 64
-START_SECONDS, HEALTH_SECONDS, UPDATE_SECONDS, GRADE_SECONDS = 180.0, 8.0, 15.0, 4.0
+START_SECONDS, HEALTH_SECONDS, UPDATE_SECONDS, GRADE_SECONDS = 400.0, 10.0, 20.0, 5.0
 SILENCE_SECONDS, DISK_SECONDS = 30.0, 30.0
 HELDOUT_ROWS = 8
 CONFIG = "run.yaml"
@@ -113,11 +114,22 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def train_command(config: Path, resume: bool) -> list[str]:
+def start(config: Path, resume: bool, log: Path) -> "subprocess.Popen[bytes]":
+    """Start `treepo train`, or resume it; what it prints goes to `log`."""
     program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", str(config)]
-    return [*program, *(["--resume"] if resume else [])]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*program, *(["--resume"] if resume else [])],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run: its configuration names a function of this module."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    """The environment of a run: its configuration names a function of this module, and its engines and ranks
+    run at the priority of everything else, which Ray would lower: on a busy machine they would starve.
+    """
+    return os.environ | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}

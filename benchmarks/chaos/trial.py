@@ -20,7 +20,7 @@ from benchmarks.chaos.faults import HANDLED_INSIDE, Fault
 from benchmarks.chaos.strike import Progress, RunEndedError, send, wait_for_moment, wake
 
 _STARTS = 4
-_GRACE_SECONDS = 30.0  # for processes to end after the driver
+_GRACE_SECONDS = 90.0  # for processes to end after the driver
 _MARGIN_SECONDS = 60.0  # of a busy machine
 _DRIVER_STOP_SECONDS = 10.0
 _POLL = 0.05
@@ -43,11 +43,14 @@ def noticed_after(fault: Fault) -> float:
 
 @dataclass(slots=True)
 class Trial:
-    """The parts of a case while it runs. ends: exit code of each start. faults: what did not hold."""
+    """The parts of a case while it runs. Of each start, `ends` has the exit code, and `gone_after` the seconds
+    from its driver's end until no process was left. faults: what did not hold.
+    """
 
     fault: Fault
     folder: Path
     ends: list[int] = field(default_factory=list)
+    gone_after: list[float] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
     struck: list[str] = field(default_factory=list)
@@ -84,19 +87,11 @@ class Trial:
     def _supervise(self, config: Path, disk: SmallDisk) -> None:
         for number in range(_STARTS):
             log = self.folder / f"start-{number + 1}.txt"
-            with log.open("wb") as output:
-                driver = subprocess.Popen(
-                    scene.train_command(config, resume=number > 0),
-                    cwd=scene.ROOT,
-                    env=scene.environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-                deadline = time.monotonic() + scene.START_SECONDS + _MARGIN_SECONDS
-                if number == 0:
-                    deadline += self._strike(driver, disk, deadline)
-                self._wait(driver, deadline)
+            driver = scene.start(config, number > 0, log)
+            deadline = time.monotonic() + scene.START_SECONDS + _MARGIN_SECONDS
+            if number == 0:
+                deadline += self._strike(driver, disk, deadline)
+            self._wait(driver, deadline)
             self._after(driver, log)
             if self.hung or driver.returncode in (0, _BAD_INPUT) or (self.out / "summary.json").exists():
                 return
@@ -149,15 +144,16 @@ class Trial:
 
     def _after(self, driver: "subprocess.Popen[bytes]", log: Path) -> None:
         """After a start has ended: its processes end soon too, and its errors are lines, not tracebacks."""
-        end = time.monotonic() + _GRACE_SECONDS
+        began = time.monotonic()
         while left := sandbox.processes():
             sandbox.reap()
-            if time.monotonic() > end:
+            if time.monotonic() > began + _GRACE_SECONDS:
                 self.leftovers += [f"process {one.pid} {' '.join(one.cmdline())[:80]}" for one in left]
                 for process in left:
                     process.kill()
                 break
             time.sleep(_POLL)
+        self.gone_after.append(round(time.monotonic() - began, 1))
         sandbox.reap()
         text = log.read_text(errors="replace")
         for sign in ("Traceback", "\x1b[", "Fatal Python error", "*** SIG"):
@@ -196,6 +192,7 @@ class Trial:
             "hung": self.hung,
             "leftovers": self.leftovers,
             "ends": self.ends,
+            "gone_after": self.gone_after,
             "faults": self.faults,
             "seconds": seconds,
         }
