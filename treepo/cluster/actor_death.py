@@ -37,6 +37,9 @@ _NOISE = re.compile(
 _FATAL = "Fatal Python error: "
 
 
+_MEMORY_KILLS = re.compile(r"since its start the kernel of that machine has killed (\d+) processes")
+
+
 def without_guesses(text: str) -> str:
     """Ray's message in one line, without the causes that it guesses."""
     return one_line(_GUESSES.sub("", text))
@@ -44,7 +47,7 @@ def without_guesses(text: str) -> str:
 
 def note_start() -> None:
     """Note, in this process's log, how often the kernel has killed for memory, so that a later kill shows."""
-    print(f"{_KILLS}{_kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
+    print(f"{_KILLS}{kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
 
 
 async def death_of(error: RayActorError) -> str:
@@ -142,13 +145,19 @@ def last_lines_of(path: Path) -> str:
     chosen = lines[-_LINES:] if fatal is None else lines[fatal : fatal + _LINES]
     said = " | ".join(shortened(line.strip(), 200) for line in chosen)
     words = f"its last lines: {said}" if said else "it wrote nothing to standard error"
-    kills = _kernel_kills() - int(before[1]) if before else 0
+    kills = kernel_kills() - int(before[1]) if before else 0
     if kills > 0:
         words += f"; since its start the kernel of that machine has killed {kills} processes for memory"
     return f"{words} ({path})"
 
 
-def _kernel_kills() -> int:
+def memory_kills(death: str) -> int:
+    """How many processes the kernel had killed for memory between the actor's start and `death_of` it."""
+    match = _MEMORY_KILLS.search(death)
+    return int(match[1]) if match else 0
+
+
+def kernel_kills() -> int:
     """How many processes this machine's kernel has killed for memory so far; 0 if unknown."""
     try:
         counts = Path("/proc/vmstat").read_text()

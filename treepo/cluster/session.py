@@ -24,7 +24,7 @@ from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig
 from treepo.config.run import ModelConfig, RunConfig
 from treepo.data.temporary_folder import temporary_folder
-from treepo.errors import ClusterError, PlacementError, one_line
+from treepo.errors import ClusterError, LostTrainerError, PlacementError, one_line
 from treepo.rollout.stopping import StopRule
 
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -65,7 +65,7 @@ async def training_session(
         config = config.model_copy(update={"model": _on_cluster(config.model)})
         reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
-        trainer = TrainerGroup(config, reservation.ranks)
+        trainer = TrainerGroup(config, reservation.ranks, reservation.rank_nodes)
         shared = reservation.shares_devices
         if shared:
             await trainer.ready()
@@ -78,10 +78,18 @@ async def training_session(
             if shared:
                 await pool.ready()
             else:
-                await asyncio.gather(pool.ready(), trainer.ready())
+                await asyncio.gather(pool.ready(), _ready_or_lost(trainer))
             yield pool, trainer
         finally:
             await pool.close()
+
+
+async def _ready_or_lost(trainer: TrainerGroup) -> None:
+    """Make the trainer ready. If it is lost meanwhile, its next call says so, and it is started again."""
+    try:
+        await trainer.ready()
+    except LostTrainerError as error:
+        _log.warning("%s, before it was ready", error)
 
 
 def _on_cluster(model: ModelConfig) -> ModelConfig:
