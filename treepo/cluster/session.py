@@ -15,6 +15,7 @@ from treepo.cluster.actor_death import without_guesses
 from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
 from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
+from treepo.cluster.ray_watch import keeping_signal_handlers, while_ray_lives
 from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
 from treepo.config.engine import EngineConfig
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 @asynccontextmanager
 async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """Run Ray and engines that serve the model folder's weights, while the body runs."""
-    with ray_session(config.engine.count):
+    async with watched_ray(config.engine.count):
         serving = _Serving(_on_cluster(config.model), config.engine, config.seed)
         async with _engines(serving, stop_rule) as pool:
             yield pool
@@ -39,7 +40,7 @@ async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIte
 async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """As `engine_session`, for an evaluation: its number of engines may depend on the cluster's GPUs."""
     assert config.model.path is not None, "a server's URL needs no engines"
-    with ray_session(config.engine.count or 1):
+    async with watched_ray(config.engine.count or 1):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         model = _on_cluster(ModelConfig(path=config.model.path, dtype=config.model.dtype))
         async with _engines(_Serving(model, config.engine.on(gpus), config.seed), stop_rule) as pool:
@@ -56,7 +57,7 @@ async def training_session(
     Engines and trainer start at the same time, unless they share devices: then the trainer starts first,
     computes once, and gives back what it can, and the engines' caches take the memory that it leaves.
     """
-    with ray_session(config.engine.count + config.trainer.parallel.ranks):
+    async with watched_ray(config.engine.count + config.trainer.parallel.ranks):
         config = config.model_copy(update={"model": _on_cluster(config.model)})
         reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
@@ -110,7 +111,8 @@ def ray_session(actors: int) -> Iterator[None]:
         where = {"address": check_cluster(named)}
     ray._private.worker.print_to_stdstream = _log_message  # type: ignore[reportAttributeAccessIssue]
     try:
-        ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
+        with keeping_signal_handlers():
+            ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
     except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
         what = "Ray does not start" if named is None else f"RAY_ADDRESS={named}: Ray cannot join the cluster"
         raise ClusterError(f"{what}: {one_line(error)}") from None
@@ -118,6 +120,15 @@ def ray_session(actors: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@asynccontextmanager
+async def watched_ray(actors: int) -> AsyncIterator[None]:
+    """As `ray_session`; raises ClusterError in place of the body if Ray dies meanwhile."""
+    with ray_session(actors):
+        joined = None if named_cluster() is None else ray.get_runtime_context().gcs_address
+        async with while_ray_lives(joined):
+            yield
 
 
 def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:
