@@ -16,7 +16,7 @@ from typing import Any, Self
 import aiohttp
 import numpy as np
 
-from treepo.errors import EngineError
+from treepo.errors import EngineError, shown
 from treepo.protocols import GenerateOutput, GenerateRequest
 
 _CONNECT_SECONDS = 10.0
@@ -77,8 +77,8 @@ class ServerEngine:
             meta = answer["meta_info"]
             finish = meta["finish_reason"]["type"]
             sampled = meta["output_token_logprobs"]
-            tokens = np.array([token for _, token, *_ in sampled], dtype=np.int32)
-            log_probs = np.array([log_prob for log_prob, *_ in sampled], dtype=np.float32)
+            tokens = np.array([_of_type(token, int) for _, token, *_ in sampled], dtype=np.int32)
+            log_probs = np.array([_of_type(each, int, float) for each, *_ in sampled], dtype=np.float32)
             weights, cached = meta.get("weight_version"), int(meta["cached_tokens"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EngineError(f"{self._url}: not an answer of SGLang's /generate: {error!r}") from error
@@ -106,6 +106,13 @@ class ServerEngine:
             finish="eos" if ended else "length",
             cached_tokens=cached,
         )
+
+
+def _of_type(value: object, *types: type) -> object:
+    """The value. Raises TypeError: numpy would take lists, texts and truth values too."""
+    if type(value) not in types:
+        raise TypeError(f"{shown(value)} is no number")
+    return value
 
 
 def _version(weights: object) -> int:
