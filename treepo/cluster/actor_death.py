@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from treepo.errors import one_line, shortened
+from treepo.cluster.ray_logs import log_folder
+from treepo.errors import one_line, shortened, without_colors
 
 _READ_SECONDS = 15.0  # for another node to start a process and read the file
 _LINES = 5
@@ -76,7 +77,7 @@ def _reason(error: RayActorError, pid: str | None, address: str | None) -> str:
     text = str(error)
     detail = _DETAIL.search(text)
     if pid is None or detail is None:
-        return f"it died: {without_guesses(text)}"
+        return f"it died: {_first_and_last(text)}"
     process = f"its process {pid} on {address} ended"
     if "NODE_OUT_OF_MEMORY" in text:
         return f"{process}: Ray killed it because its machine ran short of memory"
@@ -84,9 +85,17 @@ def _reason(error: RayActorError, pid: str | None, address: str | None) -> str:
     return process if told in ("", _NO_NEWS) else f"{process}: {told}"
 
 
+def _first_and_last(text: str) -> str:
+    """What Ray says, without the traceback between its first line and its last."""
+    lines = [line.strip() for line in without_colors(_GUESSES.sub("", text)).splitlines() if line.strip()]
+    if not lines:
+        return "Ray does not say why"
+    return one_line(" ".join(lines) if "Traceback" not in text else f"{lines[0]} {lines[-1]}")
+
+
 async def _last_lines(pid: int, address: str) -> str:
     if address == ray.util.get_node_ip_address():
-        return last_lines(_log_folder(), pid)
+        return last_lines(log_folder(), pid)
     node = next(
         (node for node in ray.nodes() if node["NodeManagerAddress"] == address and node["Alive"]), None
     )
@@ -98,12 +107,7 @@ async def _last_lines(pid: int, address: str) -> str:
 
 
 def _read_there(pid: int) -> str:
-    return last_lines(_log_folder(), pid)
-
-
-def _log_folder() -> Path:
-    """Ray's logs on this node. Ray has no public name for it."""
-    return Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[reportAttributeAccessIssue]
+    return last_lines(log_folder(), pid)
 
 
 def last_lines(logs: Path, pid: int) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import orjson
 from tensorboard.summary import Writer
 
 from treepo.config.load import dump_config
@@ -147,8 +148,8 @@ def _read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
     """The records of metrics.jsonl. Raises DataError for a line that no run has written."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = orjson.loads(line)
+        except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON: {one_line(error)}") from None
         if not _is_metrics(record):
             raise DataError(f"{path}:{number}: not the numbers of a step: {shown(record)}")
@@ -159,6 +160,11 @@ def _is_metrics(record: object) -> bool:
     """Whether a record has a step, a time, and numbers or null by name."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return False
-    if type(record.get("time")) not in (int, float):
-        return False
-    return all(value is None or type(value) in (int, float) for value in record.values())
+    return record.get("time") is not None and all(
+        _is_number(value) for value in record.values() if value is not None
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether TensorBoard can write it: a float, or an integer of 64 bits."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
