@@ -17,6 +17,7 @@ PROCESSES = (
     "worker",
     "raylet",
     "gcs",
+    "node",
     "everything",
     "disk",
 )
@@ -39,8 +40,9 @@ HANDLED_INSIDE = frozenset({"engine", "scheduler", "trainer", "grader"})
 class Fault:
     """Send `signal` to `process` in `phase` of a step.
 
-    process: one of PROCESSES. `everything`: all of the run's processes. `disk`: the file system of the run
-    folder has no room left, until some seconds later. moment: how far into the phase, from 0 to 1.
+    process: one of PROCESSES. `node`: all processes of the second of two nodes, where `treepo launch` starts
+    again. `everything`: all of the run's processes. `disk`: the file system of the run folder has no room
+    left, until some seconds later. moment: how far into the phase, from 0 to 1.
     """
 
     process: str
@@ -61,12 +63,13 @@ def draw(seed: int, case: int) -> Fault:
     phase = str(rng.choice(PHASES))
     signals: dict[str, tuple[Signal, ...]] = {"disk": ("FULL",), "everything": ("KILL",)}
     signal: Signal = rng.choice(signals.get(process, ("KILL", "KILL", "STOP", "TERM")))
+    transports = ("broadcast", "disk") if process == "node" else TRANSPORTS
     loop = str(rng.choice(("sync", "sync", "async")))
     return Fault(
         process=process,
         signal=str(signal),  # type: ignore[reportArgumentType]  numpy's own text
         phase=phase,
         loop=loop,
-        transport=str(rng.choice(TRANSPORTS)),
+        transport=str(rng.choice(transports)),
         moment=round(float(rng.random()), 3),
     )
