@@ -126,8 +126,8 @@ def test_leftover_processes_and_sockets_are_found() -> None:
 
 def test_a_role_is_known_by_name_or_arguments() -> None:
     code = "'from treepo.cli.main import main; main()'; print(flush=True); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # before that it may have no command line yet
         found = psutil.Process(process.pid)
