@@ -6,6 +6,7 @@ boundary; the server's prefix cache makes the repeated context cheap. A failure 
 driver tries again.
 """
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class ServerEngine:
             tokens = np.array([token for _, token, *_ in sampled], dtype=np.int32)
             log_probs = np.array([log_prob for log_prob, *_ in sampled], dtype=np.float32)
             weights, cached = meta.get("weight_version"), int(meta["cached_tokens"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EngineError(f"{self._url}: not an answer of SGLang's /generate: {error!r}") from error
         if finish == "abort":
             raise EngineError(
@@ -101,10 +102,16 @@ class ServerEngine:
         return GenerateOutput(
             tokens=tokens,
             log_probs=log_probs,
-            version=int(weights) if str(weights).isdecimal() else 0,
+            version=_version(weights),
             finish="eos" if ended else "length",
             cached_tokens=cached,
         )
+
+
+def _version(weights: object) -> int:
+    """The server's weight version; 0 if it is a name, or more than a tree can keep."""
+    text = str(weights)
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ is gone.
 """
 
 import asyncio
+import itertools
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -82,7 +83,7 @@ class Rendezvous:
         _keep_alive(writer)
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
-                hello = Hello(**json.loads(await reader.readline()))
+                hello = _hello(await reader.readline())
         except (TimeoutError, OSError, ValueError, TypeError, RecursionError):
             writer.close()  # it is not a node of a launch
             return
@@ -154,8 +155,8 @@ class Connection:
             message: dict[str, Any] = json.loads(line)
             if "refused" in message:
                 raise AllocationError(f"the head at {self._head} refuses this node: {message['refused']}")
-            return int(message["exit"]) if "exit" in message else RayAddress(**message)
-        except (ValueError, TypeError, RecursionError):
+            return int(message["exit"]) if "exit" in message else _ray_address(message)
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             raise AllocationError(
                 f"{self._head} is not a launch's head, but another program's port: it says {shown(line)}"
             ) from None
@@ -207,6 +208,23 @@ def own_address(allocation: Allocation) -> str:
             "is node 0"
         ) from None
     return address
+
+
+def _hello(line: bytes) -> Hello:
+    """Read a node's first message. Raises ValueError or TypeError if it is none."""
+    hello = Hello(**json.loads(line))
+    if type(hello.rank) is not int or not 0 < hello.rank < hello.nodes:
+        raise ValueError(f"rank {hello.rank!r}")
+    return hello
+
+
+def _ray_address(message: Mapping[str, Any]) -> RayAddress:
+    """Read where Ray listens. Raises ValueError or TypeError if the message does not say."""
+    ray = RayAddress(**message)
+    texts = [ray.address, *itertools.chain.from_iterable(ray.secrets.items())]
+    if not all(isinstance(text, str) and "\0" not in text for text in texts):  # they go into the environment
+        raise ValueError("an address and secrets are texts")
+    return ray
 
 
 def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
