@@ -101,7 +101,11 @@ def config_of(
         "loop": {"mode": loop},
         "placement": "split" if split or loop == "async" or transport == "broadcast" else "colocated",
         "learning": {"mini_batches": 2, "importance": {"mode": "none"}},
-        "trainer": {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}, "max_tokens_per_pack": 512},
+        "trainer": {
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
+            "max_tokens_per_pack": 512,
+            "silence_seconds": SILENCE_SECONDS,
+        },
         "engine": {
             "max_total_tokens": 8000,
             "start_seconds": START_SECONDS,
@@ -121,8 +125,8 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def train_command(config: Path, resume: bool) -> list[str]:
-    return [*_PROGRAM, "train", str(config), *(["--resume"] if resume else [])]
+def train_command(config: Path, resume: bool, *overrides: str) -> list[str]:
+    return [*_PROGRAM, "train", str(config), *overrides, *(["--resume"] if resume else [])]
 
 
 def launch_command(config: Path, resume: bool, rank: int, head: str) -> list[str]:

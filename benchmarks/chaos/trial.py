@@ -71,6 +71,8 @@ class Trial:
         path = scene.write_config(self.folder, config)
         with SmallDisk(self.out, self.fault.process == "disk") as disk:
             self._supervise(path, disk)
+            if self.ends[-1] < 0 and not self.hung:
+                self._start_another(path)
             if not self.hung:
                 self._check_history(inputs, reference)
             self.leftovers += invariants.unfinished_files(self.out)
@@ -100,6 +102,14 @@ class Trial:
             if self.hung or driver.returncode in (0, _BAD_INPUT) or (self.out / "summary.json").exists():
                 return
             disk.free()
+
+    def _start_another(self, config: Path) -> None:
+        """After a run that was killed when it was complete: another run removes what it left."""
+        log = self.folder / "another.txt"
+        overrides = (f"out={self.folder / 'another'}", "steps=1", "checkpoint.every=null")
+        driver = scene.start(scene.train_command(config, False, *overrides), log)
+        self._wait(driver, time.monotonic() + scene.START_SECONDS + _MARGIN_SECONDS)
+        self._after(driver, log)
 
     def _start(self, config: Path, resume: bool, log: Path) -> "subprocess.Popen[bytes]":
         if self.fault.process != "node":
