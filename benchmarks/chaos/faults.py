@@ -32,8 +32,8 @@ PHASES = (
     "evaluation",
     "shutdown",
 )
-HANDLED_INSIDE = frozenset({"engine", "scheduler", "trainer", "grader"})
-"""Processes that a run replaces by itself between its start and its shutdown."""
+_HANDLED_INSIDE = frozenset({"engine", "scheduler", "trainer", "grader"})
+_TERMINATED = 143
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +73,19 @@ def draw(seed: int, case: int) -> Fault:
         transport=str(rng.choice(transports)),
         moment=round(float(rng.random()), 3),
     )
+
+
+def check_ends(fault: Fault, struck: bool, ends: list[int]) -> list[str]:
+    """What is wrong with the exit codes of a case's starts, one line each.
+
+    Between its start and its shutdown a run replaces an engine, a rank or a grader by itself. SIGTERM ends it
+    with 143, unless it was complete.
+    """
+    if not struck:
+        return [] if ends == [0] else [f"without a fault the exit codes were {ends}"]
+    inside = fault.process in _HANDLED_INSIDE and fault.phase not in ("start", "shutdown")
+    if inside and ends[0] != 0:
+        return [f"the run did not go on by itself: exit code {ends[0]}"]
+    if (fault.process, fault.signal) == ("driver", "TERM") and ends[0] not in (0, _TERMINATED):
+        return [f"SIGTERM ended the run with exit code {ends[0]}"]
+    return []

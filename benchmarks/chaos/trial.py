@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.chaos import invariants, sandbox, scene
 from benchmarks.chaos.disk import SmallDisk
-from benchmarks.chaos.faults import HANDLED_INSIDE, Fault
+from benchmarks.chaos.faults import Fault, check_ends
 from benchmarks.chaos.strike import Progress, RunEndedError, send, wait_for_moment, wake
 
 _STARTS = 4
@@ -211,9 +211,7 @@ class Trial:
     _history: invariants.History = field(default_factory=invariants.History)
 
     def _line(self, seconds: float) -> dict[str, Any]:
-        inside = self.fault.process in HANDLED_INSIDE and self.fault.phase not in ("start", "shutdown")
-        if inside and self.struck and self.ends[0] != 0:
-            self.faults.append(f"the run did not go on by itself: exit code {self.ends[0]}")
+        self.faults += check_ends(self.fault, bool(self.struck), self.ends)
         lost, doubled = self._history.lost, self._history.doubled
         ok = not (lost or doubled or self.hung or self.leftovers or self.faults)
         return {
