@@ -3,6 +3,7 @@
 import re
 from typing import ClassVar
 
+_CONTROL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|.)")
 EXIT_INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""
 
@@ -77,6 +78,14 @@ class TrainerMemoryError(TrainerError):
     exit_code = 2
 
 
+class ActorError(TreepoError):
+    """An error in an engine or trainer rank that nobody expected; the text has its type and message, and the
+    log its traceback.
+    """
+
+    exit_code = 1
+
+
 class PlacementError(TreepoError):
     """A layout that does not fit the cluster; the text compares its needs with the cluster's resources."""
 
@@ -118,9 +127,14 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
+def without_colors(text: str) -> str:
+    """The text without a terminal's control sequences, which other libraries put into their messages."""
+    return _CONTROL.sub("", text)
+
+
 def one_line(message: object) -> str:
-    """Join the lines of a message, such as another library's exception, into one."""
-    return " ".join(str(message).split())
+    """Join the lines of a message, such as another library's exception, into one without colors."""
+    return " ".join(without_colors(str(message)).split())
 
 
 def shortened(text: str, most: int = 120) -> str:

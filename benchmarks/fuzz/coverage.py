@@ -20,7 +20,7 @@ class Coverage:
     found: lines and branches so far. `sys.monitoring` is the process's own, so there is one at a time.
     """
 
-    def __init__(self, folders: tuple[str, ...] = ("treepo", "megatron_bridge", "sglang_rollout")) -> None:
+    def __init__(self, folders: tuple[str, ...]) -> None:
         self.found = 0
         self._inside = tuple(str(_ROOT / folder) for folder in folders)
         self._ways: dict[tuple[CodeType, int], int] = {}

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from benchmarks.fuzz.loop import Reader
-from benchmarks.fuzz.readers import emptied, joined, write_files
+from benchmarks.fuzz.readers import MARK, emptied, joined, write_files
 from tests.support.model_folders import SMALL
 from treepo.data.model_config import CONFIG, GENERATION_CONFIG
 from treepo.data.tokenizer import TOKENIZER_CONFIG, end_tokens, load_tokenizer
@@ -81,7 +81,7 @@ def weights(folder: Path) -> Reader:
         b'"shape":[9223372036854775807]',
         b'"data_offsets":[0,24]',
         b'"__metadata__"',
-        b"\x1em-2.safetensors\x1f",
+        MARK + b"m-2.safetensors\x1f",
         b'"/etc/m.safetensors"',
         b'"../m.safetensors"',
         b'"weight_map"',

@@ -21,6 +21,9 @@ READERS: Mapping[str, tuple[str, str]] = {
     for name in names
 }
 
+MARK = b"\x1efile:"
+"""It begins a file in an input of several."""
+
 
 @contextmanager
 def open_reader(name: str) -> Iterator[Reader]:
@@ -39,12 +42,12 @@ def open_reader(name: str) -> Iterator[Reader]:
 
 def joined(files: Mapping[str, bytes]) -> bytes:
     """Several files as one input."""
-    return b"\x1e".join(name.encode() + b"\x1f" + content for name, content in files.items())
+    return b"".join(MARK + name.encode() + b"\x1f" + content for name, content in files.items())
 
 
 def write_files(data: bytes, folder: Path, names: tuple[str, ...]) -> None:
     """Write the files of an input into the empty `folder`; names that are not in `names` are left out."""
-    for part in data.split(b"\x1e"):
+    for part in data.split(MARK):
         name, _, content = part.partition(b"\x1f")
         text = name.decode("latin-1")
         if text in names:

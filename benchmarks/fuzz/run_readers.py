@@ -1,17 +1,15 @@
 """The files of runs, checkpoints and evaluations."""
 
 import json
-import pickle
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from benchmarks.fuzz.loop import BadError, Reader
-from benchmarks.fuzz.readers import emptied, joined, write_files
+from benchmarks.fuzz.readers import MARK, emptied, joined, write_files
 from tests.support.evaluations import config_of, document, graded_problem, prompt_of
 from tests.support.random_trees import random_tree
 from treepo.errors import ModelError
@@ -115,8 +113,7 @@ def metrics(folder: Path) -> Reader:
             from tensorboard.compat.proto.event_pb2 import Event
 
             Event(wall_time=wall_time, step=step)
-            np.float32(value)
-            name.encode()
+            Event().summary.value.add(tag=name, simple_value=value)
 
         def flush(self) -> None: ...
 
@@ -156,7 +153,14 @@ def evaluation(folder: Path) -> Reader:
             found = EvaluationFolder(settings, prompts, "model")
             return len(list(found.problems())) if found.results else 0
 
-    words = (*_TREE_WORDS, b'"classes":', b'"spent":', b'"problem":', b"\x1esamples.jsonl\x1f", b'"answers":')
+    words = (
+        *_TREE_WORDS,
+        b'"classes":',
+        b'"spent":',
+        b'"problem":',
+        MARK + b"samples.jsonl\x1f",
+        b'"answers":',
+    )
     return Reader("evaluation", read, seeds, words)
 
 
@@ -201,9 +205,7 @@ def metadata(folder: Path) -> Reader:
         seed, tensors, lambda key: torch.ones(tensors[key][0], dtype=tensors[key][1])
     )
     names = tuple(path.name for path in seed.iterdir())
-    harm = pickle.dumps(MappingProxyType)
     words = (
-        harm[4:-1],
         b"cposix\nsystem\n(S'exit 7'\ntR",
         b"cbuiltins\neval\n",
         b"\x93",
@@ -222,4 +224,4 @@ def metadata(folder: Path) -> Reader:
         return [reader.read(key) for key in tensors]
 
     whole = {name: (seed / name).read_bytes() for name in names}
-    return Reader("metadata", read, [joined(whole)], words, (ModelError,), share=0.5)
+    return Reader("metadata", read, [joined(whole)], words, share=0.5, growth=3 << 29)

@@ -165,6 +165,8 @@ def chat_template(_: Path) -> Reader:
 
     def read(data: bytes) -> object:
         hugging_face.chat_template = data.decode("utf-8", "replace")
-        return tokenizer.render([{"role": "system", "content": "s"}, {"role": "user", "content": "q"}])
+        return tokenizer.render_bounded(
+            [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+        )
 
-    return Reader("chat_template", read, seeds, words, share=0.1)
+    return Reader("chat_template", read, seeds, words, share=0.2, growth=3 << 29)

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treepo.cluster.ray_logs import log_folder
-from treepo.errors import one_line, shortened
+from treepo.errors import one_line, shortened, without_colors
 
 _READ_SECONDS = 15.0  # for another node to start a process and read the file
 _LINES = 5
@@ -77,12 +77,20 @@ def _reason(error: RayActorError, pid: str | None, address: str | None) -> str:
     text = str(error)
     detail = _DETAIL.search(text)
     if pid is None or detail is None:
-        return f"it died: {without_guesses(text)}"
+        return f"it died: {_first_and_last(text)}"
     process = f"its process {pid} on {address} ended"
     if "NODE_OUT_OF_MEMORY" in text:
         return f"{process}: Ray killed it because its machine ran short of memory"
     told = without_guesses(detail[1])
     return process if told in ("", _NO_NEWS) else f"{process}: {told}"
+
+
+def _first_and_last(text: str) -> str:
+    """What Ray says, without the traceback between its first line and its last."""
+    lines = [line.strip() for line in without_colors(_GUESSES.sub("", text)).splitlines() if line.strip()]
+    if not lines:
+        return "Ray does not say why"
+    return one_line(" ".join(lines) if "Traceback" not in text else f"{lines[0]} {lines[-1]}")
 
 
 async def _last_lines(pid: int, address: str) -> str:

@@ -26,7 +26,7 @@ def log_folder() -> Path:
 
 @contextmanager
 def kept_after_failure(out: Path) -> Iterator[None]:
-    """Copy the logs of this node's Ray into the folder `out` if the body fails, and name the copy in the error.
+    """Copy the logs of this node's Ray into the folder `out` if the body fails; the error names the copy.
 
     The logs of a cluster that was started by hand stay where they are.
     """

@@ -222,8 +222,8 @@ def _ray_address(message: Mapping[str, Any]) -> RayAddress:
     """Read where Ray listens. Raises ValueError or TypeError if the message does not say."""
     ray = RayAddress(**message)
     texts = [ray.address, *itertools.chain.from_iterable(ray.secrets.items())]
-    if not all(isinstance(text, str) and "\0" not in text for text in texts):  # they go into the environment
-        raise ValueError("an address and secrets are texts")
+    if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in texts):
+        raise ValueError("an address and secrets go into the environment")
     return ray
 
 

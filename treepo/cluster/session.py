@@ -18,10 +18,12 @@ from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
 from treepo.cluster.ray_logs import kept_after_failure
 from treepo.cluster.ray_node import SOCKET_ROOM, new_token, ray_folder
+from treepo.cluster.ray_watch import keeping_signal_handlers, while_ray_lives
 from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
 from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig
+from treepo.config.rollout import RolloutConfig
 from treepo.config.run import ModelConfig, RunConfig
 from treepo.data.temporary_folder import temporary_folder
 from treepo.errors import ClusterError, LostTrainerError, PlacementError, one_line
@@ -32,9 +34,9 @@ _log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
+async def engine_session(config: RolloutConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """Run Ray and engines that serve the model folder's weights, while the body runs."""
-    with ray_session(config.engine.count, config.out):
+    async with watched_ray(config.engine.count, config.out):
         serving = _Serving(_on_cluster(config.model), config.engine, config.seed)
         async with _engines(serving, stop_rule) as pool:
             yield pool
@@ -44,7 +46,7 @@ async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIte
 async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """As `engine_session`, for an evaluation: its number of engines may depend on the cluster's GPUs."""
     assert config.model.path is not None, "a server's URL needs no engines"
-    with ray_session(config.engine.count or 1, config.out):
+    async with watched_ray(config.engine.count or 1, config.out):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         model = _on_cluster(ModelConfig(path=config.model.path, dtype=config.model.dtype))
         async with _engines(_Serving(model, config.engine.on(gpus), config.seed), stop_rule) as pool:
@@ -61,7 +63,7 @@ async def training_session(
     Engines and trainer start at the same time, unless they share devices: then the trainer starts first,
     computes once, and gives back what it can, and the engines' caches take the memory that it leaves.
     """
-    with ray_session(config.engine.count + config.trainer.parallel.ranks, config.out):
+    async with watched_ray(config.engine.count + config.trainer.parallel.ranks, config.out):
         config = config.model_copy(update={"model": _on_cluster(config.model)})
         reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
@@ -117,12 +119,15 @@ def ray_session(actors: int, out: Path) -> Iterator[None]:
     named = named_cluster()
     with temporary_folder(SOCKET_ROOM) as folder:
         try:
-            if named is None:
-                _start_here(actors, folder)
-            else:
-                ray.init(check_cluster(named), **_QUIET)
+            with keeping_signal_handlers():
+                if named is None:
+                    _start_here(actors, folder)
+                else:
+                    ray.init(check_cluster(named), **_QUIET)
         except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
-            what = "Ray does not start" if named is None else f"RAY_ADDRESS={named}: Ray cannot join the cluster"
+            what = "Ray does not start"
+            if named is not None:
+                what = f"RAY_ADDRESS={named}: Ray cannot join the cluster"
             raise ClusterError(f"{what}: {one_line(error)}") from None
         with kept_after_failure(out):
             try:
@@ -160,6 +165,15 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         constants.ENABLE_RAY_CLUSTER = before
+
+
+@asynccontextmanager
+async def watched_ray(actors: int, out: Path) -> AsyncIterator[None]:
+    """As `ray_session`; raises ClusterError in place of the body if Ray dies meanwhile."""
+    with ray_session(actors, out):
+        joined = None if named_cluster() is None else ray.get_runtime_context().gcs_address
+        async with while_ray_lives(joined):
+            yield
 
 
 def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:

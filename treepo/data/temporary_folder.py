@@ -1,12 +1,12 @@
 """One private folder for all temporary files of a command, or of an engine inside one.
 
-    with temporary_folder() as folder:   # /tmp/treepo-k3v9x0qe, mode 0700: TMPDIR of all that starts meanwhile
+    with temporary_folder() as folder:   # /tmp/treepo-k3v9x0qe, mode 0700; TMPDIR of what starts meanwhile
         ...
 
-The folder is removed at the end. A lock in it, which the kernel frees when its holder ends, tells a later start
-that a folder was left by a command that was killed; such folders of this user are removed at every start and
-end. Shared memory has no folder, so whoever names some puts the folder's name into its name, and it is removed
-with the folder.
+The folder is removed at the end. A lock in it, which the kernel frees when its holder ends, tells a later
+start that a folder was left by a command that was killed; such folders of this user are removed at every
+start and end. Shared memory has no folder, so whoever names some puts the folder's name into its name, and it
+is removed with the folder.
 
 It is made in RAY_TMPDIR, else TMPDIR, else /tmp.
 """
@@ -32,8 +32,8 @@ PREFIX = "treepo-"
 _LOCK = ".temporary"  # another name than a run folder's lock has
 _LONGEST_SOCKET = 107  # bytes in the path of a unix socket
 _NAME = len(PREFIX) + 8
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  where the kernel has it
-_DEFAULT = "/tmp"  # noqa: S108  its folders are private
+_SHARED_MEMORY = Path("/dev/shm")
+_DEFAULT = "/tmp"
 _VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _TRIES, _RETRY_SECONDS = 20, 0.1  # for processes that are ending and still write

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import orjson
 from tensorboard.summary import Writer
 
 from treepo.config.load import dump_config
@@ -147,8 +148,8 @@ def _read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
     """The records of metrics.jsonl. Raises DataError for a line that no run has written."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = orjson.loads(line)
+        except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON: {one_line(error)}") from None
         if not _is_metrics(record):
             raise DataError(f"{path}:{number}: not the numbers of a step: {shown(record)}")
