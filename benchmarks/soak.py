@@ -145,7 +145,7 @@ def watch(driver: "subprocess.Popen[bytes]", run: Path) -> Series:
     series: Series = defaultdict(list)
     number = 0
     while driver.poll() is None:
-        sandbox.reap(driver.pid)
+        sandbox.reap({driver.pid})
         metrics = step_metrics(run)
         if metrics:
             step = metrics[-1]["step"]

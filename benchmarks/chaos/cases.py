@@ -27,11 +27,15 @@ class Workshop:
         """Run a case in its folder, after the undisturbed run that it is compared with."""
         return self._run(fault, folder, self.undisturbed())
 
+    def run_alone(self, fault: Fault, folder: Path) -> dict[str, Any]:
+        """Run a case whose weights are compared with nothing."""
+        return self._run(fault, folder, Path("nothing"))
+
     def undisturbed(self) -> Path:
         """The run folder of a run without a fault."""
         folder = self.folder / "undisturbed"
         if not (folder / "run" / "summary.json").exists():
-            line = self._run(UNDISTURBED, folder, Path("nothing"))
+            line = self.run_alone(UNDISTURBED, folder)
             if line["ends"] != [0]:
                 raise RuntimeError(f"a run without a fault does not end well: {json.dumps(line)}")
             if not line["ok"]:

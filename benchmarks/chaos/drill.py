@@ -55,7 +55,7 @@ class Drill:
         """Resume to the end. Raises RuntimeError if it is not reached."""
         driver = self._start()
         while driver.poll() is None:
-            sandbox.reap(driver.pid)
+            sandbox.reap({driver.pid})
             time.sleep(0.1)
         if driver.returncode != 0:
             raise RuntimeError(f"start {self._starts} ended with exit code {driver.returncode}")
@@ -77,12 +77,13 @@ class Drill:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self._starts += 1
-        return scene.start(self._config, self._starts > 1, self._folder / f"start-{self._starts}.txt")
+        command = scene.train_command(self._config, resume=self._starts > 1)
+        return scene.start(command, self._folder / f"start-{self._starts}.txt")
 
     def _check(self, driver: "subprocess.Popen[bytes]", began: float) -> None:
         """Wait a moment. Raises RuntimeError if the run has ended or does not get on."""
         time.sleep(0.01)
-        sandbox.reap(driver.pid)
+        sandbox.reap({driver.pid})
         if driver.poll() is not None:
             raise RuntimeError(f"start {self._starts} ended with exit code {driver.returncode} by itself")
         if time.monotonic() > began + _LIMIT_SECONDS:

@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 MODEL = Path("checkpoint") / "model.safetensors"
 _FINITE = ("train/loss", "train/grad_norm")
 _UNFINISHED = ("*.part", "*.partial", ".step-*", "*.removed")
@@ -90,6 +87,9 @@ def check_weights(run: Path, start: Path, reference: Path | None) -> list[str]:
     """Compare a finished run's model with that of an undisturbed run; without one, with the model it began
     from: it must be finite and have changed everywhere.
     """
+    import torch  # here: a case waits seconds for it on a busy machine
+    from safetensors.torch import load_file
+
     found = load_file(run / MODEL)
     faults = [f"{name} is not finite" for name, tensor in found.items() if not torch.isfinite(tensor).all()]
     if reference is None:

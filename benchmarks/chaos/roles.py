@@ -5,6 +5,8 @@ from contextlib import suppress
 
 import psutil
 
+from benchmarks.chaos.sandbox import is_on_other_host
+
 type _Test = Callable[[str, Sequence[str]], bool]
 
 
@@ -41,8 +43,12 @@ def role_of(process: psutil.Process) -> str | None:
 
 
 def of_role(role: str, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """The processes of a role. A `worker` is any that Ray started from Python, engines and ranks included."""
+    """The processes of a role. A `worker` is any that Ray started from Python, engines and ranks included;
+    a `node` is all of the other host.
+    """
     if role == "everything":
         return list(processes)
+    if role == "node":
+        return [process for process in processes if is_on_other_host(process)]
     wanted = {"worker", "engine", "trainer"} if role == "worker" else {role}
     return [process for process in processes if role_of(process) in wanted]

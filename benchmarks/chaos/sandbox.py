@@ -8,14 +8,15 @@ interface that leads nowhere. Needs root, or a kernel that lets users make user 
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 TEMPORARY, SHARED_MEMORY = Path("/tmp"), Path("/dev/shm")
-ADDRESS = "198.18.0.1"  # 198.18.0.0/15 is reserved for tests of networks
+ADDRESS, OTHER_ADDRESS = "198.18.0.1", "198.18.0.2"  # 198.18.0.0/15 is reserved for tests of networks
+_OTHER_HOST = "other-host"
 _LISTEN = "0A"  # in /proc/net/tcp
 
 
@@ -35,6 +36,7 @@ def enter(folder: Path) -> None:
     for interface in ("chaos0", "chaos1"):
         _run("ip", "link", "set", interface, "up")
     _run("ip", "route", "add", "default", "dev", "chaos0")
+    _run("mount", "-t", "tmpfs", "tmpfs", "/run")  # for the names of network namespaces
     kept = os.open(folder, os.O_PATH)
     for place, size in ((TEMPORARY, "2g"), (SHARED_MEMORY, "8g")):
         _run("mount", "-t", "tmpfs", "-o", f"size={size},mode=1777", "tmpfs", str(place))
@@ -44,17 +46,37 @@ def enter(folder: Path) -> None:
     os.close(kept)
 
 
+def add_other_host() -> None:
+    """Make a second host, at the other end of this one's network: a network namespace."""
+    _run("ip", "netns", "add", _OTHER_HOST)
+    _run("ip", "link", "set", "chaos1", "netns", _OTHER_HOST)
+    on_other = ("ip", "-n", _OTHER_HOST)
+    _run(*on_other, "addr", "add", f"{OTHER_ADDRESS}/24", "dev", "chaos1")
+    for interface in ("lo", "chaos1"):
+        _run(*on_other, "link", "set", interface, "up")
+    _run(*on_other, "route", "add", "default", "dev", "chaos1")
+
+
+def on_other_host(command: Sequence[str]) -> list[str]:
+    return ["ip", "netns", "exec", _OTHER_HOST, *command]
+
+
+def is_on_other_host(process: psutil.Process) -> bool:
+    with suppress(OSError):
+        return os.stat(f"/proc/{process.pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+    return False
+
+
 def _run(*arguments: str) -> None:
     subprocess.run(arguments, check=True)
 
 
-def reap(keep: int | None = None) -> None:
-    """Collect the exit codes of processes that lost their parent. keep: one that its `Popen` waits for."""
-    with suppress(ChildProcessError):
-        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-            if ended.si_pid == keep:
-                return
-            os.waitpid(ended.si_pid, 0)
+def reap(kept: Collection[int] = ()) -> None:
+    """Collect the exit codes of processes without a parent. kept: those that their `Popen` waits for."""
+    for process in psutil.Process().children():
+        if process.pid not in kept:
+            with suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)
 
 
 def processes() -> list[psutil.Process]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ START_SECONDS, HEALTH_SECONDS, UPDATE_SECONDS, GRADE_SECONDS = 400.0, 10.0, 20.0
 SILENCE_SECONDS, DISK_SECONDS = 30.0, 30.0
 HELDOUT_ROWS = 8
 CONFIG = "run.yaml"
+_PROGRAM = [sys.executable, "-c", "from treepo.cli.main import main; main()"]
 SHAPE = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -65,7 +67,12 @@ def write_inputs(folder: Path) -> None:
 
 
 def config_of(
-    inputs: Path, out: Path, loop: str = "sync", transport: str = "colocated", steps: int = STEPS
+    inputs: Path,
+    out: Path,
+    loop: str = "sync",
+    transport: str = "colocated",
+    steps: int = STEPS,
+    split: bool = False,
 ) -> dict[str, Any]:
     """The configuration of a run. The rewards and the loss do not depend on an engine's rounding."""
     return {
@@ -92,9 +99,13 @@ def config_of(
             "initial_branching": 2,
         },
         "loop": {"mode": loop},
-        "placement": "split" if loop == "async" or transport == "broadcast" else "colocated",
+        "placement": "split" if split or loop == "async" or transport == "broadcast" else "colocated",
         "learning": {"mini_batches": 2, "importance": {"mode": "none"}},
-        "trainer": {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}, "max_tokens_per_pack": 512},
+        "trainer": {
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
+            "max_tokens_per_pack": 512,
+            "silence_seconds": SILENCE_SECONDS,
+        },
         "engine": {
             "max_total_tokens": 8000,
             "start_seconds": START_SECONDS,
@@ -114,12 +125,21 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def start(config: Path, resume: bool, log: Path) -> "subprocess.Popen[bytes]":
-    """Start `treepo train`, or resume it; what it prints goes to `log`."""
-    program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", str(config)]
-    with log.open("wb") as output:
+def train_command(config: Path, resume: bool, *overrides: str) -> list[str]:
+    return [*_PROGRAM, "train", str(config), *overrides, *(["--resume"] if resume else [])]
+
+
+def launch_command(config: Path, resume: bool, rank: int, head: str) -> list[str]:
+    """The command of one of two nodes. head: address and port of the first."""
+    nodes = ["--nodes", "2", "--node-rank", str(rank), "--head", head, "--cpus", "1"]
+    return [*_PROGRAM, "launch", str(config), *(["--resume"] if resume else []), *nodes]
+
+
+def start(command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a command of a run; what it prints is added to `log`."""
+    with log.open("ab") as output:
         return subprocess.Popen(
-            [*program, *(["--resume"] if resume else [])],
+            command,
             cwd=ROOT,
             env=environment(),
             stdin=subprocess.DEVNULL,

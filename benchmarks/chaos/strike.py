@@ -128,9 +128,9 @@ def _delay(fault: Fault, run: Path, wait: Callable[[Callable[[], Any]], Any]) ->
 
 
 def _targets(fault: Fault) -> list[psutil.Process]:
-    """The processes to strike: one of the role, drawn by the fault's moment, or everything."""
+    """The processes to strike: one of the role, drawn by the fault's moment, or all that belong together."""
     found = sorted(of_role(fault.process, processes()), key=lambda process: process.pid)
-    if fault.process == "everything" or not found:
+    if fault.process in ("everything", "node") or not found:
         return found
     return [found[int(np.random.default_rng(round(fault.moment * 1000)).integers(len(found)))]]
 

@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.chaos import invariants, sandbox, scene
 from benchmarks.chaos.disk import SmallDisk
-from benchmarks.chaos.faults import HANDLED_INSIDE, Fault
+from benchmarks.chaos.faults import Fault, check_ends
 from benchmarks.chaos.strike import Progress, RunEndedError, send, wait_for_moment, wake
 
 _STARTS = 4
@@ -25,6 +25,7 @@ _MARGIN_SECONDS = 60.0  # of a busy machine
 _DRIVER_STOP_SECONDS = 10.0
 _POLL = 0.05
 _BAD_INPUT = 2
+_HEAD_PORT = 6400
 
 
 def noticed_after(fault: Fault) -> float:
@@ -43,8 +44,8 @@ def noticed_after(fault: Fault) -> float:
 
 @dataclass(slots=True)
 class Trial:
-    """The parts of a case while it runs. Of each start, `ends` has the exit code, and `gone_after` the seconds
-    from its driver's end until no process was left. faults: what did not hold.
+    """The parts of a case while it runs. Of each start, `ends` has the exit code, and `gone_after` the
+    seconds from its driver's end until no process was left. faults: what did not hold.
     """
 
     fault: Fault
@@ -56,6 +57,8 @@ class Trial:
     struck: list[str] = field(default_factory=list)
     hit: str = ""
     hung: bool = False
+    _node_command: list[str] = field(default_factory=list)
+    _node: "subprocess.Popen[bytes] | None" = None
 
     @property
     def out(self) -> Path:
@@ -68,6 +71,8 @@ class Trial:
         path = scene.write_config(self.folder, config)
         with SmallDisk(self.out, self.fault.process == "disk") as disk:
             self._supervise(path, disk)
+            if self.ends[-1] < 0 and not self.hung:
+                self._start_another(path)
             if not self.hung:
                 self._check_history(inputs, reference)
             self.leftovers += invariants.unfinished_files(self.out)
@@ -76,7 +81,8 @@ class Trial:
         return self._line(round(time.monotonic() - began, 1))
 
     def _config(self, inputs: Path) -> dict[str, Any]:
-        config = scene.config_of(inputs, self.out, self.fault.loop, self.fault.transport)
+        split = self.fault.process == "node"
+        config = scene.config_of(inputs, self.out, self.fault.loop, self.fault.transport, split=split)
         if self.fault.phase == "grading":
             config["reward"]["function"] = "benchmarks.chaos.scene:slow_even_length"
         if self.fault.phase == "evaluation":
@@ -87,7 +93,7 @@ class Trial:
     def _supervise(self, config: Path, disk: SmallDisk) -> None:
         for number in range(_STARTS):
             log = self.folder / f"start-{number + 1}.txt"
-            driver = scene.start(config, number > 0, log)
+            driver = self._start(config, number > 0, log)
             deadline = time.monotonic() + scene.START_SECONDS + _MARGIN_SECONDS
             if number == 0:
                 deadline += self._strike(driver, disk, deadline)
@@ -97,11 +103,32 @@ class Trial:
                 return
             disk.free()
 
+    def _start_another(self, config: Path) -> None:
+        """After a run that was killed when it was complete: another run removes what it left."""
+        log = self.folder / "another.txt"
+        overrides = (f"out={self.folder / 'another'}", "steps=1", "checkpoint.every=null")
+        driver = scene.start(scene.train_command(config, False, *overrides), log)
+        self._wait(driver, time.monotonic() + scene.START_SECONDS + _MARGIN_SECONDS)
+        self._after(driver, log)
+
+    def _start(self, config: Path, resume: bool, log: Path) -> "subprocess.Popen[bytes]":
+        if self.fault.process != "node":
+            return scene.start(scene.train_command(config, resume), log)
+        head = f"{sandbox.ADDRESS}:{_HEAD_PORT}"
+        self._node_command = sandbox.on_other_host(scene.launch_command(config, resume, 1, head))
+        return scene.start(scene.launch_command(config, resume, 0, head), log)
+
+    def _keep_node(self) -> None:
+        """Start the second node, and again whenever it has ended, as a cluster's scheduler would."""
+        if self._node_command and (self._node is None or self._node.poll() is not None):
+            self._node = scene.start(self._node_command, self.folder / "node.txt")
+
     def _strike(self, driver: "subprocess.Popen[bytes]", disk: SmallDisk, deadline: float) -> float:
         """Wait for the moment and strike; returns the seconds that the fault may add to the run."""
 
         def alive() -> bool:
-            sandbox.reap(driver.pid)
+            self._keep_node()
+            self._reap(driver)
             return driver.poll() is None and time.monotonic() < deadline
 
         try:
@@ -126,13 +153,15 @@ class Trial:
         """Wait until the fault must have been noticed, then take it back."""
         end = time.monotonic() + seconds + 5
         while time.monotonic() < end and driver.poll() is None:
+            self._keep_node()
             time.sleep(_POLL)
         wake(targets)
 
     def _wait(self, driver: "subprocess.Popen[bytes]", deadline: float) -> None:
         """Wait for the driver's end. At the deadline the case has hung, and everything is killed."""
         while driver.poll() is None:
-            sandbox.reap(driver.pid)
+            self._keep_node()
+            self._reap(driver)
             if time.monotonic() > deadline:
                 self.hung = True
                 self.faults.append(f"the run has not ended in time; it shows {Progress.of(self.out).phase}")
@@ -142,11 +171,16 @@ class Trial:
             time.sleep(_POLL)
         self.ends.append(driver.returncode)
 
+    def _reap(self, driver: "subprocess.Popen[bytes]") -> None:
+        sandbox.reap({driver.pid} | ({self._node.pid} if self._node is not None else set()))
+
     def _after(self, driver: "subprocess.Popen[bytes]", log: Path) -> None:
         """After a start has ended: its processes end soon too, and its errors are lines, not tracebacks."""
         began = time.monotonic()
         while left := sandbox.processes():
-            sandbox.reap()
+            self._reap(driver)
+            if self._node is not None:
+                self._node.poll()
             if time.monotonic() > began + _GRACE_SECONDS:
                 self.leftovers += [f"process {one.pid} {' '.join(one.cmdline())[:80]}" for one in left]
                 for process in left:
@@ -177,9 +211,7 @@ class Trial:
     _history: invariants.History = field(default_factory=invariants.History)
 
     def _line(self, seconds: float) -> dict[str, Any]:
-        inside = self.fault.process in HANDLED_INSIDE and self.fault.phase not in ("start", "shutdown")
-        if inside and self.struck and self.ends[0] != 0:
-            self.faults.append(f"the run did not go on by itself: exit code {self.ends[0]}")
+        self.faults += check_ends(self.fault, bool(self.struck), self.ends)
         lost, doubled = self._history.lost, self._history.doubled
         ok = not (lost or doubled or self.hung or self.leftovers or self.faults)
         return {
@@ -204,6 +236,8 @@ def main() -> None:
     work = Path(inputs).parent
     sandbox.enter(work)
     trial = Trial(Fault(**json.loads(fault)), Path(folder))
+    if trial.fault.process == "node":
+        sandbox.add_other_host()
     line = trial.run(Path(inputs), Path(reference) if Path(reference).exists() else None)
     sys.stdout.write(json.dumps(line) + "\n")
 

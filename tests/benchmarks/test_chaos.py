@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.chaos import drill, invariants, roles, sandbox
-from benchmarks.chaos.faults import PHASES, PROCESSES, TRANSPORTS, draw
+from benchmarks.chaos.faults import PHASES, PROCESSES, TRANSPORTS, Fault, Signal, check_ends, draw
 from benchmarks.chaos.scene import ROOT
 
 PASSED = [f"p:{number}" for number in range(6)]
@@ -125,8 +125,11 @@ def test_leftover_processes_and_sockets_are_found() -> None:
 
 
 def test_a_role_is_known_by_name_or_arguments() -> None:
-    code = "'from treepo.cli.main import main; main()'; input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+    code = "'from treepo.cli.main import main; main()'; print(flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # before that it may have no command line yet
         found = psutil.Process(process.pid)
         assert roles.role_of(found) == "driver"
         assert roles.of_role("driver", [found]) == [found]
@@ -144,6 +147,22 @@ def test_draws_can_be_repeated_and_cover_everything() -> None:
     assert {fault.transport for fault in faults} == set(TRANSPORTS)
     assert {fault.signal for fault in faults} == {"KILL", "STOP", "TERM", "FULL"}
     assert {fault.loop for fault in faults} == {"sync", "async"}
+
+
+def ends_of(process: str, signal: Signal, phase: str, ends: list[int]) -> list[str]:
+    return check_ends(Fault(process, signal, phase, "sync", "disk", 0.5), True, ends)
+
+
+def test_an_end_that_should_not_have_been_is_found() -> None:
+    assert ends_of("engine", "KILL", "sampling", [0]) == []
+    assert ends_of("engine", "KILL", "start", [1, 0]) == []
+    assert ends_of("trainer", "STOP", "training", [1, 0]) == ["the run did not go on by itself: exit code 1"]
+    assert ends_of("driver", "KILL", "training", [-9, 0]) == []
+    assert ends_of("driver", "TERM", "training", [143, 0]) == []
+    assert ends_of("driver", "TERM", "training", [-6, 0]) == ["SIGTERM ended the run with exit code -6"]
+    fault = Fault("driver", "KILL", "never", "sync", "disk", 0.0)
+    assert check_ends(fault, False, [0]) == []
+    assert check_ends(fault, False, [1, 0]) == ["without a fault the exit codes were [1, 0]"]
 
 
 class FakeDrill:
