@@ -100,6 +100,10 @@ class ClusterError(TreepoError):
     exit_code = 1
 
 
+class LostJobError(ClusterError):
+    """A training that ended without an exit code, as when its Ray died; it can be started again."""
+
+
 class RewardError(TreepoError):
     """Grading that cannot continue; the text gives the reason."""
 

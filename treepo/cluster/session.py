@@ -13,7 +13,8 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from treepo.cluster.actor_death import without_guesses
-from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
+from treepo.cluster.engine_devices import EngineDevices
+from treepo.cluster.engine_pool import EnginePool
 from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
 from treepo.cluster.ray_logs import kept_after_failure
@@ -21,6 +22,7 @@ from treepo.cluster.ray_node import SOCKET_ROOM, new_token, ray_folder
 from treepo.cluster.ray_watch import keeping_signal_handlers, while_ray_lives
 from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
+from treepo.cluster.training_engine_pool import TrainingEnginePool
 from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig
 from treepo.config.rollout import RolloutConfig
@@ -72,8 +74,12 @@ async def training_session(
         if shared:
             await trainer.ready()
             await trainer.offload(weights=True)
-        options = reservation.engine_options(await trainer.devices() if shared else ())
-        launcher = EngineLauncher(config, stop_rule, options, shared, config.paths_at_once)
+        devices = EngineDevices(
+            reservation.engine_options(await trainer.devices() if shared else ()),
+            follow_trainer=shared or config.weights.transport == "colocated",
+            seconds=config.engine.rejoin_seconds,
+        )
+        launcher = EngineLauncher(config, stop_rule, devices, shared, config.paths_at_once)
         goes_on = config.loop.mode == "async"
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared, sampling_goes_on=goes_on)
         try:
@@ -194,8 +200,9 @@ class _Serving:
 
 @asynccontextmanager
 async def _engines(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
-    options = unreserved_engines(config.engine)
-    launcher = EngineLauncher(config, stop_rule, options, shares_devices=False)
+    options, seconds = unreserved_engines(config.engine), config.engine.rejoin_seconds
+    devices = EngineDevices(options, follow_trainer=False, seconds=seconds)
+    launcher = EngineLauncher(config, stop_rule, devices, shares_devices=False)
     pool = EnginePool(launcher, config.engine)
     try:
         await pool.ready()

@@ -47,7 +47,7 @@ class RunState:
         except ValidationError as error:
             fault = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-        if min(state.steps_done, *state.sizes.values()) < 0:
+        if min([state.steps_done, *state.sizes.values()]) < 0:
             raise ValueError("steps_done and sizes cannot be negative")
         state.schedule.check(state.steps_done)
         return state
