@@ -1,5 +1,6 @@
 """The exceptions that a user sees; the command line shows each as one line."""
 
+import logging
 import re
 from typing import ClassVar
 
@@ -106,6 +107,13 @@ class CheckpointError(TreepoError):
 def printable(text: str) -> str:
     """The text with a replacement character for each one that a terminal obeys, except tab and newline."""
     return _UNPRINTABLE.sub("\ufffd", text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record, and its traceback, as printable text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def one_line(message: object) -> str:

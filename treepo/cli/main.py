@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import typer
 from rich.logging import RichHandler
-from rich.markup import escape
+from rich.text import Text
 
 from treepo.cli.console import errors
 from treepo.cli.convert import convert
@@ -21,7 +21,7 @@ from treepo.cli.plan import plan
 from treepo.cli.rollout import rollout
 from treepo.cli.toy import toy
 from treepo.cli.train import train
-from treepo.errors import TreepoError
+from treepo.errors import PrintableFormatter, TreepoError
 
 app = typer.Typer(
     help="Reinforcement learning for reasoning models whose rollouts are trees.",
@@ -66,6 +66,7 @@ def main() -> None:
     threading.excepthook = _thread_failed
     # A traceback of a reward function goes to the terminal, where its author sees it.
     if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
         logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
     sys.exit(exit_code_of(app))
 
@@ -100,7 +101,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _show_error(text: str) -> None:
-    errors.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
+    errors.print(Text.assemble(("error:", "bold red"), f" {text}"), soft_wrap=True)
 
 
 def _show_warnings() -> None:
@@ -114,7 +115,7 @@ def _show_warnings() -> None:
     else:  # one line each, however long: a file has no width
         warnings = logging.StreamHandler()
         warnings.setLevel(logging.WARNING)
-        warnings.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        warnings.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
     warnings.addFilter(lambda record: record.exc_info is None)
     for package in ("treepo", "sglang_rollout"):
         logging.getLogger(package).addHandler(warnings)
