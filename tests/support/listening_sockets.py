@@ -33,7 +33,9 @@ class Listening:
 def is_private(path: Path) -> bool:
     """Whether a folder above the path lets only its owner in."""
     return any(
-        above.exists() and not stat.S_IMODE(above.stat().st_mode) & 0o077 and above.stat().st_uid == os.getuid()
+        above.exists()
+        and not stat.S_IMODE(above.stat().st_mode) & 0o077
+        and above.stat().st_uid == os.getuid()
         for above in path.parents
     )
 
@@ -46,7 +48,9 @@ def listening(processes: Iterable[psutil.Process]) -> Iterator[Listening]:
             program = _name(process)
             for entry in process.net_connections("inet"):
                 kind = "tcp" if entry.type.name == "SOCK_STREAM" else "udp"
-                if (kind == "tcp" and entry.status == psutil.CONN_LISTEN) or (kind == "udp" and not entry.raddr):
+                if (kind == "tcp" and entry.status == psutil.CONN_LISTEN) or (
+                    kind == "udp" and not entry.raddr
+                ):
                     yield Listening(process.pid, program, kind, f"{entry.laddr.ip}:{entry.laddr.port}")
             for inode in _inodes(process):
                 if (path := unix.get(inode)) is not None:

@@ -133,9 +133,7 @@ async def _ray_start(
             await node.stop()
 
 
-async def _started(
-    folder: Path, address: str, options: Sequence[str], secrets: Mapping[str, str]
-) -> RayNode:
+async def _started(folder: Path, address: str, options: Sequence[str], secrets: Mapping[str, str]) -> RayNode:
     """A node whose files are in the folder, which is TMPDIR of its processes too."""
     agent, autoscaler, dashboard = free_ports(3)
     environment = (
