@@ -20,6 +20,7 @@ from treepo.cli.plan import plan
 from treepo.cli.rollout import rollout
 from treepo.cli.toy import toy
 from treepo.cli.train import train
+from treepo.data.temporary_folder import keep_compiled_code
 from treepo.ending import ignore_signals
 from treepo.errors import PrintableFormatter
 
@@ -45,6 +46,7 @@ def main() -> None:
     # Progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()
+    keep_compiled_code()  # before torch is imported
     threading.excepthook = _thread_failed
     # A traceback of a reward function goes to the terminal, where its author sees it.
     if logging.lastResort is not None:
