@@ -91,6 +91,12 @@ class CheckpointError(TreepoError):
     exit_code = 1
 
 
+class DiskError(TreepoError):
+    """A run folder that could not be written for too long, or was deleted; the text names file and reason."""
+
+    exit_code = 1
+
+
 def one_line(message: object) -> str:
     """Join the lines of a message, such as another library's exception, into one."""
     return " ".join(str(message).split())

@@ -65,7 +65,7 @@ async def train(
             trainer=trainer,
             supply=_supply(config, inputs, engines, rewards, state, resume),
             evaluation=PeriodicEvaluation(config, heldout),
-            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer),
+            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer, folder.disk),
             folder=folder,
             state=state,
             clock=clock,
@@ -74,9 +74,10 @@ async def train(
         await loop.run()
         accuracy_after = await _evaluate(heldout, "evaluate after", clock)
         with clock.phase("write model"):
-            await trainer.export(folder.checkpoint.resolve())
+            path = folder.checkpoint.resolve()
+            await folder.disk.until_done(lambda: trainer.export(path), str(path))
         summary = state.summary(trainer.dtype, accuracy_after, check)
-        folder.write_summary(summary)
+        await folder.write_summary(summary)
         reporter.phase("stop")
     return summary
 
