@@ -24,6 +24,11 @@ from treepo.training.checkpoints import newest
 pytestmark = pytest.mark.usefixtures("graded")
 
 
+@pytest.fixture
+def instant_disk() -> None:
+    """Here the disk has its thread."""
+
+
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background_writer, "PAUSE_SECONDS", 0.01)

@@ -10,6 +10,11 @@ from treepo.cli.main import exit_code_of
 from treepo.data.output_folder import GrowingFile, log_to, write_file
 
 
+@pytest.fixture
+def instant_disk() -> None:
+    """Here the disk has its thread."""
+
+
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with GrowingFile(tmp_path / "lines") as file:
         file.write(b"first\n")

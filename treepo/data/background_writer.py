@@ -192,7 +192,7 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Try to write what waits a last time; what is lost is a warning, unless its reason was told before."""
+        """Try a last time to write what waits. What is lost is a warning, unless its reason was told."""
         self._ending = True
         self._work.set()
         self._thread.join(_LAST_SECONDS)
