@@ -127,6 +127,12 @@ class CheckpointError(TreepoError):
     exit_code = 1
 
 
+class DiskError(TreepoError):
+    """A run folder that could not be written for too long, or was deleted; the text names file and reason."""
+
+    exit_code = 1
+
+
 def printable(text: str) -> str:
     """The text with a replacement character for each one that a terminal obeys, except tab and newline."""
     return _UNPRINTABLE.sub("\ufffd", text)
