@@ -108,7 +108,7 @@ def ray_session(actors: int, out: Path | None = None) -> Iterator[None]:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     ray._private.worker.print_to_stdstream = _log_message  # type: ignore[reportAttributeAccessIssue]
     named = named_cluster()
-    with temporary_folder(SOCKET_ROOM) as folder:
+    with temporary_folder(SOCKET_ROOM if named is None else 0) as folder:
         try:
             if named is None:
                 _start_here(actors, folder)
