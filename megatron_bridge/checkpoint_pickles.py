@@ -1,55 +1,93 @@
-"""Checks that the pickles of a distributed checkpoint hold data, before torch unpickles them.
+"""Keeps the pickles of a distributed checkpoint from running code: whoever made it decides what is in them.
 
-torch reads `.metadata` and the objects among the tensors with Python's pickle, which calls any function that
-a file names. So that a checkpoint of somebody else's runs no code, they are first read with a few names
-allowed. torch itself reads tensors in this way.
+torch writes the index of the tensors (`.metadata`) and every object as a pickle, and unpickles them without a
+limit. Here the index may name only the classes that describe tensors, and objects are loaded as torch loads
+weights: tensors and plain containers.
 """
 
-import io
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from treepo.data.bounds import bounded_memory
 from treepo.errors import shown
 
 METADATA = ".metadata"
-_ALLOWED = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
-    },
-}
+_MOST_BYTES = 1 << 30  # of the index; one of a thousand tensors on a thousand ranks has about 100 MiB
+_MOST_GROWTH = 1 << 30
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-class _DataOnly(pickle.Unpickler):
-    """Raises UnpicklingError for a name that a checkpoint's metadata does not need."""
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes of the index alone. The numbers of torch's types and layouts are no code."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        data = name in _ALLOWED.get(module, ())
-        if not data and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            raise pickle.UnpicklingError(f"{METADATA} names {shown(f'{module}.{name}')}, which is no data")
-        return super().find_class(module, name)
+    _classes: ClassVar = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "uint8", "bool"},
+        "pathlib": {"PosixPath", "PurePosixPath"},
+    }
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if global_name not in self._classes.get(module_name, ()):
+            raise pickle.UnpicklingError(f"{METADATA} names {module_name}.{global_name}, which none needs")
+        return super().find_class(module_name, global_name)
 
 
-def check_no_code(folder: Path) -> None:
-    """Raise UnpicklingError if reading the distributed checkpoint would call a function that is not for data,
-    or read a file outside the folder; and what a damaged file raises.
+def read_index(folder: Path) -> Metadata:
+    """Read the index of a distributed checkpoint.
+
+    It names files of the folder only, and no tensor has more bytes than they have. Raises OSError, or for a
+    damaged or hostile file any exception of `READ_FAILURES`.
     """
-    metadata = _DataOnly(io.BytesIO((folder / METADATA).read_bytes())).load()
-    for index, place in metadata.storage_data.items():
-        file = place.relative_path
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
-            raise pickle.UnpicklingError(f"{METADATA} names {shown(file)}, which is no file of the folder")
-        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-            with (folder / file).open("rb") as stream:
-                stream.seek(place.offset)
-                torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
+    with (folder / METADATA).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise ValueError(f"{METADATA} has more than {_MOST_BYTES} bytes")
+        with bounded_memory(_MOST_GROWTH + 16 * size):  # a pickle may ask for any memory in a few bytes
+            index = _Unpickler(file).load()
+    if not isinstance(index, Metadata) or index.storage_data is None:
+        raise TypeError(f"{METADATA} is no index of a checkpoint")
+    for place in index.storage_data.values():
+        name = place.relative_path
+        if not isinstance(name, str) or "/" in name or name in ("", ".."):
+            raise ValueError(f"{METADATA} names {shown(name)}, which is no file of the folder")
+    whole = sum(path.stat().st_size for path in folder.iterdir())
+    for key, tensor in index.state_dict_metadata.items():
+        if isinstance(tensor, TensorStorageMetadata):
+            needed = tensor.size.numel() * tensor.properties.dtype.itemsize
+            if not 0 <= needed <= whole:
+                raise ValueError(f"{key} has {needed} bytes, and all files {whole}")
+    return index
+
+
+@contextmanager
+def without_code(folder: Path) -> Iterator[None]:
+    """Let torch and Megatron-Core load the checkpoint in the body, without running code that is in it.
+
+    Raises as `read_index`. The environment is the process's own: one body at a time.
+    """
+    read_index(folder)
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[_WEIGHTS_ONLY] = before

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.command import DEADLINE, start, wait_until_written, write_model_and_problems
+from tests.support.command import DEADLINE, descendants_once_written, start, write_model_and_problems
 from tests.support.listening_sockets import Listening, listening
 from tests.support.paths import ROOT
 from treepo.data.temporary_folder import remove_abandoned
@@ -45,7 +45,7 @@ def test_nobody_gets_in_and_nothing_is_left(
     process = start(tmp_path, "train", str(ROOT / "examples/quickstart.yaml"), *OVERRIDES)
     processes = [psutil.Process(process.pid)]
     try:
-        processes += wait_until_written(process, tmp_path / "run" / "metrics.jsonl")
+        processes += descendants_once_written(process, tmp_path / "run" / "metrics.jsonl")
         sockets = list(listening(processes))
         names = {folder.name for folder in temporary.rglob("treepo-*")}
         _check_reached_by_nobody(sockets)

@@ -13,19 +13,22 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from treepo.cluster.actor_death import without_guesses
-from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
+from treepo.cluster.engine_devices import EngineDevices
+from treepo.cluster.engine_pool import EnginePool
 from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
 from treepo.cluster.ray_logs import kept_after_failure
 from treepo.cluster.ray_node import SOCKET_ROOM, new_token, ray_folder
+from treepo.cluster.ray_watch import keeping_signal_handlers, while_ray_lives
 from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
+from treepo.cluster.training_engine_pool import TrainingEnginePool
 from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig
 from treepo.config.rollout import RolloutConfig
 from treepo.config.run import ModelConfig, RunConfig
 from treepo.data.temporary_folder import temporary_folder
-from treepo.errors import ClusterError, PlacementError, one_line
+from treepo.errors import ClusterError, LostTrainerError, PlacementError, one_line
 from treepo.rollout.stopping import StopRule
 
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -35,7 +38,7 @@ _log = logging.getLogger(__name__)
 @asynccontextmanager
 async def engine_session(config: RolloutConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """Run Ray and engines that serve the model folder's weights, while the body runs."""
-    with ray_session(config.engine.count, config.out):
+    async with watched_ray(config.engine.count, config.out):
         serving = _Serving(_on_cluster(config.model), config.engine, config.seed)
         async with _engines(serving, stop_rule) as pool:
             yield pool
@@ -45,7 +48,7 @@ async def engine_session(config: RolloutConfig, stop_rule: StopRule) -> AsyncIte
 async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """As `engine_session`, for an evaluation: its number of engines may depend on the cluster's GPUs."""
     assert config.model.path is not None, "a server's URL needs no engines"
-    with ray_session(config.engine.count or 1, config.out):
+    async with watched_ray(config.engine.count or 1, config.out):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         model = _on_cluster(ModelConfig(path=config.model.path, dtype=config.model.dtype))
         async with _engines(_Serving(model, config.engine.on(gpus), config.seed), stop_rule) as pool:
@@ -62,27 +65,39 @@ async def training_session(
     Engines and trainer start at the same time, unless they share devices: then the trainer starts first,
     computes once, and gives back what it can, and the engines' caches take the memory that it leaves.
     """
-    with ray_session(config.engine.count + config.trainer.parallel.ranks, config.out):
+    async with watched_ray(config.engine.count + config.trainer.parallel.ranks, config.out):
         config = config.model_copy(update={"model": _on_cluster(config.model)})
         reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
-        trainer = TrainerGroup(config, reservation.ranks)
+        trainer = TrainerGroup(config, reservation.ranks, reservation.rank_nodes)
         shared = reservation.shares_devices
         if shared:
             await trainer.ready()
             await trainer.offload(weights=True)
-        options = reservation.engine_options(await trainer.devices() if shared else ())
-        launcher = EngineLauncher(config, stop_rule, options, shared, config.paths_at_once)
+        devices = EngineDevices(
+            reservation.engine_options(await trainer.devices() if shared else ()),
+            follow_trainer=shared or config.weights.transport == "colocated",
+            seconds=config.engine.rejoin_seconds,
+        )
+        launcher = EngineLauncher(config, stop_rule, devices, shared, config.paths_at_once)
         goes_on = config.loop.mode == "async"
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared, sampling_goes_on=goes_on)
         try:
             if shared:
                 await pool.ready()
             else:
-                await asyncio.gather(pool.ready(), trainer.ready())
+                await asyncio.gather(pool.ready(), _ready_or_lost(trainer))
             yield pool, trainer
         finally:
             await pool.close()
+
+
+async def _ready_or_lost(trainer: TrainerGroup) -> None:
+    """Make the trainer ready. If it is lost meanwhile, its next call says so, and it is started again."""
+    try:
+        await trainer.ready()
+    except LostTrainerError as error:
+        _log.warning("%s, before it was ready", error)
 
 
 def _on_cluster(model: ModelConfig) -> ModelConfig:
@@ -110,10 +125,11 @@ def ray_session(actors: int, out: Path | None = None) -> Iterator[None]:
     named = named_cluster()
     with temporary_folder(SOCKET_ROOM if named is None else 0) as folder:
         try:
-            if named is None:
-                _start_here(actors, folder)
-            else:
-                ray.init(check_cluster(named), **_QUIET)
+            with keeping_signal_handlers():
+                if named is None:
+                    _start_here(actors, folder)
+                else:
+                    ray.init(check_cluster(named), **_QUIET)
         except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
             joining = f"RAY_ADDRESS={named}: Ray cannot join the cluster"
             what = "Ray does not start" if named is None else joining
@@ -156,6 +172,15 @@ def _on_loopback() -> Iterator[None]:
         constants.ENABLE_RAY_CLUSTER = before
 
 
+@asynccontextmanager
+async def watched_ray(actors: int, out: Path) -> AsyncIterator[None]:
+    """As `ray_session`; raises ClusterError in place of the body if Ray dies meanwhile."""
+    with ray_session(actors, out):
+        joined = None if named_cluster() is None else ray.get_runtime_context().gcs_address
+        async with while_ray_lives(joined):
+            yield
+
+
 def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:
     """Write Ray's messages about dead processes to the log: by default it prints them, with its guesses."""
     del ignore_prefix
@@ -174,8 +199,9 @@ class _Serving:
 
 @asynccontextmanager
 async def _engines(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
-    options = unreserved_engines(config.engine)
-    launcher = EngineLauncher(config, stop_rule, options, shares_devices=False)
+    options, seconds = unreserved_engines(config.engine), config.engine.rejoin_seconds
+    devices = EngineDevices(options, follow_trainer=False, seconds=seconds)
+    launcher = EngineLauncher(config, stop_rule, devices, shares_devices=False)
     pool = EnginePool(launcher, config.engine)
     try:
         await pool.ready()
