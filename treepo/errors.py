@@ -1,5 +1,6 @@
 """The exceptions that a user sees; the command line shows each as one line."""
 
+import logging
 import re
 from typing import ClassVar
 
@@ -134,6 +135,13 @@ def printable(text: str) -> str:
 def without_colors(text: str) -> str:
     """The text without a terminal's control sequences, which other libraries put into their messages."""
     return _CONTROL.sub("", text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record, and its traceback, as printable text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def one_line(message: object) -> str:

@@ -60,7 +60,7 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[
     """Send Ctrl-C as soon as `file` has content. The command must end with one line and leave no process.
     Returns standard output and standard error.
     """
-    descendants = _descendants_once_written(process, file)
+    descendants = descendants_once_written(process, file)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
@@ -73,7 +73,7 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[
 
 def kill_once_written(process: subprocess.Popen[str], file: Path) -> None:
     """Kill the command and every process that it started as soon as `file` has content."""
-    descendants = _descendants_once_written(process, file)
+    descendants = descendants_once_written(process, file)
     for one in (process, *descendants):
         with suppress(psutil.NoSuchProcess):
             one.kill()
@@ -82,7 +82,8 @@ def kill_once_written(process: subprocess.Popen[str], file: Path) -> None:
     assert not alive
 
 
-def _descendants_once_written(process: subprocess.Popen[str], file: Path) -> list[psutil.Process]:
+def descendants_once_written(process: subprocess.Popen[str], file: Path) -> list[psutil.Process]:
+    """Every process that the command has started when `file` has content."""
     deadline = time.monotonic() + DEADLINE
     while not (file.exists() and file.read_bytes()):
         assert process.poll() is None, process.communicate()

@@ -16,7 +16,7 @@ from typing import Self
 from treepo.config.base import Section
 from treepo.config.load import dump_config
 from treepo.data.folder_lock import LOCK
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, PrintableFormatter
 
 CONFIG, TREES, SUMMARY, LOG = "config.yaml", "trees.jsonl", "summary.json", "log.txt"
 _PREVIOUS = "previous-"
@@ -143,7 +143,7 @@ class _LogFile(logging.FileHandler):
 def log_to(path: Path) -> Iterator[None]:
     """Write to a file what our packages log while the body runs, and the error that ends it."""
     handler = _LogFile(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("treepo", "sglang_rollout")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -34,7 +34,8 @@ Start = Callable[[], AbstractAsyncContextManager[tuple[TrainingEnginePool, Train
 """Starts the engines and the trainer, and ends them on exit."""
 
 _log = logging.getLogger(__name__)
-_BACK_OFF_SECONDS = 5.0  # before the first restart of the trainer; twice as long before each further one
+_BACK_OFF_SECONDS = 5.0  # before the first restart of the trainer; twice as long before each further one,
+_LONGEST_BACK_OFF_SECONDS = 60.0  # at most
 
 
 async def train(
@@ -167,7 +168,7 @@ class _Run:
         self.reporter.recovered(event)
         self.folder.go_back(earlier)
         clock = Clock(earlier, self.reporter)
-        await asyncio.sleep(_BACK_OFF_SECONDS * 2 ** (self.restarts - 1))
+        await asyncio.sleep(min(_BACK_OFF_SECONDS * 2 ** (self.restarts - 1), _LONGEST_BACK_OFF_SECONDS))
         return earlier, clock, origin
 
     async def _restart_trainer(self, state: RunState, origin: Resume | None) -> None:
