@@ -16,6 +16,7 @@ from treepo.cluster.actor_death import death_of, note_start, own_last_lines
 from treepo.cluster.engine_devices import EngineDevices
 from treepo.cluster.pooled_engine import Memory
 from treepo.cluster.ray_actor import own_error, use_interface_of_node
+from treepo.cluster.ray_watch import unless_lost
 from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
@@ -192,7 +193,7 @@ class RayEngine:
         """Call a method of the actor. Cancelling this call cancels the method in the actor too."""
         reference = method.remote(*arguments)
         try:
-            return await reference
+            return await unless_lost(reference)
         except asyncio.CancelledError:
             ray.cancel(reference)
             raise

@@ -11,6 +11,7 @@ from treepo.config.engine import EngineConfig
 from treepo.errors import (
     DeadEngineError,
     EngineError,
+    LostTrainerError,
     TransportError,
     WeightsRefusedError,
 )
@@ -19,6 +20,10 @@ from treepo.weight_sync.transaction import GRACE_SECONDS, UpdateFailedError, Wei
 
 class ColocatedTrainer(WeightSender, Protocol):
     """The trainer as the pool uses it; `treepo.cluster.trainer_group.TrainerGroup` implements it."""
+
+    async def restart(self) -> None:
+        """Start a lost trainer again, with the model folder's weights."""
+        ...
 
     async def offload(self, weights: bool) -> None:
         """Give the devices to the engines. weights: whether that may include the trainer's weights."""
@@ -56,6 +61,7 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         self._weights = asyncio.Lock()
         self._version = 0  # the model folder's
         self._weights_offloaded = False
+        self._trainer_restarts = 0
         self._refusals: dict[PooledEngine[P], str] = {}  # by engines whose last update was refused
 
     def suspends_health_checks(self) -> bool:
@@ -72,22 +78,49 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         """
         if self._fault is not None:
             raise self._fault
+        async with self._weights, self._turn():
+            if self._shares_devices:
+                await self._trainer.reload()
+            yield
+
+    @asynccontextmanager
+    async def restarted_trainer(self) -> AsyncIterator[None]:
+        """As `training`, with a trainer that was lost and is started again.
+
+        The engines stay as the failure left them until then: held, offloaded, or in half an update. The body
+        loads the trainer's weights and syncs them.
+        """
+        if self._fault is not None and not isinstance(self._fault, LostTrainerError):
+            raise self._fault
         async with self._weights:
-            if self._sampling_goes_on:
+            await self._each(lambda engine: engine.reload_all())  # the lost trainer's memory is free
+            self._weights_offloaded = False
+            async with self._turn():
+                await self._trainer.restart()
                 yield
-                return
-            with self._paused():
-                await self._each(lambda engine: engine.hold())
-                if self._shares_devices:
-                    await self._each(lambda engine: engine.offload())
-                    self._weights_offloaded = True
-                    await self._trainer.reload()
-                yield
-                await self._reload_weights()
-                if self._shares_devices:
-                    await self._trainer.offload(weights=True)
-                    await self._each(lambda engine: engine.reload("cache"))
-                await self._each(lambda engine: engine.release())
+        self._fault = None
+        self._trainer_restarts += 1
+        self.state_changed()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """The trainer's turn: engines that share its devices offload, and unless sampling goes on, all are
+        held.
+        """
+        if self._sampling_goes_on:
+            yield
+            return
+        with self._paused():
+            await self._each(lambda engine: engine.hold())
+            if self._shares_devices:
+                await self._each(lambda engine: engine.offload())
+                self._weights_offloaded = True
+            yield
+            await self._reload_weights()
+            if self._shares_devices:
+                await self._trainer.offload(weights=True)
+                await self._each(lambda engine: engine.reload("cache"))
+            await self._each(lambda engine: engine.release())
 
     async def sync_weights(self, version: int) -> None:
         """Make every serving engine serve the trainer's weights as `version`; replace those that fail.
@@ -139,6 +172,20 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
         self._refusals[engine] = str(error)
 
     async def _restart(self, engine: PooledEngine[P]) -> None:
+        """Restart the engine. If the trainer is lost meanwhile, wait until it is back, and begin again."""
+        while True:
+            trainer_restarts = self._trainer_restarts
+            try:
+                return await self._take_place(engine)
+            except LostTrainerError as error:
+                if trainer_restarts == self._trainer_restarts:
+                    self._fault = error  # reaches the loop, which has the trainer started again
+                    self.state_changed()
+                await engine.process.end()
+            while trainer_restarts == self._trainer_restarts:
+                await self._changed.wait()
+
+    async def _take_place(self, engine: PooledEngine[P]) -> None:
         async with AsyncExitStack() as stack:
             if self._shares_devices:  # else a model loads while the trainer works
                 await stack.enter_async_context(self._weights)
