@@ -105,6 +105,12 @@ class LostJobError(ClusterError):
     """A training that ended without an exit code, as when its Ray died; it can be started again."""
 
 
+class StoppedJobError(ClusterError):
+    """A training that somebody stopped, as with `ray job stop`."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
 class RewardError(TreepoError):
     """Grading that cannot continue; the text gives the reason."""
 
