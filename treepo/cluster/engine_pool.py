@@ -21,6 +21,7 @@ from treepo.errors import (
     TransportError,
     WeightsRefusedError,
 )
+from treepo.watchdog import waiting
 from treepo.weight_sync.transaction import GRACE_SECONDS, UpdateFailedError, WeightSender, update_weights
 
 _log = logging.getLogger(__name__)
@@ -104,8 +105,9 @@ class EnginePool[P: EngineProcess]:
         """Wait for the model; returns the KV tokens. Raises EngineError at the deadline."""
         seconds = self._config.start_seconds
         try:
-            async with asyncio.timeout(seconds):
-                return await process.start()
+            with waiting("the engine pool", f"{process.name} to start"):
+                async with asyncio.timeout(seconds):
+                    return await process.start()
         except TimeoutError:
             raise EngineError(f"{process.name} has not started after {seconds:g} s") from None
 

@@ -15,6 +15,7 @@ from treepo.config.run import RunConfig
 from treepo.errors import TrainerError
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
+from treepo.watchdog import gathered
 from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
 from treepo.weight_sync.wire import Manifest
 
@@ -208,7 +209,7 @@ class TrainerGroup:
         Raises TrainerError if a rank dies, and a rank's own TreepoError without Ray's traceback.
         """
         try:
-            return await asyncio.gather(*calls)
+            return await gathered("the trainer", "rank", calls)
         except (RayActorError, RayTaskError) as error:
             gone = await self._gone(calls)
             if gone:
