@@ -1,4 +1,5 @@
-"""Knows who waits for whom and since when. Warns on the terminal, and writes the status of a run.
+"""Knows who waits for whom and since when. Warns on the terminal, and writes the status of a run;
+SIGUSR1 makes it write where every process is (`treepo.stack_dumps`).
 
 A wait that lasts is named long before any library's own timeout. It is named again after twice as long, and
 so on. Whatever waits says so with one line, `with waiting(...)`; the watchdog of the command finds it.
@@ -24,6 +25,7 @@ import psutil
 
 from treepo.data.output_folder import write_file
 from treepo.errors import one_line, shortened
+from treepo.stack_dumps import stack_dumps
 
 STATUS = "status.json"
 TICK_SECONDS = 5.0
@@ -167,12 +169,15 @@ class Watchdog:
     async def __aenter__(self) -> Self:
         _longest.clear()
         self._write("running")
+        self._dumps = stack_dumps(self._folder)
+        self._dumps.__enter__()
         self._task = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._dumps.__exit__(None, None, None)
         self._task.cancel()
         await asyncio.wait((self._task,))
         if error is None:

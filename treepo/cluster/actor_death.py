@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treepo.errors import one_line, shortened, without_colors
+from treepo.stack_dumps import heed_requests
 
 _READ_SECONDS = 15.0  # for another node to start a process and read the file
 _LINES = 5
@@ -42,7 +43,10 @@ def without_guesses(text: str) -> str:
 
 
 def note_start() -> None:
-    """Note, in this process's log, how often the kernel has killed for memory, so that a later kill shows."""
+    """Note, in this process's log, how often the kernel has killed for memory, so that a later kill shows; and
+    write stacks there on request.
+    """
+    heed_requests()
     print(f"{_KILLS}{_kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
 
 
