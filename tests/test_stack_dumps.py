@@ -12,6 +12,7 @@ import asyncio, os, pathlib, signal, subprocess, sys
 from treepo.watchdog import Watchdog, waiting
 
 CHILD = '''
+import time
 from treepo.stack_dumps import heed_requests
 def stuck():
     print("ready", flush=True)

@@ -43,8 +43,8 @@ def without_guesses(text: str) -> str:
 
 
 def note_start() -> None:
-    """Note, in this process's log, how often the kernel has killed for memory, so that a later kill shows; and
-    write stacks there on request.
+    """Note in this process's log how often the kernel has killed for memory, so that a later kill shows. On
+    request the stacks of its threads are written there too.
     """
     heed_requests()
     print(f"{_KILLS}{_kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
