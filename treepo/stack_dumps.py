@@ -1,6 +1,6 @@
 """Where every process of a run is, on request: `kill -USR1 PID` of the command.
 
-The command's threads and asyncio tasks, and the threads of the processes of engines, trainer ranks and graders
+The command's threads and asyncio tasks, and the threads of the processes of engines, ranks and graders
 below it, are written to stacks.txt in the run folder. A process that is stuck in native code answers too,
 because faulthandler needs no Python to run.
 """
