@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from treepo.cluster.ray_logs import log_folder
 from treepo.errors import one_line, shortened, without_colors
 from treepo.stack_dumps import heed_requests
 
@@ -37,6 +38,9 @@ _NOISE = re.compile(
 _FATAL = "Fatal Python error: "
 
 
+_MEMORY_KILLS = re.compile(r"since its start the kernel of that machine has killed (\d+) processes")
+
+
 def without_guesses(text: str) -> str:
     """Ray's message in one line, without the causes that it guesses."""
     return one_line(_GUESSES.sub("", text))
@@ -47,7 +51,7 @@ def note_start() -> None:
     request the stacks of its threads are written there too.
     """
     heed_requests()
-    print(f"{_KILLS}{_kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
+    print(f"{_KILLS}{kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
 
 
 async def death_of(error: RayActorError) -> str:
@@ -95,7 +99,7 @@ def _first_and_last(text: str) -> str:
 
 async def _last_lines(pid: int, address: str) -> str:
     if address == ray.util.get_node_ip_address():
-        return last_lines(_log_folder(), pid)
+        return last_lines(log_folder(), pid)
     node = next(
         (node for node in ray.nodes() if node["NodeManagerAddress"] == address and node["Alive"]), None
     )
@@ -107,12 +111,7 @@ async def _last_lines(pid: int, address: str) -> str:
 
 
 def _read_there(pid: int) -> str:
-    return last_lines(_log_folder(), pid)
-
-
-def _log_folder() -> Path:
-    """Ray's logs on this node. Ray has no public name for it."""
-    return Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[reportAttributeAccessIssue]
+    return last_lines(log_folder(), pid)
 
 
 def last_lines(logs: Path, pid: int) -> str:
@@ -158,13 +157,19 @@ def last_lines_of(path: Path) -> str:
     chosen = lines[-_LINES:] if fatal is None else lines[fatal : fatal + _LINES]
     said = " | ".join(shortened(line.strip(), 200) for line in chosen)
     words = f"its last lines: {said}" if said else "it wrote nothing to standard error"
-    kills = _kernel_kills() - int(before[1]) if before else 0
+    kills = kernel_kills() - int(before[1]) if before else 0
     if kills > 0:
         words += f"; since its start the kernel of that machine has killed {kills} processes for memory"
     return f"{words} ({path})"
 
 
-def _kernel_kills() -> int:
+def memory_kills(death: str) -> int:
+    """How many processes the kernel had killed for memory between the actor's start and `death_of` it."""
+    match = _MEMORY_KILLS.search(death)
+    return int(match[1]) if match else 0
+
+
+def kernel_kills() -> int:
     """How many processes this machine's kernel has killed for memory so far; 0 if unknown."""
     try:
         counts = Path("/proc/vmstat").read_text()
