@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from treepo.data.bounds import bounded_memory
+from treepo.errors import shown
 
 METADATA = ".metadata"
 _MOST_BYTES = 1 << 30  # of the index; one of a thousand tensors on a thousand ranks has about 100 MiB
@@ -63,8 +64,9 @@ def read_index(folder: Path) -> Metadata:
     if not isinstance(index, Metadata) or index.storage_data is None:
         raise TypeError(f"{METADATA} is no index of a checkpoint")
     for place in index.storage_data.values():
-        if not isinstance(place.relative_path, str) or "/" in place.relative_path:
-            raise ValueError(f"{METADATA} names {place.relative_path!r}, which is no file of the folder")
+        name = place.relative_path
+        if not isinstance(name, str) or "/" in name or name in ("", ".."):
+            raise ValueError(f"{METADATA} names {shown(name)}, which is no file of the folder")
     whole = sum(path.stat().st_size for path in folder.iterdir())
     for key, tensor in index.state_dict_metadata.items():
         if isinstance(tensor, TensorStorageMetadata):

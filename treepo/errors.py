@@ -1,5 +1,6 @@
 """The exceptions that a user sees; the command line shows each as one line."""
 
+import logging
 import re
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ class TreepoError(Exception):
 
     def __str__(self) -> str:
         """The text for a terminal or log, whatever names and values it quotes."""
-        lines = printable(super().__str__()).split("\n")
+        lines = printable(without_colors(super().__str__())).split("\n")
         return "\n".join(
             shortened(line, _MOST_CHARACTERS) if len(line) > _MOST_CHARACTERS else line for line in lines
         )
@@ -126,6 +127,12 @@ class CheckpointError(TreepoError):
     exit_code = 1
 
 
+class DiskError(TreepoError):
+    """A run folder that could not be written for too long, or was deleted; the text names file and reason."""
+
+    exit_code = 1
+
+
 def printable(text: str) -> str:
     """The text with a replacement character for each one that a terminal obeys, except tab and newline."""
     return _UNPRINTABLE.sub("\ufffd", text)
@@ -134,6 +141,13 @@ def printable(text: str) -> str:
 def without_colors(text: str) -> str:
     """The text without a terminal's control sequences, which other libraries put into their messages."""
     return _CONTROL.sub("", text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record, and its traceback, as printable text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def one_line(message: object) -> str:

@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 STEPS, PROMPTS, ROWS = 4, 4, 64
 START_SECONDS, HEALTH_SECONDS, UPDATE_SECONDS, GRADE_SECONDS = 400.0, 10.0, 20.0, 5.0
-SILENCE_SECONDS, DISK_SECONDS = 30.0, 30.0
+SILENCE_SECONDS, DISK_SECONDS = 90.0, 60.0
 HELDOUT_ROWS = 8
 CONFIG = "run.yaml"
 _PROGRAM = [sys.executable, "-c", "from treepo.cli.main import main; main()"]

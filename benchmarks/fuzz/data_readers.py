@@ -50,9 +50,12 @@ def parquet(folder: Path) -> Reader:
     ]
     chat = [row | {"prompt": [{"role": "user", "content": "2?"}]} for row in plain]
     for rows in (plain, chat):
-        for options in ({"compression": "NONE", "use_dictionary": False}, {"compression": "SNAPPY"}):
+        for compression in ("NONE", "SNAPPY"):
             path = folder / "seed.parquet"
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2, **options)
+            table = pyarrow.Table.from_pylist(rows)
+            pyarrow.parquet.write_table(
+                table, path, row_group_size=2, compression=compression, use_dictionary=compression == "SNAPPY"
+            )
             seeds.append(path.read_bytes())
     return _reader("parquet", folder / "rows.parquet", seeds)
 

@@ -110,7 +110,7 @@ def metrics(folder: Path) -> Reader:
         """What TensorBoard does with the numbers, without its files."""
 
         def add_scalar(self, name: str, value: float, step: int, wall_time: float) -> None:
-            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[reportAttributeAccessIssue]  # generated
 
             Event(wall_time=wall_time, step=step)
             Event().summary.value.add(tag=name, simple_value=value)

@@ -78,7 +78,7 @@ class FakeTrainer:
     """Implements `treepo.cluster.training_engine_pool.ColocatedTrainer` and sends nothing.
 
     happens: awaited with the version whenever weights are sent. moves: called with the name of each move of
-    the trainer's memory. sent: the versions.
+    the trainer's memory, and of a restart. sent: the versions.
     """
 
     def __init__(
@@ -91,6 +91,9 @@ class FakeTrainer:
 
     async def manifest(self) -> tuple[()]:
         return ()
+
+    async def restart(self) -> None:
+        self._moves("restart")
 
     async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
         del sinks

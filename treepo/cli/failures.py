@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from signal import SIGINT, Signals
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from treepo.cli.console import errors
 from treepo.ending import Stopped, Stopper
-from treepo.errors import TreepoError, one_line, without_colors
+from treepo.errors import TreepoError, one_line, printable, without_colors
 
 _log = logging.getLogger(__name__)
 # Of an OSError that reading or writing a file can raise, whatever the program does.
@@ -52,7 +52,7 @@ def show_failure(error: BaseException) -> int | None:
         lines[text] = None
         exit_code = max(exit_code, cause.exit_code if isinstance(cause, TreepoError) else 1)
     for text in lines:
-        errors.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
+        errors.print(Text.assemble(("error:", "bold red"), f" {printable(text)}"), soft_wrap=True)
     return None if ours else exit_code
 
 

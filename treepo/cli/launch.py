@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from treepo.cli.console import OVERRIDES, errors, output
 from treepo.config.load import load_config
@@ -84,9 +84,7 @@ def launch(
         max_restarts,
         NodeResources(cpus, gpus),
         dashboard_port,
-        say=lambda text: output.print(
-            f"[bold]launch:[/bold] {escape(text)}", highlight=False, soft_wrap=True
-        ),
+        say=lambda text: output.print(Text.assemble(("launch:", "bold"), f" {text}"), soft_wrap=True),
         write=_write,
     )
     try:

@@ -21,7 +21,9 @@ from treepo.cli.rollout import rollout
 from treepo.cli.status import status
 from treepo.cli.toy import toy
 from treepo.cli.train import train
+from treepo.data.temporary_folder import keep_compiled_code
 from treepo.ending import ignore_signals
+from treepo.errors import PrintableFormatter
 
 app = typer.Typer(
     help="Reinforcement learning for reasoning models whose rollouts are trees.",
@@ -45,9 +47,11 @@ def main() -> None:
     # Progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()
+    keep_compiled_code()  # before torch is imported
     threading.excepthook = _thread_failed
     # A traceback of a reward function goes to the terminal, where its author sees it.
     if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
         logging.getLogger("treepo.rewards").addHandler(logging.lastResort)
     try:
         exit_code = exit_code_of(app)
@@ -88,7 +92,7 @@ def _show_warnings() -> None:
     else:  # one line each, however long: a file has no width
         warnings = logging.StreamHandler()
         warnings.setLevel(logging.WARNING)
-        warnings.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        warnings.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
     warnings.addFilter(lambda record: record.exc_info is None)
     for package in ("treepo", "sglang_rollout"):
         logging.getLogger(package).addHandler(warnings)

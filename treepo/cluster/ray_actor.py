@@ -12,16 +12,21 @@ from treepo.errors import ActorError, TreepoError, one_line, without_colors
 
 _log = logging.getLogger(__name__)
 
+_LOOPBACK = "lo"  # Linux's name
+
 
 def use_interface_of_node() -> None:
     """Make gloo listen on the interface by whose address Ray reaches this node. GLOO_SOCKET_IFNAME overrides.
 
     For a Ray actor, before any process group. By default gloo takes the address of the hostname, which on
-    many systems is a loopback address. NCCL uses a loopback interface only if there is no other.
+    many systems is a loopback address. NCCL chooses an interface by itself, but loopback only if it is told
+    to: NCCL_SOCKET_IFNAME overrides.
     """
     name = interface_of(ray.util.get_node_ip_address())
     if name is not None:  # the address may be translated between the nodes, so that no interface has it
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if name == _LOOPBACK:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def interface_of(address: str) -> str | None:

@@ -25,8 +25,9 @@ def log_folder() -> Path:
 
 
 @contextmanager
-def kept_after_failure(out: Path) -> Iterator[None]:
-    """Copy the logs of this node's Ray into the folder `out` if the body fails; the error names the copy.
+def kept_after_failure(out: Path | None) -> Iterator[None]:
+    """If the body fails, copy the logs of this node's Ray into the folder `out`, and let the error name the
+    copies.
 
     The logs of a cluster that was started by hand stay where they are.
     """
@@ -34,7 +35,7 @@ def kept_after_failure(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if any(part.startswith(PREFIX) for part in logs.parts):
+        if out is not None and any(part.startswith(PREFIX) for part in logs.parts):
             _keep(logs, out.resolve() / KEPT, error)
         raise
 

@@ -110,13 +110,13 @@ def _on_cluster(model: ModelConfig) -> ModelConfig:
 
 
 @contextmanager
-def ray_session(actors: int, out: Path) -> Iterator[None]:
+def ray_session(actors: int, out: Path | None = None) -> Iterator[None]:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine and end it with the body.
 
     actors: number of engines and trainer ranks. A cluster started here has a CPU slot for each, so that a
     small machine can hold a layout of several ranks. On an existing cluster the layout must fit its CPUs.
-    out: where Ray's logs are kept if the body fails. Raises ClusterError if Ray does not start, or the named
-    cluster does not answer.
+    out: the folder that keeps Ray's logs if the body fails. Raises ClusterError if Ray does not start, or the
+    named cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Compiled Python modules halve the start of every worker, and Ray passes this environment to them.
@@ -131,9 +131,8 @@ def ray_session(actors: int, out: Path) -> Iterator[None]:
                 else:
                     ray.init(check_cluster(named), **_QUIET)
         except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
-            what = "Ray does not start"
-            if named is not None:
-                what = f"RAY_ADDRESS={named}: Ray cannot join the cluster"
+            joining = f"RAY_ADDRESS={named}: Ray cannot join the cluster"
+            what = "Ray does not start" if named is None else joining
             raise ClusterError(f"{what}: {one_line(error)}") from None
         with kept_after_failure(out):
             try:

@@ -1,14 +1,12 @@
 """One private folder for all temporary files of a command, or of an engine inside one.
 
-    with temporary_folder() as folder:   # /tmp/treepo-k3v9x0qe, mode 0700; TMPDIR of what starts meanwhile
-        ...
+    with temporary_folder() as folder:  # /tmp/treepo-k3v9x0qe, mode 0700
+        ...  # it is TMPDIR of this process and of all that it starts
 
-The folder is removed at the end. A lock in it, which the kernel frees when its holder ends, tells a later
-start that a folder was left by a command that was killed; such folders of this user are removed at every
-start and end. Shared memory has no folder, so whoever names some puts the folder's name into its name, and it
-is removed with the folder.
-
-It is made in RAY_TMPDIR, else TMPDIR, else /tmp.
+The folder is made in RAY_TMPDIR, else TMPDIR, else /tmp, and removed at the end. A lock in it, which the
+kernel frees when its holder ends, tells a later start that its command was killed: such folders of this user
+are removed at every start and end. Shared memory has no folder, so its name has the folder's, with which it
+is removed.
 """
 
 import fcntl
@@ -35,7 +33,11 @@ _NAME = len(PREFIX) + 8
 _SHARED_MEMORY = Path("/dev/shm")
 _DEFAULT = "/tmp"
 _VARIABLES = ("RAY_TMPDIR", "TMPDIR")
-_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_COMPILED = {  # variable: its folder in the cache
+    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "CUTE_DSL_CACHE_DIR": "cute_dsl",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attention",
+}
 _TRIES, _RETRY_SECONDS = 20, 0.1  # for processes that are ending and still write
 _log = logging.getLogger(__name__)
 
@@ -57,14 +59,14 @@ class TemporaryFolder:
     def used(self) -> Iterator[None]:
         """Make it the folder of temporary files of this process, and of those that are started meanwhile.
 
-        What torch compiles is worth keeping, so it stays out of the folder.
+        Compiled kernels stay out of it.
         """
-        environment = {name: os.environ.get(name) for name in (*_VARIABLES, _CACHE)}
+        environment = {name: os.environ.get(name) for name in _VARIABLES}
         config = process.current_process()._config  # type: ignore[reportAttributeAccessIssue]  # of a child too
         before, prefix = tempfile.tempdir, config["semprefix"]
         os.environ["TMPDIR"] = str(self.path)
         os.environ.pop("RAY_TMPDIR", None)
-        os.environ.setdefault(_CACHE, str(self._compiled_code()))
+        keep_compiled_code()
         tempfile.tempdir = None  # read the environment again
         config["semprefix"] = f"/{self.path.name}"
         try:
@@ -87,17 +89,22 @@ class TemporaryFolder:
         os.close(self._lock)
         remove_abandoned(self.path.parent)
 
-    def _compiled_code(self) -> Path:
-        """Where torch keeps what it compiled. Its default is a known name in a folder that all can write."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        kept = cache / "treepo" / "torchinductor"
-        try:
-            kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            told = "what torch compiles is not kept (XDG_CACHE_HOME names another folder)"
-            _log.warning("%s: %s, so %s", error.filename, error.strerror, told)
-            return self.path / "torchinductor"
-        return kept
+
+def keep_compiled_code() -> None:
+    """Have this process, and those that it starts, keep compiled kernels in the user's cache.
+
+    By default they are among the temporary files, in folders of known names that somebody else may have made
+    first. The user's own variables stay.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treepo"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        told = "compiled kernels are not kept (XDG_CACHE_HOME names another folder)"
+        _log.warning("%s: %s: %s", error.filename, error.strerror, told)
+        return
+    for name, folder in _COMPILED.items():
+        os.environ.setdefault(name, str(cache / folder))
 
 
 @contextmanager

@@ -35,7 +35,8 @@ Start = Callable[[], AbstractAsyncContextManager[tuple[TrainingEnginePool, Train
 """Starts the engines and the trainer, and ends them on exit."""
 
 _log = logging.getLogger(__name__)
-_BACK_OFF_SECONDS = 5.0  # before the first restart of the trainer; twice as long before each further one
+_BACK_OFF_SECONDS = 5.0  # before the first restart of the trainer; twice as long before each further one,
+_LONGEST_BACK_OFF_SECONDS = 60.0  # at most
 
 
 async def train(
@@ -62,7 +63,7 @@ async def train(
             watchdog.engines = engines.engines
         run = _Run(config, inputs, reporter, folder, rewards, engines, trainer)
         summary = await run.finish(state, clock, resume)
-        folder.write_summary(summary)
+        await folder.write_summary(summary)
         reporter.phase("stop")
     return summary
 
@@ -123,7 +124,7 @@ class _Run:
             trainer=trainer,
             supply=self._supply(state, origin),
             evaluation=PeriodicEvaluation(config, heldout),
-            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer),
+            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer, self.folder.disk),
             folder=self.folder,
             state=state,
             clock=clock,
@@ -132,7 +133,8 @@ class _Run:
         await loop.run()
         accuracy_after = await _evaluate(heldout, "evaluate after", clock)
         with clock.phase("write model"):
-            await trainer.export(self.folder.checkpoint.resolve())
+            path = self.folder.checkpoint.resolve()
+            await self.folder.disk.until_done(lambda: trainer.export(path), str(path))
         return state.summary(trainer.dtype, accuracy_after, self.check)
 
     def _supply(self, state: RunState, origin: Resume | None) -> TreeSupply:
@@ -172,7 +174,7 @@ class _Run:
         self.reporter.recovered(event)
         self.folder.go_back(earlier)
         clock = Clock(earlier, self.reporter)
-        await asyncio.sleep(_BACK_OFF_SECONDS * 2 ** (self.restarts - 1))
+        await asyncio.sleep(min(_BACK_OFF_SECONDS * 2 ** (self.restarts - 1), _LONGEST_BACK_OFF_SECONDS))
         return earlier, clock, origin
 
     async def _restart_trainer(self, state: RunState, origin: Resume | None) -> None:
