@@ -23,7 +23,7 @@ class TreepoError(Exception):
 
     def __str__(self) -> str:
         """The text for a terminal or log, whatever names and values it quotes."""
-        lines = printable(without_colors(super().__str__())).split("\n")
+        lines = printable(super().__str__()).split("\n")
         return "\n".join(
             shortened(line, _MOST_CHARACTERS) if len(line) > _MOST_CHARACTERS else line for line in lines
         )
