@@ -33,7 +33,6 @@ class Seen:
         self.phases: list[str] = []
         self.steps: list[int] = []
         self.accuracies: dict[int, float] = {}
-        self.recoveries: list[str] = []
         self._events = [] if events is None else events
 
     def phase(self, name: str, announce: bool = False) -> None:  # noqa: ARG002
@@ -45,9 +44,6 @@ class Seen:
     def evaluated(self, step: int, accuracy: float) -> None:
         self.accuracies[step] = accuracy
         self._events.append(f"evaluated {step}")
-
-    def recovered(self, event: str) -> None:
-        self.recoveries.append(event)
 
 
 class LengthRewards:

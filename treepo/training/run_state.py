@@ -95,16 +95,13 @@ class Reporter(Protocol):
     def evaluated(self, step: int, accuracy: float) -> None:
         """Show the held-out accuracy after a step."""
 
-    def recovered(self, event: str) -> None:
-        """Show that the run goes on after something was lost."""
-
 
 class Watched:
     """A `Reporter` that tells the watchdog of the run what it shows."""
 
     def __init__(self, reporter: Reporter, watchdog: Watchdog) -> None:
         self._reporter, self._watchdog = reporter, watchdog
-        self.evaluated, self.recovered = reporter.evaluated, reporter.recovered
+        self.evaluated = reporter.evaluated
 
     def phase(self, name: str, announce: bool = False) -> None:
         self._watchdog.phase(name)

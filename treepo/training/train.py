@@ -169,9 +169,7 @@ class _Run:
         earlier.trainer_restarts = state.trainer_restarts + 1
         earlier.seconds, earlier.phase_seconds = state.seconds, state.phase_seconds  # they have passed
         whence = "from the start" if origin is None else f"after step {earlier.steps_done}"
-        event = f"{lost}; the run goes on {whence} (restart {self.restarts} of {most})"
-        _log.warning("%s", event)
-        self.reporter.recovered(event)
+        _log.warning("%s; the run goes on %s (restart %d of %d)", lost, whence, self.restarts, most)
         self.folder.go_back(earlier)
         clock = Clock(earlier, self.reporter)
         await asyncio.sleep(min(_BACK_OFF_SECONDS * 2 ** (self.restarts - 1), _LONGEST_BACK_OFF_SECONDS))
