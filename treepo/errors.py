@@ -105,6 +105,12 @@ class LostJobError(ClusterError):
     """A training that ended without an exit code, as when its Ray died; it can be started again."""
 
 
+class StoppedJobError(ClusterError):
+    """A training that somebody stopped, as with `ray job stop`."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
 class RewardError(TreepoError):
     """Grading that cannot continue; the text gives the reason."""
 
@@ -123,6 +129,12 @@ class WeightsRefusedError(TreepoError):
 
 class CheckpointError(TreepoError):
     """A checkpoint or model that could not be written; the text names the folder and the reason."""
+
+    exit_code = 1
+
+
+class DiskError(TreepoError):
+    """A run folder that could not be written for too long, or was deleted; the text names file and reason."""
 
     exit_code = 1
 

@@ -10,7 +10,7 @@ from types import CodeType, TracebackType
 from typing import Any, Self
 
 _ROOT = Path(__file__).parents[2]
-_TOOL = sys.monitoring.PROFILER_ID
+_TOOL = 4  # none of the numbers that debuggers and profilers take
 _EVENTS = sys.monitoring.events
 
 

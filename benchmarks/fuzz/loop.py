@@ -42,6 +42,7 @@ class Reader:
 
     seeds: valid inputs. words: that the reader looks for. share: of the inputs that were asked for, where one
     takes long. growth: most bytes by which an input may raise the peak of the process's memory.
+    most_bytes: of an input, where a long one takes long and has nothing new.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Reader:
     refusals: tuple[type[Exception], ...] = (TreepoError,)
     share: float = 1.0
     growth: int = 256 << 20
+    most_bytes: int = MOST_BYTES
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ def fuzz(reader: Reader, inputs: int, seed: int, folder: Path) -> Result:
         for number in range(inputs):
             first = number < len(reader.seeds)
             data = reader.seeds[number] if first else mutated(draw.choice(corpus), corpus, reader.words, draw)
+            data = data[: reader.most_bytes]
             note(data)
             before = coverage.found, len(result.outcomes)
             outcome = run(reader, data)

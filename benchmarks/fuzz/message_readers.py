@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fuzz.loop import Reader
-from treepo.cluster.rendezvous import Connection, Rendezvous
+from treepo.cluster.join import Connection, NewRay
+from treepo.cluster.launch_key import LaunchKey
+from treepo.cluster.rendezvous import Rendezvous
 from treepo.rewards.endpoint import BadReply, _decode
+
+_KEY = LaunchKey("k", "k", {})
 
 
 class _Writer:
@@ -40,18 +44,26 @@ def _stream(data: bytes) -> asyncio.StreamReader:
 def rendezvous_head(_: Path) -> Reader:
     """What a node, or a stranger, says to the head."""
     loop = asyncio.new_event_loop()
-    hello = {"rank": 1, "nodes": 2, "config": "c"}
+    hello = {"rank": 1, "nodes": 2, "config": "c", "nonce": "n"}
 
     async def serve(data: bytes) -> None:
         lost: list[int] = []
-        head, writer = Rendezvous(2, "c", lost.append), _Writer()
+        head, writer = Rendezvous(2, "c", _KEY, lambda rank, _: lost.append(rank)), _Writer()
         await head.serve(_stream(data), writer)  # type: ignore[arg-type]  # what it uses of a StreamWriter
         assert writer.closed
         assert not head.connected
-        assert all(0 < rank < 2 for rank in lost), f"it lost {lost}"
+        assert not lost, f"node {lost} has joined without the key"
 
-    seeds = (json.dumps(hello).encode() + b"\n", json.dumps(hello | {"nodes": 3}).encode() + b"\n")
-    words = (b'"rank": ', b'"nodes": ', b'"config": ', b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01")
+    proof = json.dumps({"proof": "0"}).encode() + b"\n"
+    seeds = (json.dumps(hello).encode() + b"\n" + proof, json.dumps(hello | {"nodes": 3}).encode() + b"\n")
+    words = (
+        b'"rank": ',
+        b'"nodes": ',
+        b'"config": ',
+        b'"nonce": ',
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01",
+    )
     return Reader("rendezvous_head", lambda data: loop.run_until_complete(serve(data)), seeds, words)
 
 
@@ -60,18 +72,17 @@ def rendezvous_node(_: Path) -> Reader:
     loop = asyncio.new_event_loop()
 
     async def listen(data: bytes) -> object:
-        connection = Connection("head:1", _stream(data), _Writer())  # type: ignore[arg-type]  # as above
+        connection = Connection("head:1", _KEY, _stream(data), _Writer())  # type: ignore[arg-type]  # as above
         found = await connection.next()
-        if not isinstance(found, int):
-            for text in (found.address, *found.secrets, *found.secrets.values()):
-                assert b"\0" not in os.fsencode(text), "it cannot be an environment variable"
+        if isinstance(found, NewRay) and found.address is not None:
+            assert b"\0" not in os.fsencode(found.address), "it cannot be an argument"
         return found
 
     seeds = (
-        b'{"address": "10.0.0.1:6379", "secrets": {"RAY_TOKEN": "t"}}\n{"exit": 3}\n',
-        b'{"refused": "no"}\n',
+        b'{"ray": "10.0.0.1:6379"}\n{"exit": 3}\n',
+        b'{"ping": true}\n{"ray": null}\n',
     )
-    words = (b'"exit": ', b'"refused": ', b'"address": ', b'"secrets": ')
+    words = (b'"exit": ', b'"ping": ', b'"ray": ')
     return Reader("rendezvous_node", lambda data: loop.run_until_complete(listen(data)), seeds, words)
 
 

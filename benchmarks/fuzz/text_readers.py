@@ -1,12 +1,13 @@
 """Configuration, overrides, scheduler variables, messages and chat templates."""
 
 import json
+import re
 from pathlib import Path
 
 from benchmarks.fuzz.loop import BadError, Reader
 from treepo.cluster.schedulers import check_torchrun_agrees, slurm_allocation, torchrun_allocation
 from treepo.config.evaluate import EvalConfig
-from treepo.config.load import dump_config, load_as, load_config
+from treepo.config.load import dump_config, load_as
 from treepo.config.run import RunConfig
 from treepo.data.messages import messages_of
 from treepo.data.rows import BadRow
@@ -41,6 +42,9 @@ _WORDS = (
 )
 
 
+_TINY = b"steps: 2\nout: runs/x\nmodel: {path: m}\ndata: {train: a.jsonl}\nsampling:\n  width: 4\n"
+
+
 def config(folder: Path) -> Reader:
     path = folder / "config.yaml"
 
@@ -53,20 +57,29 @@ def config(folder: Path) -> Reader:
             raise BadError("a configuration that is written and read is another")
         return found
 
-    seeds = [file.read_bytes() for file in sorted(_EXAMPLES.rglob("*.yaml"))]
-    return Reader("config", read, [seed for seed in seeds if len(seed) < 5000], _WORDS)
+    names = ("quickstart.yaml", "quickstart-async.yaml", "eval-math.yaml")
+    seeds = [re.sub(rb" *#.*", b"", (_EXAMPLES / name).read_bytes())[:1500] for name in names]
+    return Reader(
+        "config", read, [_TINY, b"a: &a {b: [1, *a]}\n<<: *a\nc: 'x'\n", *seeds], _WORDS, most_bytes=2048
+    )
 
 
 def overrides(_: Path) -> Reader:
     """Lines `a.b=c`."""
-    base = _EXAMPLES / "quickstart.yaml"
-    keys = tuple(f"{line.split(':')[0].strip()}".encode() for line in base.read_text().splitlines())
-    seeds = (b"sampling.width=8\nseed=3", b"learning={clip_high: 0.3}", b"reward.terms={}\nmodel.path=x")
+    example = (_EXAMPLES / "quickstart.yaml").read_text().splitlines()
+    keys = tuple(line.partition(":")[0].strip().encode() for line in example)
+    needed = b"steps=2\nout=x\nmodel.path=m\ndata.train=a.jsonl\n"
+    seeds = (
+        needed + b"sampling.width=8",
+        needed + b"learning={clip_high: 0.3}",
+        b"reward.terms=[]\nseed=1e3",
+    )
 
     def read(data: bytes) -> object:
-        return load_config(base, data.decode("utf-8", "surrogateescape").split("\n"))
+        return load_as(RunConfig, None, data.decode("utf-8", "surrogateescape").split("\n"))
 
-    return Reader("overrides", read, seeds, (*keys, b"sampling.", b"trainer.parallel.", *_WORDS))
+    words = (*keys, b"sampling.", b"trainer.parallel.", *_WORDS)
+    return Reader("overrides", read, seeds, words, most_bytes=1024)
 
 
 def schedulers(_: Path) -> Reader:

@@ -126,7 +126,7 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
             await pool.close()
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for `decode`, in the engines' processes
-    with ray_session(2):
+    with ray_session(2, tmp_path):
         asyncio.run(scenario())
 
 

@@ -99,6 +99,9 @@ class FakeTrainer:
         await self._happens(version)
         return Outcome()
 
+    async def restart(self) -> None:
+        self._moves("restart")
+
     async def offload(self, weights: bool) -> None:
         self._moves("offload all" if weights else "offload")
 

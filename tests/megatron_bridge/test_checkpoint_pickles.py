@@ -1,6 +1,5 @@
 """A checkpoint's pickles run no code, and its paths stay in its folder."""
 
-import io
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_bridge.checkpoint_pickles import METADATA, check_no_code
+from megatron_bridge.checkpoint_pickles import METADATA, read_index
 from megatron_bridge.convert import convert, to_checkpoint
 from tests.support.tiny import write_tiny_qwen2
 from treepo.errors import ModelError
@@ -54,7 +51,7 @@ def change(checkpoint: Path, edit: Callable[[Any], None]) -> None:
 
 
 def test_a_whole_one_is_read(checkpoint: Path) -> None:
-    check_no_code(checkpoint / "trainer")
+    read_index(checkpoint / "trainer")
 
 
 def refused(checkpoint: Path, tmp_path: Path, said: str) -> None:
@@ -69,7 +66,7 @@ def test_code_in_the_metadata_does_not_run(checkpoint: Path, tmp_path: Path) -> 
         metadata.planner_data = Runs(tmp_path / "ran")
 
     change(checkpoint, edit)
-    refused(checkpoint, tmp_path, r"\.metadata names 'builtins\.getattr', which is no data|names 'pathlib")
+    refused(checkpoint, tmp_path, "which none needs")
 
 
 @pytest.mark.parametrize(
@@ -77,27 +74,7 @@ def test_code_in_the_metadata_does_not_run(checkpoint: Path, tmp_path: Path) -> 
 )
 def test_names_in_the_metadata(checkpoint: Path, tmp_path: Path, names: bytes) -> None:
     (checkpoint / "trainer" / METADATA).write_bytes(names + b"(S'touch ran'\ntR.")
-    refused(checkpoint, tmp_path, "which is no data")
-
-
-def test_code_in_an_object_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
-    folder = checkpoint / "trainer"
-    content = io.BytesIO()
-    torch.save(Runs(tmp_path / "ran"), content)
-    (folder / "own.distcp").write_bytes(content.getvalue())
-
-    def edit(metadata: Any) -> None:
-        place = replace(
-            next(iter(metadata.storage_data.values())),
-            relative_path="own.distcp",
-            offset=0,
-            length=len(content.getvalue()),
-        )
-        metadata.state_dict_metadata["own"] = BytesStorageMetadata()
-        metadata.storage_data[MetadataIndex("own")] = place
-
-    change(checkpoint, edit)
-    refused(checkpoint, tmp_path, "Weights only load failed")
+    refused(checkpoint, tmp_path, "which none needs")
 
 
 @pytest.mark.parametrize("file", ["../outside.distcp", "/etc/passwd", "..", ""])

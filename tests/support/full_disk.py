@@ -2,6 +2,8 @@
 
 import resource
 import signal
+import time
+from collections.abc import Callable
 
 
 class full_disk:  # noqa: N801  a context manager that reads like one
@@ -16,3 +18,11 @@ class full_disk:  # noqa: N801  a context manager that reads like one
 
     def __exit__(self, *_: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for what another thread or process does, which happens within moments."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)

@@ -23,6 +23,7 @@ from treepo.data.prompts import DataReport, PromptSet
 from treepo.errors import ConfigError, DataError, ModelError
 from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.training.checkpoints import Checkpoints, newest
+from treepo.training.disk_wait import DiskWait
 from treepo.training.resume import find_resume, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, RunState
@@ -30,6 +31,7 @@ from treepo.training.scheduler import ScheduleState
 from treepo.tree import from_json
 
 DATA = "fingerprint of the data"
+DISK = DiskWait(seconds=0)
 
 
 def state_after(step: int, sizes: dict[str, int] | None = None) -> RunState:
@@ -64,10 +66,10 @@ def config(tmp_path: Path) -> RunConfig:
 
 def write_run(config: RunConfig, steps: int, saved: int) -> None:
     """Write a run that was killed after `steps` steps, with a checkpoint of the step `saved`."""
-    checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeTrainer())
+    checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeTrainer(), DISK)
     with RunFolder(config) as folder:
         write_steps(folder, range(1, saved + 1))
-        asyncio.run(checkpoints.begin(state_after(saved, folder.sizes())))
+        asyncio.run(checkpoints.begin(state_after(saved, asyncio.run(folder.sizes()))))
         asyncio.run(checkpoints.finish())
         write_steps(folder, range(saved + 1, steps + 1))
 
@@ -81,16 +83,16 @@ def write_steps(folder: RunFolder, steps: range) -> None:
 
 
 def test_checkpoints_come_every_so_many_steps_and_at_the_end(config: RunConfig) -> None:
-    checkpoints = Checkpoints(config.out, CheckpointConfig(every=4), config.steps, FakeTrainer())
+    checkpoints = Checkpoints(config.out, CheckpointConfig(every=4), config.steps, FakeTrainer(), DISK)
     assert [step for step in range(1, 10) if checkpoints.due(step)] == [4, 8, 9]
-    none = Checkpoints(config.out, CheckpointConfig(every=None), config.steps, FakeTrainer())
+    none = Checkpoints(config.out, CheckpointConfig(every=None), config.steps, FakeTrainer(), DISK)
     assert not any(none.due(step) for step in range(1, 10))
 
 
 @pytest.mark.parametrize("keep", [1, 3, None])
 def test_the_newest_checkpoints_stay(config: RunConfig, keep: int | None) -> None:
     """Counted by step, not by name: 9 is before 10."""
-    checkpoints = Checkpoints(config.out, CheckpointConfig(keep=keep), config.steps, FakeTrainer())
+    checkpoints = Checkpoints(config.out, CheckpointConfig(keep=keep), config.steps, FakeTrainer(), DISK)
     for step in (9, 10, 100_000):
         asyncio.run(checkpoints.begin(state_after(step)))
         found = newest(config.out)

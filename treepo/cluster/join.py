@@ -52,7 +52,9 @@ class Connection:
                     send(self._writer, {"pong": True})
                 case {"exit": int(code)}:
                     return code
-                case {"ray": str() | None as address}:
+                case {"ray": None}:
+                    return NewRay(None)
+                case {"ray": str(address)} if address.isascii() and address.isprintable():
                     return NewRay(address)
                 case _:
                     raise ClusterError(f"the head at {self._head} is of another version of treepo")

@@ -27,7 +27,7 @@ from treepo.cluster.restarts import EXIT_TERMINATED, Saved, newest_saved, wait_u
 from treepo.cluster.schedulers import Allocation
 from treepo.cluster.wait_for_devices import wait_for_devices
 from treepo.cluster.worker_node import take_part
-from treepo.errors import EXIT_INTERRUPTED, ClusterError, LostJobError, TreepoError
+from treepo.errors import EXIT_INTERRUPTED, ClusterError, LostJobError, StoppedJobError, TreepoError
 
 if TYPE_CHECKING:
     from treepo.cluster.ray_job import JobServer
@@ -81,12 +81,16 @@ async def _use(cluster: Cluster, spec: Launch) -> int:
 
     async def attempt(resume: bool) -> int:
         nonlocal last
-        if last is not None:
-            await last.end_job()
-            await wait_until_free(spec.config.out)
-        last = server = await job_server(None, spec.wait)
-        await _wait_for_devices(server, spec, cluster.nodes, lambda _: (), may_grow=True)
-        return await server.run(spec.command(resume=resume), spec.write)
+        try:
+            if last is not None:
+                await last.end_job()
+                await wait_until_free(spec.config.out)
+            server = await job_server(None, spec.wait)
+            await _wait_for_devices(server, spec, cluster.nodes, lambda _: (), may_grow=True)
+            last = server
+            return await server.run(spec.command(resume=resume), spec.write)
+        except ClusterError as error:
+            raise _as_crash(error, began=last is not None) from None
 
     return await _restarted(attempt, spec)
 
@@ -147,7 +151,7 @@ class _Head:
             self._spec.say(f"{name} is back")
 
     async def attempt(self, resume: bool) -> int:
-        """Train once. Raises LostJobError for every failure of the cluster after the first training began."""
+        """Train once, in a Ray of its own. Raises what `_as_crash` says."""
         if self._began:
             self.rendezvous.announce(None)
             await _uninterrupted(self.ray.aclose())
@@ -155,9 +159,7 @@ class _Head:
         try:
             return await self._start_and_train(resume)
         except ClusterError as error:
-            if not self._began:
-                raise
-            raise LostJobError(str(error)) from None
+            raise _as_crash(error, began=self._began) from None
 
     async def _start_and_train(self, resume: bool) -> int:
         port, dashboard_port = free_ports(2)
@@ -192,6 +194,11 @@ class _Head:
         return [name(rank) for rank in self.rendezvous.missing()] + [
             f"Ray on {name(rank)}" for rank in without_ray
         ]
+
+
+def _as_crash(error: ClusterError, *, began: bool) -> ClusterError:
+    """The error, as one that a restart follows if the first training has begun and nobody has stopped it."""
+    return LostJobError(str(error)) if began and not isinstance(error, StoppedJobError) else error
 
 
 async def _wait_for_devices(

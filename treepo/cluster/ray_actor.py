@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 
 import psutil
 import ray
@@ -11,6 +12,7 @@ from treepo.cluster.actor_death import death_without_lines
 from treepo.errors import ActorError, TreepoError, one_line, without_colors
 
 _log = logging.getLogger(__name__)
+_PROCESS = re.compile(r"\(pid=(\d+), ip=([^,)]+)")
 
 _LOOPBACK = "lo"  # Linux's name
 
@@ -47,8 +49,15 @@ def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
     if isinstance(error.cause, TreepoError):
         return error.cause
     _log.error("an error that was not expected in an actor:\n%s", without_colors(str(error)))
-    where = f"process {error.pid} on {error.ip}; its traceback is in the log"
-    return ActorError(f"{_said(error)} ({where})")
+    return ActorError(f"{_said(error)} ({_process(error)}; its traceback is in the log)")
+
+
+def _process(error: RayTaskError) -> str:
+    """The actor's process. An error that also has the type of its cause names it in its text alone."""
+    if isinstance(error, type(error.cause)):
+        named = _PROCESS.search(str(error))
+        return f"process {named[1]} on {named[2]}" if named else "its process is not known"
+    return f"process {error.pid} on {error.ip}"
 
 
 def _said(error: RayTaskError) -> str:

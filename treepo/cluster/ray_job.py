@@ -15,7 +15,7 @@ from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
 from ray.util.state.exception import RayStateApiException
 
 from treepo.cluster.placement import Node
-from treepo.errors import ClusterError, LostJobError, one_line
+from treepo.errors import ClusterError, LostJobError, StoppedJobError, one_line
 
 STOP_SECONDS = 90
 """From Ctrl-C to SIGKILL. A run's processes have shorter deadlines of their own."""
@@ -65,7 +65,7 @@ class JobServer:
         the signal's number if a signal ended it.
 
         If cancelled, stop the job and wait for its end. Raises LostJobError if Ray loses the job, and
-        ClusterError if somebody stops it.
+        StoppedJobError if somebody stops it.
         """
         submitting = asyncio.ensure_future(
             asyncio.to_thread(
@@ -100,7 +100,7 @@ class JobServer:
         # If the stream broke, the last lines are missing.
         write((await _query(self._client.get_job_logs, job))[written:])
         if info.status is JobStatus.STOPPED:
-            raise ClusterError(f"the job {job} was stopped")
+            raise StoppedJobError(f"the job {job} was stopped")
         if info.driver_exit_code is None:
             reason = one_line(info.message or "Ray does not say why")
             raise LostJobError(f"Ray lost the job {job}: {reason}")
@@ -108,12 +108,12 @@ class JobServer:
         return code if code >= 0 else 128 - code
 
     async def end_job(self) -> None:
-        """End what is left of the last job: its process, its actors and its placement groups.
+        """End what is left of the last job, if there was one: its process, actors and placement groups.
 
         Raises ClusterError if they are still there after `STOP_SECONDS` and `_CLEAR_SECONDS`.
         """
         deadline = time.monotonic() + STOP_SECONDS + _CLEAR_SECONDS
-        while True:
+        while self._job:
             try:
                 left = await asyncio.to_thread(self._stop_and_list)
             except (RayStateApiException, *_UNREACHABLE) as error:

@@ -1,8 +1,9 @@
 """Starts Ray on this machine for one launch, and ends it with the launch, never another launch's Ray.
 
-Launches can share a host: each uses free ports, and a folder of its own for Ray's files. Ray's servers listen
-on all interfaces and cannot be told otherwise, so a token that only this launch has keeps others out. If the
-user has set RAY_AUTH_MODE, that setting stays.
+Launches can share a host: each uses free ports, and a folder of its own for Ray's files. A cluster of one
+node listens on loopback. Of several nodes, Ray's servers listen on all interfaces and cannot be told
+otherwise, so a token that only this launch has keeps others out. If the user has set RAY_AUTH_MODE, that
+setting stays.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -145,6 +147,9 @@ async def _started(folder: Path, address: str, options: Sequence[str], secrets: 
             "DASHBOARD_METRIC_PORT": str(dashboard),
         }
     )
+    if ip_address(address).is_loopback:
+        # Ray replaces a loopback address, except on systems on which it knows no clusters.
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     environment.pop("RAY_ADDRESS", None)
     # Compiled Python modules halve the start of every worker.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)

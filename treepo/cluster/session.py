@@ -123,7 +123,7 @@ def ray_session(actors: int, out: Path | None = None) -> Iterator[None]:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     ray._private.worker.print_to_stdstream = _log_message  # type: ignore[reportAttributeAccessIssue]
     named = named_cluster()
-    with temporary_folder(SOCKET_ROOM) as folder:
+    with temporary_folder(SOCKET_ROOM if named is None else 0) as folder:
         try:
             with keeping_signal_handlers():
                 if named is None:

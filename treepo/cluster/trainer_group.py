@@ -205,10 +205,12 @@ class TrainerGroup:
 
     async def _hang(self, what: str, actors: Sequence[Any]) -> str:
         """Return once ranks hang, with their names."""
-        silence = self._config.trainer.silence_seconds
+        engine, silence = self._config.engine, self._config.trainer.silence_seconds
         patience = max(silence, _PATIENCE) if what in _PATIENT else silence
         if what == "send_weights":  # waits for each step of the slowest engine
-            patience += self._config.engine.update_seconds
+            patience += engine.update_seconds
+        if what == "build":  # the process starts, and imports
+            silence = max(silence, engine.start_seconds)
         return await hang_of([actor.beat.remote for actor in actors], self._beats, silence, patience)
 
     async def _cause(self, error: RayActorError | RayTaskError, calls: Sequence[Any]) -> BaseException:

@@ -86,6 +86,9 @@ class RunConfig(Section):
     """The check, before the first step, that trainer and engines agree."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Training checkpoints, from which an interrupted run continues."""
+    disk_seconds: float = Field(default=600.0, ge=0)
+    """How long the run waits for its folder when it cannot be written (full, read-only, not there). What it
+    has to write stays in memory; after that time the run ends and can be resumed."""
     plan: PlanConfig = PlanConfig()
     """Assumptions of `treepo plan`; training does not read them."""
 

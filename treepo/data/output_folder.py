@@ -6,7 +6,6 @@ An OSError of a write names its file; the command line shows it as one line.
 import asyncio
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Self
 
 from treepo.config.base import Section
 from treepo.config.load import dump_config
+from treepo.data.background_writer import BackgroundWriter, BufferedFile, naming
 from treepo.data.folder_lock import LOCK
 from treepo.errors import ConfigError, PrintableFormatter
 
 CONFIG, TREES, SUMMARY, LOG = "config.yaml", "trees.jsonl", "summary.json", "log.txt"
 _PREVIOUS = "previous-"
 _PART = ".part"  # the suffix of a file that is being written
+_MOST_LOG = 2**22  # bytes of the log that may wait for the disk
 
 
 def prepare_folder(folder: Path, config: Section) -> None:
@@ -49,17 +50,6 @@ def set_aside(folder: Path, files: Sequence[Path]) -> None:
     aside.mkdir()
     for entry in files:
         entry.rename(aside / entry.name)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an OSError of the body name `path`, as that of a write to an open file does not by itself."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 def write_file(path: Path, text: str) -> None:
@@ -114,35 +104,31 @@ class GrowingFile:
             return os.fstat(self._file).st_size
 
 
-class _LogFile(logging.FileHandler):
-    """A log that cannot be written is one warning, and the command goes on."""
+class _LogFile(logging.Handler):
+    """Gives lines to a file that a thread writes."""
 
-    _broken = False
+    def __init__(self, file: BufferedFile, writer: BackgroundWriter) -> None:
+        super().__init__()
+        self._file, self._writer = file, writer
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self._broken:
-            super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        error = sys.exception()
-        if not isinstance(error, OSError):
-            super().handleError(record)
-            return
-        self._broken = True
-        logging.getLogger(__name__).warning("%s ends here: %s", self.baseFilename, error.strerror)
-
-    def close(self) -> None:
-        try:
-            super().close()
-        except OSError:  # the lines that `handleError` gave up
-            if not self._broken:
-                raise
+        self._file.add(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+        self._writer.wake()
 
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Write to a file what our packages log while the body runs, and the error that ends it."""
-    handler = _LogFile(path)
+    """Write to a file what our packages log while the body runs, and the error that ends it.
+
+    A thread writes it, so that logging never waits for a disk. Raises OSError if the file cannot be opened.
+    """
+    file = BufferedFile(path, limit=_MOST_LOG, durable=False)
+    file.open()
+    with BackgroundWriter(others=[file]) as writer:
+        yield from _logging_to(_LogFile(file, writer))
+
+
+def _logging_to(handler: logging.Handler) -> Iterator[None]:
     handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("treepo", "sglang_rollout")]
     levels = [logger.level for logger in loggers]
@@ -160,4 +146,3 @@ def log_to(path: Path) -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
-        handler.close()

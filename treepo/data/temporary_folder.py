@@ -61,11 +61,10 @@ class TemporaryFolder:
 
         Compiled kernels stay out of it.
         """
-        environment = {name: os.environ.get(name) for name in _VARIABLES}
+        environment = os.environ.get("TMPDIR")
         config = process.current_process()._config  # type: ignore[reportAttributeAccessIssue]  # of a child too
         before, prefix = tempfile.tempdir, config["semprefix"]
         os.environ["TMPDIR"] = str(self.path)
-        os.environ.pop("RAY_TMPDIR", None)
         keep_compiled_code()
         tempfile.tempdir = None  # read the environment again
         config["semprefix"] = f"/{self.path.name}"
@@ -73,10 +72,10 @@ class TemporaryFolder:
             yield
         finally:
             tempfile.tempdir, config["semprefix"] = before, prefix
-            for name, value in environment.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+            if environment is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = environment
 
     def close(self) -> None:
         """Remove the folder and the shared memory that has its name, and what killed commands have left. May
@@ -136,7 +135,9 @@ def remove_abandoned(base: Path) -> None:
 def _base(room: int) -> Path:
     """The folder in which to make another. Raises ConfigError if it is unusable."""
     longest = _LONGEST_SOCKET - room - _NAME - 1
-    variable = next((name for name in _VARIABLES if os.environ.get(name)), None)
+    inside = Path(os.environ.get("TMPDIR", "")).name.startswith(PREFIX)  # a folder of this kind
+    variables = reversed(_VARIABLES) if inside else _VARIABLES
+    variable = next((name for name in variables if os.environ.get(name)), None)
     base = os.path.abspath(os.environ[variable]) if variable else _DEFAULT
     if len(os.fsencode(base)) > longest:
         told = f"{variable}={base}: too long for the sockets below it; at most {longest} bytes are possible"

@@ -4,18 +4,21 @@ Decides when one is due and which ones are kept. The trainer writes a checkpoint
 sampled; `treepo.training.checkpoint_manifest` describes the folder.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.errors import ModelError
 from treepo.training.checkpoint_manifest import MANIFEST, NAME, is_checkpoint, read_manifest
+from treepo.training.disk_wait import DiskWait, in_thread
 from treepo.training.run_state import RunState
 
 CHECKPOINTS = "checkpoints"
+_log = logging.getLogger(__name__)
 
 
 class Saver(Protocol):
@@ -29,10 +32,10 @@ class Saver(Protocol):
 class Checkpoints:
     """Writes a run's checkpoints, one at a time. out: the run folder. steps: total steps of the run."""
 
-    def __init__(self, out: Path, config: CheckpointConfig, steps: int, saver: Saver) -> None:
+    def __init__(self, out: Path, config: CheckpointConfig, steps: int, saver: Saver, disk: DiskWait) -> None:
         self._folder = out.resolve() / CHECKPOINTS
-        self._config, self._steps, self._saver = config, steps, saver
-        self._writing = False
+        self._config, self._steps, self._saver, self._disk = config, steps, saver, disk
+        self._begun: _Begun | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint follows this step."""
@@ -42,21 +45,51 @@ class Checkpoints:
     async def begin(self, state: RunState, ready_trees: bytes = b"") -> None:
         """Begin a checkpoint; training may continue. ready_trees: the content of its file of this name.
 
-        Raises CheckpointError.
+        A checkpoint that cannot be written is tried again, so the trainer must not change until `finish` has
+        returned. Raises DiskError.
         """
         folder = self._folder / f"step-{state.steps_done:05d}"
-        await self._saver.save(folder, asdict(state), ready_trees)
-        self._writing = True
+        self._begun = begun = _Begun(folder, asdict(state), ready_trees)
+        await self._disk.until_done(lambda: self._save(begun), str(folder))
 
     async def finish(self) -> None:
-        """Complete a checkpoint that was begun, then remove older ones. Raises CheckpointError."""
-        if not self._writing:
+        """Complete a checkpoint that was begun, then remove older ones. Raises DiskError."""
+        if self._begun is None:
             return
-        self._writing = False
+        begun, self._begun = self._begun, None
+        await self._disk.until_done(lambda: self._complete(begun), str(begun.folder))
+        await in_thread(self._remove_older)
+
+    async def _save(self, begun: "_Begun") -> None:
+        begun.writing = False
+        await self._saver.save(begun.folder, begun.run, begun.ready_trees)
+        begun.writing = True
+
+    async def _complete(self, begun: "_Begun") -> None:
+        if not begun.writing:
+            await self._save(begun)
+        begun.writing = False
         await self._saver.finish_save()
-        if self._config.keep is not None:
-            for _, folder in _all(self._folder)[: -self._config.keep]:
+
+    def _remove_older(self) -> None:
+        """One that cannot be removed is a warning, and is tried again after the next checkpoint."""
+        if self._config.keep is None:
+            return
+        for _, folder in _all(self._folder)[: -self._config.keep]:
+            try:
                 _remove(folder)
+            except OSError as error:
+                _log.warning("%s cannot be removed: %s: %s", folder, error.filename, error.strerror)
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A checkpoint that is not complete. writing: whether the trainer has copied its state and writes it."""
+
+    folder: Path
+    run: Mapping[str, Any]
+    ready_trees: bytes
+    writing: bool = False
 
 
 def newest(out: Path) -> tuple[Path, RunState] | None:

@@ -45,6 +45,7 @@ class TrainingLoop:
             await self._evaluate(self.state.steps_done)  # a checkpoint is older than its step's evaluation
             for step in range(self.state.steps_done + 1, self.config.steps + 1):
                 await self._step(step)
+                await self.folder.keeps_up()
                 if self.checkpoints.due(step):
                     await self._begin_checkpoint()
                 await self._evaluate(step)
@@ -93,7 +94,7 @@ class TrainingLoop:
 
     async def _begin_checkpoint(self) -> None:
         with self.clock.phase("write checkpoint"):
-            self.state.sizes = self.folder.sizes()
+            self.state.sizes = await self.folder.sizes()
             self.state.schedule, ready_trees = self.supply.state()
             await self.checkpoints.begin(self.state, ready_trees_lines(ready_trees))
 

@@ -9,8 +9,9 @@
     summary.json     the result of the run
     log.txt          the log
 
-Every line is flushed as it is written, so the files of a killed run stay readable. A run that resumes from a
-checkpoint first truncates its files to their sizes at that checkpoint: no step and no tree appears twice.
+A thread writes whole lines, so the files of a killed run stay readable. Lines that the disk does not take
+wait in memory. A run that resumes from a checkpoint first truncates its files to their sizes at that
+checkpoint: no step and no tree appears twice.
 """
 
 import json
@@ -22,44 +23,47 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import orjson
-from tensorboard.summary import Writer
 
 from treepo.config.load import dump_config
 from treepo.config.run import RunConfig
+from treepo.data.background_writer import BackgroundWriter, BufferedFile
 from treepo.data.folder_lock import locked
 from treepo.data.output_folder import (
     CONFIG,
     LOG,
     SUMMARY,
     TREES,
-    GrowingFile,
     log_to,
-    naming,
     prepare_folder,
     set_aside,
     write_file,
 )
 from treepo.errors import ConfigError, DataError, one_line, shown
 from treepo.training.checkpoints import discard_leftovers
+from treepo.training.disk_wait import DiskWait, in_thread
+from treepo.training.event_file import event_file_name, first_event, scalars_event
 from treepo.training.run_state import RunState
 from treepo.tree import Tree, to_json
 
 METRICS, CHECKPOINT, TENSORBOARD = "metrics.jsonl", "checkpoint", "tensorboard"
+_SLOW_SECONDS = 30.0  # that lines may wait before the run does
+_MOST_EVENTS = 2**26  # bytes for TensorBoard that may wait
 
 
 class RunFolder:
     """A context manager around a run's files, which no other command can write meanwhile.
 
     A new run moves an earlier run's files into `previous-N/`; nothing is overwritten. If `state` is given,
-    the run in the folder continues from it.
+    the run in the folder continues from it. Its methods never block the event loop, however slow the disk.
     """
 
     def __init__(self, config: RunConfig, state: RunState | None = None) -> None:
         self.path = config.out
         self.checkpoint = config.out / CHECKPOINT
+        self.disk = DiskWait(config.disk_seconds)
         self._config, self._state = config, state
 
     def __enter__(self) -> Self:
@@ -81,18 +85,6 @@ class RunFolder:
         self._truncate(state)
         self._open_files()
 
-    def _open_files(self) -> None:
-        self._metrics = self._files.enter_context(GrowingFile(self.path / METRICS))
-        self._trees = self._files.enter_context(GrowingFile(self.path / TREES))
-        self._tensorboard = Writer(str(self.path / TENSORBOARD))
-        self._files.callback(self._close_tensorboard)
-        for record in _read_metrics(self.path / METRICS):
-            self._plot(record)
-
-    def sizes(self) -> dict[str, int]:
-        """Wait until the growing files are on disk, and return their sizes in bytes."""
-        return {METRICS: self._metrics.sync(), TREES: self._trees.sync()}
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -101,34 +93,56 @@ class RunFolder:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
+    def _open_files(self) -> None:
+        self._metrics = BufferedFile(self.path / METRICS)
+        self._trees = BufferedFile(self.path / TREES)
+        events = self.path / TENSORBOARD / event_file_name()
+        self._events = BufferedFile(events, limit=_MOST_EVENTS, durable=False)
+        for file in (self._metrics, self._trees):
+            file.open()
+        self._events.add(first_event())
+        for record in _read_metrics(self.path / METRICS):
+            self._plot(record)
+        needed, wait_seconds = (self._metrics, self._trees), self._config.disk_seconds
+        self._writer = self._files.enter_context(BackgroundWriter(needed, (self._events,), wait_seconds))
+        self._writer.wake()
+
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's numbers; a number that is not finite is null, because JSON has no nan."""
         record = {"step": step, "time": time.time()} | {
             name: value if math.isfinite(value) else None for name, value in metrics.items()
         }
-        self._metrics.write(json.dumps(record).encode() + b"\n")
+        self._metrics.add(json.dumps(record).encode() + b"\n")
         self._plot(record)
+        self._writer.wake()
 
-    def _plot(self, record: dict[str, float | None]) -> None:
-        step, wall_time = record.pop("step"), record.pop("time")
-        with naming(self.path / TENSORBOARD):
-            for name, value in record.items():
-                self._tensorboard.add_scalar(
-                    name, math.nan if value is None else value, step, wall_time=wall_time
-                )
-            self._tensorboard.flush()
-
-    def _close_tensorboard(self) -> None:
-        with naming(self.path / TENSORBOARD):
-            self._tensorboard.close()
+    def _plot(self, record: Mapping[str, Any]) -> None:
+        values = {name: value for name, value in record.items() if name not in ("step", "time")}
+        self._events.add(scalars_event(record["step"], record["time"], values))
 
     def write_tree(self, tree: Tree, step: int, answer: str) -> None:
         """Write one graded tree."""
-        self._trees.write(to_json(tree, step=step, answer=answer))
+        self._trees.add(to_json(tree, step=step, answer=answer))
+        self._writer.wake()
 
-    def write_summary(self, summary: Mapping[str, object]) -> None:
-        """Write the result of a finished run."""
-        write_file(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    async def keeps_up(self) -> None:
+        """Return at once if the disk takes what is written; else wait until it does. Raises DiskError."""
+        late = time.monotonic() - _SLOW_SECONDS
+        for file in (self._metrics, self._trees):
+            if file.failure is not None or (file.waiting and file.waiting_since < late):
+                await self.sizes()
+                return
+
+    async def sizes(self) -> dict[str, int]:
+        """Wait until all lines are on the disk, and return the files' sizes in bytes. Raises DiskError."""
+        await self.disk.until_written([self._metrics, self._trees])
+        return {METRICS: self._metrics.size, TREES: self._trees.size}
+
+    async def write_summary(self, summary: Mapping[str, object]) -> None:
+        """Write the result of a finished run, after all its lines. Raises DiskError."""
+        await self.sizes()
+        path, text = self.path / SUMMARY, json.dumps(summary, indent=2) + "\n"
+        await self.disk.until_done(lambda: in_thread(lambda: write_file(path, text)), str(path))
 
     def _truncate(self, state: RunState) -> None:
         """Truncate the files to their sizes at `state`, and set aside a finished run's model and summary."""

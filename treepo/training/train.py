@@ -58,7 +58,7 @@ async def train(
             engines, trainer = await stack.enter_async_context(start())
         run = _Run(config, inputs, reporter, folder, rewards, engines, trainer)
         summary = await run.finish(state, clock, resume)
-        folder.write_summary(summary)
+        await folder.write_summary(summary)
         reporter.phase("stop")
     return summary
 
@@ -119,7 +119,7 @@ class _Run:
             trainer=trainer,
             supply=self._supply(state, origin),
             evaluation=PeriodicEvaluation(config, heldout),
-            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer),
+            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer, self.folder.disk),
             folder=self.folder,
             state=state,
             clock=clock,
@@ -128,7 +128,8 @@ class _Run:
         await loop.run()
         accuracy_after = await _evaluate(heldout, "evaluate after", clock)
         with clock.phase("write model"):
-            await trainer.export(self.folder.checkpoint.resolve())
+            path = self.folder.checkpoint.resolve()
+            await self.folder.disk.until_done(lambda: trainer.export(path), str(path))
         return state.summary(trainer.dtype, accuracy_after, self.check)
 
     def _supply(self, state: RunState, origin: Resume | None) -> TreeSupply:
