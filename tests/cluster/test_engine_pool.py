@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from tests.support.fake_engine import FakeEngine, decode, prompt_tokens
 from tests.support.fake_process import FakeProcess
 from tests.support.sampling_policies import sampling
+from treepo import watchdog
 from treepo.cluster.engine_pool import EnginePool
 from treepo.cluster.pooled_engine import PooledEngine, State
 from treepo.cluster.training_engine_pool import TrainingEnginePool
@@ -28,8 +30,8 @@ from treepo.errors import (
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.protocols import GenerateRequest
 from treepo.rollout.driver import FailedTree, TreeDriver
-from treepo.rollout.watchdog import watched
 from treepo.tree import Tree, to_json
+from treepo.watchdog import Watchdog
 from treepo.weight_sync.send import Outcome
 
 type FakePool = TrainingEnginePool[FakeProcess]
@@ -98,9 +100,6 @@ class FakeTrainer:
         self.sent.append(version)
         await self._happens(version)
         return Outcome()
-
-    async def restart(self) -> None:
-        self._moves("restart")
 
     async def offload(self, weights: bool) -> None:
         self._moves("offload all" if weights else "offload")
@@ -620,7 +619,7 @@ def test_an_engine_that_never_finishes_a_hold_is_replaced() -> None:
 
 
 def test_a_stall_is_logged_with_each_engine_s_status_and_oldest_request(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     fakes = Fakes(lambda index, number: {"slow": True} if number else {"hangs_at": 1, "healthy": index == 0})
     messages: list[str] = []
@@ -628,18 +627,19 @@ def test_a_stall_is_logged_with_each_engine_s_status_and_oldest_request(
     async def scenario(pool: FakePool, _: Fakes) -> None:
         driver = TreeDriver(pool.engines, sampling(initial_branching=2), decode, seed=7)
         prompts = [Prompt(f"train:{i}", prompt_tokens(i), "", "", "") for i in range(2)]
-        async with watched(driver, pool.engines, 0.01), aclosing(driver.sample(prompts, 0)) as results:
-            sampling_trees = asyncio.ensure_future(anext(results))
-            await until(lambda: any(processes[0].requests for processes in fakes.made.values()))
-            pool.engines[1].fail("its memory is full")
-            while not any("memory" in text and "train:0" in text for text in caplog.messages):
-                await asyncio.sleep(0.005)
-            messages.extend(caplog.messages)
-            sampling_trees.cancel()
-            await asyncio.wait((sampling_trees,))
+        async with Watchdog(tmp_path, 0.01), aclosing(driver.sample(prompts, 0)) as results:
+            with watchdog.sampling(driver, pool.engines):
+                sampling_trees = asyncio.ensure_future(anext(results))
+                await until(lambda: any(processes[0].requests for processes in fakes.made.values()))
+                pool.engines[1].fail("its memory is full")
+                while not any("memory" in text and "train:0" in text for text in caplog.messages):
+                    await asyncio.sleep(0.005)
+                messages.extend(caplog.messages)
+                sampling_trees.cancel()
+                await asyncio.wait((sampling_trees,))
 
     run(scenario, fakes, 2)
-    stall = next(text for text in messages if "nothing was answered for 0.01 s" in text)
+    stall = next(text for text in messages if "sampling has waited" in text)
     assert re.search(
         r"engine 0 is serving with \d unanswered requests, the oldest \d+ s old: request 0 of prompt train:0",
         stall,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from tests.support.command import (
     start,
     write_model_and_problems,
 )
+from treepo.run_status import read_status
 from treepo.tree import from_json
 
 STEPS = 3
@@ -180,15 +182,19 @@ def test_log_probs_that_differ_end_the_run_before_the_first_step(folder: Path) -
     assert not (folder / "stopped" / "metrics.jsonl").read_text()
 
 
-def test_ctrl_c_leaves_no_process_and_readable_files(folder: Path) -> None:
+def test_sigterm_leaves_no_process_and_readable_files(folder: Path) -> None:
     process = start(
         folder, "train", "run.yaml", "out=interrupted", "steps=1000", "log_prob_check.enabled=false"
     )
     metrics = folder / "interrupted" / "metrics.jsonl"
     checkpoint = folder / "interrupted" / "checkpoints" / "step-00001" / "checkpoint.json"
-    output, errors = interrupt_once_written(process, checkpoint)
+    output, errors = interrupt_once_written(process, checkpoint, signal.SIGTERM)
     assert "check log-probs" not in output
+    assert "Interrupted by SIGTERM. " in errors
     assert "--resume continues after step" in errors
+    log = (folder / "interrupted" / "log.txt").read_text().splitlines()
+    assert log[-1].endswith("SIGTERM: the command ends")
+    assert read_status(folder / "interrupted").state == "interrupted"
     assert _lines(metrics)[0]["step"] == 1
     for line in (folder / "interrupted" / "trees.jsonl").read_bytes().splitlines():
         from_json(line)

@@ -18,6 +18,7 @@ from treepo.cli.failures import of_the_machine, show_failure
 from treepo.cli.launch import launch
 from treepo.cli.plan import plan
 from treepo.cli.rollout import rollout
+from treepo.cli.status import status
 from treepo.cli.toy import toy
 from treepo.cli.train import train
 from treepo.data.temporary_folder import keep_compiled_code
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (toy, train, launch, rollout, plan, convert):
+for command in (toy, train, launch, status, rollout, plan, convert):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command()(doctor)

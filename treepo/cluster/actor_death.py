@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treepo.cluster.ray_logs import log_folder
 from treepo.errors import one_line, shortened, without_colors
+from treepo.stack_dumps import heed_requests
 
 _READ_SECONDS = 15.0  # for another node to start a process and read the file
 _LINES = 5
@@ -46,7 +47,10 @@ def without_guesses(text: str) -> str:
 
 
 def note_start() -> None:
-    """Note, in this process's log, how often the kernel has killed for memory, so that a later kill shows."""
+    """Note in this process's log how often the kernel has killed for memory, so that a later kill shows. On
+    request the stacks of its threads are written there too.
+    """
+    heed_requests()
     print(f"{_KILLS}{kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
 
 

@@ -18,6 +18,7 @@ from treepo.errors import (
     NoEngineError,
     PlacementError,
 )
+from treepo.watchdog import waiting
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,8 @@ class EnginePool[P: EngineProcess]:
         starting = asyncio.ensure_future(process.start())
         lost = asyncio.ensure_future(self._launch.devices_lost(self.engines.index(engine)))
         try:
-            await asyncio.wait((starting, lost), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            with waiting("the engine pool", f"{process.name} to start"):
+                await asyncio.wait((starting, lost), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 return starting.result()
             if lost.done():

@@ -137,9 +137,12 @@ class RayEngine:
         self._ranks = ranks
         self._said: asyncio.Future[str] | None = None  # the cause of death, asked for once
         self._channel = RequestChannel(actor)
+        self._started = False
 
     async def start(self) -> int:
-        return await self._answer(self.actor.capacity)
+        tokens = await self._answer(self.actor.capacity)
+        self._started = True
+        return tokens
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         try:
@@ -180,8 +183,9 @@ class RayEngine:
     async def end(self) -> None:
         """End SGLang's processes, then the actor; processes that are left end with it."""
         try:
-            async with asyncio.timeout(_END_SECONDS):
-                await self._answer(self.actor.close)
+            if self._started:  # an actor that starts SGLang answers no call
+                async with asyncio.timeout(_END_SECONDS):
+                    await self._answer(self.actor.close)
         except DeadEngineError:
             pass  # the actor itself has died
         except (TimeoutError, RayTaskError) as error:

@@ -175,13 +175,13 @@ class _Descendants:
 
     def __init__(self, node: Any) -> None:
         self._roots = [info.process.pid for infos in node.all_processes.values() for info in infos]
-        self._known: set[psutil.Process] = set()
+        self._known = self._look()
 
     async def follow(self) -> None:
         """Look again and again: below a process that is dead nobody finds its children."""
         while True:
-            self._known = await asyncio.to_thread(self._look)
             await asyncio.sleep(_LOOK_SECONDS)
+            self._known = await asyncio.to_thread(self._look)
 
     def kill(self) -> None:
         """Kill all of them, and wait until they are gone."""

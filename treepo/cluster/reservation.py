@@ -16,6 +16,7 @@ from treepo.cluster.process_environment import engine_environment, threads_of, t
 from treepo.config.engine import EngineConfig
 from treepo.config.run import RunConfig
 from treepo.errors import PlacementError
+from treepo.watchdog import waiting
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ async def reserve(config: RunConfig, seconds: float) -> Reservation:
         bundle_label_selector=[{"ray.io/node-id": node.id} for _, node in placed],
     )
     try:
-        await asyncio.wait_for(group.ready(), seconds)
+        with waiting("the run", lambda: f"devices: {_missing(bundles)}"):
+            await asyncio.wait_for(group.ready(), seconds)
     except TimeoutError:
         raise PlacementError(
             f"the cluster has not had room for the run within {seconds:g} s: {_missing(bundles)}"

@@ -23,6 +23,7 @@ from treepo.config.run import RunConfig
 from treepo.errors import LostTrainerError, PlacementError, TrainerError, TrainerMemoryError
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
+from treepo.watchdog import gathered
 from treepo.weight_sync.send import Outcome, WeightSink
 from treepo.weight_sync.wire import Manifest
 
@@ -190,7 +191,7 @@ class TrainerGroup:
             raise LostTrainerError(str(self._lost))
         actors = self._ranks[:ranks]
         calls = [start(rank, actor) for rank, actor in enumerate(actors)]
-        answers = asyncio.ensure_future(asyncio.gather(*calls))
+        answers = asyncio.ensure_future(gathered(f"the trainer ({what})", "rank", calls))
         hang = asyncio.ensure_future(self._hang(what, actors))
         try:
             await asyncio.wait((answers, hang), return_when=asyncio.FIRST_COMPLETED)

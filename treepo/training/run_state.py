@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from treepo.protocols import BatchResult
 from treepo.rollout.stats import Stats
 from treepo.training.scheduler import ScheduleState
+from treepo.watchdog import Watchdog
 
 
 @dataclass(slots=True)
@@ -96,6 +97,22 @@ class Reporter(Protocol):
 
     def recovered(self, event: str) -> None:
         """Show that the run goes on after something was lost."""
+
+
+class Watched:
+    """A `Reporter` that tells the watchdog of the run what it shows."""
+
+    def __init__(self, reporter: Reporter, watchdog: Watchdog) -> None:
+        self._reporter, self._watchdog = reporter, watchdog
+        self.evaluated, self.recovered = reporter.evaluated, reporter.recovered
+
+    def phase(self, name: str, announce: bool = False) -> None:
+        self._watchdog.phase(name)
+        self._reporter.phase(name, announce)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._watchdog.step(step, metrics)
+        self._reporter.step(step, metrics)
 
 
 class Clock:

@@ -25,10 +25,11 @@ from treepo.training.log_prob_check import check_log_probs
 from treepo.training.loop import TrainingLoop
 from treepo.training.resume import Resume, last_checkpoint, restore
 from treepo.training.run_folder import METRICS, TREES, RunFolder
-from treepo.training.run_state import Clock, Reporter, RunState
+from treepo.training.run_state import Clock, Reporter, RunState, Watched
 from treepo.training.scheduler import Scheduler
 from treepo.training.tree_grader import TreeGrader
 from treepo.training.tree_supply import TreeSupply
+from treepo.watchdog import Watchdog
 
 Start = Callable[[], AbstractAsyncContextManager[tuple[TrainingEnginePool, Trainer]]]
 """Starts the engines and the trainer, and ends them on exit."""
@@ -47,15 +48,19 @@ async def train(
     more than `trainer.max_restarts` times.
     """
     state = RunState(inputs.train.report.fingerprint) if resume is None else resume.state
+    watchdog = Watchdog(config.out, config.engine.stall_seconds, config.steps)
+    reporter = Watched(reporter, watchdog)
     clock = Clock(state, reporter)
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(RunFolder(config, None if resume is None else state))
+        await stack.enter_async_context(watchdog)
         for report in inputs.reports:
             _log.info(report.summary())
         with clock.phase("start engine and trainer", announce=True):
             # Rewards first: a reward function that cannot be imported is found within a second.
             rewards = await stack.enter_async_context(open_rewards(config.reward))
             engines, trainer = await stack.enter_async_context(start())
+            watchdog.engines = engines.engines
         run = _Run(config, inputs, reporter, folder, rewards, engines, trainer)
         summary = await run.finish(state, clock, resume)
         await folder.write_summary(summary)
