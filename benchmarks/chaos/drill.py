@@ -13,7 +13,7 @@ from benchmarks.chaos import sandbox, scene
 from benchmarks.chaos.strike import Progress
 from treepo.training.checkpoints import CHECKPOINTS, newest
 
-_LIMIT_SECONDS = 300.0  # for a start to reach its moment
+_LIMIT_SECONDS = 2 * scene.START_SECONDS  # for a start to reach its moment
 _START_SHARE, _START_SECONDS = 0.2, 25.0
 _MOST_STEPS, _STEP_SECONDS = 2, 2.0
 # Of the engine, whose batches compose themselves by chance: no state of the trainer.

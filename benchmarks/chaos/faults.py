@@ -32,7 +32,7 @@ PHASES = (
     "evaluation",
     "shutdown",
 )
-_HANDLED_INSIDE = frozenset({"engine", "scheduler", "trainer", "grader", "node"})
+_HANDLED_INSIDE = frozenset({"engine", "scheduler", "trainer", "grader", "node", "disk"})
 _TERMINATED = 143
 
 
@@ -78,8 +78,8 @@ def draw(seed: int, case: int) -> Fault:
 def check_ends(fault: Fault, struck: bool, ends: list[int]) -> list[str]:
     """What is wrong with the exit codes of a case's starts, one line each.
 
-    Between its start and its shutdown a run replaces an engine, a rank or a grader by itself, and a launch
-    goes on when a node comes back. SIGTERM ends a run with 143, unless it was complete.
+    Between its start and its shutdown a run replaces an engine, a rank or a grader by itself, waits for room
+    on the disk, and goes on when a node comes back. SIGTERM ends it with 143, unless it was complete.
     """
     if not struck:
         return [] if ends == [0] else [f"without a fault the exit codes were {ends}"]

@@ -89,6 +89,13 @@ def processes() -> list[psutil.Process]:
     return found
 
 
+def description(process: psutil.Process) -> str:
+    """Id and command line, shortened."""
+    with suppress(psutil.Error):
+        return f"{process.pid} {' '.join(process.cmdline()).strip()[:80]}"
+    return f"{process.pid}, which has ended"
+
+
 def files(kept: Path) -> list[Path]:
     """The entries of /tmp and /dev/shm. kept: a folder that does not count, nor do the folders above it."""
     entries = [*TEMPORARY.iterdir(), *SHARED_MEMORY.iterdir()]

@@ -79,6 +79,7 @@ def config_of(
         "out": str(out),
         "seed": 1,
         "steps": steps,
+        "disk_seconds": DISK_SECONDS,
         "model": {"path": str(inputs / "model")},
         "data": {
             "train": str(inputs / "train.jsonl"),

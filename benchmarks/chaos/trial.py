@@ -57,6 +57,7 @@ class Trial:
     struck: list[str] = field(default_factory=list)
     hit: str = ""
     hung: bool = False
+    _history: invariants.History = field(default_factory=invariants.History)
     _node_command: list[str] = field(default_factory=list)
     _node: "subprocess.Popen[bytes] | None" = None
 
@@ -177,12 +178,14 @@ class Trial:
     def _after(self, driver: "subprocess.Popen[bytes]", log: Path) -> None:
         """After a start has ended: its processes end soon too, and its errors are lines, not tracebacks."""
         began = time.monotonic()
+        if self._node is not None and driver.returncode != 0:
+            self._node.terminate()  # it would wait for the head to come back
         while left := sandbox.processes():
             self._reap(driver)
             if self._node is not None:
                 self._node.poll()
             if time.monotonic() > began + _GRACE_SECONDS:
-                self.leftovers += [f"process {one.pid} {' '.join(one.cmdline())[:80]}" for one in left]
+                self.leftovers += [f"process {sandbox.description(one)}" for one in left]
                 for process in left:
                     process.kill()
                 break
@@ -207,8 +210,6 @@ class Trial:
         self.faults += invariants.check_metrics(metrics, scene.STEPS)
         exact = reference if self.fault.loop == "sync" else None
         self.faults += invariants.check_weights(self.out, inputs / "model", exact)
-
-    _history: invariants.History = field(default_factory=invariants.History)
 
     def _line(self, seconds: float) -> dict[str, Any]:
         self.faults += check_ends(self.fault, bool(self.struck), self.ends)
