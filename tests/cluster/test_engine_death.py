@@ -97,7 +97,7 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
     trainer = FakeTrainer(weights, tmp_path)
 
     async def scenario() -> None:
-        devices = EngineDevices(unreserved_engines(config.engine), follow_trainer=False, seconds=60)
+        devices = EngineDevices(unreserved_engines(config.engine), may_move=True, seconds=60)
         launcher = EngineLauncher(config, StopRule(policy, decode), devices, shares_devices=False)
         pool = TrainingEnginePool(
             launcher, config.engine, trainer, shares_devices=False, sampling_goes_on=False

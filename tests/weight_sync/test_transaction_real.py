@@ -144,9 +144,9 @@ def test_every_transport_and_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 async def _scenario(folder: Path) -> None:
     config = config_of(folder)
     async with AsyncExitStack() as stack:
-        stack.enter_context(ray_session(6))
+        stack.enter_context(ray_session(6, folder))
         reservation = await reserve(config, 60)
-        devices = EngineDevices(reservation.engine_options([]), follow_trainer=False, seconds=60)
+        devices = EngineDevices(reservation.engine_options([]), may_move=True, seconds=60)
         launcher = EngineLauncher(config, StopRule(SamplingConfig(), str), devices, shares_devices=False)
         pool = EnginePool(launcher, config.engine)
         stack.push_async_callback(pool.close)

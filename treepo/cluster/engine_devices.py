@@ -25,38 +25,35 @@ _log = logging.getLogger(__name__)
 class EngineDevices:
     """Where the actor of each engine is started.
 
-    options: Ray's options for each engine's actor; an engine that moves gets others. follow_trainer: the
-    engines cannot leave the trainer, because they share its devices or its machine's memory; only `replace`
-    moves them. seconds: how long an engine may wait for devices (`engine.rejoin_seconds`).
+    options: Ray's options for each engine's actor; an engine that moves gets others. may_move: false if an
+    engine cannot leave the trainer, because it uses the trainer's devices or its machine's memory. seconds:
+    how long an engine may wait for devices (`engine.rejoin_seconds`).
     """
 
-    def __init__(self, options: Sequence[dict[str, Any]], *, follow_trainer: bool, seconds: float) -> None:
+    def __init__(self, options: Sequence[dict[str, Any]], *, may_move: bool, seconds: float) -> None:
         self.options = list(options)
         self._nodes = [_reserved_node(each) for each in options]
-        self._follow_trainer, self._seconds = follow_trainer, seconds
+        self._may_move, self._seconds = may_move, seconds
         self._groups: dict[int, PlacementGroup] = {}  # of engines that have moved
-        self._replaced = asyncio.Event()
-
-    def replace(self, options: Sequence[dict[str, Any]]) -> None:
-        """Take the devices of a new reservation. A running engine moves at its next start."""
-        self.options = list(options)
-        self._nodes = [_reserved_node(each) for each in options]
-        self._replaced.set()
-        self._replaced = asyncio.Event()
 
     async def find(self, index: int) -> None:
         """Return once the engine can be started.
 
         That is at once if it has reserved devices on a living node. Otherwise it waits for a node with free
         devices: the same that has come back, one that replaces it, or another. Raises PlacementError if there
-        is none within `seconds`.
+        is none within `seconds`, and at once if the engine may not move.
         """
         if await self._has_node(index):
             return
-        _log.warning("engine %d has no devices; it waits up to %g s for a node", index, self._seconds)
+        if not self._may_move:
+            raise PlacementError("its node has left the cluster, and it cannot leave the trainer's devices")
+        if self._nodes[index] is not None:
+            _log.warning(
+                "the node of engine %d has left the cluster; it waits up to %g s", index, self._seconds
+            )
         try:
             async with asyncio.timeout(self._seconds):
-                await (self._wait_for_trainer(index) if self._follow_trainer else self._move(index))
+                await self._move(index)
         except TimeoutError:
             raise PlacementError(
                 f"no node has had free devices for it within {self._seconds:g} s (engine.rejoin_seconds)"
@@ -69,10 +66,6 @@ class EngineDevices:
 
     async def _has_node(self, index: int) -> bool:
         return self._nodes[index] in await asyncio.to_thread(_living_nodes)
-
-    async def _wait_for_trainer(self, index: int) -> None:
-        while not await self._has_node(index):
-            await self._replaced.wait()
 
     async def _move(self, index: int) -> None:
         options = self.options[index]

@@ -76,7 +76,7 @@ async def training_session(
             await trainer.offload(weights=True)
         devices = EngineDevices(
             reservation.engine_options(await trainer.devices() if shared else ()),
-            follow_trainer=shared or config.weights.transport == "colocated",
+            may_move=not shared and config.weights.transport != "colocated",
             seconds=config.engine.rejoin_seconds,
         )
         launcher = EngineLauncher(config, stop_rule, devices, shared, config.paths_at_once)
@@ -200,7 +200,7 @@ class _Serving:
 @asynccontextmanager
 async def _engines(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     options, seconds = unreserved_engines(config.engine), config.engine.rejoin_seconds
-    devices = EngineDevices(options, follow_trainer=False, seconds=seconds)
+    devices = EngineDevices(options, may_move=True, seconds=seconds)
     launcher = EngineLauncher(config, stop_rule, devices, shares_devices=False)
     pool = EnginePool(launcher, config.engine)
     try:
