@@ -82,6 +82,63 @@ def test_a_node_that_does_not_belong_is_refused() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"rank": [1], "nodes": 3, "config": "same"}',
+        b'{"rank": true, "nodes": 3, "config": "same"}',
+        b'{"rank": 0, "nodes": 3, "config": "same"}',
+        b'{"rank": 3, "nodes": 3, "config": "same"}',
+        b'{"rank": 1e999, "nodes": 3, "config": "same"}',
+        b'{"rank": 1, "nodes": "3", "config": "same"}',
+        b"[" * 60_000,
+        b"GET / HTTP/1.1",
+    ],
+)
+def test_a_message_that_no_node_sends_ends_its_connection(line: bytes) -> None:
+    async def scenario() -> None:
+        lost: list[int] = []
+        async with head(lost) as (rendezvous, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(line + b"\n")
+            assert await reader.read() == b""
+            assert rendezvous.missing() == [1, 2]
+            writer.close()
+        assert lost == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"address": "10.0.0.1:6379", "secrets": {"TOKEN": "a\\u0000b"}}',
+        b'{"address": "10.0.0.1:6379", "secrets": {"TOKEN": "\\ud800"}}',
+        b'{"address": "10.0.0.1:6379", "secrets": []}',
+        b'{"address": [], "secrets": {}}',
+        b'{"exit": 1e999}',
+        b'{"exit": null}',
+    ],
+)
+def test_a_head_that_says_what_no_environment_can_hold_is_an_error(line: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(line + b"\n")
+        await reader.read()
+        writer.close()
+
+    async def scenario() -> None:
+        (port,) = free_ports(1)
+        server = await asyncio.start_server(answer, "127.0.0.1", port)
+        connection = await join(allocation(1, port), "same", SECONDS)
+        with pytest.raises(AllocationError, match="is not a launch's head"):
+            await connection.next()
+        connection.close()
+        server.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_node_that_is_lost_is_reported_and_may_come_back() -> None:
     async def scenario() -> None:
         lost: list[int] = []
