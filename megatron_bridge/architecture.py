@@ -147,6 +147,10 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
             raise UntrainableError(
                 f"{folder / CONFIG}: {name} = {shown(found)}; only {shown(value)} is supported"
             )
+    if getattr(config, "num_experts", 0) and not hasattr(type(config)(), "num_experts"):
+        raise UntrainableError(
+            f"{folder / CONFIG}: num_experts = {shown(config.num_experts)}; {config.model_type} has none"
+        )
     for kind in getattr(config, "layer_types", None) or ():
         if kind != "full_attention":
             raise UntrainableError(

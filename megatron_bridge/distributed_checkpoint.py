@@ -47,6 +47,7 @@ READ_FAILURES = (
     OSError,
     RuntimeError,  # torch: a file that is not its archive
     pickle.UnpicklingError,
+    AssertionError,  # torch: parts that do not fit together
     *(EOFError, ImportError, LookupError, AttributeError, TypeError, ValueError, MemoryError, OverflowError),
 )
 """The exceptions of a damaged file: its parts are pickles, and those fail in any of these ways."""

@@ -70,12 +70,12 @@ class Result:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def fuzz(reader: Reader, inputs: int, seed: int, folder: Path) -> Result:
-    """Run `inputs` inputs, seeds first. folder: for the inputs that fail, and the one that is running."""
+def fuzz(reader: Reader, inputs: int, seed: int, folder: Path, running: Path) -> Result:
+    """Run `inputs` inputs, seeds first. folder: for the inputs that fail. running: a file for `current`."""
     draw = random.Random(f"{reader.name}:{seed}")
     corpus, result = list(reader.seeds), Result()
     started = time.perf_counter()
-    with Coverage(_OURS) as coverage, _current(folder / f"{reader.name}.current") as note:
+    with Coverage(_OURS) as coverage, _current(running) as note:
         for number in range(inputs):
             first = number < len(reader.seeds)
             data = reader.seeds[number] if first else mutated(draw.choice(corpus), corpus, reader.words, draw)

@@ -42,8 +42,9 @@ Mutation = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 
 
 def mutated(data: bytes, corpus: Sequence[bytes], words: Sequence[bytes], draw: random.Random) -> bytes:
-    """One to a few changes of `data`, at most MOST_BYTES. words: that the reader knows. corpus: to join pieces
-    from.
+    """One to a few changes of `data`; at most MOST_BYTES.
+
+    words: that the reader knows. corpus: to join pieces from.
     """
     for _ in range(1 + min(int(draw.expovariate(0.8)), 6)):
         data = (

@@ -110,6 +110,8 @@ def test_under_torchrun_its_own_store_has_the_port() -> None:
         ({"NODE_RANK": "1"}, Flags(), "NODE_RANK=1, but no NNODES and MASTER_ADDR"),
         ({"NNODES": "1:4", "NODE_RANK": "1"}, Flags(), "NNODES=1:4: a launch has a fixed number"),
         ({"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "a"}, Flags(), "WORLD_SIZE=4 counts processes"),
+        (TORCHRUN | {"NNODES": "9" * 5000}, Flags(), "NNODES=999.*: expected a number"),
+        (TORCHRUN | {"MASTER_PORT": "\x1b]0;x\x07\n1"}, Flags(), "MASTER_PORT=\ufffd]0;x"),
     ],
 )
 def test_incomplete_or_contradictory_settings_are_one_line(
@@ -138,6 +140,14 @@ def test_nodelists(text: str, names: list[str]) -> None:
 )
 def test_texts_that_are_not_nodelists_are_refused(text: str) -> None:
     with pytest.raises(AllocationError, match="not a Slurm node list"):
+        expand_nodelist(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a[0-99999999999]", "a[1-99999]", "a" + "[0-9]" * 20, "a[" + "9" * 5000 + "]", "b,a[0-65535]"]
+)
+def test_a_nodelist_has_a_bounded_number_of_hosts(text: str) -> None:
+    with pytest.raises(AllocationError, match="more than 65536 hosts"):
         expand_nodelist(text)
 
 

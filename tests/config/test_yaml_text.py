@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from treepo.config.load import dump_config, load_config
-from treepo.config.yaml_text import MAX_DEPTH, read_mapping
+from treepo.config.yaml_text import MAX_BYTES, MAX_DEPTH, read_mapping, read_value
 from treepo.errors import ConfigError
 
 MINIMAL = "out: runs/x\nsteps: 3\nmodel: {path: m}\ndata:\n  train: t.jsonl\n"
@@ -30,8 +30,8 @@ MERGED = "a0: &a0 {k: 1}\n" + "".join(
         (MERGED, ": not YAML: more than 20000 values"),
         ("plan: " + "[" * 100_000, f":6: not YAML: more than {MAX_DEPTH} levels"),
         ("plan: " + "{a: " * 100_000, f":6: not YAML: more than {MAX_DEPTH} levels"),
-        ("seed: " + "1" * 5000, ":6: not YAML: '1111"),
-        ("seed: 0x" + "f" * 5000, ":6: not YAML: a number of more than 4096 bits"),
+        ("seed: " + "1" * 5000, ":6: not YAML: a number of more than 4300 characters"),
+        ("seed: 0x" + "f" * 5000, ":6: not YAML: a number of more than 4300 characters"),
         ("seed: !!int abc", ":6: not YAML: 'abc' cannot be read as int"),
         ("seed: !!float x", ":6: not YAML: 'x' cannot be read as float"),
         ("seed: !!bool x", ":6: not YAML: 'x' cannot be read as bool"),
@@ -134,3 +134,12 @@ def test_twenty_mistakes_are_enough(tmp_path: Path) -> None:
     lines = str(error.value).splitlines()
     assert len(lines) == 21
     assert lines[-1].endswith("480 more mistakes")
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * MAX_BYTES, "1" + ":1" * (MAX_BYTES // 2 - 1), "1_" * (MAX_BYTES // 2)]
+)
+def test_a_number_of_any_length_is_one_line_at_once(text: str) -> None:
+    """Each took time in the square of its length."""
+    with pytest.raises(ConfigError, match="place: not YAML: a number of more than 4300 characters"):
+        read_value(text, "place")

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import pytest
 from tests.data.test_prompts import PLAIN, configure, write_jsonl
 from tests.data.test_tokenizer import write_folder
 from tests.support.utf8_tokenizer import Utf8Tokenizer
+from treepo.data import parquet_rows, row_files
+from treepo.data import tokenizer as data_tokenizer
 from treepo.data.prompts import Prompt, check_prompts, load_prompts
 from treepo.data.tokenizer import Message, Tokenizer, load_tokenizer
-from treepo.errors import DataError
+from treepo.errors import DataError, TreepoError
 
 GOOD = {"question": "2+3?", "answer": "5"}
 USER = {"role": "user", "content": "2+3?"}
@@ -326,6 +329,67 @@ def test_messages_that_a_template_would_spoil_are_refused(
     path = write_jsonl(tmp_path / "data.jsonl", [GOOD | {"question": messages}])
     with pytest.raises(DataError, match=re.escape(f"{path}:1: column 'question': {said}")):
         load(path, tokenizer)
+
+
+LONG = "{% for i in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            f"{LONG}{LONG}{{% endfor %}}{{% endfor %}}",
+            "computes for more",
+        ),
+        ("{{ 10 ** (10 ** 10) }}", "computes for more than|needs more than"),
+        ("{{ 'x' * 10 ** 10 }}", "needs more than 512 MiB"),
+        (
+            f"{{% set n = namespace(a='x') %}}{LONG}{{% set n.a = n.a ~ n.a %}}{{% endfor %}}",
+            "needs more",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the messages .*recursion"),
+        ("{{ 1 // 0 }}", "refuses the messages .*division"),
+        ("{{ 'x'.center(10 ** 30) }}", "refuses the messages"),
+        ("{{ messages.__class__.__mro__ }}", "refuses the messages .*unsafe"),
+    ],
+)
+def test_a_template_that_never_ends_or_needs_all_memory_is_one_line(
+    tmp_path: Path, template: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tokenizer, "_RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(data_tokenizer, "_RENDER_BYTES", 512 << 20)
+    tokenizer = load_tokenizer(write_folder(tmp_path, template=template))
+    path = write_jsonl(tmp_path / "data.jsonl", [GOOD])
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(TreepoError, match=said) as caught:
+        load(path, tokenizer)
+    assert "\n" not in str(caught.value)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limit
+
+
+def test_a_line_of_any_length_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "_MOST_LINE", 1 << 20)
+    path, good = tmp_path / "data.jsonl", json.dumps(GOOD).encode() + b"\n"
+    path.write_bytes(good + b'"' + b"x" * 5_000_000 + b'"\n' + good + b"\n" + b"[" * 3_000_000)
+    config = configure(path, bad_rows="skip")
+    prompts = load_prompts(path, config.columns, Utf8Tokenizer(), config)
+    assert [prompt.id for prompt in prompts] == ["data:0", "data:2"]
+    assert prompts.report.skipped == {"too long": 2}
+    assert "data.jsonl:2: a line of more than 1 MiB" in prompts.report.summary()
+    assert prompts.report.blank_lines == 1
+
+
+def test_a_small_parquet_file_of_a_huge_column_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, path = "x" * (1 << 20), tmp_path / "data.parquet"
+    table = pyarrow.table({"question": [text] * 1000, "answer": ["1"] * 1000})
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 512 << 20)
+    config = configure(path)
+    with pytest.raises(DataError, match=r"row 1: it and the 1023 rows after it need more than"):
+        check_prompts(path, config.columns, config)
 
 
 MUTATIONS = [b"\x00", b'"', b"}", b"\\ud800", b"\xff", b"[[", b"null,", b"NaN", b"\n"]

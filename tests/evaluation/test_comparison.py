@@ -77,6 +77,31 @@ def test_a_file_that_is_not_a_result_is_named(tmp_path: Path, content: str | Non
         read_results(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("overall", "tokens", "unique"), None),
+        (("overall", "tokens"), {}),
+        (("overall", "metrics", "mean", "low"), None),
+        (("overall", "metrics", "mean", "value"), 1e300),
+        (("settings", "sampling", "width"), 10**400),
+        (("problems", 0, "metrics", "mean"), "NaN"),
+    ],
+)
+def test_a_number_that_no_evaluation_has_is_named(
+    tmp_path: Path, path: tuple[Any, ...], value: object
+) -> None:
+    document = results({"a": [1, 2]})
+    holder: Any = document
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=rf"results\.json: {'.'.join(map(str, path[:4]))[:20]}") as caught:
+        read_results(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_document_is_read_back_as_it_was(tmp_path: Path) -> None:
     one = results({"a": [1, 2]})
     (tmp_path / "results.json").write_text(json.dumps(one))

@@ -126,9 +126,16 @@ def test_damaged_files_are_named_with_their_line(out: Path) -> None:
         EvaluationFolder(config, PROMPTS, "m")
     samples.write_bytes(whole)
     rows = trees.read_bytes().splitlines(keepends=True)
-    trees.write_bytes(rows[0] + b"{}\n" + rows[2])
-    with pytest.raises(DataError, match=r"trees\.jsonl:2: not a line of an evaluation"):
-        EvaluationFolder(config, PROMPTS, "m")
+    foreign = rows[1].replace(b'"spent":{', b'"spent":{"other":1,')
+    for line in (
+        b"{}\n",
+        b"[" * 5000 + b"\n",
+        foreign,
+        rows[1].replace(b'"log_probs":[', b'"log_probs":[1e300,'),
+    ):
+        trees.write_bytes(rows[0] + line + rows[2])
+        with pytest.raises(DataError, match=r"trees\.jsonl:2: not a line of an evaluation"):
+            EvaluationFolder(config, PROMPTS, "m")
 
 
 @pytest.mark.parametrize("content", [None, "steps: 3\n"])

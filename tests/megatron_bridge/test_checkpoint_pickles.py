@@ -1,87 +1,111 @@
-"""A checkpoint's pickles run no code, and its paths stay in its folder."""
+"""A checkpoint that someone else made: its pickles run no code, and claim no memory."""
 
+import io
+import os
 import pickle
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from megatron_bridge.checkpoint_pickles import METADATA, read_index
-from megatron_bridge.convert import convert, to_checkpoint
-from tests.support.tiny import write_tiny_qwen2
+from megatron_bridge.checkpoint_pickles import METADATA, read_index, without_code
+from megatron_bridge.distributed_checkpoint import (
+    READ_FAILURES,
+    DistributedCheckpointReader,
+    write_distributed_checkpoint,
+)
 from treepo.errors import ModelError
 
-
-class Runs:
-    """Unpickling it touches a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
-        return Path.touch, (self._mark,)
+TENSORS = {"a": (torch.Size([2, 3]), torch.float32), "b": (torch.Size([4]), torch.bfloat16)}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    to_checkpoint(write_tiny_qwen2(folder / "model"), folder / "checkpoint")
-    return folder / "checkpoint"
+class Harmful:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
 
 
 @pytest.fixture
-def checkpoint(whole: Path, tmp_path: Path) -> Path:
-    """A copy, without sizes in its manifest, which its author would have adapted."""
-    import json
-    import shutil
-
-    copy = Path(shutil.copytree(whole, tmp_path / "checkpoint"))
-    manifest = json.loads((copy / "checkpoint.json").read_bytes())
-    (copy / "checkpoint.json").write_text(json.dumps(manifest | {"files": {}}))
-    return copy
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "trainer"
+    path.mkdir()
+    write_distributed_checkpoint(
+        path, TENSORS, lambda key: torch.ones(*TENSORS[key][:1], dtype=TENSORS[key][1])
+    )
+    return path
 
 
-def change(checkpoint: Path, edit: Callable[[Any], None]) -> None:
-    path = checkpoint / "trainer" / METADATA
-    metadata = pickle.loads(path.read_bytes())
-    edit(metadata)
-    path.write_bytes(pickle.dumps(metadata))
+def refused(folder: Path, said: str) -> None:
+    with pytest.raises(ModelError, match=said) as caught:
+        DistributedCheckpointReader(folder).read("a")
+    assert "\n" not in str(caught.value)
 
 
-def test_a_whole_one_is_read(checkpoint: Path) -> None:
-    read_index(checkpoint / "trainer")
+def test_an_index_of_tensors_is_read(folder: Path) -> None:
+    assert set(TENSORS) <= set(read_index(folder).state_dict_metadata)
+    assert torch.equal(DistributedCheckpointReader(folder).read("a"), torch.ones(2, 3))
 
 
-def refused(checkpoint: Path, tmp_path: Path, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
-        convert(checkpoint, tmp_path / "out")
-    assert not (tmp_path / "ran").exists()
-    assert not (tmp_path / "out").exists()
-
-
-def test_code_in_the_metadata_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
-    def edit(metadata: Any) -> None:
-        metadata.planner_data = Runs(tmp_path / "ran")
-
-    change(checkpoint, edit)
-    refused(checkpoint, tmp_path, "which none needs")
+def test_an_index_that_would_run_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / METADATA).write_bytes(pickle.dumps([Metadata({}), Harmful(tmp_path / "harm")]))
+    refused(folder, r"\.metadata names pathlib\.Path\.touch, which none needs|pathlib\..*none needs|getattr")
+    assert not (tmp_path / "harm").exists()
+    for content in (b"cposix\nsystem\n(S'exit 7'\ntR.", b"ctorch\nload\n.", b"cbuiltins\neval\n."):
+        (folder / METADATA).write_bytes(content)
+        refused(folder, "which none needs")
 
 
 @pytest.mark.parametrize(
-    "names", [b"cos\nsystem\n", b"ctorch\nload\n", b"\x80\x04\x8c\x05torch\x8c\x07os.path\x93"]
+    "content", [b"", b"\x80\x05\x96" + b"\xff\xff\xff\xff\x7f\0\0\0", b"N.", b"(" * 5000 + b"t" * 5000 + b"."]
 )
-def test_names_in_the_metadata(checkpoint: Path, tmp_path: Path, names: bytes) -> None:
-    (checkpoint / "trainer" / METADATA).write_bytes(names + b"(S'touch ran'\ntR.")
-    refused(checkpoint, tmp_path, "which none needs")
+def test_a_damaged_index_is_one_line(folder: Path, content: bytes) -> None:
+    (folder / METADATA).write_bytes(content)
+    refused(folder, "not readable as this model's")
 
 
-@pytest.mark.parametrize("file", ["../outside.distcp", "/etc/passwd", "..", ""])
-def test_a_file_outside_is_not_read(checkpoint: Path, tmp_path: Path, file: str) -> None:
-    def edit(metadata: Any) -> None:
-        index = next(iter(metadata.storage_data))
-        metadata.storage_data[index] = replace(metadata.storage_data[index], relative_path=file)
+def changed(folder: Path, change: Any) -> None:
+    index = read_index(folder)
+    change(index)
+    (folder / METADATA).write_bytes(pickle.dumps(index))
 
-    change(checkpoint, edit)
-    refused(checkpoint, tmp_path, "which is no file of the folder")
+
+def test_an_index_cannot_lead_out_of_the_folder(folder: Path) -> None:
+    def escape(index: Metadata) -> None:
+        for place in index.storage_data.values():
+            place.relative_path = "../" + place.relative_path
+
+    changed(folder, escape)
+    refused(folder, "which is no file of the folder")
+
+
+def test_a_tensor_cannot_be_larger_than_its_files(folder: Path) -> None:
+    changed(
+        folder, lambda index: setattr(index.state_dict_metadata["a"], "size", torch.Size([1 << 20, 1 << 20]))
+    )
+    refused(folder, "a has 4398046511104 bytes, and all files")
+
+
+def test_an_index_without_places_is_refused(folder: Path) -> None:
+    (folder / METADATA).write_bytes(pickle.dumps(Metadata({}, storage_meta=StorageMeta())))
+    refused(folder, "is no index of a checkpoint")
+
+
+def test_objects_are_loaded_as_weights_are(folder: Path, tmp_path: Path) -> None:
+    plain, harmful = io.BytesIO(), io.BytesIO()
+    torch.save([{"torch": torch.ones(2), "names": {"a": 1}}], plain)
+    torch.save([Harmful(tmp_path / "harm")], harmful)
+    before = dict(os.environ)
+    with without_code(folder):
+        plain.seek(0)
+        assert torch.load(plain, weights_only=False)[0]["names"] == {"a": 1}
+        harmful.seek(0)
+        with pytest.raises(READ_FAILURES):
+            torch.load(harmful, weights_only=False)
+    assert not (tmp_path / "harm").exists()
+    assert dict(os.environ) == before

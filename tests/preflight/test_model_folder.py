@@ -62,6 +62,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
         sharded(lambda places: places.update({NORM: "../model-1.safetensors"})),
         r'index\.json: weight_map has "\.\./model-1\.safetensors" for model\.norm\.weight',
     ),
+    "the index names a file that no disk holds": (
+        sharded(lambda places: places.update({NORM: "x" * 300 + ".safetensors"})),
+        r"index\.json: weight_map has \"xxx",
+    ),
     "the index is no index": (both(sharded(), text(INDEX, "[]")), r"index\.json: a JSON object is needed"),
     "the index has no map": (both(sharded(), text(INDEX, "{}")), r"index\.json: weight_map = null"),
     "a tensor is in two files": (

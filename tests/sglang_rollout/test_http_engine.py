@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
+from sglang_rollout import http_engine
 from sglang_rollout.http_engine import ServerEngine, server_facts
 from tests.support.fake_engine import EOS, FakeEngine, decode, prompt_tokens
 from tests.support.sglang_http import FakeServer
@@ -113,6 +116,11 @@ def _with(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (_with(output_token_logprobs=[[float("nan"), 5, None]]), "not finite"),
         (_with(output_token_logprobs=[[-1.0, 5, None]]), "stopped after 1"),
         (_with(output_token_logprobs=[]), "stopped after 0"),
+        (_with(output_token_logprobs=[[-1.0, 10**30, None]]), "not an answer of SGLang's /generate"),
+        (_with(output_token_logprobs=[[-1.0, [5, 6], None]]), "not an answer of SGLang's /generate"),
+        (_with(output_token_logprobs=[[-1.0, True, None]]), "not an answer of SGLang's /generate"),
+        (_with(output_token_logprobs=[["-1.0", 5, None]]), "not an answer of SGLang's /generate"),
+        (_with(cached_tokens=1e999), "not an answer of SGLang's /generate"),
     ],
 )
 def test_the_error_of_an_unusable_answer_says_why(
@@ -120,6 +128,37 @@ def test_the_error_of_an_unusable_answer_says_why(
 ) -> None:
     with pytest.raises(EngineError, match=message):
         generate(FakeServer(FakeEngine(), change=change), request())
+
+
+@pytest.mark.parametrize("version", ["9" * 30, "²", 10**30, [3], {"a": 1}])
+def test_a_weight_version_that_no_tree_can_keep_is_0(version: object) -> None:
+    answer = generate(FakeServer(FakeEngine(), change=_with(weight_version=version)), request())
+    assert answer.version == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "message"), [(b"[" * 100_000, "recursion"), (b"{" + b" " * 2000, "an answer of more than 0 MiB")]
+)
+def test_an_answer_that_is_too_deep_or_too_long_is_an_error(
+    body: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_engine, "_MOST_BYTES", 200_000 if body.startswith(b"[") else 1000)
+
+    async def run() -> None:
+        async def answer(_: web.Request) -> web.Response:
+            return web.Response(body=body)
+
+        app = web.Application()
+        app.router.add_get("/model_info", answer)
+        server = TestServer(app)
+        await server.start_server()
+        try:
+            await http_engine.server_facts(str(server.make_url("/")))
+        finally:
+            await server.close()
+
+    with pytest.raises(EngineError, match=message):
+        asyncio.run(run())
 
 
 def test_a_server_that_refuses_is_quoted_in_one_line() -> None:

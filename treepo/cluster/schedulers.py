@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from treepo.errors import AllocationError
+from treepo.errors import AllocationError, shortened
 
 PORT = 29400
 """The default port of the rendezvous, on the head."""
@@ -56,7 +56,7 @@ class _Found:
     value: str
 
     def __str__(self) -> str:
-        return f"{self.name}={self.value}"
+        return f"{self.name}={shortened(self.value, 300)}"
 
     def number(self) -> int:
         if not self.value.isdecimal() or len(self.value) > _MOST_DIGITS:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class OverTimeError(Exception):
-    """The body of `bounded_seconds` takes too long."""
+class OverTimeError(BaseException):
+    """The body of `bounded_seconds` takes too long. No `except Exception` in it can go on."""
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def bounded_seconds(seconds: float) -> Iterator[None]:
         raise OverTimeError
 
     before = signal.signal(signal.SIGVTALRM, end)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
     try:
         yield
     finally:

@@ -64,7 +64,12 @@ class ParquetRows:
         for place in sorted(range(len(rows)), key=group_of.__getitem__):  # each group once
             index, _ = rows[place]
             offset = index - self._group_starts[group_of[place]]
-            (content,) = _contents(self._group(group_of[place]).slice(offset, 1))
+            group = self._group(group_of[place])
+            if not 0 <= offset < group.num_rows:
+                raise DataError(
+                    f"{self._path}: it cannot be read as parquet: its row groups have other sizes"
+                )
+            (content,) = _contents(group.slice(offset, 1))
             found[place] = self._row(index, content)
         return [found[place] for place in range(len(rows))]
 

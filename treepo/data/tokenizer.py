@@ -70,7 +70,7 @@ class Tokenizer:
                 f"{self.hugging_face.name_or_path}: its chat template is not valid: line {error.lineno}: "
                 f"{error.message}"
             ) from error
-        except (OverTimeError, MemoryError):
+        except MemoryError:
             raise  # for `render_bounded`
         except Exception as error:  # a template is a program, and may fail in any way
             roles = ", ".join(message["role"] for message in messages)

@@ -18,6 +18,7 @@ from treepo.errors import ModelError, one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_LONGEST_NAME = 255  # bytes, on Linux
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -72,7 +73,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{path}: weight_map = {shown(found)}; it must name the file of every tensor")
     for name, file in found.items():
-        if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
+        named = isinstance(file, str) and len(file.encode(errors="replace")) <= _LONGEST_NAME
+        if not named or "/" in file or "\0" in file or not file.endswith(".safetensors"):
             raise ModelError(
                 f"{path}: weight_map has {shown(file)} for {name}; a *.safetensors of the folder is needed"
             )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from treepo.errors import one_line, shortened
 from treepo.protocols import BatchResult
 from treepo.rollout.stats import Stats
 from treepo.training.scheduler import ScheduleState
@@ -47,7 +48,8 @@ class RunState:
             state = TypeAdapter(cls).validate_json(json.dumps(values))  # strict types need JSON
         except ValidationError as error:
             fault = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+            key = shortened(".".join(map(str, fault["loc"])))
+            raise ValueError(f"{key}: {one_line(fault['msg'])}") from None
         if min([state.steps_done, *state.sizes.values()]) < 0:
             raise ValueError("steps_done and sizes cannot be negative")
         state.schedule.check(state.steps_done)
