@@ -112,7 +112,8 @@ class HttpRewards:
             message = f"no reply within {self._config.deadline_seconds:g} s"
             raise BadReply(message, Verdict.TIMEOUT, transient=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise BadReply(f"no reply: {error or type(error).__name__}", transient=True) from error
+            said = shortened(str(error) or type(error).__name__, 200)
+            raise BadReply(f"no reply: {said}", transient=True) from error
         if 300 <= response.status < 400:
             to = shortened(response.headers.get("Location", "nowhere"))
             raise BadReply(f"HTTP {response.status}: it redirects to {to}, which is not followed")
