@@ -6,7 +6,7 @@ it.
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.atomic_folder import reason_and_file, split_into_files
+from megatron_bridge.checkpoint_pickles import read_index
 from megatron_bridge.model import build_outline, named_parameters
 from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.runtime import on_device
@@ -125,10 +126,26 @@ class DistributedCheckpointReader:
         self._folder = folder
         self._reader = FileSystemReader(folder)
         try:
-            self._metadata = self._reader.read_metadata()
+            self._metadata = read_index(folder)
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         except READ_FAILURES as error:
             raise unreadable(folder, error) from None
+
+    def keys(self) -> Set[str]:
+        """The keys of all tensors and other values."""
+        return self._metadata.state_dict_metadata.keys()
+
+    def read_any(self, key: str) -> Tensor | bytes:
+        """A whole tensor, or the bytes of any other value, such as a generator's state."""
+        if isinstance(self._metadata.state_dict_metadata.get(key), TensorStorageMetadata):
+            return self.read(key)
+        place = self._metadata.storage_data[MetadataIndex(key)]
+        try:
+            with (self._folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                return file.read(place.length)
+        except OSError as error:
+            raise unreadable(self._folder, error) from None
 
     def read(self, key: str) -> Tensor:
         """The whole tensor, in the checkpoint's dtype."""

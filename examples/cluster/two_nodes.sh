@@ -5,7 +5,8 @@
 #     examples/cluster/two_nodes.sh 0 HEAD [KEY=VALUE]...      # on the first, whose name or address HEAD is
 #     examples/cluster/two_nodes.sh 1 HEAD [KEY=VALUE]...      # on the second, with the same arguments
 #
-# In either order, within ten minutes. Ctrl-C on the first ends the training and then both.
+# In either order, within ten minutes. Ctrl-C on the first ends the training and then both. If the first itself
+# crashes, start it again with --resume: the second waits ten minutes for it.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[01]$ ]]; then

@@ -62,19 +62,20 @@ def test_the_script_for_slurm(tmp_path: Path, tools: dict[str, str]) -> None:
     assert "#SBATCH --nodes=2\n" in text
     assert "#SBATCH --gpus-per-node=8\n" in text
     assert "#SBATCH --ntasks-per-node=1\n" in text
+    assert "#SBATCH --requeue\n" in text
     environment = tools | {"SLURM_CPUS_PER_TASK": "32"}
     srun = "srun --kill-on-bad-exit=1 --cpus-per-task=32"
     assert script("slurm.sh", folder=tmp_path, environment=environment) == (
         0,
-        f"{srun} .venv/bin/treepo launch {CONFIG}",
+        f"{srun} .venv/bin/treepo launch {CONFIG} --resume",
     )
-    arguments = ("mine.yaml", "steps=3", "--resume")
+    arguments = ("mine.yaml", "steps=3")
     assert script(
         "slurm.sh", *arguments, folder=tmp_path, environment=environment | {"TREEPO_IMAGE": "image"}
     ) == (
         0,
         f"{srun} --container-image=image --container-mounts={tmp_path}:{tmp_path} "
-        f"--container-workdir={tmp_path} treepo launch mine.yaml steps=3 --resume",
+        f"--container-workdir={tmp_path} treepo launch mine.yaml --resume steps=3",
     )
 
 
@@ -94,7 +95,7 @@ def test_the_manifest_for_kubernetes() -> None:
     assert manifest["kind"] == "RayJob"
     cluster = manifest["spec"]["rayClusterSpec"]
     # KubeRay does not quote it: nothing that a shell would read may be in it.
-    command = re.fullmatch(r"treepo launch (\S+) --nodes (\d+)", manifest["spec"]["entrypoint"])
+    command = re.fullmatch(r"treepo launch (\S+) --nodes (\d+) --resume", manifest["spec"]["entrypoint"])
     assert command is not None
     config = load_config(ROOT / command[1])
 

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object
     shutil.copy(QUICKSTART, folder)
     overrides = [
         *("model.path=model", "data.train=train.jsonl", "data.heldout=null", "data.max_prompt_tokens=224"),
-        *("data.prompts_per_step=4", "steps=2", "placement=split", "weights.transport=broadcast"),
+        *("data.prompts_per_step=4", "steps=3", "placement=split", "weights.transport=broadcast"),
     ]
     program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "launch", QUICKSTART.name]
     command = [*program, *overrides, *map(str, arguments)]
@@ -57,24 +59,30 @@ def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object
 
 
 def test_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
-    """Each host can hold the trainer or the engine; weights are sent by gloo. Meanwhile, on the first host,
-    another launch waits for a second node that never comes.
+    """Each host can hold the trainer or the engine; weights are sent by gloo. The driver is killed after the
+    first checkpoint, and started again. Meanwhile, on the first host, another launch waits for a second node
+    that never comes.
     """
     write_model_and_problems(tmp_path, tmp_path / "train.jsonl", count=8)
     with two_hosts() as hosts:
         head, other_head = (f"{hosts[0].address}:{port}" for port in free_ports(2))
+        ours = ("out=run", "checkpoint.every=1")
         ranks = [
-            launch(host, tmp_path, ray_folder, "out=run", "--node-rank", rank, "--head", head)
+            launch(host, tmp_path, ray_folder, *ours, "--node-rank", rank, "--head", head)
             for rank, host in enumerate(hosts)
         ]
         alone = ("out=lonely", "--node-rank", 0, "--head", other_head, "--wait", 1)
         lonely = launch(hosts[0], tmp_path, ray_folder, *alone)
         lonely_output, _ = lonely.communicate(timeout=SECONDS)
+        _kill_the_driver_after_a_checkpoint(tmp_path / "run", ranks)
         outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
 
         assert [process.returncode for process in ranks] == [0, 0], "\n---\n".join(outputs)
-        assert "all devices are there" in outputs[0]
-        assert "2/2" in outputs[0]
+        assert outputs[0].count("all devices are there") == 2
+        crash = "the training ended with exit code 137; restart 1 of 3 in 5 s, from the checkpoint of step "
+        assert crash in outputs[0]
+        assert "the head starts Ray again" in outputs[1]
+        assert "3/3" in outputs[0]
         assert "What the run came to" in outputs[0]
         assert "\x1b" not in outputs[0], "lines must be plain if the output is not a terminal"
         assert outputs[1].endswith("the head has ended with exit code 0\n")
@@ -83,9 +91,17 @@ def test_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
         assert lonely.returncode == 1, lonely_output
         assert re.search(r"still missing after 1 s: [01] of 2 nodes, .* waiting for node 1", lonely_output)
         assert not (tmp_path / "lonely").exists()
+        assert not list(tmp_path.glob(".*.launch-*"))
 
         assert [host.processes() for host in hosts] == [[], []], "something was left running"
         assert list(ray_folder.iterdir()) == []
+
+
+def _kill_the_driver_after_a_checkpoint(run: Path, ranks: list[subprocess.Popen[str]]) -> None:
+    while not (run / "checkpoints" / "step-00001").exists():
+        assert all(process.poll() is None for process in ranks), "it ended before the first checkpoint"
+        time.sleep(0.05)
+    os.kill(json.loads((run / ".lock").read_text())["process"], signal.SIGKILL)
 
 
 def _assert_trained_apart(run: Path, hosts: tuple[Host, Host]) -> None:
@@ -97,7 +113,9 @@ def _assert_trained_apart(run: Path, hosts: tuple[Host, Host]) -> None:
     assert len(trainer) == len(engine) == 1
     assert trainer != engine
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics] == [1, 2]
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    trees = [json.loads(line) for line in (run / "trees.jsonl").read_text().splitlines()]
+    assert [tree["step"] for tree in trees] == [step for step in (1, 2, 3) for _ in range(4)]
     # Float32 on both sides; the same tokens through two implementations of two layers.
     assert all(line["logprob_difference_max"] < 1e-4 for line in metrics)
     assert (run / "checkpoint" / "model.safetensors").exists()

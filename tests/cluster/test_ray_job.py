@@ -14,11 +14,25 @@ from treepo.cluster.ray_node import NodeResources, free_ports, new_secrets, ray_
 pytestmark = pytest.mark.slow
 
 # In a process of its own: Ray reads a cluster's secrets when it is imported.
-SCENARIO = """
+SCENARIO = '''
 import asyncio, os, sys
+from ray.util.state import list_actors
 from treepo.errors import ClusterError
 from treepo.cluster.ray_job import job_server
 
+DRIVER = f"""{sys.executable} -c '
+import os, ray
+
+@ray.remote(num_cpus=0)
+class Witness:
+    def pid(self):
+        return os.getpid()
+
+ray.init(log_to_driver=False)
+witness = Witness.remote()
+ray.get(witness.pid.remote())
+os.kill(os.getpid(), 9)
+'"""
 CATCHES = "trap 'sleep 1; echo cleaned up; exit 130' INT; echo begun; while :; do sleep 0.1; done"
 
 async def scenario(url):
@@ -30,6 +44,11 @@ async def scenario(url):
     print("exit code:", await server.run("pwd; echo oops >&2; exit 2", said.append))
     # Ray's own line about the command may come after the command's first.
     print("said:", [line for line in "".join(said).splitlines() if line in ("oops", os.getcwd())])
+    print("killed:", await server.run("kill -9 $$", said.append))
+    print("died:", await server.run(DRIVER, said.append))
+    await server.end_job()
+    witnesses = [("class_name", "=", "Witness"), ("state", "!=", "DEAD")]
+    print("left:", list_actors(sys.argv[1], filters=witnesses))
     said, begun = [], asyncio.Event()
 
     def write(text):
@@ -48,7 +67,7 @@ async def scenario(url):
         print("nobody:", error)
 
 asyncio.run(scenario(sys.argv[1]))
-"""
+'''
 
 
 STRANGER = """
@@ -90,6 +109,9 @@ async def _scenario(folder: Path) -> None:
         assert "nodes: [(1, 0)]" in output, output
         assert "exit code: 2" in output
         assert f"said: ['{folder}', 'oops']" in output, output
+        assert "killed: 137" in output, output
+        assert "died: 137" in output, output
+        assert "left: []" in output, output
         assert "cancelled: True cleaned up" in output
         assert "nobody: no answer from Ray's job server within 0.1 s" in output
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from treepo.cluster import session, trainer_group
+from treepo.cluster import session
 from treepo.cluster.session import training_session
-from treepo.cluster.trainer_group import TrainerGroup
 from treepo.config.run import RunConfig
 from treepo.rollout.stopping import StopRule
 
@@ -25,35 +24,6 @@ def config_of(ranks: int = 1) -> RunConfig:
             "trainer": {"parallel": {"data": ranks}},
         }
     )
-
-
-class Remote:
-    """A Ray actor whose methods write their names and arguments to `events`."""
-
-    def __init__(self, name: str, events: list[str]) -> None:
-        self._name, self._events = name, events
-
-    def __getattr__(self, method: str) -> Any:
-        async def call(*arguments: object) -> Any:
-            await asyncio.sleep(0)
-            told = arguments[0] if method == "call" else method
-            self._events.append(f"{self._name}: {told}")
-            return ("host", 1) if method == "open_store" else None
-
-        return SimpleNamespace(remote=call)
-
-
-def test_ranks_are_built_before_they_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    names = iter(["rank 0", "rank 1"])
-    actor = SimpleNamespace(
-        options=lambda: SimpleNamespace(remote=lambda: Remote(next(names), events)),
-    )
-    monkeypatch.setattr(trainer_group.ray, "remote", lambda _: actor)
-    asyncio.run(TrainerGroup(config_of(2), [{}, {}]).ready())
-    assert events[0] == "rank 0: open_store"
-    assert sorted(events[1:3]) == ["rank 0: build", "rank 1: build"]
-    assert sorted(events[3:]) == ["rank 0: warm_up", "rank 1: warm_up"]
 
 
 class FakeTrainer:
@@ -92,7 +62,11 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[str]]:
     def run(shares_devices: bool) -> list[str]:
         events: list[str] = []
         reservation = SimpleNamespace(
-            shares_devices=shares_devices, one_machine=True, ranks=(), engine_options=lambda _: []
+            shares_devices=shares_devices,
+            one_machine=True,
+            ranks=(),
+            rank_nodes=(),
+            engine_options=lambda _: [],
         )
 
         async def reserve(*_: object) -> Any:
@@ -102,7 +76,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[str]]:
             assert not sampling_goes_on, "the loop is synchronous"
             return FakePool(events)
 
-        monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
+        monkeypatch.setattr(session, "watched_ray", lambda *_: nullcontext())
         monkeypatch.setattr(session, "cluster_nodes", list)
         monkeypatch.setattr(session, "reserve", reserve)
         monkeypatch.setattr(session, "TrainerGroup", lambda *_: FakeTrainer(events))

@@ -10,6 +10,7 @@ from tests.support.evaluations import config_of, document, graded_problem, promp
 from treepo.display.comparison import show_comparison
 from treepo.display.evaluation import show_evaluation
 from treepo.display.live import LiveDisplay
+from treepo.display.safe_console import SafeConsole
 from treepo.evaluation.comparison import compare
 from treepo.tree import Verdict
 
@@ -19,7 +20,7 @@ C, W, T = Verdict.CORRECT, Verdict.WRONG, Verdict.TIMEOUT
 def plain_console() -> tuple[Console, StringIO]:
     """A console that is no terminal, and its output."""
     output = StringIO()
-    return Console(file=output, width=200), output
+    return SafeConsole(file=output, width=200), output
 
 
 @pytest.mark.parametrize(("total", "lines"), [(1, 1), (7, 7), (10, 10), (25, 10), (1000, 10)])

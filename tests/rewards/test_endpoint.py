@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def grade(handler: Handler, items: Sequence[GradeItem], **settings: object) -> l
     """Grade `items` by a server that answers non-empty batches by `handler`; None hangs up."""
 
     async def answer(request: web.Request) -> web.Response:
+        assert request.headers.get("Authorization") == os.environ.get("TREEPO_REWARD_AUTHORIZATION")
         received = (await request.json())["items"]
         reply = await handler(received) if received else web.json_response({"grades": []})
         if reply is None:
@@ -57,6 +59,11 @@ def grade(handler: Handler, items: Sequence[GradeItem], **settings: object) -> l
 
 def items_of(*responses: str) -> list[GradeItem]:
     return [GradeItem(response, "1") for response in responses]
+
+
+def test_it_is_let_in_by_a_header_that_is_in_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREEPO_REWARD_AUTHORIZATION", "Bearer secret")
+    assert [grade.reward for grade in grade(by_number, items_of("1"))] == [1.0]
 
 
 async def by_number(received: list[dict[str, Any]]) -> web.Response:

@@ -4,14 +4,23 @@ import json
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from tests.support.command import POSITIONS, interrupt_once_written, start, write_model_and_problems
+from tests.support.command import (
+    DEADLINE,
+    POSITIONS,
+    descendants_once_written,
+    interrupt_once_written,
+    start,
+    write_model_and_problems,
+)
 from treepo.config.load import load_as
 from treepo.config.rollout import RolloutConfig
 from treepo.errors import TreepoError
 from treepo.preflight.inputs import read_rollout_inputs
+from treepo.run_status import read_status
 from treepo.tree import from_json
 
 PROMPTS, WIDTH = 12, 4
@@ -109,13 +118,35 @@ def test_every_prompt_gets_a_tree(folder: Path) -> None:
     assert "\x1b" not in output, "plain lines outside a terminal"
 
 
+@pytest.fixture(scope="module")
+def many(folder: Path) -> str:
+    """The override for more prompts than a test waits for."""
+    (folder / "many.jsonl").write_text((folder / "problems.jsonl").read_text() * 1000)
+    return "data.prompts=many.jsonl"
+
+
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_process_and_the_trees_so_far(folder: Path) -> None:
-    rows = (folder / "problems.jsonl").read_text()
-    (folder / "many.jsonl").write_text(rows * 1000)
-    process = start(folder, "rollout", "rollout.yaml", "out=interrupted", "data.prompts=many.jsonl")
+def test_ctrl_c_leaves_no_process_and_the_trees_so_far(folder: Path, many: str) -> None:
+    process = start(folder, "rollout", "rollout.yaml", "out=interrupted", many)
     trees = folder / "interrupted" / "trees.jsonl"
     interrupt_once_written(process, trees)
     lines = trees.read_bytes().splitlines()
     assert 0 < len(lines) < 1000 * PROMPTS
     assert all(len(from_json(line).leaves) == WIDTH for line in lines)
+
+
+@pytest.mark.slow
+def test_the_death_of_ray_is_one_line_within_seconds(folder: Path, many: str) -> None:
+    """Ray's own library would abort the command after a minute."""
+    process = start(folder, "rollout", "rollout.yaml", "out=rayless", many)
+    below = descendants_once_written(process, folder / "rayless" / "trees.jsonl")
+    (gcs,) = (one for one in below if one.name() == "gcs_server")
+    gcs.kill()
+    _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    line = f"Ray's gcs_server (process {gcs.pid}) was ended by SIGKILL, and no run goes on without it"
+    assert errors == f"error: {line}\n"
+    assert line in (folder / "rayless" / "log.txt").read_text()
+    assert read_status(folder / "rayless").reason == line
+    _, alive = psutil.wait_procs(below, timeout=DEADLINE)
+    assert not alive

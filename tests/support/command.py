@@ -56,16 +56,18 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[str, str]:
-    """Send Ctrl-C as soon as `file` has content. The command must end with one line and leave no process.
-    Returns standard output and standard error.
+def interrupt_once_written(
+    process: subprocess.Popen[str], file: Path, number: signal.Signals = signal.SIGINT
+) -> tuple[str, str]:
+    """Send Ctrl-C or another signal as soon as `file` has content. The command must end with one line and
+    leave no process. Returns standard output and standard error.
     """
-    descendants = _descendants_once_written(process, file)
-    process.send_signal(signal.SIGINT)
+    descendants = descendants_once_written(process, file)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 130
-    assert "Interrupted" in errors
-    assert "Traceback" not in errors
+    assert process.returncode == 128 + number
+    (line,) = errors.splitlines()
+    assert line.startswith("Interrupted")
     _, alive = psutil.wait_procs(descendants, timeout=DEADLINE)
     assert not alive
     return output, errors
@@ -73,7 +75,7 @@ def interrupt_once_written(process: subprocess.Popen[str], file: Path) -> tuple[
 
 def kill_once_written(process: subprocess.Popen[str], file: Path) -> None:
     """Kill the command and every process that it started as soon as `file` has content."""
-    descendants = _descendants_once_written(process, file)
+    descendants = descendants_once_written(process, file)
     for one in (process, *descendants):
         with suppress(psutil.NoSuchProcess):
             one.kill()
@@ -82,7 +84,8 @@ def kill_once_written(process: subprocess.Popen[str], file: Path) -> None:
     assert not alive
 
 
-def _descendants_once_written(process: subprocess.Popen[str], file: Path) -> list[psutil.Process]:
+def descendants_once_written(process: subprocess.Popen[str], file: Path) -> list[psutil.Process]:
+    """Wait until `file` has content; returns every process below the command."""
     deadline = time.monotonic() + DEADLINE
     while not (file.exists() and file.read_bytes()):
         assert process.poll() is None, process.communicate()

@@ -2,17 +2,30 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.command import interrupt_once_written, kill_once_written, start, write_model_and_problems
+from tests.support.command import (
+    DEADLINE,
+    descendants_once_written,
+    interrupt_once_written,
+    kill_once_written,
+    start,
+    write_model_and_problems,
+)
+from treepo.run_status import read_status
 from treepo.tree import from_json
 
 STEPS = 3
@@ -22,6 +35,14 @@ pytestmark = pytest.mark.slow
 def reward_even_length(prompt: str, response: str, answer: str, extra: object) -> float:  # noqa: ARG001  the signature of every reward
     """A reward that a random model gets about half of the time."""
     return 1.0 if len(response) % 2 == 0 else -1.0
+
+
+def reward_once_killed(prompt: str, response: str, answer: str, extra: object) -> float:
+    """The same reward; after the first step, only once the test has killed the trainer."""
+    run = Path("lost")
+    while (run / "metrics.jsonl").read_bytes() and not (run / "killed").exists():
+        time.sleep(0.1)
+    return reward_even_length(prompt, response, answer, extra)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"train": "train.jsonl", "prompts_per_step": 4, "max_prompt_tokens": 224},
         "reward": {"workers": 1, "function": "tests.training.test_train_command:reward_even_length"},
         "sampling": {"segment_tokens": 8, "max_depth": 4, "max_response_tokens": 32, "width": 4},
-        "learning": {"mini_batches": 2},
+        "learning": {"mini_batches": 2, "importance": {"mode": "none"}},
         "trainer": {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}, "max_tokens_per_pack": 256},
         "engine": {"max_total_tokens": 8000},
         "checkpoint": {"every": 1, "keep": None},
@@ -100,6 +121,54 @@ def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
     assert generated.shape[1] > tokens["input_ids"].shape[1]
 
 
+def test_a_killed_trainer_starts_again_beside_the_engines(folder: Path) -> None:
+    """It is killed in step 2. The model is that of the run above, bit for bit: nothing that SGLang rounds as
+    its batches happen to be composed is in the loss, because `importance.mode` is none.
+    """
+    waits = "reward.function=tests.training.test_train_command:reward_once_killed"
+    process = start(folder, "train", "run.yaml", "out=lost", waits, f"reward.deadline_seconds={DEADLINE}")
+    run = folder / "lost"
+    started = descendants_once_written(process, run / "metrics.jsonl")
+    engines = _named(started, "ray::HostedEngine", "sglang::")
+    (rank,) = _named(started, "ray::TrainerRank")
+    assert len(engines) >= 2
+    rank.kill()
+    (run / "killed").touch()
+    alive: list[psutil.Process] = []
+    deadline = time.monotonic() + DEADLINE
+    while not (alive := _named(_descendants(process), "ray::TrainerRank")) or rank in alive:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert _named(_descendants(process), "ray::HostedEngine", "sglang::") == engines
+    output, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, errors
+    assert "the trainer lost rank 0 (its process" in output
+    assert "the run goes on after step 1 (restart 1 of 3)" in output
+    assert "is restarted" not in (run / "log.txt").read_text()
+    assert [line["step"] for line in _lines(run / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["trainer_restarts"] for line in _lines(run / "metrics.jsonl")] == [0, 1, 1]
+    trees = [(each / "trees.jsonl").read_bytes().splitlines() for each in (folder / "run", run)]
+    assert [_without_log_probs(line) for line in trees[0]] == [_without_log_probs(line) for line in trees[1]]
+    ours, expected = (load_file(each / "checkpoint" / "model.safetensors") for each in (run, folder / "run"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+def _descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def _named(processes: list[psutil.Process], *names: str) -> list[psutil.Process]:
+    """Those whose command line has one of the names, by process id."""
+    found: list[psutil.Process] = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if any(name in " ".join(process.cmdline()) for name in names):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
 def test_log_probs_that_differ_end_the_run_before_the_first_step(folder: Path) -> None:
     limits = [
         f"log_prob_check.{name}=1e-12" for name in ("mean_limit", "max_limit")
@@ -113,15 +182,19 @@ def test_log_probs_that_differ_end_the_run_before_the_first_step(folder: Path) -
     assert not (folder / "stopped" / "metrics.jsonl").read_text()
 
 
-def test_ctrl_c_leaves_no_process_and_readable_files(folder: Path) -> None:
+def test_sigterm_leaves_no_process_and_readable_files(folder: Path) -> None:
     process = start(
         folder, "train", "run.yaml", "out=interrupted", "steps=1000", "log_prob_check.enabled=false"
     )
     metrics = folder / "interrupted" / "metrics.jsonl"
     checkpoint = folder / "interrupted" / "checkpoints" / "step-00001" / "checkpoint.json"
-    output, errors = interrupt_once_written(process, checkpoint)
+    output, errors = interrupt_once_written(process, checkpoint, signal.SIGTERM)
     assert "check log-probs" not in output
+    assert "Interrupted by SIGTERM. " in errors
     assert "--resume continues after step" in errors
+    log = (folder / "interrupted" / "log.txt").read_text().splitlines()
+    assert log[-1].endswith("SIGTERM: the command ends")
+    assert read_status(folder / "interrupted").state == "interrupted"
     assert _lines(metrics)[0]["step"] == 1
     for line in (folder / "interrupted" / "trees.jsonl").read_bytes().splitlines():
         from_json(line)

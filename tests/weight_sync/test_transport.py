@@ -281,6 +281,10 @@ def test_a_version_on_disk_is_complete_or_absent(tmp_path: Path, make_stream, ma
             found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
     assert all(torch.equal(found[name], tensor) for name, tensor in model.items())
     assert found.keys() == model.keys()
+    assert stream.send(iter(model.items()), manifest_of(model), 5, sinks) == Outcome()
+    assert [path.name for path in folder.iterdir()] == ["version-5"], (
+        "the run went back: others are abandoned"
+    )
 
 
 def test_shared_memory_is_gone_with_its_sender() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from treepo.display.safe_console import SafeConsole
 
 if TYPE_CHECKING:
     from treepo.data.prompts import DataReport
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 OVERRIDES = "Override keys of the file, for example sampling.width=8."
 """The help of every command's KEY=VALUE arguments."""
 
-output = Console()
-errors = Console(stderr=True)
+output = SafeConsole()
+errors = SafeConsole(stderr=True)
 
 
 def show_data(reports: "Iterable[DataReport]") -> None:
     """Show the contents of each data file, one line each."""
     for report in reports:
-        output.print(report.summary(), highlight=False, markup=False, soft_wrap=True)
+        output.print(report.summary(), highlight=False, soft_wrap=True)
 
 
 def check_surroundings(out: Path, *, uses_ray: bool = True) -> None:

@@ -27,7 +27,7 @@ class EvalModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the engines' weights. `auto`: bfloat16 on GPUs and float32 on CPUs; float32 runs on CPUs
     only."""
-    url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+(/\S*)?$")
+    url: str | None = Field(default=None, pattern=r"^https?://[^\s/@]+(/\S*)?$")
     """A running SGLang server, for example `http://127.0.0.1:30000`, instead of `path`."""
     tokenizer: PathField | None = None
     """The folder of the server's tokenizer, needed if the model path that the server reports does not exist

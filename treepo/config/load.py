@@ -8,6 +8,7 @@ All other paths in a configuration are relative to the working directory.
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +29,7 @@ REPLACED_KEYS = {
 }
 """Old dotted keys, and what is written instead in the same section."""
 
+_PASSWORD = re.compile(r"://[^/\s]*@")  # of a URL, with its user
 _MAX_FAULTS = 20  # that are spelled out
 _MAX_EXTENDS = 16  # files, one extending the next
 
@@ -146,7 +148,8 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
     )
     if fault["type"] == "value_error":  # a rule of ours: its message shows the values
         return f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"
-    return f"{place}: {dotted}: {message}, found {shown(fault['input'])}"
+    found = _PASSWORD.sub("://...@", shown(fault["input"]))
+    return f"{place}: {dotted}: {message}, found {found}"
 
 
 def _suggestion(schema: type[Section], location: Sequence[str]) -> str:

@@ -21,8 +21,10 @@ class RewardConfig(Section):
     function: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """Your own reward, `module:function`, called in the grading processes as f(prompt, response, answer,
     extra) -> float or dict (see treepo.rewards.custom); null: math-verify grades."""
-    url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+\S*$")
-    """Your own endpoint, which grades responses in batches (see treepo.rewards.endpoint); null: none."""
+    url: str | None = Field(default=None, pattern=r"^https?://[^\s/@]+(/\S*)?$")
+    """Your own endpoint, which grades responses in batches (see treepo.rewards.endpoint); null: none. The
+    variable TREEPO_REWARD_AUTHORIZATION is sent to it as the header `Authorization`; a URL with a name and a
+    password is refused, because the URL is in the run's files."""
     workers: int = Field(default=4, ge=1)
     """Grading processes; with `url`, requests at a time."""
     deadline_seconds: float = Field(default=5.0, gt=0)

@@ -20,6 +20,8 @@ MAX_DEPTH = 32
 MAX_VALUES = 20_000
 """Most values of a file, those behind an alias counted at each use."""
 _MAX_INTEGER_BITS = 4096
+_MAX_DIGITS = 4300
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,6 +38,8 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag in _NUMBERS and len(node.value) > _MAX_DIGITS:  # 1:1:1:... takes quadratic time
+            raise _mistake(node, f"a number of more than {_MAX_DIGITS} characters")
         try:
             value = super().construct_object(node, deep=deep)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
@@ -59,7 +63,7 @@ _Loader.add_implicit_resolver(
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.refuse_date)

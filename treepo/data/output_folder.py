@@ -3,6 +3,7 @@
 An OSError of a write names its file; the command line shows it as one line.
 """
 
+import asyncio
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from treepo.config.base import Section
 from treepo.config.load import dump_config
 from treepo.data.background_writer import BackgroundWriter, BufferedFile, naming
 from treepo.data.folder_lock import LOCK
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, PrintableFormatter
 
 CONFIG, TREES, SUMMARY, LOG = "config.yaml", "trees.jsonl", "summary.json", "log.txt"
 _PREVIOUS = "previous-"
@@ -128,7 +129,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 def _logging_to(handler: logging.Handler) -> Iterator[None]:
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("treepo", "sglang_rollout")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -136,6 +137,8 @@ def _logging_to(handler: logging.Handler) -> Iterator[None]:
         logger.setLevel(logging.INFO)  # the terminal's handler still shows warnings only
     try:
         yield
+    except asyncio.CancelledError:  # by a signal, which has its line
+        raise
     except BaseException:
         logging.getLogger(__name__).exception("the run ended early")
         raise

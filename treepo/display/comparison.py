@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from treepo.evaluation.comparison import Difference
 
 
 def show_comparison(console: Console, first: str, second: str, differences: Sequence[Difference]) -> None:
     """Print a table of A = `first` and B = `second`. A difference is bold if its interval excludes 0."""
-    console.print(f"A: {escape(first)}\nB: {escape(second)}", highlight=False, soft_wrap=True)
+    console.print(f"A: {first}\nB: {second}", highlight=False, soft_wrap=True)
     title = "Percent, over the problems that both have"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for head in ("", "metric", "problems", "A", "B", "B - A", "95% interval"):
@@ -25,12 +25,12 @@ def show_comparison(console: Console, first: str, second: str, differences: Sequ
         clear = difference.low > 0 or difference.high < 0
         change = f"{100 * difference.value:+.1f}"
         table.add_row(
-            "" if row.benchmark == before else escape(row.benchmark),
+            "" if row.benchmark == before else row.benchmark,
             row.metric.replace("_", " "),
             str(difference.problems),
             f"{100 * row.first:.1f}",
             f"{100 * row.second:.1f}",
-            f"[bold]{change}[/bold]" if clear else change,
+            Text(change, "bold") if clear else change,
             f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}",
         )
         before = row.benchmark

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import SpinnerColumn, TextColumn
+from rich.text import Text
 
 from treepo.display.live import live_progress
 from treepo.doctor.check import Check, CheckResult, Report, Status
@@ -20,7 +20,7 @@ def show_checks(
     check that runs is shown.
     """
     results: list[CheckResult] = []
-    progress = live_progress(console, SpinnerColumn(), TextColumn("{task.description}"))
+    progress = live_progress(console, SpinnerColumn(), TextColumn("{task.description}", markup=False))
     task = progress.add_task("", total=None)
     with progress:
         for check, result in steps:
@@ -38,15 +38,15 @@ def show_result(console: Console, result: CheckResult) -> None:
     width = max(len(check.name) for check in CHECKS)
     outcome, indent = result.outcome, " " * (width + 6)
     style = _STYLES[outcome.status]
-    seconds = f" [dim]({result.seconds:.0f} s)[/dim]" if result.seconds >= 1 else ""
-    line = (
-        f"[{style}]{outcome.status.value}[/{style}]  {result.name:{width}}  {escape(outcome.found)}{seconds}"
+    seconds = f" ({result.seconds:.0f} s)" if result.seconds >= 1 else ""
+    line = Text.assemble(
+        (outcome.status.value, style), f"  {result.name:{width}}  {outcome.found}", (seconds, "dim")
     )
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
     if outcome.remedy:
-        console.print(f"{indent}→ {escape(outcome.remedy)}", highlight=False, soft_wrap=True)
+        console.print(f"{indent}→ {outcome.remedy}", highlight=False, soft_wrap=True)
     for text in result.output:
-        console.print(f"{indent}{escape(text)}", style="dim", highlight=False, soft_wrap=True)
+        console.print(f"{indent}{text}", style="dim", highlight=False, soft_wrap=True)
 
 
 def show_report(console: Console, report: Report, seconds: float) -> None:

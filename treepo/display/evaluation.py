@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from treepo.data.inputs import EvaluationInputs
 from treepo.data.output_folder import CONFIG, LOG, TREES
@@ -27,11 +27,11 @@ class EvaluationDisplay(LiveDisplay):
     def __init__(self, console: Console, title: str, inputs: EvaluationInputs) -> None:
         super().__init__(
             console,
-            escape(title),
-            TextColumn("{task.description}"),
+            title,
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("problems  {task.fields[numbers]}"),
+            TextColumn("problems  {task.fields[numbers]}", markup=False),
         )
         self._inputs = inputs
         self._task = self.progress.add_task("read", total=None, numbers="")
@@ -44,21 +44,21 @@ class EvaluationDisplay(LiveDisplay):
             config, report = benchmark.config, benchmark.report
             of_file = f" of {report.usable}" if len(benchmark.prompts) < report.usable else ""
             map_name = f", columns of the shipped map `{config.shipped_map}`" if config.shipped_map else ""
-            self._line(f"{config.label}: {len(benchmark.prompts)}{of_file} problems{map_name}")
+            self.line(f"{config.label}: {len(benchmark.prompts)}{of_file} problems{map_name}")
             if report.skipped or report.duplicates:
-                self._line(f"  {report.summary()}")
+                self.line(f"  {report.summary()}")
         return self
 
     def starting(self) -> None:
         self.progress.update(self._task, description="start engine")
         if not self.live:
-            self._line("start engine")
+            self.line("start engine")
 
     def sampling(self, problems: int, finished: int) -> None:
         self._problems, self._done = problems, finished
         self.progress.update(self._task, description="sample", total=problems, completed=finished)
         if finished:
-            self._line(f"{finished} of {problems} problems were finished before")
+            self.line(f"{finished} of {problems} problems were finished before")
 
     def problem(self, result: ProblemResult | None, stats: Stats, seconds: float) -> None:
         self._done += 1
@@ -73,11 +73,8 @@ class EvaluationDisplay(LiveDisplay):
             numbers += f"  {self._failed} failed"
         self.progress.update(self._task, completed=self._done, numbers=numbers)
         self.line_every_tenth(
-            self._done, self._problems, escape(f"{self._done}/{self._problems} problems  {numbers}")
+            self._done, self._problems, f"{self._done}/{self._problems} problems  {numbers}"
         )
-
-    def _line(self, text: str) -> None:
-        self.line(escape(text))
 
 
 def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) -> None:
@@ -109,7 +106,7 @@ def _scores(results: Mapping[str, Any]) -> Table:
             table.add_section()
         verdicts, tokens = row["verdicts"], row["response_tokens"]
         table.add_row(
-            escape(row["name"]),
+            row["name"],
             f"{row['finished']}/{row['problems']}",
             *(_two_lines(row["metrics"].get(name)) for name in metrics),
             "–" if tokens["mean"] is None else f"{tokens['mean']:.0f}",
@@ -119,9 +116,9 @@ def _scores(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _two_lines(estimate: Mapping[str, float | None] | None) -> str:
+def _two_lines(estimate: Mapping[str, float | None] | None) -> Text | str:
     text = percent_and_interval(estimate)
-    return "–" if text is None else f"[bold]{text[0]}[/bold]\n[dim]{text[1]}[/dim]"
+    return "–" if text is None else Text.assemble((text[0], "bold"), "\n", (text[1], "dim"))
 
 
 def _cost(results: Mapping[str, Any]) -> Table:
@@ -140,7 +137,7 @@ def _cost(results: Mapping[str, Any]) -> Table:
         table.add_row("failed requests", f"{cost['failed_requests']} of {cost['requests']}")
     failures = results["failures"]
     for name, reason in list(failures.items())[:_FAILURES]:
-        table.add_row(f"[red]failed: {escape(name)}[/red]", escape(reason))
+        table.add_row(Text(f"failed: {name}", "red"), reason)
     if len(failures) > _FAILURES:
-        table.add_row("[red]failed[/red]", f"and {len(failures) - _FAILURES} more, in {RESULTS}")
+        table.add_row(Text("failed", "red"), f"and {len(failures) - _FAILURES} more, in {RESULTS}")
     return table

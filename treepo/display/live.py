@@ -39,7 +39,7 @@ class LiveDisplay:
         self._title = title
 
     def __enter__(self) -> Self:
-        self._console.print(f"[bold]{self._title}[/bold]", highlight=False)
+        self._console.print(self._title, style="bold", highlight=False)
         self.progress.start()
         return self
 

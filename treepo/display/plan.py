@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import SpinnerColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from treepo.display.live import live_progress
 from treepo.planning.hardware import GIB
@@ -19,7 +19,7 @@ _PHASES = {"log_probs": "log-probs", "weight_sync": "weight sync"}
 @contextmanager
 def plan_progress(console: Console) -> Iterator[Callable[[str], None]]:
     """Shows the work in progress on a live terminal."""
-    progress = live_progress(console, SpinnerColumn(), TextColumn("{task.description}"))
+    progress = live_progress(console, SpinnerColumn(), TextColumn("{task.description}", markup=False))
     task = progress.add_task("", total=None)
     with progress:
         yield lambda work: progress.update(task, description=work)
@@ -50,8 +50,7 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
         nodes = _count(fitted.footprint.nodes, "node")
         where = f"{devices} x {fitted.device.name} on {nodes} of {config.plan.devices_per_node}"
     console.print(
-        f"[bold]{escape(name)}[/bold]: {plan.parameters:,} parameters, {where}",
-        highlight=False,
+        Text.assemble((name, "bold"), f": {plan.parameters:,} parameters, {where}"),
         soft_wrap=True,
     )
     console.print(
@@ -106,7 +105,7 @@ def _memory_table(console: Console, title: str, memories: Sequence[Memory]) -> N
     for name in names:
         values = [memory.parts.get(name, 0.0) for memory in memories]
         if any(values):
-            note = [escape(memories[0].notes.get(name, ""))] if alone else []
+            note = [memories[0].notes.get(name, "")] if alone else []
             table.add_row(name, *map(_memory, values), *note)
     table.add_section()
     table.add_row("total", *(_memory(memory.total) for memory in memories))
@@ -127,7 +126,7 @@ def _show_step(console: Console, plan: Plan) -> None:
     table.add_column("s", justify="right")
     table.add_column("how", style="dim")
     for name, phase in step.phases.items():
-        table.add_row(_PHASES.get(name, name), f"{phase.seconds:,.1f}", escape(phase.note))
+        table.add_row(_PHASES.get(name, name), f"{phase.seconds:,.1f}", phase.note)
     table.add_section()
     table.add_row(
         "total",
@@ -153,23 +152,17 @@ def _show_step(console: Console, plan: Plan) -> None:
 
 def _show_verdict(console: Console, plan: Plan) -> None:
     if plan.fit.problem is None:
-        fullest = escape(str(plan.fit.fullest))
-        console.print(
-            f"[bold green]It fits.[/bold green] Nearest to its limit: {fullest}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        nearest = f" Nearest to its limit: {plan.fit.fullest}"
+        console.print(Text.assemble(("It fits.", "bold green"), nearest), soft_wrap=True)
         return
-    console.print(
-        f"[bold red]It does not fit:[/bold red] {escape(plan.fit.problem)}", highlight=False, soft_wrap=True
-    )
+    console.print(Text.assemble(("It does not fit:", "bold red"), f" {plan.fit.problem}"), soft_wrap=True)
     if not plan.proposals:
         console.print("No similar layout on up to four times the devices fits either.")
         return
     console.print("The nearest that fit:")
     for proposal in plan.proposals:
-        console.print(f"  {escape(' '.join(proposal.overrides))}", highlight=False, soft_wrap=True)
-        console.print(f"      {escape(proposal.fullest)}", style="dim", highlight=False, soft_wrap=True)
+        console.print(f"  {' '.join(proposal.overrides)}", highlight=False, soft_wrap=True)
+        console.print(f"      {proposal.fullest}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _memory(value: float) -> str:

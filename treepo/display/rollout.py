@@ -5,6 +5,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.text import Text
 
 from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
 from treepo.display.live import LiveDisplay, show_written, value_table
@@ -21,10 +22,10 @@ class RolloutDisplay(LiveDisplay):
         super().__init__(
             console,
             title,
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("trees  {task.fields[numbers]}"),
+            TextColumn("trees  {task.fields[numbers]}", markup=False),
         )
         self._task = self.progress.add_task("start engine", total=None, numbers="")
         self._prompts = 0
@@ -66,9 +67,9 @@ def show_rollout(console: Console, summary: Summary, folder: Path) -> None:
     if summary.failed_requests:
         table.add_row("failed requests", f"{summary.failed_requests} of {summary.requests}")
     for failure in summary.failures[:_FAILURES]:
-        table.add_row(f"[red]failed: {failure.prompt_id}[/red]", failure.reason)
+        table.add_row(Text(f"failed: {failure.prompt_id}", "red"), failure.reason)
     if len(summary.failures) > _FAILURES:
-        table.add_row("[red]failed[/red]", f"and {len(summary.failures) - _FAILURES} more, in {SUMMARY}")
+        table.add_row(Text("failed", "red"), f"and {len(summary.failures) - _FAILURES} more, in {SUMMARY}")
     console.print(table)
     files = (
         (TREES, "every tree: segments, log-probs, leaves; not graded"),

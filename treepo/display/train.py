@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
 from treepo.display.live import LiveDisplay, is_live, live_progress, show_written, value_table
@@ -54,7 +55,7 @@ def toy_progress(console: Console) -> Iterator[Callable[[int, int, float], None]
         TextColumn("supervised warm start"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("loss {task.fields[loss]:.3f}", markup=False),
     )
     task = bar.add_task("", total=None, loss=float("nan"))
 
@@ -91,7 +92,7 @@ class TrainDisplay(LiveDisplay):
             console,
             title,
             SpinnerColumn(),
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("steps"),
@@ -118,6 +119,9 @@ class TrainDisplay(LiveDisplay):
     def evaluated(self, step: int, accuracy: float) -> None:
         self.line(f"held-out accuracy after step {step}: {accuracy:.3f}")
 
+    def recovered(self, event: str) -> None:
+        self.line(event, style="yellow")
+
     def _row(self, step: str, *values: str, style: str | None = None) -> None:
         widths = (max(8, len(name) + 1) for name, _ in self._columns)
         cells = (f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
@@ -135,7 +139,7 @@ def show_resume(console: Console, resume: Resume | None, out: Path) -> None:
         soft_wrap=True,
     )
     for change in resume.changes:
-        console.print(f"  {change}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"  {change}", highlight=False, soft_wrap=True)
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
@@ -144,7 +148,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     table.add_row("data type of the model", summary["dtype"])
     if summary["accuracy_before"] is not None:
         table.add_row("held-out accuracy before", f"{summary['accuracy_before']:.3f}")
-        table.add_row("held-out accuracy after", f"[bold]{summary['accuracy_after']:.3f}[/bold]")
+        table.add_row("held-out accuracy after", Text(f"{summary['accuracy_after']:.3f}", "bold"))
     decoded, sequential = summary["decoded_tokens"], summary["sequential_tokens"]
     table.add_row("tokens decoded in training", f"{decoded:,}")
     table.add_row("the same leaves one by one", f"{sequential:,}  ({sequential / decoded:.2f}x)")
@@ -155,7 +159,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     table.add_section()
     for phase, seconds in summary["phase_seconds"].items():
         table.add_row(phase, f"{seconds:.1f} s")
-    table.add_row("[bold]all[/bold]", f"[bold]{summary['seconds']:.1f} s[/bold]")
+    table.add_row("all", f"{summary['seconds']:.1f} s", style="bold")
     console.print(table)
     files = (
         (f"{CHECKPOINT}/", "the trained model, a Hugging Face folder"),

@@ -23,7 +23,7 @@ from treepo.evaluation.metrics import ProblemResult
 from treepo.evaluation.report.page import evaluation_page
 from treepo.evaluation.report.plot import accuracy_plot, curve
 from treepo.evaluation.results import RESULTS, results_document
-from treepo.protocols import EnginePool
+from treepo.protocols import Engine, EnginePool
 from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.pool import RewardPool, open_rewards
@@ -31,6 +31,7 @@ from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
 from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.rollout.stats import Stats
 from treepo.tree import Tree
+from treepo.watchdog import Watchdog, sampling, waiting
 
 Start = Callable[[], AbstractAsyncContextManager[EnginePool]]
 """Starts the engines, or connects to a running server; ends what it started on exit."""
@@ -114,8 +115,11 @@ async def _sample(
 ) -> dict[str, str]:
     """Sample and grade the problems that are not finished; return the failures and their reasons."""
     async with AsyncExitStack() as stack:
+        watchdog = await stack.enter_async_context(Watchdog(config.out, config.engine.stall_seconds))
         rewards = await stack.enter_async_context(open_rewards(config.reward))
         pool = await stack.enter_async_context(start())
+        watchdog.engines = pool.engines
+        watchdog.phase("evaluate")
         decode = inputs.tokenizer.decode
         driver = TreeDriver(pool.engines, config.sampling, decode, config.seed, pool.kv_tokens)
         session = _Session(
@@ -125,7 +129,7 @@ async def _sample(
             reporter,
             rewards,
             driver,
-            len(pool.engines),
+            pool.engines,
             FailedGrades(config.reward.max_failed_share),
         )
         return await session.run()
@@ -133,7 +137,7 @@ async def _sample(
 
 @dataclass(slots=True, eq=False)
 class _Session:
-    """The sampling of one process. engines: how many it uses."""
+    """The sampling of one process."""
 
     config: EvalConfig
     inputs: EvaluationInputs
@@ -141,7 +145,7 @@ class _Session:
     reporter: Reporter
     rewards: Rewards
     driver: TreeDriver
-    engines: int
+    engines: Sequence[Engine]
     failed: FailedGrades
     failures: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
@@ -153,11 +157,12 @@ class _Session:
         self.started = time.perf_counter()
         number = max(self.folder.spent, default=-1) + 1
         async with asyncio.TaskGroup() as group, aclosing(self.driver.sample(pending, step=0)) as results:
-            async for result in results:
-                if isinstance(result, FailedTree):
-                    self._fail(result.prompt_id, result.reason)
-                else:
-                    group.create_task(self._finish(result, prompts[result.prompt_id], number))
+            with sampling(self.driver, self.engines):
+                async for result in results:
+                    if isinstance(result, FailedTree):
+                        self._fail(result.prompt_id, result.reason)
+                    else:
+                        group.create_task(self._finish(result, prompts[result.prompt_id], number))
         self.failed.check_and_clear("this evaluation")
         return self.failures
 
@@ -169,9 +174,9 @@ class _Session:
     async def _finish(self, tree: Tree, prompt: Prompt, session: int) -> None:
         """Grade the responses, vote, and write the problem."""
         texts = [self.inputs.tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
-        grades = await self.rewards.grade(
-            [GradeItem(text, prompt.answer, prompt.text, prompt.extra) for text in texts]
-        )
+        items = [GradeItem(text, prompt.answer, prompt.text, prompt.extra) for text in texts]
+        with waiting("a finished tree", f"the grader: {len(items)} responses to prompt {prompt.id}"):
+            grades = await self.rewards.grade(items)
         verdicts = [grade.verdict for grade in grades]
         self.failed.add(grades)
         if not any(verdict.graded for verdict in verdicts):
@@ -191,7 +196,7 @@ class _Session:
         stats = self.driver.stats
         return SessionCost(
             session=session,
-            engines=self.engines,
+            engines=len(self.engines),
             seconds=time.perf_counter() - self.started,
             decoded_tokens=stats.decoded_tokens,
             prefilled_tokens=stats.prompt_tokens - stats.cached_tokens,

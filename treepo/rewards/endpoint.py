@@ -12,6 +12,7 @@ verdict `timeout` or `error` and is masked from training.
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Sequence
 from itertools import batched
 from types import TracebackType
@@ -27,6 +28,7 @@ from treepo.rewards.grade import Grade, GradeItem
 from treepo.tree import Verdict
 
 _log = logging.getLogger(__name__)
+_AUTHORIZATION = "TREEPO_REWARD_AUTHORIZATION"  # not in the configuration, which is in the run's files
 _FIRST_WAIT_SECONDS = 0.5  # doubled after each further attempt
 _MOST_BYTES = 2**24  # of a reply
 _WORTH_ANOTHER_ATTEMPT = (408, 425, 429)  # and everything from 500 up
@@ -102,6 +104,8 @@ class HttpRewards:
     async def _post(self, body: bytes) -> bytes:
         """Return the body of a reply with status 200. Raises BadReply for any other."""
         headers = {"Content-Type": "application/json"}
+        if authorization := os.environ.get(_AUTHORIZATION):
+            headers["Authorization"] = authorization
         try:
             async with (
                 self._slots,

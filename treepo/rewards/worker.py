@@ -18,6 +18,7 @@ from treepo.errors import one_line
 from treepo.rewards.confinement import RefusedError, confine
 from treepo.rewards.custom import BadGradeError, call, load_function, printable
 from treepo.rewards.grade import PIPE_CLOSED, Grade, GradeItem, Ready, Reply, Request
+from treepo.stack_dumps import heed_requests
 from treepo.tree import Verdict
 
 Grader = Callable[[GradeItem], Grade]
@@ -178,6 +179,7 @@ def serve(pipe: Pipe, grader: Grader, memory_bytes: int, *, confined: bool) -> N
 
 def main(fd: int, memory_mb: int, function: str | None) -> None:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    heed_requests()
     pipe = Pipe(fd)
     try:
         grader = make_grader(function)

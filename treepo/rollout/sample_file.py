@@ -24,8 +24,8 @@ from treepo.errors import EngineError
 from treepo.protocols import EnginePool
 from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.rollout.stats import Stats
-from treepo.rollout.watchdog import watched
 from treepo.tree import to_json
+from treepo.watchdog import Watchdog, sampling
 
 
 class Reporter(Protocol):
@@ -73,10 +73,12 @@ async def rollout(
     with locked(config.out):
         prepare_folder(config.out, config)
         with log_to(config.out / LOG), GrowingFile(config.out / TREES) as trees:
-            async with start() as pool:
+            async with Watchdog(config.out, config.engine.stall_seconds) as watchdog, start() as pool:
+                watchdog.engines = pool.engines
+                watchdog.phase("sample")
                 decode = inputs.tokenizer.decode
                 driver = TreeDriver(pool.engines, config.sampling, decode, config.seed, pool.kv_tokens)
-                async with watched(driver, pool.engines, config.engine.stall_seconds):
+                with sampling(driver, pool.engines):
                     summary = await _sample(driver, inputs.prompts, trees, reporter)
         write_file(config.out / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
     return summary

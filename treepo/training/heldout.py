@@ -19,10 +19,10 @@ from treepo.evaluation.metrics import evaluation_sampling
 from treepo.protocols import EnginePool
 from treepo.rewards.grade import Rewards
 from treepo.rollout.driver import FailedTree, TreeDriver
-from treepo.rollout.watchdog import watched
 from treepo.training.metrics import accuracy
 from treepo.training.tree_grader import TreeGrader
 from treepo.tree import Tree
+from treepo.watchdog import sampling
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
@@ -56,15 +56,15 @@ class Heldout:
         failures: list[FailedTree] = []
         async with (
             asyncio.TaskGroup() as group,
-            watched(self._driver, self._engines.engines, self._config.engine.stall_seconds),
             aclosing(self._driver.sample(self.prompts, step=0)) as results,
         ):
-            async for result in results:
-                if isinstance(result, FailedTree):
-                    failures.append(result)
-                else:
-                    grade = self._grader.grade(result, by_id[result.prompt_id])
-                    grading.append(group.create_task(grade))
+            with sampling(self._driver, self._engines.engines):
+                async for result in results:
+                    if isinstance(result, FailedTree):
+                        failures.append(result)
+                    else:
+                        grade = self._grader.grade(result, by_id[result.prompt_id])
+                        grading.append(group.create_task(grade))
         if not grading:
             raise EngineError(f"{what}: no prompt could be answered; the last: {failures[-1].reason}")
         if failures:

@@ -25,6 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import orjson
+
 from treepo.config.load import dump_config
 from treepo.config.run import RunConfig
 from treepo.data.background_writer import BackgroundWriter, BufferedFile
@@ -76,6 +78,12 @@ class RunFolder:
             self._open_files()
             self._stack = stack.pop_all()
         return self
+
+    def go_back(self, state: RunState) -> None:
+        """Go back to an earlier state of this run, as a resumed run does, and go on writing from there."""
+        self._files.close()
+        self._truncate(state)
+        self._open_files()
 
     def __exit__(
         self,
@@ -154,8 +162,8 @@ def _read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
     """The records of metrics.jsonl. Raises DataError for a line that no run has written."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = orjson.loads(line)
+        except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON: {one_line(error)}") from None
         if not _is_metrics(record):
             raise DataError(f"{path}:{number}: not the numbers of a step: {shown(record)}")
@@ -166,6 +174,11 @@ def _is_metrics(record: object) -> bool:
     """Whether a record has a step, a time, and numbers or null by name."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return False
-    if type(record.get("time")) not in (int, float):
-        return False
-    return all(value is None or type(value) in (int, float) for value in record.values())
+    return record.get("time") is not None and all(
+        _is_number(value) for value in record.values() if value is not None
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether TensorBoard can write it: a float, or an integer of 64 bits."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from treepo.protocols import BatchResult
 from treepo.rollout.stats import Stats
 from treepo.training.scheduler import ScheduleState
+from treepo.watchdog import Watchdog
 
 
 @dataclass(slots=True)
@@ -19,7 +20,8 @@ class RunState:
     """Everything that a run carries from step to step; a checkpoint saves it whole.
 
     data: fingerprint of the training prompts. schedule: which of them are not trained yet. resampled: trees
-    that a resumed run found too stale. sizes: bytes of the growing files, by name, when the state was saved.
+    that a resumed run found too stale. trainer_restarts: after a rank died or hung. sizes: bytes of the
+    growing files, by name, when the state was saved.
     seconds: total time of the run, before and after interruptions.
     """
 
@@ -29,6 +31,7 @@ class RunState:
     steps_done: int = 0
     schedule: ScheduleState = field(default_factory=ScheduleState)
     resampled: int = 0
+    trainer_restarts: int = 0
     accuracy_before: float | None = None
     decoded_tokens: int = 0
     sequential_tokens: int = 0
@@ -45,7 +48,7 @@ class RunState:
         except ValidationError as error:
             fault = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-        if min(state.steps_done, *state.sizes.values()) < 0:
+        if min([state.steps_done, *state.sizes.values()]) < 0:
             raise ValueError("steps_done and sizes cannot be negative")
         state.schedule.check(state.steps_done)
         return state
@@ -73,6 +76,7 @@ class RunState:
             "decoded_tokens": self.decoded_tokens,
             "sequential_tokens": self.sequential_tokens,
             "resampled_trees": self.resampled,
+            "trainer_restarts": self.trainer_restarts,
             "log_prob_check": log_prob_check,
             "max_logprob_difference": self.max_logprob_difference,
             "phase_seconds": self.phase_seconds,
@@ -90,6 +94,25 @@ class Reporter(Protocol):
 
     def evaluated(self, step: int, accuracy: float) -> None:
         """Show the held-out accuracy after a step."""
+
+    def recovered(self, event: str) -> None:
+        """Show that the run goes on after something was lost."""
+
+
+class Watched:
+    """A `Reporter` that tells the watchdog of the run what it shows."""
+
+    def __init__(self, reporter: Reporter, watchdog: Watchdog) -> None:
+        self._reporter, self._watchdog = reporter, watchdog
+        self.evaluated, self.recovered = reporter.evaluated, reporter.recovered
+
+    def phase(self, name: str, announce: bool = False) -> None:
+        self._watchdog.phase(name)
+        self._reporter.phase(name, announce)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._watchdog.step(step, metrics)
+        self._reporter.step(step, metrics)
 
 
 class Clock:

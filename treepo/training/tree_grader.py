@@ -7,6 +7,7 @@ from treepo.rewards.failures import FailedGrades
 from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.shaping import with_grades
 from treepo.tree import Tree
+from treepo.watchdog import waiting
 
 
 class TreeGrader:
@@ -25,9 +26,9 @@ class TreeGrader:
     async def grade(self, tree: Tree, prompt: Prompt) -> Tree:
         """Return the tree of `prompt` with a verdict and a reward at each leaf."""
         responses = [self._tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
-        grades = await self._rewards.grade(
-            [GradeItem(response, prompt.answer, prompt.text, prompt.extra) for response in responses]
-        )
+        items = [GradeItem(response, prompt.answer, prompt.text, prompt.extra) for response in responses]
+        with waiting("a finished tree", f"the grader: {len(items)} responses to prompt {prompt.id}"):
+            grades = await self._rewards.grade(items)
         self._failed_grades.add(grades)
         return with_grades(tree, responses, grades, self._config, self._max_response_tokens)
 

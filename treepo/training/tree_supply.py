@@ -19,10 +19,10 @@ from treepo.rewards.shaping import shaped
 from treepo.rollout.driver import FailedTree, TreeDriver
 from treepo.rollout.router import LiveTree
 from treepo.rollout.stats import Stats
-from treepo.rollout.watchdog import watched
 from treepo.training.scheduler import Scheduler, ScheduleState
 from treepo.training.tree_grader import TreeGrader
 from treepo.tree import Tree
+from treepo.watchdog import sampling, waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ class TreeSupply:
         finished = finished or {}
         self._finished = {position: finished[position] for position in scheduler.ready}
         self._dropped = {position: finished[position] for position in scheduler.dropped}  # no step's yet
+        self._grown = 0
         self._failures = 0  # since the last tree that finished
         self._may_start = config.loop.mode == "async"
         self._changed = asyncio.Event()
@@ -98,7 +99,7 @@ class TreeSupply:
         self._running = asyncio.create_task(self._run())
         self._running.add_done_callback(lambda _: self._tell())
         try:
-            async with watched(self._driver, engines.engines, self._config.engine.stall_seconds):
+            with sampling(self._driver, engines.engines):
                 yield
         finally:
             self._running.cancel()
@@ -114,9 +115,10 @@ class TreeSupply:
         self._may_start = True
         self._tell()
         self._raise_failure()
-        while (began := self._scheduler.take()) is None:
-            await self._changed.wait()
-            self._raise_failure()
+        with waiting("the step", self._awaited, lambda: self._grown):
+            while (began := self._scheduler.take()) is None:
+                await self._changed.wait()
+                self._raise_failure()
         if self._config.loop.mode == "sync":
             self._may_start = False
         self._tell()
@@ -160,6 +162,10 @@ class TreeSupply:
             dropped={reason: reasons[reason] for reason in Dropped} if self._dynamic else {},
         )
 
+    def _awaited(self) -> str:
+        ready, growing = len(self._scheduler.ready), self._scheduler.growing
+        return f"trees: {ready} of {self._config.data.prompts_per_step} are ready, {growing} grow"
+
     def _tell(self) -> None:
         """Wake what waits for a change."""
         self._changed.set()
@@ -193,7 +199,8 @@ class TreeSupply:
                 await changed.wait()
                 continue
             prompt = self._prompt(position)
-            await self._driver.wait_for_room(prompt)
+            with waiting(f"prompt {prompt.id}", "room on an engine", lambda: self._grown):
+                await self._driver.wait_for_room(prompt)
             if self._may_start and self._scheduler.next() == position:
                 return position, prompt
 
@@ -204,6 +211,7 @@ class TreeSupply:
         else:
             finished = FinishedTree(await self._grader.grade(tree, prompt), prompt.answer)
             self._failures = 0
+            self._grown += 1
             self._keep_or_drop(position, finished)
         self._tell()
 

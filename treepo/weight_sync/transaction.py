@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from treepo.errors import EngineError, TransportError
+from treepo.watchdog import waiting
 from treepo.weight_sync.send import Outcome, WeightSink
 from treepo.weight_sync.wire import Manifest
 
@@ -144,8 +145,9 @@ class _Transaction[E: ReceivingEngine]:
 
     async def _bounded(self, engine: E, step: str, call: Coroutine[Any, Any, None]) -> EngineError | None:
         try:
-            async with asyncio.timeout(self._seconds):
-                await call
+            with waiting(f"the weight sync ({step})", engine.name):
+                async with asyncio.timeout(self._seconds):
+                    await call
         except TimeoutError:
             return TransportError(f"{engine.name}: {step}: no answer within {self._seconds:g} s")
         except EngineError as error:

@@ -1,0 +1,251 @@
+"""Knows who waits for whom and since when. Warns on the terminal, and writes the status of a run;
+SIGUSR1 makes it write where every process is (`treepo.stack_dumps`).
+
+A wait that lasts is named long before any library's own timeout. It is named again after twice as long, and
+so on. Whatever waits says so with one line, `with waiting(...)`; the watchdog of the command finds it.
+
+    status.json    state, step, phase, waits, engines, the last step's numbers, process, time of writing
+"""
+
+import asyncio
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import psutil
+
+from treepo.data.output_folder import write_file
+from treepo.errors import one_line, shortened
+from treepo.stack_dumps import stack_dumps
+
+STATUS = "status.json"
+TICK_SECONDS = 5.0
+"""Between two looks, each of which writes the status."""
+_SHOWN_WAITS = 8
+_log = logging.getLogger(__name__)
+_waits: dict["Wait", None] = {}  # in the order in which they began
+_longest: dict[str, float] = {}  # seconds of the longest wait that has ended, by who waited
+
+
+@dataclass(slots=True, eq=False)
+class Wait:
+    """Who waits for whom, since when in the event loop's time; `since` moves whenever `progress` changes."""
+
+    who: str
+    whom: Callable[[], str]
+    progress: Callable[[], object]
+    since: float
+    seen: object
+    warnings: int = 0
+
+    def seconds(self, now: float) -> float:
+        """How long nothing has happened."""
+        if (seen := self.progress()) != self.seen:
+            self.seen, self.since, self.warnings = seen, now, 0
+        return now - self.since
+
+
+@contextmanager
+def waiting(
+    who: str, whom: str | Callable[[], str], progress: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Let the watchdog know that `who` waits for `whom` while the body runs. On the event loop's thread.
+
+    whom: may be worked out when it is shown; empty while there is nothing to wait for. progress: a value that
+    changes whenever the wait is getting somewhere.
+    """
+    now = asyncio.get_running_loop().time
+    wait = Wait(who, whom if callable(whom) else lambda: whom, progress, now(), progress())
+    _waits[wait] = None
+    try:
+        yield
+    finally:
+        del _waits[wait]
+        _longest[who] = max(_longest.get(who, 0.0), wait.seconds(now()))
+
+
+async def gathered[T](who: str, name: str, calls: Sequence[Awaitable[T]]) -> list[T]:
+    """As asyncio.gather, while `who` waits for those that have not answered: `name` 0, `name` 1 and so on."""
+    answers = [asyncio.ensure_future(call) for call in calls]
+
+    def silent() -> str:
+        return ", ".join(f"{name} {number}" for number, answer in enumerate(answers) if not answer.done())
+
+    with waiting(who, silent, lambda: sum(answer.done() for answer in answers)):
+        return await asyncio.gather(*answers)
+
+
+class Engine(Protocol):
+    """An engine as the status shows it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+
+
+class Pending(Protocol):
+    """A request without an answer; `treepo.rollout.driver.PendingRequest` implements it."""
+
+    @property
+    def prompt_id(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def engine(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class Driver(Protocol):
+    """The tree driver, as the watchdog sees it."""
+
+    @property
+    def idle(self) -> Any: ...
+    @property
+    def stats(self) -> Any: ...
+    def pending(self) -> Sequence[Pending]: ...
+
+
+@contextmanager
+def sampling(driver: Driver, engines: Sequence[Engine]) -> Iterator[None]:
+    """The driver waits for answers of the engines while the body runs, unless sampling is paused."""
+
+    def whom() -> str:
+        pending = [] if driver.idle.paused else driver.pending()
+        return f"an answer: {describe(pending, engines)}" if pending else ""
+
+    def progress() -> object:
+        stats = driver.stats
+        return stats.requests, stats.failed_requests, whom() == ""
+
+    with waiting("sampling", whom, progress):
+        yield
+
+
+def describe(pending: Sequence[Pending], engines: Sequence[Engine]) -> str:
+    """Each engine's status, its number of unanswered requests, and the oldest of them."""
+    return "; ".join(
+        f"{engine.name} is {engine.status} with "
+        f"{_unanswered([one for one in pending if one.engine == index])}"
+        for index, engine in enumerate(engines)
+    )
+
+
+def _unanswered(pending: Sequence[Pending]) -> str:
+    if not pending:
+        return "no unanswered requests"
+    oldest = max(pending, key=lambda one: one.seconds)
+    return (
+        f"{len(pending)} unanswered requests, the oldest {oldest.seconds:.0f} s old: request "
+        f"{oldest.number} of prompt {oldest.prompt_id}"
+    )
+
+
+class Watchdog:
+    """A context manager around a command: looks at all waits, warns, and writes the status into `folder`.
+
+    patience: seconds of a wait before the first warning; where the same has waited longer before, three times
+    as long as then. steps: of the run; None for a command without steps. engines: those that the status
+    lists. A status that cannot be written is left out: it must not end a run.
+    """
+
+    def __init__(self, folder: Path, patience: float, steps: int | None = None) -> None:
+        self.engines: Sequence[Engine] = ()
+        self._folder, self._patience, self._steps = folder, patience, steps
+        self._step, self._metrics = 0, {}
+        self._phase, self._phase_since = "start", time.time()
+        self._writable = True
+
+    async def __aenter__(self) -> Self:
+        _longest.clear()
+        self._write("running")
+        self._dumps = stack_dumps(self._folder)
+        self._dumps.__enter__()
+        self._task = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._dumps.__exit__(None, None, None)
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+        if error is None:
+            self._write("finished")
+        elif isinstance(error, asyncio.CancelledError):
+            self._write("interrupted")
+        else:
+            self._write("failed", _reason(error))
+
+    def phase(self, name: str) -> None:
+        """The run enters a phase."""
+        self._phase, self._phase_since = name, time.time()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is finished."""
+        self._step, self._metrics = step, metrics
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(TICK_SECONDS, self._patience / 4))
+            self.look()
+            self._write("running")
+
+    def look(self) -> None:
+        """Warn of each wait whose time has come."""
+        now = asyncio.get_running_loop().time()
+        for wait in list(_waits):
+            seconds = wait.seconds(now)
+            patience = max(self._patience, 3 * _longest.get(wait.who, 0.0))
+            if seconds >= patience * 2**wait.warnings and (whom := wait.whom()):
+                wait.warnings += 1
+                _log.warning("%s: %s has waited %.0f s for %s", self._phase, wait.who, seconds, whom)
+
+    def _write(self, state: str, reason: str = "") -> None:
+        now = asyncio.get_running_loop().time()
+        waits = [(wait.who, wait.whom(), wait.seconds(now)) for wait in list(_waits)]
+        status = {
+            "state": state,
+            "reason": reason,
+            "step": self._step,
+            "steps": self._steps,
+            "phase": self._phase,
+            "phase_since": self._phase_since,
+            "waits": [
+                {"who": who, "whom": shortened(whom, 400), "seconds": round(seconds, 1)}
+                for who, whom, seconds in sorted(waits, key=lambda wait: -wait[2])
+                if whom
+            ][:_SHOWN_WAITS],
+            "engines": {engine.name: engine.status for engine in self.engines},
+            "metrics": {
+                name: value if math.isfinite(value) else None for name, value in self._metrics.items()
+            },
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "host": socket.gethostname(),
+            "written": time.time(),
+        }
+        try:
+            write_file(self._folder / STATUS, json.dumps(status, indent=1) + "\n")
+            self._writable = True
+        except OSError as error:
+            if self._writable:
+                _log.info("%s: %s; the run goes on without it", error.filename, error.strerror)
+            self._writable = False
+
+
+def _reason(error: BaseException) -> str:
+    """The first error of a group in one line."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return shortened(one_line(error) or type(error).__name__, 1000)
