@@ -1,6 +1,7 @@
 """Grading by an endpoint: a real HTTP server in the test does what each response tells it to."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -214,6 +215,103 @@ def test_no_reply_in_time_is_a_timeout_and_disturbs_no_other_batch() -> None:
     result = grade(handler, items, batch_size=1, attempts=2, deadline_seconds=1)
     late = Grade(None, Verdict.TIMEOUT, message="no reply within 1 s")
     assert result == [Grade(1.0, Verdict.CORRECT), late, Grade(3.0, Verdict.CORRECT)]
+
+
+def grade_raw(reply: bytes, *, drip: float = 0.0, **settings: object) -> list[Grade]:
+    """Grade one item by a server that writes `reply`, or one byte of it every `drip` seconds."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received = await reader.readuntil(b"\r\n\r\n")
+        length = int(received.lower().partition(b"content-length: ")[2].split()[0])
+        empty = await reader.readexactly(length) == b'{"items": []}'
+        with contextlib.suppress(ConnectionError):
+            if empty:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n" + b'{"grades": []}')
+                await writer.drain()
+            elif not drip:
+                writer.write(reply)
+                await writer.drain()
+            else:
+                for byte in reply:
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+                    await asyncio.sleep(drip)
+            writer.close()
+
+    async def run() -> list[Grade]:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+            config = RewardConfig.model_validate({"url": url, "deadline_seconds": 30.0} | settings)
+            async with open_rewards(config) as rewards:
+                return await rewards.grade(items_of("1"))
+
+    return asyncio.run(run())
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (OK + b'Content-Length: 99\r\n\r\n{"grades": [1]}', "no reply: "),
+        (OK + b'Transfer-Encoding: chunked\r\n\r\n8\r\n{"grades', "no reply: "),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}", "no reply: "),
+        (b"\0\1\2garbage\r\n\r\n", "no reply: "),
+        (b"", "no reply: "),
+        (OK + b"X: " + b"y" * 1_000_000 + b"\r\n\r\n", "no reply: "),
+        (OK + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd", "no reply: "),
+        (OK + b"Content-Length: 3\r\n\r\n\xff\xfe\x00", "its reply is not JSON"),
+        (OK + b"Content-Length: 99999999\r\n\r\n" + b" " * 99_999_999, "its reply is longer than 16 MiB"),
+    ],
+)
+def test_a_broken_reply_is_an_error_in_one_line(reply: bytes, said: str) -> None:
+    (bad,) = grade_raw(reply, attempts=2)
+    assert (bad.reward, bad.verdict) == (None, Verdict.ERROR)
+    assert bad.message is not None
+    assert bad.message.startswith(said)
+    assert "\n" not in bad.message
+    assert len(bad.message) < 400
+
+
+def test_an_endless_reply_ends_at_the_bound() -> None:
+    piece = b"10000\r\n" + b" " * 65_536 + b"\r\n"
+    (bad,) = grade_raw(OK + b"Transfer-Encoding: chunked\r\n\r\n" + 300 * piece, attempts=1)
+    assert bad.message == "its reply is longer than 16 MiB"
+
+
+def test_a_reply_that_drips_ends_at_the_deadline() -> None:
+    (bad,) = grade_raw(
+        OK + b"Content-Length: 99999\r\n\r\n" + b" " * 99_999, drip=0.05, attempts=1, deadline_seconds=1
+    )
+    assert (bad.verdict, bad.message) == (Verdict.TIMEOUT, "no reply within 1 s")
+
+
+@pytest.mark.parametrize(
+    "target", ["file:///etc/passwd", "http://127.0.0.1:1/elsewhere", "/grade", "ftp://x"]
+)
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(target: str, status: int) -> None:
+    """It could send answers, and a password in the URL, to another host."""
+    asked: list[int] = []
+
+    async def handler(received: list[dict[str, Any]]) -> web.Response:
+        asked.append(len(received))
+        return web.Response(status=status, headers={"Location": target})
+
+    (bad,) = grade(handler, items_of("1"))
+    assert bad.message == f"HTTP {status}: it redirects to {target}, which is not followed"
+    assert asked == [1]
+
+
+def test_a_password_in_the_address_is_not_shown() -> None:
+    async def start() -> None:
+        async with open_rewards(RewardConfig(url="http://me:secret@127.0.0.1:1/", attempts=1)):
+            pass
+
+    with pytest.raises(ConfigError, match=r"reward.url = http://127.0.0.1:1/: no reply") as error:
+        asyncio.run(start())
+    assert "secret" not in str(error.value)
 
 
 def test_waiting_for_a_slot_does_not_count_against_the_deadline() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -95,6 +96,9 @@ def test_a_cancelled_caller_leaves_the_pool_usable(obeying_pool: RewardPool) -> 
         ("reward nan", "not finite"),
         ("text 1.0", "reward = '1.0', which is text"),
         ("no_reward", 'a dict without "reward", only'),
+        ("end 0", "exit code 0"),
+        ("write_to_pipe garbage", "sent no reply"),
+        ("write_to_pipe code", "sent no reply: os.system is no part of a message"),
     ],
 )
 def test_a_response_that_cannot_be_graded_has_no_reward_and_disturbs_no_neighbour(
@@ -113,6 +117,36 @@ def test_a_missed_deadline_kills_what_the_function_started(obeying_pool: RewardP
     assert bad == Grade(None, Verdict.TIMEOUT, message=f"{name}: not graded within 1.5 s")
     child = int((tmp_path / "pid").read_text())
     wait_until(lambda: not alive(child))
+
+
+@pytest.mark.parametrize("response", ["write_to_pipe huge", "write_to_pipe flood", "signal SIGSTOP"])
+def test_what_never_ends_is_a_timeout_and_disturbs_no_neighbour(
+    obeying_pool: RewardPool, response: str
+) -> None:
+    before, bad, after = grades(obeying_pool, "reward 0.25", response, "reward 0.75")
+    assert (before.reward, after.reward) == (0.25, 0.75)
+    assert (bad.reward, bad.verdict) == (None, Verdict.TIMEOUT)
+
+
+def test_a_stopped_keeper_ends_too() -> None:
+    config = RewardConfig(function="tests.support.reward_functions:obey", workers=1, deadline_seconds=1.5)
+    with RewardPool(config) as pool:
+        asyncio.run(pool.ready())
+        (keeper,) = pool.worker_pids()
+        os.kill(keeper, signal.SIGSTOP)
+        assert grades(pool, "sleep 600")[0].verdict is Verdict.TIMEOUT
+        assert grades(pool, "reward 0.5")[0].reward == 0.5
+        assert not alive(keeper)
+
+
+def test_a_worker_that_leaks_descriptors_is_replaced(obeying_pool: RewardPool) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    restarts = obeying_pool.restarts
+    number = min(limit * 2 // 3, 20_000)
+    result = grades(obeying_pool, *[f"leak_descriptors {number}"] * 4)
+    assert [grade.reward for grade in result] == [1.0] * 4
+    if number > limit // 2:
+        assert obeying_pool.restarts >= restarts + 3
 
 
 def test_a_worker_that_has_grown_is_replaced_before_it_fails(obeying_pool: RewardPool) -> None:

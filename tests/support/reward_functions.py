@@ -1,9 +1,11 @@
 """Reward functions as a user writes them, for tests of `reward.function`. They run in grading processes."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-_HOARD: list[bytearray] = []
+_HOARD: list[object] = []
 
 
 def length_and_match(
@@ -118,7 +120,35 @@ def _change_surroundings(reward: str) -> float:
     return float(reward)
 
 
+def _write_to_pipe(kind: str) -> float:
+    """Write what is no message to every socket that the process has open."""
+    garbage = {
+        "garbage": b"\0\0\0\x04abcd",  # a whole message that is no pickle
+        "code": _message_that_runs_code(),
+        "huge": b"\x7f\xff\xff\xff",  # the length of a message of 2 GiB
+        "flood": b"x" * 10_000_000,
+    }[kind]
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                os.write(int(name), garbage)
+    return 1.0
+
+
+def _message_that_runs_code() -> bytes:
+    content = b"cos\nsystem\n(S'touch /tmp/treepo-ran-code'\ntR."
+    return len(content).to_bytes(4, "big") + content
+
+
+def _leak_descriptors(number: str) -> float:
+    _HOARD.extend(open(os.devnull) for _ in range(int(number)))  # noqa: SIM115  a leak
+    return 1.0
+
+
 _ACTIONS = {
+    "write_to_pipe": _write_to_pipe,
+    "leak_descriptors": _leak_descriptors,
+    "end": lambda code: os._exit(int(code)),
     "reward": float,
     "text": str,
     "no_reward": lambda _: {"score": 1.0},

@@ -105,7 +105,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line(
     folder: Path, tmp_path: Path, straight: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk = full_disk()
-    config = config_of(folder, tmp_path / "run", steps=4, disk_seconds=0.05, **ALONE)
+    config = config_of(folder, tmp_path / "run", steps=4, disk_seconds=3.0, **ALONE)
     trained: list[str] = []
 
     def fill_in_step_3(name: str) -> None:
@@ -119,7 +119,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line(
         disk.__exit__()
     output, errors = capsys.readouterr()
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert "File too large, for 0.05 s (disk_seconds); " in line
+    assert "File too large, for 3 s (disk_seconds); " in line
     assert line.endswith("--resume continues from the newest checkpoint once it can be written")
     assert "Traceback" not in output + errors
 
@@ -158,8 +158,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(folder: Pa
             shutil.rmtree(tmp_path / "run" / "checkpoints" / ".step-00002.partial", ignore_errors=True)
             raise CheckpointError("checkpoint x: rank 1: No space left on device: x/y")
 
-    config = config_of(folder, tmp_path / "run", steps=4, disk_seconds=0.05, **ALONE)
-    with pytest.raises(DiskError, match=r"^checkpoint x: .*x/y, for 0.05 s \(disk_seconds\); --resume"):
+    config = config_of(folder, tmp_path / "run", steps=4, disk_seconds=3.0, **ALONE)
+    with pytest.raises(DiskError, match=r"^checkpoint x: .*x/y, for 3 s \(disk_seconds\); --resume"):
         Run(config, trainer=trainer_that(fail)).train()
 
 

@@ -19,9 +19,10 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
+from yarl import URL
 
 from treepo.config.reward import RewardConfig
-from treepo.errors import ConfigError, one_line
+from treepo.errors import ConfigError, one_line, shortened
 from treepo.rewards.custom import BadGradeError, grade_of
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.tree import Verdict
@@ -29,6 +30,7 @@ from treepo.tree import Verdict
 _log = logging.getLogger(__name__)
 _AUTHORIZATION = "TREEPO_REWARD_AUTHORIZATION"  # not in the configuration, which is in the run's files
 _FIRST_WAIT_SECONDS = 0.5  # doubled after each further attempt
+_MOST_BYTES = 2**24  # of a reply
 _WORTH_ANOTHER_ATTEMPT = (408, 425, 429)  # and everything from 500 up
 
 
@@ -47,6 +49,7 @@ class HttpRewards:
     def __init__(self, config: RewardConfig) -> None:
         assert config.url is not None
         self._url = config.url
+        self._name = URL(config.url).with_user(None)  # without a password, for lines and the log
         self._config = config
         self._slots = asyncio.Semaphore(config.workers)
         self._shown: set[str] = set()
@@ -69,7 +72,7 @@ class HttpRewards:
         try:
             await self._request([])
         except BadReply as bad:
-            raise ConfigError(f"reward.url = {self._url}: {bad}") from bad
+            raise ConfigError(f"reward.url = {self._name}: {bad}") from bad
 
     async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
         """Grade the items, in the same order. Raises ConfigError if an item cannot be written as JSON."""
@@ -104,13 +107,20 @@ class HttpRewards:
         if authorization := os.environ.get(_AUTHORIZATION):
             headers["Authorization"] = authorization
         try:
-            async with self._slots, self._session.post(self._url, data=body, headers=headers) as response:
-                content = await response.read()
+            async with (
+                self._slots,
+                self._session.post(self._url, data=body, headers=headers, allow_redirects=False) as response,
+            ):
+                content = await _read(response)
         except TimeoutError as error:
             message = f"no reply within {self._config.deadline_seconds:g} s"
             raise BadReply(message, Verdict.TIMEOUT, transient=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise BadReply(f"no reply: {error or type(error).__name__}", transient=True) from error
+            said = shortened(str(error) or type(error).__name__, 200)
+            raise BadReply(f"no reply: {said}", transient=True) from error
+        if 300 <= response.status < 400:
+            to = shortened(response.headers.get("Location", "nowhere"))
+            raise BadReply(f"HTTP {response.status}: it redirects to {to}, which is not followed")
         if response.status != 200:
             transient = response.status >= 500 or response.status in _WORTH_ANOTHER_ATTEMPT
             said = one_line(content[:200].decode(errors="replace"))
@@ -122,7 +132,18 @@ class HttpRewards:
         kind = message.partition(":")[0]
         if kind not in self._shown:
             self._shown.add(kind)
-            _log.error("%s: %s (shown once; such responses are masked from training)", self._url, message)
+            _log.error("%s: %s (shown once; such responses are masked from training)", self._name, message)
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The body of a reply. Raises BadReply if it is too long."""
+    content = bytearray()
+    async for part in response.content.iter_chunked(2**16):
+        content += part
+        if len(content) > _MOST_BYTES:
+            response.close()
+            raise BadReply(f"its reply is longer than {_MOST_BYTES >> 20} MiB")
+    return bytes(content)
 
 
 def _encode(items: Sequence[GradeItem]) -> bytes:

@@ -63,7 +63,8 @@ class Request:
 class Reply:
     """A grading process's answer to one request. The grade of a mathematical answer has no reward yet.
 
-    traceback: of an exception in the grader. retire: whether the worker has grown and should be replaced.
+    traceback: of an exception in the grader. retire: whether the worker leaks memory or
+    descriptors and should be replaced.
     """
 
     number: int

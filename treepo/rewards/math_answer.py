@@ -9,6 +9,7 @@ Nothing here bounds time or memory. math-verify's own time-outs use SIGALRM, whi
 C function ignores; they are off, and the grading process (treepo.rewards.worker) is killed instead.
 """
 
+import ast
 import re
 from functools import lru_cache
 from itertools import product
@@ -21,6 +22,7 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig
 from math_verify import grader, parse, verify
 from math_verify.parser import LatexExtractionConfig
 from sympy import Add, Basic, Eq, Expr, MatrixBase, Mul, Ne, Number, S
+from sympy.parsing import sympy_parser
 
 from treepo.rewards.answer_numbers import differ, equal_values
 from treepo.rewards.answer_text import AnswerText, read_answer
@@ -46,6 +48,23 @@ class _WholeAnswer(latex2sympy2.PSParser):
 
 
 latex2sympy2.PSParser = _WholeAnswer
+
+# sympy reads text by running it as Python, numbers of an answer too.
+_eval_expr = sympy_parser.eval_expr
+
+
+def _eval_atom(code: str, *scope: Any) -> Any:
+    """Evaluate text that is one number or name, such as `Float ('0.5' )`, and refuse any other."""
+    for part in ast.walk(ast.parse(code.strip(), mode="eval")):
+        called = part.func if isinstance(part, ast.Call) else None
+        if not isinstance(part, _PARTS) or (called and getattr(called, "id", None) not in _MAKERS):
+            raise ValueError(f"neither a number nor a name: {code:.40}")
+    return _eval_expr(code, *scope)
+
+
+_MAKERS = ("Integer", "Float", "Rational", "Symbol", "Function")
+_PARTS = (ast.Expression, ast.Call, ast.Constant, ast.Name, ast.Load, ast.UnaryOp, ast.USub, ast.UAdd)
+sympy_parser.eval_expr = _eval_atom
 
 # Units are off: math-verify would take the m of 6m, a variable, for metres.
 _TARGETS = (

@@ -1,6 +1,8 @@
 """The parent's end of one grading process: start it, have it grade with a deadline, kill it."""
 
+import io
 import os
+import pickle
 import signal
 import socket
 import struct
@@ -9,14 +11,24 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from treepo.config.reward import RewardConfig
-from treepo.rewards.grade import PIPE_CLOSED, GradeItem, Ready, Reply, Request
+from treepo.errors import one_line
+from treepo.rewards.grade import PIPE_CLOSED, Grade, GradeItem, Ready, Reply, Request
+from treepo.tree import Verdict
 
 START_SECONDS = 120.0
+_MOST_BYTES = 2**26  # of a message from a grading process
+_END_SECONDS = 10.0  # for a keeper to kill what is below it
+_CLASSES = {
+    (each.__module__, each.__qualname__): each for each in (Ready, Reply, Grade, Verdict)
+}  # of messages; no other class is made from what a grading process sends
 
 
 class WorkerDied(Exception):  # noqa: N818 (an event that the pool handles, not a user's error)
@@ -64,8 +76,8 @@ class Worker:
         except OSError:
             pass  # the pipe is closed; _receive waits for the reason
         reply = self._receive(deadline_seconds)
-        if reply.number != self._requests:
-            raise WorkerDied(f"the grading process sent reply {reply.number} to request {self._requests}")
+        if not isinstance(reply, Reply) or reply.number != self._requests:
+            raise WorkerDied(f"the grading process sent no reply to request {self._requests}")
         return reply
 
     def _receive(self, seconds: float) -> Any:
@@ -74,9 +86,11 @@ class Worker:
         ready = wait([self._connection, self._gone], seconds)
         if self._connection in ready:
             try:
-                return self._connection.recv()
+                message = self._connection.recv_bytes(_MOST_BYTES)
             except (EOFError, OSError):  # it has ended, or its function has closed the pipe and goes on
                 ready = wait([self._gone], max(end - time.monotonic(), 0))
+            else:
+                return _read(message)
         if self._gone not in ready:
             raise TimeoutError
         raise WorkerDied(self._how_it_died())
@@ -103,13 +117,46 @@ class Worker:
         with self._stopping:
             if self._process.returncode is None:
                 self._process.terminate()  # the keeper kills the others
-                self._process.wait()
+                self._process.send_signal(signal.SIGCONT)  # it may have been stopped
+                try:
+                    self._process.wait(_END_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._kill_all()
+
+    def _kill_all(self) -> None:
+        """Kill everything at once, without the keeper's help."""
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         """Stop the process and free the pipe. From the owning thread only."""
         self.stop()
         self._connection.close()
         self._gone.close()
+
+
+def _read(message: bytes) -> Ready | Reply:
+    """Raises WorkerDied if a function has written to the pipe of its process."""
+    try:
+        content = _Reader(io.BytesIO(message)).load()
+    except Exception as error:  # anything may be in it, and reading it can raise anything
+        raise WorkerDied(f"the grading process sent no reply: {one_line(error)[:100]}") from None
+    if not isinstance(content, Ready | Reply):
+        raise WorkerDied("the grading process sent no reply")
+    return content
+
+
+class _Reader(pickle.Unpickler):
+    """Makes the classes of messages and no others: a message never runs code here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a message")
+        return _CLASSES[module, name]
 
 
 def _limit_waits(fd: int, seconds: float) -> None:

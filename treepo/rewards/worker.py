@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from treepo.errors import one_line
+from treepo.rewards.confinement import RefusedError, confine
 from treepo.rewards.custom import BadGradeError, call, load_function, printable
 from treepo.rewards.grade import PIPE_CLOSED, Grade, GradeItem, Ready, Reply, Request
 from treepo.stack_dumps import heed_requests
@@ -25,7 +26,7 @@ _MONITOR = 3  # a tool id of sys.monitoring that is not reserved for any kind of
 
 
 class Exhaustion:
-    """Notices if memory or stack runs out anywhere in Python code.
+    """Notices if memory or stack runs out anywhere in Python code, or if something is refused to it.
 
     sympy and math-verify swallow every exception and go on with "not equal"; such a verdict does not count.
     """
@@ -44,7 +45,7 @@ class Exhaustion:
         sys.monitoring.free_tool_id(_MONITOR)
 
     def _on_raise(self, _code: object, _offset: int, error: BaseException) -> None:
-        if isinstance(error, MemoryError | RecursionError):
+        if isinstance(error, MemoryError | RecursionError | RefusedError):
             self.seen = type(error).__name__
 
 
@@ -84,8 +85,16 @@ def _own_traceback(error: BaseException) -> str:
 
 def address_space() -> int:
     """Bytes of this process's address space."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * resource.getpagesize()
+    return _bytes(Path("/proc/self/statm").read_bytes())
+
+
+def _bytes(statm: bytes) -> int:
+    return int(statm.split()[0]) * resource.getpagesize()
+
+
+def _leaks_descriptors() -> bool:
+    """Whether half of the descriptors that this process may have are open."""
+    return len(os.listdir("/proc/self/fd")) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def in_this_process_only[T](function: Callable[[], T]) -> T:
@@ -151,16 +160,20 @@ def _identity(fd: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def serve(pipe: Pipe, grader: Grader, memory_bytes: int) -> None:
-    """Grade until the pipe closes."""
-    start = address_space()
+def serve(pipe: Pipe, grader: Grader, memory_bytes: int, *, confined: bool) -> None:
+    """Grade until the pipe closes. confined: without files, network and processes."""
+    start, measure = address_space(), address_space
     resource.setrlimit(resource.RLIMIT_AS, (start + memory_bytes, start + memory_bytes))
+    if confined:
+        statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        measure = lambda: _bytes(os.pread(statm, 256, 0))  # noqa: E731  it can open nothing any more
+        confine()
     pipe.send(Ready())
     with Exhaustion() as exhaustion, contextlib.suppress(EOFError):
         while True:
             request = pipe.receive()
             result, trace = grade(grader, request.item, exhaustion)
-            retire = address_space() - start > memory_bytes // 2
+            retire = measure() - start > memory_bytes // 2 or (not confined and _leaks_descriptors())
             pipe.send(Reply(request.number, result, trace, retire))
 
 
@@ -173,4 +186,4 @@ def main(fd: int, memory_mb: int, function: str | None) -> None:
     except BaseException:  # a module may raise SystemExit or an exception of its own kind
         pipe.send(Ready(printable(traceback.format_exc())))
         return
-    serve(pipe, grader, memory_mb * 2**20)
+    serve(pipe, grader, memory_mb * 2**20, confined=function is None)  # the user's own has its freedom

@@ -64,7 +64,7 @@ class DiskWait:
             try:
                 result = await attempt()
             except (OSError, CheckpointError) as error:
-                reason = _reason(error)
+                reason = _reason(error, what)
                 began = began or time.monotonic()
                 left = self._seconds - (time.monotonic() - began)
                 if left <= 0:
@@ -102,7 +102,7 @@ async def in_thread[T](function: Callable[[], T]) -> T:
     return await future
 
 
-def _reason(error: OSError | CheckpointError) -> str:
+def _reason(error: OSError | CheckpointError, what: str) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename or what}: {error.strerror or error}"
     return str(error)

@@ -1,0 +1,182 @@
+"""Grading of mathematics can neither read files nor reach the network, whatever code it is made to run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from treepo.rewards.math_answer import equal_answers
+from treepo.rewards.pool import RewardPool
+from treepo.tree import Verdict
+
+# Each layer by itself; `all` is what a grading process has.
+_LAYERS = {
+    "all": "confinement.confine()",
+    "Python": "sys.addaudithook(confinement._Guard(confinement._libraries()))",
+    "system calls": "supported = confinement._forbid_system_calls()",
+    "reading": "supported = confinement._forbid_reading(confinement._libraries())",
+}
+_ATTEMPTS = """
+import ctypes, importlib, json, mmap, os, signal, socket, subprocess, sys
+import treepo.rewards.math_answer
+from treepo.rewards import confinement
+folder, secret, port = sys.argv[1], sys.argv[1] + "/secret", int(sys.argv[2])
+libc = ctypes.CDLL(None, use_errno=True)
+def called(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+def raw_open(path, flags):  # past Python's own checks
+    called(libc.open(path.encode(), flags, 0o600))
+ATTEMPTS = {
+    "read": lambda: open(secret).read(),
+    "read by number": lambda: os.read(os.open(secret, os.O_RDONLY), 9),
+    "read from C": lambda: raw_open(secret, os.O_RDONLY),
+    "list": lambda: os.listdir(folder),
+    "environment": lambda: open("/proc/self/environ").read(),
+    "write": lambda: open(folder + "/new", "w"),
+    "write from C": lambda: raw_open(folder + "/new", os.O_WRONLY | os.O_CREAT),
+    "remove": lambda: os.remove(secret),
+    "rename": lambda: os.rename(secret, secret + "2"),
+    "connect": lambda: socket.create_connection(("127.0.0.1", port)),
+    "socket": lambda: socket.socket(socket.AF_UNIX),
+    "socket from C": lambda: called(libc.socket(2, 1, 0)),
+    "run": lambda: subprocess.run(["/bin/true"]),
+    "shell": lambda: called(-os.system("true")),
+    "fork": lambda: os.fork() or os._exit(0),
+    "fork from C": lambda: called(libc.fork() or os._exit(0)),
+    "kill": lambda: os.kill(os.getppid(), 0),
+}
+supported = True
+LAYER
+outcomes = {}
+for name, attempt in ATTEMPTS.items():
+    try:
+        attempt()
+        outcomes[name] = "done"
+    except OSError as error:
+        outcomes[name] = type(error).__name__
+import sympy.physics.units  # modules are still found
+import sympy.integrals.risch
+print(json.dumps([supported, outcomes]))
+"""
+_FROM_C = {"read from C", "write from C", "socket from C", "fork from C"}
+_READS = {"read", "read by number", "read from C", "list", "environment"}
+_WRITES = {"write", "write from C", "remove", "rename"}
+_REST = {"connect", "socket", "socket from C", "run", "shell", "fork", "fork from C", "kill"}
+_REFUSED = {
+    "all": _READS | _WRITES | _REST,
+    "Python": (_READS | _WRITES | _REST) - _FROM_C,
+    "system calls": _WRITES | _REST,
+    "reading": _READS | _WRITES,
+}
+
+
+def outcomes_of(layer: str, folder: Path) -> dict[str, str]:
+    """What each attempt came to in a process with one layer; skips if this kernel does not have it."""
+    (folder / "secret").write_text("secret")
+    code = _ATTEMPTS.replace("LAYER", _LAYERS[layer])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", code, folder, str(server.getsockname()[1])],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    supported, outcomes = json.loads(done.stdout)
+    if not supported:
+        pytest.skip("this kernel does not have it")
+    assert (folder / "secret").read_text() == "secret" or layer == "reading"
+    return outcomes
+
+
+@pytest.mark.parametrize("layer", _LAYERS)
+def test_a_layer_refuses_what_it_says(layer: str, tmp_path: Path) -> None:
+    outcomes = outcomes_of(layer, tmp_path)
+    done = {name for name, outcome in outcomes.items() if outcome == "done"}
+    assert not done & _REFUSED[layer]
+    assert not outcomes.keys() - _READS - _WRITES - _REST
+
+
+def test_grading_processes_are_confined_and_still_grade(math_pool: RewardPool) -> None:
+    for keeper in math_pool.worker_pids():
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        for child in children:
+            status = dict(
+                line.split(":\t", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines()
+            )
+            if os.uname().machine in ("x86_64", "aarch64"):
+                assert status["Seccomp"] == "2"
+            assert status["NoNewPrivs"] == "1"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "__import__('os').system('touch {mark}')",
+        r"\text{__import__('os').system('touch {mark}')}",
+        r"open('{mark}', 'w')",
+        r"x_{__import__('os').system('touch {mark}')}",
+        r"\operatorname{exec}(\text{open('{mark}','w')})",
+        r"1 + \mathrm{eval}(\text{'open(chr(47)+chr(116),chr(119))'})",
+        r"\sqrt{lambda: open('{mark}','w')}",
+        r"5'+open('{mark}','w')+'",
+        r'5"+str(open("{mark}","w"))+"',
+    ],
+)
+def test_an_answer_is_never_run_as_code(answer: str, tmp_path: Path) -> None:
+    """In this process, which is not confined."""
+    mark = tmp_path / "mark"
+    text = answer.replace("{mark}", str(mark))
+    for gold in ("5", "x", text[:-1]):
+        with suppress(ValueError, TypeError, AttributeError):  # math-verify's, the verdict `error`
+            equal_answers(gold, text)
+    assert not mark.exists()
+
+
+def test_only_numbers_and_names_are_evaluated() -> None:
+    from sympy.parsing.sympy_parser import parse_expr
+
+    assert float(parse_expr("0.5")) == 0.5
+    for text in ("().__class__", "Integer.__subclasses__()", "open('x')", "exit()", "[1]", "lambda: 1"):
+        with pytest.raises(ValueError, match="neither a number nor a name"):
+            parse_expr(text)
+
+
+_REFUSED_WHILE_COMPARING = """
+import os, sys
+from multiprocessing.connection import Connection, Pipe
+from treepo.rewards import math_answer, worker
+from treepo.rewards.grade import GradeItem, Request
+
+def sloppy(item):  # as sympy does: an error on the way, then "not equal"
+    try:
+        open("/etc/hostname")
+    except Exception:
+        pass
+    return math_answer.math_grader(item)
+
+ours, theirs = Pipe()
+if os.fork() == 0:
+    ours.close()
+    worker.serve(worker.Pipe(theirs.fileno()), sloppy, 2**30, confined=True)
+    os._exit(0)
+theirs.close()
+ours.recv()
+ours.send(Request(1, GradeItem("boxed{2}".join(["\\\\", ""]), "3")))
+print(ours.recv().grade.verdict, end="")
+"""
+
+
+def test_what_is_refused_is_an_error_and_no_wrong_answer() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _REFUSED_WHILE_COMPARING], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == Verdict.ERROR, done.stderr
