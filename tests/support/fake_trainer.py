@@ -14,6 +14,7 @@ from tests.support.fake_engine import FakeEngine
 from treepo.errors import EngineError
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
+from treepo.learning.soundness import WeightCheck
 from treepo.protocols import BatchResult, GenerateOutput, GenerateRequest, MiniBatch
 from treepo.training.checkpoint_manifest import READY_TREES, CheckpointManifest
 
@@ -43,8 +44,9 @@ class FakeTrainer:
         for _ in range(self.turns):
             await asyncio.sleep(0)
         self.events.append(f"train {len(mini_batches)}")
-        updates = [{"loss": 0.0, "grad_norm": 1.0}] * len(mini_batches)
-        return BatchResult(updates, LogProbMismatch(2.0, 4.0, 1.5), {"log_probs": 3.0, "train": 5.0})
+        updates = [{"loss": 0.0, "grad_norm": 1.0, "learning_rate": 1e-6}] * len(mini_batches)
+        seconds = {"log_probs": 3.0, "train": 5.0}
+        return BatchResult(updates, LogProbMismatch(2.0, 4.0, 1.5), seconds, WeightCheck(1.0, -0.5, 100, 128))
 
     async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None:
         self.before("save")

@@ -33,7 +33,7 @@ def train(
 
     inputs = read_train_inputs(run_config)
     show_data(inputs.reports)
-    from treepo.training.checkpoints import newest
+    from treepo.training.checkpoints import saved_step
     from treepo.training.resume import find_resume
 
     origin = find_resume(run_config, inputs) if resume else None
@@ -52,7 +52,7 @@ def train(
             summary = asyncio.run(run(run_config, inputs, display, start, origin))
     except KeyboardInterrupt:
         errors.print(f"Interrupted. All processes have ended; the files so far are in {run_config.out}/")
-        if (last := newest(run_config.out)) is not None:
-            errors.print(f"--resume continues after step {last[1].steps_done}")
+        if (last := saved_step(run_config.out)) is not None:
+            errors.print(f"--resume continues after step {last}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     show_summary(output, summary, run_config.out)

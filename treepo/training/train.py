@@ -20,6 +20,7 @@ from treepo.training.resume import Resume, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, Reporter, RunState
 from treepo.training.scheduler import Scheduler
+from treepo.training.step_guard import StepGuard
 from treepo.training.tree_grader import TreeGrader
 from treepo.training.tree_supply import TreeSupply
 
@@ -66,6 +67,7 @@ async def train(
             supply=_supply(config, inputs, engines, rewards, state, resume),
             evaluation=PeriodicEvaluation(config, heldout),
             checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer),
+            guard=StepGuard(config),
             folder=folder,
             state=state,
             clock=clock,
