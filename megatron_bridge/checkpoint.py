@@ -44,6 +44,7 @@ from megatron_bridge.atomic_folder import (
     reason_and_file,
 )
 from megatron_bridge.checked_writer import CheckedWriter, read_back
+from megatron_bridge.checkpoint_pickles import without_code
 from megatron_bridge.distributed_checkpoint import (
     COMMON_STATE,
     EXTRA_STATE,
@@ -153,10 +154,11 @@ class Checkpointer:
         if manifest.layout == self._layout:
             state["rng"] = _generators()
         try:
-            # This reads the optimizer state into the optimizer's own memory.
-            loaded: Any = dist_checkpointing.load(
-                state, str(folder / TRAINER), validate_access_integrity=False
-            )
+            with without_code(folder / TRAINER):
+                # This reads the optimizer state into the optimizer's own memory.
+                loaded: Any = dist_checkpointing.load(
+                    state, str(folder / TRAINER), validate_access_integrity=False
+                )
         except CheckpointException as error:
             raise unreadable(folder / TRAINER, _first_failure(error)) from None
         except (CheckpointingException, *READ_FAILURES) as error:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.atomic_folder import reason_and_file, split_into_files
 from megatron_bridge.checked_writer import CheckedWriter
+from megatron_bridge.checkpoint_pickles import read_index
 from megatron_bridge.model import build_outline, named_parameters
 from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.runtime import on_device
@@ -126,7 +127,7 @@ class DistributedCheckpointReader:
         self._folder = folder
         self._reader = FileSystemReader(folder)
         try:
-            self._metadata = self._reader.read_metadata()
+            self._metadata = read_index(folder)
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         except READ_FAILURES as error:
             raise unreadable(folder, error) from None

@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from megatron_bridge import optimizer
+from megatron_bridge import optimizer, progress
 from megatron_bridge.architecture import check_layout, read_architecture
 from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.host_memory import DeviceMemory
@@ -274,6 +274,7 @@ class MegatronTrainer:
         grad_norm = optimizer.step(self._optimizer, own_loss(metrics, self._device))
         if math.isfinite(grad_norm):
             self._step += 1
+        progress.count()
         return summarise(reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _weight_check(self, packs: Sequence[Pack], temperature: float) -> WeightCheck:
@@ -334,6 +335,7 @@ class MegatronTrainer:
             everywhere = wanted.new_zeros(len(wanted), len(states))
             return everywhere.index_copy(1, batch.wanted, wanted)
 
+        progress.count()  # of what came before this micro-batch
         return chunk(
             input_ids=batch.pack["token"][None].long(),
             position_ids=None,  # the attention's plan has the positions

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_bridge import progress
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.atomic_folder import WRITE_FAILURES, reason_and_file
 from megatron_bridge.hf_folder import SafetensorsReader, write_hf_folder
@@ -46,6 +47,7 @@ def load_weights(folder: Path, chunks: Sequence[GPTModel], architecture: Archite
             )
         with torch.no_grad():
             parameter.copy_(shard)
+        progress.count()
 
 
 def _tensor_ranks() -> tuple[int, int]:
@@ -136,6 +138,7 @@ class WeightExporter:
         """Yield every tensor once on rank 0, in the order of the family's table; nothing on other ranks."""
         for rule in self._rules:
             shards = self._gather(rule)
+            progress.count()
             if shards:
                 joined = rule.surgery.join(shards, self._architecture.dimensions)
                 del shards  # frees them while the receiver works

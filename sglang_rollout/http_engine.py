@@ -6,6 +6,8 @@ boundary; the server's prefix cache makes the repeated context cheap. A failure 
 driver tries again.
 """
 
+import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,12 +17,13 @@ from typing import Any, Self
 import aiohttp
 import numpy as np
 
-from treepo.errors import EngineError
+from treepo.errors import EngineError, shown
 from treepo.protocols import GenerateOutput, GenerateRequest
 
 _CONNECT_SECONDS = 10.0
 _INFO_SECONDS = 60.0
-_SHOWN = 200  # characters of the server's answer that an error quotes
+_SHOWN = 200  # bytes of the server's answer that an error quotes
+_MOST_BYTES = 256 << 20  # of an answer; one of a million tokens has about 60 MiB
 
 
 class ServerEngine:
@@ -76,10 +79,10 @@ class ServerEngine:
             meta = answer["meta_info"]
             finish = meta["finish_reason"]["type"]
             sampled = meta["output_token_logprobs"]
-            tokens = np.array([token for _, token, *_ in sampled], dtype=np.int32)
-            log_probs = np.array([log_prob for log_prob, *_ in sampled], dtype=np.float32)
+            tokens = np.array([_of_type(token, int) for _, token, *_ in sampled], dtype=np.int32)
+            log_probs = np.array([_of_type(each, int, float) for each, *_ in sampled], dtype=np.float32)
             weights, cached = meta.get("weight_version"), int(meta["cached_tokens"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EngineError(f"{self._url}: not an answer of SGLang's /generate: {error!r}") from error
         if finish == "abort":
             raise EngineError(
@@ -101,10 +104,23 @@ class ServerEngine:
         return GenerateOutput(
             tokens=tokens,
             log_probs=log_probs,
-            version=int(weights) if str(weights).isdecimal() else 0,
+            version=_version(weights),
             finish="eos" if ended else "length",
             cached_tokens=cached,
         )
+
+
+def _of_type(value: object, *types: type) -> object:
+    """The value. Raises TypeError: numpy would take lists, texts and truth values too."""
+    if type(value) not in types:
+        raise TypeError(f"{shown(value)} is no number")
+    return value
+
+
+def _version(weights: object) -> int:
+    """The server's weight version; 0 if it is a name, or more than a tree can keep."""
+    text = str(weights)
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +156,19 @@ async def _answer(response: Any, url: str) -> Any:
     try:
         async with response as reply:
             if reply.status != 200:
-                text = " ".join((await reply.text(errors="replace")).split())[:_SHOWN]
+                text = " ".join((await reply.content.read(_SHOWN)).decode(errors="replace").split())
                 raise EngineError(f"{url}: {reply.status} {reply.reason}: {text}")
-            return await reply.json(content_type=None)
+            return json.loads(await _content(reply, url))
     except TimeoutError as error:
         raise EngineError(f"{url}: no answer in time") from error
-    except (aiohttp.ClientError, ValueError) as error:
+    except (aiohttp.ClientError, ValueError, RecursionError) as error:
         raise EngineError(f"{url}: {error}") from error
+
+
+async def _content(reply: aiohttp.ClientResponse, url: str) -> bytes:
+    content = bytearray()
+    async for chunk in reply.content.iter_any():
+        content += chunk
+        if len(content) > _MOST_BYTES:
+            raise EngineError(f"{url}: an answer of more than {_MOST_BYTES >> 20} MiB")
+    return bytes(content)

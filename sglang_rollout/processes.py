@@ -24,9 +24,11 @@ from sglang_rollout.child_output import ChildOutput
 from sglang_rollout.rank_store import open_store
 from sglang_rollout.start_environment import start_environment
 from treepo.config.engine import EngineConfig
+from treepo.data.temporary_folder import TemporaryFolder
 from treepo.errors import DeadEngineError, EngineError, one_line
 
 _END_SECONDS = 10  # from SIGTERM to SIGKILL
+_SOCKET_ROOM = len("/tmp12345678")  # of SGLang's sockets
 _OUTPUT_SECONDS = 0.2  # for the last output of a process that has died, while others run
 
 
@@ -53,11 +55,17 @@ class SGLangProcesses:
             model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
         )
         self._output = ChildOutput()
+        self._folder = TemporaryFolder(_SOCKET_ROOM)
         self._store = open_store()
         try:
-            with start_environment(config, shares_device, self._store.port), self._output.recorded():
+            with (
+                start_environment(config, shares_device, self._store.port),
+                self._folder.used(),
+                self._output.recorded(),
+            ):
                 engine = _start(arguments)
         except Exception as error:  # of any type: SGLang passes on whatever its modules raise
+            self._folder.close()
             said = self._output.reason(_END_SECONDS) or one_line(error)
             raise EngineError(f"SGLang does not start on {model}: {said}") from error
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must have ended
@@ -128,6 +136,7 @@ class SGLangProcesses:
                 task.cancel()
         close_sockets(self.manager)
         _end(self._children)
+        self._folder.close()
 
     def _child_ended(self, pid: int) -> None:
         said = self._output.reason(_OUTPUT_SECONDS)

@@ -1,9 +1,12 @@
 """SGLang's own `Engine`, started without its detokenizer: tokens in, tokens out."""
 
+import tempfile
 from multiprocessing import Process
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
+from sglang.srt.server_args import PortArgs, ServerArgs
 
 
 class EngineWithoutDetokenizer(Engine):
@@ -27,6 +30,13 @@ class EngineWithoutDetokenizer(Engine):
         """SGLang's hook for making the tokenizer manager, which opens the sockets."""
         self._manager, templates = init_tokenizer_manager(*arguments)
         return self._manager, templates
+
+    @classmethod
+    def _launch_subprocesses(cls, server_args: ServerArgs, *arguments: Any, **named: Any) -> Any:
+        """Name SGLang's file in /dev/shm, which it never removes, by the folder of its temporary files."""
+        ports = PortArgs.init_new(server_args)
+        ports.instance_id = Path(tempfile.gettempdir()).name
+        return super()._launch_subprocesses(server_args, *arguments, port_args=ports, **named)
 
     @classmethod
     def _launch_detokenizer_subprocesses(cls, *_: Any, **__: Any) -> tuple[list[Process], list[str]]:

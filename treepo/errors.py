@@ -1,9 +1,15 @@
 """The exceptions that a user sees; the command line shows each as one line."""
 
+import re
 from typing import ClassVar
 
+_CONTROL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|.)")
 EXIT_INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""
+
+# What a terminal obeys instead of showing: C0, DEL, C1, Unicode's own line ends and changes of direction.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_MOST_CHARACTERS = 2000  # of a line of an error
 
 
 class TreepoError(Exception):
@@ -13,6 +19,13 @@ class TreepoError(Exception):
     """
 
     exit_code: ClassVar[int] = 2
+
+    def __str__(self) -> str:
+        """The text for a terminal or log, whatever names and values it quotes."""
+        lines = printable(super().__str__()).split("\n")
+        return "\n".join(
+            shortened(line, _MOST_CHARACTERS) if len(line) > _MOST_CHARACTERS else line for line in lines
+        )
 
 
 class ConfigError(TreepoError):
@@ -50,7 +63,25 @@ class LogProbCheckError(TreepoError):
 
 
 class TrainerError(TreepoError):
-    """A trainer rank that died; the text names it."""
+    """A trainer that cannot go on; the text names the rank and the reason."""
+
+    exit_code = 1
+
+
+class LostTrainerError(TrainerError):
+    """A trainer rank that died or hangs, so that the group must be started again; the text names it."""
+
+
+class TrainerMemoryError(TrainerError):
+    """A trainer rank that ran out of memory and would again; the text has the numbers and names the keys."""
+
+    exit_code = 2
+
+
+class ActorError(TreepoError):
+    """An error in an engine or trainer rank that nobody expected; the text has its type and message, and the
+    log its traceback.
+    """
 
     exit_code = 1
 
@@ -75,6 +106,10 @@ class ClusterError(TreepoError):
     exit_code = 1
 
 
+class LostJobError(ClusterError):
+    """A training that ended without an exit code, as when its Ray died; it can be started again."""
+
+
 class RewardError(TreepoError):
     """Grading that cannot continue; the text gives the reason."""
 
@@ -97,9 +132,19 @@ class CheckpointError(TreepoError):
     exit_code = 1
 
 
+def printable(text: str) -> str:
+    """The text with a replacement character for each one that a terminal obeys, except tab and newline."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def without_colors(text: str) -> str:
+    """The text without a terminal's control sequences, which other libraries put into their messages."""
+    return _CONTROL.sub("", text)
+
+
 def one_line(message: object) -> str:
-    """Join the lines of a message, such as another library's exception, into one."""
-    return " ".join(str(message).split())
+    """Join the lines of a message, such as another library's exception, into one without colors."""
+    return " ".join(without_colors(str(message)).split())
 
 
 def shortened(text: str, most: int = 120) -> str:

@@ -103,8 +103,15 @@ class TrainingEnginePool(EnginePool, Protocol):
         """
         ...
 
+    def restarted_trainer(self) -> AbstractAsyncContextManager[None]:
+        """As `training`, after the trainer was lost (LostTrainerError): it is started again with the model
+        folder's weights, and the body loads others and syncs them. The engines stay up.
+        """
+        ...
+
     async def sync_weights(self, version: int) -> None:
-        """Make every serving engine serve the trainer's weights as `version`. Only inside `training`.
+        """Make every serving engine serve the trainer's weights as `version`. Only inside `training` or
+        `restarted_trainer`.
 
         An engine that fails is replaced. An engine that is restarted later takes the trainer's weights of
         that version before it serves.
@@ -155,7 +162,9 @@ def was_taken(update: Mapping[str, float]) -> bool:
 
 
 class Trainer(Protocol):
-    """All ranks of the trainer. Raises TrainerError if a rank dies."""
+    """All ranks of the trainer. If one dies or hangs, this and every later call raise LostTrainerError until
+    `TrainingEnginePool.restarted_trainer`; TrainerMemoryError if it ran out of memory.
+    """
 
     @property
     def dtype(self) -> str:

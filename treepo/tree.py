@@ -230,7 +230,7 @@ def from_json(line: bytes | str) -> Tree:
             Segment(
                 parent=segment["parent"],
                 tokens=np.asarray(segment["tokens"], dtype=np.int32),
-                log_probs=np.asarray(segment["log_probs"], dtype=np.float32),
+                log_probs=_log_probs(segment["log_probs"]),
                 versions=_versions(segment["version"], len(segment["tokens"])),
                 finish=Finish(segment["finish"]),
             )
@@ -249,6 +249,15 @@ def from_json(line: bytes | str) -> Tree:
             for leaf in record["leaves"]
         ),
     )
+
+
+def _log_probs(values: list[float]) -> np.ndarray:
+    """float32 [T]. Raises ValueError for a number that is not finite there."""
+    with np.errstate(over="ignore"):
+        log_probs = np.asarray(values, dtype=np.float32)
+    if not np.isfinite(log_probs).all():
+        raise ValueError("a log-prob is beyond the numbers of float32")
+    return log_probs
 
 
 def _runs(versions: np.ndarray) -> int | list[tuple[int, int]]:

@@ -111,10 +111,10 @@ def test_the_last_lines_of_a_log_are_short(tmp_path: Path, text: str, said: str)
 def test_the_kernel_is_named_only_if_it_has_killed_since_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kills: int
 ) -> None:
-    monkeypatch.setattr(actor_death, "_kernel_kills", lambda: 3)
+    monkeypatch.setattr(actor_death, "kernel_kills", lambda: 3)
     actor_death.note_start()
     (tmp_path / "worker-ab-01000000-77.err").write_text(capsys.readouterr().err + "loading\n")
-    monkeypatch.setattr(actor_death, "_kernel_kills", lambda: kills)
+    monkeypatch.setattr(actor_death, "kernel_kills", lambda: kills)
     line = last_lines(tmp_path, 77)
     assert ("has killed 2 processes for memory" in line) == (kills == 5)
     assert line.startswith("its last lines: loading")

@@ -73,11 +73,12 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
     from transformers import Qwen2ForCausalLM
 
     from tests.support.real_engine import perturbed, write_model
-    from treepo.cluster.engine_pool import TrainingEnginePool
+    from treepo.cluster.engine_devices import EngineDevices
     from treepo.cluster.pooled_engine import State
     from treepo.cluster.ray_engine import EngineLauncher
     from treepo.cluster.reservation import unreserved_engines
     from treepo.cluster.session import ray_session
+    from treepo.cluster.training_engine_pool import TrainingEnginePool
 
     config = RolloutConfig.model_validate(
         {
@@ -94,8 +95,8 @@ def test_killed_engines_lose_no_tree_and_serve_again(tmp_path: Path, monkeypatch
     trainer = FakeTrainer(weights, tmp_path)
 
     async def scenario() -> None:
-        options = unreserved_engines(config.engine)
-        launcher = EngineLauncher(config, StopRule(policy, decode), options, shares_devices=False)
+        devices = EngineDevices(unreserved_engines(config.engine), follow_trainer=False, seconds=60)
+        launcher = EngineLauncher(config, StopRule(policy, decode), devices, shares_devices=False)
         pool = TrainingEnginePool(
             launcher, config.engine, trainer, shares_devices=False, sampling_goes_on=False
         )

@@ -12,14 +12,16 @@ import pytest
 from tests.support.fake_engine import FakeEngine, decode, prompt_tokens
 from tests.support.fake_process import FakeProcess
 from tests.support.sampling_policies import sampling
-from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
+from treepo.cluster.engine_pool import EnginePool
 from treepo.cluster.pooled_engine import PooledEngine, State
+from treepo.cluster.training_engine_pool import TrainingEnginePool
 from treepo.config.engine import EngineConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import (
     DeadEngineError,
     EngineError,
     NoEngineError,
+    PlacementError,
     TransportError,
     WeightsRefusedError,
 )
@@ -31,17 +33,20 @@ from treepo.tree import Tree, to_json
 from treepo.weight_sync.send import Outcome
 
 type FakePool = TrainingEnginePool[FakeProcess]
+REJOIN_SECONDS = 1800
 REQUEST = GenerateRequest(np.array([5, 6], np.int32), 2, 4, 1.0, 0)
 
 
 class Fakes:
     """Launches fake processes and keeps them all: `made[i]` are those of engine i, the oldest first.
 
-    each: the settings of the n-th process of engine i.
+    each: the settings of the n-th process of engine i. lost: the engines whose node is lost, with an event
+    that brings other devices.
     """
 
     def __init__(self, each: Callable[[int, int], dict[str, Any]] = lambda _index, _number: {}) -> None:
         self.made: dict[int, list[FakeProcess]] = {}
+        self.lost: dict[int, asyncio.Event] = {}
         self._each = each
 
     def __call__(self, index: int) -> FakeProcess:
@@ -51,12 +56,24 @@ class Fakes:
         processes.append(process)
         return process
 
+    async def find_devices(self, index: int) -> None:
+        if index in self.lost:
+            try:
+                await asyncio.wait_for(self.lost[index].wait(), REJOIN_SECONDS)
+            except TimeoutError:
+                raise PlacementError("no node has had free devices") from None
+            del self.lost[index]
+
+    async def devices_lost(self, index: int) -> None:
+        while index not in self.lost:
+            await asyncio.sleep(1)
+
 
 async def nothing(_version: int) -> None: ...
 
 
 class FakeTrainer:
-    """Implements `treepo.cluster.engine_pool.ColocatedTrainer` and sends nothing.
+    """Implements `treepo.cluster.training_engine_pool.ColocatedTrainer` and sends nothing.
 
     happens: awaited with the version whenever weights are sent. moves: called with the name of each move of
     the trainer's memory. sent: the versions.
@@ -96,9 +113,12 @@ def run(
     trainer: FakeTrainer | None = None,
     shares_devices: bool = False,
     sampling_goes_on: bool = False,
+    limit: float = 200,
     **settings: Any,
 ) -> None:
-    """Run the scenario on a pool that is ready, in virtual time; every process is ended afterwards."""
+    """Run the scenario on a pool that is ready, in virtual time of at most `limit` seconds; every process is
+    ended afterwards.
+    """
 
     async def main() -> None:
         launch = fakes or Fakes()
@@ -106,7 +126,7 @@ def run(
         pool = TrainingEnginePool(launch, config, trainer or FakeTrainer(), shares_devices, sampling_goes_on)
         try:
             await pool.ready()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(limit):
                 await scenario(pool, launch)
         finally:
             await pool.close()
@@ -278,6 +298,72 @@ def test_restarts_are_bounded_over_the_run_and_the_rest_goes_on() -> None:
         assert raised.group_contains(NoEngineError)
 
     run(scenario, fakes, 2, max_restarts=3)
+
+
+def test_an_engine_whose_node_is_lost_waits_for_devices_and_the_others_go_on() -> None:
+    """Longer than an engine may take to start; it costs one restart, once there are devices."""
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        first, second = pool.engines
+        back = fakes.lost[0] = asyncio.Event()
+        fakes.made[0][0].die()
+        await until(lambda: first.state is State.DOWN)
+        assert len(await trees(pool, 4)) == 4
+        second.fail("it is lost too, but its node is not")
+        await until(serves(second))
+        await asyncio.sleep(100)
+        assert (first.state, pool.restarts, len(fakes.made[0])) == (State.DOWN, 1, 1)
+        back.set()
+        await until(serves(first))
+        assert pool.restarts == 2
+
+    run(scenario, count=2, start_seconds=20, max_restarts=2)
+
+
+def test_a_request_waits_while_the_only_engine_waits_for_devices() -> None:
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        (engine,) = pool.engines
+        back = fakes.lost[0] = asyncio.Event()
+        fakes.made[0][0].die()
+        await until(lambda: engine.state is State.DOWN)
+        waiting = asyncio.ensure_future(engine.generate(REQUEST))
+        await asyncio.sleep(55)
+        assert not waiting.done()
+        back.set()
+        assert len((await waiting).tokens)
+
+    run(scenario, start_seconds=10)
+
+
+def test_an_engine_without_devices_by_the_deadline_is_given_up() -> None:
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        (engine,) = pool.engines
+        fakes.lost[0] = asyncio.Event()
+        fakes.made[0][0].die()
+        await until(lambda: engine.state is State.DOWN)
+        with pytest.raises(
+            NoEngineError, match="engine 0 is given up: its process ended; no node has had free"
+        ):
+            await engine.generate(REQUEST)
+        assert pool.restarts == 0
+
+    run(scenario, limit=3600)
+
+
+def test_an_engine_whose_node_is_lost_while_it_starts_is_started_elsewhere() -> None:
+    fakes = Fakes(lambda _, number: {"slow": number == 1})
+
+    async def scenario(pool: FakePool, fakes: Fakes) -> None:
+        (engine,) = pool.engines
+        fakes.made[0][0].die()
+        await until(lambda: len(fakes.made[0]) == 2)
+        back = fakes.lost[0] = asyncio.Event()
+        await until(lambda: engine.reason.endswith("its node left the cluster while it started"))
+        back.set()
+        await until(serves(engine))
+        assert len(fakes.made[0]) == 3
+
+    run(scenario, fakes)
 
 
 def test_a_failed_update_costs_a_restart_and_another_fault_ends_the_requests_that_wait() -> None:

@@ -4,20 +4,18 @@ import asyncio
 import os
 import shlex
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.paths import ROOT
-from treepo.cluster.launch import Launch, _unless_ended
-from treepo.cluster.ray_node import NodeResources, new_secrets
+from treepo.cluster.launch_parts import Launch, first_of, unless_ended
+from treepo.cluster.ray_node import NodeResources, RayNode, new_secrets
 from treepo.config.load import load_config
 from treepo.errors import ClusterError
 
 
-class FakeNode:
+class FakeNode(RayNode):
     """Ray on a node; it runs until `end` is set."""
 
     def __init__(self) -> None:
@@ -28,15 +26,19 @@ class FakeNode:
         return "it ended"
 
 
-async def unless_ended(node: FakeNode, work: Any, say: Callable[[str], None] | None = None) -> Any:
-    fake: Any = node
-    return await _unless_ended(fake, work, say)
-
-
-def order(*arguments: str, width: int = 8) -> Launch:
+def order(*arguments: str, width: int = 8, resume: bool = False) -> Launch:
     config = load_config(ROOT / "examples/quickstart.yaml", [f"sampling.width={width}"])
     return Launch(
-        config, arguments, lambda: None, 1.0, NodeResources(), None, say=lambda _: None, write=lambda _: None
+        config,
+        arguments,
+        resume,
+        check=lambda: None,
+        wait=1.0,
+        max_restarts=3,
+        resources=NodeResources(),
+        dashboard_port=None,
+        say=lambda _: None,
+        write=lambda _: None,
     )
 
 
@@ -68,36 +70,68 @@ def test_the_work_is_cleaned_up_when_ray_ends() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_an_interrupt_waits_for_the_head_to_end_and_says_so(waits: bool) -> None:
+@pytest.mark.parametrize("comes", ["the news", "the end of Ray"])
+def test_a_node_waits_for_the_head_or_for_its_own_ray(comes: str) -> None:
+    async def scenario() -> None:
+        node, news = FakeNode(), asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(first_of(news, node, lambda _: None))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        if comes == "the news":
+            news.set_result(0)
+        else:
+            node.end.set()
+        assert await waiting == (None if comes == "the news" else "it ended")
+
+    asyncio.run(scenario())
+
+
+def test_an_interrupted_node_waits_for_the_head_to_end_and_says_so() -> None:
     said: list[str] = []
 
     async def scenario() -> None:
-        begun, exit_code, received = asyncio.Event(), asyncio.Event(), []
+        news = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(first_of(news, FakeNode(), said.append))
+        await asyncio.sleep(0)
+        task.cancel()
+        while not said:
+            await asyncio.sleep(0)
+        assert not task.done()
+        news.set_result(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+    assert said == ["waits up to 120 s for the head to end the training: only the head can"]
+
+
+def test_an_interrupted_head_cleans_up_at_once() -> None:
+    async def scenario() -> None:
+        begun, cleaned = asyncio.Event(), asyncio.Event()
 
         async def work() -> None:
             begun.set()
-            await exit_code.wait()
-            received.append(True)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cleaned.set()
 
-        task = asyncio.create_task(unless_ended(FakeNode(), work(), said.append if waits else None))
+        task = asyncio.create_task(unless_ended(FakeNode(), work()))
         await begun.wait()
         task.cancel()
-        if waits:
-            await asyncio.sleep(0)
-            exit_code.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert bool(received) == bool(said) == waits
+        assert cleaned.is_set()
 
     asyncio.run(scenario())
 
 
 def test_equal_launches_have_equal_fingerprints() -> None:
+    """A head that is started again with --resume is of the same launch."""
     one = order("run.yaml").fingerprint()
-    assert one == order("run.yaml").fingerprint()
+    assert one == order("run.yaml").fingerprint() == order("run.yaml", resume=True).fingerprint()
     assert (
-        len({one, order("run.yaml", "--resume").fingerprint(), order("run.yaml", width=4).fingerprint()}) == 3
+        len({one, order("run.yaml", "steps=3").fingerprint(), order("run.yaml", width=4).fingerprint()}) == 3
     )
 
 
@@ -106,10 +140,11 @@ def test_the_command_survives_a_shell(tmp_path: Path, monkeypatch: pytest.Monkey
     folder.mkdir()
     monkeypatch.chdir(folder)
     awkward = ("run file.yaml", "data.columns.answer_after=#### ", "out='x'$HOME;")
-    command = order(*awkward).command()
+    command = order(*awkward).command(resume=False)
     change, _, program = command.partition(" && exec ")
     assert subprocess.check_output(["sh", "-c", f"{change}; pwd"], text=True).strip() == str(folder)
     assert shlex.split(program)[-4:] == ["train", *awkward]
+    assert order(*awkward).command(resume=True) == f"{command} --resume"
 
 
 @pytest.mark.parametrize("threads", [None, "6"])
@@ -119,7 +154,7 @@ def test_the_job_has_the_users_threads_and_not_those_of_rays_supervisor(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    change, _, _ = order("run.yaml").command().rpartition(" && exec ")
+    change, _, _ = order("run.yaml").command(resume=True).rpartition(" && exec ")
     supervisor = os.environ | {"OMP_NUM_THREADS": "1"}
     shown = subprocess.check_output(
         ["sh", "-c", f"{change}; echo $OMP_NUM_THREADS"], text=True, env=supervisor

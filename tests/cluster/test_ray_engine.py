@@ -1,6 +1,7 @@
 """Engines behind Ray actors: an error there is one line here that names the engine and the cause."""
 
 import asyncio
+import os
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,7 +12,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from treepo.cluster.ray_engine import HostedEngine, RayEngine, RaySink, engine_seed
 from treepo.config.engine import EngineConfig
-from treepo.errors import DeadEngineError, EngineError, ModelError, TransportError, TreepoError
+from treepo.errors import ActorError, DeadEngineError, EngineError, ModelError, TransportError, TreepoError
 from treepo.weight_sync.wire import Bucket
 
 
@@ -75,10 +76,27 @@ def test_the_rank_that_sends_gets_our_own_errors_too() -> None:
     assert isinstance(raised_to_the_sender(ActorDiedError()), DeadEngineError)
 
 
-def test_a_fault_keeps_its_traceback() -> None:
-    fault = in_task(KeyError("a bug"))
-    assert raised_by(fault) is fault
-    assert raised_to_the_sender(fault) is fault
+@pytest.mark.parametrize(
+    "cause",
+    [KeyError("a bug"), FloatingPointError("\x1b[36mnan\x1b[39m"), OSError(28, "full")],
+)
+def test_a_fault_is_one_line_and_its_traceback_is_logged(
+    cause: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    for error in (raised_by(in_task(cause)), raised_to_the_sender(in_task(cause))):
+        assert isinstance(error, ActorError)
+        assert type(cause).__name__ in str(error)
+        assert f"process {os.getpid()} on " in str(error)
+        assert "\n" not in str(error)
+        assert "\x1b" not in str(error)
+    assert caplog.text.count("of many lines") == 2
+
+
+def test_a_fault_that_cannot_be_pickled_is_the_last_line_of_its_traceback() -> None:
+    fault = RayTaskError(
+        "capacity", "\x1b[36mray::f()\x1b[39m\n  File x\nmodule.Odd: \x1b[1mwhy\x1b[0m\n", None
+    )
+    assert str(raised_by(fault)).startswith("engine 3: module.Odd: why (process ")
 
 
 def test_an_actor_that_died_is_one_line() -> None:

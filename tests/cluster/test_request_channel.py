@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError
 
 from treepo.cluster.ray_engine import RayEngine
 from treepo.cluster.request_channel import RequestChannel, RequestDesk
-from treepo.errors import DeadEngineError, EngineError
+from treepo.errors import ActorError, DeadEngineError, EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 
 
@@ -142,7 +142,7 @@ def test_requests_of_one_turn_travel_in_one_call() -> None:
     assert actor.posted == [[*range(20)], [20, 21, 22]]
 
 
-def test_an_error_is_that_of_its_request_alone() -> None:
+def test_an_error_is_that_of_its_request_alone(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(faults={1: EngineError("refused"), 2: KeyError("a bug")})
 
     async def sample() -> list[Any]:
@@ -154,9 +154,9 @@ def test_an_error_is_that_of_its_request_alone() -> None:
     assert (first.tokens[0], last.tokens[0]) == (0, 3)
     assert type(refused) is EngineError
     assert str(refused) == "engine 3: refused"
-    assert isinstance(bug, RayTaskError)
-    assert "in generate" in str(bug)  # its traceback
-    assert "KeyError" in str(bug)
+    assert isinstance(bug, ActorError)
+    assert "engine 3: KeyError: 'a bug'" in str(bug)
+    assert "in generate" in caplog.text  # its traceback
 
 
 def test_a_request_that_is_cancelled_ends_in_the_engine_and_no_other_does() -> None:

@@ -102,7 +102,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[str]]:
             assert not sampling_goes_on, "the loop is synchronous"
             return FakePool(events)
 
-        monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
+        monkeypatch.setattr(session, "watched_ray", lambda _: nullcontext())
         monkeypatch.setattr(session, "cluster_nodes", list)
         monkeypatch.setattr(session, "reserve", reserve)
         monkeypatch.setattr(session, "TrainerGroup", lambda *_: FakeTrainer(events))

@@ -12,7 +12,7 @@ import pytest
 
 from tests.data.test_prompts import PLAIN, configure
 from tests.support.utf8_tokenizer import Utf8Tokenizer
-from treepo.data import row_files
+from treepo.data import parquet_rows
 from treepo.data.prompts import PromptSet, load_prompts
 from treepo.errors import DataError
 
@@ -109,8 +109,8 @@ def test_of_json_lines_two_integers_a_row_are_kept(json_file: Path) -> None:
 
 def test_of_parquet_some_row_groups_are_kept(parquet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group_bytes = GROUP_ROWS * TEXT_BYTES
-    monkeypatch.setattr(row_files, "_KEPT_BYTES", 3 * group_bytes)
-    monkeypatch.setattr(row_files, "_BATCH_ROWS", GROUP_ROWS // 2)
+    monkeypatch.setattr(parquet_rows, "_KEPT_BYTES", 3 * group_bytes)
+    monkeypatch.setattr(parquet_rows, "_BATCH_ROWS", GROUP_ROWS // 2)
     pool, before = COUNTING_POOL, pyarrow.default_memory_pool()
     pyarrow.set_memory_pool(pool)
     try:
@@ -126,7 +126,7 @@ def test_of_parquet_some_row_groups_are_kept(parquet_file: Path, monkeypatch: py
 
 
 def test_one_call_reads_each_row_group_once(parquet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_files, "_KEPT_BYTES", 0)  # keep only the group in use
+    monkeypatch.setattr(parquet_rows, "_KEPT_BYTES", 0)  # keep only the group in use
     prompts = load(parquet_file)
     read: list[int] = []
     original = pyarrow.parquet.ParquetFile.read_row_group

@@ -33,6 +33,7 @@ class Seen:
         self.phases: list[str] = []
         self.steps: list[int] = []
         self.accuracies: dict[int, float] = {}
+        self.recoveries: list[str] = []
         self._events = [] if events is None else events
 
     def phase(self, name: str, announce: bool = False) -> None:  # noqa: ARG002
@@ -44,6 +45,9 @@ class Seen:
     def evaluated(self, step: int, accuracy: float) -> None:
         self.accuracies[step] = accuracy
         self._events.append(f"evaluated {step}")
+
+    def recovered(self, event: str) -> None:
+        self.recoveries.append(event)
 
 
 class LengthRewards:
@@ -153,7 +157,8 @@ class Run:
     @asynccontextmanager
     async def _start(self) -> AsyncIterator[tuple[FakePool, FakeTrainer]]:
         goes_on = self.config.loop.mode == "async"
-        yield FakePool(self.engine, self.events, sampling_goes_on=goes_on), self.trainer
+        pool = FakePool(self.engine, self.events, sampling_goes_on=goes_on, trainer=self.trainer)
+        yield pool, self.trainer
         self.events.append("end")
 
 

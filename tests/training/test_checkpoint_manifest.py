@@ -45,24 +45,23 @@ def test_a_trainers_layout_comes_back(checkpoint: Path) -> None:
     assert manifest.files == dict.fromkeys((f"{HUGGING_FACE}/file", f"{TRAINER}/file"), 40)
 
 
-def test_every_flipped_bit_of_a_file_is_found(checkpoint: Path) -> None:
+def test_a_flipped_bit_of_any_byte_of_a_file_is_found(checkpoint: Path) -> None:
+    path = checkpoint / TRAINER / "file"
     for position in range(40):
-        for bit in range(8):
-            flip_bit(checkpoint / TRAINER / "file", position, bit)
-            with pytest.raises(ModelError, match=r"trainer/file has another content than when"):
-                verified_manifest(checkpoint)
-            flip_bit(checkpoint / TRAINER / "file", position, bit)
+        flip_bit(path, position, position % 8)
+        with pytest.raises(ModelError, match=r"trainer/file has another content than when"):
+            verified_manifest(checkpoint)
+        flip_bit(path, position, position % 8)
     verified_manifest(checkpoint)
 
 
-def test_every_flipped_bit_of_the_manifest_is_found(checkpoint: Path) -> None:
+def test_a_flipped_bit_of_any_byte_of_the_manifest_is_found(checkpoint: Path) -> None:
     path = checkpoint / MANIFEST
     for position in range(path.stat().st_size):
-        for bit in range(8):
-            flip_bit(path, position, bit)
-            with pytest.raises(ModelError, match=r"checkpoint\.json"):
-                verified_manifest(checkpoint)
-            flip_bit(path, position, bit)
+        flip_bit(path, position, position % 8)
+        with pytest.raises(ModelError, match=r"checkpoint\.json"):
+            verified_manifest(checkpoint)
+        flip_bit(path, position, position % 8)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100])

@@ -371,6 +371,8 @@ class Silent:
 
     def evaluated(self, step: int, accuracy: float) -> None: ...
 
+    def recovered(self, event: str) -> None: ...
+
 
 def test_times_go_on_where_they_were() -> None:
     state = state_after(3)

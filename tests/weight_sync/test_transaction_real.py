@@ -16,6 +16,7 @@ from tests.support.paths import ROOT
 from tests.support.random_trees import random_tree
 from tests.support.tiny import write_tiny_qwen2
 from treepo.cluster import ray_engine, trainer_group
+from treepo.cluster.engine_devices import EngineDevices
 from treepo.cluster.engine_pool import EnginePool
 from treepo.cluster.ray_engine import EngineLauncher, HostedEngine, RayEngine
 from treepo.cluster.reservation import reserve
@@ -145,8 +146,8 @@ async def _scenario(folder: Path) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(ray_session(6))
         reservation = await reserve(config, 60)
-        options = reservation.engine_options([])
-        launcher = EngineLauncher(config, StopRule(SamplingConfig(), str), options, shares_devices=False)
+        devices = EngineDevices(reservation.engine_options([]), follow_trainer=False, seconds=60)
+        launcher = EngineLauncher(config, StopRule(SamplingConfig(), str), devices, shares_devices=False)
         pool = EnginePool(launcher, config.engine)
         stack.push_async_callback(pool.close)
         trainer = TrainerGroup(config, reservation.ranks)

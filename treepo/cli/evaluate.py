@@ -1,6 +1,5 @@
 """`treepo eval`: evaluates a model on benchmarks, or compares evaluations."""
 
-import asyncio
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treepo.cli.console import OVERRIDES, check_surroundings, errors, output
+from treepo.cli.console import OVERRIDES, check_surroundings, output
+from treepo.cli.failures import stoppable
 from treepo.config.load import load_as
-from treepo.errors import EXIT_INTERRUPTED, ConfigError
+from treepo.errors import ConfigError
 
 if TYPE_CHECKING:
     from treepo.config.evaluate import EvalConfig
@@ -91,24 +91,19 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
 
     path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
     eval_config = load_as(EvalConfig, path, [*overrides_of(options), *arguments])
-    check_surroundings(eval_config.out, uses_ray=eval_config.model.url is None)
-    from treepo.preflight.inputs import read_evaluation_inputs
+    with stoppable(lambda: f"the same command continues in {eval_config.out}/") as stopper:
+        check_surroundings(eval_config.out, uses_ray=eval_config.model.url is None)
+        from treepo.preflight.inputs import read_evaluation_inputs
 
-    inputs = read_evaluation_inputs(eval_config)
-    from treepo.display.evaluation import EvaluationDisplay, show_evaluation
-    from treepo.evaluation.evaluate import evaluate as run
+        inputs = read_evaluation_inputs(eval_config)
+        from treepo.display.evaluation import EvaluationDisplay, show_evaluation
+        from treepo.evaluation.evaluate import evaluate as run
 
-    source = path or eval_config.model.path or eval_config.model.url
-    try:
+        source = path or eval_config.model.path or eval_config.model.url
         with EvaluationDisplay(output, f"{source} -> {eval_config.out}", inputs) as display:
             start = partial(evaluation_engines, eval_config, inputs)
-            results = asyncio.run(run(eval_config, inputs, display, start, anew=force))
-    except KeyboardInterrupt:
-        errors.print(
-            f"Interrupted. All processes have ended; the same command continues in {eval_config.out}/"
-        )
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    show_evaluation(output, results, eval_config.out)
+            results = stopper.run(run(eval_config, inputs, display, start, anew=force))
+        show_evaluation(output, results, eval_config.out)
 
 
 def evaluation_engines(

@@ -32,7 +32,17 @@ def launch(
             min=1, max=65535, help="Rendezvous port on the head; by default the scheduler's, else 29400."
         ),
     ] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for all devices.")] = 600,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds to wait for all devices; and, on the other nodes, for the head."),
+    ] = 600,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Restarts after crashes, each from the newest checkpoint. A new checkpoint gives all back.",
+        ),
+    ] = 3,
     dashboard_port: Annotated[
         int | None,
         typer.Option(
@@ -51,8 +61,8 @@ def launch(
     from treepo.cluster.allocation import Flags, find_allocation
 
     target = find_allocation(os.environ, Flags(nodes, node_rank, head, port))
-    from treepo.cluster.launch import Launch
     from treepo.cluster.launch import launch as run
+    from treepo.cluster.launch_parts import Launch
     from treepo.cluster.ray_node import NodeResources
 
     def check() -> None:
@@ -67,9 +77,11 @@ def launch(
 
     spec = Launch(
         run_config,
-        [str(config), *(overrides or []), *(["--resume"] if resume else [])],
+        [str(config), *(overrides or [])],
+        resume,
         check,
         wait,
+        max_restarts,
         NodeResources(cpus, gpus),
         dashboard_port,
         say=lambda text: output.print(

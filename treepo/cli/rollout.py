@@ -1,15 +1,14 @@
 """`treepo rollout`: samples trees for a file of prompts, without training."""
 
-import asyncio
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from treepo.cli.console import OVERRIDES, check_surroundings, errors, output, show_data
+from treepo.cli.console import OVERRIDES, check_surroundings, output, show_data
+from treepo.cli.failures import stoppable
 from treepo.config.load import load_as
-from treepo.errors import EXIT_INTERRUPTED
 
 
 def rollout(
@@ -22,22 +21,19 @@ def rollout(
     from treepo.config.rollout import RolloutConfig
 
     rollout_config = load_as(RolloutConfig, config, overrides or [])
-    check_surroundings(rollout_config.out)
-    from treepo.preflight.inputs import read_rollout_inputs
+    with stoppable(lambda: f"the trees so far are in {rollout_config.out}/") as stopper:
+        check_surroundings(rollout_config.out)
+        from treepo.preflight.inputs import read_rollout_inputs
 
-    inputs = read_rollout_inputs(rollout_config)
-    show_data([inputs.prompts.report])
-    from treepo.cluster.session import engine_session
-    from treepo.display.rollout import RolloutDisplay, show_rollout
-    from treepo.rollout.sample_file import rollout as run
-    from treepo.rollout.stopping import StopRule
+        inputs = read_rollout_inputs(rollout_config)
+        show_data([inputs.prompts.report])
+        from treepo.cluster.session import engine_session
+        from treepo.display.rollout import RolloutDisplay, show_rollout
+        from treepo.rollout.sample_file import rollout as run
+        from treepo.rollout.stopping import StopRule
 
-    stop_rule = StopRule(rollout_config.sampling, inputs.tokenizer.decode)
-    try:
+        stop_rule = StopRule(rollout_config.sampling, inputs.tokenizer.decode)
         with RolloutDisplay(output, f"{config} -> {rollout_config.out}") as display:
             start = partial(engine_session, rollout_config, stop_rule)
-            summary = asyncio.run(run(rollout_config, inputs, display, start))
-    except KeyboardInterrupt:
-        errors.print(f"Interrupted. All processes have ended; the trees so far are in {rollout_config.out}/")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    show_rollout(output, summary, rollout_config.out)
+            summary = stopper.run(run(rollout_config, inputs, display, start))
+        show_rollout(output, summary, rollout_config.out)

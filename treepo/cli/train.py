@@ -1,15 +1,14 @@
 """`treepo train`: a training run on this machine, or on the Ray cluster that RAY_ADDRESS names."""
 
-import asyncio
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from treepo.cli.console import OVERRIDES, check_surroundings, errors, output, show_data
+from treepo.cli.console import OVERRIDES, check_surroundings, output, show_data
+from treepo.cli.failures import stoppable
 from treepo.config.load import load_config
-from treepo.errors import EXIT_INTERRUPTED
 
 
 def train(
@@ -25,34 +24,40 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train a model: sample trees, grade them, learn from them, send the new weights to the engines."""
+    """Train a model: sample trees, grade them, learn from them, send the new weights to the engines.
+
+    SIGTERM and Ctrl-C end all processes (exit code 143 or 130); a second signal kills them at once.
+    """
     run_config = load_config(config, overrides or [])
-    check_surroundings(run_config.out)
-    from treepo.display.train import TrainDisplay, show_resume, show_summary
-    from treepo.preflight.inputs import read_train_inputs
+    with stoppable(lambda: _left(run_config.out)) as stopper:
+        check_surroundings(run_config.out)
+        from treepo.display.train import TrainDisplay, show_resume, show_summary
+        from treepo.preflight.inputs import read_train_inputs
 
-    inputs = read_train_inputs(run_config)
-    show_data(inputs.reports)
-    from treepo.training.checkpoints import saved_step
-    from treepo.training.resume import find_resume
+        inputs = read_train_inputs(run_config)
+        show_data(inputs.reports)
+        from treepo.training.resume import find_resume
 
-    origin = find_resume(run_config, inputs) if resume else None
-    if resume:
-        show_resume(output, origin, run_config.out)
-    from treepo.cluster.session import training_session
-    from treepo.rollout.stopping import StopRule
-    from treepo.training.train import train as run
+        origin = find_resume(run_config, inputs) if resume else None
+        if resume:
+            show_resume(output, origin, run_config.out)
+        from treepo.cluster.session import training_session
+        from treepo.rollout.stopping import StopRule
+        from treepo.training.train import train as run
 
-    stop_rule = StopRule(run_config.sampling, inputs.tokenizer.decode)
-    try:
+        stop_rule = StopRule(run_config.sampling, inputs.tokenizer.decode)
         overlaps = run_config.max_untrained > run_config.data.prompts_per_step
         title = f"{config} -> {run_config.out}"
         with TrainDisplay(output, title, run_config.steps, overlaps=overlaps) as display:
             start = partial(training_session, run_config, stop_rule)
-            summary = asyncio.run(run(run_config, inputs, display, start, origin))
-    except KeyboardInterrupt:
-        errors.print(f"Interrupted. All processes have ended; the files so far are in {run_config.out}/")
-        if (last := saved_step(run_config.out)) is not None:
-            errors.print(f"--resume continues after step {last}")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    show_summary(output, summary, run_config.out)
+            summary = stopper.run(run(run_config, inputs, display, start, origin))
+        show_summary(output, summary, run_config.out)
+
+
+def _left(out: Path) -> str:
+    """What an interrupted run leaves, and how it goes on."""
+    from treepo.training.checkpoints import saved_step
+
+    last = saved_step(out)
+    goes_on = "" if last is None else f"; --resume continues after step {last}"
+    return f"the files so far are in {out}/{goes_on}"

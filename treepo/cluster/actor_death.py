@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from treepo.errors import one_line, shortened
+from treepo.cluster.ray_logs import log_folder
+from treepo.errors import one_line, shortened, without_colors
 
 _READ_SECONDS = 15.0  # for another node to start a process and read the file
 _LINES = 5
@@ -36,6 +37,9 @@ _NOISE = re.compile(
 _FATAL = "Fatal Python error: "
 
 
+_MEMORY_KILLS = re.compile(r"since its start the kernel of that machine has killed (\d+) processes")
+
+
 def without_guesses(text: str) -> str:
     """Ray's message in one line, without the causes that it guesses."""
     return one_line(_GUESSES.sub("", text))
@@ -43,7 +47,7 @@ def without_guesses(text: str) -> str:
 
 def note_start() -> None:
     """Note, in this process's log, how often the kernel has killed for memory, so that a later kill shows."""
-    print(f"{_KILLS}{_kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
+    print(f"{_KILLS}{kernel_kills()}", file=sys.stderr, flush=True)  # noqa: T201  this stream is the log
 
 
 async def death_of(error: RayActorError) -> str:
@@ -73,7 +77,7 @@ def _reason(error: RayActorError, pid: str | None, address: str | None) -> str:
     text = str(error)
     detail = _DETAIL.search(text)
     if pid is None or detail is None:
-        return f"it died: {without_guesses(text)}"
+        return f"it died: {_first_and_last(text)}"
     process = f"its process {pid} on {address} ended"
     if "NODE_OUT_OF_MEMORY" in text:
         return f"{process}: Ray killed it because its machine ran short of memory"
@@ -81,9 +85,17 @@ def _reason(error: RayActorError, pid: str | None, address: str | None) -> str:
     return process if told in ("", _NO_NEWS) else f"{process}: {told}"
 
 
+def _first_and_last(text: str) -> str:
+    """What Ray says, without the traceback between its first line and its last."""
+    lines = [line.strip() for line in without_colors(_GUESSES.sub("", text)).splitlines() if line.strip()]
+    if not lines:
+        return "Ray does not say why"
+    return one_line(" ".join(lines) if "Traceback" not in text else f"{lines[0]} {lines[-1]}")
+
+
 async def _last_lines(pid: int, address: str) -> str:
     if address == ray.util.get_node_ip_address():
-        return last_lines(_log_folder(), pid)
+        return last_lines(log_folder(), pid)
     node = next(
         (node for node in ray.nodes() if node["NodeManagerAddress"] == address and node["Alive"]), None
     )
@@ -95,12 +107,7 @@ async def _last_lines(pid: int, address: str) -> str:
 
 
 def _read_there(pid: int) -> str:
-    return last_lines(_log_folder(), pid)
-
-
-def _log_folder() -> Path:
-    """Ray's logs on this node. Ray has no public name for it."""
-    return Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[reportAttributeAccessIssue]
+    return last_lines(log_folder(), pid)
 
 
 def last_lines(logs: Path, pid: int) -> str:
@@ -146,13 +153,19 @@ def last_lines_of(path: Path) -> str:
     chosen = lines[-_LINES:] if fatal is None else lines[fatal : fatal + _LINES]
     said = " | ".join(shortened(line.strip(), 200) for line in chosen)
     words = f"its last lines: {said}" if said else "it wrote nothing to standard error"
-    kills = _kernel_kills() - int(before[1]) if before else 0
+    kills = kernel_kills() - int(before[1]) if before else 0
     if kills > 0:
         words += f"; since its start the kernel of that machine has killed {kills} processes for memory"
     return f"{words} ({path})"
 
 
-def _kernel_kills() -> int:
+def memory_kills(death: str) -> int:
+    """How many processes the kernel had killed for memory between the actor's start and `death_of` it."""
+    match = _MEMORY_KILLS.search(death)
+    return int(match[1]) if match else 0
+
+
+def kernel_kills() -> int:
     """How many processes this machine's kernel has killed for memory so far; 0 if unknown."""
     try:
         counts = Path("/proc/vmstat").read_text()

@@ -2,68 +2,38 @@
 
 The head (rank 0) checks the configuration and its data, starts Ray, waits for the devices that the run needs,
 and submits `treepo train` as a Ray job. The other nodes join Ray, and end when the head ends, with its exit
-code. Nothing is uploaded: all nodes share a filesystem with the configuration, code, model, data and run
-folder.
+code (treepo.cluster.worker_node). Nothing is uploaded: all nodes share a filesystem with the configuration,
+code, model, data and run folder.
+
+If the training crashes or Ray does, the head ends everything that is left of it, starts another Ray, waits
+for the devices again and continues from the newest checkpoint (treepo.cluster.restarts). In a cluster that
+already runs, the job alone is started again.
 """
 
 import asyncio
-import hashlib
 import os
-import shlex
 import signal
-import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from treepo.cluster.allocation import Cluster
+from treepo.cluster.launch_key import LaunchKey, remove_old_keys, shared_key
+from treepo.cluster.launch_parts import Launch, unless_ended
 from treepo.cluster.placement import Node
-from treepo.cluster.ray_node import NodeResources, RayNode, free_ports, new_secrets, ray_head, ray_worker
-from treepo.cluster.rendezvous import RayAddress, Rendezvous, join, open_rendezvous, own_address
+from treepo.cluster.ray_node import NodeResources, free_ports, new_secrets, ray_head, ray_worker
+from treepo.cluster.rendezvous import Rendezvous, open_rendezvous, own_address
+from treepo.cluster.restarts import EXIT_TERMINATED, Saved, newest_saved, wait_until_free, with_restarts
 from treepo.cluster.schedulers import Allocation
 from treepo.cluster.wait_for_devices import wait_for_devices
-from treepo.config.load import dump_config
-from treepo.config.run import RunConfig
-from treepo.errors import EXIT_INTERRUPTED, ClusterError, TreepoError
+from treepo.cluster.worker_node import take_part
+from treepo.errors import EXIT_INTERRUPTED, ClusterError, LostJobError, TreepoError
 
-EXIT_TERMINATED = 143
-_FAREWELL_SECONDS = 120.0  # for an interrupted head to clean up its training and send the exit code
+if TYPE_CHECKING:
+    from treepo.cluster.ray_job import JobServer
+
 _START_SECONDS = 180.0  # for Ray's head to start on this machine
 _LOOPBACK = "127.0.0.1"
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """What to launch, and how.
-
-    arguments: of `treepo train`. check: called on the head before anything starts; raises TreepoError. wait:
-    seconds for all devices to appear. resources: that this node offers. dashboard_port: None picks a free
-    one. say: shows a line. write: shows the job's output.
-    """
-
-    config: RunConfig
-    arguments: Sequence[str]
-    check: Callable[[], None]
-    wait: float
-    resources: NodeResources
-    dashboard_port: int | None
-    say: Callable[[str], None]
-    write: Callable[[str], None]
-
-    def fingerprint(self) -> str:
-        """A hash of configuration and arguments: equal on all nodes of one launch."""
-        text = "\0".join([dump_config(self.config), *self.arguments])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def command(self) -> str:
-        """The training's command line, for a shell on the head."""
-        program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", *self.arguments]
-        # Ray's job supervisor sets it to 1 if the cluster's environment does not have it.
-        threads = os.environ.get("OMP_NUM_THREADS")
-        setting = (
-            "unset OMP_NUM_THREADS" if threads is None else f"export OMP_NUM_THREADS={shlex.quote(threads)}"
-        )
-        return f"cd {shlex.quote(os.getcwd())} && {setting} && exec {shlex.join(program)}"
 
 
 async def launch(target: Allocation | Cluster, spec: Launch) -> int:
@@ -92,37 +62,49 @@ async def _launch(target: Allocation | Cluster, spec: Launch, terminated: asynci
     if isinstance(target, Cluster):
         return await _use(target, spec)
     if target.rank > 0:
-        return await _join(target, spec)
+        return await take_part(
+            target,
+            spec,
+            lambda head, address: ray_worker(head.host, address, spec.resources, head.secrets),
+        )
     return await _lead(target, spec, terminated)
 
 
 async def _use(cluster: Cluster, spec: Launch) -> int:
     """Train on a cluster that already runs."""
     from treepo.cluster.ray_address import check_job_server
+    from treepo.cluster.ray_job import job_server
 
     await asyncio.to_thread(check_job_server, cluster.address)
     await asyncio.to_thread(spec.check)
-    return await _train(spec, None, cluster.nodes, lambda _: (), may_grow=True)
+    last: JobServer | None = None  # of the attempt before
+
+    async def attempt(resume: bool) -> int:
+        nonlocal last
+        if last is not None:
+            await last.end_job()
+            await wait_until_free(spec.config.out)
+        last = server = await job_server(None, spec.wait)
+        await _wait_for_devices(server, spec, cluster.nodes, lambda _: (), may_grow=True)
+        return await server.run(spec.command(resume=resume), spec.write)
+
+    return await _restarted(attempt, spec)
 
 
 async def _lead(allocation: Allocation, spec: Launch, terminated: asyncio.Event) -> int:
     """Rank 0: train, send the exit code to the other nodes, and stop Ray's head once they have left."""
-    alone = allocation.nodes == 1
-    host = _LOOPBACK if alone else own_address(allocation)
+    secrets = new_secrets(os.environ)
     async with AsyncExitStack() as stack:
-
-        def lost(rank: int) -> None:
-            spec.say(f"{allocation.name(rank)} is gone")
-
-        rendezvous = Rendezvous(1, "", lost)
-        if not alone:
-            rendezvous = await stack.enter_async_context(
-                open_rendezvous(allocation, host, spec.fingerprint(), lost)
-            )
+        if allocation.nodes == 1:
+            head = _Head(allocation, _LOOPBACK, spec, LaunchKey("", "", secrets))
+        else:
+            head = await _open_head(allocation, spec, secrets, stack)
+        stack.push_async_exit(head.ray)
         exit_code = 1  # of any error but a TreepoError
         try:
             await asyncio.to_thread(spec.check)
-            exit_code = await _start_and_train(allocation, host, rendezvous, spec, stack)
+            remove_old_keys(spec.config.out, head.key)
+            exit_code = await _restarted(head.attempt, spec)
         except asyncio.CancelledError:
             exit_code = EXIT_TERMINATED if terminated.is_set() else EXIT_INTERRUPTED
             raise
@@ -130,112 +112,120 @@ async def _lead(allocation: Allocation, spec: Launch, terminated: asyncio.Event)
             exit_code = error.exit_code
             raise
         finally:
-            await rendezvous.end(exit_code)
+            await head.rendezvous.end(exit_code)
         return exit_code
 
 
-async def _start_and_train(
-    allocation: Allocation, host: str, rendezvous: Rendezvous, spec: Launch, stack: AsyncExitStack
-) -> int:
-    port, dashboard_port = free_ports(2)
-    dashboard_port = spec.dashboard_port or dashboard_port
-    secrets = new_secrets(os.environ)
-    _open_ray(secrets)
-    resources = _enough_cpus(spec) if allocation.nodes == 1 else spec.resources
-    node = await stack.enter_async_context(ray_head(host, port, dashboard_port, resources, secrets))
-    url = f"http://{_LOOPBACK}:{dashboard_port}"
-    spec.say(f"starts Ray; its dashboard is at {url}")
+async def _open_head(
+    allocation: Allocation, spec: Launch, secrets: Mapping[str, str], stack: AsyncExitStack
+) -> "_Head":
+    """A head that the other nodes can find."""
+    host = own_address(allocation)
+    head = _Head(allocation, host, spec, stack.enter_context(shared_key(spec.config.out, secrets)))
+    server = open_rendezvous(allocation, host, head.rendezvous)
+    await stack.enter_async_context(server)
+    return head
 
-    def awaited(there: Sequence[Node]) -> list[str]:
+
+class _Head:
+    """Rank 0 with its Ray, which it starts anew for each attempt to train.
+
+    host: the address at which the other nodes reach it. ray: what is to be closed at the end.
+    """
+
+    def __init__(self, allocation: Allocation, host: str, spec: Launch, key: LaunchKey) -> None:
+        self._allocation, self._host, self._spec, self.key = allocation, host, spec, key
+        self.rendezvous = Rendezvous(allocation.nodes, spec.fingerprint(), key, self._say_change)
+        self.ray = AsyncExitStack()
+        self._began = False  # whether the training has been submitted once
+
+    def _say_change(self, rank: int, joined: bool) -> None:
+        name = self._allocation.name(rank)
+        if not joined:
+            self._spec.say(f"{name} is gone; the run goes on if it can, and the node may come back")
+        elif self._began:
+            self._spec.say(f"{name} is back")
+
+    async def attempt(self, resume: bool) -> int:
+        """Train once. Raises LostJobError for every failure of the cluster after the first training began."""
+        if self._began:
+            self.rendezvous.announce(None)
+            await _uninterrupted(self.ray.aclose())
+            await wait_until_free(self._spec.config.out)
+        try:
+            return await self._start_and_train(resume)
+        except ClusterError as error:
+            if not self._began:
+                raise
+            raise LostJobError(str(error)) from None
+
+    async def _start_and_train(self, resume: bool) -> int:
+        port, dashboard_port = free_ports(2)
+        dashboard_port = self._spec.dashboard_port or dashboard_port
+        _open_ray(self.key.secrets)
+        alone = self._allocation.nodes == 1
+        resources = _enough_cpus(self._spec) if alone else self._spec.resources
+        node = await self.ray.enter_async_context(
+            ray_head(self._host, port, dashboard_port, resources, self.key.secrets)
+        )
+        url = f"http://{_LOOPBACK}:{dashboard_port}"
+        self._spec.say(f"starts Ray; its dashboard is at {url}")
+        return await unless_ended(node, self._train(url, f"{self._host}:{port}", resume))
+
+    async def _train(self, url: str, ray_address: str, resume: bool) -> int:
+        # Ray reads the secrets of the cluster from the environment when it is imported.
+        from treepo.cluster.ray_job import job_server
+
+        spec = self._spec
+        server = await job_server(url, _START_SECONDS)
+        self.rendezvous.announce(ray_address)
+        await _wait_for_devices(server, spec, self._allocation.nodes, self._awaited, may_grow=False)
+        self._began = True
+        return await server.run(spec.command(resume=resume), spec.write)
+
+    def _awaited(self, there: Sequence[Node]) -> list[str]:
+        """Names what is missing of the launch's nodes while `there` have joined Ray."""
         names = {node.name for node in there}
-        connected = {0: host} | rendezvous.connected
+        connected = {0: self._host} | self.rendezvous.connected
         without_ray = [rank for rank, address in sorted(connected.items()) if address not in names]
-        return [allocation.name(rank) for rank in rendezvous.missing()] + [
-            f"Ray on {allocation.name(rank)}" for rank in without_ray
+        name = self._allocation.name
+        return [name(rank) for rank in self.rendezvous.missing()] + [
+            f"Ray on {name(rank)}" for rank in without_ray
         ]
 
-    async def train() -> int:
-        return await _train(
-            spec,
-            url,
-            allocation.nodes,
-            awaited,
-            ray_is_up=lambda: rendezvous.announce(RayAddress(f"{host}:{port}", secrets)),
-        )
 
-    return await _unless_ended(node, train())
-
-
-async def _train(
+async def _wait_for_devices(
+    server: "JobServer",
     spec: Launch,
-    url: str | None,
     nodes: int,
     awaited: Callable[[Sequence[Node]], Sequence[str]],
     *,
-    ray_is_up: Callable[[], None] | None = None,
-    may_grow: bool = False,
-) -> int:
-    """Submit the training once the devices are there, and return its exit code.
-
-    url: of the job server; None takes that of RAY_ADDRESS. ray_is_up: called once Ray answers.
-    """
-    # Ray reads the secrets of the cluster from the environment when it is imported.
+    may_grow: bool,
+) -> None:
     from treepo.cluster.placement import run_layout
-    from treepo.cluster.ray_job import job_server
 
-    server = await job_server(url, spec.wait if url is None else _START_SECONDS)
-    if ray_is_up is not None:
-        ray_is_up()
     layout = run_layout(spec.config)
     await wait_for_devices(
         layout, nodes, server.nodes, awaited, spec.say, seconds=spec.wait, may_grow=may_grow
     )
     spec.say("all devices are there; the training begins")
-    return await server.run(spec.command(), spec.write)
 
 
-async def _join(allocation: Allocation, spec: Launch) -> int:
-    """Another rank: take part in the cluster until the head sends the exit code."""
-    spec.say(f"looking for the head at {allocation.head}:{allocation.port}")
-    connection = await join(allocation, spec.fingerprint(), spec.wait)
+async def _restarted(attempt: Callable[[bool], Awaitable[int]], spec: Launch) -> int:
+    async def saved() -> Saved | None:
+        return await asyncio.to_thread(newest_saved, spec.config.out)
+
+    return await with_restarts(attempt, saved, spec.say, most=spec.max_restarts, resume=spec.resume)
+
+
+async def _uninterrupted(work: Coroutine[Any, Any, object]) -> None:
+    """Finish the work even if this task is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
     try:
-        news = await connection.next()
-        if isinstance(news, int):
-            spec.say(f"the head ended with exit code {news} before anything began; its output says why")
-            return news
-        async with ray_worker(connection.host, news.address, spec.resources, news.secrets) as node:
-            spec.say(f"joins Ray at {news.address} as {connection.host}")
-            outcome = await _unless_ended(node, connection.next(), spec.say)
-    finally:
-        connection.close()
-    assert isinstance(outcome, int)
-    spec.say(f"the head has ended with exit code {outcome}")
-    return outcome
-
-
-async def _unless_ended[T](node: RayNode, work: Awaitable[T], say: Callable[[str], None] | None = None) -> T:
-    """The result of `work`. Raises ClusterError if Ray on this node ends first.
-
-    say: given on a node that waits for the head's exit code. If cancelled, this node says so and waits a
-    while longer.
-    """
-    working, ended = asyncio.ensure_future(work), asyncio.ensure_future(node.ended())
-    try:
-        await asyncio.wait((working, ended), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClusterError(f"Ray on this node: {ended.result()}")
+        await asyncio.shield(task)
     except asyncio.CancelledError:
-        if say is not None:
-            say(f"waits up to {_FAREWELL_SECONDS:g} s for the head to end the training: only the head can")
-            await asyncio.wait(
-                (working, ended), timeout=_FAREWELL_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
+        await task
         raise
-    finally:
-        working.cancel()
-        ended.cancel()
-        await asyncio.gather(working, ended, return_exceptions=True)
 
 
 def _open_ray(secrets: Mapping[str, str]) -> None:
@@ -244,7 +234,8 @@ def _open_ray(secrets: Mapping[str, str]) -> None:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
     others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = f"{others},{_LOOPBACK}" if others else _LOOPBACK
+    if others is None or _LOOPBACK not in others.split(","):
+        os.environ["no_proxy"] = f"{others},{_LOOPBACK}" if others else _LOOPBACK
 
 
 def _enough_cpus(spec: Launch) -> NodeResources:

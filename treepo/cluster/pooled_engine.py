@@ -92,6 +92,7 @@ class PooledEngine[P: EngineProcess]:
         self._health_seconds = health_seconds
         self._loop = asyncio.get_running_loop()
         self._lost: asyncio.Future[str] = self._loop.create_future()
+        self._offloaded: set[Memory] = set()
         self._outstanding = 0
         self._last_answer = 0.0  # the loop's time, or that of the first request after an idle time
 
@@ -142,9 +143,17 @@ class PooledEngine[P: EngineProcess]:
 
     async def offload(self) -> None:
         await self._answer(self._serving_process().offload())
+        self._offloaded |= {"weights", "cache"}
 
     async def reload(self, memory: Memory) -> None:
         await self._answer(self._serving_process().reload(memory))
+        self._offloaded.discard(memory)
+
+    async def reload_all(self) -> None:
+        """Take back whatever memory is still offloaded."""
+        for memory in ("weights", "cache"):
+            if memory in self._offloaded:
+                await self.reload(memory)
 
     def restart_clock(self) -> None:
         """Count the silence of running requests from now on: until now the engine could not answer."""
@@ -170,6 +179,7 @@ class PooledEngine[P: EngineProcess]:
     def replace_process(self) -> None:
         """Launch another process; the engine serves once the pool says so."""
         self.process = self._launch()
+        self._offloaded = set()
         self._lost = self._loop.create_future()
         self._last_answer = self._loop.time()
         self._enter(State.STARTING)

@@ -1,13 +1,16 @@
 """Network interface and errors of Ray actors, for engines and trainer ranks alike."""
 
+import logging
 import os
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from treepo.cluster.actor_death import death_without_lines
-from treepo.errors import TreepoError
+from treepo.errors import ActorError, TreepoError, one_line, without_colors
+
+_log = logging.getLogger(__name__)
 
 
 def use_interface_of_node() -> None:
@@ -30,10 +33,22 @@ def interface_of(address: str) -> str | None:
 def own_error(error: BaseException, death: type[TreepoError]) -> BaseException:
     """Translate Ray's error to the TreepoError that was raised in the actor, or to `death` if the actor died.
 
-    Any other error stays as it is, because it is a bug and needs its traceback.
+    Any other error of the actor becomes an ActorError of one line, and the log gets its traceback.
     """
-    if isinstance(error, RayTaskError) and isinstance(error.cause, TreepoError):
-        return error.cause
     if isinstance(error, RayActorError):
         return death(death_without_lines(error))
-    return error
+    if not isinstance(error, RayTaskError):
+        return error
+    if isinstance(error.cause, TreepoError):
+        return error.cause
+    _log.error("an error that was not expected in an actor:\n%s", without_colors(str(error)))
+    where = f"process {error.pid} on {error.ip}; its traceback is in the log"
+    return ActorError(f"{_said(error)} ({where})")
+
+
+def _said(error: RayTaskError) -> str:
+    """Type and message of the actor's error. Ray keeps only its text if it cannot be pickled."""
+    if error.cause is not None and not isinstance(error.cause, RayError):
+        return one_line(f"{type(error.cause).__name__}: {error.cause}")
+    lines = without_colors(error.traceback_str).strip().splitlines()
+    return one_line(lines[-1]) if lines else type(error).__name__

@@ -13,8 +13,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
 from treepo.cluster.actor_death import death_of, note_start, own_last_lines
+from treepo.cluster.engine_devices import EngineDevices
 from treepo.cluster.pooled_engine import Memory
 from treepo.cluster.ray_actor import own_error, use_interface_of_node
+from treepo.cluster.ray_watch import unless_lost
 from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
@@ -90,22 +92,22 @@ def engine_seed(seed: int, index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EngineLauncher:
-    """Starts the actor of the engine with the given index.
+    """Implements `treepo.cluster.engine_pool.Launcher` with actors.
 
-    options: Ray's options for each engine's actor. shares_devices: whether the trainer uses the same devices.
-    paths_at_once: the most paths that one engine samples at once; None if unknown.
+    shares_devices: whether the trainer uses the same devices. paths_at_once: the most paths that one engine
+    samples at once; None if unknown.
     """
 
     config: ServingConfig
     stop_rule: StopRule
-    options: Sequence[dict[str, Any]]
+    devices: EngineDevices
     shares_devices: bool
     paths_at_once: int | None = None
 
     def __call__(self, index: int) -> "RayEngine":
         config = self.config
         remote: Any = ray.remote(HostedEngine)
-        actor = remote.options(max_concurrency=_CONCURRENT_REQUESTS, **self.options[index]).remote(
+        actor = remote.options(max_concurrency=_CONCURRENT_REQUESTS, **self.devices.options[index]).remote(
             config.model.path.resolve(),
             config.model.dtype,
             config.engine,
@@ -115,6 +117,12 @@ class EngineLauncher:
             paths_at_once=self.paths_at_once,
         )
         return RayEngine(f"engine {index}", actor, config.engine.tensor)
+
+    async def find_devices(self, index: int) -> None:
+        await self.devices.find(index)
+
+    async def devices_lost(self, index: int) -> None:
+        await self.devices.lost(index)
 
 
 class RayEngine:
@@ -185,7 +193,7 @@ class RayEngine:
         """Call a method of the actor. Cancelling this call cancels the method in the actor too."""
         reference = method.remote(*arguments)
         try:
-            return await reference
+            return await unless_lost(reference)
         except asyncio.CancelledError:
             ray.cancel(reference)
             raise

@@ -10,17 +10,18 @@ from typing import Any
 from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
-from ray.util.state import list_nodes
+from ray.util.state import list_actors, list_nodes, list_placement_groups
 from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
 from ray.util.state.exception import RayStateApiException
 
 from treepo.cluster.placement import Node
-from treepo.errors import ClusterError, one_line
+from treepo.errors import ClusterError, LostJobError, one_line
 
 STOP_SECONDS = 90
 """From Ctrl-C to SIGKILL. A run's processes have shorter deadlines of their own."""
 
 _POLL_SECONDS = 0.5
+_CLEAR_SECONDS = 60.0  # for Ray to end the actors of a job that has ended
 _SILENCE_SECONDS = 60.0  # after which a job server that does not answer counts as gone
 # What Ray's client raises if the server does not answer, or answers nonsense.
 _UNREACHABLE = (RuntimeError, OSError, ClientError)
@@ -35,6 +36,7 @@ class JobServer:
     def __init__(self, url: str | None, client: JobSubmissionClient) -> None:
         self._url, self._client = url, client
         self._warned = ""
+        self._job = ""  # the last that was submitted
 
     async def nodes(self) -> list[Node]:
         """The living nodes with their total resources; none while the server cannot list them yet."""
@@ -59,9 +61,11 @@ class JobServer:
         ]
 
     async def run(self, command: str, write: Callable[[str], None]) -> int:
-        """Run a shell command, pass its output to `write`, and return its exit code.
+        """Run a shell command, pass its output to `write`, and return its exit code as a shell does: 128 and
+        the signal's number if a signal ended it.
 
-        If cancelled, stop the job and wait for its end. Raises ClusterError if Ray loses the job.
+        If cancelled, stop the job and wait for its end. Raises LostJobError if Ray loses the job, and
+        ClusterError if somebody stops it.
         """
         submitting = asyncio.ensure_future(
             asyncio.to_thread(
@@ -85,6 +89,7 @@ class JobServer:
             job = await asyncio.shield(submitting)
         except _UNREACHABLE as error:
             raise ClusterError(f"Ray does not accept the job: {one_line(error)}") from None
+        self._job = job
         written = 0
         while True:
             written = await self._tail(job, write, written)
@@ -98,8 +103,43 @@ class JobServer:
             raise ClusterError(f"the job {job} was stopped")
         if info.driver_exit_code is None:
             reason = one_line(info.message or "Ray does not say why")
-            raise ClusterError(f"Ray lost the job {job}: {reason}")
-        return info.driver_exit_code
+            raise LostJobError(f"Ray lost the job {job}: {reason}")
+        code = info.driver_exit_code
+        return code if code >= 0 else 128 - code
+
+    async def end_job(self) -> None:
+        """End what is left of the last job: its process, its actors and its placement groups.
+
+        Raises ClusterError if they are still there after `STOP_SECONDS` and `_CLEAR_SECONDS`.
+        """
+        deadline = time.monotonic() + STOP_SECONDS + _CLEAR_SECONDS
+        while True:
+            try:
+                left = await asyncio.to_thread(self._stop_and_list)
+            except (RayStateApiException, *_UNREACHABLE) as error:
+                left = f"the job server does not answer: {one_line(error)}"
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the job {self._job} does not end: {left}")
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _stop_and_list(self) -> str:
+        """What is left of the last job; empty if nothing is."""
+        info = self._client.get_job_info(self._job)
+        if not info.status.is_terminal():
+            self._client.stop_job(self._job)
+            return "its process runs"
+        if info.job_id is None:  # it never joined Ray
+            return ""
+        options: Any = {"address": self._url, "limit": RAY_MAX_LIMIT_FROM_API_SERVER}
+        actors: list[Any] = list_actors(
+            filters=[("job_id", "=", info.job_id), ("state", "!=", "DEAD")], **options
+        )
+        groups: list[Any] = list_placement_groups(
+            filters=[("creator_job_id", "=", info.job_id), ("state", "!=", "REMOVED")], **options
+        )
+        return f"{len(actors)} actors, {len(groups)} placement groups" if actors or groups else ""
 
     async def _tail(self, job: str, write: Callable[[str], None], written: int) -> int:
         """Write the job's output after its first `written` characters.
@@ -119,7 +159,7 @@ class JobServer:
 
 
 async def _query[T](call: Callable[[str], T], job: str) -> T:
-    """Return the job server's answer. Raises ClusterError if none comes within `_SILENCE_SECONDS`."""
+    """Return the job server's answer. Raises LostJobError if none comes within `_SILENCE_SECONDS`."""
     deadline = time.monotonic() + _SILENCE_SECONDS
     while True:
         try:
@@ -127,7 +167,7 @@ async def _query[T](call: Callable[[str], T], job: str) -> T:
         except _UNREACHABLE as error:
             if time.monotonic() > deadline:
                 reason = one_line(error)
-                raise ClusterError(
+                raise LostJobError(
                     f"Ray's job server has not answered for {_SILENCE_SECONDS:g} s: {reason}"
                 ) from None
         await asyncio.sleep(_POLL_SECONDS)

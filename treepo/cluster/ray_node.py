@@ -10,11 +10,9 @@ import ctypes
 import os
 import random
 import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -22,9 +20,14 @@ from pathlib import Path
 
 import psutil
 
+from treepo.data.temporary_folder import temporary_folder
+
 _STOP_SECONDS = 45.0  # Ray gives its actors 30 s to end
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ABOVE_WORKERS = 20_000  # Ray's default for its workers is 10002 to 19999
+_FOLDER = "r"  # short, because of the paths of the sockets below it
+SOCKET_ROOM = len(f"/{_FOLDER}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
+"""Bytes that the paths of Ray's sockets need below the folder that has `ray_folder`."""
 _LINES = 5  # of Ray's output that an error shows
 
 
@@ -73,13 +76,23 @@ class RayNode:
         return left
 
 
+def ray_folder(folder: Path) -> Path:
+    """Ray's own folder in a private one; Ray lets everybody into its own."""
+    return folder / _FOLDER
+
+
 def new_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Environment variables that give access to the cluster: the user's own RAY_AUTH_* if RAY_AUTH_MODE is
     set, else a new token.
     """
     if "RAY_AUTH_MODE" in environment:
         return {name: value for name, value in environment.items() if name.startswith("RAY_AUTH_")}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": new_token()}
+
+
+def new_token() -> str:
+    """A token that nobody can guess."""
+    return secrets.token_hex(32)
 
 
 @asynccontextmanager
@@ -112,8 +125,16 @@ async def ray_worker(
 async def _ray_start(
     address: str, options: Sequence[str], secrets: Mapping[str, str]
 ) -> AsyncIterator[RayNode]:
-    # A short path, because the sockets below it may have paths of at most 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="treepo-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+    with temporary_folder(SOCKET_ROOM) as folder:
+        node = await _started(folder, address, options, secrets)
+        try:
+            yield node
+        finally:
+            await node.stop()
+
+
+async def _started(folder: Path, address: str, options: Sequence[str], secrets: Mapping[str, str]) -> RayNode:
+    """A node whose files are in the folder, which is TMPDIR of its processes too."""
     agent, autoscaler, dashboard = free_ports(3)
     environment = (
         os.environ
@@ -131,7 +152,7 @@ async def _ray_start(
         sys.executable,
         *("-m", "ray.scripts.scripts", "start", "--block", "--log-style=record", "--log-color=false"),
         f"--node-ip-address={address}",
-        f"--temp-dir={folder}",
+        f"--temp-dir={ray_folder(folder)}",
         f"--dashboard-agent-listen-port={agent}",
         "--min-worker-port=0",
         "--max-worker-port=0",
@@ -147,12 +168,7 @@ async def _ray_start(
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
-    node = RayNode(process, log)
-    try:
-        yield node
-    finally:
-        await node.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    return RayNode(process, log)
 
 
 def _end_with_parent() -> None:

@@ -1,187 +1,179 @@
 """Lets the nodes of a launch find each other: every other node keeps one connection to the head.
 
-The messages are JSON lines. A node first says its rank and what it launches. The head answers with Ray's
-address and secrets once Ray runs, and at the end with the exit code, so that every node ends with the same
-one. The head refuses a node that launches something else, because two launches that share a host may use the
-same port, and a node whose rank is already connected. A broken connection means that the node, or the head,
-is gone.
+The messages are JSON lines of at most 4 KiB. A node first says its rank and what it launches. Both sides then
+prove that they have the launch's key (treepo.cluster.launch_key), so nobody else gets in or gets an answer.
+The head sends Ray's address once Ray runs, again after it has started another Ray, and at the end the exit
+code, so that every node ends with the same one.
+
+The head refuses a node that launches something else, because two launches that share a host may use the same
+port. It refuses a rank that is connected, unless that node no longer answers: then the new one replaces it.
+A broken connection means that the node, or the head, is gone. A machine that vanishes without a word is
+noticed after 90 s.
 """
 
 import asyncio
-import json
+import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NoReturn
 
+from treepo.cluster.launch_key import LaunchKey, new_nonce
+from treepo.cluster.rendezvous_lines import MOST_BYTES, keep_alive, receive, send
 from treepo.cluster.schedulers import Allocation
-from treepo.errors import AllocationError, ClusterError, shown
+from treepo.errors import AllocationError
 
-_HELLO_SECONDS = 30.0
-_RETRY_SECONDS = 1.0
+_HELLO_SECONDS = 90.0  # for a node to prove that it belongs; it may wait for the key's file to appear
+_PING_SECONDS = 10.0  # for a node to answer while another one wants its rank
 _LEAVE_SECONDS = 60.0  # for a node to stop what it started
 _POLL_SECONDS = 0.1
-# A machine that loses power sends nothing: after 30 s of silence it is probed every 10 s, 6 times.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
+_MOST_STRANGERS = 64  # connections that have not proved anything yet
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """A node's first message. config: fingerprint of what it launches."""
-
-    rank: int
-    nodes: int
-    config: str
-
-
-@dataclass(frozen=True, slots=True)
-class RayAddress:
-    """Where Ray listens. secrets: the environment variables that give access to it."""
+@dataclass(eq=False)
+class _Node:
+    """A node that has proved that it belongs. answered: set by each of its messages."""
 
     address: str
-    secrets: Mapping[str, str]
+    writer: asyncio.StreamWriter
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Rendezvous:
     """The head's side.
 
-    connected: the address of each connected node, by rank. lost: called with the rank of each node whose
-    connection breaks before the end.
+    nodes: of the launch. config: fingerprint of what it launches. changed: called with the rank of each node
+    that joins (true), or whose connection breaks before the end (false).
     """
 
-    def __init__(self, nodes: int, config: str, lost: Callable[[int], None]) -> None:
-        self.connected: dict[int, str] = {}
-        self._nodes, self._config, self._lost = nodes, config, lost
-        self._writers: dict[int, asyncio.StreamWriter] = {}
-        self._ray: RayAddress | None = None
-        self._ending = False
+    def __init__(self, nodes: int, config: str, key: LaunchKey, changed: Callable[[int, bool], None]) -> None:
+        self._nodes, self._config, self._key, self._changed = nodes, config, key, changed
+        self._there: dict[int, _Node] = {}
+        self._ray: str | None = None
+        self._exit_code: int | None = None
+        self._strangers = 0
+
+    @property
+    def connected(self) -> dict[int, str]:
+        """The address of each connected node, by rank."""
+        return {rank: node.address for rank, node in self._there.items()}
 
     def missing(self) -> list[int]:
         """Ranks of the nodes that are not connected."""
-        return [rank for rank in range(1, self._nodes) if rank not in self.connected]
+        return [rank for rank in range(1, self._nodes) if rank not in self._there]
 
-    def announce(self, ray: RayAddress) -> None:
-        """Send Ray's address to the connected nodes, and to every node that connects later."""
+    def announce(self, ray: str | None) -> None:
+        """Send Ray's address to the connected nodes, and to every node that connects later. None: the Ray
+        that was announced has ended, and another one follows.
+        """
         self._ray = ray
-        for writer in self._writers.values():
-            _send(writer, asdict(ray))
+        for node in self._there.values():
+            send(node.writer, {"ray": ray})
 
     async def end(self, exit_code: int) -> None:
-        """Send the exit code to every node, and wait until all have left."""
-        self._ending = True
-        for writer in self._writers.values():
-            _send(writer, {"exit": exit_code})
+        """Send the exit code to every node, and wait until all have left, at most `_LEAVE_SECONDS`."""
+        self._exit_code = exit_code
+        for node in self._there.values():
+            send(node.writer, {"exit": exit_code})
         with suppress(TimeoutError):
             async with asyncio.timeout(_LEAVE_SECONDS):
-                while self.connected:
+                while self._there:
                     await asyncio.sleep(_POLL_SECONDS)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handle one connection until it ends."""
-        _keep_alive(writer)
-        try:
-            async with asyncio.timeout(_HELLO_SECONDS):
-                hello = Hello(**json.loads(await reader.readline()))
-        except (TimeoutError, OSError, ValueError, TypeError, RecursionError):
-            writer.close()  # it is not a node of a launch
-            return
-        refusal = self._refusal(hello)
-        if refusal is not None:
-            _send(writer, {"refused": refusal})
+        if self._strangers >= _MOST_STRANGERS:
             writer.close()
             return
-        self.connected[hello.rank] = writer.get_extra_info("peername")[0]
-        self._writers[hello.rank] = writer
-        if self._ray is not None:
-            _send(writer, asdict(self._ray))
-        with suppress(OSError):
-            await reader.read()
-        del self.connected[hello.rank], self._writers[hello.rank]
-        writer.close()
-        if not self._ending:
-            self._lost(hello.rank)
+        self._strangers += 1
+        try:
+            keep_alive(writer)
+            async with asyncio.timeout(_HELLO_SECONDS):
+                rank = await self._admit(reader, writer)
+        except (TimeoutError, OSError, EOFError, ValueError) as error:  # it is not a node of this launch
+            _log.debug("the rendezvous turned a connection away: %s", error)
+            writer.close()
+            return
+        finally:
+            self._strangers -= 1
+        await self._attend(rank, reader, writer)
 
-    def _refusal(self, hello: Hello) -> str | None:
-        if (hello.config, hello.nodes) != (self._config, self._nodes):
-            return "it launches another configuration, or on another number of nodes"
-        if hello.rank in self.connected:
-            return f"node {hello.rank} is already connected, from {self.connected[hello.rank]}"
-        return None
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+        """The rank of a node that belongs. Raises ValueError for any other program."""
+        hello = await receive(reader)
+        rank, theirs, ours = hello.get("rank"), hello.get("nonce"), new_nonce()
+        if not isinstance(theirs, str) or type(rank) is not int:
+            raise ValueError("not a node's first message")
+        if (hello.get("config"), hello.get("nodes")) != (self._config, self._nodes):
+            _refuse(writer, "it launches another configuration, or on another number of nodes")
+        if not 0 < rank < self._nodes:
+            _refuse(writer, f"there is no node {rank} beside the head")
+        proof = self._key.proof("head", theirs, ours)
+        send(writer, {"key": self._key.id, "nonce": ours, "proof": proof})
+        answer = await receive(reader)
+        if not self._key.proves(answer.get("proof"), "node", ours, theirs):
+            _refuse(writer, "it does not have the key of this launch")
+        earlier = self._there.get(rank)
+        if earlier is not None and await _answers(earlier):
+            _refuse(writer, f"node {rank} is already connected, from {earlier.address}")
+        return rank
+
+    async def _attend(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("peername")
+        node = _Node("" if peer is None else peer[0], writer)
+        earlier = self._there.get(rank)
+        self._there[rank] = node
+        if earlier is not None:
+            earlier.writer.transport.abort()
+        send(writer, {"welcome": True})
+        if self._exit_code is not None:
+            send(writer, {"exit": self._exit_code})
+        elif self._ray is not None:
+            send(writer, {"ray": self._ray})
+        self._changed(rank, True)
+        with suppress(OSError, EOFError, ValueError):
+            while True:
+                await receive(reader)
+                node.answered.set()
+        writer.close()
+        if self._there.get(rank) is node:
+            del self._there[rank]
+            if self._exit_code is None:
+                self._changed(rank, False)
+
+
+def _refuse(writer: asyncio.StreamWriter, reason: str) -> NoReturn:
+    send(writer, {"refused": reason})
+    raise ValueError(reason)
+
+
+async def _answers(node: _Node) -> bool:
+    node.answered.clear()
+    send(node.writer, {"ping": True})
+    with suppress(TimeoutError):
+        await asyncio.wait_for(node.answered.wait(), _PING_SECONDS)
+    return node.answered.is_set()
 
 
 @asynccontextmanager
-async def open_rendezvous(
-    allocation: Allocation, host: str, config: str, lost: Callable[[int], None]
-) -> AsyncIterator[Rendezvous]:
-    """Listen on `host` at the allocation's port while the body runs.
+async def open_rendezvous(allocation: Allocation, host: str, rendezvous: Rendezvous) -> AsyncIterator[None]:
+    """Listen on `host` alone, at the allocation's port, while the body runs.
 
     Raises AllocationError if the port is taken or the address is not this machine's.
     """
-    rendezvous = Rendezvous(allocation.nodes, config, lost)
     try:
-        server = await asyncio.start_server(rendezvous.serve, host, allocation.port)
+        server = await asyncio.start_server(rendezvous.serve, host, allocation.port, limit=MOST_BYTES)
     except OSError as error:
         raise AllocationError(
             f"the nodes cannot meet at {host}, port {allocation.port}: {error.strerror} (does another launch "
             "use it? choose another with --port)"
         ) from None
     try:
-        yield rendezvous
+        yield
     finally:
         server.close()
-
-
-class Connection:
-    """A node's side. host: this machine's address on the route to the head."""
-
-    def __init__(self, head: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.host: str = writer.get_extra_info("sockname")[0]
-        self._head, self._reader, self._writer = head, reader, writer
-
-    async def next(self) -> RayAddress | int:
-        """Wait for Ray's address, or for the exit code of a launch that has ended.
-
-        Raises ClusterError if the head is gone, and AllocationError if it refuses this node.
-        """
-        try:
-            line = await self._reader.readline()
-        except (OSError, ValueError):  # ValueError: a line of more than 64 KiB
-            line = b""
-        if not line.endswith(b"\n"):
-            raise ClusterError(f"the head at {self._head} is gone and did not say how the launch ended")
-        try:
-            message: dict[str, Any] = json.loads(line)
-            if "refused" in message:
-                raise AllocationError(f"the head at {self._head} refuses this node: {message['refused']}")
-            return int(message["exit"]) if "exit" in message else RayAddress(**message)
-        except (ValueError, TypeError, RecursionError):
-            raise AllocationError(
-                f"{self._head} is not a launch's head, but another program's port: it says {shown(line)}"
-            ) from None
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-async def join(allocation: Allocation, config: str, seconds: float) -> Connection:
-    """Connect to the head, which may not have started yet. Raises ClusterError after `seconds`."""
-    head = f"{allocation.head}:{allocation.port}"
-    reason = ""
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
-                try:
-                    reader, writer = await asyncio.open_connection(allocation.head, allocation.port)
-                    break
-                except OSError as error:  # its name does not resolve yet, or it does not listen yet
-                    reason = error.strerror or str(error)
-                await asyncio.sleep(_RETRY_SECONDS)
-    except TimeoutError:
-        raise ClusterError(f"no head at {head} within {seconds:g} s: {reason or 'no answer'}") from None
-    _keep_alive(writer)
-    _send(writer, asdict(Hello(allocation.rank, allocation.nodes, config)))
-    return Connection(head, reader, writer)
 
 
 def own_address(allocation: Allocation) -> str:
@@ -207,14 +199,3 @@ def own_address(allocation: Allocation) -> str:
             "is node 0"
         ) from None
     return address
-
-
-def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
-    writer.write(json.dumps(message).encode() + b"\n")
-
-
-def _keep_alive(writer: asyncio.StreamWriter) -> None:
-    connection: socket.socket = writer.get_extra_info("socket")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)

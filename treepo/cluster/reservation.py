@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, run_layout, shares_devices
@@ -25,7 +25,7 @@ class Reservation:
     """Where the actors of a run go: Ray's options for each trainer rank's and each engine's actor.
 
     shares_devices: whether the engines use the trainer's devices. one_machine: whether every engine is on the
-    node of trainer rank 0. tensor: ranks of one engine.
+    node of trainer rank 0. tensor: ranks of one engine. rank_nodes: Ray's id of each trainer rank's node.
     """
 
     shares_devices: bool
@@ -33,6 +33,7 @@ class Reservation:
     ranks: tuple[dict[str, Any], ...]
     engines: tuple[dict[str, Any], ...]
     tensor: int
+    rank_nodes: tuple[str, ...]
 
     def engine_options(self, devices: Sequence[str]) -> list[dict[str, Any]]:
         """Ray's options for each engine's actor, with its devices if they are the trainer's.
@@ -90,6 +91,7 @@ async def reserve(config: RunConfig, seconds: float) -> Reservation:
     shared = shares_devices(layout, nodes)
     ranks: list[dict[str, Any]] = [{}] * layout.ranks
     engines: list[dict[str, Any]] = [{}] * layout.engines
+    rank_nodes = [""] * layout.ranks
     for index, (bundle, node) in enumerate(placed):
         options = {"num_cpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index)}
         rank_threads, engine_threads = _threads(node, placed)
@@ -97,9 +99,51 @@ async def reserve(config: RunConfig, seconds: float) -> Reservation:
         of_engine = options | _environment(engine_environment(engine_threads))
         for rank in bundle.ranks:
             ranks[rank] = of_rank | {"num_gpus": 1 if bundle.gpus else 0}
+            rank_nodes[rank] = node.id
         for engine in bundle.engines:
             engines[engine] = of_engine | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
-    return Reservation(shared, on_one_machine(placed), tuple(ranks), tuple(engines), layout.tensor)
+    one_machine = on_one_machine(placed)
+    return Reservation(shared, one_machine, tuple(ranks), tuple(engines), layout.tensor, tuple(rank_nodes))
+
+
+async def reserve_again(
+    options: Sequence[dict[str, Any]], nodes: Sequence[str], seconds: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Options and nodes of the trainer's ranks after some nodes may have left the cluster.
+
+    Ranks on living nodes keep their reservation. The others get a new one, wherever the cluster has room,
+    with ranks that were together on one node again. Raises PlacementError if there is none in time.
+    """
+    alive = {node.id for node in cluster_nodes()}
+    bundles: dict[tuple[Any, int], list[int]] = {}
+    for rank, node in enumerate(nodes):
+        if node not in alive:
+            strategy = options[rank]["scheduling_strategy"]
+            bundle = strategy.placement_group.id, strategy.placement_group_bundle_index
+            bundles.setdefault(bundle, []).append(rank)
+    if not bundles:
+        return list(options), list(nodes)
+    groups = list(bundles.values())
+    needs = [Bundle(range(len(ranks)), range(0), _gpus(options, ranks)) for ranks in groups]
+    for ranks in groups:
+        _log.warning("trainer ranks %s are placed again: their node has left", ranks)
+    group = placement_group([_resources(bundle) for bundle in needs])
+    try:
+        await asyncio.wait_for(group.ready(), seconds)
+    except TimeoutError:
+        remove_placement_group(group)
+        raise PlacementError(
+            f"a node has left, and the cluster has not had room for its trainer ranks within {seconds:g} s: "
+            f"{_missing(needs)}"
+        ) from None
+    placed = placement_group_table(group)["bundles_to_node_id"]
+    options, nodes = list(options), list(nodes)
+    for index, ranks in enumerate(groups):
+        for rank in ranks:
+            strategy = PlacementGroupSchedulingStrategy(group, index)
+            options[rank] = options[rank] | {"scheduling_strategy": strategy}
+            nodes[rank] = placed[index]
+    return options, nodes
 
 
 def unreserved_engines(config: EngineConfig) -> list[dict[str, Any]]:
@@ -122,6 +166,10 @@ def _threads(node: Node, placed: Sequence[tuple[Bundle, Node]]) -> tuple[int, in
         cores = min(cores, os.cpu_count() or 1)  # a Ray that the run starts may have more slots than cores
     ranks, engines = sum(len(bundle.ranks) for bundle in here), sum(len(bundle.engines) for bundle in here)
     return threads_of(node, cores, ranks), threads_of(node, cores, engines)
+
+
+def _gpus(options: Sequence[dict[str, Any]], ranks: Sequence[int]) -> int:
+    return sum(options[rank]["num_gpus"] for rank in ranks)
 
 
 def _environment(variables: dict[str, str]) -> dict[str, Any]:

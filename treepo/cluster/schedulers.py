@@ -9,6 +9,7 @@ process in all, or one on each node (LOCAL_WORLD_SIZE=1).
 """
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ PORT = 29400
 """The default port of the rendezvous, on the head."""
 
 _SLURM_PORTS = range(20_000, 32_000)  # below the ports that Linux hands out
+_MOST_DIGITS = 18
+_MOST_HOSTS = 1 << 16
 _REMEDY = "--nodes N --node-rank R --head HOST[:PORT] decide"
 
 
@@ -56,7 +59,7 @@ class _Found:
         return f"{self.name}={self.value}"
 
     def number(self) -> int:
-        if not self.value.isdecimal():
+        if not self.value.isdecimal() or len(self.value) > _MOST_DIGITS:
             raise AllocationError(f"{self}: expected a number; {_REMEDY}")
         return int(self.value)
 
@@ -124,6 +127,8 @@ def expand_nodelist(text: str) -> list[str]:
     for item in re.findall(r"(?:[^\[\],]|\[[^\]]*\])+", text):
         parts = re.findall(r"\[([^\]]*)\]|([^\[]+)", item)
         choices = [_numbers(ranges, text) if ranges else [plain] for ranges, plain in parts]
+        if len(names) + math.prod(map(len, choices)) > _MOST_HOSTS:
+            raise _too_many(text)
         names += map("".join, itertools.product(*choices))
     return names
 
@@ -136,8 +141,14 @@ def _numbers(ranges: str, text: str) -> list[str]:
         if match is None:
             raise AllocationError(f"{text!r} is not a Slurm node list: [{ranges}]; {_REMEDY}")
         first, last = match[1], match[2] or match[1]
+        if max(len(first), len(last)) > _MOST_DIGITS or int(last) - int(first) + len(numbers) >= _MOST_HOSTS:
+            raise _too_many(text)
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
+
+
+def _too_many(text: str) -> AllocationError:
+    return AllocationError(f"{text!r} names more than {_MOST_HOSTS} hosts; {_REMEDY}")
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:

@@ -6,30 +6,39 @@ import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
 
 from treepo.cluster.actor_death import without_guesses
-from treepo.cluster.engine_pool import EnginePool, TrainingEnginePool
+from treepo.cluster.engine_devices import EngineDevices
+from treepo.cluster.engine_pool import EnginePool
 from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
+from treepo.cluster.ray_logs import kept_after_failure
+from treepo.cluster.ray_node import SOCKET_ROOM, new_token, ray_folder
+from treepo.cluster.ray_watch import keeping_signal_handlers, while_ray_lives
 from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
+from treepo.cluster.training_engine_pool import TrainingEnginePool
 from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import EvalConfig
+from treepo.config.rollout import RolloutConfig
 from treepo.config.run import ModelConfig, RunConfig
-from treepo.errors import ClusterError, PlacementError, one_line
+from treepo.data.temporary_folder import temporary_folder
+from treepo.errors import ClusterError, LostTrainerError, PlacementError, one_line
 from treepo.rollout.stopping import StopRule
 
+_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 _log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
+async def engine_session(config: RolloutConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """Run Ray and engines that serve the model folder's weights, while the body runs."""
-    with ray_session(config.engine.count):
+    async with watched_ray(config.engine.count, config.out):
         serving = _Serving(_on_cluster(config.model), config.engine, config.seed)
         async with _engines(serving, stop_rule) as pool:
             yield pool
@@ -39,7 +48,7 @@ async def engine_session(config: ServingConfig, stop_rule: StopRule) -> AsyncIte
 async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """As `engine_session`, for an evaluation: its number of engines may depend on the cluster's GPUs."""
     assert config.model.path is not None, "a server's URL needs no engines"
-    with ray_session(config.engine.count or 1):
+    async with watched_ray(config.engine.count or 1, config.out):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         model = _on_cluster(ModelConfig(path=config.model.path, dtype=config.model.dtype))
         async with _engines(_Serving(model, config.engine.on(gpus), config.seed), stop_rule) as pool:
@@ -56,27 +65,39 @@ async def training_session(
     Engines and trainer start at the same time, unless they share devices: then the trainer starts first,
     computes once, and gives back what it can, and the engines' caches take the memory that it leaves.
     """
-    with ray_session(config.engine.count + config.trainer.parallel.ranks):
+    async with watched_ray(config.engine.count + config.trainer.parallel.ranks, config.out):
         config = config.model_copy(update={"model": _on_cluster(config.model)})
         reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
-        trainer = TrainerGroup(config, reservation.ranks)
+        trainer = TrainerGroup(config, reservation.ranks, reservation.rank_nodes)
         shared = reservation.shares_devices
         if shared:
             await trainer.ready()
             await trainer.offload(weights=True)
-        options = reservation.engine_options(await trainer.devices() if shared else ())
-        launcher = EngineLauncher(config, stop_rule, options, shared, config.paths_at_once)
+        devices = EngineDevices(
+            reservation.engine_options(await trainer.devices() if shared else ()),
+            follow_trainer=shared or config.weights.transport == "colocated",
+            seconds=config.engine.rejoin_seconds,
+        )
+        launcher = EngineLauncher(config, stop_rule, devices, shared, config.paths_at_once)
         goes_on = config.loop.mode == "async"
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared, sampling_goes_on=goes_on)
         try:
             if shared:
                 await pool.ready()
             else:
-                await asyncio.gather(pool.ready(), trainer.ready())
+                await asyncio.gather(pool.ready(), _ready_or_lost(trainer))
             yield pool, trainer
         finally:
             await pool.close()
+
+
+async def _ready_or_lost(trainer: TrainerGroup) -> None:
+    """Make the trainer ready. If it is lost meanwhile, its next call says so, and it is started again."""
+    try:
+        await trainer.ready()
+    except LostTrainerError as error:
+        _log.warning("%s, before it was ready", error)
 
 
 def _on_cluster(model: ModelConfig) -> ModelConfig:
@@ -89,35 +110,76 @@ def _on_cluster(model: ModelConfig) -> ModelConfig:
 
 
 @contextmanager
-def ray_session(actors: int) -> Iterator[None]:
+def ray_session(actors: int, out: Path) -> Iterator[None]:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine and end it with the body.
 
     actors: number of engines and trainer ranks. A cluster started here has a CPU slot for each, so that a
     small machine can hold a layout of several ranks. On an existing cluster the layout must fit its CPUs.
-    Raises ClusterError if Ray does not start, or the named cluster does not answer.
+    out: where Ray's logs are kept if the body fails. Raises ClusterError if Ray does not start, or the named
+    cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Compiled Python modules halve the start of every worker, and Ray passes this environment to them.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    named = named_cluster()
-    if named is None:
-        where: dict[str, Any] = {
-            "address": "local",
-            "num_cpus": max(actors, os.cpu_count() or 1),
-            "include_dashboard": False,
-        }
-    else:
-        where = {"address": check_cluster(named)}
     ray._private.worker.print_to_stdstream = _log_message  # type: ignore[reportAttributeAccessIssue]
-    try:
-        ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
-    except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
-        what = "Ray does not start" if named is None else f"RAY_ADDRESS={named}: Ray cannot join the cluster"
-        raise ClusterError(f"{what}: {one_line(error)}") from None
+    named = named_cluster()
+    with temporary_folder(SOCKET_ROOM) as folder:
+        try:
+            with keeping_signal_handlers():
+                if named is None:
+                    _start_here(actors, folder)
+                else:
+                    ray.init(check_cluster(named), **_QUIET)
+        except (RuntimeError, OSError, AuthenticationError) as error:  # as of a cluster of another version
+            what = "Ray does not start"
+            if named is not None:
+                what = f"RAY_ADDRESS={named}: Ray cannot join the cluster"
+            raise ClusterError(f"{what}: {one_line(error)}") from None
+        with kept_after_failure(out):
+            try:
+                yield
+            finally:
+                ray.shutdown()
+
+
+def _start_here(actors: int, folder: Path) -> None:
+    """Start a cluster that nobody else reaches: it listens on loopback, and asks for a token."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray asks for a token by itself; its own is a file in the home folder that others may read. One for
+        # the life of this process, because Ray reads it once.
+        os.environ.setdefault("RAY_AUTH_TOKEN", new_token())
+    with _on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(actors, os.cpu_count() or 1),
+            include_dashboard=False,
+            _temp_dir=str(ray_folder(folder)),
+            **_QUIET,
+        )
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Make Ray give this node the address 127.0.0.1: its servers then listen there only.
+
+    Ray replaces a loopback address that it is given by another one, except on systems on which it knows no
+    clusters.
+    """
+    constants: Any = ray._private.ray_constants  # type: ignore[reportAttributeAccessIssue]
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
         yield
     finally:
-        ray.shutdown()
+        constants.ENABLE_RAY_CLUSTER = before
+
+
+@asynccontextmanager
+async def watched_ray(actors: int, out: Path) -> AsyncIterator[None]:
+    """As `ray_session`; raises ClusterError in place of the body if Ray dies meanwhile."""
+    with ray_session(actors, out):
+        joined = None if named_cluster() is None else ray.get_runtime_context().gcs_address
+        async with while_ray_lives(joined):
+            yield
 
 
 def _log_message(data: Mapping[str, Any], ignore_prefix: bool) -> None:
@@ -138,8 +200,9 @@ class _Serving:
 
 @asynccontextmanager
 async def _engines(config: ServingConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
-    options = unreserved_engines(config.engine)
-    launcher = EngineLauncher(config, stop_rule, options, shares_devices=False)
+    options, seconds = unreserved_engines(config.engine), config.engine.rejoin_seconds
+    devices = EngineDevices(options, follow_trainer=False, seconds=seconds)
+    launcher = EngineLauncher(config, stop_rule, devices, shares_devices=False)
     pool = EnginePool(launcher, config.engine)
     try:
         await pool.ready()

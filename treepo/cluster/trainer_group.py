@@ -1,88 +1,37 @@
-"""The Megatron-Core trainer as Ray actors: one process for each rank. Every call is made on all ranks."""
+"""The Megatron-Core trainer: one Ray actor for each rank. Every call is made on all ranks.
+
+If a rank dies or hangs, the group ends all others too, because they wait for it: then it is lost, and every
+call raises LostTrainerError until `restart`.
+"""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from treepo.cluster.actor_death import death_of, note_start
-from treepo.cluster.ray_actor import own_error, use_interface_of_node
+from treepo.cluster.actor_death import death_of, memory_kills
+from treepo.cluster.ray_actor import own_error
+from treepo.cluster.reservation import reserve_again
+from treepo.cluster.trainer_end import end_processes
+from treepo.cluster.trainer_health import hang_of
+from treepo.cluster.trainer_rank import CONCURRENCY, Beat, Method, RankProcess, TrainerRank
 from treepo.config.run import RunConfig
-from treepo.errors import TrainerError
+from treepo.errors import LostTrainerError, PlacementError, TrainerError, TrainerMemoryError
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
-from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
+from treepo.weight_sync.send import Outcome, WeightSink
 from treepo.weight_sync.wire import Manifest
 
 _DEATH_SECONDS = 2.0  # from the first failure until every rank that died is known to be dead
+_PATIENCE = 1800.0  # for work on folders, the first compilation included: the collectives' own deadline
+_PATIENT = frozenset({"build", "warm_up", "save", "finish_save", "load", "export"})
 
-Method = (
-    Literal["warm_up", "log_probs", "train_batch", "offload", "reload", "release_cache", "manifest"]
-    | Literal["save", "finish_save", "load", "export"]
-)
-"""The methods of `megatron_bridge.trainer.MegatronTrainer` that `TrainerRank.call` reaches."""
-
-
-class TrainerRank:
-    """One rank, in a process of its own. Rank 0 opens the store through which the ranks find each other.
-
-    Only the ranks import Megatron-Core, which takes seconds. Ray ends the processes.
-    """
-
-    def device(self) -> str:
-        """Return Ray's name of this rank's GPU on its node."""
-        (device,) = ray.get_gpu_ids()
-        return str(device)
-
-    def open_store(self) -> tuple[str, int]:
-        """Open the ranks' store on a free port; return its host and port."""
-        from megatron_bridge.trainer import create_store
-
-        host = ray.util.get_node_ip_address()
-        self._store = create_store(host)
-        return host, self._store.port
-
-    def build(self, config: RunConfig, rank: int, world_size: int, host: str, port: int) -> None:
-        """Load the model. Collective, like every method below."""
-        from megatron_bridge.trainer import MegatronTrainer, join_store
-
-        note_start()
-        use_interface_of_node()
-        self._config, self._rank = config, rank
-        self._stream: WeightStream | None = None
-        if rank > 0:
-            self._store = join_store(host, port)
-        self._trainer = MegatronTrainer(
-            config.model.path.resolve(),
-            config.model.dtype,
-            config.trainer,
-            config.learning,
-            rank=rank,
-            world_size=world_size,
-            store=self._store,
-        )
-
-    def call(self, method: Method, *arguments: object) -> Any:
-        """Call a method of the trainer; `TrainerGroup` has their types."""
-        return getattr(self._trainer, method)(*arguments)
-
-    def send_weights(self, version: int, manifest: Manifest, sinks: Sequence[WeightSink]) -> Outcome | None:
-        """Send the weights to the engines from rank 0; the other ranks only send it their shards, and return
-        None.
-        """
-        if self._rank > 0:
-            for _ in self._trainer.tensors():
-                pass
-            return None
-        if self._stream is None:
-            weights, seconds = self._config.weights, self._config.engine.update_seconds
-            sender = open_sender(weights, self._config.out, ray.util.get_node_ip_address(), seconds)
-            self._stream = WeightStream(sender, weights.bucket_mb << 20, seconds)
-        return self._stream.send(self._trainer.tensors(), manifest, version, sinks)
+type Call = Callable[[int, Any], Any]
+"""Starts a call on a rank, given its number and its actor."""
 
 
 class TrainerGroup:
@@ -90,15 +39,20 @@ class TrainerGroup:
 
     Construction returns at once; `ready` builds the model and warms it up. Ranks are numbered in Megatron's
     order: tensor parallel fastest, then data, then pipeline. options: Ray's options for each rank's actor.
+    nodes: Ray's id of each rank's node, if its resources are reserved.
     """
 
-    def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, config: RunConfig, options: Sequence[dict[str, Any]], nodes: Sequence[str] = ()
+    ) -> None:
         parallel = config.trainer.parallel
         self._config = config
         self._tensor, self._replicas = parallel.tensor, parallel.data
         self._manifest: Manifest = ()
-        remote: Any = ray.remote(TrainerRank)
-        self._ranks: list[Any] = [remote.options(**of_rank).remote() for of_rank in options]
+        self._options, self._nodes = list(options), list(nodes)
+        self._lost: LostTrainerError | None = None
+        self._losing = asyncio.Lock()
+        self._launch()
 
     @property
     def dtype(self) -> str:
@@ -112,18 +66,34 @@ class TrainerGroup:
         Raises ConfigError or ModelError, and TrainerError if a full pack does not fit on the device.
         """
         world_size = len(self._ranks)
-        host, port = await self._ranks[0].open_store.remote()
-        await self._gather(
-            [
-                actor.build.remote(self._config, rank, world_size, host, port)
-                for rank, actor in enumerate(self._ranks)
-            ]
+        self._processes = await self._all("build", lambda _, actor: actor.process.remote())
+        host, port = (await self._all("build", lambda _, actor: actor.open_store.remote(), ranks=1))[0]
+        await self._all(
+            "build",
+            lambda rank, actor: actor.build.remote(self._config, rank, world_size, host, port),
         )
         await self._call("warm_up")
 
+    async def restart(self) -> None:
+        """Start other ranks in place of those that were lost, with the model folder's weights, and make them
+        ready. Ranks whose node has left the cluster get resources on another one.
+
+        Raises what `ready` raises, and TrainerError if the resources are not free within
+        `engine.start_seconds`.
+        """
+        await self._end()
+        seconds = self._config.engine.start_seconds
+        try:
+            self._options, self._nodes = await reserve_again(self._options, self._nodes, seconds)
+        except PlacementError as error:
+            raise TrainerError(f"the trainer cannot start again: {error}") from None
+        self._lost = None
+        self._launch()
+        await self.ready()
+
     async def devices(self) -> list[str]:
         """The GPU of every rank, as Ray numbers the GPUs of its node."""
-        return await self._gather([rank.device.remote() for rank in self._ranks])
+        return await self._all("device", lambda _, actor: actor.device.remote())
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         """Compute each token's log-prob given its path, for every replica's packs: float32 [T]."""
@@ -147,9 +117,10 @@ class TrainerGroup:
     async def send_weights(self, version: int, sinks: Sequence[WeightSink]) -> Outcome:
         """Send every tensor to every engine; all of them have begun an update to `version`."""
         manifest = await self.manifest()
-        return (
-            await self._gather([rank.send_weights.remote(version, manifest, sinks) for rank in self._ranks])
-        )[0]
+        outcomes = await self._all(
+            "send_weights", lambda _, actor: actor.send_weights.remote(version, manifest, sinks)
+        )
+        return outcomes[0]
 
     async def offload(self, weights: bool) -> None:
         """Give the devices to engines that share them, as `trainer.offload` says. weights: whether that may
@@ -173,9 +144,10 @@ class TrainerGroup:
         """Begin a training checkpoint that holds `run` and the ready trees too, which rank 0 writes. Raises
         CheckpointError.
         """
-        first, *others = self._ranks
-        calls = [first.call.remote("save", folder, run, ready_trees)]
-        await self._gather(calls + [rank.call.remote("save", folder, run) for rank in others])
+        await self._all(
+            "save",
+            lambda rank, actor: actor.call.remote("save", folder, run, ready_trees if rank == 0 else b""),
+        )
 
     async def finish_save(self) -> None:
         """Wait until the checkpoint that was begun is complete. Raises CheckpointError."""
@@ -186,7 +158,7 @@ class TrainerGroup:
         await self._call("load", folder)
 
     async def _call(self, method: Method, *arguments: object) -> list[Any]:
-        return await self._gather([rank.call.remote(method, *arguments) for rank in self._ranks])
+        return await self._all(method, lambda _, actor: actor.call.remote(method, *arguments))
 
     async def _call_by_replica(
         self, method: Method, shares: Sequence[Sequence[object]], *arguments: object
@@ -195,38 +167,106 @@ class TrainerGroup:
         replica.
         """
         references = [ray.put(list(share)) for share in shares]
-        return await self._gather(
-            [
-                actor.call.remote(method, references[rank // self._tensor % self._replicas], *arguments)
-                for rank, actor in enumerate(self._ranks)
-            ]
+        return await self._all(
+            method,
+            lambda rank, actor: actor.call.remote(
+                method, references[rank // self._tensor % self._replicas], *arguments
+            ),
         )
 
-    async def _gather(self, calls: Sequence[Any]) -> list[Any]:
-        """Collect the results of a collective call in the order of ranks.
+    def _launch(self) -> None:
+        actor: Any = ray.remote  # typed without concurrency groups
+        remote = actor(concurrency_groups=CONCURRENCY)(TrainerRank)
+        self._ranks: list[Any] = [remote.options(**of_rank).remote() for of_rank in self._options]
+        self._processes: list[RankProcess] = []
+        self._beats: list[Beat | None] = [None] * len(self._ranks)
 
-        Raises TrainerError if a rank dies, and a rank's own TreepoError without Ray's traceback.
+    async def _all(self, what: str, start: Call, ranks: int | None = None) -> list[Any]:
+        """Make a call on every rank, or on the first few; collect the results in the order of ranks.
+
+        Raises LostTrainerError if a rank dies or hangs, and a rank's own TreepoError without Ray's traceback.
         """
+        if self._lost is not None:
+            raise LostTrainerError(str(self._lost))
+        actors = self._ranks[:ranks]
+        calls = [start(rank, actor) for rank, actor in enumerate(actors)]
+        answers = asyncio.ensure_future(asyncio.gather(*calls))
+        hang = asyncio.ensure_future(self._hang(what, actors))
         try:
-            return await asyncio.gather(*calls)
+            await asyncio.wait((answers, hang), return_when=asyncio.FIRST_COMPLETED)
+            if answers.done():
+                return answers.result()
+            raise await self._lose(f"the trainer hangs in {what}: {hang.result()}")
         except (RayActorError, RayTaskError) as error:
-            gone = await self._gone(calls)
-            if gone:
-                raise TrainerError(f"the trainer lost {', '.join(gone)}") from error
-            raise own_error(error, TrainerError) from None
+            raise await self._cause(error, calls) from None
+        finally:
+            answers.cancel()
+            hang.cancel()
 
-    async def _gone(self, calls: Sequence[Any]) -> list[str]:
-        """Name the ranks that died, with the reason of the first. Ranks that waited for them fail too, in the
-        collective, and are not named.
+    async def _hang(self, what: str, actors: Sequence[Any]) -> str:
+        """Return once ranks hang, with their names."""
+        silence = self._config.trainer.silence_seconds
+        patience = max(silence, _PATIENCE) if what in _PATIENT else silence
+        if what == "send_weights":  # waits for each step of the slowest engine
+            patience += self._config.engine.update_seconds
+        return await hang_of([actor.beat.remote for actor in actors], self._beats, silence, patience)
+
+    async def _cause(self, error: RayActorError | RayTaskError, calls: Sequence[Any]) -> BaseException:
+        """Our own error in place of Ray's. If the group is lost, its ranks have ended then."""
+        own = own_error(error, LostTrainerError)
+        deaths = await self._deaths(calls)
+        if not deaths and not isinstance(own, LostTrainerError):
+            return own
+        if not deaths:
+            return await self._lose(f"the trainer lost {own}")
+        first = min(deaths)
+        reason = await death_of(deaths[first])
+        names = [f"rank {rank}" for rank in sorted(deaths)]
+        names[0] += f" ({reason})"
+        lost = await self._lose(f"the trainer lost {', '.join(names)}")
+        short = self._killed_for_memory(first, deaths[first], reason)
+        return TrainerMemoryError(f"{lost}; {short}") if short else lost
+
+    def _killed_for_memory(self, rank: int, error: RayActorError, reason: str) -> str:
+        """What a rank held when Ray or the kernel killed it for memory, and what takes less; else empty."""
+        beat = self._beats[rank]
+        by_kernel = memory_kills(reason) > (beat.memory_kills if beat else 0)
+        if not by_kernel and "NODE_OUT_OF_MEMORY" not in str(error):
+            return ""
+        held = ""
+        if beat is not None:
+            held = f"it held {beat.resident / 2**30:.1f} of its machine's {beat.total / 2**30:.1f} GiB; "
+        offload, workers = self._config.trainer.offload, self._config.reward.workers
+        return (
+            f"its machine is out of memory: {held}fewer reward.workers (now {workers}), trainer.offload = "
+            f"none (now {offload}), checkpoint.every = null (a checkpoint is copied before it is written) or "
+            "fewer ranks and engines on that machine take less"
+        )
+
+    async def _lose(self, reason: str) -> LostTrainerError:
+        """End every rank; from now on every call raises the error that this returns."""
+        async with self._losing:
+            if self._lost is None:
+                self._lost = LostTrainerError(reason)
+                await self._end()
+            return LostTrainerError(str(self._lost))
+
+    async def _end(self) -> None:
+        """End every rank, and return when their processes are gone."""
+        for actor in self._ranks:
+            ray.kill(actor)
+        await end_processes(self._processes)
+
+    async def _deaths(self, calls: Sequence[Any]) -> dict[int, RayActorError]:
+        """The ranks that died, with Ray's reasons. Ranks that waited for them fail too, in the collective,
+        and are not named.
         """
+        if self._lost is not None:  # the others were ended
+            return {}
         ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECONDS, fetch_local=False)
         outcomes = await asyncio.gather(*ended, return_exceptions=True)
-        deaths = {
+        return {
             calls.index(call): outcome
             for call, outcome in zip(ended, outcomes, strict=True)
             if isinstance(outcome, RayActorError)
         }
-        names = [f"rank {rank}" for rank in sorted(deaths)]
-        if names:
-            names[0] += f" ({await death_of(deaths[min(deaths)])})"
-        return names

@@ -33,6 +33,9 @@ class EngineConfig(Section):
     """After this long without any answer, the log names each engine's state and its unanswered requests."""
     max_restarts: int = Field(default=8, ge=0)
     """Restarts of lost engines in one run; an engine that is lost after them is not replaced."""
+    rejoin_seconds: float = Field(default=1800, gt=0)
+    """How long an engine whose node has left the cluster waits for free devices on any node, while the others
+    go on. It is given up after that; waiting costs no restart."""
     log_level: Literal["error", "warning", "info", "debug"] = "error"
     """What SGLang's own processes write to standard error."""
     sglang: dict[str, JsonValue] = Field(default={})

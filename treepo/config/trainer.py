@@ -84,3 +84,9 @@ class TrainerConfig(Section):
     """What the trainer copies to the host's memory while engines on the same devices sample: nothing, the
     optimizer state, or the weights too (`all`). This leaves more memory to the KV cache and costs two
     transfers a step. Gradients are freed in any case. Without shared devices it has no effect."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts of the trainer in one run, after a rank died or hung: all ranks start again and continue from
+    the last checkpoint, while the engines stay up. A rank that ran out of memory is not started again."""
+    silence_seconds: float = Field(default=600, gt=0)
+    """The trainer hangs if a rank has not answered, or no rank has finished anything, for this long during a
+    call. Starting, and writing or reading a folder, may take 30 minutes without a sign of progress."""

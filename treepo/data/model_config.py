@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MOST_LAYERS = 1 << 10  # the largest open models have about 130; more would fill the memory with names
+_MOST_BYTES = 64 << 20  # of a JSON file; the largest index has about 10
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024  # a pointer is smaller
 _READ = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".safetensors"}  # files that some loader reads
@@ -27,7 +28,11 @@ _QUANTISED_FILE = "hf_quant_config.json"  # ModelOpt's; SGLang reads it
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises ModelError, also for numbers that are not finite."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_finite)
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise ModelError(f"{path}: more than {_MOST_BYTES >> 20} MiB, so no description of a model")
+        content = json.loads(text.decode(), object_pairs_hook=_finite)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON: {error}") from None
     except OSError as error:

@@ -3,6 +3,7 @@
 An OSError of a write names its file; the command line shows it as one line.
 """
 
+import asyncio
 import logging
 import os
 import sys
@@ -150,6 +151,8 @@ def log_to(path: Path) -> Iterator[None]:
         logger.setLevel(logging.INFO)  # the terminal's handler still shows warnings only
     try:
         yield
+    except asyncio.CancelledError:  # by a signal, which has its line
+        raise
     except BaseException:
         logging.getLogger(__name__).exception("the run ended early")
         raise

@@ -153,10 +153,10 @@ def load_prompts(
     Reads and tokenizes every row once to find the usable ones. Raises DataError.
     """
 
-    def to_prompt(row: Row, question: _Question) -> Prompt:
+    def to_prompt(row: Row, question: _Question, render: Callable[[Sequence[Message]], str]) -> Prompt:
         messages = _with_system_prompt(question.messages, config.system_prompt)
         try:
-            text = tokenizer.render(messages)
+            text = render(messages)
         except RefusedMessagesError as refusal:
             raise BadRow("chat template", f"column {columns.prompt!r}: {refusal}") from refusal
         for message in messages:
@@ -183,7 +183,7 @@ def load_prompts(
         )
 
     def place(row: Row, question: _Question) -> tuple[int, int]:
-        to_prompt(row, question)
+        to_prompt(row, question, tokenizer.render_bounded)
         return row.index, row.at
 
     report, rows = DataReport(path), open_rows(path, _names(columns))
@@ -194,7 +194,7 @@ def load_prompts(
         report,
         rows,
         np.frombuffer(places, dtype=np.int64).reshape(-1, 2),
-        lambda row: to_prompt(row, _question(row, columns, path.stem)),
+        lambda row: to_prompt(row, _question(row, columns, path.stem), tokenizer.render),
     )
 
 

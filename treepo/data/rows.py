@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+from treepo.errors import DataError
 
 _DEEPEST = 64  # levels of a value, more than data have and fewer than Python can pickle or write
 
@@ -102,3 +105,19 @@ class RowFile(Protocol):
     def read(self, rows: Sequence[tuple[int, int]]) -> list[Row]:
         """Read the rows with these (index, at), in this order."""
         ...
+
+
+class Unchanged:
+    """Notices that a file has changed: the places in it would be those of other rows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        status = self._path.stat()
+        return status.st_size, status.st_mtime_ns
+
+    def check(self) -> None:
+        if not self._path.is_file() or self._now() != self._before:
+            raise DataError(f"{self._path}: it has changed while it was in use; start again")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from treepo.data.bounds import OverTimeError, bounded_memory, bounded_seconds
 from treepo.data.model_config import (
     CONFIG,
     GENERATION_CONFIG,
@@ -29,6 +30,8 @@ _VOCABULARIES = (
     ("tekken.json",),
     ("tiktoken.model",),
 )
+_RENDER_SECONDS = 10.0
+_RENDER_BYTES = 1 << 30
 _PROBE = "What is 12 + 34?"
 Message = Mapping[str, str]
 
@@ -56,7 +59,7 @@ class Tokenizer:
             return "\n\n".join(message["content"] for message in messages)
         if messages[-1]["role"] == "assistant":
             return self._continued(messages[:-1], messages[-1]["content"])
-        from jinja2 import TemplateError, TemplateSyntaxError  # needed only to apply a template
+        from jinja2 import TemplateSyntaxError  # needed only to apply a template
 
         try:
             return self.hugging_face.apply_chat_template(
@@ -67,12 +70,27 @@ class Tokenizer:
                 f"{self.hugging_face.name_or_path}: its chat template is not valid: line {error.lineno}: "
                 f"{error.message}"
             ) from error
-        # Python raises the latter four if the template adds, looks up or calls something that is not there.
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (OverTimeError, MemoryError):
+            raise  # for `render_bounded`
+        except Exception as error:  # a template is a program, and may fail in any way
             roles = ", ".join(message["role"] for message in messages)
             raise RefusedMessagesError(
-                f"the chat template refuses the messages ({roles}): {one_line(error)}"
+                f"the chat template refuses the messages ({roles}): {one_line(error) or type(error).__name__}"
             ) from error
+
+    def render_bounded(self, messages: Sequence[Message]) -> str:
+        """As `render`; a template that needs too long or too much memory is a ModelError.
+
+        Only before anything starts (treepo.data.bounds): messages that have passed once pass again.
+        """
+        try:
+            with bounded_seconds(_RENDER_SECONDS), bounded_memory(_RENDER_BYTES):
+                return self.render(messages)
+        except OverTimeError:
+            much = f"computes for more than {_RENDER_SECONDS:g} s"
+        except MemoryError:
+            much = f"needs more than {_RENDER_BYTES >> 20} MiB"
+        raise ModelError(f"{self.hugging_face.name_or_path}: its chat template {much} for one prompt")
 
     def _continued(self, messages: Sequence[Message], begun: str) -> str:
         if not messages:

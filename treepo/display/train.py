@@ -118,6 +118,9 @@ class TrainDisplay(LiveDisplay):
     def evaluated(self, step: int, accuracy: float) -> None:
         self.line(f"held-out accuracy after step {step}: {accuracy:.3f}")
 
+    def recovered(self, event: str) -> None:
+        self.line(event, style="yellow")
+
     def _row(self, step: str, *values: str, style: str | None = None) -> None:
         widths = (max(8, len(name) + 1) for name, _ in self._columns)
         cells = (f"{value:>{width}}" for value, width in zip(values, widths, strict=True))

@@ -21,10 +21,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, ClassVar, Self, TypedDict
 
 import orjson
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from treepo.config.evaluate import EvalConfig
 from treepo.config.load import load_as
@@ -45,6 +45,8 @@ _PART = ".part"  # the suffix of a file that is being written
 @dataclass(frozen=True, slots=True)
 class SessionCost:
     """The cost so far of one session, a process that sampled. engines: the number that it held."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     session: int
     engines: int

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from treepo.errors import DataError, one_line, shortened, shown
 from treepo.evaluation.metrics import (
@@ -27,22 +27,36 @@ from treepo.tree import Stop, Verdict
 
 RESULTS = "results.json"
 SCHEMA = 1
-_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)] | None
+_Share = Annotated[float, Field(strict=True, ge=0, le=1)] | None
 _Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
 
 
 class _Interval(TypedDict):
     """An estimate; none of its numbers exists if no problem has a value."""
 
-    value: _Number
-    low: _Number
-    high: _Number
+    value: _Share
+    low: _Share
+    high: _Share
+
+
+def _all_or_none(interval: _Interval) -> _Interval:
+    if len({number is None for number in interval.values()}) > 1:
+        raise ValueError("value, low and high are all null or none is")
+    return interval
+
+
+class _Tokens(TypedDict):
+    unique: _Count
+    total: _Count
 
 
 class _Scores(TypedDict):
-    metrics: dict[Annotated[str, Field(pattern=r"^[a-z_]+(@[0-9]{1,9})?$")], _Interval]
+    metrics: dict[
+        Annotated[str, Field(pattern=r"^[a-z_]+(@[0-9]{1,9})?$")],
+        Annotated[_Interval, AfterValidator(_all_or_none)],
+    ]
     finished: _Count
-    tokens: dict[str, _Count]
+    tokens: _Tokens
 
 
 class _Benchmark(_Scores):
@@ -53,11 +67,11 @@ class _Row(TypedDict):
     id: str
     benchmark: str
     answer: str
-    metrics: dict[str, _Number]
+    metrics: dict[str, _Share]
 
 
 class _Sampling(TypedDict):
-    width: Annotated[int, Field(strict=True, ge=1)]
+    width: Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]
     mode: str
     branching: object
 

@@ -62,7 +62,8 @@ class TrainingLoop:
         sampled = self.supply.take_sampled()
         self.supply.trained()
         self.state.step_done(step, sampled.stats, result)
-        metrics = step_metrics(batch, sampled, result, *self.clock.take_step_seconds())
+        seconds = self.clock.take_step_seconds()
+        metrics = step_metrics(batch, sampled, result, *seconds, self.state.trainer_restarts)
         self.folder.write_metrics(step, metrics)
         self.reporter.step(step, metrics)
 

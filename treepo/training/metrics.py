@@ -18,11 +18,17 @@ STEP_PHASES = {
 
 
 def step_metrics(
-    batch: Batch, sampled: Sampled, result: BatchResult, seconds: Mapping[str, float], wall_seconds: float
+    batch: Batch,
+    sampled: Sampled,
+    result: BatchResult,
+    seconds: Mapping[str, float],
+    wall_seconds: float,
+    trainer_restarts: int,
 ) -> dict[str, float]:
     """Collect all metrics of a step.
 
-    seconds: of each of the STEP_PHASES. wall_seconds: since the end of the step before.
+    seconds: of each of the STEP_PHASES. wall_seconds: since the end of the step before. trainer_restarts: of
+    the run so far.
     """
     return (
         tree_metrics([finished.tree for finished in batch.sampled])
@@ -42,7 +48,7 @@ def step_metrics(
         }
         | update_metrics(result.taken)
         | {metric: seconds[phase] for phase, metric in STEP_PHASES.items()}
-        | {"seconds/step": wall_seconds}
+        | {"seconds/step": wall_seconds, "trainer_restarts": trainer_restarts}
     )
 
 

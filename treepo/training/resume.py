@@ -85,15 +85,13 @@ def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
             f"--resume: the run in {config.out} is complete after {state.steps_done} steps, "
             f"and steps = {config.steps}"
         )
-    _check_sizes(config.out, state)
-    ready_trees = read_ready_trees(checkpoint / READY_TREES)
-    named = sorted([*state.schedule.ready, *state.schedule.dropped])
-    if sorted(ready_trees) != named:
-        raise ModelError(
-            f"{checkpoint / READY_TREES}: it has the trees {sorted(ready_trees)}, and {MANIFEST} names "
-            f"{named}"
-        )
-    return Resume(checkpoint, state, ready_trees, tuple(changes.values()))
+    return _resume(config.out, checkpoint, state, tuple(changes.values()))
+
+
+def last_checkpoint(out: Path) -> Resume | None:
+    """Where a run that goes on in this process can continue; None if it has no checkpoint."""
+    found = newest(out)
+    return None if found is None else _resume(out, *found, changes=())
 
 
 async def restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer) -> None:
@@ -110,6 +108,19 @@ async def restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer)
     async with engines.training():
         await trainer.load(resume.checkpoint.resolve())
         await engines.sync_weights(resume.state.steps_done)
+
+
+def _resume(out: Path, checkpoint: Path, state: RunState, changes: tuple[str, ...]) -> Resume:
+    """Raises ConfigError or ModelError if files of the run, or the ready trees, do not fit the checkpoint."""
+    _check_sizes(out, state)
+    ready_trees = read_ready_trees(checkpoint / READY_TREES)
+    named = sorted([*state.schedule.ready, *state.schedule.dropped])
+    if sorted(ready_trees) != named:
+        raise ModelError(
+            f"{checkpoint / READY_TREES}: it has the trees {sorted(ready_trees)}, and {MANIFEST} names "
+            f"{named}"
+        )
+    return Resume(checkpoint, state, ready_trees, changes)
 
 
 def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import orjson
 from tensorboard.summary import Writer
 
 from treepo.config.load import dump_config
@@ -67,16 +68,26 @@ class RunFolder:
             if self._state is None:
                 prepare_folder(self.path, self._config)
             else:
-                self._go_back(self._state)
-            self._metrics = stack.enter_context(GrowingFile(self.path / METRICS))
-            self._trees = stack.enter_context(GrowingFile(self.path / TREES))
-            self._tensorboard = Writer(str(self.path / TENSORBOARD))
-            stack.callback(self._close_tensorboard)
+                self._truncate(self._state)
             stack.enter_context(log_to(self.path / LOG))
-            for record in _read_metrics(self.path / METRICS):
-                self._plot(record)
+            self._files = stack.enter_context(ExitStack())
+            self._open_files()
             self._stack = stack.pop_all()
         return self
+
+    def go_back(self, state: RunState) -> None:
+        """Go back to an earlier state of this run, as a resumed run does, and go on writing from there."""
+        self._files.close()
+        self._truncate(state)
+        self._open_files()
+
+    def _open_files(self) -> None:
+        self._metrics = self._files.enter_context(GrowingFile(self.path / METRICS))
+        self._trees = self._files.enter_context(GrowingFile(self.path / TREES))
+        self._tensorboard = Writer(str(self.path / TENSORBOARD))
+        self._files.callback(self._close_tensorboard)
+        for record in _read_metrics(self.path / METRICS):
+            self._plot(record)
 
     def sizes(self) -> dict[str, int]:
         """Wait until the growing files are on disk, and return their sizes in bytes."""
@@ -119,7 +130,7 @@ class RunFolder:
         """Write the result of a finished run."""
         write_file(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
-    def _go_back(self, state: RunState) -> None:
+    def _truncate(self, state: RunState) -> None:
         """Truncate the files to their sizes at `state`, and set aside a finished run's model and summary."""
         folder = self.path
         try:
@@ -137,8 +148,8 @@ def _read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
     """The records of metrics.jsonl. Raises DataError for a line that no run has written."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = orjson.loads(line)
+        except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON: {one_line(error)}") from None
         if not _is_metrics(record):
             raise DataError(f"{path}:{number}: not the numbers of a step: {shown(record)}")
@@ -149,6 +160,11 @@ def _is_metrics(record: object) -> bool:
     """Whether a record has a step, a time, and numbers or null by name."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return False
-    if type(record.get("time")) not in (int, float):
-        return False
-    return all(value is None or type(value) in (int, float) for value in record.values())
+    return record.get("time") is not None and all(
+        _is_number(value) for value in record.values() if value is not None
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether TensorBoard can write it: a float, or an integer of 64 bits."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)

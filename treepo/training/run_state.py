@@ -20,7 +20,8 @@ class RunState:
     """Everything that a run carries from step to step; a checkpoint saves it whole.
 
     data: fingerprint of the training prompts. schedule: which of them are not trained yet. resampled: trees
-    that a resumed run found too stale. sizes: bytes of the growing files, by name, when the state was saved.
+    that a resumed run found too stale. trainer_restarts: after a rank died or hung. sizes: bytes of the
+    growing files, by name, when the state was saved.
     seconds: total time of the run, before and after interruptions.
     """
 
@@ -30,6 +31,7 @@ class RunState:
     steps_done: int = 0
     schedule: ScheduleState = field(default_factory=ScheduleState)
     resampled: int = 0
+    trainer_restarts: int = 0
     accuracy_before: float | None = None
     decoded_tokens: int = 0
     sequential_tokens: int = 0
@@ -46,7 +48,7 @@ class RunState:
         except ValidationError as error:
             fault = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-        if min(state.steps_done, *state.sizes.values()) < 0:
+        if min([state.steps_done, *state.sizes.values()]) < 0:
             raise ValueError("steps_done and sizes cannot be negative")
         state.schedule.check(state.steps_done)
         return state
@@ -75,6 +77,7 @@ class RunState:
             "decoded_tokens": self.decoded_tokens,
             "sequential_tokens": self.sequential_tokens,
             "resampled_trees": self.resampled,
+            "trainer_restarts": self.trainer_restarts,
             "log_prob_check": log_prob_check,
             "max_logprob_difference": self.max_logprob_difference,
             "phase_seconds": self.phase_seconds,
@@ -92,6 +95,9 @@ class Reporter(Protocol):
 
     def evaluated(self, step: int, accuracy: float) -> None:
         """Show the held-out accuracy after a step."""
+
+    def recovered(self, event: str) -> None:
+        """Show that the run goes on after something was lost."""
 
 
 class Clock:

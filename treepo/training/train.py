@@ -1,13 +1,20 @@
-"""A training run from its start to its summary; `treepo.training.loop` takes the steps."""
+"""A training run from its start to its summary; `treepo.training.loop` takes the steps.
 
+A run is one attempt, or several: if the trainer is lost, the run goes back to its last checkpoint in this
+process, as a resumed run does, and attempts the rest again with the same engines.
+"""
+
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import PromptOrder
+from treepo.errors import LostTrainerError, TrainerError
 from treepo.protocols import Trainer, TrainingEnginePool
 from treepo.rewards.grade import Rewards
 from treepo.rewards.pool import open_rewards
@@ -16,8 +23,8 @@ from treepo.training.checkpoints import Checkpoints
 from treepo.training.heldout import Heldout, PeriodicEvaluation
 from treepo.training.log_prob_check import check_log_probs
 from treepo.training.loop import TrainingLoop
-from treepo.training.resume import Resume, restore
-from treepo.training.run_folder import RunFolder
+from treepo.training.resume import Resume, last_checkpoint, restore
+from treepo.training.run_folder import METRICS, TREES, RunFolder
 from treepo.training.run_state import Clock, Reporter, RunState
 from treepo.training.scheduler import Scheduler
 from treepo.training.step_guard import StepGuard
@@ -28,6 +35,7 @@ Start = Callable[[], AbstractAsyncContextManager[tuple[TrainingEnginePool, Train
 """Starts the engines and the trainer, and ends them on exit."""
 
 _log = logging.getLogger(__name__)
+_BACK_OFF_SECONDS = 5.0  # before the first restart of the trainer; twice as long before each further one
 
 
 async def train(
@@ -35,7 +43,8 @@ async def train(
 ) -> dict[str, Any]:
     """Train from the first step or from a checkpoint; write and return the summary.
 
-    Everything that was started is ended, also after an error.
+    Everything that was started is ended, also after an error. Raises TrainerError if the trainer was lost
+    more than `trainer.max_restarts` times.
     """
     state = RunState(inputs.train.report.fingerprint) if resume is None else resume.state
     clock = Clock(state, reporter)
@@ -47,61 +56,149 @@ async def train(
             # Rewards first: a reward function that cannot be imported is found within a second.
             rewards = await stack.enter_async_context(open_rewards(config.reward))
             engines, trainer = await stack.enter_async_context(start())
-        heldout = Heldout(config, inputs.heldout, inputs.tokenizer, engines, rewards)
-        if resume is not None:
-            with clock.phase(f"continue from {resume.checkpoint.name}", announce=True):
-                await restore(resume, engines, trainer)
-        check = None
-        if config.log_prob_check.enabled:
-            with clock.phase("check log-probs", announce=True):
-                decode = inputs.tokenizer.decode
-                check = await check_log_probs(
-                    config, inputs.train, decode, engines.engines, trainer, engines.training
-                )
-        if resume is None:
-            state.accuracy_before = await _evaluate(heldout, "evaluate before", clock)
-        loop = TrainingLoop(
-            config=config,
-            engines=engines,
-            trainer=trainer,
-            supply=_supply(config, inputs, engines, rewards, state, resume),
-            evaluation=PeriodicEvaluation(config, heldout),
-            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer),
-            guard=StepGuard(config),
-            folder=folder,
-            state=state,
-            clock=clock,
-            reporter=reporter,
-        )
-        await loop.run()
-        accuracy_after = await _evaluate(heldout, "evaluate after", clock)
-        with clock.phase("write model"):
-            await trainer.export(folder.checkpoint.resolve())
-        summary = state.summary(trainer.dtype, accuracy_after, check)
+        run = _Run(config, inputs, reporter, folder, rewards, engines, trainer)
+        summary = await run.finish(state, clock, resume)
         folder.write_summary(summary)
         reporter.phase("stop")
     return summary
 
 
-def _supply(
-    config: RunConfig,
-    inputs: TrainInputs,
-    engines: TrainingEnginePool,
-    rewards: Rewards,
-    state: RunState,
-    resume: Resume | None,
-) -> TreeSupply:
-    """The supply of trees that begins as the state says."""
-    order = PromptOrder(len(inputs.train), config.seed)
-    scheduler = Scheduler.of_run(config, order, state.steps_done, state.schedule)
-    if scheduler.resampled:
-        state.resampled += scheduler.resampled
-        _log.warning("%d finished trees are too stale now and are sampled again", scheduler.resampled)
-    tokenizer, sampling = inputs.tokenizer, config.sampling
-    driver = TreeDriver(engines.engines, sampling, tokenizer.decode, config.seed, engines.kv_tokens)
-    grader = TreeGrader(config.reward, tokenizer, rewards, sampling.max_response_tokens)
-    finished = {} if resume is None else resume.ready_trees
-    return TreeSupply(config, inputs.train, order, scheduler, driver, grader, finished)
+@dataclass(slots=True)
+class _Run:
+    """What all attempts of a run share.
+
+    check: the figures of the log-prob check, once it has passed. restarts: of the trainer in this process.
+    """
+
+    config: RunConfig
+    inputs: TrainInputs
+    reporter: Reporter
+    folder: RunFolder
+    rewards: Rewards
+    engines: TrainingEnginePool
+    trainer: Trainer
+    check: Mapping[str, float] | None = None
+    restarts: int = 0
+
+    async def finish(self, state: RunState, clock: Clock, origin: Resume | None) -> dict[str, Any]:
+        """Attempt the rest of the run until it is done; returns the summary.
+
+        state: where it begins, which is that of `origin` if it resumes from a checkpoint.
+        """
+        lost: LostTrainerError | None = None
+        while True:
+            try:
+                if lost is not None:
+                    with clock.phase("restart trainer", announce=True):
+                        await self._restart_trainer(state, origin)
+                elif origin is not None:
+                    with clock.phase(f"continue from {origin.checkpoint.name}", announce=True):
+                        await restore(origin, self.engines, self.trainer)
+                return await self._attempt(state, clock, origin)
+            except (LostTrainerError, BaseExceptionGroup) as error:
+                lost = _lost_trainer(error)
+            state, clock, origin = await self._go_back(lost, state)
+
+    async def _attempt(self, state: RunState, clock: Clock, origin: Resume | None) -> dict[str, Any]:
+        """Take the steps that are left and write the model; returns the summary. Engines and trainer have the
+        weights of `state`.
+        """
+        config, engines, trainer = self.config, self.engines, self.trainer
+        heldout = Heldout(config, self.inputs.heldout, self.inputs.tokenizer, engines, self.rewards)
+        if config.log_prob_check.enabled and self.check is None:
+            with clock.phase("check log-probs", announce=True):
+                decode = self.inputs.tokenizer.decode
+                self.check = await check_log_probs(
+                    config, self.inputs.train, decode, engines.engines, trainer, engines.training
+                )
+        if origin is None and state.accuracy_before is None:
+            state.accuracy_before = await _evaluate(heldout, "evaluate before", clock)
+        loop = TrainingLoop(
+            config=config,
+            engines=engines,
+            trainer=trainer,
+            supply=self._supply(state, origin),
+            evaluation=PeriodicEvaluation(config, heldout),
+            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer),
+            guard=StepGuard(config),
+            folder=self.folder,
+            state=state,
+            clock=clock,
+            reporter=self.reporter,
+        )
+        await loop.run()
+        accuracy_after = await _evaluate(heldout, "evaluate after", clock)
+        with clock.phase("write model"):
+            await trainer.export(self.folder.checkpoint.resolve())
+        return state.summary(trainer.dtype, accuracy_after, self.check)
+
+    def _supply(self, state: RunState, origin: Resume | None) -> TreeSupply:
+        """The supply of trees that begins as the state says."""
+        config, inputs, engines = self.config, self.inputs, self.engines
+        order = PromptOrder(len(inputs.train), config.seed)
+        scheduler = Scheduler.of_run(config, order, state.steps_done, state.schedule)
+        if scheduler.resampled:
+            state.resampled += scheduler.resampled
+            _log.warning("%d finished trees are too stale now and are sampled again", scheduler.resampled)
+        tokenizer, sampling = inputs.tokenizer, config.sampling
+        driver = TreeDriver(engines.engines, sampling, tokenizer.decode, config.seed, engines.kv_tokens)
+        grader = TreeGrader(config.reward, tokenizer, self.rewards, sampling.max_response_tokens)
+        finished = {} if origin is None else origin.ready_trees
+        return TreeSupply(config, inputs.train, order, scheduler, driver, grader, finished)
+
+    async def _go_back(
+        self, lost: LostTrainerError, state: RunState
+    ) -> tuple[RunState, Clock, Resume | None]:
+        """Go back to the last checkpoint, or to the start of the run if there is none, and wait a while.
+
+        Raises TrainerError if `trainer.max_restarts` are used up.
+        """
+        most = self.config.trainer.max_restarts
+        origin = last_checkpoint(self.config.out)
+        if self.restarts == most:
+            goes_on = "" if origin is None else f"; --resume continues after step {origin.state.steps_done}"
+            used_up = f"trainer.max_restarts = {most}: all restarts are used up"
+            raise TrainerError(f"{lost}; {used_up}{goes_on}") from lost
+        self.restarts += 1
+        earlier = _state_at_start(state) if origin is None else origin.state
+        earlier.trainer_restarts = state.trainer_restarts + 1
+        earlier.seconds, earlier.phase_seconds = state.seconds, state.phase_seconds  # they have passed
+        whence = "from the start" if origin is None else f"after step {earlier.steps_done}"
+        event = f"{lost}; the run goes on {whence} (restart {self.restarts} of {most})"
+        _log.warning("%s", event)
+        self.reporter.recovered(event)
+        self.folder.go_back(earlier)
+        clock = Clock(earlier, self.reporter)
+        await asyncio.sleep(_BACK_OFF_SECONDS * 2 ** (self.restarts - 1))
+        return earlier, clock, origin
+
+    async def _restart_trainer(self, state: RunState, origin: Resume | None) -> None:
+        """Start the trainer again, and give it and the engines the weights of `state`."""
+        async with self.engines.restarted_trainer():
+            if origin is not None:
+                await self.trainer.load(origin.checkpoint.resolve())
+            await self.engines.sync_weights(state.steps_done)
+
+
+def _state_at_start(state: RunState) -> RunState:
+    """The state of a run that has taken no step, whose growing files are empty."""
+    sizes = {METRICS: 0, TREES: 0}
+    return RunState(state.data, accuracy_before=state.accuracy_before, sizes=sizes)
+
+
+def _lost_trainer(error: LostTrainerError | BaseExceptionGroup) -> LostTrainerError:
+    """The loss of the trainer, also if several tasks failed with it. Raises `error` if anything else
+    failed.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        lost, other = error.split(LostTrainerError)
+        if lost is None or other is not None:
+            raise error
+        error = lost
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+    assert isinstance(error, LostTrainerError)
+    return error
 
 
 async def _evaluate(heldout: Heldout, phase: str, clock: Clock) -> float | None:

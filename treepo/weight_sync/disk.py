@@ -85,9 +85,11 @@ class DiskSender:
         self._partial.rename(target)
         self._files.clear()
         self._buffers.clear()
-        versions = sorted(self._folder.glob("version-*"), key=lambda path: int(path.name.split("-")[1]))
-        for old in versions[: -self._keep]:
-            shutil.rmtree(old)
+        numbers = sorted(int(path.name.split("-")[1]) for path in self._folder.glob("version-*"))
+        older = [number for number in numbers if number <= version]
+        newer = numbers[len(older) :]  # of a run that went back to a checkpoint
+        for number in [*older[: -self._keep], *newer]:
+            shutil.rmtree(self._folder / f"version-{number}")
 
     def close(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)

@@ -1,10 +1,13 @@
 """report.html: one file that needs no network and runs no script but its own.
 
 Text from models and data files is never markup: it is embedded as JSON without any `<`, and the script
-inserts it as text. A response is rendered when it is opened. In a large evaluation each text keeps only its
-beginning and its end; samples.jsonl has all of it.
+inserts it as text. Even if some did become markup, the page's policy would let a browser run only the script
+and the style sheets whose hashes it names, and load nothing. A response is rendered when it is opened. In a
+large evaluation each text keeps only its beginning and its end; samples.jsonl has all of it.
 """
 
+import base64
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from treepo.data.prompts import Prompt
+from treepo.evaluation.report.plot import STYLE
 from treepo.evaluation.results import percent_and_interval, score_columns, score_rows
 from treepo.tree import PROMPT, Tree
 
@@ -43,10 +47,14 @@ def evaluation_page(
     ]
     settings = results["settings"]
     resources = files("treepo.evaluation.report")
-    template = Template((resources / "page.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        style=(resources / "page.css").read_text(encoding="utf-8"),
-        script=(resources / "page.js").read_text(encoding="utf-8"),
+    template, style, script = (
+        (resources / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    return Template(template).substitute(
+        style=style,
+        script=script,
+        styles=f"{_hash(style)} {_hash(STYLE)}",
+        scripts=_hash(script),
         title=escape(f"{settings['out']}"),
         subtitle=escape(_subtitle(settings)),
         scores=_scores(results),
@@ -57,6 +65,11 @@ def evaluation_page(
         shortened="" if keep == 1.0 else "Long texts are shortened here; samples.jsonl has them whole.",
         data=_script_safe({"problems": data}),
     )
+
+
+def _hash(text: str) -> str:
+    """A source of a content-security policy: the script or style sheet with exactly this text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _subtitle(settings: Mapping[str, Any]) -> str:

@@ -15,6 +15,11 @@ _WIDTH, _HEIGHT = 660, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 46
 _LEGEND_LINE = 18
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#be185d", "#7c3aed", "#475569")
+STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#64748b}.grid{stroke:#94a3b8;stroke-opacity:.3}"
+    ".line{fill:none;stroke-width:2}.hollow{fill:#fff;stroke-width:2}.interval{stroke-width:1.5;stroke-opacity:.45}"
+)
+"""The style sheet in every plot."""
 _DASHES = {"maj": "", "pass": "6 4", "mean": "2 3"}
 _NAMES = {"maj": "maj@k", "pass": "pass@k", "mean": "mean@n"}
 
@@ -170,12 +175,8 @@ def _series(kind: str, series: Sequence[Point], colour: str, scale: _Scale) -> l
 
 
 def _document(parts: Sequence[str], height: int, curves: int) -> str:
-    style = (
-        "text{font:12px system-ui,sans-serif;fill:#64748b}.grid{stroke:#94a3b8;stroke-opacity:.3}"
-        ".line{fill:none;stroke-width:2}.hollow{fill:#fff;stroke-width:2}.interval{stroke-width:1.5;stroke-opacity:.45}"
-    )
     label = f"accuracy against decoded tokens of {curves} evaluation{'s' if curves > 1 else ''}"
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {height}' role='img' "
-        f"aria-label='{label}'><style>{style}</style>" + "".join(parts) + "</svg>\n"
+        f"aria-label='{label}'><style>{STYLE}</style>" + "".join(parts) + "</svg>\n"
     )

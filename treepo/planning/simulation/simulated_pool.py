@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.protocols import GenerateOutput, GenerateRequest, Sampler
@@ -58,6 +58,9 @@ class SimulatedPool:
         self._training = False
         for engine in held:
             engine.release()
+
+    def restarted_trainer(self) -> AbstractAsyncContextManager[None]:
+        raise AssertionError("no simulated trainer is lost")
 
     async def sync_weights(self, version: int) -> None:
         """Make every engine serve `version`. Only inside `training`."""

@@ -1,0 +1,227 @@
+"""The files of runs, checkpoints and evaluations."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fuzz.loop import BadError, Reader
+from benchmarks.fuzz.readers import MARK, emptied, joined, write_files
+from tests.support.evaluations import config_of, document, graded_problem, prompt_of
+from tests.support.random_trees import random_tree
+from treepo.errors import ModelError
+from treepo.tree import Tree, Verdict, from_json, to_json
+
+_TREE_WORDS = (
+    b'"parent":',
+    b'"version":[[0,1],[1,1]]',
+    b'"finish":"cut"',
+    b'"stop":"boxed"',
+    b'"verdict":null',
+    b'"terms":{"a":1}',
+    b'"tokens":[]',
+    b'"log_probs":[null]',
+    b'"reward":1e400',
+    b"-0.0",
+    b'"segment":',
+)
+
+
+def trees(folder: Path) -> Reader:
+    """trees.jsonl and ready_trees.jsonl."""
+    from treepo.training.ready_trees import read_ready_trees
+
+    path = folder / "trees.jsonl"
+    draws = np.random.default_rng(0)
+    seeds = [to_json(random_tree(draws, max_depth=depth), position=depth, answer="7") for depth in (1, 2, 3)]
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        for finished in read_ready_trees(path).values():
+            _check_again(finished.tree)
+        return _check_again(from_json(data.split(b"\n")[0]))
+
+    return Reader("trees", read, seeds, _TREE_WORDS, (ModelError, ValueError, OverflowError))
+
+
+def _check_again(tree: Tree) -> Tree:
+    """What is accepted can be used: written, and read as the same."""
+    written = to_json(tree)
+    if to_json(from_json(written)) != written:
+        raise BadError("a tree that is written and read is another")
+    for leaf in tree.leaves:
+        tree.response(leaf)
+    return tree
+
+
+def checkpoint(folder: Path) -> Reader:
+    """checkpoint.json, with the run's state in it."""
+    from treepo.training.checkpoint_manifest import MANIFEST, CheckpointManifest, read_manifest
+    from treepo.training.run_state import RunState
+    from treepo.training.scheduler import ScheduleState
+
+    state = RunState("d", 3, ScheduleState(9, [7], [5, 6], [1, 2], [8]), sizes={"trees.jsonl": 9})
+    state.phase_seconds["train"] = 0.5
+    manifest = CheckpointManifest("bfloat16", True, 7, {"tensor": 2, "sequence": True}, asdict(state))
+    seeds = [
+        json.dumps({"format": version} | asdict(manifest) | {"files": {"a": 1}}).encode()
+        for version in (1, 2, 3)
+    ]
+    words = (
+        b'"../a"',
+        b'"/dev/zero"',
+        b'"files":',
+        b'"format": 2',
+        b'"run":',
+        b'"cursor":',
+        b'"sizes":',
+        b'"layout":',
+    )
+
+    def read(data: bytes) -> object:
+        with emptied(folder / "step-3") as place:
+            (place / "a").write_bytes(b"1")
+            (place / MANIFEST).write_bytes(data)
+            found = read_manifest(place)
+            try:
+                return RunState.of_manifest(found.run).steps_done
+            except ValueError as error:
+                raise ModelError(str(error)) from None
+
+    return Reader("checkpoint", read, seeds, words)
+
+
+def metrics(folder: Path) -> Reader:
+    """metrics.jsonl of a run that resumes."""
+    from treepo.training.run_folder import RunFolder, _read_metrics
+
+    path = folder / "metrics.jsonl"
+    shown = RunFolder.__new__(RunFolder)
+    shown.path = folder
+    seeds = (
+        b'{"step": 1, "time": 1.5, "reward": 0.5, "accuracy": null}\n{"step": 2, "time": 2, "reward": 1}\n',
+        b'{"step": 0, "time": 1.0, "heldout/accuracy": 0.25}\n',
+    )
+
+    class Writer:
+        """What TensorBoard does with the numbers, without its files."""
+
+        def add_scalar(self, name: str, value: float, step: int, wall_time: float) -> None:
+            from tensorboard.compat.proto.event_pb2 import Event
+
+            Event(wall_time=wall_time, step=step)
+            Event().summary.value.add(tag=name, simple_value=value)
+
+        def flush(self) -> None: ...
+
+    shown._tensorboard = Writer()  # type: ignore[reportAttributeAccessIssue] - stands in for TensorBoard
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        for record in _read_metrics(path):
+            shown._plot(record)
+        return None
+
+    return Reader("metrics", read, seeds, (b'"step":', b'"time":', b"1e400", b"10000000000000000000000"))
+
+
+def evaluation(folder: Path) -> Reader:
+    """trees.jsonl and samples.jsonl of an evaluation that continues."""
+    from treepo.evaluation import folder as module
+    from treepo.evaluation.folder import SAMPLES, EvaluationFolder, SessionCost
+
+    out = folder / "evaluation"
+    settings = config_of(str(out), 2)
+    prompts = {f"b:{number}": prompt_of("b", number) for number in range(2)}
+    with EvaluationFolder(settings, prompts, "model") as files:
+        for prompt in prompts.values():
+            graded = graded_problem(prompt, [Verdict.CORRECT, Verdict.WRONG])
+            files.write(graded, SessionCost(0, 1, 1.0, 2, 3, 4, 5, 6))
+    config = (out / "config.yaml").read_bytes()
+    module._check_same = lambda _: None  # reading config.yaml takes most of the time, and is another reader
+    names = ("trees.jsonl", SAMPLES)
+    whole = {name: (out / name).read_bytes() for name in names}
+    seeds = [joined(whole), joined(whole | {SAMPLES: whole[SAMPLES][:-9]})]
+
+    def read(data: bytes) -> object:
+        with emptied(out) as place:
+            (place / "config.yaml").write_bytes(config)
+            write_files(data, place, names)
+            found = EvaluationFolder(settings, prompts, "model")
+            return len(list(found.problems())) if found.results else 0
+
+    words = (
+        *_TREE_WORDS,
+        b'"classes":',
+        b'"spent":',
+        b'"problem":',
+        MARK + b"samples.jsonl\x1f",
+        b'"answers":',
+    )
+    return Reader("evaluation", read, seeds, words)
+
+
+def results(folder: Path) -> Reader:
+    """results.json of an evaluation that is compared."""
+    from treepo.evaluation.comparison import compare
+    from treepo.evaluation.report.plot import accuracy_plot, curve
+    from treepo.evaluation.results import read_results
+
+    problems = [
+        (prompt, graded_problem(prompt, [Verdict.CORRECT, Verdict.WRONG]))
+        for prompt in (prompt_of("b", number) for number in range(2))
+    ]
+    good = document(config_of("out", 2), {"b": problems})
+    path = folder / "results.json"
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        found = read_results(path)
+        return compare(good, found), compare(found, found), accuracy_plot([curve(found, "x")])
+
+    words = (b'"mean":', b'"pass@1":', b'"value":', b'"problems":', b'"unique":', b'"width":', b'"metrics":')
+    return Reader("results", read, [json.dumps(good).encode()], words)
+
+
+def metadata(folder: Path) -> Reader:
+    """.metadata of a distributed checkpoint, a pickle, and the file of a tensor."""
+    import torch
+
+    from megatron_bridge.distributed_checkpoint import (
+        DistributedCheckpointReader,
+        write_distributed_checkpoint,
+    )
+
+    seed = folder / "seed"
+    seed.mkdir()
+    tensors: dict[str, Any] = {
+        "a": (torch.Size([2, 3]), torch.float32),
+        "b": (torch.Size([1]), torch.bfloat16),
+    }
+    write_distributed_checkpoint(
+        seed, tensors, lambda key: torch.ones(tensors[key][0], dtype=tensors[key][1])
+    )
+    names = tuple(path.name for path in seed.iterdir())
+    words = (
+        b"cposix\nsystem\n(S'exit 7'\ntR",
+        b"cbuiltins\neval\n",
+        b"\x93",
+        b"R",
+        b".",
+        b"../a",
+        b"c__builtin__\nbytearray\n(I99999999999\ntR",
+        b"ctorch\nload\n",
+    )
+
+    def read(data: bytes) -> object:
+        shutil.rmtree(folder / "trainer", ignore_errors=True)
+        (folder / "trainer").mkdir()
+        write_files(data, folder / "trainer", names)
+        reader = DistributedCheckpointReader(folder / "trainer")
+        return [reader.read(key) for key in tensors]
+
+    whole = {name: (seed / name).read_bytes() for name in names}
+    return Reader("metadata", read, [joined(whole)], words, share=0.5, growth=3 << 29)

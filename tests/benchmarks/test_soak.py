@@ -1,0 +1,38 @@
+"""The soak finds what grows, and is not deceived by noise or by a warm-up."""
+
+import numpy as np
+import pytest
+
+from benchmarks import soak
+
+STEPS = 300
+NOISE = np.random.default_rng(0).normal(size=STEPS + 1)
+
+
+def line(values: np.ndarray) -> dict[str, object]:
+    series: soak.Series = {("driver", "MiB"): [(step, float(value)) for step, value in enumerate(values)]}
+    (found,) = soak.lines(series, STEPS, percent=2.0)
+    return found
+
+
+def test_a_leak_is_found_below_the_noise_of_a_sample() -> None:
+    """A tenth of a MiB a step, with a noise of one MiB."""
+    found = line(500 + 0.1 * np.arange(STEPS + 1) + NOISE)
+    assert not found["flat"]
+    assert found["slope_per_100_steps"] == pytest.approx(10, abs=1)
+
+
+def test_noise_alone_is_flat() -> None:
+    assert line(500 + NOISE)["flat"]
+    assert line(2 + NOISE)["flat"], "also if it is as large as the mean"
+
+
+def test_what_shrinks_or_grows_only_at_the_start_is_flat() -> None:
+    steps = np.arange(STEPS + 1)
+    assert line(500 - 0.1 * steps + NOISE)["flat"]
+    assert line(500 + 100 * np.minimum(steps, 30) + NOISE)["flat"]
+
+
+def test_a_series_of_a_few_samples_has_no_slope() -> None:
+    assert soak.Slope.of([(1, 5.0), (2, 7.0)]) == soak.Slope(6.0, 0.0, 0.0, 0.0)
+    assert soak.Slope.of([]).flat(1.0)

@@ -1,0 +1,99 @@
+"""A real browser without a window, controlled through a pair of pipes: no port is opened."""
+
+import json
+import os
+import select
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+_SILENCE_SECONDS = 120.0
+
+
+class Tab:
+    """One page. events: what the browser has reported so far, by the protocol's names."""
+
+    def __init__(self, commands: int, answers: int) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self._commands, self._answers = commands, answers
+        self._numbers, self._rest = count(1), b""
+        self._session: str | None = None
+        targets = self.call("Target.getTargets")["targetInfos"]
+        target = next(target["targetId"] for target in targets if target["type"] == "page")
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network"):
+            self.call(f"{domain}.enable")
+
+    def open(self, path: Path) -> None:
+        """Load a file, and wait until it is loaded and its script has run."""
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri())
+        while "Page.loadEventFired" not in self.names():
+            self._receive()
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression; the page's policy does not apply to it."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._answers], [], [], _SILENCE_SECONDS)
+            piece = os.read(self._answers, 1 << 16) if ready else b""
+            assert piece, "the browser has ended, or hangs"
+            self._rest += piece
+        line, _, self._rest = self._rest.partition(b"\0")
+        message = json.loads(line)
+        if "method" in message:
+            self.events.append((message["method"], message["params"]))
+        return message
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Tab]:
+    """Start Chromium with its files in `folder`, and end it with all its processes."""
+    assert CHROMIUM is not None
+    command_end, commands = os.pipe()
+    answers, answer_end = os.pipe()
+    options = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe"
+    # The browser reads commands from descriptor 3 and answers to descriptor 4.
+    start = f'exec "$0" {options} "--user-data-dir=$1" about:blank 3<&{command_end} 4>&{answer_end}'
+    process = subprocess.Popen(
+        ["bash", "-c", start, CHROMIUM, str(folder)],
+        pass_fds=(command_end, answer_end),
+        stderr=subprocess.DEVNULL,
+    )
+    for end in (command_end, answer_end):
+        os.close(end)
+    try:
+        tab = Tab(commands, answers)
+        yield tab
+    finally:
+        os.close(commands)  # the browser ends with its controller
+        try:
+            process.wait(_SILENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        os.close(answers)

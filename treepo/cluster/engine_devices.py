@@ -1,0 +1,108 @@
+"""The devices of each engine: those that the run has reserved, or others once their node has left the
+cluster.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from treepo.errors import PlacementError
+
+_LOOK_SECONDS = 5.0
+_log = logging.getLogger(__name__)
+
+
+class EngineDevices:
+    """Where the actor of each engine is started.
+
+    options: Ray's options for each engine's actor; an engine that moves gets others. follow_trainer: the
+    engines cannot leave the trainer, because they share its devices or its machine's memory; only `replace`
+    moves them. seconds: how long an engine may wait for devices (`engine.rejoin_seconds`).
+    """
+
+    def __init__(self, options: Sequence[dict[str, Any]], *, follow_trainer: bool, seconds: float) -> None:
+        self.options = list(options)
+        self._nodes = [_reserved_node(each) for each in options]
+        self._follow_trainer, self._seconds = follow_trainer, seconds
+        self._groups: dict[int, PlacementGroup] = {}  # of engines that have moved
+        self._replaced = asyncio.Event()
+
+    def replace(self, options: Sequence[dict[str, Any]]) -> None:
+        """Take the devices of a new reservation. A running engine moves at its next start."""
+        self.options = list(options)
+        self._nodes = [_reserved_node(each) for each in options]
+        self._replaced.set()
+        self._replaced = asyncio.Event()
+
+    async def find(self, index: int) -> None:
+        """Return once the engine can be started.
+
+        That is at once if it has reserved devices on a living node. Otherwise it waits for a node with free
+        devices: the same that has come back, one that replaces it, or another. Raises PlacementError if there
+        is none within `seconds`.
+        """
+        if await self._has_node(index):
+            return
+        _log.warning("engine %d has no devices; it waits up to %g s for a node", index, self._seconds)
+        try:
+            async with asyncio.timeout(self._seconds):
+                await (self._wait_for_trainer(index) if self._follow_trainer else self._move(index))
+        except TimeoutError:
+            raise PlacementError(
+                f"no node has had free devices for it within {self._seconds:g} s (engine.rejoin_seconds)"
+            ) from None
+
+    async def lost(self, index: int) -> None:
+        """Return once the node of the engine's devices has left the cluster."""
+        while self._nodes[index] is None or await self._has_node(index):
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _has_node(self, index: int) -> bool:
+        return self._nodes[index] in await asyncio.to_thread(_living_nodes)
+
+    async def _wait_for_trainer(self, index: int) -> None:
+        while not await self._has_node(index):
+            await self._replaced.wait()
+
+    async def _move(self, index: int) -> None:
+        options = self.options[index]
+        needs = {"CPU": float(options["num_cpus"]), "GPU": float(options["num_gpus"])}
+        group = placement_group([{name: count for name, count in needs.items() if count}])
+        try:
+            await group.ready()
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        if (earlier := self._groups.get(index)) is not None:
+            remove_placement_group(earlier)
+        self._groups[index] = group
+        self.options[index] = options | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
+        self._nodes[index] = _reserved_node(self.options[index])
+        _log.warning("engine %d moves to %s", index, _address(self._nodes[index]))
+
+
+def _reserved_node(options: dict[str, Any]) -> str | None:
+    """The id of the node that holds the reservation; None if Ray chooses the node."""
+    strategy = options.get("scheduling_strategy")
+    if strategy is None:
+        return None
+    bundles = placement_group_table(strategy.placement_group)["bundles_to_node_id"]
+    return bundles[strategy.placement_group_bundle_index]
+
+
+def _living_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _address(node_id: str | None) -> str:
+    return next((node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id), "a node")

@@ -1,0 +1,66 @@
+"""Keeps Ray's logs of a run that failed.
+
+Ray's processes write their standard error, and so that of engines and trainer ranks, below Ray's own folder.
+That folder is temporary if this project started Ray.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from treepo.data.temporary_folder import PREFIX
+
+KEPT = "ray_logs"
+"""The folder in a run folder that has Ray's logs of the last failure."""
+_log = logging.getLogger(__name__)
+
+
+def log_folder() -> Path:
+    """Ray's logs on this node. Ray has no public name for it."""
+    return Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def kept_after_failure(out: Path) -> Iterator[None]:
+    """Copy the logs of this node's Ray into the folder `out` if the body fails; the error names the copy.
+
+    The logs of a cluster that was started by hand stay where they are.
+    """
+    logs = log_folder()
+    try:
+        yield
+    except Exception as error:
+        if any(part.startswith(PREFIX) for part in logs.parts):
+            _keep(logs, out.resolve() / KEPT, error)
+        raise
+
+
+def _keep(logs: Path, kept: Path, error: Exception) -> None:
+    try:
+        if kept.exists():
+            shutil.rmtree(kept)
+        shutil.copytree(logs, kept, symlinks=True)
+    except OSError as failure:  # the disk may be the reason why the run failed
+        _log.warning("Ray's logs cannot be kept in %s: %s", kept, failure.strerror or failure)
+        return
+    _log.warning("Ray's logs, of %s, are in %s", logs, kept)
+    for single in _single(error):
+        single.args = tuple(
+            said.replace(str(logs.resolve()), str(kept)).replace(str(logs), str(kept))
+            if isinstance(said, str)
+            else said
+            for said in single.args
+        )
+
+
+def _single(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a group of errors, or the one."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _single(inner)
+    else:
+        yield error

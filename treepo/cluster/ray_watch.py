@@ -1,0 +1,200 @@
+"""Notices within seconds that Ray itself has died, and keeps its library from ending this process.
+
+Ray's library waits a minute for a lost GCS and then aborts the process with a dump. Here the death of the
+GCS or of this node's raylet ends the run first, with one line, and ends what the dead Ray cannot end.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+import grpc
+import psutil
+import ray
+from ray._private.gcs_utils import create_gcs_channel
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+from treepo.ending import end_within
+from treepo.errors import ClusterError
+
+_log = logging.getLogger(__name__)
+_PROCESSES = ("gcs_server", "raylet")
+_LOOK_SECONDS = 2.0  # between two looks at the GCS, and at the processes below Ray's
+_SILENT_SECONDS = 10.0  # of a GCS that answers no call
+_END_SECONDS = 20.0  # from Ray's death until a clean-up that hangs in Ray's library is cut short
+_lost: asyncio.Future[str] | None = None  # of the Ray that is watched: why it has died
+
+
+@contextmanager
+def keeping_signal_handlers() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, which `ray.init` replaces twice: in Python and in C++."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own, utils = signal.getsignal(signal.SIGTERM), ray._private.utils  # type: ignore[reportAttributeAccessIssue]
+    of_ray, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = of_ray
+        signal.signal(signal.SIGTERM, own)
+
+
+@asynccontextmanager
+async def while_ray_lives(cluster: str | None) -> AsyncIterator[None]:
+    """Cancel the body when Ray dies, and raise ClusterError in its place.
+
+    cluster: HOST:PORT of the GCS of a running cluster that this process has joined; None if `ray.init` has
+    started Ray here.
+    """
+    global _lost
+    body = asyncio.current_task()
+    assert body is not None
+    lost = _lost = asyncio.get_running_loop().create_future()
+    node: Any = ray._private.worker._global_node  # type: ignore[reportAttributeAccessIssue]
+
+    def end(reason: str) -> None:
+        if lost.done():
+            return
+        lost.set_result(reason)
+        _log.error("%s", reason)
+        end_within(_END_SECONDS, lambda: f"error: {reason}", ClusterError.exit_code)
+        if not body.cancelling():  # else the body ends already
+            body.cancel()
+
+    watches = [asyncio.create_task(_when_ended(name, pid, end)) for name, pid in _processes(node, cluster)]
+    below = _Descendants(node) if cluster is None else None
+    watches.append(asyncio.create_task(below.follow() if below else _when_silent(str(cluster), end)))
+    try:
+        yield
+    except BaseException:
+        if lost.done():
+            raise ClusterError(lost.result()) from None
+        raise
+    finally:
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
+        if lost.done() and below is not None:
+            below.kill()
+        _lost = None
+
+
+async def unless_lost[T](call: Awaitable[T]) -> T:
+    """The result of a call of Ray. Raises ClusterError as soon as Ray is dead, when no call returns."""
+    if _lost is None:
+        return await call
+    answer = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait((answer, _lost), return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+    finally:
+        answer.cancel()
+    raise ClusterError(_lost.result())
+
+
+def _processes(node: Any, cluster: str | None) -> list[tuple[str, int]]:
+    """Names and ids of those of Ray's processes on this machine whose death ends the run."""
+    if cluster is None:
+        started = node.all_processes
+        return [(name, info.process.pid) for name in _PROCESSES for info in started.get(name, ())]
+    socket = f"--raylet_socket_name={node.raylet_socket_name}"
+    raylets = [one for one in psutil.process_iter(["cmdline"]) if socket in (one.info["cmdline"] or ())]
+    return [("raylet", raylet.pid) for raylet in raylets]
+
+
+async def _when_ended(name: str, pid: int, end: Callable[[str], None]) -> None:
+    """Call `end` once the process has ended."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    with _descriptor(pid) as descriptor:
+        if descriptor is not None:
+            loop.add_reader(descriptor, ended.set)
+            try:
+                await ended.wait()
+            finally:
+                loop.remove_reader(descriptor)
+    end(f"Ray's {name} (process {pid}) {_how_ended(pid)}, and no run goes on without it")
+
+
+@contextmanager
+def _descriptor(pid: int) -> Iterator[int | None]:
+    """A descriptor that is readable once the process has ended; None if it is gone."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _how_ended(pid: int) -> str:
+    """How the process ended, if it is a child of this one."""
+    try:
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return "has ended"
+    if end is None:
+        return "has ended"
+    if end.si_code == os.CLD_EXITED:
+        return f"has ended with exit code {end.si_status}"
+    return f"was ended by {signal.Signals(end.si_status).name}"
+
+
+async def _when_silent(address: str, end: Callable[[str], None]) -> None:
+    """Call `end` once the cluster's GCS has answered nothing for a while."""
+    loop = asyncio.get_running_loop()
+    answered = loop.time()
+    channel: Any = create_gcs_channel(address, aio=True)
+    request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[reportAttributeAccessIssue]  # generated code
+    try:
+        alive = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive
+        while loop.time() - answered < _SILENT_SECONDS:
+            with suppress(grpc.RpcError):
+                await alive(request, timeout=_SILENT_SECONDS / 2)
+                answered = loop.time()
+            await asyncio.sleep(_LOOK_SECONDS)
+    finally:
+        await channel.close()
+    end(
+        f"the GCS of the Ray cluster at {address} has not answered for {_SILENT_SECONDS:g} s, and no run "
+        "goes on without it"
+    )
+
+
+class _Descendants:
+    """The processes below those of a Ray that was started here, which a dead raylet no longer ends."""
+
+    def __init__(self, node: Any) -> None:
+        self._roots = [info.process.pid for infos in node.all_processes.values() for info in infos]
+        self._known: set[psutil.Process] = set()
+
+    async def follow(self) -> None:
+        """Look again and again: below a process that is dead nobody finds its children."""
+        while True:
+            self._known = await asyncio.to_thread(self._look)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def kill(self) -> None:
+        """Kill all of them, and wait until they are gone."""
+        alive = self._known | self._look()
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=_LOOK_SECONDS)
+
+    def _look(self) -> set[psutil.Process]:
+        found: set[psutil.Process] = set()
+        for pid in self._roots:
+            with suppress(psutil.NoSuchProcess):
+                root = psutil.Process(pid)
+                found |= {root, *root.children(recursive=True)}
+        return found
