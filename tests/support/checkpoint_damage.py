@@ -17,6 +17,13 @@ def flip_bit(path: Path, position: int = 4, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
+def as_earlier_version(folder: Path, **values: object) -> None:
+    """Write the manifest in the format without checksums. values: change others."""
+    content = json.loads((folder / MANIFEST).read_bytes())
+    del content["checksums"], content["checksum"]
+    (folder / MANIFEST).write_text(json.dumps(content | {"format": 2} | values))
+
+
 def damages(file: str) -> dict[str, tuple[Damage, str]]:
     """Damages by name, and what the error of each says. file: of at least 5 bytes, by path in the folder."""
     return {

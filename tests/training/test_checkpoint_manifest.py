@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoint_damage import flip_bit
+from tests.support.checkpoint_damage import as_earlier_version, flip_bit
 from treepo.config.trainer import ParallelConfig
 from treepo.errors import ModelError
 from treepo.training.checkpoint_manifest import (
@@ -28,13 +28,6 @@ def checkpoint(tmp_path: Path) -> Path:
         (tmp_path / name / "file").write_bytes(bytes(range(40)))
     CheckpointManifest("bfloat16", True, 3, LAYOUT, {"step": 1, "seconds": 0.1}).write(tmp_path)
     return tmp_path
-
-
-def rewrite(folder: Path, **values: object) -> None:
-    """Change the manifest's values; None removes one."""
-    content = json.loads((folder / MANIFEST).read_bytes()) | values
-    kept = {name: value for name, value in content.items() if value is not None}
-    (folder / MANIFEST).write_text(json.dumps(kept))
 
 
 def test_a_trainers_layout_comes_back(checkpoint: Path) -> None:
@@ -73,13 +66,14 @@ def test_a_truncated_manifest_is_named(checkpoint: Path, size: int) -> None:
 
 @pytest.mark.parametrize("version", [1, 4])
 def test_another_format_is_no_damage(checkpoint: Path, version: int) -> None:
-    rewrite(checkpoint, format=version)
+    content = json.loads((checkpoint / MANIFEST).read_bytes())
+    (checkpoint / MANIFEST).write_text(json.dumps(content | {"format": version}))
     with pytest.raises(OtherFormatError, match=f"format {version}; this version reads 2 and 3"):
         read_manifest(checkpoint)
 
 
 def test_the_format_without_checksums_is_read(checkpoint: Path) -> None:
-    rewrite(checkpoint, format=2, checksums=None, checksum=None)
+    as_earlier_version(checkpoint)
     assert verified_manifest(checkpoint).checksums == {}
     (checkpoint / TRAINER / "file").write_bytes(b"")
     with pytest.raises(ModelError, match="trainer/file has 0 bytes, and had 40"):
@@ -88,6 +82,6 @@ def test_the_format_without_checksums_is_read(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../beside", "trainer/../../beside"])
 def test_no_file_outside_is_looked_at(checkpoint: Path, name: str) -> None:
-    rewrite(checkpoint, format=2, checksums=None, checksum=None, files={name: 3})
+    as_earlier_version(checkpoint, files={name: 3})
     with pytest.raises(ModelError, match="is not in the folder"):
         read_manifest(checkpoint)

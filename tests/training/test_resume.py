@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support.checkpoint_damage import damages, flip_bit
+from tests.support.checkpoint_damage import as_earlier_version, damages, flip_bit
 from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
 from tests.support.random_trees import random_tree
 from treepo.config.checkpoint import CheckpointConfig
@@ -303,11 +303,7 @@ def test_a_checkpoint_of_a_later_version_is_not_passed_over(three: RunConfig) ->
 def test_a_checkpoint_of_an_earlier_version_is_read_with_a_warning(
     three: RunConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = folder_of(three, 6) / "checkpoint.json"
-    content = json.loads(path.read_bytes())
-    for name in ("files", "checksums", "checksum"):
-        del content[name]
-    path.write_text(json.dumps(content | {"format": 2}))
+    as_earlier_version(folder_of(three, 6), files={})
     found = newest(three.out)
     assert found is not None
     assert found[0] == folder_of(three, 6)
