@@ -140,10 +140,10 @@ class MegatronTrainer:
                 self._update(part, len(part), temperature, denominator)
                 for part, (_, denominator) in zip(batches, mini_batches, strict=True)
             ]
-            taken = [
-                part for (part, _), update in zip(mini_batches, updates, strict=True) if was_taken(update)
-            ]
-            weights = self._weight_check(taken[-1], temperature) if taken else None
+            taken = [index for index, update in enumerate(updates) if was_taken(update)]
+            weights = None
+            if taken:
+                weights = self._weight_check(mini_batches[taken[-1]][0], batches[taken[-1]], temperature)
         seconds = {"log_probs": computed - start, "train": time.perf_counter() - computed}
         return BatchResult(updates, mismatch, seconds, weights)
 
@@ -277,13 +277,14 @@ class MegatronTrainer:
         progress.count()
         return summarise(reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def _weight_check(self, packs: Sequence[Pack], temperature: float) -> WeightCheck:
-        """Measure the weights on the first tokens of this replica's packs that were trained."""
+    def _weight_check(
+        self, packs: Sequence[Pack], trained: Sequence[MicroBatch], temperature: float
+    ) -> WeightCheck:
+        """Measure the weights on the first trained tokens of this replica's packs. trained: made of them."""
         filled = self._schedule.filled_up([head(pack, CHECKED_TOKENS) for pack in packs[:1]])
         batches = [self._schedule.prepare(pack, _trained(pack)) for pack in filled]
         log_probs = self._log_probs(batches, len(batches), temperature)
-        vocabulary = self._architecture.dimensions.vocabulary
-        return weight_check(self._model, batches, log_probs, vocabulary, self._device)
+        return weight_check(self._model, batches, log_probs, trained, self._device)
 
     def _compute_gradient(
         self, batches: Iterable[MicroBatch], number: int, temperature: float, denominator: float

@@ -20,23 +20,25 @@ def weight_check(
     chunks: Sequence[Module],
     batches: Sequence[MicroBatch],
     log_probs: Sequence[Tensor],
-    vocabulary: int,
+    before: Sequence[MicroBatch],
     device: torch.device,
 ) -> WeightCheck:
     """Reduce over all ranks: the largest weight, and the mean log-prob of the trained tokens. Collective.
 
     log_probs: [T] for each of this replica's micro-batches, under the new weights; none before the last
-    stage.
+    stage. before: micro-batches that begin with the same tokens, and carry their old log-probs.
     """
     largest = torch.stack([weight.detach().abs().max() for chunk in chunks for weight in chunk.parameters()])
     # A maximum over ranks may lose a NaN.
     most = torch.nan_to_num(largest.max().float(), nan=torch.inf).to(device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     if log_probs and reports():
-        for batch, values in zip(batches, log_probs, strict=True):
-            trained = batch.pack["count_pos"] + batch.pack["count_neg"] > 0
-            sums += torch.stack([values.double().where(trained, 0.0).sum(), trained.sum().double()])
+        for batch, values, earlier in zip(batches, log_probs, before, strict=False):  # `before` has more
+            trained = (batch.pack["count_pos"] + batch.pack["count_neg"]).nonzero()[:, 0]
+            old = earlier.pack["old_log_prob"][trained].double()
+            size = torch.tensor(float(len(trained)), dtype=torch.float64, device=device)
+            sums += torch.stack([values[trained].double().sum(), old.sum(), size])
     dist.all_reduce(most, dist.ReduceOp.MAX)
     dist.all_reduce(sums)
-    total, tokens = sums.tolist()
-    return WeightCheck(most.item(), total / max(tokens, 1.0), int(tokens), vocabulary)
+    total, old_total, tokens = sums.tolist()
+    return WeightCheck(most.item(), total / max(tokens, 1.0), old_total / max(tokens, 1.0), int(tokens))

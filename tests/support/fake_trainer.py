@@ -81,7 +81,9 @@ class FakeTrainer:
                     self.weights = zlib.crc32(column.tobytes(), self.weights)
         updates = [{"loss": 0.0, "grad_norm": 1.0, "learning_rate": 1e-6}] * len(mini_batches)
         seconds = {"log_probs": 3.0, "train": 5.0}
-        return BatchResult(updates, LogProbMismatch(2.0, 4.0, 1.5), seconds, WeightCheck(1.0, -0.5, 100, 128))
+        return BatchResult(
+            updates, LogProbMismatch(2.0, 4.0, 1.5), seconds, WeightCheck(1.0, -0.5, -0.5, 100)
+        )
 
     async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None:
         with self.call("save"):

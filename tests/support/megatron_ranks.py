@@ -247,15 +247,17 @@ def _learn(
             for packs, (_, denominator) in zip(batch, case.mini_batches, strict=True)
         ]
         last = [head(pack, CHECKED_TOKENS) for pack in batch[-1][:1]]
-        values = trainer.log_probs(last, temperature)
-        trained = [
-            value[pack.count_pos + pack.count_neg > 0] for pack, value in zip(last, values, strict=True)
-        ]
-        checked: list[list[np.ndarray]] = [[]] * layout.ranks
-        torch.distributed.all_gather_object(checked, trained)
-        values = np.concatenate(list(chain.from_iterable(checked[first] for first in firsts)))
+        mine: list[tuple[np.ndarray, np.ndarray]] = []
+        for pack, now in zip(last, trainer.log_probs(last, temperature), strict=True):
+            assert pack.old_log_prob is not None
+            trained = pack.count_pos + pack.count_neg > 0
+            mine.append((now[trained], pack.old_log_prob[trained]))
+        checked: list[list[tuple[np.ndarray, np.ndarray]]] = [[]] * layout.ranks
+        torch.distributed.all_gather_object(checked, mine)
+        pairs = list(chain.from_iterable(checked[first] for first in firsts))
+        values, earlier = (np.concatenate([pair[index] for pair in pairs]) for index in (0, 1))
         largest = max((float(tensor.abs().max()) for tensor in weights_of(trainer).values()), default=0.0)
-        check = WeightCheck(largest, float(values.mean()), len(values), vocabulary=0)
+        check = WeightCheck(largest, float(values.mean()), float(earlier.mean()), len(values))
         mismatch = sum((mismatch[first] for first in firsts), LogProbMismatch())
         result = BatchResult(updates, mismatch, {}, check)
     final = weights_of(trainer)
