@@ -10,7 +10,6 @@ fails.
 """
 
 import errno
-import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,8 +33,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_bridge.architecture import check_same_model
@@ -46,6 +43,7 @@ from megatron_bridge.atomic_folder import (
     partial_folder,
     reason_and_file,
 )
+from megatron_bridge.checked_writer import CheckedWriter, read_back
 from megatron_bridge.checkpoint_pickles import without_code
 from megatron_bridge.distributed_checkpoint import (
     COMMON_STATE,
@@ -76,7 +74,7 @@ class _Writing:
 
     folder: Path
     manifest: CheckpointManifest
-    done: Future[str | None]
+    done: Future[dict[str, str]]
 
 
 class Checkpointer:
@@ -126,18 +124,20 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait until the checkpoint that was begun, if any, is complete on the disk.
 
-        Raises the same CheckpointError on every rank if a rank could not write its part.
+        Every file is read back from the disk and compared first, by the rank that wrote it. Raises the same
+        CheckpointError on every rank if a rank could not write its part, or reads something else.
         """
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
         what = f"checkpoint {writing.folder}"
-        failure = writing.done.result()
-        if failure is not None:
+        try:
+            checksums = writing.done.result()
+        except CheckpointError as error:
             if dist.get_rank() == 0:
                 abort_folder(writing.folder)
-            raise CheckpointError(f"{what}: {failure}")
-        on_first_rank(lambda: _commit(writing.folder, writing.manifest), what)
+            raise CheckpointError(f"{what}: {error}") from None
+        on_first_rank(lambda: _commit(writing.folder, writing.manifest, checksums), what)
 
     def load(self, folder: Path) -> CheckpointManifest:
         """Load model, optimizer and, at the same layout, random generators.
@@ -211,48 +211,39 @@ def _begin(folder: Path, model: Path, dtype: str, ready_trees: bytes) -> None:
         raise
 
 
-def _commit(folder: Path, manifest: CheckpointManifest) -> None:
+def _commit(folder: Path, manifest: CheckpointManifest, checksums: Mapping[str, str]) -> None:
+    """Write the manifest, check the files that are not in `checksums`, and name the folder."""
+    partial = partial_folder(folder)
     try:
-        manifest.write(partial_folder(folder))
+        written = manifest.write(partial, checksums)
+        for name in written.keys() - checksums.keys():
+            read_back(partial / name, written[name])
         commit_folder(folder)
     except OSError:
         abort_folder(folder)
         raise
 
 
-def _write(folder: Path, state: dict[str, Any], group: Any) -> str | None:
-    """Write this rank's part. Returns None, or on every rank the first rank that failed and its reason."""
+def _write(folder: Path, state: dict[str, Any], group: Any) -> dict[str, str]:
+    """Write this rank's part, and read it back. Returns the checksums of all ranks' files, by path in the
+    folder. Raises CheckpointError, on every rank, with the first rank that failed and its reason.
+    """
+    writer = CheckedWriter(folder / TRAINER)
     try:
         save(
             state,
-            storage_writer=_Writer(folder / TRAINER),
+            storage_writer=writer,
             planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
         )
     except CheckpointException as error:
-        return _first_failure(error)
-    return None
+        raise CheckpointError(_first_failure(error)) from None
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, writer.checksums, group)
+    return {f"{TRAINER}/{name}": value for files in everyone for name, value in files.items()}
 
 
 def _first_failure(error: CheckpointException) -> str:
     """The first rank that failed and its reason. Torch raises the error on every rank, with all failures."""
     rank, (cause, _) = min(error.failures.items(), key=itemgetter(0))
     return f"rank {rank}: {reason_and_file(cause)}"
-
-
-class _Writer(FileSystemWriter):
-    """A writer whose failures leave their frames empty.
-
-    Torch keeps a failure and its frames in a reference cycle. The frames hold views of buffers, on which the
-    garbage collector of Python 3.12.1 crashes.
-    """
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except OSError as error:
-            earlier: BaseException | None = error
-            while earlier is not None:
-                traceback.clear_frames(earlier.__traceback__)
-                earlier = earlier.__context__
-            raise

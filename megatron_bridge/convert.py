@@ -37,7 +37,7 @@ from treepo.training.checkpoint_manifest import (
     TRAINER,
     CheckpointManifest,
     is_checkpoint,
-    read_manifest,
+    verified_manifest,
 )
 
 Progress = Callable[[int, int], None]
@@ -81,7 +81,7 @@ def to_hugging_face(
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
     """Write the weights of a training checkpoint of any layout, with its config and tokenizer."""
-    manifest = read_manifest(source)
+    manifest = verified_manifest(source)
     architecture = read_architecture(source / HUGGING_FACE)
     tensors_of = checkpoint_tensors(architecture)
     reader = DistributedCheckpointReader(source / TRAINER)

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[reportPrivateImportUsage]  # documented there
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.atomic_folder import reason_and_file, split_into_files
+from megatron_bridge.checked_writer import CheckedWriter
 from megatron_bridge.checkpoint_pickles import read_index
 from megatron_bridge.model import build_outline, named_parameters
 from megatron_bridge.process_groups import form_groups, leave_groups
@@ -171,7 +172,7 @@ def write_distributed_checkpoint(
     `make` makes the tensor of a key when its file is written. The folder must exist.
     """
     declare_format(folder)
-    writer = FileSystemWriter(folder)
+    writer = CheckedWriter(folder)
     planner = _LazyPlanner(make)
     planner.set_up_planner({}, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)

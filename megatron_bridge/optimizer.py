@@ -1,6 +1,5 @@
 """Builds and steps Megatron-Core's optimizer: float32 gradients and master weights, no step on a NaN."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -71,15 +70,17 @@ def overlaps(chunks: Sequence[GPTModel], config: TrainerConfig) -> bool:
 
 
 @torch.no_grad()
-def step(optimizer: MegatronOptimizer) -> float:
-    """Clip the gradients and take a step; return their norm before clipping.
+def step(optimizer: MegatronOptimizer, loss: Tensor) -> float:
+    """Clip the gradients and take a step; return their norm before clipping. Collective.
 
-    Raises FloatingPointError on all ranks if the norm is not finite, and leaves weights and optimizer state
-    as they were. Megatron-Core itself would step: it looks for NaN only if losses are scaled. Without
-    Transformer Engine its norm also waits for the device at every parameter. Here torch's Adam clips, and
-    decides whether to step, on the device, so that the host waits once, when everything is launched.
+    loss: a scalar, this rank's part of it, or 0. If a gradient or a loss of any rank is not finite, neither
+    is the norm that all ranks return, and no rank steps: weights and optimizer state stay as they were.
+
+    Megatron-Core itself would step: it looks for NaN only if losses are scaled. Without Transformer Engine
+    its norm also waits for the device at every parameter. Here torch's Adam clips, and decides whether to
+    step, on the device, so that the host waits once, when everything is launched.
     """
-    norm, largest = gradient_norm(optimizer), optimizer.config.clip_grad
+    norm, largest = gradient_norm(optimizer, loss), optimizer.config.clip_grad
     parts = optimizer_parts(optimizer)
     on_device = all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts)
     if on_device:
@@ -87,27 +88,24 @@ def step(optimizer: MegatronOptimizer) -> float:
             part.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)
             part.optimizer.found_inf = norm.isfinite().logical_not().float()
     else:  # Transformer Engine's Adam takes neither
-        _check_finite(norm.item())
+        if not norm.isfinite():
+            return norm.item()
         torch.nn.utils.clip_grads_with_norm_(optimizer.get_parameters(), largest, norm)
     optimizer.step_with_ready_grads()
-    value = norm.item()
-    _check_finite(value)
-    return value
-
-
-def _check_finite(norm: float) -> None:
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}: no rank took the step")
+    return norm.item()
 
 
 @torch.no_grad()
-def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
-    """Give the optimizer the gradient; return the norm of the whole model's, on the device. Collective."""
+def gradient_norm(optimizer: MegatronOptimizer, loss: Tensor) -> Tensor:
+    """Give the optimizer the gradient; return the norm of the whole model's, on the device. Collective.
+
+    It is NaN if a rank's `loss` is not finite.
+    """
     optimizer.prepare_grads()
     parts = optimizer_parts(optimizer)
     (group,) = {part.get_grad_stats_parallel_group() for part in parts}  # experts' gradients have the same
     gradients = [gradient for part in parts for gradient in part.get_grads_for_grad_norm()]
-    nothing = torch.zeros(1, device="cuda")  # of a rank that owns no gradient
+    nothing = (0.0 * loss).float().view(1)  # NaN if the loss is not finite; else a rank may own no gradient
     square = torch.nn.utils.get_total_norm([*gradients, nothing]).square()
     dist.all_reduce(square, group=group)
     return square.sqrt()

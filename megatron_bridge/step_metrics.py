@@ -1,7 +1,7 @@
 """Reduces what the ranks measured in a step: metrics of the loss, and log-probs against the engines'."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -15,13 +15,20 @@ from megatron_bridge.schedule import MicroBatch
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
 
-REDUCTIONS: dict[str, Callable[..., float]] = {"sum": math.fsum, "max": max, "min": min}
+
+def _sum(values: Iterable[float]) -> float:
+    """The exact sum; inf or NaN if a value is, for which `math.fsum` may raise."""
+    values = list(values)
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
+
+REDUCTIONS: dict[str, Callable[..., float]] = {"sum": _sum, "max": max, "min": min}
 
 
 def log_prob_mismatch(packs: Sequence[Pack], batches: Sequence[MicroBatch]) -> LogProbMismatch:
     """Measure all replicas' packs by the log-probs that their micro-batches carry; the same on every rank."""
     mine = LogProbMismatch()
-    if batches and _reports():
+    if batches and reports():
         computed = [
             batch.pack["old_log_prob"][: len(pack)] for pack, batch in zip(packs, batches, strict=True)
         ]
@@ -34,10 +41,16 @@ def log_prob_mismatch(packs: Sequence[Pack], batches: Sequence[MicroBatch]) -> L
     return sum(everyone, LogProbMismatch())
 
 
+def own_loss(metrics: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    """The sum of this rank's micro-batches' losses, a scalar; 0 before the last stage."""
+    nothing = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([nothing, *(entry["loss_sum"].double() for entry in metrics)]).sum()
+
+
 def reduced(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
     """Reduce metrics over all micro-batches and replicas; the last part of a key says how."""
     mine: list[dict[str, float]] = []
-    if metrics and _reports():
+    if metrics and reports():
         keys = list(metrics[0])
         values = torch.stack([entry[key].double() for entry in metrics for key in keys])
         rows = values.view(len(metrics), len(keys)).tolist()  # waits for the device once
@@ -48,6 +61,6 @@ def reduced(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
     return {key: REDUCTIONS[key.rsplit("_", 1)[1]](entry[key] for entry in entries) for key in entries[0]}
 
 
-def _reports() -> bool:
+def reports() -> bool:
     """Whether this rank reports for its replica: tensor-parallel ranks compute the same loss, so one does."""
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -5,6 +5,7 @@ It knows no Ray: the process of each rank constructs one, and every method is ca
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -31,15 +32,17 @@ from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.reference import ReferenceWeights
 from megatron_bridge.runtime import on_device
 from megatron_bridge.schedule import MicroBatch, Schedule
-from megatron_bridge.step_metrics import log_prob_mismatch, reduced
+from megatron_bridge.step_metrics import log_prob_mismatch, own_loss, reduced
 from megatron_bridge.warm_up import warm_up_packs
+from megatron_bridge.weight_check import CHECKED_TOKENS, weight_check
 from megatron_bridge.weight_transfer import WeightExporter, load_weights
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.errors import TrainerError
 from treepo.learning.loss import policy_loss, summarise
-from treepo.learning.packing import Pack
-from treepo.protocols import BatchResult
+from treepo.learning.packing import Pack, head
+from treepo.learning.soundness import WeightCheck
+from treepo.protocols import BatchResult, was_taken
 from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.wire import Manifest
@@ -119,7 +122,8 @@ class MegatronTrainer:
 
         First the log-probs of all trained tokens are computed under the current weights, and under the
         reference weights if there are any; they and the attention plans stay on the device until the last
-        step. Returns the same on every rank. Raises as `train_step` does.
+        step. At the end the new weights are measured on the last mini-batch that changed them. Returns the
+        same on every rank.
         """
         start = time.perf_counter()
         with on_device():
@@ -136,8 +140,12 @@ class MegatronTrainer:
                 self._update(part, len(part), temperature, denominator)
                 for part, (_, denominator) in zip(batches, mini_batches, strict=True)
             ]
+            taken = [index for index, update in enumerate(updates) if was_taken(update)]
+            weights = None
+            if taken:
+                weights = self._weight_check(mini_batches[taken[-1]][0], batches[taken[-1]], temperature)
         seconds = {"log_probs": computed - start, "train": time.perf_counter() - computed}
-        return BatchResult(updates, mismatch, seconds)
+        return BatchResult(updates, mismatch, seconds, weights)
 
     def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
         """Take one optimizer step on this replica's packs, which carry their old log-probs; replicas may have
@@ -145,8 +153,9 @@ class MegatronTrainer:
 
         The gradient is that of the summed token loss of all replicas' packs over `denominator`, divided by
         nothing else. Returns the metrics of `treepo.learning.loss`, `grad_norm` (before clipping) and
-        `learning_rate`. Raises FloatingPointError, on all ranks, if the gradient is not finite: nothing
-        changes then.
+        `learning_rate`. If the loss or the gradient is not finite, neither is `grad_norm`, and nothing
+        changes on any rank: neither weights nor optimizer state, and the learning rate's warm-up does not
+        count the step.
         """
         with on_device():
             filled = self._schedule.filled_up(packs)
@@ -167,7 +176,7 @@ class MegatronTrainer:
                 with on_device():
                     batches = (self._schedule.prepare(pack, _trained(pack)) for pack in packs)
                     self._compute_gradient(batches, len(packs), 1.0, 1.0)
-                    optimizer.gradient_norm(self._optimizer)
+                    optimizer.gradient_norm(self._optimizer, torch.zeros((), device=self._device))
         except torch.OutOfMemoryError as error:
             raise TrainerError(
                 f"a pack of trainer.max_tokens_per_pack = {tokens} tokens does not fit on the device "
@@ -262,10 +271,20 @@ class MegatronTrainer:
         """Take the optimizer step of `train_step`."""
         metrics = self._compute_gradient(batches, number, temperature, denominator)
         learning_rate = self._set_learning_rate()
-        grad_norm = optimizer.step(self._optimizer)
-        self._step += 1
+        grad_norm = optimizer.step(self._optimizer, own_loss(metrics, self._device))
+        if math.isfinite(grad_norm):
+            self._step += 1
         progress.count()
         return summarise(reduced(metrics)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def _weight_check(
+        self, packs: Sequence[Pack], trained: Sequence[MicroBatch], temperature: float
+    ) -> WeightCheck:
+        """Measure the weights on the first trained tokens of this replica's packs. trained: made of them."""
+        filled = self._schedule.filled_up([head(pack, CHECKED_TOKENS) for pack in packs[:1]])
+        batches = [self._schedule.prepare(pack, _trained(pack)) for pack in filled]
+        log_probs = self._log_probs(batches, len(batches), temperature)
+        return weight_check(self._model, batches, log_probs, trained, self._device)
 
     def _compute_gradient(
         self, batches: Iterable[MicroBatch], number: int, temperature: float, denominator: float

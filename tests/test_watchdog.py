@@ -63,7 +63,7 @@ def test_a_wait_that_gets_on_is_not_named(watch) -> None:
     async def work(_: Watchdog) -> None:
         nonlocal done
         with waiting("the step", "trees", lambda: done):
-            for _ in range(10):
+            for _step in range(10):
                 await asyncio.sleep(0.9 * PATIENCE)
                 done += 1
             await asyncio.sleep(1.1 * PATIENCE)

@@ -87,6 +87,12 @@ class ActorError(TreepoError):
     exit_code = 1
 
 
+class DivergedError(TreepoError):
+    """Training that a restart would repeat: steps without a finite gradient, or that ruin the weights. The
+    text has the figures, and what to change.
+    """
+
+
 class PlacementError(TreepoError):
     """A layout that does not fit the cluster; the text compares its needs with the cluster's resources."""
 

@@ -5,6 +5,7 @@ them with fakes. Arrays are numpy arrays: they cross processes, and neither side
 device.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
+from treepo.learning.soundness import WeightCheck
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,13 +135,30 @@ class MiniBatch:
 class BatchResult:
     """What the trainer measured while it learned from a batch.
 
-    updates: metrics of each optimizer step. mismatch: of the whole batch, before the first optimizer step.
-    seconds: time of the phases `log_probs` and `train`.
+    updates: metrics of each optimizer step, in order; those whose `grad_norm` is not finite changed nothing.
+    mismatch: of the whole batch, before the first optimizer step. seconds: time of the phases `log_probs` and
+    `train`. weights: of the trainer afterwards; None if no optimizer step was taken.
     """
 
     updates: Sequence[Mapping[str, float]]
     mismatch: LogProbMismatch
     seconds: Mapping[str, float]
+    weights: WeightCheck | None = None
+
+    @property
+    def taken(self) -> list[Mapping[str, float]]:
+        """The metrics of the optimizer steps that changed the weights."""
+        return [update for update in self.updates if was_taken(update)]
+
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps whose loss or gradient was not finite, and that changed nothing."""
+        return len(self.updates) - len(self.taken)
+
+
+def was_taken(update: Mapping[str, float]) -> bool:
+    """Whether the optimizer step with these metrics changed the weights."""
+    return math.isfinite(update["grad_norm"])
 
 
 class Trainer(Protocol):
@@ -163,8 +182,8 @@ class Trainer(Protocol):
         """Take one optimizer step for each mini-batch.
 
         The ranks first compute the log-probs of the whole batch under the current weights, and under the
-        reference weights if the loss has a KL term. Raises FloatingPointError if a gradient is not finite:
-        that optimizer step changes nothing.
+        reference weights if the loss has a KL term. An optimizer step whose loss or gradient is not finite
+        changes nothing.
         """
         ...
 

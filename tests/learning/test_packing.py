@@ -13,6 +13,7 @@ from treepo.learning.forest import Forest
 from treepo.learning.packing import (
     Pack,
     blank_pack,
+    head,
     pack_flat,
     pack_trees,
     padded,
@@ -314,3 +315,19 @@ def test_a_trajectory_longer_than_a_pack_is_refused(packer: Packer) -> None:
 def test_a_blank_pack_is_one_untrained_token() -> None:
     pack = blank_pack()
     assert (len(pack), pack.exit[0], pack.source[0], pack.count_pos[0], pack.count_neg[0]) == (1, 1, -1, 0, 0)
+
+
+@PACKERS
+def test_the_head_of_a_pack_is_a_pack_of_its_first_tokens(packer: Packer) -> None:
+    for trees, advantages in batches():
+        for pack in chain.from_iterable(packer(trees, advantages, longest(trees), 1)):
+            trained = pack.count_pos + pack.count_neg > 0
+            for number in {1, 2, int(trained.sum()), len(pack) + 1}:
+                part = head(pack, number)
+                assert int(trained[: len(part)].sum()) == min(number, int(trained.sum()))
+                assert len(part) == len(pack) or trained[len(part) - 1]
+                assert (part.exit <= len(part)).all()
+                for index in range(len(part)):
+                    assert path_of(part, index) == path_of(pack, index)
+                    seen = np.flatnonzero(part.exit[: index + 1] > index)
+                    assert seen.tolist() == np.flatnonzero(pack.exit[: index + 1] > index).tolist()

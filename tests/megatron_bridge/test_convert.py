@@ -1,6 +1,5 @@
 """`treepo convert` loses nothing, in memory that does not grow with the model."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_bridge import distributed_checkpoint
 from megatron_bridge.convert import convert, to_checkpoint, to_hugging_face
 from megatron_bridge.hf_folder import INDEX, SafetensorsReader, write_hf_folder
 from tests.megatron_bridge.test_hf_weight_map import CONFIGS
+from tests.support.checkpoint_damage import as_earlier_version, flip_bit
 from tests.support.tiny import write_tiny_qwen2
 from treepo.cli.main import app
 from treepo.errors import ModelError
@@ -148,6 +148,15 @@ def test_a_damaged_checkpoint_leaves_nothing(checkpoint: Path, tmp_path: Path, l
     assert [entry.name for entry in tmp_path.iterdir()] == ["damaged"]
 
 
+def test_a_flipped_bit_is_named_and_nothing_is_converted(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "trainer" / "__0_0.distcp"
+    flip_bit(file, file.stat().st_size // 2)
+    with pytest.raises(ModelError, match=r"__0_0\.distcp has another content than when"):
+        convert(tmp_path / "damaged", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_weights_that_are_not_the_configs_are_named(tmp_path: Path) -> None:
     model, other = write_tiny_qwen2(tmp_path / "model"), write_tiny_qwen2(tmp_path / "other", hidden_size=32)
     shutil.copyfile(model / "model.safetensors", other / "model.safetensors")
@@ -165,8 +174,7 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path, name: str, size: int
     to_checkpoint(write_tiny_qwen2(tmp_path / "model", vocab_size=127), checkpoint)
     (checkpoint / "trainer" / name).write_bytes((checkpoint / "trainer" / name).read_bytes()[:size])
     if not sizes:
-        manifest = json.loads((checkpoint / "checkpoint.json").read_bytes())
-        (checkpoint / "checkpoint.json").write_text(json.dumps(manifest | {"files": {}}))
+        as_earlier_version(checkpoint, files={})
     with pytest.raises(ModelError) as error:
         convert(checkpoint, tmp_path / "out")
     said = str(error.value)

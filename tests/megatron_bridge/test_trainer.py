@@ -508,6 +508,13 @@ def test_a_batch_is_its_log_probs_and_its_steps(layout: str, parallel) -> None:
         assert update.keys() == by_hand.keys()
         for key, value in by_hand.items():
             assert update[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
-    assert len(result.updates) == 2
+    assert len(result.updates) == len(result.taken) == 2
+    assert result.weights is not None
+    assert expected.weights is not None
+    assert result.weights.tokens == expected.weights.tokens > 0
+    for measured in ("largest", "log_prob", "before"):
+        assert getattr(result.weights, measured) == pytest.approx(
+            getattr(expected.weights, measured), rel=1e-5
+        ), measured
     for name, tensor in other.items():
         torch.testing.assert_close(final[name], tensor, **CLOSE, msg=name)

@@ -15,6 +15,7 @@ from tests.support.fake_engine import FakeEngine
 from treepo.errors import EngineError, LostTrainerError
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack
+from treepo.learning.soundness import WeightCheck
 from treepo.protocols import BatchResult, GenerateOutput, GenerateRequest, MiniBatch
 from treepo.training.checkpoint_manifest import READY_TREES, CheckpointManifest
 
@@ -78,8 +79,11 @@ class FakeTrainer:
             for pack in (pack for one in mini_batches for replica in one.packs for pack in replica):
                 for column in (pack.token, pack.advantage_pos, pack.advantage_neg):
                     self.weights = zlib.crc32(column.tobytes(), self.weights)
-        updates = [{"loss": 0.0, "grad_norm": 1.0}] * len(mini_batches)
-        return BatchResult(updates, LogProbMismatch(2.0, 4.0, 1.5), {"log_probs": 3.0, "train": 5.0})
+        updates = [{"loss": 0.0, "grad_norm": 1.0, "learning_rate": 1e-6}] * len(mini_batches)
+        seconds = {"log_probs": 3.0, "train": 5.0}
+        return BatchResult(
+            updates, LogProbMismatch(2.0, 4.0, 1.5), seconds, WeightCheck(1.0, -0.5, -0.5, 100)
+        )
 
     async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None:
         with self.call("save"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.checkpoint_damage import as_earlier_version
 from tests.support.fake_trainer import NamedEngine
 from tests.support.training_runs import (
     ALONE,
@@ -172,13 +173,13 @@ def test_trees_that_are_too_stale_for_a_lower_bound_are_sampled_again(
 def test_a_damaged_file_of_finished_trees_is_one_line(
     folder: Path, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
-    """With sizes that the manifest does not know, else those are compared first."""
+    """With neither sizes nor checksums in the manifest, else those are compared first."""
     config = saved_with_ready_trees(folder, tmp_path / "run")
     found = newest(config.out)
     assert found is not None
-    path, manifest = found[0] / "ready_trees.jsonl", found[0] / "checkpoint.json"
+    path = found[0] / "ready_trees.jsonl"
     path.write_bytes(damage(path.read_bytes()))
-    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"files": {}}))
+    as_earlier_version(found[0], files={})
     with pytest.raises(ModelError, match=message) as error:
         run_of(config, resume=True).train()
     assert "\n" not in str(error.value)

@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.support.checkpoint_damage import as_earlier_version, damages, flip_bit
 from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
 from tests.support.random_trees import random_tree
 from treepo.config.checkpoint import CheckpointConfig
@@ -20,9 +20,9 @@ from treepo.config.run import RunConfig
 from treepo.data.folder_lock import locked
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import DataReport, PromptSet
-from treepo.errors import ConfigError, DataError, ModelError
+from treepo.errors import CheckpointError, ConfigError, DataError, ModelError
 from treepo.training.checkpoint_manifest import CheckpointManifest
-from treepo.training.checkpoints import Checkpoints, newest
+from treepo.training.checkpoints import Checkpoints, discard_leftovers, newest
 from treepo.training.disk_wait import DiskWait
 from treepo.training.resume import find_resume, restore
 from treepo.training.run_folder import RunFolder
@@ -167,8 +167,8 @@ def test_a_run_without_a_checkpoint_begins(config: RunConfig) -> None:
         ({"seed": 7}, "seed = 0, now 7"),
         ({"sampling": {"width": 4}}, "sampling.width = 16, now 4"),
         (
-            {"trainer": {"optimizer": {"learning_rate": 1e-3}}},
-            "trainer.optimizer.learning_rate = 1e-06, now 0.001",
+            {"trainer": {"optimizer": {"weight_decay": 0.5}}},
+            "trainer.optimizer.weight_decay = 0.1, now 0.5",
         ),
         ({"data": {"train": "other.jsonl"}}, "data.train = 't.jsonl', now 'other.jsonl'"),
     ],
@@ -190,14 +190,20 @@ def merged(old: Any, new: Any) -> Any:
     )
 
 
-def test_layout_and_engines_may_change(config: RunConfig) -> None:
+def test_layout_engines_and_learning_rate_may_change(config: RunConfig) -> None:
     write_run(config, steps=3, saved=2)
     values = config.model_dump()
     values["trainer"]["parallel"]["tensor"] = 2
+    values["trainer"]["optimizer"] |= {"learning_rate": 1e-7, "warmup_steps": 20}
     values["engine"]["count"] = 3
     resume = find_resume(RunConfig.model_validate(values), inputs())
     assert resume is not None
-    assert resume.changes == ("trainer.parallel.tensor = 1, now 2", "engine.count = 1, now 3")
+    assert resume.changes == (
+        "trainer.parallel.tensor = 1, now 2",
+        "trainer.optimizer.learning_rate = 1e-06, now 1e-07",
+        "trainer.optimizer.warmup_steps = 10, now 20",
+        "engine.count = 1, now 3",
+    )
 
 
 def test_other_data_is_refused(config: RunConfig) -> None:
@@ -224,43 +230,106 @@ def test_a_file_that_lost_lines_is_refused(config: RunConfig) -> None:
         find_resume(config, inputs())
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda file: os.truncate(file, 3), r"trainer/__0_0\.distcp has 3 bytes, and had 9 when"),
-        (lambda file: file.write_bytes(b""), r"trainer/__0_0\.distcp has 0 bytes, and had 9 when"),
-        (lambda file: file.unlink(), r"trainer/__0_0\.distcp: not readable: No such file"),
-    ],
-)
-@pytest.mark.parametrize("older_is_whole", [True, False])
-def test_a_damaged_checkpoint_names_the_file_and_an_older_whole_one(
-    config: RunConfig, damage: Callable[[Path], object], message: str, older_is_whole: bool
-) -> None:
+FILE = "trainer/__0_0.distcp"
+
+
+@pytest.fixture
+def three(config: RunConfig) -> RunConfig:
+    """A killed run with checkpoints of steps 2, 4 and 6."""
     for step in (2, 4, 6):
-        folder = config.out / "checkpoints" / f"step-{step:05d}"
+        folder = folder_of(config, step)
         (folder / "trainer").mkdir(parents=True)
-        (folder / "trainer" / "__0_0.distcp").write_bytes(b"nine byte")
+        (folder / FILE).write_bytes(b"nine byte")
+        (folder / "ready_trees.jsonl").write_bytes(b"")
         CheckpointManifest("float32", True, step, {}, asdict(state_after(step))).write(folder)
-    assert newest(config.out) is not None
-    for step in (4, 6) if older_is_whole else (2, 4, 6):
-        damage(config.out / "checkpoints" / f"step-{step:05d}" / "trainer" / "__0_0.distcp")
-    with pytest.raises(ModelError, match=message) as error:
-        newest(config.out)
-    said = str(error.value)
-    hint = "; step-00002 beside it is whole: --resume continues from it once step-00006 is gone"
-    assert said.endswith(hint) == older_is_whole
-    assert ("is whole" in said) == older_is_whole
-    assert "step-00006/trainer" in said
-    assert "\n" not in said
+    with RunFolder(config.model_copy(update={"out": config.out / "aside"})) as files:
+        write_steps(files, range(1, 7))
+    for name in ("metrics.jsonl", "trees.jsonl", "config.yaml"):
+        (config.out / "aside" / name).rename(config.out / name)
+    return config
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_sizes_and_is_read(config: RunConfig) -> None:
-    write_run(config, steps=3, saved=2)
-    path = config.out / "checkpoints" / "step-00002" / "checkpoint.json"
-    content = json.loads(path.read_bytes())
-    del content["files"]
-    path.write_text(json.dumps(content))
-    assert newest(config.out) is not None
+def folder_of(config: RunConfig, step: int) -> Path:
+    return config.out / "checkpoints" / f"step-{step:05d}"
+
+
+@pytest.mark.parametrize("how", damages(FILE))
+def test_damaged_checkpoints_are_passed_over_and_kept_aside(
+    three: RunConfig, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage, message = damages(FILE)[how]
+    for step in (4, 6):
+        damage(folder_of(three, step))
+    resume = find_resume(three, inputs())
+    assert resume is not None
+    assert resume.checkpoint == folder_of(three, 2)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    for line, step in zip(said, (6, 4), strict=True):
+        assert message in line
+        assert line.endswith(f"; step-{step:05d} is passed over")
+        assert "\n" not in line
+    with RunFolder(three, resume.state):
+        pass
+    checkpoints = Checkpoints(three.out, CheckpointConfig(keep=1), three.steps, FakeTrainer(), DISK)
+    asyncio.run(checkpoints.begin(state_after(4)))
+    asyncio.run(checkpoints.finish())
+    names = sorted(entry.name for entry in (three.out / "checkpoints").iterdir())
+    assert names == ["step-00004", "step-00004.damaged", "step-00006.damaged"]
+
+
+def test_damaged_twice(three: RunConfig) -> None:
+    for _ in range(2):
+        folder_of(three, 6).mkdir(exist_ok=True)
+        discard_leftovers(three.out, 4)
+    names = sorted(entry.name for entry in (three.out / "checkpoints").iterdir())
+    assert names == ["step-00002", "step-00004", "step-00006.damaged", "step-00006.damaged-2"]
+
+
+def test_without_a_whole_checkpoint_nothing_begins(three: RunConfig) -> None:
+    for step in (2, 4, 6):
+        flip_bit(folder_of(three, step) / FILE)
+    with pytest.raises(ModelError, match="none of 3 checkpoints is whole") as error:
+        find_resume(three, inputs())
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_a_later_version_is_not_passed_over(three: RunConfig) -> None:
+    path = folder_of(three, 6) / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"format": 4}))
+    with pytest.raises(ModelError, match="format 4; this version reads 2 and 3"):
+        newest(three.out)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_with_a_warning(
+    three: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    as_earlier_version(folder_of(three, 6), files={})
+    found = newest(three.out)
+    assert found is not None
+    assert found[0] == folder_of(three, 6)
+    assert "it has no checksums" in caplog.text
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before(config: RunConfig) -> None:
+    trainer = FakeTrainer()
+    checkpoints = Checkpoints(config.out, CheckpointConfig(keep=1), config.steps, trainer, DISK)
+    asyncio.run(checkpoints.begin(state_after(2)))
+    asyncio.run(checkpoints.finish())
+
+    def fail(method: str) -> None:
+        if method == "finish_save":
+            assert folder_of(config, 2).is_dir()
+            raise CheckpointError("the disk returns another content than was written")
+
+    trainer.before = fail
+    asyncio.run(checkpoints.begin(state_after(4)))
+    with pytest.raises(CheckpointError):
+        asyncio.run(checkpoints.finish())
+    found = newest(config.out)
+    assert found is not None
+    assert found[1] == state_after(2)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +368,8 @@ class Silent:
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def evaluated(self, step: int, accuracy: float) -> None: ...
+
+    def recovered(self, event: str) -> None: ...
 
 
 def test_times_go_on_where_they_were() -> None:

@@ -9,7 +9,6 @@ import typer
 from treepo.cli.console import OVERRIDES, check_surroundings, output, show_data
 from treepo.cli.failures import stoppable
 from treepo.config.load import load_config
-from treepo.errors import TreepoError
 
 
 def train(
@@ -57,11 +56,8 @@ def train(
 
 def _left(out: Path) -> str:
     """What an interrupted run leaves, and how it goes on."""
-    from treepo.training.checkpoints import newest
+    from treepo.training.checkpoints import saved_step
 
-    try:
-        last = newest(out)
-    except (TreepoError, OSError):  # --resume says what is wrong with it
-        last = None
-    goes_on = "" if last is None else f"; --resume continues after step {last[1].steps_done}"
+    last = saved_step(out)
+    goes_on = "" if last is None else f"; --resume continues after step {last}"
     return f"the files so far are in {out}/{goes_on}"

@@ -69,6 +69,9 @@ class TrainerConfig(Section):
     """The layout of tensor x pipeline x data ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam and its learning rate schedule."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """Optimizer steps in a row whose loss or gradient is not finite, after which the run ends. Such a step is
+    skipped: weights, optimizer state and warm-up stay as they were."""
     max_tokens_per_pack: int = Field(default=16384, ge=1)
     """Most tokens in one micro-batch."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -139,6 +139,14 @@ def padded(pack: Pack, length: int) -> Pack:
     return replace(pack, **columns)
 
 
+def head(pack: Pack, trained: int) -> Pack:
+    """The first tokens of `pack`, up to and with the `trained`-th trained one; all if it has no more."""
+    counted = np.cumsum(pack.count_pos + pack.count_neg > 0)
+    length = min(len(pack), int(np.searchsorted(counted, trained)) + 1)
+    columns = {name: column[:length] for name, column in pack.columns().items()}
+    return replace(pack, **columns | {"exit": np.minimum(columns["exit"], length)})
+
+
 def blank_pack() -> Pack:
     """One untrained token, so that a replica with nothing to train still joins the collectives."""
     zero, none = np.zeros(1, dtype=np.int32), np.full(1, -1, dtype=np.int32)

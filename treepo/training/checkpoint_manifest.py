@@ -1,6 +1,7 @@
 """The folder of a training checkpoint.
 
-    checkpoint.json    the manifest: layout and dtype, optimizer steps, and the run's own state
+    checkpoint.json    the manifest: layout and dtype, optimizer steps, the run's own state, and the sizes
+                       and checksums of all other files
     trainer/           Megatron-Core's distributed checkpoint (torch_dist): weights, optimizer, generators
     hugging_face/      config, tokenizer and generation config of the model
     ready_trees.jsonl  finished trees that no step has taken or counted (treepo.training.ready_trees)
@@ -8,13 +9,16 @@
 A checkpoint that was converted from a model folder has weights only: no optimizer, no layout, no trees.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
 
 import orjson
+import xxhash
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from treepo.errors import ModelError, one_line, shortened, shown
@@ -23,7 +27,14 @@ MANIFEST, TRAINER, HUGGING_FACE = "checkpoint.json", "trainer", "hugging_face"
 READY_TREES = "ready_trees.jsonl"
 NAME = re.compile(r"step-(\d{1,18})")
 """The name of a checkpoint's folder in a run."""
-_FORMAT = 2
+_FORMAT = 3
+_WITHOUT_CHECKSUMS = 2
+"""An earlier format, which is still read."""
+_READERS = 8  # files that are read at once
+
+
+class OtherFormatError(ModelError):
+    """A checkpoint of another version of treepo, which is not damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +43,7 @@ class CheckpointManifest:
 
     dtype: of the weights. optimizer_steps: taken so far. layout: `trainer.parallel` of the ranks that wrote
     it; empty for weights alone. run: the state from which `treepo train` resumes. files: the sizes in bytes
-    of all other files, by path in the folder.
+    of all other files, by path in the folder. checksums: theirs; empty in a checkpoint of an earlier version.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -43,25 +54,42 @@ class CheckpointManifest:
     layout: Mapping[str, int | bool]
     run: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Write it into the folder of a checkpoint whose other files are complete, and record their sizes."""
+    def write(self, folder: Path, checksums: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Write it into the folder of a checkpoint whose other files are complete, with their sizes and
+        checksums. Returns the checksums of all files, its own too.
+
+        checksums: of some files, by path, which need not be read for it.
+        """
+        known = checksums or {}
         files = {
             file.relative_to(folder).as_posix(): file.stat().st_size
             for file in sorted(folder.rglob("*"))
             if file.is_file() and file != folder / MANIFEST
         }
-        content = {"format": _FORMAT} | asdict(replace(self, files=files))
-        (folder / MANIFEST).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+        sums = {name: known.get(name) or checksum(folder / name) for name in files}
+        content = {"format": _FORMAT} | asdict(replace(self, files=files, checksums=sums))
+        lines = orjson.dumps(content | {"checksum": _of_content(content)}, option=orjson.OPT_INDENT_2)
+        (folder / MANIFEST).write_bytes(lines)
+        return sums | {MANIFEST: xxhash.xxh3_128(lines).hexdigest()}
 
     @classmethod
     def of_json(cls, content: bytes) -> Self:
-        """Raises ValueError if the content is not a manifest of this version."""
+        """Raises ValueError if the content is not a manifest or was changed, and OtherFormatError."""
         values = orjson.loads(content)
-        version = values.pop("format", None) if isinstance(values, dict) else None
-        if version != _FORMAT:
-            raise ValueError(f"format {shown(version)}; this version reads {_FORMAT}")
-        return TypeAdapter(cls).validate_json(orjson.dumps(values))  # strict types need JSON
+        version = values.get("format") if isinstance(values, dict) else None
+        if version not in (_FORMAT, _WITHOUT_CHECKSUMS):
+            text = f"format {shown(version)}; this version reads {_WITHOUT_CHECKSUMS} and {_FORMAT}"
+            raise OtherFormatError(text) if type(version) is int else ValueError(text)
+        if version == _FORMAT and values.pop("checksum", None) != _of_content(values):
+            raise ValueError("it was changed: it does not have the checksum that is written in it")
+        del values["format"]
+        manifest = TypeAdapter(cls).validate_json(orjson.dumps(values))  # strict types need JSON
+        for name in (*manifest.files, *manifest.checksums):
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"files: {shown(name)} is not in the folder")
+        return manifest
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -70,23 +98,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read checkpoint.json.
+    """Read checkpoint.json, and compare the sizes of the other files.
 
-    Raises ModelError if the folder is not a whole training checkpoint of this version; the text names the
-    first file that is missing or has another size, and the newest whole checkpoint beside the folder.
+    Raises ModelError if the folder is not a whole training checkpoint; the text names the first file that is
+    missing or has another size. Raises OtherFormatError if another version of treepo wrote it.
     """
-    try:
-        return _read(folder)
-    except ModelError as error:
-        whole = _newest_whole(folder)
-        if whole is None:
-            raise
-        raise ModelError(
-            f"{error}; {whole.name} beside it is whole: --resume continues from it once {folder.name} is gone"
-        ) from None
-
-
-def _read(folder: Path) -> CheckpointManifest:
     path = folder / MANIFEST
     if not is_checkpoint(folder):
         raise ModelError(f"{folder}: no training checkpoint (it has no {MANIFEST})")
@@ -94,6 +110,8 @@ def _read(folder: Path) -> CheckpointManifest:
         manifest = CheckpointManifest.of_json(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path}: not readable: {error.strerror}") from None
+    except OtherFormatError as error:
+        raise OtherFormatError(f"{path}: not readable: {error}") from None
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
@@ -112,17 +130,41 @@ def _read(folder: Path) -> CheckpointManifest:
     return manifest
 
 
-def _newest_whole(folder: Path) -> Path | None:
-    """The newest whole checkpoint of the same run that is older than `folder`."""
-    this = NAME.fullmatch(folder.name)
-    if this is None:
-        return None
-    named = ((NAME.fullmatch(entry.name), entry) for entry in folder.parent.glob("step-*"))
-    older = [(int(match[1]), entry) for match, entry in named if match and int(match[1]) < int(this[1])]
-    for _, entry in sorted(older, reverse=True):
+def verified_manifest(folder: Path) -> CheckpointManifest:
+    """As `read_manifest`; also reads all files and compares their checksums."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest.checksums)
+    return manifest
+
+
+def check_files(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Raise ModelError if a file's content has another checksum. checksums: by path in the folder."""
+
+    def fault(name: str) -> str | None:
         try:
-            _read(entry)
-        except ModelError:
-            continue
-        return entry
-    return None
+            found = checksum(folder / name)
+        except OSError as error:
+            return f"{folder / name}: not readable: {error.strerror}"
+        if found == checksums[name]:
+            return None
+        return (
+            f"{folder / name} has another content than when the checkpoint was written (checksum {found}, "
+            f"and it was {checksums[name]})"
+        )
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        for found in readers.map(fault, checksums):
+            if found is not None:
+                readers.shutdown(wait=False, cancel_futures=True)
+                raise ModelError(found)
+
+
+def checksum(path: Path) -> str:
+    """The file's XXH3 checksum of 128 bits, in hexadecimal: as fast as memory, against accidents only."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def _of_content(content: Mapping[str, Any]) -> str:
+    """The checksum of the manifest itself."""
+    return xxhash.xxh3_128(orjson.dumps(content)).hexdigest()

@@ -8,12 +8,19 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.errors import ModelError
-from treepo.training.checkpoint_manifest import MANIFEST, NAME, is_checkpoint, read_manifest
+from treepo.training.checkpoint_manifest import (
+    MANIFEST,
+    NAME,
+    OtherFormatError,
+    is_checkpoint,
+    verified_manifest,
+)
 from treepo.training.disk_wait import DiskWait, in_thread
 from treepo.training.run_state import RunState
 
@@ -76,7 +83,7 @@ class Checkpoints:
         """One that cannot be removed is a warning, and is tried again after the next checkpoint."""
         if self._config.keep is None:
             return
-        for _, folder in _all(self._folder)[: -self._config.keep]:
+        for _, folder in _with_manifest(self._folder)[: -self._config.keep]:
             try:
                 _remove(folder)
             except OSError as error:
@@ -100,27 +107,71 @@ def _discard(folder: Path) -> None:
 
 
 def newest(out: Path) -> tuple[Path, RunState] | None:
-    """Find the last checkpoint of the run in folder `out`. Raises ModelError if it is not whole."""
-    if not (checkpoints := _all(out / CHECKPOINTS)):
-        return None
-    _, folder = checkpoints[-1]
+    """Find the last whole checkpoint of the run in folder `out`; None if the run has none at all.
+
+    Reads all files of a checkpoint. One that is damaged is passed over with a warning; `discard_leftovers`
+    moves it aside. Raises ModelError if every one is, or if another version of treepo wrote one.
+    """
+    checkpoints = _all(out / CHECKPOINTS)
+    for _, folder in reversed(checkpoints):
+        try:
+            return folder, _state_of(folder)
+        except OtherFormatError:
+            raise
+        except ModelError as error:
+            _log.warning("%s; %s is passed over", error, folder.name)
+    if checkpoints:
+        raise ModelError(
+            f"{out / CHECKPOINTS}: none of {len(checkpoints)} checkpoints is whole; without --resume the run "
+            "begins again, and its files move to another folder"
+        )
+    return None
+
+
+def _state_of(folder: Path) -> RunState:
+    """The run's state in a checkpoint. Raises ModelError if the checkpoint is not whole."""
+    manifest = verified_manifest(folder)
+    if not manifest.checksums:
+        _log.warning("%s is of an earlier version: it has no checksums, and only sizes are compared", folder)
     try:
-        return folder, RunState.of_manifest(read_manifest(folder).run)
+        return RunState.of_manifest(manifest.run)
     except ValueError as error:
         raise ModelError(f"{folder / MANIFEST}: run: {error}") from None
 
 
-def discard_leftovers(out: Path) -> None:
-    """Remove what a killed run left half-written or half-removed."""
+def saved_step(out: Path) -> int | None:
+    """The step of the last checkpoint of the run in folder `out`, unread; None if there is none."""
+    checkpoints = _with_manifest(out / CHECKPOINTS)
+    return checkpoints[-1][0] if checkpoints else None
+
+
+def discard_leftovers(out: Path, step: int) -> None:
+    """Make way for a run that continues after `step`: remove what a killed run left half-written or
+    half-removed, and rename the damaged checkpoints of later steps, `step-00012.damaged`.
+    """
     for entry in (out / CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(entry)
+    for later, folder in _all(out / CHECKPOINTS):
+        if later > step:
+            folder.rename(_free(folder.with_name(f"{folder.name}.damaged")))
 
 
 def _all(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders, in the order of steps."""
+    """Steps and folders of all checkpoints, also of damaged ones, in the order of steps."""
     entries = folder.iterdir() if folder.is_dir() else ()
     named = ((NAME.fullmatch(entry.name), entry) for entry in entries)
-    return sorted((int(match[1]), entry) for match, entry in named if match and is_checkpoint(entry))
+    return sorted((int(match[1]), entry) for match, entry in named if match and entry.is_dir())
+
+
+def _with_manifest(folder: Path) -> list[tuple[int, Path]]:
+    """As `_all`, without folders that have no manifest."""
+    return [(step, entry) for step, entry in _all(folder) if is_checkpoint(entry)]
+
+
+def _free(path: Path) -> Path:
+    """The path, or with the first number at its end that no entry has."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(each for each in chain([path], numbered) if not each.exists())
 
 
 def _remove(folder: Path) -> None:

@@ -17,6 +17,7 @@ from treepo.training.mini_batches import mini_batches
 from treepo.training.ready_trees import ready_trees_lines
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, Reporter, RunState
+from treepo.training.step_guard import StepGuard
 from treepo.training.tree_supply import TreeSupply
 from treepo.tree import Tree
 
@@ -31,6 +32,7 @@ class TrainingLoop:
     supply: TreeSupply
     evaluation: PeriodicEvaluation
     checkpoints: Checkpoints
+    guard: StepGuard
     folder: RunFolder
     state: RunState
     clock: Clock
@@ -69,7 +71,8 @@ class TrainingLoop:
     async def _learn(self, trees: Sequence[Tree], step: int) -> BatchResult:
         """Train on graded trees, then make the engines serve the new weights as version `step`.
 
-        Raises RewardError if no response could be graded, and FloatingPointError if a gradient is not finite.
+        Raises RewardError if no response could be graded, and DivergedError as `StepGuard` says: the engines
+        do not get the weights then.
         """
         with ExitStack() as paused:
             if self._synchronous:
@@ -81,6 +84,7 @@ class TrainingLoop:
                 result = await self.trainer.train_batch(parts, self.config.sampling.temperature)
                 self.clock.count("log-probs", result.seconds["log_probs"])
                 self.clock.count("train", result.seconds["train"])
+                self.guard.check(step, trees, result)
                 await self._finish_evaluation()  # of the weights that the engines still serve
                 if not self._synchronous:
                     paused.enter_context(self.supply.paused())

@@ -43,9 +43,10 @@ def step_metrics(
             "idle/trainer": seconds["sample"] / wall_seconds,
             "logprob_difference_mean": result.mismatch.mean,
             "logprob_difference_max": result.mismatch.largest,
-            "train/optimizer_steps": len(result.updates),
+            "train/optimizer_steps": len(result.taken),
+            "train/skipped_steps": result.skipped,
         }
-        | update_metrics(result.updates)
+        | update_metrics(result.taken)
         | {metric: seconds[phase] for phase, metric in STEP_PHASES.items()}
         | {"seconds/step": wall_seconds, "trainer_restarts": trainer_restarts}
     )
@@ -113,6 +114,6 @@ def rollout_metrics(sampled: Sampled) -> dict[str, float]:
 
 
 def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps; empty if none was taken."""
+    """Means over the optimizer steps that were taken; empty if none was."""
     names = updates[0] if updates else ()
     return {f"train/{name}": sum(update[name] for update in updates) / len(updates) for name in names}

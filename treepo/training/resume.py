@@ -34,7 +34,12 @@ FIXED = (
     "reward.correct",
     "reward.wrong",
 )
-FREE = ("sampling.oversample",)
+FREE = (
+    "sampling.oversample",
+    # The way out of a run that diverged; the change is shown.
+    "trainer.optimizer.learning_rate",
+    "trainer.optimizer.warmup_steps",
+)
 _ABSENT = object()
 
 

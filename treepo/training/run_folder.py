@@ -148,7 +148,7 @@ class RunFolder:
         """Truncate the files to their sizes at `state`, and set aside a finished run's model and summary."""
         folder = self.path
         try:
-            discard_leftovers(folder)
+            discard_leftovers(folder, state.steps_done)
             set_aside(folder, [folder / name for name in (CHECKPOINT, SUMMARY) if (folder / name).exists()])
             for name, size in state.sizes.items():
                 os.truncate(folder / name, size)

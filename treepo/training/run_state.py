@@ -1,6 +1,7 @@
 """The state of a run besides weights and optimizer state, and the clock that counts its seconds."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ class RunState:
         self.steps_done = step
         self.decoded_tokens += stats.decoded_tokens
         self.sequential_tokens += stats.total_tokens
-        self.max_logprob_difference = max(self.max_logprob_difference, result.mismatch.largest)
+        if math.isfinite(result.mismatch.largest):  # JSON has no other number
+            self.max_logprob_difference = max(self.max_logprob_difference, result.mismatch.largest)
 
     def summary(
         self, dtype: str, accuracy_after: float | None, log_prob_check: Mapping[str, float] | None

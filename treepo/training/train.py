@@ -27,6 +27,7 @@ from treepo.training.resume import Resume, last_checkpoint, restore
 from treepo.training.run_folder import METRICS, TREES, RunFolder
 from treepo.training.run_state import Clock, Reporter, RunState, Watched
 from treepo.training.scheduler import Scheduler
+from treepo.training.step_guard import StepGuard
 from treepo.training.tree_grader import TreeGrader
 from treepo.training.tree_supply import TreeSupply
 from treepo.watchdog import Watchdog
@@ -125,6 +126,7 @@ class _Run:
             supply=self._supply(state, origin),
             evaluation=PeriodicEvaluation(config, heldout),
             checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer, self.folder.disk),
+            guard=StepGuard(config),
             folder=self.folder,
             state=state,
             clock=clock,
