@@ -6,7 +6,7 @@ import pytest
 
 from treepo.cluster import ray_logs
 from treepo.cluster.ray_logs import kept_after_failure
-from treepo.errors import DeadEngineError
+from treepo.errors import DeadEngineError, PlacementError
 
 
 @pytest.fixture
@@ -37,12 +37,14 @@ def test_the_error_names_the_copy(tmp_path: Path, logs: Path, caplog: pytest.Log
         assert f"Ray's logs, of {logs}, are in {out}/ray_logs" in caplog.text
 
 
-def test_an_interrupted_run_keeps_none(tmp_path: Path, logs: Path) -> None:
+def test_a_run_that_did_not_fail_keeps_none(tmp_path: Path, logs: Path) -> None:
     assert logs.exists()
     with pytest.raises(KeyboardInterrupt):
         fail(tmp_path / "run", KeyboardInterrupt())
     with kept_after_failure(tmp_path / "run"):
         pass
+    with pytest.raises(PlacementError):
+        fail(tmp_path / "run", PlacementError("it does not fit"))
     assert not (tmp_path / "run").exists()
 
 

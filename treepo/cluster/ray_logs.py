@@ -13,6 +13,7 @@ from pathlib import Path
 import ray
 
 from treepo.data.temporary_folder import PREFIX
+from treepo.errors import TreepoError
 
 KEPT = "ray_logs"
 """The folder in a run folder that has Ray's logs of the last failure."""
@@ -29,13 +30,14 @@ def kept_after_failure(out: Path | None) -> Iterator[None]:
     """If the body fails, copy the logs of this node's Ray into the folder `out`, and let the error name the
     copies.
 
-    The logs of a cluster that was started by hand stay where they are.
+    The logs of a cluster that was started by hand stay where they are. Bad input does not need them.
     """
     logs = log_folder()
     try:
         yield
     except Exception as error:
-        if out is not None and any(part.startswith(PREFIX) for part in logs.parts):
+        ours = any(part.startswith(PREFIX) for part in logs.parts)
+        if out is not None and ours and not all(_is_bad_input(single) for single in _single(error)):
             _keep(logs, out.resolve() / KEPT, error)
         raise
 
@@ -56,6 +58,10 @@ def _keep(logs: Path, kept: Path, error: Exception) -> None:
             else said
             for said in single.args
         )
+
+
+def _is_bad_input(error: BaseException) -> bool:
+    return isinstance(error, TreepoError) and error.exit_code == TreepoError.exit_code
 
 
 def _single(error: BaseException) -> Iterator[BaseException]:
