@@ -20,7 +20,7 @@ from treepo.config.run import RunConfig
 from treepo.data.folder_lock import locked
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import DataReport, PromptSet
-from treepo.errors import CheckpointError, ConfigError, DataError, ModelError
+from treepo.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError
 from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.training.checkpoints import Checkpoints, discard_leftovers, newest
 from treepo.training.disk_wait import DiskWait
@@ -325,7 +325,7 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(config: RunConfig) -> Non
 
     trainer.before = fail
     asyncio.run(checkpoints.begin(state_after(4)))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(DiskError):
         asyncio.run(checkpoints.finish())
     found = newest(config.out)
     assert found is not None
