@@ -4,7 +4,7 @@ import logging
 import re
 from typing import ClassVar
 
-_CONTROL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|.)")
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colors, and moves of the cursor
 EXIT_INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""
 

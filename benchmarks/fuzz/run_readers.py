@@ -5,6 +5,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -95,34 +96,24 @@ def checkpoint(folder: Path) -> Reader:
 
 
 def metrics(folder: Path) -> Reader:
-    """metrics.jsonl of a run that resumes."""
-    from treepo.training.run_folder import RunFolder, _read_metrics
+    """metrics.jsonl of a run that resumes, and TensorBoard's record of it."""
+    from treepo.training.event_file import scalars_event
+    from treepo.training.run_folder import _read_metrics
 
     path = folder / "metrics.jsonl"
-    shown = RunFolder.__new__(RunFolder)
-    shown.path = folder
     seeds = (
         b'{"step": 1, "time": 1.5, "reward": 0.5, "accuracy": null}\n{"step": 2, "time": 2, "reward": 1}\n',
         b'{"step": 0, "time": 1.0, "heldout/accuracy": 0.25}\n',
     )
 
-    class Writer:
-        """What TensorBoard does with the numbers, without its files."""
-
-        def add_scalar(self, name: str, value: float, step: int, wall_time: float) -> None:
-            from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[reportAttributeAccessIssue]  # generated
-
-            Event(wall_time=wall_time, step=step)
-            Event().summary.value.add(tag=name, simple_value=value)
-
-        def flush(self) -> None: ...
-
-    shown._tensorboard = Writer()  # type: ignore[reportAttributeAccessIssue] - stands in for TensorBoard
-
     def read(data: bytes) -> object:
         path.write_bytes(data)
         for record in _read_metrics(path):
-            shown._plot(record)
+            values = {name: value for name, value in record.items() if name not in ("step", "time")}
+            step, seconds = record["step"], record["time"]
+            assert isinstance(step, int)
+            assert seconds is not None
+            scalars_event(step, seconds, values)
         return None
 
     return Reader("metrics", read, seeds, (b'"step":', b'"time":', b"1e400", b"10000000000000000000000"))
@@ -141,7 +132,6 @@ def evaluation(folder: Path) -> Reader:
             graded = graded_problem(prompt, [Verdict.CORRECT, Verdict.WRONG])
             files.write(graded, SessionCost(0, 1, 1.0, 2, 3, 4, 5, 6))
     config = (out / "config.yaml").read_bytes()
-    module._check_same = lambda _: None  # reading config.yaml takes most of the time, and is another reader
     names = ("trees.jsonl", SAMPLES)
     whole = {name: (out / name).read_bytes() for name in names}
     seeds = [joined(whole), joined(whole | {SAMPLES: whole[SAMPLES][:-9]})]
@@ -150,7 +140,9 @@ def evaluation(folder: Path) -> Reader:
         with emptied(out) as place:
             (place / "config.yaml").write_bytes(config)
             write_files(data, place, names)
-            found = EvaluationFolder(settings, prompts, "model")
+            # Reading config.yaml takes most of the time, and is another reader.
+            with mock.patch.object(module, "_check_same"):
+                found = EvaluationFolder(settings, prompts, "model")
             return len(list(found.problems())) if found.results else 0
 
     words = (

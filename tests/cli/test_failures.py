@@ -59,6 +59,6 @@ def test_a_fault_of_ours_beside_others_keeps_its_traceback(capsys: pytest.Captur
 
 
 def test_another_library_s_colors_and_lines_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    text = "\x1b[36mray::f()\x1b[39m (pid=1)\n\x1b]0;title\x07  failed"
+    text = "\x1b[36mray::f()\x1b[39m (pid=1)\n\x1b[1m  failed"
     assert one_line(text) == "ray::f() (pid=1) failed"
     assert lines(EngineError(one_line(text)), capsys) == (1, ["error: ray::f() (pid=1) failed"])

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
-from yarl import URL
 
 from treepo.config.reward import RewardConfig
 from treepo.errors import ConfigError, one_line, shortened
@@ -49,7 +48,6 @@ class HttpRewards:
     def __init__(self, config: RewardConfig) -> None:
         assert config.url is not None
         self._url = config.url
-        self._name = URL(config.url).with_user(None)  # without a password, for lines and the log
         self._config = config
         self._slots = asyncio.Semaphore(config.workers)
         self._shown: set[str] = set()
@@ -72,7 +70,7 @@ class HttpRewards:
         try:
             await self._request([])
         except BadReply as bad:
-            raise ConfigError(f"reward.url = {self._name}: {bad}") from bad
+            raise ConfigError(f"reward.url = {self._url}: {bad}") from bad
 
     async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
         """Grade the items, in the same order. Raises ConfigError if an item cannot be written as JSON."""
@@ -132,7 +130,7 @@ class HttpRewards:
         kind = message.partition(":")[0]
         if kind not in self._shown:
             self._shown.add(kind)
-            _log.error("%s: %s (shown once; such responses are masked from training)", self._name, message)
+            _log.error("%s: %s (shown once; such responses are masked from training)", self._url, message)
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
