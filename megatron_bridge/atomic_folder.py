@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -50,7 +50,8 @@ def commit_folder(folder: Path) -> None:
             _sync(Path(place) / name)
         _sync(Path(place))
     partial.rename(folder)
-    _sync(folder.parent)
+    with suppress(OSError):  # the folder is there and whole, and cannot be taken back
+        _sync(folder.parent)
 
 
 def abort_folder(folder: Path) -> None:

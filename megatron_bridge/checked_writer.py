@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_bridge import progress
 from treepo.training.checkpoint_manifest import checksum
 
 
@@ -87,6 +88,7 @@ class _HashedFile(io.BufferedWriter):
         self._hash = xxhash.xxh3_128()
 
     def write(self, buffer: Any) -> int:
+        progress.count()
         self._hash.update(buffer)
         return super().write(buffer)
 
@@ -103,5 +105,5 @@ def read_back(path: Path, expected: str) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-    if checksum(path) != expected:
+    if checksum(path, progress.count) != expected:
         raise OSError(errno.EIO, "the disk returns another content than was written", str(path))

@@ -8,7 +8,7 @@ weights: tensors and plain containers.
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,17 +49,19 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-def read_index(folder: Path) -> Metadata:
+def read_index(folder: Path, *, bounded: bool = True) -> Metadata:
     """Read the index of a distributed checkpoint.
 
-    It names files of the folder only, and no tensor has more bytes than they have. Raises OSError, or for a
-    damaged or hostile file any exception of `READ_FAILURES`.
+    It names files of the folder only, and no tensor has more bytes than they have. bounded: whether the
+    process's memory is bounded meanwhile, which would hit the other threads of a trainer rank too. Raises
+    OSError, or for a damaged or hostile file any exception of `READ_FAILURES`.
     """
     with (folder / METADATA).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MOST_BYTES:
             raise ValueError(f"{METADATA} has more than {_MOST_BYTES} bytes")
-        with bounded_memory(_MOST_GROWTH + 16 * size):  # a pickle may ask for any memory in a few bytes
+        # A pickle may ask for any memory in a few bytes.
+        with bounded_memory(_MOST_GROWTH + 16 * size) if bounded else nullcontext():
             index = _Unpickler(file).load()
     if not isinstance(index, Metadata) or index.storage_data is None:
         raise TypeError(f"{METADATA} is no index of a checkpoint")
@@ -82,7 +84,7 @@ def without_code(folder: Path) -> Iterator[None]:
 
     Raises as `read_index`. The environment is the process's own: one body at a time.
     """
-    read_index(folder)
+    read_index(folder, bounded=False)
     before = os.environ.get(_WEIGHTS_ONLY)
     os.environ[_WEIGHTS_ONLY] = "1"
     try:

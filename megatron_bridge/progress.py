@@ -1,7 +1,7 @@
 """Counts what this process's trainer rank has finished, so that a rank that hangs differs from one at work.
 
-A plain number that grows: micro-batches, optimizer steps, tensors that were loaded or sent. Any thread may
-read it while another computes.
+A plain number that grows: micro-batches, optimizer steps, tensors that were sent, pieces of a checkpoint that
+were written or read back. Any thread may read it while another computes.
 """
 
 _finished = 0

@@ -28,9 +28,10 @@ def weight_check(
     log_probs: [T] for each of this replica's micro-batches, under the new weights; none before the last
     stage. before: micro-batches that begin with the same tokens, and carry their old log-probs.
     """
-    largest = torch.stack([weight.detach().abs().max() for chunk in chunks for weight in chunk.parameters()])
+    weights = [weight.detach() for chunk in chunks for weight in chunk.parameters()]
+    largest = torch.stack([torch.stack([-low, high]).max() for low, high in map(torch.aminmax, weights)])
     # A maximum over ranks may lose a NaN.
-    most = torch.nan_to_num(largest.max().float(), nan=torch.inf).to(device)
+    most = torch.nan_to_num(largest.max().float(), nan=torch.inf, posinf=torch.inf).to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     if log_probs and reports():
         for batch, values, earlier in zip(batches, log_probs, before, strict=False):  # `before` has more

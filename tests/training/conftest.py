@@ -8,7 +8,7 @@ import pytest
 from tests.support.command import write_model_and_problems
 from tests.support.training_runs import LengthRewards, use_rewards
 from treepo.data.background_writer import BackgroundWriter
-from treepo.training import checkpoints, run_folder
+from treepo.training import checkpoints, run_folder, train
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +37,5 @@ def instant_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         return function()
 
     monkeypatch.setattr(BackgroundWriter, "wake", wake)
-    for module in (checkpoints, run_folder):
+    for module in (checkpoints, run_folder, train):
         monkeypatch.setattr(module, "in_thread", call)

@@ -148,7 +148,7 @@ def test_what_the_trainer_cannot_write_is_tried_again(
     told = [record.getMessage() for record in caplog.records if record.name.endswith("disk_wait")]
     assert len(told) == 2, "one line at the beginning of the pause, and one at its end"
     assert told[0].startswith("checkpoint x: rank 1: No space left on device: x/y; ")
-    assert "waits in memory; the run pauses and tries again until " in told[0]
+    assert "; the run pauses and tries again until " in told[0]
     assert " is written, after " in told[1]
 
 

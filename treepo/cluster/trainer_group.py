@@ -188,7 +188,8 @@ class TrainerGroup:
         Raises LostTrainerError if a rank dies or hangs, and a rank's own TreepoError without Ray's traceback.
         """
         if self._lost is not None:
-            raise LostTrainerError(str(self._lost))
+            async with self._losing:  # until its processes are gone
+                raise LostTrainerError(str(self._lost))
         actors = self._ranks[:ranks]
         calls = [start(rank, actor) for rank, actor in enumerate(actors)]
         answers = asyncio.ensure_future(gathered(f"the trainer ({what})", "rank", calls))

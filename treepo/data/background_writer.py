@@ -53,6 +53,7 @@ class BufferedFile:
         self.dropped = 0
         self._limit, self._durable = limit, durable
         self._file: int | None = None
+        self._closed = False
         self._size = 0
         self._added: list[bytes] = []
         self._lock = threading.Lock()  # guards what waits
@@ -106,7 +107,8 @@ class BufferedFile:
                     self._size = size
 
     def close(self) -> None:
-        """Close the file, unless a write to it still hangs."""
+        """Close the file. A write that still hangs writes nothing more once it returns."""
+        self._closed = True
         if self._flushing.acquire(blocking=False):
             if self._file is not None:
                 with suppress(OSError):  # the last flush has told
@@ -120,15 +122,21 @@ class BufferedFile:
             for lines in added:
                 rest = memoryview(lines)
                 while rest:
+                    self._check_open()
                     written = os.pwrite(file, rest, end)
                     rest, end = rest[written:], end + written
             if self._durable:
                 os.fsync(file)
         except OSError:
             with suppress(OSError):
+                self._check_open()  # else another writer may have the file
                 os.ftruncate(file, self._size)
             raise
         return end
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError(errno.ECANCELED, "it was closed meanwhile", str(self.path))
 
     def _is_there(self) -> bool:
         """Whether the path still names the open file. Raises OSError and FolderGoneError."""

@@ -9,9 +9,9 @@
 A checkpoint that was converted from a model folder has weights only: no optimizer, no layout, no trees.
 """
 
-import hashlib
+import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -28,6 +28,7 @@ READY_TREES = "ready_trees.jsonl"
 NAME = re.compile(r"step-(\d{1,18})")
 """The name of a checkpoint's folder in a run."""
 _FORMAT = 3
+_PIECE = 1 << 24  # bytes that are read at once
 _WITHOUT_CHECKSUMS = 2
 """An earlier format, which is still read."""
 _READERS = 8  # files that are read at once
@@ -60,7 +61,8 @@ class CheckpointManifest:
         """Write it into the folder of a checkpoint whose other files are complete, with their sizes and
         checksums. Returns the checksums of all files, its own too.
 
-        checksums: of some files, by path, which need not be read for it.
+        checksums: of some files, by path, which need not be read for it. Raises OSError, also if one of those
+        is not there.
         """
         known = checksums or {}
         files = {
@@ -68,6 +70,9 @@ class CheckpointManifest:
             for file in sorted(folder.rglob("*"))
             if file.is_file() and file != folder / MANIFEST
         }
+        if missing := sorted(known.keys() - files.keys()):
+            unseen = "another rank wrote it, and this one does not see it; all ranks need one file system"
+            raise FileNotFoundError(errno.ENOENT, unseen, str(folder / missing[0]))
         sums = {name: known.get(name) or checksum(folder / name) for name in files}
         content = {"format": _FORMAT} | asdict(replace(self, files=files, checksums=sums))
         lines = orjson.dumps(content | {"checksum": _of_content(content)}, option=orjson.OPT_INDENT_2)
@@ -159,10 +164,17 @@ def check_files(folder: Path, checksums: Mapping[str, str]) -> None:
                 raise ModelError(found)
 
 
-def checksum(path: Path) -> str:
-    """The file's XXH3 checksum of 128 bits, in hexadecimal: as fast as memory, against accidents only."""
+def checksum(path: Path, read: Callable[[], None] = lambda: None) -> str:
+    """The file's XXH3 checksum of 128 bits, in hexadecimal: as fast as memory, against accidents only.
+
+    read: called after each piece.
+    """
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            read()
+    return digest.hexdigest()
 
 
 def _of_content(content: Mapping[str, Any]) -> str:

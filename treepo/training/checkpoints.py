@@ -69,7 +69,6 @@ class Checkpoints:
 
     async def _save(self, begun: "_Begun") -> None:
         begun.writing = False
-        await in_thread(lambda: _discard(begun.folder))  # of an attempt that could not remove it
         await self._saver.save(begun.folder, begun.run, begun.ready_trees)
         begun.writing = True
 
@@ -98,12 +97,6 @@ class _Begun:
     run: Mapping[str, Any]
     ready_trees: bytes
     writing: bool = False
-
-
-def _discard(folder: Path) -> None:
-    """Remove what an attempt to write a checkpoint has left. Raises OSError."""
-    for entry in folder.parent.glob(f".{folder.name}.partial"):
-        shutil.rmtree(entry)
 
 
 def newest(out: Path) -> tuple[Path, RunState] | None:

@@ -72,7 +72,7 @@ class DiskWait:
                 if reason != told:
                     told = reason
                     then = how_to_go_on(self._seconds, began)
-                    _log.warning("%s; %s waits in memory; %s", reason, what, then)
+                    _log.warning("%s; %s", reason, then)
                 await asyncio.sleep(min(pause, left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:

@@ -72,7 +72,10 @@ class RunFolder:
             if self._state is None:
                 prepare_folder(self.path, self._config)
             else:
-                self._truncate(self._state)
+                try:
+                    self._truncate(self._state)
+                except OSError as error:
+                    raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
             stack.enter_context(log_to(self.path / LOG))
             self._files = stack.enter_context(ExitStack())
             self._open_files()
@@ -80,7 +83,10 @@ class RunFolder:
         return self
 
     def go_back(self, state: RunState) -> None:
-        """Go back to an earlier state of this run, as a resumed run does, and go on writing from there."""
+        """Go back to an earlier state of this run, as a resumed run does, and go on writing from there.
+
+        Blocks. Raises OSError, and can be called again then.
+        """
         self._files.close()
         self._truncate(state)
         self._open_files()
@@ -145,17 +151,17 @@ class RunFolder:
         await self.disk.until_done(lambda: in_thread(lambda: write_file(path, text)), str(path))
 
     def _truncate(self, state: RunState) -> None:
-        """Truncate the files to their sizes at `state`, and set aside a finished run's model and summary."""
+        """Truncate the files to their sizes at `state`, and set aside a finished run's model and summary.
+
+        Raises OSError, and can be called again then.
+        """
         folder = self.path
-        try:
-            discard_leftovers(folder, state.steps_done)
-            set_aside(folder, [folder / name for name in (CHECKPOINT, SUMMARY) if (folder / name).exists()])
-            for name, size in state.sizes.items():
-                os.truncate(folder / name, size)
-            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # written again from the metrics
-            write_file(folder / CONFIG, dump_config(self._config))
-        except OSError as error:
-            raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
+        discard_leftovers(folder, state.steps_done)
+        set_aside(folder, [folder / name for name in (CHECKPOINT, SUMMARY) if (folder / name).exists()])
+        for name, size in state.sizes.items():
+            os.truncate(folder / name, size)
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # written again from the metrics
+        write_file(folder / CONFIG, dump_config(self._config))
 
 
 def _read_metrics(path: Path) -> Iterator[dict[str, float | None]]:

@@ -58,7 +58,10 @@ class StepGuard:
         return f"Continue after step {saved}: --resume with a lower {rate}"
 
     def _save(self, step: int, trees: Sequence[Tree]) -> str:
-        """Write the trees to a file that no resumed run cuts; return its name."""
+        """Write the trees to a file that no resumed run cuts; return its name, or why there is none."""
         path = self._config.out / f"skipped-step-{step:05d}.jsonl"
-        write_file(path, "".join(to_json(tree, step=step).decode() for tree in trees))
+        try:
+            write_file(path, "".join(to_json(tree, step=step).decode() for tree in trees))
+        except OSError as error:
+            return f"no file ({error.filename}: {error.strerror})"
         return str(path)

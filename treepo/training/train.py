@@ -20,6 +20,7 @@ from treepo.rewards.grade import Rewards
 from treepo.rewards.pool import open_rewards
 from treepo.rollout.driver import TreeDriver
 from treepo.training.checkpoints import Checkpoints
+from treepo.training.disk_wait import in_thread
 from treepo.training.heldout import Heldout, PeriodicEvaluation
 from treepo.training.log_prob_check import check_log_probs
 from treepo.training.loop import TrainingLoop
@@ -161,7 +162,7 @@ class _Run:
         Raises TrainerError if `trainer.max_restarts` are used up.
         """
         most = self.config.trainer.max_restarts
-        origin = last_checkpoint(self.config.out)
+        origin = await in_thread(lambda: last_checkpoint(self.config.out))
         if self.restarts == most:
             goes_on = "" if origin is None else f"; --resume continues after step {origin.state.steps_done}"
             used_up = f"trainer.max_restarts = {most}: all restarts are used up"
@@ -172,7 +173,8 @@ class _Run:
         earlier.seconds, earlier.phase_seconds = state.seconds, state.phase_seconds  # they have passed
         whence = "from the start" if origin is None else f"after step {earlier.steps_done}"
         _log.warning("%s; the run goes on %s (restart %d of %d)", lost, whence, self.restarts, most)
-        self.folder.go_back(earlier)
+        back, path = (lambda: in_thread(lambda: self.folder.go_back(earlier))), str(self.folder.path)
+        await self.folder.disk.until_done(back, path)
         clock = Clock(earlier, self.reporter)
         await asyncio.sleep(min(_BACK_OFF_SECONDS * 2 ** (self.restarts - 1), _LONGEST_BACK_OFF_SECONDS))
         return earlier, clock, origin
