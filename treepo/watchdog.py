@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ STATUS = "status.json"
 TICK_SECONDS = 5.0
 """Between two looks, each of which writes the status."""
 _SHOWN_WAITS = 8
+_SAVE_SECONDS, _LAST_SECONDS = (
+    0.05,
+    5.0,
+)  # that the event loop waits for the disk, while it runs and at the end
 _log = logging.getLogger(__name__)
 _waits: dict["Wait", None] = {}  # in the order in which they began
 _longest: dict[str, float] = {}  # seconds of the longest wait that has ended, by who waited
@@ -46,9 +51,11 @@ class Wait:
     since: float
     seen: object
     warnings: int = 0
+    longest: float = 0.0
 
     def seconds(self, now: float) -> float:
-        """How long nothing has happened."""
+        """How long nothing has happened. `longest` is the most of it so far."""
+        self.longest = max(self.longest, now - self.since)
         if (seen := self.progress()) != self.seen:
             self.seen, self.since, self.warnings = seen, now, 0
         return now - self.since
@@ -70,7 +77,8 @@ def waiting(
         yield
     finally:
         del _waits[wait]
-        _longest[who] = max(_longest.get(who, 0.0), wait.seconds(now()))
+        wait.seconds(now())
+        _longest[who] = max(_longest.get(who, 0.0), wait.longest)
 
 
 async def gathered[T](who: str, name: str, calls: Sequence[Awaitable[T]]) -> list[T]:
@@ -165,6 +173,7 @@ class Watchdog:
         self._step, self._metrics = 0, {}
         self._phase, self._phase_since = "start", time.time()
         self._writable = True
+        self._saving: threading.Thread | None = None
 
     async def __aenter__(self) -> Self:
         _longest.clear()
@@ -235,8 +244,23 @@ class Watchdog:
             "host": socket.gethostname(),
             "written": time.time(),
         }
+        self._save(
+            json.dumps(status, indent=1) + "\n", _LAST_SECONDS if state != "running" else _SAVE_SECONDS
+        )
+
+    def _save(self, text: str, seconds: float) -> None:
+        """Write the status in a thread, and wait for it for a moment: the disk may not answer."""
+        if self._saving is not None and self._saving.is_alive():
+            self._saving.join(seconds)
+            if self._saving.is_alive():
+                return
+        self._saving = threading.Thread(target=self._save_now, args=(text,), name="status", daemon=True)
+        self._saving.start()
+        self._saving.join(seconds)
+
+    def _save_now(self, text: str) -> None:
         try:
-            write_file(self._folder / STATUS, json.dumps(status, indent=1) + "\n")
+            write_file(self._folder / STATUS, text)
             self._writable = True
         except OSError as error:
             if self._writable:

@@ -38,9 +38,9 @@ def reward_even_length(prompt: str, response: str, answer: str, extra: object) -
 
 
 def reward_once_killed(prompt: str, response: str, answer: str, extra: object) -> float:
-    """The same reward; after the first step, only once the test has killed the trainer."""
+    """The same reward; after the second step, only once the test has killed the trainer."""
     run = Path("lost")
-    while (run / "metrics.jsonl").read_bytes() and not (run / "killed").exists():
+    while (run / "metrics.jsonl").read_bytes().count(b"\n") >= 2 and not (run / "killed").exists():
         time.sleep(0.1)
     return reward_even_length(prompt, response, answer, extra)
 
@@ -122,13 +122,19 @@ def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
 
 
 def test_a_killed_trainer_starts_again_beside_the_engines(folder: Path) -> None:
-    """It is killed in step 2. The model is that of the run above, bit for bit: nothing that SGLang rounds as
-    its batches happen to be composed is in the loss, because `importance.mode` is none.
+    """It is killed while step 3 is sampled, when the newest complete checkpoint is that of step 1. The model is
+    that of the run above, bit for bit: nothing that SGLang rounds as its batches happen to be composed is in
+    the loss, because `importance.mode` is none.
     """
     waits = "reward.function=tests.training.test_train_command:reward_once_killed"
     process = start(folder, "train", "run.yaml", "out=lost", waits, f"reward.deadline_seconds={DEADLINE}")
     run = folder / "lost"
-    started = descendants_once_written(process, run / "metrics.jsonl")
+    started = descendants_once_written(process, run / "checkpoints" / "step-00001" / "checkpoint.json")
+    deadline = time.monotonic() + DEADLINE
+    while len(_lines(run / "metrics.jsonl")) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     engines = _named(started, "ray::HostedEngine", "sglang::")
     (rank,) = _named(started, "ray::TrainerRank")
     assert len(engines) >= 2

@@ -53,7 +53,7 @@ def show_failure(error: BaseException) -> int | None:
         exit_code = max(exit_code, cause.exit_code if isinstance(cause, TreepoError) else 1)
     for text in lines:
         errors.print(Text.assemble(("error:", "bold red"), f" {printable(text)}"), soft_wrap=True)
-    return None if ours else exit_code
+    return None if ours or not lines else exit_code
 
 
 def line_of(error: BaseException) -> str | None:
@@ -63,8 +63,13 @@ def line_of(error: BaseException) -> str | None:
     if isinstance(error, OSError) and of_the_machine(error):
         return f"{error.filename or _NAMELESS}: {error.strerror}"
     if type(error).__module__.split(".")[0] == "ray":  # the command line does not import Ray
-        return f"Ray: {type(error).__name__}: {without_colors(str(error)).strip().splitlines()[0]}"
+        return f"Ray: {type(error).__name__}: {_first_line(error)}"
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = without_colors(str(error)).strip().splitlines()
+    return lines[0] if lines else "it does not say why"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -4,7 +4,6 @@ import io
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable
 
 import typer
@@ -14,7 +13,7 @@ from treepo.cli.console import errors
 from treepo.cli.convert import convert
 from treepo.cli.doctor import doctor
 from treepo.cli.evaluate import evaluate
-from treepo.cli.failures import of_the_machine, show_failure
+from treepo.cli.failures import show_failure
 from treepo.cli.launch import launch
 from treepo.cli.plan import plan
 from treepo.cli.rollout import rollout
@@ -48,7 +47,6 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()
     keep_compiled_code()  # before torch is imported
-    threading.excepthook = _thread_failed
     # A traceback of a reward function goes to the terminal, where its author sees it.
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PrintableFormatter())
@@ -70,15 +68,6 @@ def exit_code_of(command: Callable[[], object]) -> int:
             raise
         return exit_code
     return 0
-
-
-def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """A full disk stops TensorBoard's thread too; the run meets the same error at its next write."""
-    error = failure.exc_value
-    if isinstance(error, OSError) and of_the_machine(error):
-        logging.getLogger(__name__).warning("%s: %s", error.filename or failure.thread, error.strerror)
-    else:
-        threading.__excepthook__(failure)
 
 
 def _show_warnings() -> None:

@@ -74,6 +74,7 @@ async def while_ray_lives(cluster: str | None) -> AsyncIterator[None]:
         yield
     except BaseException:
         if lost.done():
+            body.uncancel()
             raise ClusterError(lost.result()) from None
         raise
     finally:
@@ -87,16 +88,17 @@ async def while_ray_lives(cluster: str | None) -> AsyncIterator[None]:
 
 async def unless_lost[T](call: Awaitable[T]) -> T:
     """The result of a call of Ray. Raises ClusterError as soon as Ray is dead, when no call returns."""
-    if _lost is None:
+    lost = _lost
+    if lost is None:
         return await call
     answer = asyncio.ensure_future(call)
     try:
-        await asyncio.wait((answer, _lost), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
     finally:
         answer.cancel()
-    raise ClusterError(_lost.result())
+    raise ClusterError(lost.result())
 
 
 def _processes(node: Any, cluster: str | None) -> list[tuple[str, int]]:

@@ -191,6 +191,7 @@ class TrainerGroup:
             async with self._losing:  # until its processes are gone
                 raise LostTrainerError(str(self._lost))
         actors = self._ranks[:ranks]
+        self._beats[:] = [None] * len(self._ranks)  # only what they say during this call explains its end
         calls = [start(rank, actor) for rank, actor in enumerate(actors)]
         answers = asyncio.ensure_future(gathered(f"the trainer ({what})", "rank", calls))
         hang = asyncio.ensure_future(self._hang(what, actors))
@@ -204,6 +205,7 @@ class TrainerGroup:
         finally:
             answers.cancel()
             hang.cancel()
+            await asyncio.gather(answers, hang, return_exceptions=True)
 
     async def _hang(self, what: str, actors: Sequence[Any]) -> str:
         """Return once ranks hang, with their names."""
@@ -234,7 +236,7 @@ class TrainerGroup:
     def _killed_for_memory(self, rank: int, error: RayActorError, reason: str) -> str:
         """What a rank held when Ray or the kernel killed it for memory, and what takes less; else empty."""
         beat = self._beats[rank]
-        by_kernel = memory_kills(reason) > (beat.memory_kills if beat else 0)
+        by_kernel = beat is not None and memory_kills(reason) > beat.memory_kills
         if not by_kernel and "NODE_OUT_OF_MEMORY" not in str(error):
             return ""
         held = ""
@@ -267,10 +269,9 @@ class TrainerGroup:
         """
         if self._lost is not None:  # the others were ended
             return {}
-        ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_DEATH_SECONDS, fetch_local=False)
-        outcomes = await asyncio.gather(*ended, return_exceptions=True)
-        return {
-            calls.index(call): outcome
-            for call, outcome in zip(ended, outcomes, strict=True)
-            if isinstance(outcome, RayActorError)
-        }
+        answers = [asyncio.ensure_future(call) for call in calls]
+        await asyncio.wait(answers, timeout=_DEATH_SECONDS)
+        outcomes = [answer.exception() if answer.done() else None for answer in answers]
+        for answer in answers:
+            answer.cancel()
+        return {rank: error for rank, error in enumerate(outcomes) if isinstance(error, RayActorError)}

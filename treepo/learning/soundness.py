@@ -33,7 +33,7 @@ def log_prob_limit(before: float, tokens: int) -> float:
     ln p(y) - ln q(y) estimates the divergence KL(p || q) of the new policy q. A clipped update moves few
     ratios q / p beyond 1 - `clip_low`, by 0.2 nats, and usual steps have a divergence of 0.001 to 0.05. One
     nat for each token, a mean ratio of 0.37, is more than any sound update does, also with many mini-batches.
-    The second term is for few tokens, of which one may fall far; it is 0.1 nats for the 512 that are measured.
+    The second term is for few tokens, of which one may fall far: 0.1 nats for the 512 that are measured.
 
     The limit is relative. Ruined weights often do not give arbitrary log-probs but exactly those of a uniform
     guess, -ln of the vocabulary: where activations overflow, a norm divides them to 0. A model with random

@@ -103,6 +103,9 @@ class _Run:
                         await restore(origin, self.engines, self.trainer)
                 return await self._attempt(state, clock, origin)
             except (LostTrainerError, BaseExceptionGroup) as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():  # the group hides that the run is to end
+                    raise
                 lost = _lost_trainer(error)
             state, clock, origin = await self._go_back(lost, state)
 
