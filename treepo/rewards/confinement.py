@@ -33,7 +33,8 @@ _REFUSED_EVENTS = frozenset(
     {
         *("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "os.kill"),
         *("os.killpg", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink"),
-        *("os.truncate", "os.chmod", "os.chown", "pty.spawn", "subprocess.Popen"),
+        *("os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr"),
+        *("pty.spawn", "subprocess.Popen"),
     }
 )
 _REFUSED_PREFIXES = ("socket.", "ctypes.", "shutil.", "tempfile.", "urllib.", "http.", "ftplib.", "mmap.")
