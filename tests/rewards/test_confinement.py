@@ -1,5 +1,6 @@
 """Grading of mathematics can neither read files nor reach the network, whatever code it is made to run."""
 
+import asyncio
 import json
 import os
 import re
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
+from treepo.config.reward import RewardConfig
+from treepo.rewards import confinement, process
+from treepo.rewards.grade import Ready
 from treepo.rewards.math_answer import equal_answers
 from treepo.rewards.pool import RewardPool
 from treepo.rewards.system_calls import NUMBERS
@@ -190,6 +194,30 @@ def test_only_numbers_and_names_are_evaluated() -> None:
     for text in ("().__class__", "Integer.__subclasses__()", "open('x')", "exit()", "[1]", "lambda: 1"):
         with pytest.raises(ValueError, match="neither a number nor a name"):
             parse_expr(text)
+    with pytest.raises(ValueError, match="only text is evaluated"):
+        parse_expr("0.5", evaluate=False)
+
+
+def test_a_layer_that_the_kernel_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks: list[object] = []
+    monkeypatch.setattr(confinement.sys, "addaudithook", hooks.append)
+    monkeypatch.setattr(confinement, "_forbid_reading", lambda _: False)
+    monkeypatch.setattr(confinement, "_forbid_system_calls", lambda: True)
+    assert [name.split()[0] for name in confinement.confine()] == ["Landlock"]
+    assert len(hooks) == 1
+
+
+@pytest.mark.parametrize("missing", [(), ("Landlock (reading files)", "seccomp (sockets)")])
+def test_a_missing_layer_is_one_warning(
+    missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process.Worker, "wait_ready", lambda _: Ready(unconfined=missing))
+    with RewardPool(RewardConfig(workers=2)) as pool:
+        asyncio.run(pool.ready())
+    said = [record.getMessage() for record in caplog.records if "confine" in record.getMessage()]
+    assert len(said) == bool(missing)
+    for message in said:
+        assert "Landlock (reading files) and seccomp (sockets): Python's audit hook alone" in message
 
 
 _REFUSED_WHILE_COMPARING = """
