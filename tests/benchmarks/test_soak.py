@@ -1,5 +1,7 @@
 """The soak finds what grows, and is not deceived by noise, by a warm-up or by what it did not measure."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -38,7 +40,7 @@ def test_a_series_of_a_few_samples_has_no_slope() -> None:
     assert soak.Slope.of([]).flat(1.0)
 
 
-def outcome_of(samples: list[tuple[float, dict[tuple[str, str], float]]]) -> dict[str, object]:
+def outcome_of(samples: Sequence[tuple[float, dict[tuple[str, str], float]]]) -> dict[str, object]:
     return soak.verdict(list(soak.lines(soak.filled(samples), STEPS, percent=2.0)))
 
 
