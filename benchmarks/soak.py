@@ -5,12 +5,15 @@ outside. JSON lines: one for each quantity of each role, then one for all.
 
 A line has the quantity's mean, its slope a hundred steps, and the slope's standard error. A quantity is flat
 if over the whole run it grows by less than `--percent` of its mean, or by less than three standard errors.
-The first fifth of the run does not count: caches fill, and Ray starts its spare workers.
+The first fifth of the run does not count: caches fill, and Ray starts its spare workers. The run is flat only
+if every quantity was measured, Ray's objects too; one with fewer than three samples is `unmeasured`.
 """
 
 import argparse
 import json
+import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -33,6 +36,8 @@ _EVERY_SECONDS = 2.0
 _RAY_EVERY = 15  # samples: asking Ray takes seconds of a core
 _WARM_UP = 0.2
 _STANDARD_ERRORS = 3.0
+_FEWEST = 3  # samples of a line with a slope
+_RAY_OBJECTS = ("ray", "objects")
 _UNITS = {"memory": "MiB", "files": "open files", "threads": "threads", "processes": "processes"}
 _ROLES = ("driver", "engine", "scheduler", "trainer", "grader", "worker", "raylet", "gcs")
 
@@ -52,7 +57,7 @@ class Slope:
     @classmethod
     def of(cls, series: Sequence[tuple[float, float]]) -> "Slope":
         """Least squares over (step, value). A series of fewer than three samples has no slope."""
-        if len(series) < 3:
+        if len(series) < _FEWEST:
             return cls(float(np.mean([value for _, value in series] or [0.0])), 0.0, 0.0, 0.0)
         step, value = np.array(series, dtype=float).T
         away = step - step.mean()
@@ -88,6 +93,15 @@ def lines(series: Series, steps: int, percent: float) -> Iterator[dict[str, Any]
             "samples": len(counted(samples, steps)),
             "flat": slope.flat(percent),
         }
+
+
+def verdict(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the lines of all series: whether the run is flat, what grows, and what was not measured."""
+    names = [f"{line['role']}: {line['quantity']}" for line in found]
+    growing = [name for name, line in zip(names, found, strict=True) if not line["flat"]]
+    unmeasured = [name for name, line in zip(names, found, strict=True) if line["samples"] < _FEWEST]
+    unmeasured += [name for name in [": ".join(_RAY_OBJECTS)] if name not in names]
+    return {"flat": not growing and not unmeasured, "growing": growing, "unmeasured": unmeasured}
 
 
 def sample() -> dict[tuple[str, str], float]:
@@ -127,11 +141,15 @@ def ray_objects() -> dict[tuple[str, str], float]:
     if not addresses:
         return {}
     program = [sys.executable, "-m", "ray.scripts.scripts", "memory", "--stats-only", "--address"]
-    done = subprocess.run([*program, addresses[0]], capture_output=True, text=True, check=False)
+    # Without this Ray's command replaces a loopback address by another one, at which nothing listens.
+    environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    done = subprocess.run(
+        [*program, addresses[0]], env=environment, capture_output=True, text=True, check=False
+    )
     match = re.search(r"Plasma memory usage (\d+) MiB, (\d+) objects", done.stdout)
     if match is None:
         return {}
-    return {("ray", "MiB of objects"): float(match[1]), ("ray", "objects"): float(match[2])}
+    return {("ray", "MiB of objects"): float(match[1]), _RAY_OBJECTS: float(match[2])}
 
 
 def _arguments(process: psutil.Process) -> list[str]:
@@ -140,20 +158,25 @@ def _arguments(process: psutil.Process) -> list[str]:
     return []
 
 
+def filled(samples: Sequence[tuple[float, Mapping[tuple[str, str], float]]]) -> Series:
+    """A series for each key that occurs. A sample without it has none of it: a process that has ended."""
+    keys = {key for _, taken in samples for key in taken}
+    return {key: [(step, taken.get(key, 0.0)) for step, taken in samples] for key in keys}
+
+
 def watch(driver: "subprocess.Popen[bytes]", run: Path) -> Series:
     """Sample until the driver ends."""
-    series: Series = defaultdict(list)
-    number = 0
+    samples, of_ray = [], []
     while driver.poll() is None:
         sandbox.reap({driver.pid})
         metrics = step_metrics(run)
         if metrics:
             step = metrics[-1]["step"]
-            taken = sample() | (ray_objects() if number % _RAY_EVERY == 0 else {})
-            for key, value in taken.items():
-                series[key].append((step, value))
-            number += 1
+            if len(samples) % _RAY_EVERY == 0 and (objects := ray_objects()):
+                of_ray.append((step, objects))
+            samples.append((step, sample()))
         time.sleep(_EVERY_SECONDS)
+    series = filled(samples) | filled(of_ray)
     series["run", "seconds/step"] = [(line["step"], line["seconds/step"]) for line in step_metrics(run)]
     return series
 
@@ -164,6 +187,8 @@ def inside(folder: Path, steps: int, mode: str, percent: float, overrides: Seque
     run = folder / mode
     split = ["placement=split", "loop.mode=async"] if mode == "async" else []
     settings = [f"out={run}", f"steps={steps}", "log_prob_check.enabled=false", *split, *overrides]
+    # Otherwise the driver makes a token that nobody else knows, and `ray memory` needs it.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     program = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train"]
     with (folder / f"{mode}.txt").open("wb") as output:
         driver = subprocess.Popen(
@@ -177,10 +202,10 @@ def inside(folder: Path, steps: int, mode: str, percent: float, overrides: Seque
     found = list(lines(series, steps, percent))
     for line in found:
         _print({"mode": mode} | line)
-    growing = [f"{line['role']}: {line['quantity']}" for line in found if not line["flat"]]
     ended = driver.returncode == 0 and len(series["run", "seconds/step"]) == steps
-    _print({"mode": mode, "steps": steps, "ended": ended, "flat": not growing, "growing": growing})
-    return int(bool(growing) or not ended)
+    outcome = verdict(found)
+    _print({"mode": mode, "steps": steps, "ended": ended} | outcome)
+    return int(not (ended and outcome["flat"]))
 
 
 def _print(line: Mapping[str, Any]) -> None:

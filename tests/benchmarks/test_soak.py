@@ -1,4 +1,6 @@
-"""The soak finds what grows, and is not deceived by noise or by a warm-up."""
+"""The soak finds what grows, and is not deceived by noise, by a warm-up or by what it did not measure."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -36,3 +38,23 @@ def test_what_shrinks_or_grows_only_at_the_start_is_flat() -> None:
 def test_a_series_of_a_few_samples_has_no_slope() -> None:
     assert soak.Slope.of([(1, 5.0), (2, 7.0)]) == soak.Slope(6.0, 0.0, 0.0, 0.0)
     assert soak.Slope.of([]).flat(1.0)
+
+
+def outcome_of(samples: Sequence[tuple[float, dict[tuple[str, str], float]]]) -> dict[str, object]:
+    return soak.verdict(list(soak.lines(soak.filled(samples), STEPS, percent=2.0)))
+
+
+def test_what_was_not_measured_is_not_flat() -> None:
+    key, objects = ("driver", "MiB"), ("ray", "objects")
+    measured = outcome_of([(step, {key: 500.0, objects: 7.0}) for step in range(STEPS)])
+    assert measured == {"flat": True, "growing": [], "unmeasured": []}
+    assert outcome_of([(step, {key: 500.0}) for step in range(STEPS)])["unmeasured"] == ["ray: objects"]
+    few = outcome_of([(step, {key: 500.0, objects: 7.0}) for step in range(290, 292)])
+    assert few == {"flat": False, "growing": [], "unmeasured": ["driver: MiB", "ray: objects"]}
+
+
+def test_a_process_that_is_seen_once_is_measured_and_flat() -> None:
+    rest = {("ray", "objects"): 7.0}
+    for seen in (100, STEPS - 1):
+        once = [(step, rest | ({("other", "MiB"): 5.0} if step == seen else {})) for step in range(STEPS)]
+        assert outcome_of(once)["flat"]

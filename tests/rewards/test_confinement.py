@@ -1,7 +1,9 @@
 """Grading of mathematics can neither read files nor reach the network, whatever code it is made to run."""
 
+import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,8 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
+from treepo.config.reward import RewardConfig
+from treepo.rewards import confinement, process
+from treepo.rewards.grade import Ready
 from treepo.rewards.math_answer import equal_answers
 from treepo.rewards.pool import RewardPool
+from treepo.rewards.system_calls import NUMBERS
 from treepo.tree import Verdict
 
 # Each layer by itself; `all` is what a grading process has.
@@ -43,6 +49,7 @@ ATTEMPTS = {
     "write from C": lambda: raw_open(folder + "/new", os.O_WRONLY | os.O_CREAT),
     "remove": lambda: os.remove(secret),
     "rename": lambda: os.rename(secret, secret + "2"),
+    "touch": lambda: os.utime(secret, (1, 1)),
     "connect": lambda: socket.create_connection(("127.0.0.1", port)),
     "socket": lambda: socket.socket(socket.AF_UNIX),
     "socket from C": lambda: called(libc.socket(2, 1, 0)),
@@ -51,6 +58,7 @@ ATTEMPTS = {
     "fork": lambda: os.fork() or os._exit(0),
     "fork from C": lambda: called(libc.fork() or os._exit(0)),
     "kill": lambda: os.kill(os.getppid(), 0),
+    "signal from C": lambda: called(libc.sigqueue(os.getppid(), 0, ctypes.c_void_p())),
 }
 supported = True
 LAYER
@@ -65,14 +73,15 @@ import sympy.physics.units  # modules are still found
 import sympy.integrals.risch
 print(json.dumps([supported, outcomes]))
 """
-_FROM_C = {"read from C", "write from C", "socket from C", "fork from C"}
+_FROM_C = {"read from C", "write from C", "socket from C", "fork from C", "signal from C"}
 _READS = {"read", "read by number", "read from C", "list", "environment"}
 _WRITES = {"write", "write from C", "remove", "rename"}
-_REST = {"connect", "socket", "socket from C", "run", "shell", "fork", "fork from C", "kill"}
+_CHANGES = {"touch"}  # which Landlock lets through
+_REST = {"connect", "socket", "socket from C", "run", "shell", "fork", "fork from C", "kill", "signal from C"}
 _REFUSED = {
-    "all": _READS | _WRITES | _REST,
-    "Python": (_READS | _WRITES | _REST) - _FROM_C,
-    "system calls": _WRITES | _REST,
+    "all": _READS | _WRITES | _CHANGES | _REST,
+    "Python": (_READS | _WRITES | _CHANGES | _REST) - _FROM_C,
+    "system calls": _WRITES | _CHANGES | _REST,
     "reading": _READS | _WRITES,
 }
 
@@ -102,7 +111,44 @@ def test_a_layer_refuses_what_it_says(layer: str, tmp_path: Path) -> None:
     outcomes = outcomes_of(layer, tmp_path)
     done = {name for name, outcome in outcomes.items() if outcome == "done"}
     assert not done & _REFUSED[layer]
-    assert not outcomes.keys() - _READS - _WRITES - _REST
+    assert not outcomes.keys() - _READS - _WRITES - _CHANGES - _REST
+
+
+_DENIED_CALLS = """
+import ctypes, errno, os, platform
+from treepo.rewards import confinement
+from treepo.rewards.system_calls import DENIED, NUMBERS
+libc = ctypes.CDLL(None, use_errno=True)
+numbers = NUMBERS.get(platform.machine(), {})
+if confinement._forbid_system_calls():
+    for name in DENIED:
+        if name in numbers:
+            result = libc.syscall(numbers[name], -1, -1, -1, -1)
+            if result != -1 or ctypes.get_errno() != errno.EACCES:
+                print(name, result, ctypes.get_errno())
+"""
+
+
+def test_the_kernel_refuses_every_call_of_the_table() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _DENIED_CALLS], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("machine", "header"),
+    [("x86_64", "x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "asm-generic/unistd.h")],
+)
+def test_the_numbers_are_the_kernels(machine: str, header: str) -> None:
+    """As far as this machine has the headers, and they know the call."""
+    path = Path("/usr/include") / header
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    kernels = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text()))
+    ours = {name: str(number) for name, number in NUMBERS[machine].items() if name in kernels}
+    assert ours == {name: kernels[name] for name in ours}
+    assert len(ours) > len(NUMBERS[machine]) - 6
 
 
 def test_grading_processes_are_confined_and_still_grade(math_pool: RewardPool) -> None:
@@ -148,6 +194,30 @@ def test_only_numbers_and_names_are_evaluated() -> None:
     for text in ("().__class__", "Integer.__subclasses__()", "open('x')", "exit()", "[1]", "lambda: 1"):
         with pytest.raises(ValueError, match="neither a number nor a name"):
             parse_expr(text)
+    with pytest.raises(ValueError, match="only text is evaluated"):
+        parse_expr("0.5", evaluate=False)
+
+
+def test_a_layer_that_the_kernel_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks: list[object] = []
+    monkeypatch.setattr(confinement.sys, "addaudithook", hooks.append)
+    monkeypatch.setattr(confinement, "_forbid_reading", lambda _: False)
+    monkeypatch.setattr(confinement, "_forbid_system_calls", lambda: True)
+    assert [name.split()[0] for name in confinement.confine()] == ["Landlock"]
+    assert len(hooks) == 1
+
+
+@pytest.mark.parametrize("missing", [(), ("Landlock (reading files)", "seccomp (sockets)")])
+def test_a_missing_layer_is_one_warning(
+    missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process.Worker, "wait_ready", lambda _: Ready(unconfined=missing))
+    with RewardPool(RewardConfig(workers=2)) as pool:
+        asyncio.run(pool.ready())
+    said = [record.getMessage() for record in caplog.records if "confine" in record.getMessage()]
+    assert len(said) == bool(missing)
+    for message in said:
+        assert "Landlock (reading files) and seccomp (sockets): Python's audit hook alone" in message
 
 
 _REFUSED_WHILE_COMPARING = """

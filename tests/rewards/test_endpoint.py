@@ -31,7 +31,8 @@ def grade(handler: Handler, items: Sequence[GradeItem], **settings: object) -> l
     """Grade `items` by a server that answers non-empty batches by `handler`; None hangs up."""
 
     async def answer(request: web.Request) -> web.Response:
-        assert request.headers.get("Authorization") == os.environ.get("TREEPO_REWARD_AUTHORIZATION")
+        secret = os.environ.get("TREEPO_REWARD_AUTHORIZATION", "").strip()
+        assert request.headers.get("Authorization", "") == secret
         received = (await request.json())["items"]
         reply = await handler(received) if received else web.json_response({"grades": []})
         if reply is None:
@@ -61,9 +62,22 @@ def items_of(*responses: str) -> list[GradeItem]:
     return [GradeItem(response, "1") for response in responses]
 
 
-def test_it_is_let_in_by_a_header_that_is_in_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TREEPO_REWARD_AUTHORIZATION", "Bearer secret")
+@pytest.mark.parametrize("value", ["Bearer secret", "Bearer secret\n", "\r\n"])
+def test_it_is_let_in_by_a_header_that_is_in_no_file(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret that Kubernetes mounts may end with a line break."""
+    monkeypatch.setenv("TREEPO_REWARD_AUTHORIZATION", value)
     assert [grade.reward for grade in grade(by_number, items_of("1"))] == [1.0]
+
+
+@pytest.mark.parametrize("value", ["Bearer secret\nX: 1", "Bearer\x7fsecret", "secret\udcff"])
+def test_a_header_that_cannot_be_sent_is_one_line_that_does_not_show_it(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREEPO_REWARD_AUTHORIZATION", value)
+    with pytest.raises(ConfigError, match="TREEPO_REWARD_AUTHORIZATION contains a line break") as raised:
+        grade(by_number, items_of("1"))
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 async def by_number(received: list[dict[str, Any]]) -> web.Response:

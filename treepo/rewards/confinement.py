@@ -33,23 +33,27 @@ _REFUSED_EVENTS = frozenset(
     {
         *("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "os.kill"),
         *("os.killpg", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink"),
-        *("os.truncate", "os.chmod", "os.chown", "pty.spawn", "subprocess.Popen"),
+        *("os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr"),
+        *("pty.spawn", "subprocess.Popen"),
     }
 )
 _REFUSED_PREFIXES = ("socket.", "ctypes.", "shutil.", "tempfile.", "urllib.", "http.", "ftplib.", "mmap.")
 _PACKAGES = ("treepo", "sympy", "mpmath", "math_verify", "latex2sympy2_extended", "antlr4")
+
+_LANDLOCK = "Landlock (reading files)"
+_SECCOMP = "seccomp (sockets, processes, signals, changing files)"
 
 
 class RefusedError(PermissionError):
     """What a confined process must not do; the text names it."""
 
 
-def confine() -> None:
-    """Confine this process, in every layer that the kernel has."""
+def confine() -> tuple[str, ...]:
+    """Confine this process, in every layer that the kernel has. Returns those that it does not have."""
     readable = _libraries()
-    _forbid_reading(readable)
-    _forbid_system_calls()
+    layers = {_LANDLOCK: _forbid_reading(readable), _SECCOMP: _forbid_system_calls()}
     sys.addaudithook(_Guard(readable))
+    return tuple(name for name, holds in layers.items() if not holds)
 
 
 class _Guard:

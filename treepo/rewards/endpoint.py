@@ -43,11 +43,15 @@ class BadReply(Exception):  # noqa: N818 (the user does not see it: it becomes a
 
 
 class HttpRewards:
-    """Grades by `reward.url`, `config.workers` requests at a time. A context manager of one event loop."""
+    """Grades by `reward.url`, `config.workers` requests at a time. A context manager of one event loop.
+
+    Raises ConfigError if the header for the endpoint cannot be sent.
+    """
 
     def __init__(self, config: RewardConfig) -> None:
         assert config.url is not None
         self._url = config.url
+        self._headers = {"Content-Type": "application/json"} | _authorization()
         self._config = config
         self._slots = asyncio.Semaphore(config.workers)
         self._shown: set[str] = set()
@@ -55,6 +59,7 @@ class HttpRewards:
     async def __aenter__(self) -> Self:
         # The slots bound the connections: waiting for a slot does not count against the deadline.
         self._session = aiohttp.ClientSession(
+            headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=self._config.deadline_seconds),
             connector=aiohttp.TCPConnector(limit=0),
         )
@@ -101,13 +106,10 @@ class HttpRewards:
 
     async def _post(self, body: bytes) -> bytes:
         """Return the body of a reply with status 200. Raises BadReply for any other."""
-        headers = {"Content-Type": "application/json"}
-        if authorization := os.environ.get(_AUTHORIZATION):
-            headers["Authorization"] = authorization
         try:
             async with (
                 self._slots,
-                self._session.post(self._url, data=body, headers=headers, allow_redirects=False) as response,
+                self._session.post(self._url, data=body, allow_redirects=False) as response,
             ):
                 content = await _read(response)
         except TimeoutError as error:
@@ -131,6 +133,17 @@ class HttpRewards:
         if kind not in self._shown:
             self._shown.add(kind)
             _log.error("%s: %s (shown once; such responses are masked from training)", self._url, message)
+
+
+def _authorization() -> dict[str, str]:
+    """The header that lets the run in, if there is one. A file of a secret often ends with a line break."""
+    value = os.environ.get(_AUTHORIZATION, "").strip()
+    if not value.isprintable():  # the message must not show it
+        raise ConfigError(
+            f"{_AUTHORIZATION} contains a line break or another character that does not print; "
+            "a header must be one line of text"
+        )
+    return {"Authorization": value} if value else {}
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -46,9 +46,13 @@ class Rewards(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A grading process's first message: it can grade, or `failure` is the traceback of why it cannot."""
+    """A grading process's first message: it can grade, or `failure` is the traceback of why it cannot.
+
+    unconfined: the layers of confinement that the kernel does not have, by name.
+    """
 
     failure: str | None = None
+    unconfined: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

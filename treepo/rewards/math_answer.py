@@ -53,8 +53,10 @@ latex2sympy2.PSParser = _WholeAnswer
 _eval_expr = sympy_parser.eval_expr
 
 
-def _eval_atom(code: str, *scope: Any) -> Any:
+def _eval_atom(code: object, *scope: Any) -> Any:
     """Evaluate text that is one number or name, such as `Float ('0.5' )`, and refuse any other."""
+    if not isinstance(code, str):  # compiled, as parse_expr(evaluate=False) does
+        raise ValueError("only text is evaluated")
     for part in ast.walk(ast.parse(code.strip(), mode="eval")):
         called = part.func if isinstance(part, ast.Call) else None
         if not isinstance(part, _PARTS) or (called and getattr(called, "id", None) not in _MAKERS):

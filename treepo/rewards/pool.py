@@ -64,7 +64,7 @@ class RewardPool:
         self._lock = threading.Lock()  # guards everything below
         self._failure: Exception | None = None  # once set, nothing more is queued, started or graded
         self._workers: dict[int, Worker] = {}
-        self._failure_shown = False
+        self._failure_shown = self._unconfined_shown = False
         self.restarts = 0
         self._ready: list[Future[None]] = [Future() for _ in range(config.workers)]
         for ready in self._ready:
@@ -153,6 +153,7 @@ class RewardPool:
                 reason = error
                 continue
             if ready.failure is None:
+                self._warn_of(ready.unconfined)
                 return worker
             self._show(ready.failure)
             last_line = ready.failure.strip().splitlines()[-1]
@@ -212,6 +213,17 @@ class RewardPool:
             shown, self._failure_shown = self._failure_shown, True
         if not shown:
             _log.error("the grader failed (shown once, counted as verdict `error`):\n%s", failure)
+
+    def _warn_of(self, unconfined: Sequence[str]) -> None:
+        """Log once what does not confine the grading processes, which are all alike."""
+        with self._lock:
+            shown, self._unconfined_shown = self._unconfined_shown, True
+        if unconfined and not shown:
+            _log.warning(
+                "this kernel does not confine grading processes by %s: Python's audit hook alone holds "
+                "there, which code that already runs in Python can get around",
+                " and ".join(unconfined),
+            )
 
     def _rewarded(self, grade: Grade) -> Grade:
         if grade.reward is not None or not grade.verdict.graded:

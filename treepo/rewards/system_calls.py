@@ -49,6 +49,14 @@ ftruncate 77 46
 setxattr 188 5
 lsetxattr 189 6
 fsetxattr 190 7
+removexattr 197 14
+lremovexattr 198 15
+fremovexattr 199 16
+setxattrat 463 463
+removexattrat 466 466
+utime 132 -
+utimes 235 -
+futimesat 261 -
 utimensat 280 88
 mount 165 40
 umount2 166 39
@@ -63,6 +71,8 @@ process_vm_writev 311 271
 kill 62 129
 tkill 200 130
 tgkill 234 131
+rt_sigqueueinfo 129 138
+rt_tgsigqueueinfo 297 240
 pidfd_open 434 434
 pidfd_getfd 438 438
 pidfd_send_signal 424 424

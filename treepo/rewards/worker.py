@@ -167,8 +167,9 @@ def serve(pipe: Pipe, grader: Grader, memory_bytes: int, *, confined: bool) -> N
     if confined:
         statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
         measure = lambda: _bytes(os.pread(statm, 256, 0))  # noqa: E731  it can open nothing any more
-        confine()
-    pipe.send(Ready())
+        pipe.send(Ready(unconfined=confine()))
+    else:
+        pipe.send(Ready())
     with Exhaustion() as exhaustion, contextlib.suppress(EOFError):
         while True:
             request = pipe.receive()
