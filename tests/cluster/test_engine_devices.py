@@ -40,10 +40,19 @@ async def scenario():
             except ConnectionError:
                 pass
 
+    async def node_with_cpu():
+        while True:
+            for node in ray.nodes():
+                if node["Alive"] and node["Resources"].get("CPU"):
+                    return node["NodeID"]
+            await asyncio.sleep(0.2)
+
     async with ray_head(host, port, dashboard_port, NodeResources(cpus=0), secrets):
         await join()
         async with ray_worker(host, address, one, secrets):
-            group = placement_group([{"CPU": 1.0}])
+            node = await node_with_cpu()
+            # As a run reserves: the bundle goes to no other node when this one is lost.
+            group = placement_group([{"CPU": 1.0}], bundle_label_selector=[{"ray.io/node-id": node}])
             await group.ready()
             options = {"num_cpus": 1, "num_gpus": 0}
             reserved = options | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
