@@ -122,9 +122,10 @@ def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
 
 
 def test_a_killed_trainer_starts_again_beside_the_engines(folder: Path) -> None:
-    """It is killed while step 3 is sampled, when the newest complete checkpoint is that of step 1. The model is
-    that of the run above, bit for bit: nothing that SGLang rounds as its batches happen to be composed is in
-    the loss, because `importance.mode` is none.
+    """It is killed while step 3 is sampled, when the newest complete checkpoint is that of step 1.
+
+    The model is that of the run above, bit for bit: nothing that SGLang rounds as its batches happen to be
+    composed is in the loss, because `importance.mode` is none.
     """
     waits = "reward.function=tests.training.test_train_command:reward_once_killed"
     process = start(folder, "train", "run.yaml", "out=lost", waits, f"reward.deadline_seconds={DEADLINE}")
