@@ -16,6 +16,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from treepo.cluster.nodes import living_nodes
 from treepo.errors import PlacementError
 
 _LOOK_SECONDS = 5.0
@@ -65,7 +66,7 @@ class EngineDevices:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _has_node(self, index: int) -> bool:
-        return self._nodes[index] in await asyncio.to_thread(_living_nodes)
+        return self._nodes[index] in await asyncio.to_thread(living_nodes)
 
     async def _move(self, index: int) -> None:
         options = self.options[index]
@@ -91,10 +92,6 @@ def _reserved_node(options: dict[str, Any]) -> str | None:
         return None
     bundles = placement_group_table(strategy.placement_group)["bundles_to_node_id"]
     return bundles[strategy.placement_group_bundle_index]
-
-
-def _living_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _address(node_id: str | None) -> str:

@@ -11,6 +11,7 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from treepo.cluster.nodes import cluster_nodes, living_nodes
 from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, run_layout, shares_devices
 from treepo.cluster.process_environment import engine_environment, threads_of, trainer_environment
 from treepo.config.engine import EngineConfig
@@ -52,20 +53,6 @@ class Reservation:
             | _environment(options["runtime_env"]["env_vars"] | {"CUDA_VISIBLE_DEVICES": ",".join(share)})
             for options, share in zip(self.engines, shares, strict=True)
         ]
-
-
-def cluster_nodes() -> list[Node]:
-    """The cluster's living nodes with their total resources, free or not."""
-    return [
-        Node(
-            node["NodeID"],
-            node["NodeManagerAddress"],
-            int(node["Resources"].get("CPU", 0)),
-            int(node["Resources"].get("GPU", 0)),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
 
 
 async def reserve(config: RunConfig, seconds: float) -> Reservation:
@@ -116,7 +103,7 @@ async def reserve_again(
     Ranks on living nodes keep their reservation. The others get a new one, wherever the cluster has room,
     with ranks that were together on one node again. Raises PlacementError if there is none in time.
     """
-    alive = {node.id for node in cluster_nodes()}
+    alive = living_nodes()
     bundles: dict[tuple[Any, int], list[int]] = {}
     for rank, node in enumerate(nodes):
         if node not in alive:
