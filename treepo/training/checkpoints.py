@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treepo.config.checkpoint import CheckpointConfig
+from treepo.data.daemon_thread import in_thread
 from treepo.errors import ModelError
 from treepo.training.checkpoint_manifest import (
     MANIFEST,
@@ -21,7 +22,7 @@ from treepo.training.checkpoint_manifest import (
     is_checkpoint,
     verified_manifest,
 )
-from treepo.training.disk_wait import DiskWait, in_thread
+from treepo.training.disk_wait import DiskWait
 from treepo.training.run_state import RunState
 
 CHECKPOINTS = "checkpoints"
