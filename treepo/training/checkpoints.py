@@ -133,10 +133,16 @@ def _state_of(folder: Path) -> RunState:
         raise ModelError(f"{folder / MANIFEST}: run: {error}") from None
 
 
-def saved_step(out: Path) -> int | None:
-    """The step of the last checkpoint of the run in folder `out`, unread; None if there is none."""
+def saved(out: Path) -> tuple[int, Path] | None:
+    """Step and folder of the last checkpoint of the run in folder `out`, unread; None if there is none."""
     checkpoints = _with_manifest(out / CHECKPOINTS)
-    return checkpoints[-1][0] if checkpoints else None
+    return checkpoints[-1] if checkpoints else None
+
+
+def saved_step(out: Path) -> int | None:
+    """As `saved`, the step alone."""
+    last = saved(out)
+    return None if last is None else last[0]
 
 
 def discard_leftovers(out: Path, step: int) -> None:
