@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(base: Path, monkeypatch: pyt
 
     before = os.listdir("/proc/self/fd")
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(ConfigError, match="no folder for temporary files .* No space left"):
+    with pytest.raises(ConfigError, match=r"no folder for temporary files .* No space left"):
         TemporaryFolder()
     assert not list(base.glob("treepo-*"))
     assert len(os.listdir("/proc/self/fd")) == len(before)
