@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+import pytest
+
 from tests.support.paths import ROOT
+from treepo import stack_dumps
 
 COMMAND = """
 import asyncio, os, pathlib, signal, subprocess, sys
@@ -75,3 +79,24 @@ def test_without_a_request_there_is_no_file(tmp_path: Path) -> None:
     process.communicate(b"go on\n", timeout=60)
     assert process.returncode == 0
     assert not (tmp_path / "stacks.txt").exists()
+
+
+def test_an_answer_after_the_command_s_end_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    monkeypatch.setattr(stack_dumps, "_heeding", lambda: [psutil.Process(child.pid)])
+    file = (tmp_path / "stacks.txt").open("wb")
+    file.close()
+    stack_dumps._dump_others(file, tmp_path / "stacks.txt")
+    assert child.wait(60) == -signal.SIGUSR1
+
+
+def test_a_launch_is_not_ended_by_it() -> None:
+    program = (
+        "import os, signal; from treepo.stack_dumps import ignore_requests\n"
+        "ignore_requests(); os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "signal.signal(signal.SIGUSR1, print); ignore_requests()\n"
+        "print(signal.getsignal(signal.SIGUSR1) is print)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], cwd=ROOT) == b"True\n"

@@ -2,13 +2,15 @@
 
 The first signal cancels the work, which then ends everything that it started. A second one, or a clean-up
 beyond its deadline, kills every process below this one and ends this one at once; so no process is left in
-any case. Files are whole in both cases, because a reader never sees a file before it is.
+any case. No reader sees a half-written file.
 """
 
+import _thread
 import asyncio
 import ctypes
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
@@ -18,12 +20,17 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
+from treepo.processes import kill_descendants
+
 _log = logging.getLogger(__name__)
 _PR_SET_CHILD_SUBREAPER = 36
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
 CLEANUP_SECONDS = 60.0
 """From the signal until a clean-up that has not ended is cut short: engines end within 30 s."""
+_KILL_SECONDS = 10.0  # for killed processes to go; one that waits for a stalled disk does not
+_LINE_SECONDS = 2.0  # for the last line, which may read a disk that is stalled
+_SHORT_LINE = "Interrupted."
 
 
 class Stopped(BaseException):
@@ -83,7 +90,7 @@ class Stopper:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received is not None:
-            end_now(self._farewell(self.received), 128 + self.received)
+            end_now(lambda by=self.received: self._farewell(by), 128 + self.received)
         self.received = signal.Signals(number)
         end_within(CLEANUP_SECONDS, lambda by=self.received: self._farewell(by), 128 + self.received)
         if self._work is None:
@@ -101,25 +108,53 @@ class Stopper:
 def end_within(seconds: float, line: Callable[[], str], exit_code: int) -> None:
     """Unless this process has ended by then, do as `end_now`."""
 
+    def last_line() -> str:
+        _log.error("the clean-up has not ended within %g s and is cut short", seconds)
+        return line()
+
     def wait() -> None:
         time.sleep(seconds)
-        _log.error("the clean-up has not ended within %g s and is cut short", seconds)
-        end_now(line(), exit_code)
+        end_now(last_line, exit_code)
 
     threading.Thread(target=wait, name="ending", daemon=True).start()
 
 
-def end_now(line: str, exit_code: int) -> NoReturn:
-    """Kill every process below this one, write the line to standard error, and end this process."""
-    from treepo.rewards.keeper import kill_descendants
+def end_now(line: Callable[[], str], exit_code: int) -> NoReturn:
+    """Kill every process below this one, write the line to standard error, and end this process.
 
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what a killed process leaves becomes our child
-    kill_descendants()
-    with suppress(OSError):
-        if sys.stdout.isatty():
-            os.write(1, _SHOW_CURSOR)
-        os.write(2, line.encode() + b"\n")
-    os._exit(exit_code)
+    Nothing delays that for long: not a process that cannot be killed, nor a line or a terminal that blocks.
+    """
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what a killed process leaves becomes our child
+        kill_descendants(_KILL_SECONDS)
+        said = _within(_LINE_SECONDS, line) or _SHORT_LINE
+        _within(_LINE_SECONDS, lambda: _write(said))
+    finally:
+        os._exit(exit_code)
+
+
+def _within[T](seconds: float, ask: Callable[[], T]) -> T | None:
+    """The answer; None if there is none in time, or an error."""
+    answers: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+
+    def call() -> None:
+        answer = None
+        with suppress(Exception):  # of whatever kind: the process ends all the same
+            answer = ask()
+        answers.put(answer)
+
+    # threading.Thread has a lock, which the code that a signal has interrupted may hold.
+    _thread.start_new_thread(call, ())
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+def _write(line: str) -> None:
+    if sys.stdout.isatty():
+        os.write(1, _SHOW_CURSOR)
+    os.write(2, line.encode() + b"\n")
 
 
 def ignore_signals() -> None:

@@ -34,6 +34,12 @@ def heed_requests() -> None:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
+def ignore_requests() -> None:
+    """In a command that has no stacks to show: let SIGUSR1 not end it. A handler stays."""
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 @contextmanager
 def stack_dumps(folder: Path) -> Iterator[None]:
     """Let the command heed SIGUSR1 while the body runs; on the main thread with a running loop. If the folder
@@ -94,7 +100,7 @@ def _dump_others(file: BinaryIO, path: Path) -> None:
     for process, _, _ in asked:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGUSR1)
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # ValueError: the command has ended meanwhile, and closed the file
         for process, log, size in asked:
             said = "its stacks are on standard error" if log is None else _appended(log, size)
             _write(file, f"=== process {process.pid}, {_name(process)}\n{said}\n")

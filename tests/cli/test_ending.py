@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.command import heed_interrupts
 from tests.support.paths import ROOT
+from treepo.processes import kill_descendants
 
 COMMAND = """
 import asyncio, subprocess, sys, time
@@ -20,7 +21,12 @@ from treepo.errors import EngineError
 
 def command():
     kind = sys.argv[1]
-    with stoppable(lambda: "the files are in run/") as stopper:
+    def left():
+        if kind == "stalled":
+            time.sleep(600)
+        return "the files are in run/"
+
+    with stoppable(left) as stopper:
         nowhere = subprocess.DEVNULL
         child = subprocess.Popen(
             ["sleep", "600"], stdout=nowhere, stderr=nowhere, start_new_session=True
@@ -36,7 +42,7 @@ def command():
             try:
                 await asyncio.sleep(600)
             finally:
-                if kind in ("hanging", "late"):
+                if kind in ("hanging", "late", "stalled"):
                     print("ends", flush=True)
                     await asyncio.sleep(600)
                 child.kill()
@@ -115,6 +121,28 @@ def test_a_second_signal_or_a_deadline_kills_what_hangs(kind: str) -> None:
     assert "Traceback" not in said
     assert process.returncode == 143
     assert not child.is_running()
+
+
+def test_a_last_line_that_a_stalled_disk_delays_is_left_out() -> None:
+    process, child = start("stalled")
+    assert line_of(process) == "works"
+    process.send_signal(signal.SIGTERM)
+    assert line_of(process) == "ends"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert said.splitlines()[-1] == "Interrupted."
+    assert process.returncode == 143
+    assert not child.is_running()
+
+
+def test_a_process_that_cannot_be_killed_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    with monkeypatch.context() as patched:
+        patched.setattr(psutil.Process, "kill", lambda _: None)  # as of one that waits for a disk
+        kill_descendants(0.05)
+    assert child.poll() is None
+    kill_descendants()
+    assert not psutil.pid_exists(child.pid)
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

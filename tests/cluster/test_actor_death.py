@@ -128,7 +128,7 @@ def test_a_child_s_end_is_named_by_signal_or_exit_code() -> None:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     said = own_last_lines([killed.pid, ended.pid, alive.pid])
     assert said.startswith(
-        f"process {killed.pid} was ended by SIGKILL; process {ended.pid} had exit code 1; "
+        f"process {killed.pid} was ended by SIGKILL; process {ended.pid} ended with exit code 1; "
     )
     assert str(alive.pid) not in said.split(" (")[0]
     alive.kill()

@@ -102,7 +102,7 @@ def test_an_interrupted_node_waits_for_the_head_to_end_and_says_so() -> None:
             await task
 
     asyncio.run(scenario())
-    assert said == ["waits up to 120 s for the head to end the training: only the head can"]
+    assert said == ["waits up to 120 s for the head, which alone can end the training"]
 
 
 def test_an_interrupted_head_cleans_up_at_once() -> None:

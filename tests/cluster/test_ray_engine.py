@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from treepo.cluster import ray_engine
 from treepo.cluster.ray_engine import HostedEngine, RayEngine, RaySink, engine_seed
 from treepo.config.engine import EngineConfig
 from treepo.errors import ActorError, DeadEngineError, EngineError, ModelError, TransportError, TreepoError
@@ -116,6 +117,19 @@ def test_an_engine_that_cannot_start_says_why_when_it_is_asked_for_its_capacity(
     with pytest.raises(ModelError, match=str(make(tmp_path))):
         engine.capacity()
     engine.close()
+
+
+def test_an_engine_that_does_not_close_is_killed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed: list[object] = []
+    monkeypatch.setattr(ray_engine.ray, "kill", killed.append)
+    for error in (KeyError("a bug"), EngineError("SGLang does not end"), TimeoutError()):
+        engine = RayEngine("engine 3", FailingActor(in_task(error)), ranks=1)
+        engine._started = True
+        asyncio.run(engine.end())
+        assert killed.pop() is engine.actor
+    assert caplog.text.count("engine 3 did not close and is killed: ") == 3
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31 - 1, 2**32, 2**64, 10**40])

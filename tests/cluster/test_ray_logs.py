@@ -1,12 +1,13 @@
 """What a failed run keeps of Ray's logs, and what its error then names."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from treepo.cluster import ray_logs
 from treepo.cluster.ray_logs import kept_after_failure
-from treepo.errors import DeadEngineError, PlacementError
+from treepo.errors import DeadEngineError, PlacementError, TrainerMemoryError
 
 
 @pytest.fixture
@@ -62,3 +63,23 @@ def test_a_disk_that_cannot_hold_them(tmp_path: Path, logs: Path, caplog: pytest
     with pytest.raises(DeadEngineError, match=str(logs)):
         fail(tmp_path / "run", DeadEngineError(f"({logs}/worker-ab-1.err)"))
     assert "Ray's logs cannot be kept in" in caplog.text
+
+
+def test_a_trainer_without_memory_left_a_log(tmp_path: Path, logs: Path) -> None:
+    """Its exit code is that of bad input."""
+    with pytest.raises(TrainerMemoryError, match=f"{tmp_path}/run/ray_logs/worker"):
+        fail(tmp_path / "run", TrainerMemoryError(f"rank 0 died ({logs}/worker-ab-1.err)"))
+
+
+def test_a_copy_that_ends_half_way_is_removed(
+    tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def copy(source: Path, target: Path, **_: object) -> None:
+        target.mkdir(parents=True)
+        raise shutil.Error([(f"{source}/{number}", f"{target}/{number}", "no space") for number in range(99)])
+
+    monkeypatch.setattr(shutil, "copytree", copy)
+    with pytest.raises(DeadEngineError, match=str(logs)):
+        fail(tmp_path / "run", DeadEngineError(f"({logs}/worker-ab-1.err)"))
+    assert not (tmp_path / "run" / "ray_logs").exists()
+    assert len(caplog.messages[-1]) < 600

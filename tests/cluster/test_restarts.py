@@ -14,7 +14,7 @@ from treepo.cluster.restarts import FINAL, Saved, newest_saved, pause_seconds, w
 from treepo.data.folder_lock import locked
 from treepo.errors import ConfigError, LostJobError
 from treepo.planning.simulation.virtual_clock import run_virtually
-from treepo.training.checkpoint_manifest import CheckpointManifest
+from treepo.training.checkpoint_manifest import MANIFEST, CheckpointManifest
 from treepo.training.run_state import RunState
 
 LOST = None
@@ -133,6 +133,15 @@ def test_the_newest_checkpoint_of_another_run_is_another_one(tmp_path: Path) -> 
     (tmp_path / "checkpoints").rename(tmp_path / "earlier")
     checkpoint(tmp_path, 3)
     assert newest_saved(tmp_path) != first
+
+
+def test_a_damaged_checkpoint_does_not_end_the_launch(tmp_path: Path) -> None:
+    """It is for the training to say so, with --resume alone."""
+    checkpoint(tmp_path, 3)
+    (tmp_path / "checkpoints" / "step-00003" / MANIFEST).write_text("{")
+    found = newest_saved(tmp_path)
+    assert found is not None
+    assert found.steps == 3
 
 
 def test_a_restart_waits_for_the_folders_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

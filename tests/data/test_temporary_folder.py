@@ -1,5 +1,7 @@
 """The private folder of temporary files: who sees it, and who removes it."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -180,6 +182,32 @@ def test_a_folder_that_does_not_exist(base: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TMPDIR", str(base / "gone"))
     with pytest.raises(ConfigError, match=r"gone: no folder for temporary files .* TMPDIR names"):
         TemporaryFolder()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ConfigError, match=r"no folder for temporary files .* No space left"):
+        TemporaryFolder()
+    assert not list(base.glob("treepo-*"))
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_folder_that_a_kill_left_without_a_holder_goes_after_a_minute(base: Path) -> None:
+    half = base / "treepo-ijklmnop"
+    half.mkdir(mode=0o700)
+    (half / module._LOCK).touch()
+    held = os.open(half / module._LOCK, os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    os.utime(held, (0, 0))
+    remove_abandoned(base)
+    assert half.exists(), "its command is slow to make it"
+    os.close(held)
+    remove_abandoned(base)
+    assert not half.exists()
 
 
 def test_compiled_kernels_are_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

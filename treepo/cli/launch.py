@@ -11,6 +11,7 @@ from rich.text import Text
 from treepo.cli.console import OVERRIDES, errors, output
 from treepo.config.load import load_config
 from treepo.errors import EXIT_INTERRUPTED
+from treepo.stack_dumps import ignore_requests
 
 
 def launch(
@@ -57,6 +58,7 @@ def launch(
     The nodes are found in Slurm's or torchrun's variables, or given by --nodes, --node-rank and --head.
     RAY_ADDRESS names a running cluster. Without any of these the run uses this machine alone.
     """
+    ignore_requests()
     run_config = load_config(config, overrides or [])
     from treepo.cluster.allocation import Flags, find_allocation
 

@@ -7,7 +7,6 @@ named only if Ray or the kernel has killed for it.
 import asyncio
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treepo.cluster.ray_logs import log_folder
 from treepo.errors import one_line, shortened, without_colors
+from treepo.processes import how_ended
 from treepo.stack_dumps import heed_requests
 
 _READ_SECONDS = 15.0  # for another node to start a process and read the file
@@ -122,21 +122,8 @@ def last_lines(logs: Path, pid: int) -> str:
 
 def own_last_lines(children: Iterable[int]) -> str:
     """As `last_lines`, of this process's own log, after how each of its child processes ended."""
-    ends = [end for child in children if (end := _end_of(child))]
+    ends = [f"process {child} {end}" for child in children if (end := how_ended(child))]
     return "; ".join([*ends, last_lines_of(Path(os.readlink("/proc/self/fd/2")))])
-
-
-def _end_of(child: int) -> str:
-    """How the child process ended, which stays to be waited for; empty if it runs or is gone."""
-    try:
-        end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return ""
-    if end is None:
-        return ""
-    if end.si_code == os.CLD_EXITED:
-        return f"process {child} had exit code {end.si_status}"
-    return f"process {child} was ended by {signal.Signals(end.si_status).name}"
 
 
 def last_lines_of(path: Path) -> str:

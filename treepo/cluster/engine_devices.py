@@ -16,7 +16,9 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from treepo.cluster.nodes import living_nodes
 from treepo.errors import PlacementError
+from treepo.watchdog import waiting
 
 _LOOK_SECONDS = 5.0
 _log = logging.getLogger(__name__)
@@ -65,23 +67,26 @@ class EngineDevices:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _has_node(self, index: int) -> bool:
-        return self._nodes[index] in await asyncio.to_thread(_living_nodes)
+        return self._nodes[index] in await asyncio.to_thread(living_nodes)
 
     async def _move(self, index: int) -> None:
-        options = self.options[index]
+        options, before = self.options[index], self._nodes[index]
+        # First of all: Ray would give the node that comes to the earlier group, which nobody uses.
+        if (earlier := self._groups.pop(index, None)) is not None:
+            remove_placement_group(earlier)
         needs = {"CPU": float(options["num_cpus"]), "GPU": float(options["num_gpus"])}
         group = placement_group([{name: count for name, count in needs.items() if count}])
         try:
-            await group.ready()
+            with waiting(f"engine {index}", "a node with free devices"):
+                await group.ready()
         except BaseException:
             remove_placement_group(group)
             raise
-        if (earlier := self._groups.get(index)) is not None:
-            remove_placement_group(earlier)
         self._groups[index] = group
         self.options[index] = options | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
-        self._nodes[index] = _reserved_node(self.options[index])
-        _log.warning("engine %d moves to %s", index, _address(self._nodes[index]))
+        self._nodes[index] = node = _reserved_node(self.options[index])
+        if node != before:
+            _log.warning("engine %d moves to %s", index, _address(node))
 
 
 def _reserved_node(options: dict[str, Any]) -> str | None:
@@ -91,10 +96,6 @@ def _reserved_node(options: dict[str, Any]) -> str | None:
         return None
     bundles = placement_group_table(strategy.placement_group)["bundles_to_node_id"]
     return bundles[strategy.placement_group_bundle_index]
-
-
-def _living_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _address(node_id: str | None) -> str:

@@ -27,6 +27,7 @@ from treepo.cluster.restarts import EXIT_TERMINATED, Saved, newest_saved, wait_u
 from treepo.cluster.schedulers import Allocation
 from treepo.cluster.wait_for_devices import wait_for_devices
 from treepo.cluster.worker_node import take_part
+from treepo.data.daemon_thread import in_thread
 from treepo.errors import EXIT_INTERRUPTED, ClusterError, LostJobError, StoppedJobError, TreepoError
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ async def _wait_for_devices(
 
 async def _restarted(attempt: Callable[[bool], Awaitable[int]], spec: Launch) -> int:
     async def saved() -> Saved | None:
-        return await asyncio.to_thread(newest_saved, spec.config.out)
+        return await in_thread(lambda: newest_saved(spec.config.out))
 
     return await with_restarts(attempt, saved, spec.say, most=spec.max_restarts, resume=spec.resume)
 

@@ -82,7 +82,7 @@ async def first_of(news: "asyncio.Future[Any]", node: RayNode, say: Callable[[st
         await asyncio.wait((news, ended), return_when=asyncio.FIRST_COMPLETED)
         return None if news.done() else ended.result()
     except asyncio.CancelledError:
-        say(f"waits up to {_FAREWELL_SECONDS:g} s for the head to end the training: only the head can")
+        say(f"waits up to {_FAREWELL_SECONDS:g} s for the head, which alone can end the training")
         await asyncio.wait((news, ended), timeout=_FAREWELL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         raise
     finally:

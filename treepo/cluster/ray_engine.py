@@ -20,7 +20,7 @@ from treepo.cluster.ray_watch import unless_lost
 from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
-from treepo.errors import DeadEngineError, TreepoError
+from treepo.errors import DeadEngineError, TreepoError, one_line
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout import rng
 from treepo.rollout.stopping import StopRule
@@ -188,8 +188,9 @@ class RayEngine:
                     await self._answer(self.actor.close)
         except DeadEngineError:
             pass  # the actor itself has died
-        except (TimeoutError, RayTaskError) as error:
-            _log.warning("%s did not close and is killed: %r", self.name, error)
+        except (TimeoutError, TreepoError) as error:
+            reason = one_line(error) or f"no answer within {_END_SECONDS} s"
+            _log.warning("%s did not close and is killed: %s", self.name, reason)
         finally:
             ray.kill(self.actor)
 
@@ -205,7 +206,9 @@ class RayEngine:
             raise await self._own(error) from None
 
     async def _own(self, error: RayTaskError | RayActorError) -> BaseException:
-        """Our own error with the engine's name in place of Ray's; a fault as it is, with its traceback."""
+        """Our own error in place of Ray's, with the engine's name. A fault is an ActorError, whose traceback
+        is in the log.
+        """
         if isinstance(error, RayActorError):
             return DeadEngineError(f"{self.name}: {await self._once(death_of(error))}")
         own = own_error(error, DeadEngineError)

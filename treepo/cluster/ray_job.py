@@ -15,6 +15,7 @@ from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
 from ray.util.state.exception import RayStateApiException
 
 from treepo.cluster.placement import Node
+from treepo.data.daemon_thread import in_thread
 from treepo.errors import ClusterError, LostJobError, StoppedJobError, one_line
 
 STOP_SECONDS = 90
@@ -23,6 +24,8 @@ STOP_SECONDS = 90
 _POLL_SECONDS = 0.5
 _CLEAR_SECONDS = 60.0  # for Ray to end the actors of a job that has ended
 _SILENCE_SECONDS = 60.0  # after which a job server that does not answer counts as gone
+_ANSWER_SECONDS = 30.0  # for one answer, which Ray's client would await for ever
+_LOOK_SECONDS = 30.0  # between two looks at a job whose output is followed
 # What Ray's client raises if the server does not answer, or answers nonsense.
 _UNREACHABLE = (RuntimeError, OSError, ClientError)
 _log = logging.getLogger(__name__)
@@ -37,12 +40,13 @@ class JobServer:
         self._url, self._client = url, client
         self._warned = ""
         self._job = ""  # the last that was submitted
+        self._written = 0  # characters of its output
 
     async def nodes(self) -> list[Node]:
         """The living nodes with their total resources; none while the server cannot list them yet."""
         try:
-            states: list[Any] = await asyncio.to_thread(
-                list_nodes, self._url, detail=True, limit=RAY_MAX_LIMIT_FROM_API_SERVER
+            states: list[Any] = await _answer(
+                lambda: list_nodes(self._url, detail=True, limit=RAY_MAX_LIMIT_FROM_API_SERVER)
             )
         except (RayStateApiException, OSError) as error:
             if (text := one_line(error)) != self._warned:
@@ -68,8 +72,8 @@ class JobServer:
         StoppedJobError if somebody stops it.
         """
         submitting = asyncio.ensure_future(
-            asyncio.to_thread(
-                self._client.submit_job, entrypoint=command, runtime_env={"env_vars": _ENVIRONMENT}
+            _answer(
+                lambda: self._client.submit_job(entrypoint=command, runtime_env={"env_vars": _ENVIRONMENT})
             )
         )
         following = asyncio.ensure_future(self._follow(submitting, write))
@@ -78,7 +82,8 @@ class JobServer:
         except asyncio.CancelledError:
             # If the server is gone, so is the job.
             with suppress(TimeoutError, ClusterError, *_UNREACHABLE):
-                await asyncio.to_thread(self._client.stop_job, await submitting)
+                job = await submitting
+                await _answer(lambda: self._client.stop_job(job))
                 await asyncio.wait_for(asyncio.shield(following), STOP_SECONDS + 10)
             raise
         finally:
@@ -89,16 +94,15 @@ class JobServer:
             job = await asyncio.shield(submitting)
         except _UNREACHABLE as error:
             raise ClusterError(f"Ray does not accept the job: {one_line(error)}") from None
-        self._job = job
-        written = 0
+        self._job, self._written = job, 0
         while True:
-            written = await self._tail(job, write, written)
+            await self._tail_while_server_answers(job, write)
             info = await _query(self._client.get_job_info, job)
             if info.status.is_terminal():
                 break
             await asyncio.sleep(_POLL_SECONDS)
         # If the stream broke, the last lines are missing.
-        write((await _query(self._client.get_job_logs, job))[written:])
+        write((await _query(self._client.get_job_logs, job))[self._written :])
         if info.status is JobStatus.STOPPED:
             raise StoppedJobError(f"the job {job} was stopped")
         if info.driver_exit_code is None:
@@ -115,7 +119,7 @@ class JobServer:
         deadline = time.monotonic() + STOP_SECONDS + _CLEAR_SECONDS
         while self._job:
             try:
-                left = await asyncio.to_thread(self._stop_and_list)
+                left = await _answer(self._stop_and_list)
             except (RayStateApiException, *_UNREACHABLE) as error:
                 left = f"the job server does not answer: {one_line(error)}"
             if not left:
@@ -141,21 +145,42 @@ class JobServer:
         )
         return f"{len(actors)} actors, {len(groups)} placement groups" if actors or groups else ""
 
-    async def _tail(self, job: str, write: Callable[[str], None], written: int) -> int:
-        """Write the job's output after its first `written` characters.
+    async def _tail_while_server_answers(self, job: str, write: Callable[[str], None]) -> None:
+        """Follow the job's output until its stream ends or breaks, or the job has ended.
 
-        Returns the number of characters written in all once the stream ends or breaks.
+        Raises LostJobError if the server stops answering, which a stream does not show.
         """
+        tail = asyncio.ensure_future(self._tail(job, write))
+        try:
+            while not (await asyncio.wait((tail,), timeout=_LOOK_SECONDS))[0]:
+                if (await _query(self._client.get_job_info, job)).status.is_terminal():
+                    await asyncio.wait((tail,), timeout=_LOOK_SECONDS)
+                    return
+            tail.result()
+        finally:
+            tail.cancel()
+            await asyncio.wait((tail,))
+
+    async def _tail(self, job: str, write: Callable[[str], None]) -> None:
+        """Write the job's output after its first `_written` characters, until the stream ends or breaks."""
         seen = 0
         try:
             async for text in self._client.tail_job_logs(job):
                 seen += len(text)
-                if seen > written:
-                    write(text[written - seen :])
-                    written = seen
+                if seen > self._written:
+                    write(text[self._written - seen :])
+                    self._written = seen
         except _UNREACHABLE as error:
             _log.info("the stream of the log of %s broke: %s", job, error)
-        return written
+
+
+async def _answer[T](call: Callable[[], T]) -> T:
+    """Return what Ray's client returns. Raises TimeoutError after `_ANSWER_SECONDS`."""
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            return await in_thread(call)
+    except TimeoutError as error:
+        raise TimeoutError(one_line(error) or f"no answer within {_ANSWER_SECONDS:g} s") from None
 
 
 async def _query[T](call: Callable[[str], T], job: str) -> T:
@@ -163,7 +188,7 @@ async def _query[T](call: Callable[[str], T], job: str) -> T:
     deadline = time.monotonic() + _SILENCE_SECONDS
     while True:
         try:
-            return await asyncio.to_thread(call, job)
+            return await _answer(lambda: call(job))
         except _UNREACHABLE as error:
             if time.monotonic() > deadline:
                 reason = one_line(error)
@@ -180,7 +205,7 @@ async def job_server(url: str | None, seconds: float) -> JobServer:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return JobServer(url, await asyncio.to_thread(JobSubmissionClient, url))
+            return JobServer(url, await _answer(lambda: JobSubmissionClient(url)))
         except AuthenticationError as error:
             raise ClusterError(f"Ray's job server refuses: {one_line(error)}") from None
         except _UNREACHABLE as error:

@@ -13,10 +13,11 @@ from pathlib import Path
 import ray
 
 from treepo.data.temporary_folder import PREFIX
-from treepo.errors import TreepoError
+from treepo.errors import AllocationError, ConfigError, DataError, ModelError, PlacementError, shortened
 
 KEPT = "ray_logs"
 """The folder in a run folder that has Ray's logs of the last failure."""
+_BAD_INPUT = (ConfigError, DataError, ModelError, PlacementError, AllocationError)
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +38,7 @@ def kept_after_failure(out: Path | None) -> Iterator[None]:
         yield
     except Exception as error:
         ours = any(part.startswith(PREFIX) for part in logs.parts)
-        if out is not None and ours and not all(_is_bad_input(single) for single in _single(error)):
+        if out is not None and ours and not all(isinstance(single, _BAD_INPUT) for single in _single(error)):
             _keep(logs, out.resolve() / KEPT, error)
         raise
 
@@ -48,7 +49,9 @@ def _keep(logs: Path, kept: Path, error: Exception) -> None:
             shutil.rmtree(kept)
         shutil.copytree(logs, kept, symlinks=True)
     except OSError as failure:  # the disk may be the reason why the run failed
-        _log.warning("Ray's logs cannot be kept in %s: %s", kept, failure.strerror or failure)
+        reason = shortened(failure.strerror or str(failure), 300)  # copytree lists the errors of all files
+        _log.warning("Ray's logs cannot be kept in %s: %s", kept, reason)
+        shutil.rmtree(kept, ignore_errors=True)
         return
     _log.warning("Ray's logs, of %s, are in %s", logs, kept)
     for single in _single(error):
@@ -58,10 +61,6 @@ def _keep(logs: Path, kept: Path, error: Exception) -> None:
             else said
             for said in single.args
         )
-
-
-def _is_bad_input(error: BaseException) -> bool:
-    return isinstance(error, TreepoError) and error.exit_code == TreepoError.exit_code
 
 
 def _single(error: BaseException) -> Iterator[BaseException]:

@@ -21,6 +21,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from treepo.ending import end_within
 from treepo.errors import ClusterError
+from treepo.processes import how_ended
 
 _log = logging.getLogger(__name__)
 _PROCESSES = ("gcs_server", "raylet")
@@ -121,7 +122,7 @@ async def _when_ended(name: str, pid: int, end: Callable[[str], None]) -> None:
                 await ended.wait()
             finally:
                 loop.remove_reader(descriptor)
-    end(f"Ray's {name} (process {pid}) {_how_ended(pid)}, and no run goes on without it")
+    end(f"Ray's {name} (process {pid}) {how_ended(pid) or 'has ended'}, and no run goes on without it")
 
 
 @contextmanager
@@ -136,19 +137,6 @@ def _descriptor(pid: int) -> Iterator[int | None]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _how_ended(pid: int) -> str:
-    """How the process ended, if it is a child of this one."""
-    try:
-        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return "has ended"
-    if end is None:
-        return "has ended"
-    if end.si_code == os.CLD_EXITED:
-        return f"has ended with exit code {end.si_status}"
-    return f"was ended by {signal.Signals(end.si_status).name}"
 
 
 async def _when_silent(address: str, end: Callable[[str], None]) -> None:

@@ -8,9 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from treepo.cluster.nodes import cluster_nodes, living_nodes
 from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, run_layout, shares_devices
 from treepo.cluster.process_environment import engine_environment, threads_of, trainer_environment
 from treepo.config.engine import EngineConfig
@@ -52,20 +58,6 @@ class Reservation:
             | _environment(options["runtime_env"]["env_vars"] | {"CUDA_VISIBLE_DEVICES": ",".join(share)})
             for options, share in zip(self.engines, shares, strict=True)
         ]
-
-
-def cluster_nodes() -> list[Node]:
-    """The cluster's living nodes with their total resources, free or not."""
-    return [
-        Node(
-            node["NodeID"],
-            node["NodeManagerAddress"],
-            int(node["Resources"].get("CPU", 0)),
-            int(node["Resources"].get("GPU", 0)),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
 
 
 async def reserve(config: RunConfig, seconds: float) -> Reservation:
@@ -115,23 +107,32 @@ async def reserve_again(
 
     Ranks on living nodes keep their reservation. The others get a new one, wherever the cluster has room,
     with ranks that were together on one node again. Raises PlacementError if there is none in time.
+
+    An earlier reservation whose nodes have all left is removed first: Ray would give it the devices that are
+    free, or come.
     """
-    alive = {node.id for node in cluster_nodes()}
+    alive = living_nodes()
     bundles: dict[tuple[Any, int], list[int]] = {}
+    earlier: dict[PlacementGroup, set[int]] = {}
     for rank, node in enumerate(nodes):
         if node not in alive:
             strategy = options[rank]["scheduling_strategy"]
             bundle = strategy.placement_group.id, strategy.placement_group_bundle_index
             bundles.setdefault(bundle, []).append(rank)
+            earlier.setdefault(strategy.placement_group, set()).add(bundle[1])
     if not bundles:
         return list(options), list(nodes)
     groups = list(bundles.values())
     needs = [Bundle(range(len(ranks)), range(0), _gpus(options, ranks)) for ranks in groups]
     for ranks in groups:
         _log.warning("trainer ranks %s are placed again: their node has left", ranks)
+    for lost, indices in earlier.items():
+        if len(indices) == lost.bundle_count:
+            remove_placement_group(lost)
     group = placement_group([_resources(bundle) for bundle in needs])
     try:
-        await asyncio.wait_for(group.ready(), seconds)
+        with waiting("the trainer", lambda: f"devices: {_missing(needs)}"):
+            await asyncio.wait_for(group.ready(), seconds)
     except TimeoutError:
         remove_placement_group(group)
         raise PlacementError(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from treepo.data.folder_lock import check_free
 from treepo.errors import EXIT_INTERRUPTED, ConfigError, LostJobError
-from treepo.training.checkpoints import newest
+from treepo.training.checkpoint_manifest import MANIFEST
+from treepo.training.checkpoints import saved
 
 EXIT_TERMINATED = 143
 FINAL = frozenset({0, 2, EXIT_INTERRUPTED, EXIT_TERMINATED})
@@ -33,13 +34,13 @@ class Saved:
 
 
 def newest_saved(out: Path) -> Saved | None:
-    """The newest checkpoint in the run folder."""
-    found = newest(out)
-    if found is None:
+    """The newest checkpoint in the run folder, unread: the training that continues from it checks it."""
+    last = saved(out)
+    if last is None:
         return None
-    folder, state = found
-    status = folder.stat()
-    return Saved(state.steps_done, (status.st_ino, status.st_mtime_ns))
+    steps, folder = last
+    status = (folder / MANIFEST).stat()
+    return Saved(steps, (status.st_ino, status.st_mtime_ns))
 
 
 def pause_seconds(restart: int) -> float:

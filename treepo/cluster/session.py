@@ -15,12 +15,13 @@ from ray.exceptions import AuthenticationError
 from treepo.cluster.actor_death import without_guesses
 from treepo.cluster.engine_devices import EngineDevices
 from treepo.cluster.engine_pool import EnginePool
+from treepo.cluster.nodes import cluster_nodes
 from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
 from treepo.cluster.ray_logs import kept_after_failure
 from treepo.cluster.ray_node import SOCKET_ROOM, new_token, ray_folder
 from treepo.cluster.ray_watch import keeping_signal_handlers, while_ray_lives
-from treepo.cluster.reservation import Reservation, cluster_nodes, reserve, unreserved_engines
+from treepo.cluster.reservation import Reservation, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
 from treepo.cluster.training_engine_pool import TrainingEnginePool
 from treepo.config.engine import EngineConfig

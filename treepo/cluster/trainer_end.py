@@ -1,4 +1,4 @@
-"""Ends the processes of a lost trainer: returns once they are gone, and so is what they held on devices."""
+"""Kills the processes of a lost trainer and waits until their device memory is free."""
 
 import asyncio
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from treepo.cluster.nodes import living_nodes
 from treepo.cluster.trainer_rank import RankProcess
 from treepo.errors import TrainerError
 
@@ -22,7 +23,7 @@ async def end_processes(processes: Iterable[RankProcess]) -> None:
     Raises TrainerError if one does not go. Processes on nodes that have left the cluster count as gone.
     """
     here = ray.get_runtime_context().get_node_id()
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = living_nodes()
     await asyncio.gather(
         *(_end(process, at_home=process.node == here) for process in processes if process.node in alive)
     )
@@ -39,7 +40,7 @@ async def _end(process: RankProcess, *, at_home: bool) -> None:
         try:
             gone = await asyncio.wait_for(call, _END_SECONDS + _REMOTE_SECONDS)
         except (RayError, TimeoutError):  # its node has left by now, or will be found to have
-            gone = not any(node["NodeID"] == process.node and node["Alive"] for node in ray.nodes())
+            gone = process.node not in living_nodes()
     if not gone:
         raise TrainerError(
             f"the trainer cannot start again: process {pid} of a lost rank has not ended within "

@@ -18,7 +18,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from multiprocessing import process
 from pathlib import Path
@@ -38,6 +38,7 @@ _COMPILED = {  # variable: its folder in the cache
     "CUTE_DSL_CACHE_DIR": "cute_dsl",
     "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attention",
 }
+_MAKE_SECONDS = 60.0  # to make a folder and write into its lock
 _TRIES, _RETRY_SECONDS = 20, 0.1  # for processes that are ending and still write
 _log = logging.getLogger(__name__)
 
@@ -149,19 +150,23 @@ def _base(room: int) -> Path:
 
 
 def _make(base: Path) -> tuple[Path, int]:
-    """A new folder, and the descriptor that holds its lock."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    except OSError as error:
-        where = " or ".join(_VARIABLES)
-        raise ConfigError(
-            f"{base}: no folder for temporary files can be made: {error.strerror}; {where} names another"
-        ) from None
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    with suppress(OSError):  # a file system without locks: the text alone decides
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    # Without its text the lock is nobody's, so that no other start takes the folder for abandoned.
-    os.pwrite(lock, json.dumps(asdict(Holder.this())).encode() + b"\n", 0)
+    """A new folder, and the descriptor that holds its lock. Raises ConfigError."""
+    with ExitStack() as undo:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            undo.callback(os.close, lock)
+            with suppress(OSError):  # a file system without locks: the text alone decides
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # Without its text the lock is nobody's, so that no other start takes the folder for abandoned.
+            os.pwrite(lock, json.dumps(asdict(Holder.this())).encode() + b"\n", 0)
+        except OSError as error:
+            where = " or ".join(_VARIABLES)
+            raise ConfigError(
+                f"{base}: no folder for temporary files can be made: {error.strerror}; {where} names another"
+            ) from None
+        undo.pop_all()
     return folder, lock
 
 
@@ -173,16 +178,19 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_abandoned(lock: int) -> bool:
-    """Whether the holder of the lock is dead; takes the lock if it is."""
+    """Whether the holder of the lock is dead; takes the lock if it is.
+
+    A folder whose lock has no text is being made, or its command was killed meanwhile: its age decides.
+    """
     holder = Holder.of_text(os.pread(lock, 4096, 0))
-    if holder is None:
+    if holder is None and time.time() - os.fstat(lock).st_mtime < _MAKE_SECONDS:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
-        return holder.here and not holder.alive
+        return holder is not None and holder.here and not holder.alive
     return True
 
 

@@ -15,10 +15,9 @@ import os
 import resource
 import signal
 import sys
-import time
 from typing import NoReturn
 
-import psutil
+from treepo.processes import kill_descendants
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -40,20 +39,6 @@ def wait_for(worker: int) -> int:
                 if ended[0] == worker:
                     return ended[1]
     return signal.SIGTERM  # the status of a process that the signal has ended
-
-
-def kill_descendants() -> None:
-    """Kill all processes below this one, and wait until they are gone."""
-    while True:
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        time.sleep(0.005)
 
 
 def end_as(status: int) -> NoReturn:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treepo.config.checkpoint import CheckpointConfig
+from treepo.data.daemon_thread import in_thread
 from treepo.errors import ModelError
 from treepo.training.checkpoint_manifest import (
     MANIFEST,
@@ -21,7 +22,7 @@ from treepo.training.checkpoint_manifest import (
     is_checkpoint,
     verified_manifest,
 )
-from treepo.training.disk_wait import DiskWait, in_thread
+from treepo.training.disk_wait import DiskWait
 from treepo.training.run_state import RunState
 
 CHECKPOINTS = "checkpoints"
@@ -132,10 +133,16 @@ def _state_of(folder: Path) -> RunState:
         raise ModelError(f"{folder / MANIFEST}: run: {error}") from None
 
 
-def saved_step(out: Path) -> int | None:
-    """The step of the last checkpoint of the run in folder `out`, unread; None if there is none."""
+def saved(out: Path) -> tuple[int, Path] | None:
+    """Step and folder of the last checkpoint of the run in folder `out`, unread; None if there is none."""
     checkpoints = _with_manifest(out / CHECKPOINTS)
-    return checkpoints[-1][0] if checkpoints else None
+    return checkpoints[-1] if checkpoints else None
+
+
+def saved_step(out: Path) -> int | None:
+    """As `saved`, the step alone."""
+    last = saved(out)
+    return None if last is None else last[0]
 
 
 def discard_leftovers(out: Path, step: int) -> None:

@@ -6,11 +6,8 @@ continues it from its newest checkpoint.
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from typing import Any
 
 from treepo.data.background_writer import BufferedFile, FolderGoneError, how_to_go_on
 from treepo.errors import CheckpointError, DiskError
@@ -79,27 +76,6 @@ class DiskWait:
                 if told:
                     _log.warning("%s is written, after %.0f s", what, time.monotonic() - began)
                 return result
-
-
-async def in_thread[T](function: Callable[[], T]) -> T:
-    """Call the function in a thread of its own, which does not keep the process from ending if it hangs."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(setter: Callable[[Any], None], value: object) -> None:
-        if not future.done():
-            setter(value)
-
-    def call() -> None:
-        try:
-            setter, value = future.set_result, function()
-        except BaseException as error:
-            setter, value = future.set_exception, error
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, setter, value)
-
-    threading.Thread(target=call, daemon=True).start()
-    return await future
 
 
 def _reason(error: OSError | CheckpointError, what: str) -> str:

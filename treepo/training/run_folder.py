@@ -30,6 +30,7 @@ import orjson
 from treepo.config.load import dump_config
 from treepo.config.run import RunConfig
 from treepo.data.background_writer import BackgroundWriter, BufferedFile
+from treepo.data.daemon_thread import in_thread
 from treepo.data.folder_lock import locked
 from treepo.data.output_folder import (
     CONFIG,
@@ -43,7 +44,7 @@ from treepo.data.output_folder import (
 )
 from treepo.errors import ConfigError, DataError, one_line, shown
 from treepo.training.checkpoints import discard_leftovers
-from treepo.training.disk_wait import DiskWait, in_thread
+from treepo.training.disk_wait import DiskWait
 from treepo.training.event_file import event_file_name, first_event, scalars_event
 from treepo.training.run_state import RunState
 from treepo.tree import Tree, to_json

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from treepo.config.run import RunConfig
+from treepo.data.daemon_thread import in_thread
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import PromptOrder
 from treepo.errors import LostTrainerError, TrainerError
@@ -20,7 +21,6 @@ from treepo.rewards.grade import Rewards
 from treepo.rewards.pool import open_rewards
 from treepo.rollout.driver import TreeDriver
 from treepo.training.checkpoints import Checkpoints
-from treepo.training.disk_wait import in_thread
 from treepo.training.heldout import Heldout, PeriodicEvaluation
 from treepo.training.log_prob_check import check_log_probs
 from treepo.training.loop import TrainingLoop

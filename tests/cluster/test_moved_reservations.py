@@ -1,0 +1,74 @@
+"""What a reservation that moves leaves behind, on a fake Ray."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from treepo.cluster import engine_devices, reservation
+from treepo.cluster.engine_devices import EngineDevices
+from treepo.cluster.reservation import reserve_again
+from treepo.planning.simulation.virtual_clock import run_virtually
+
+
+class Group:
+    def __init__(self, ray: "Ray", bundles: list[Any]) -> None:
+        self.id, self.bundle_count, self._ray = object(), len(bundles), ray
+
+    async def ready(self) -> None:
+        self._ray.calls.append("wait")
+        await asyncio.sleep(0)
+
+
+class Ray:
+    """Notes when groups are waited for and removed; every group is on `node`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.node, self.living, self.calls = "a", {"a"}, []
+        for module in (engine_devices, reservation):
+            monkeypatch.setattr(module, "placement_group", lambda bundles: Group(self, bundles))
+            monkeypatch.setattr(module, "remove_placement_group", lambda _: self.calls.append("remove"))
+            monkeypatch.setattr(module, "living_nodes", lambda: self.living)
+            monkeypatch.setattr(module, "placement_group_table", self._table)
+            monkeypatch.setattr(module, "PlacementGroupSchedulingStrategy", strategy)
+        monkeypatch.setattr(engine_devices, "_address", str)
+
+    def _table(self, group: Group) -> dict[str, Any]:
+        return {"bundles_to_node_id": dict.fromkeys(range(group.bundle_count), self.node)}
+
+
+def strategy(group: Group, index: int) -> Any:
+    return SimpleNamespace(placement_group=group, placement_group_bundle_index=index)
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    return Ray(monkeypatch)
+
+
+def test_an_engine_gives_up_its_earlier_devices_before_it_waits(
+    ray: Ray, caplog: pytest.LogCaptureFixture
+) -> None:
+    devices = EngineDevices([{"num_cpus": 1, "num_gpus": 1}], may_move=True, seconds=9)
+    asyncio.run(devices.find(0))
+    ray.node, ray.living = "b", {"b"}
+    asyncio.run(devices.find(0))
+    assert ray.calls == ["wait", "remove", "wait"]
+    assert [line for line in caplog.messages if "moves" in line] == [
+        "engine 0 moves to a",
+        "engine 0 moves to b",
+    ]
+
+
+@pytest.mark.parametrize(("bundles", "calls"), [(1, ["remove", "wait"]), (2, ["wait"])])
+def test_a_trainers_reservation_without_a_living_node_is_removed(
+    ray: Ray, bundles: int, calls: list[str]
+) -> None:
+    """With another bundle, an engine or another rank may still be in it."""
+    group = Group(ray, [{}] * bundles)
+    ray.node, ray.living = "b", {"b"}
+    options = [{"num_gpus": 1, "scheduling_strategy": strategy(group, 0)}]
+    _, nodes = run_virtually(reserve_again(options, ["a"], 9))
+    assert nodes == ["b"]
+    assert ray.calls == calls

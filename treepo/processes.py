@@ -1,0 +1,40 @@
+"""Kills the processes below this one, and says how a child process ended."""
+
+import math
+import os
+import signal
+import time
+from contextlib import suppress
+
+import psutil
+
+
+def kill_descendants(seconds: float = math.inf) -> None:
+    """Kill all processes below this one, and wait until they are gone, at most so long.
+
+    A process that waits for a disk that does not answer goes only when the disk does.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.005)
+
+
+def how_ended(child: int) -> str:
+    """How the child process ended, which stays to be waited for; empty if it runs or is no child."""
+    try:
+        end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return ""
+    if end is None:
+        return ""
+    if end.si_code == os.CLD_EXITED:
+        return f"ended with exit code {end.si_status}"
+    return f"was ended by {signal.Signals(end.si_status).name}"
