@@ -53,7 +53,7 @@ def _keep(logs: Path, kept: Path, error: Exception) -> None:
         _log.warning("Ray's logs cannot be kept in %s: %s", kept, reason)
         shutil.rmtree(kept, ignore_errors=True)
         return
-    _log.warning("Ray's logs, of %s, are in %s", logs, kept)
+    _log.info("Ray's logs, of %s, are in %s", logs, kept)
     for single in _single(error):
         single.args = tuple(
             said.replace(str(logs.resolve()), str(kept)).replace(str(logs), str(kept))
