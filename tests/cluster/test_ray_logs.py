@@ -1,5 +1,6 @@
 """What a failed run keeps of Ray's logs, and what its error then names."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def fail(out: Path | None, error: BaseException) -> None:
 
 def test_the_error_names_the_copy(tmp_path: Path, logs: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "run"
+    caplog.set_level(logging.INFO)
     for _ in range(2):  # a second failure replaces the first one's logs
         dead = DeadEngineError(f"engine 0: it died ({logs}/worker-ab-1.err)")
         with pytest.raises(ExceptionGroup) as caught:
