@@ -31,6 +31,7 @@ def arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args([*words, "--override", *SMALL])
 
 
+@pytest.mark.slow
 def test_every_line_holds_its_bounds_and_comes_again() -> None:
     size = ["--gpus", "8", "--dropped", "0.3", "--prompts", "4", "--steps", "2", "--seeds", "1"]
     words = [*size, "--only", "oversample", "async-1"]
