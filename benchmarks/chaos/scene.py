@@ -153,4 +153,6 @@ def environment() -> dict[str, str]:
     """The environment of a run: its configuration names a function of this module, and its engines and ranks
     run at the priority of everything else, which Ray would lower: on a busy machine they would starve.
     """
-    return os.environ | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
+    set_by_torch = "TORCHINDUCTOR_CACHE_DIR"  # in this process, which imports it
+    ours = {name: value for name, value in os.environ.items() if name != set_by_torch}
+    return ours | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
