@@ -20,7 +20,7 @@ from treepo.cluster.ray_watch import unless_lost
 from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
-from treepo.errors import DeadEngineError, TreepoError, one_line
+from treepo.errors import ClusterError, DeadEngineError, TreepoError, one_line
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout import rng
 from treepo.rollout.stopping import StopRule
@@ -186,8 +186,8 @@ class RayEngine:
             if self._started:  # an actor that starts SGLang answers no call
                 async with asyncio.timeout(_END_SECONDS):
                     await self._answer(self.actor.close)
-        except DeadEngineError:
-            pass  # the actor itself has died
+        except (DeadEngineError, ClusterError):
+            pass  # the actor itself has died, or Ray, whose watch ends what is left
         except (TimeoutError, TreepoError) as error:
             reason = one_line(error) or f"no answer within {_END_SECONDS} s"
             _log.warning("%s did not close and is killed: %s", self.name, reason)

@@ -63,7 +63,7 @@ async def while_ray_lives(cluster: str | None) -> AsyncIterator[None]:
         if lost.done():
             return
         lost.set_result(reason)
-        _log.error("%s", reason)
+        _log.info("%s", reason)  # the command shows it as its error
         end_within(_END_SECONDS, lambda: f"error: {reason}", ClusterError.exit_code)
         if not body.cancelling():  # else the body ends already
             body.cancel()
