@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -50,8 +50,11 @@ def commit_folder(folder: Path) -> None:
             _sync(Path(place) / name)
         _sync(Path(place))
     partial.rename(folder)
-    with suppress(OSError):  # the folder is there and whole, and cannot be taken back
+    try:
         _sync(folder.parent)
+    except OSError:
+        folder.rename(partial)  # it may not outlive a power cut, so it is to be written again
+        raise
 
 
 def abort_folder(folder: Path) -> None:

@@ -53,7 +53,7 @@ class CheckedWriter(FileSystemWriter):
 
 
 class _HashedFiles(FileSystem):
-    """Torch's access to files. checksums: of those that were written."""
+    """Torch's access to files. checksums: of each file that was written, by path."""
 
     def __init__(self) -> None:
         self.checksums: dict[Path, str] = {}

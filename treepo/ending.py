@@ -7,7 +7,6 @@ any case. No reader sees a half-written file.
 
 import _thread
 import asyncio
-import ctypes
 import logging
 import os
 import queue
@@ -20,10 +19,9 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from treepo.processes import kill_descendants
+from treepo.processes import adopt_orphans, kill_descendants
 
 _log = logging.getLogger(__name__)
-_PR_SET_CHILD_SUBREAPER = 36
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
 CLEANUP_SECONDS = 60.0
@@ -125,7 +123,7 @@ def end_now(line: Callable[[], str], exit_code: int) -> NoReturn:
     Nothing delays that for long: not a process that cannot be killed, nor a line or a terminal that blocks.
     """
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what a killed process leaves becomes our child
+        adopt_orphans()  # what a killed process leaves becomes our child
         kill_descendants(_KILL_SECONDS)
         said = _within(_LINE_SECONDS, line) or _SHORT_LINE
         _within(_LINE_SECONDS, lambda: _write(said))

@@ -1,5 +1,6 @@
-"""Kills the processes below this one, and says how a child process ended."""
+"""The kernel's ties between processes: deaths that end others, orphans, and how a child ended."""
 
+import ctypes
 import math
 import os
 import signal
@@ -7,6 +8,18 @@ import time
 from contextlib import suppress
 
 import psutil
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def die_with_parent(by: signal.Signals) -> None:
+    """Have the kernel send the signal to this process when its parent dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+
+
+def adopt_orphans() -> None:
+    """Make processes below this one its children when their own parent dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def kill_descendants(seconds: float = math.inf) -> None:

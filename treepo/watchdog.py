@@ -82,7 +82,7 @@ def waiting(
 
 
 async def gathered[T](who: str, name: str, calls: Sequence[Awaitable[T]]) -> list[T]:
-    """As asyncio.gather, while `who` waits for those that have not answered: `name` 0, `name` 1 and so on."""
+    """As asyncio.gather. The watchdog names the calls that `who` waits for: `name` 0, `name` 1 and so on."""
     answers = [asyncio.ensure_future(call) for call in calls]
 
     def silent() -> str:

@@ -106,9 +106,9 @@ def run(reader: Reader, data: bytes) -> str:
         reader.read(data)
     except reader.refusals as error:
         kind = _kind(error)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever else a reader lets out is a failure
         kind = f"! {_kind(error)}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -75,7 +75,7 @@ def launch(
         check_free(run_config.out)
         inputs = read_train_inputs(run_config)
         if resume:
-            find_resume(run_config, inputs)
+            find_resume(run_config, inputs, contents=False)  # the training reads them
 
     spec = Launch(
         run_config,

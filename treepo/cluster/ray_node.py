@@ -7,7 +7,6 @@ setting stays.
 """
 
 import asyncio
-import ctypes
 import os
 import random
 import secrets
@@ -23,9 +22,9 @@ from pathlib import Path
 import psutil
 
 from treepo.data.temporary_folder import temporary_folder
+from treepo.processes import die_with_parent
 
 _STOP_SECONDS = 45.0  # Ray gives its actors 30 s to end
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ABOVE_WORKERS = 20_000  # Ray's default for its workers is 10002 to 19999
 _FOLDER = "r"  # short, because of the paths of the sockets below it
 SOCKET_ROOM = len(f"/{_FOLDER}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
@@ -178,7 +177,7 @@ async def _started(folder: Path, address: str, options: Sequence[str], secrets: 
 
 def _end_with_parent() -> None:
     """Make the kernel send this child SIGTERM when the launch ends, even if the launch is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:

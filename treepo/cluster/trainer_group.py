@@ -76,8 +76,8 @@ class TrainerGroup:
         await self._call("warm_up")
 
     async def restart(self) -> None:
-        """Start other ranks in place of those that were lost, with the model folder's weights, and make them
-        ready. Ranks whose node has left the cluster get resources on another one.
+        """Replace the lost ranks by new ones that are ready and have the model folder's weights. Ranks whose
+        node has left the cluster get resources on another one.
 
         Raises what `ready` raises, and TrainerError if the resources are not free within
         `engine.start_seconds`.

@@ -41,7 +41,7 @@ class Silence:
         self._heard = [_Heard(0.0) for _ in range(ranks)]
 
     def answered(self, rank: int, finished: int, now: float) -> None:
-        """A rank has answered: it has finished so many pieces of work since its start."""
+        """A rank has answered. finished: pieces of work since the rank started."""
         heard = self._heard[rank]
         heard.answered = now
         if heard.first is None:

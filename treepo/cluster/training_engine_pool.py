@@ -213,7 +213,7 @@ class TrainingEnginePool[P: EngineProcess](EnginePool[P]):
             self._weights_offloaded = False
 
     async def _each(self, call: Callable[[PooledEngine[P]], Coroutine[Any, Any, None]]) -> None:
-        """Call every serving engine; replace those that fail."""
+        """Call every serving engine, and replace each one that fails."""
 
         async def bounded(engine: PooledEngine[P]) -> None:
             seconds = 2 * self._config.update_seconds + GRACE_SECONDS  # offloading takes two steps

@@ -58,7 +58,7 @@ class TemporaryFolder:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Make it the folder of temporary files of this process, and of those that are started meanwhile.
+        """While the body runs, put temporary files of this process and of its new children into the folder.
 
         Compiled kernels stay out of it.
         """
@@ -91,7 +91,7 @@ class TemporaryFolder:
 
 
 def keep_compiled_code() -> None:
-    """Have this process, and those that it starts, keep compiled kernels in the user's cache.
+    """Keep the kernels that this process and its children compile in the user's cache.
 
     By default they are among the temporary files, in folders of known names that somebody else may have made
     first. The user's own variables stay.

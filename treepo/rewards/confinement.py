@@ -49,7 +49,7 @@ class RefusedError(PermissionError):
 
 
 def confine() -> tuple[str, ...]:
-    """Confine this process, in every layer that the kernel has. Returns those that it does not have."""
+    """Confine this process with every layer that the kernel offers. Returns the missing ones."""
     readable = _libraries()
     layers = {_LANDLOCK: _forbid_reading(readable), _SECCOMP: _forbid_system_calls()}
     sys.addaudithook(_Guard(readable))

@@ -10,23 +10,20 @@ closes when all are gone.
 """
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
 import sys
 from typing import NoReturn
 
-from treepo.processes import kill_descendants
+from treepo.processes import adopt_orphans, die_with_parent, kill_descendants
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 _WAITED = {signal.SIGTERM, signal.SIGCHLD}
 
 
 def die_with(parent: int, by: signal.Signals) -> None:
     """Have the kernel send the signal `by` to this process when `parent` dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+    die_with_parent(by)
     if os.getppid() != parent:
         sys.exit("the process that started this grading process is gone")
 
@@ -57,7 +54,7 @@ def main(fd: int, parent: int, memory_mb: int, function: str | None = None) -> N
     # The parent handles Ctrl-C; Ray sends the signal to every descendant when it stops a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent, signal.SIGTERM)
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     keeper = os.getpid()
     worker = os.fork()

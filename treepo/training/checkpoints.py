@@ -20,6 +20,7 @@ from treepo.training.checkpoint_manifest import (
     NAME,
     OtherFormatError,
     is_checkpoint,
+    read_manifest,
     verified_manifest,
 )
 from treepo.training.disk_wait import DiskWait
@@ -100,16 +101,17 @@ class _Begun:
     writing: bool = False
 
 
-def newest(out: Path) -> tuple[Path, RunState] | None:
+def newest(out: Path, *, contents: bool = True) -> tuple[Path, RunState] | None:
     """Find the last whole checkpoint of the run in folder `out`; None if the run has none at all.
 
-    Reads all files of a checkpoint. One that is damaged is passed over with a warning; `discard_leftovers`
-    moves it aside. Raises ModelError if every one is, or if another version of treepo wrote one.
+    contents: whether to read all files of a checkpoint; else only their sizes are compared. One that is
+    damaged is passed over with a warning; `discard_leftovers` moves it aside. Raises ModelError if every one
+    is, or if another version of treepo wrote one.
     """
     checkpoints = _all(out / CHECKPOINTS)
     for _, folder in reversed(checkpoints):
         try:
-            return folder, _state_of(folder)
+            return folder, _state_of(folder, contents)
         except OtherFormatError:
             raise
         except ModelError as error:
@@ -122,9 +124,9 @@ def newest(out: Path) -> tuple[Path, RunState] | None:
     return None
 
 
-def _state_of(folder: Path) -> RunState:
+def _state_of(folder: Path, contents: bool) -> RunState:
     """The run's state in a checkpoint. Raises ModelError if the checkpoint is not whole."""
-    manifest = verified_manifest(folder)
+    manifest = verified_manifest(folder) if contents else read_manifest(folder)
     if not manifest.checksums:
         _log.warning("%s is of an earlier version: it has no checksums, and only sizes are compared", folder)
     try:

@@ -57,12 +57,12 @@ class Resume:
     changes: tuple[str, ...]
 
 
-def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
+def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True) -> Resume | None:
     """Find where the run in `config.out` continues; None if it has no checkpoint.
 
-    Raises ConfigError if the run is finished, or if it would not be the same run.
+    contents: as in `newest`. Raises ConfigError if the run is finished, or if it would not be the same run.
     """
-    found = newest(config.out)
+    found = newest(config.out, contents=contents)
     if found is None:
         return None
     checkpoint, state = found
@@ -89,7 +89,7 @@ def find_resume(config: RunConfig, inputs: TrainInputs) -> Resume | None:
 
 
 def last_checkpoint(out: Path) -> Resume | None:
-    """Where a run that goes on in this process can continue; None if it has no checkpoint."""
+    """Find the checkpoint from which a run continues in this process; None if there is none."""
     found = newest(out)
     return None if found is None else _resume(out, *found, changes=())
 
