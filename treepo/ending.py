@@ -29,6 +29,7 @@ CLEANUP_SECONDS = 60.0
 _KILL_SECONDS = 10.0  # for killed processes to go; one that waits for a stalled disk does not
 _LINE_SECONDS = 2.0  # for the last line, which may read a disk that is stalled
 _SHORT_LINE = "Interrupted."
+_skips_exit_handlers = False
 
 
 class Stopped(BaseException):
@@ -153,6 +154,23 @@ def _write(line: str) -> None:
     if sys.stdout.isatty():
         os.write(1, _SHOW_CURSOR)
     os.write(2, line.encode() + b"\n")
+
+
+def skip_exit_handlers() -> None:
+    """Let `leave` end this process at once: an exit handler of a library would wait for what is dead."""
+    global _skips_exit_handlers
+    _skips_exit_handlers = True
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process, whose command has ended everything that it started."""
+    if _skips_exit_handlers:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def ignore_signals() -> None:

@@ -156,3 +156,25 @@ def test_an_ignored_signal_stays_ignored() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout == "True\n"
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_exit_handlers_that_would_hang_are_skipped(skips: bool) -> None:
+    program = f"""
+import atexit
+from treepo.ending import leave, skip_exit_handlers
+atexit.register(print, "handler", flush=True)
+print("result")
+if {skips}:
+    skip_exit_handlers()
+leave(7)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == "result\n" + ("" if skips else "handler\n")

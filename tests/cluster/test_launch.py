@@ -106,12 +106,12 @@ def _kill_the_driver_after_a_checkpoint(run: Path, ranks: list[subprocess.Popen[
 
 def _assert_trained_apart(run: Path, hosts: tuple[Host, Host]) -> None:
     log = (run / "log.txt").read_text()
+    addresses = {host.address for host in hosts}
     trainer, engine = (
-        [host for host in hosts if f"{host.address}: {what} 0\n" in log]
-        for what in ("trainer ranks", "engines")
-    )
-    assert len(trainer) == len(engine) == 1
-    assert trainer != engine
+        re.findall(rf"(\S+): {what} 0\n", log) for what in ("trainer ranks", "engines")
+    )  # of both starts: the second may place them the other way round
+    assert len(trainer) == len(engine) == 2
+    assert all({*pair} == addresses for pair in zip(trainer, engine, strict=True))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3]
     trees = [json.loads(line) for line in (run / "trees.jsonl").read_text().splitlines()]

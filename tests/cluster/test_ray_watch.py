@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from treepo.cluster import ray_watch
-from treepo.cluster.ray_watch import keeping_signal_handlers, unless_lost, while_ray_lives
+from treepo.cluster.ray_watch import keeping_signal_handlers, shut_down_ray, unless_lost, while_ray_lives
 from treepo.errors import ClusterError
 
 PARENT = """
@@ -38,6 +38,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, subprocess.
     )
     monkeypatch.setattr(ray._private.worker, "_global_node", node)  # type: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(ray_watch, "end_within", lambda *_: None)
+    monkeypatch.setattr(ray_watch, "_died", False)
     yield started
     for one in started.values():
         for process in [*psutil.Process(one.pid).children(), one] if one.poll() is None else []:
@@ -113,6 +114,30 @@ def test_a_body_without_a_death_is_left_alone(processes) -> None:
 
     run(body)
     assert all(one.poll() is None for one in processes.values())
+
+
+def test_what_does_not_end_after_a_run_is_killed(processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a raylet that waits for a GCS that has ended before it."""
+    workers = [worker_of(one) for one in processes.values()]
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_watch, "_LEAVE_SECONDS", 0.01)
+    shut_down_ray()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert not any(psutil.pid_exists(one.pid) for one in processes.values())
+
+
+def test_a_dead_ray_is_not_waited_for_at_the_end(processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        processes["gcs_server"].kill()
+        await asyncio.Event().wait()
+
+    skipped: list[bool] = []
+    monkeypatch.setattr(ray, "shutdown", lambda: pytest.fail("it would wait"))
+    monkeypatch.setattr(ray_watch, "skip_exit_handlers", lambda: skipped.append(True))
+    with pytest.raises(ClusterError):
+        run(body)
+    shut_down_ray()
+    assert skipped
 
 
 def test_the_handler_of_sigterm_is_kept() -> None:

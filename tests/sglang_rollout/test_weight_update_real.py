@@ -151,7 +151,8 @@ def test_a_tree_s_shared_prefixes_are_computed_once_for_all_its_paths(
     real_engine: "RealEngine", updates: bool
 ) -> None:
     """All paths of a tree wait for an update, or arrive together: SGLang computes each token of the tree
-    once, and of each context the last token, which it never takes from the cache.
+    once, and of each context the last token, which it never takes from the cache. That is one token a path
+    more or less, as its batches happen to be: a longer path may find the last token of a shorter one.
     """
     from tests.support.real_engine import perturbed, request, update
 
@@ -183,7 +184,8 @@ def test_a_tree_s_shared_prefixes_are_computed_once_for_all_its_paths(
         real_engine.reference.load_state_dict(weights)
     heads = {path[:length].tobytes() for path in paths for length in range(1, len(path))}
     computed = sum(len(path) - output.cached_tokens for path, output in zip(paths, outputs, strict=True))
-    assert computed == len(heads) + len(paths)
+    assert len(heads) <= computed <= len(heads) + 2 * len(paths)
+    assert computed < sum(map(len, paths)) / 4
     for path, output in zip(paths, outputs, strict=True):
         expected = real_engine.log_probs(path, output.tokens, 1.0)
         np.testing.assert_allclose(output.log_probs, expected, atol=10 * TOLERANCE)

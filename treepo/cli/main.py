@@ -21,7 +21,7 @@ from treepo.cli.status import status
 from treepo.cli.toy import toy
 from treepo.cli.train import train
 from treepo.data.temporary_folder import keep_compiled_code
-from treepo.ending import ignore_signals
+from treepo.ending import ignore_signals, leave
 from treepo.errors import PrintableFormatter
 
 app = typer.Typer(
@@ -55,7 +55,7 @@ def main() -> None:
         exit_code = exit_code_of(app)
     finally:
         ignore_signals()
-    sys.exit(exit_code)
+    leave(exit_code)
 
 
 def exit_code_of(command: Callable[[], object]) -> int:

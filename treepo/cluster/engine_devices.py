@@ -17,6 +17,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from treepo.cluster.nodes import living_nodes
+from treepo.data.daemon_thread import in_thread
 from treepo.errors import PlacementError
 from treepo.watchdog import waiting
 
@@ -67,7 +68,7 @@ class EngineDevices:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _has_node(self, index: int) -> bool:
-        return self._nodes[index] in await asyncio.to_thread(living_nodes)
+        return self._nodes[index] in await in_thread(living_nodes)
 
     async def _move(self, index: int) -> None:
         options, before = self.options[index], self._nodes[index]

@@ -76,8 +76,8 @@ async def _use(cluster: Cluster, spec: Launch) -> int:
     from treepo.cluster.ray_address import check_job_server
     from treepo.cluster.ray_job import job_server
 
-    await asyncio.to_thread(check_job_server, cluster.address)
-    await asyncio.to_thread(spec.check)
+    await in_thread(lambda: check_job_server(cluster.address))
+    await in_thread(spec.check)
     last: JobServer | None = None  # of the attempt before
 
     async def attempt(resume: bool) -> int:
@@ -107,7 +107,7 @@ async def _lead(allocation: Allocation, spec: Launch, terminated: asyncio.Event)
         stack.push_async_exit(head.ray)
         exit_code = 1  # of any error but a TreepoError
         try:
-            await asyncio.to_thread(spec.check)
+            await in_thread(spec.check)
             remove_old_keys(spec.config.out, head.key)
             exit_code = await _restarted(head.attempt, spec)
         except asyncio.CancelledError:

@@ -19,7 +19,8 @@ import ray
 from ray._private.gcs_utils import create_gcs_channel
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from treepo.ending import end_within
+from treepo.data.daemon_thread import in_thread
+from treepo.ending import end_within, skip_exit_handlers
 from treepo.errors import ClusterError
 from treepo.processes import how_ended
 
@@ -28,7 +29,9 @@ _PROCESSES = ("gcs_server", "raylet")
 _LOOK_SECONDS = 2.0  # between two looks at the GCS, and at the processes below Ray's
 _SILENT_SECONDS = 10.0  # of a GCS that answers no call
 _END_SECONDS = 20.0  # from Ray's death until a clean-up that hangs in Ray's library is cut short
+_LEAVE_SECONDS = 10.0  # for Ray's processes to end by themselves: a raylet waits a minute for a dead GCS
 _lost: asyncio.Future[str] | None = None  # of the Ray that is watched: why it has died
+_died = False  # a Ray that this process was connected to
 
 
 @contextmanager
@@ -60,8 +63,10 @@ async def while_ray_lives(cluster: str | None) -> AsyncIterator[None]:
     node: Any = ray._private.worker._global_node  # type: ignore[reportAttributeAccessIssue]
 
     def end(reason: str) -> None:
+        global _died
         if lost.done():
             return
+        _died = True
         lost.set_result(reason)
         _log.info("%s", reason)  # the command shows it as its error
         end_within(_END_SECONDS, lambda: f"error: {reason}", ClusterError.exit_code)
@@ -85,6 +90,21 @@ async def while_ray_lives(cluster: str | None) -> AsyncIterator[None]:
         if lost.done() and below is not None:
             below.kill()
         _lost = None
+
+
+def shut_down_ray() -> None:
+    """Disconnect from Ray, and end it if it was started here.
+
+    The library would wait for a dead Ray, here and again when the interpreter ends: it is left as it is.
+    """
+    if _died:
+        skip_exit_handlers()
+        return
+    node = ray._private.worker._global_node  # type: ignore[reportAttributeAccessIssue]
+    below = None if node is None else _Descendants(node)
+    ray.shutdown()
+    if below is not None:
+        below.kill(after=_LEAVE_SECONDS)
 
 
 async def unless_lost[T](call: Awaitable[T]) -> T:
@@ -171,11 +191,11 @@ class _Descendants:
         """Look again and again: below a process that is dead nobody finds its children."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            self._known = await asyncio.to_thread(self._look)
+            self._known = await in_thread(self._look)
 
-    def kill(self) -> None:
-        """Kill all of them, and wait until they are gone."""
-        alive = self._known | self._look()
+    def kill(self, after: float = 0.0) -> None:
+        """Kill all of them that have not ended after so many seconds, and wait until they are gone."""
+        _, alive = psutil.wait_procs(self._known | self._look(), timeout=after)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

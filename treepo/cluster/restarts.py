@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from treepo.data.daemon_thread import in_thread
 from treepo.data.folder_lock import check_free
 from treepo.errors import EXIT_INTERRUPTED, ConfigError, LostJobError
 from treepo.training.checkpoint_manifest import MANIFEST
@@ -99,7 +100,7 @@ async def wait_until_free(out: Path) -> None:
     deadline = asyncio.get_running_loop().time() + _FREE_SECONDS
     while True:
         try:
-            return await asyncio.to_thread(check_free, out)
+            return await in_thread(lambda: check_free(out))
         except ConfigError:
             if asyncio.get_running_loop().time() > deadline:
                 raise

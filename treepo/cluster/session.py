@@ -20,7 +20,7 @@ from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
 from treepo.cluster.ray_logs import kept_after_failure
 from treepo.cluster.ray_node import SOCKET_ROOM, new_token, ray_folder
-from treepo.cluster.ray_watch import keeping_signal_handlers, while_ray_lives
+from treepo.cluster.ray_watch import keeping_signal_handlers, shut_down_ray, while_ray_lives
 from treepo.cluster.reservation import Reservation, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
 from treepo.cluster.training_engine_pool import TrainingEnginePool
@@ -139,7 +139,7 @@ def ray_session(actors: int, out: Path | None = None) -> Iterator[None]:
             try:
                 yield
             finally:
-                ray.shutdown()
+                shut_down_ray()
 
 
 def _start_here(actors: int, folder: Path) -> None:

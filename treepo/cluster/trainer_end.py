@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treepo.cluster.nodes import living_nodes
 from treepo.cluster.trainer_rank import RankProcess
+from treepo.data.daemon_thread import in_thread
 from treepo.errors import TrainerError
 
 _END_SECONDS = 60.0  # the kernel frees a process's memory before it is gone
@@ -32,7 +33,7 @@ async def end_processes(processes: Iterable[RankProcess]) -> None:
 async def _end(process: RankProcess, *, at_home: bool) -> None:
     pid, started = process.pid, process.started
     if at_home:
-        gone = await asyncio.to_thread(end_process, pid, started)
+        gone = await in_thread(lambda: end_process(pid, started))
     else:
         there = NodeAffinitySchedulingStrategy(process.node, soft=False)
         remote: Any = ray.remote(end_process)

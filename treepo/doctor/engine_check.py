@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
+from treepo.data.daemon_thread import in_thread
 from treepo.doctor.check import Outcome, failed, passed
 from treepo.weight_sync.wire import Address, Bucket
 
@@ -102,7 +103,7 @@ async def _update_weights(engine: "SGLangEngine", toy: "Toy") -> str:
     sink = LocalSink(engine, asyncio.get_running_loop())
     sender = open_sender(WeightsConfig(transport="colocated"), toy.folder, "127.0.0.1", _SECONDS)
     stream = WeightStream(sender, _BUCKET_BYTES, _SECONDS)
-    outcome = await asyncio.to_thread(stream.send, weights.items(), manifest, 1, [sink])
+    outcome = await in_thread(lambda: stream.send(weights.items(), manifest, 1, [sink]))
     if outcome.failed or outcome.broken:
         return outcome.broken or outcome.failed[sink.name]
     await engine.commit()
