@@ -78,7 +78,8 @@ class _Writing:
 
 
 class Checkpointer:
-    """Saves and loads one rank's part of `chunks` and their optimizer. Every method is collective.
+    """Saves and loads one rank's part of `chunks` and their optimizer. Every method is collective,
+    unless it says otherwise.
 
     model: the Hugging Face folder whose config, tokenizer and generation config each checkpoint gets. layout:
     the ranks' arrangement, as the manifest records it.
@@ -120,6 +121,11 @@ class Checkpointer:
         flat, *_ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
         done = self._thread.submit(_write, partial_folder(folder), mcore_to_pyt_state_dict(flat), self._group)
         self._writing = _Writing(folder, manifest, done)
+
+    @property
+    def written(self) -> bool:
+        """Whether `finish` would not wait for this rank's thread. Not collective."""
+        return self._writing is None or self._writing.done.done()
 
     def finish(self) -> None:
         """Wait until the checkpoint that was begun, if any, is complete on the disk.

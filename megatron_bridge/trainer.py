@@ -233,6 +233,10 @@ class MegatronTrainer:
             manifest = CheckpointManifest(dtype, True, self._step, layout, run)
             self._checkpointer.save(folder, manifest, ready_trees)
 
+    def save_written(self) -> bool:
+        """Whether this rank has written its part of a checkpoint that was begun, or has failed to."""
+        return self._checkpointer.written
+
     def finish_save(self) -> None:
         """Wait until a checkpoint that was begun is complete. Raises CheckpointError if it cannot be."""
         self._checkpointer.finish()

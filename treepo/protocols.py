@@ -193,6 +193,10 @@ class Trainer(Protocol):
         """
         ...
 
+    async def save_written(self) -> bool:
+        """Whether `finish_save` would not wait for the disk."""
+        ...
+
     async def finish_save(self) -> None:
         """Wait until the checkpoint that was begun is complete on disk. Raises CheckpointError."""
         ...

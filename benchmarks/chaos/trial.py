@@ -115,13 +115,14 @@ class Trial:
     def _start(self, config: Path, resume: bool, log: Path) -> "subprocess.Popen[bytes]":
         if self.fault.process != "node":
             return scene.start(scene.train_command(config, resume), log)
+        self._node = None
         head = f"{sandbox.ADDRESS}:{_HEAD_PORT}"
         self._node_command = sandbox.on_other_host(scene.launch_command(config, resume, 1, head))
         return scene.start(scene.launch_command(config, resume, 0, head), log)
 
     def _keep_node(self) -> None:
-        """Start the second node, and again whenever it has ended, as a cluster's scheduler would."""
-        if self._node_command and (self._node is None or self._node.poll() is not None):
+        """Start the second node, and again whenever it has failed, as a cluster's scheduler would."""
+        if self._node_command and (self._node is None or self._node.poll()):
             self._node = scene.start(self._node_command, self.folder / "node.txt")
 
     def _strike(self, driver: "subprocess.Popen[bytes]", disk: SmallDisk, deadline: float) -> float:

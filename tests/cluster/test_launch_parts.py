@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from treepo.cluster.launch_parts import Launch, first_of, unless_ended
-from treepo.cluster.ray_node import NodeResources, RayNode, new_secrets
+from treepo.cluster.ray_node import NodeResources, RayNode, last_lines, new_secrets
 from treepo.config.load import load_config
 from treepo.errors import ClusterError
 
@@ -169,3 +169,16 @@ def test_a_launch_has_a_token_of_its_own_unless_the_user_sets_one() -> None:
     theirs = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/shared/token"}
     assert new_secrets(os.environ | theirs).items() >= theirs.items()
     assert new_secrets({"RAY_AUTH_MODE": "disabled"}) == {"RAY_AUTH_MODE": "disabled"}
+
+
+def test_ray_s_output_is_shown_without_its_stacks() -> None:
+    output = """
+[2026-11-28 04:22:55 C] raylet.cc:9: Check failed: it is dead to the cluster
+*** StackTrace Information ***
+ray/raylet(+0x263cb7) [0x564782483cb7]
+2026-11-28 04:22:55,439 ERR scripts.py:128 -- ----- END raylet.out tail (exit code(s)=1) -----
+2026-11-28 04:22:55,440 ERR scripts.py:1315 -- Remaining processes will be killed.
+"""
+    assert (
+        last_lines(output) == "[2026-11-28 04:22:55 C] raylet.cc:9: Check failed: it is dead to the cluster"
+    )

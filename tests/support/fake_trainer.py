@@ -26,12 +26,14 @@ class FakeTrainer:
     As the real one does, `save` leaves a hidden folder, and `finish_save` names it. turns: of the event loop,
     while it trains. before: called with the name of each method before it does anything; after: once it is
     done, before the loop knows. If one of them raises LostTrainerError, so does every call until `restart`.
-    learns: whether the number `weights` depends on every batch that was trained; else it stays 0.
+    learns: whether the number `weights` depends on every batch that was trained; else it stays 0. written:
+    whether a checkpoint that was begun has reached the disk.
     """
 
     dtype = "float32"
     turns = 0
     learns = False
+    written = True
     before: Callable[[str], None] = staticmethod(lambda _name: None)
     after: Callable[[str], None] = staticmethod(lambda _name: None)
 
@@ -93,6 +95,10 @@ class FakeTrainer:
             (partial / "weights").write_text(str(self.weights))
             CheckpointManifest("float32", True, run["steps_done"], {}, run).write(partial)
             self._pending = partial, folder
+
+    async def save_written(self) -> bool:
+        with self.call("save_written"):
+            return self.written
 
     async def finish_save(self) -> None:
         with self.call("finish_save"):

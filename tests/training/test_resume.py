@@ -61,7 +61,18 @@ def config(tmp_path: Path) -> RunConfig:
     path = tmp_path / "run.yaml"
     values = {"out": str(tmp_path / "run"), "steps": 9, "model": {"path": "m"}, "data": {"train": "t.jsonl"}}
     path.write_text(yaml.safe_dump(values))
+    (tmp_path / "run").mkdir()
     return load_config(path)
+
+
+def save(checkpoints: Checkpoints, state: RunState) -> None:
+    """Begin a checkpoint and complete it."""
+
+    async def scenario() -> None:
+        await checkpoints.begin(state)
+        await checkpoints.finish()
+
+    asyncio.run(scenario())
 
 
 def write_run(config: RunConfig, steps: int, saved: int) -> None:
@@ -69,8 +80,7 @@ def write_run(config: RunConfig, steps: int, saved: int) -> None:
     checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeTrainer(), DISK)
     with RunFolder(config) as folder:
         write_steps(folder, range(1, saved + 1))
-        asyncio.run(checkpoints.begin(state_after(saved, asyncio.run(folder.sizes()))))
-        asyncio.run(checkpoints.finish())
+        save(checkpoints, state_after(saved, asyncio.run(folder.sizes())))
         write_steps(folder, range(saved + 1, steps + 1))
 
 
@@ -94,16 +104,56 @@ def test_the_newest_checkpoints_stay(config: RunConfig, keep: int | None) -> Non
     """Counted by step, not by name: 9 is before 10."""
     checkpoints = Checkpoints(config.out, CheckpointConfig(keep=keep), config.steps, FakeTrainer(), DISK)
     for step in (9, 10, 100_000):
-        asyncio.run(checkpoints.begin(state_after(step)))
-        found = newest(config.out)
-        assert found is None or found[1].steps_done < step, "it is not complete before `finish`"
-        asyncio.run(checkpoints.finish())
+        save(checkpoints, state_after(step))
         found = newest(config.out)
         assert found is not None
         assert found[1] == state_after(step)
     names = ["step-00009", "step-00010", "step-100000"]
     entries = sorted(entry.name for entry in (config.out / "checkpoints").iterdir())
     assert entries == names[-keep:] if keep else names
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_checkpoint_is_complete_once_it_is_written_or_awaited(config: RunConfig, awaited: bool) -> None:
+    """Also while nobody awaits it, as while the next step is sampled."""
+    trainer = FakeTrainer()
+    checkpoints = Checkpoints(config.out, CheckpointConfig(), config.steps, trainer, DISK)
+    trainer.written = False
+
+    async def scenario() -> None:
+        await checkpoints.begin(state_after(2))
+        await asyncio.sleep(0.01)
+        assert newest(config.out) is None, "the ranks still write"
+        trainer.written = not awaited
+        if awaited:
+            await checkpoints.finish()
+        while newest(config.out) is None:
+            await asyncio.sleep(0.01)
+        await checkpoints.finish()
+
+    asyncio.run(scenario())
+
+
+def test_a_run_folder_that_is_gone_is_not_made_again(config: RunConfig) -> None:
+    """As one on a disk that was unmounted: another disk is below it."""
+    checkpoints = Checkpoints(config.out, CheckpointConfig(), config.steps, FakeTrainer(), DISK)
+    config.out.rmdir()
+    with pytest.raises(DiskError, match="No such file or directory"):
+        save(checkpoints, state_after(2))
+    assert not config.out.exists()
+
+
+def test_a_checkpoint_that_nobody_awaits_is_left_unfinished(config: RunConfig) -> None:
+    trainer = FakeTrainer()
+    checkpoints = Checkpoints(config.out, CheckpointConfig(), config.steps, trainer, DISK)
+    trainer.written = False
+
+    async def scenario() -> None:
+        await checkpoints.begin(state_after(2))
+        await checkpoints.cancel()
+
+    asyncio.run(scenario())
+    assert newest(config.out) is None
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(config: RunConfig, tmp_path: Path) -> None:
@@ -272,8 +322,7 @@ def test_damaged_checkpoints_are_passed_over_and_kept_aside(
     with RunFolder(three, resume.state):
         pass
     checkpoints = Checkpoints(three.out, CheckpointConfig(keep=1), three.steps, FakeTrainer(), DISK)
-    asyncio.run(checkpoints.begin(state_after(4)))
-    asyncio.run(checkpoints.finish())
+    save(checkpoints, state_after(4))
     names = sorted(entry.name for entry in (three.out / "checkpoints").iterdir())
     assert names == ["step-00004", "step-00004.damaged", "step-00006.damaged"]
 
@@ -315,8 +364,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_with_a_warning(
 def test_a_checkpoint_that_fails_leaves_the_one_before(config: RunConfig) -> None:
     trainer = FakeTrainer()
     checkpoints = Checkpoints(config.out, CheckpointConfig(keep=1), config.steps, trainer, DISK)
-    asyncio.run(checkpoints.begin(state_after(2)))
-    asyncio.run(checkpoints.finish())
+    save(checkpoints, state_after(2))
 
     def fail(method: str) -> None:
         if method == "finish_save":
@@ -324,9 +372,8 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(config: RunConfig) -> Non
             raise CheckpointError("the disk returns another content than was written")
 
     trainer.before = fail
-    asyncio.run(checkpoints.begin(state_after(4)))
     with pytest.raises(DiskError):
-        asyncio.run(checkpoints.finish())
+        save(checkpoints, state_after(4))
     found = newest(config.out)
     assert found is not None
     assert found[1] == state_after(2)

@@ -9,6 +9,7 @@ setting stays.
 import asyncio
 import os
 import random
+import re
 import secrets
 import signal
 import socket
@@ -22,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from treepo.data.temporary_folder import temporary_folder
+from treepo.errors import without_colors
 from treepo.processes import die_with_parent
 
 _STOP_SECONDS = 45.0  # Ray gives its actors 30 s to end
@@ -30,6 +32,7 @@ _FOLDER = "r"  # short, because of the paths of the sockets below it
 SOCKET_ROOM = len(f"/{_FOLDER}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 """Bytes that the paths of Ray's sockets need below the folder that has `ray_folder`."""
 _LINES = 5  # of Ray's output that an error shows
+_NOISE = re.compile(r"\[0x[0-9a-f]+\]|\*\*\* StackTrace|-{5}|Remaining processes will be killed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class RayNode:
     async def ended(self) -> str:
         """Wait until it ends; returns the reason."""
         code = await asyncio.shield(self._ended)
-        last = " / ".join(self._log.read_text(errors="replace").split("\n")[-_LINES - 1 :]).strip(" /")
+        last = last_lines(self._log.read_text(errors="replace"))
         return f"`ray start` ended with exit code {code}; its last output: {last}"
 
     async def stop(self) -> None:
@@ -75,6 +78,12 @@ class RayNode:
                 if os.getsid(process.pid) == self._process.pid:
                     left.append(process)
         return left
+
+
+def last_lines(output: str) -> str:
+    """The last lines that say something, in one line: Ray adds the stacks of its processes, and rulers."""
+    lines = [line.strip() for line in without_colors(output).splitlines()]
+    return " / ".join([line for line in lines if line and not _NOISE.search(line)][-_LINES:])
 
 
 def ray_folder(folder: Path) -> Path:

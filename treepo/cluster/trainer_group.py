@@ -150,6 +150,10 @@ class TrainerGroup:
             lambda rank, actor: actor.call.remote("save", folder, run, ready_trees if rank == 0 else b""),
         )
 
+    async def save_written(self) -> bool:
+        """Whether every rank has written its part of the checkpoint that was begun, if any."""
+        return all(await self._call("save_written"))
+
     async def finish_save(self) -> None:
         """Wait until the checkpoint that was begun is complete. Raises CheckpointError."""
         await self._call("finish_save")

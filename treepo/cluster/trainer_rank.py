@@ -26,7 +26,7 @@ CONCURRENCY = {"beat": 1}
 
 Method = (
     Literal["warm_up", "log_probs", "train_batch", "offload", "reload", "release_cache", "manifest"]
-    | Literal["save", "finish_save", "load", "export"]
+    | Literal["save", "save_written", "finish_save", "load", "export"]
 )
 """The methods of `megatron_bridge.trainer.MegatronTrainer` that `TrainerRank.call` reaches."""
 

@@ -4,10 +4,12 @@ Decides when one is due and which ones are kept. The trainer writes a checkpoint
 sampled; `treepo.training.checkpoint_manifest` describes the folder.
 """
 
+import asyncio
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +29,7 @@ from treepo.training.disk_wait import DiskWait
 from treepo.training.run_state import RunState
 
 CHECKPOINTS = "checkpoints"
+_POLL_SECONDS = 0.5  # between two questions whether the trainer has written a checkpoint
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +37,8 @@ class Saver(Protocol):
     """The part of `treepo.protocols.Trainer` that writes checkpoints."""
 
     async def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes) -> None: ...
+
+    async def save_written(self) -> bool: ...
 
     async def finish_save(self) -> None: ...
 
@@ -44,7 +49,7 @@ class Checkpoints:
     def __init__(self, out: Path, config: CheckpointConfig, steps: int, saver: Saver, disk: DiskWait) -> None:
         self._folder = out.resolve() / CHECKPOINTS
         self._config, self._steps, self._saver, self._disk = config, steps, saver, disk
-        self._begun: _Begun | None = None
+        self._begun: tuple[_Begun, asyncio.Task[None]] | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint follows this step."""
@@ -52,25 +57,45 @@ class Checkpoints:
         return every is not None and (step % every == 0 or step == self._steps)
 
     async def begin(self, state: RunState, ready_trees: bytes = b"") -> None:
-        """Begin a checkpoint; training may continue. ready_trees: the content of its file of this name.
+        """Begin a checkpoint, which is completed as soon as it is written; sampling may go on meanwhile.
 
-        A checkpoint that cannot be written is tried again, so the trainer must not change until `finish` has
-        returned. Raises DiskError.
+        ready_trees: the content of its file of this name. A checkpoint that cannot be written is tried again,
+        so the trainer must not change until `finish` has returned. Raises DiskError.
         """
         folder = self._folder / f"step-{state.steps_done:05d}"
-        self._begun = begun = _Begun(folder, asdict(state), ready_trees)
+        begun = _Begun(folder, asdict(state), ready_trees)
         await self._disk.until_done(lambda: self._save(begun), str(folder))
+        self._begun = begun, asyncio.create_task(self._complete_once_written(begun))
 
     async def finish(self) -> None:
-        """Complete a checkpoint that was begun, then remove older ones. Raises DiskError."""
+        """Return when a checkpoint that was begun is complete and older ones are removed. Raises
+        DiskError.
+        """
         if self._begun is None:
             return
-        begun, self._begun = self._begun, None
+        begun, completion = self._begun
+        begun.awaited.set()
+        await completion
+        self._begun = None
+
+    async def cancel(self) -> None:
+        """Leave a checkpoint that was begun as it is."""
+        if self._begun is not None:
+            self._begun[1].cancel()
+            await asyncio.gather(self._begun[1], return_exceptions=True)
+
+    async def _complete_once_written(self, begun: "_Begun") -> None:
+        """Until the files are written, the ranks stay free for other calls, as of an engine that restarts."""
+        while begun.writing and not begun.awaited.is_set() and not await self._saver.save_written():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(begun.awaited.wait(), _POLL_SECONDS)
         await self._disk.until_done(lambda: self._complete(begun), str(begun.folder))
         await in_thread(self._remove_older)
 
     async def _save(self, begun: "_Begun") -> None:
         begun.writing = False
+        # The run folder is never made again: if it is gone, its disk may be, and the place is another disk.
+        await in_thread(lambda: self._folder.mkdir(exist_ok=True))
         await self._saver.save(begun.folder, begun.run, begun.ready_trees)
         begun.writing = True
 
@@ -93,12 +118,15 @@ class Checkpoints:
 
 @dataclass(slots=True)
 class _Begun:
-    """A checkpoint that is not complete. writing: whether the trainer has copied its state and writes it."""
+    """A checkpoint that is not complete. writing: whether the trainer has copied its state and writes it.
+    awaited: set once training waits for it.
+    """
 
     folder: Path
     run: Mapping[str, Any]
     ready_trees: bytes
     writing: bool = False
+    awaited: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 def newest(out: Path, *, contents: bool = True) -> tuple[Path, RunState] | None:

@@ -44,6 +44,7 @@ class TrainingLoop:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.supply.running(self.engines))
             stack.push_async_callback(self.evaluation.cancel)
+            stack.push_async_callback(self.checkpoints.cancel)
             await self._evaluate(self.state.steps_done)  # a checkpoint is older than its step's evaluation
             for step in range(self.state.steps_done + 1, self.config.steps + 1):
                 await self._step(step)
