@@ -173,12 +173,12 @@ def test_a_launch_has_a_token_of_its_own_unless_the_user_sets_one() -> None:
 
 def test_ray_s_output_is_shown_without_its_stacks() -> None:
     output = """
-[2026-11-28 04:22:55 C] raylet.cc:9: Check failed: it is dead to the cluster
+[2026-11-28 04:22:55 C] raylet.cc:9: Check failed: dead to the cluster
 *** StackTrace Information ***
 ray/raylet(+0x263cb7) [0x564782483cb7]
 2026-11-28 04:22:55,439 ERR scripts.py:128 -- ----- END raylet.out tail (exit code(s)=1) -----
 2026-11-28 04:22:55,440 ERR scripts.py:1315 -- Remaining processes will be killed.
 """
     assert (
-        last_lines(output) == "[2026-11-28 04:22:55 C] raylet.cc:9: Check failed: it is dead to the cluster"
+        last_lines(output) == "[2026-11-28 04:22:55 C] raylet.cc:9: Check failed: dead to the cluster"
     )
