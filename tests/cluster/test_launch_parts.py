@@ -179,6 +179,4 @@ ray/raylet(+0x263cb7) [0x564782483cb7]
 2026-11-28 04:22:55,439 ERR scripts.py:128 -- ----- END raylet.out tail (exit code(s)=1) -----
 2026-11-28 04:22:55,440 ERR scripts.py:1315 -- Remaining processes will be killed.
 """
-    assert (
-        last_lines(output) == "[2026-11-28 04:22:55 C] raylet.cc:9: Check failed: dead to the cluster"
-    )
+    assert last_lines(output) == "[2026-11-28 04:22:55 C] raylet.cc:9: Check failed: dead to the cluster"

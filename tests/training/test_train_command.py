@@ -70,12 +70,24 @@ def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_three_steps_end_to_end(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def output(folder: Path) -> str:
+    """What a run that nothing disturbs prints."""
     process = start(folder, "train", "run.yaml")
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    run = folder / "run"
+    return output
 
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, output: str) -> Path:
+    """The folder of that run."""
+    del output
+    return folder / "run"
+
+
+def test_three_steps_end_to_end(folder: Path, output: str, undisturbed: Path) -> None:
+    run = undisturbed
     metrics = _lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2, 3]
     # Float32 on both sides; the same tokens through two implementations of two layers.
@@ -121,21 +133,16 @@ def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:
     assert generated.shape[1] > tokens["input_ids"].shape[1]
 
 
-def test_a_killed_trainer_starts_again_beside_the_engines(folder: Path) -> None:
-    """It is killed while step 3 is sampled, when the newest complete checkpoint is that of step 1.
+def test_a_killed_trainer_starts_again_beside_the_engines(folder: Path, undisturbed: Path) -> None:
+    """It is killed while step 3 is sampled, when the checkpoint of step 2 is complete.
 
-    The model is that of the run above, bit for bit: nothing that SGLang rounds as its batches happen to be
-    composed is in the loss, because `importance.mode` is none.
+    The model is that of the undisturbed run, bit for bit: nothing that SGLang rounds as its batches happen to
+    be composed is in the loss, because `importance.mode` is none.
     """
     waits = "reward.function=tests.training.test_train_command:reward_once_killed"
     process = start(folder, "train", "run.yaml", "out=lost", waits, f"reward.deadline_seconds={DEADLINE}")
     run = folder / "lost"
-    started = descendants_once_written(process, run / "checkpoints" / "step-00001" / "checkpoint.json")
-    deadline = time.monotonic() + DEADLINE
-    while len(_lines(run / "metrics.jsonl")) < 2:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    started = descendants_once_written(process, run / "checkpoints" / "step-00002" / "checkpoint.json")
     engines = _named(started, "ray::HostedEngine", "sglang::")
     (rank,) = _named(started, "ray::TrainerRank")
     assert len(engines) >= 2
@@ -152,13 +159,13 @@ def test_a_killed_trainer_starts_again_beside_the_engines(folder: Path) -> None:
     assert process.returncode == 0, errors
     (line,) = [line for line in (*output.splitlines(), *errors.splitlines()) if "the trainer lost" in line]
     assert "the trainer lost rank 0 (its process" in line
-    assert line.endswith("the run goes on after step 1 (restart 1 of 3)")
+    assert line.endswith("the run goes on after step 2 (restart 1 of 3)")
     assert "is restarted" not in (run / "log.txt").read_text()
     assert [line["step"] for line in _lines(run / "metrics.jsonl")] == [1, 2, 3]
-    assert [line["trainer_restarts"] for line in _lines(run / "metrics.jsonl")] == [0, 1, 1]
-    trees = [(each / "trees.jsonl").read_bytes().splitlines() for each in (folder / "run", run)]
+    assert [line["trainer_restarts"] for line in _lines(run / "metrics.jsonl")] == [0, 0, 1]
+    trees = [(each / "trees.jsonl").read_bytes().splitlines() for each in (undisturbed, run)]
     assert [_without_log_probs(line) for line in trees[0]] == [_without_log_probs(line) for line in trees[1]]
-    ours, expected = (load_file(each / "checkpoint" / "model.safetensors") for each in (run, folder / "run"))
+    ours, expected = (load_file(each / "checkpoint" / "model.safetensors") for each in (run, undisturbed))
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
@@ -190,29 +197,38 @@ def test_log_probs_that_differ_end_the_run_before_the_first_step(folder: Path) -
     assert not (folder / "stopped" / "metrics.jsonl").read_text()
 
 
-def test_sigterm_leaves_no_process_and_readable_files(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def terminated(folder: Path) -> tuple[str, str]:
+    """What a run prints, to standard output and to standard error, that SIGTERM ends after its first
+    checkpoint. Its folder is `interrupted`.
+    """
     process = start(
         folder, "train", "run.yaml", "out=interrupted", "steps=1000", "log_prob_check.enabled=false"
     )
-    metrics = folder / "interrupted" / "metrics.jsonl"
     checkpoint = folder / "interrupted" / "checkpoints" / "step-00001" / "checkpoint.json"
-    output, errors = interrupt_once_written(process, checkpoint, signal.SIGTERM)
+    return interrupt_once_written(process, checkpoint, signal.SIGTERM)
+
+
+def test_sigterm_leaves_no_process_and_readable_files(folder: Path, terminated: tuple[str, str]) -> None:
+    output, errors = terminated
     assert "check log-probs" not in output
     assert "Interrupted by SIGTERM. " in errors
     assert "--resume continues after step" in errors
     log = (folder / "interrupted" / "log.txt").read_text().splitlines()
     assert log[-1].endswith("SIGTERM: the command ends")
     assert read_status(folder / "interrupted").state == "interrupted"
-    assert _lines(metrics)[0]["step"] == 1
+    assert _lines(folder / "interrupted" / "metrics.jsonl")[0]["step"] == 1
     for line in (folder / "interrupted" / "trees.jsonl").read_bytes().splitlines():
         from_json(line)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path) -> None:
+@pytest.mark.usefixtures("terminated")
+def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path, undisturbed: Path) -> None:
     """As after a kill in a later step: lines of steps without a checkpoint, one of them torn, and half a
     checkpoint. Trees, metrics and model equal those of the run that was not interrupted.
     """
-    straight, interrupted = folder / "run", folder / "interrupted"
+    straight, interrupted = undisturbed, folder / "resumed"
+    shutil.copytree(folder / "interrupted", interrupted)
     checkpoints = interrupted / "checkpoints"
     for entry in checkpoints.iterdir():
         if entry.name != "step-00001":
@@ -222,7 +238,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(folder: Path) -> None:
         with (interrupted / name).open("ab") as file:
             file.write((straight / name).read_bytes().splitlines()[-1][:100])
 
-    process = start(folder, "train", "run.yaml", "--resume", "out=interrupted", "checkpoint.keep=2")
+    process = start(folder, "train", "run.yaml", "--resume", "out=resumed", "checkpoint.keep=2")
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert "the run continues after step 1" in output
