@@ -76,8 +76,8 @@ class Slope:
 
 
 def counted(series: Sequence[tuple[float, float]], steps: int) -> list[tuple[float, float]]:
-    """The samples after the warm-up."""
-    return [(step, value) for step, value in series if step >= _WARM_UP * steps]
+    """The samples after the warm-up and before the last step, after which the processes end."""
+    return [(step, value) for step, value in series if _WARM_UP * steps <= step < steps]
 
 
 def lines(series: Series, steps: int, percent: float) -> Iterator[dict[str, Any]]:

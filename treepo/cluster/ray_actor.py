@@ -1,4 +1,4 @@
-"""Network interface and errors of Ray actors, for engines and trainer ranks alike."""
+"""Network interface, options and errors of Ray actors, for engines and trainer ranks alike."""
 
 import logging
 import os
@@ -15,6 +15,10 @@ _log = logging.getLogger(__name__)
 _PROCESS = re.compile(r"\(pid=(\d+), ip=([^,)]+)")
 
 _LOOPBACK = "lo"  # Linux's name
+UNRECORDED = {"enable_task_events": False}
+"""Ray's option of an actor whose calls the GCS does not record: at thousands a second it would grow for long,
+and `ray list tasks` shows nothing that the log does not.
+"""
 
 
 def use_interface_of_node() -> None:

@@ -15,7 +15,7 @@ from sglang_rollout.engine import SGLangEngine
 from treepo.cluster.actor_death import death_of, note_start, own_last_lines
 from treepo.cluster.engine_devices import EngineDevices
 from treepo.cluster.pooled_engine import Memory
-from treepo.cluster.ray_actor import own_error, use_interface_of_node
+from treepo.cluster.ray_actor import UNRECORDED, own_error, use_interface_of_node
 from treepo.cluster.ray_watch import unless_lost
 from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
@@ -107,7 +107,8 @@ class EngineLauncher:
     def __call__(self, index: int) -> "RayEngine":
         config = self.config
         remote: Any = ray.remote(HostedEngine)
-        actor = remote.options(max_concurrency=_CONCURRENT_REQUESTS, **self.devices.options[index]).remote(
+        options = UNRECORDED | self.devices.options[index]
+        actor = remote.options(max_concurrency=_CONCURRENT_REQUESTS, **options).remote(
             config.model.path.resolve(),
             config.model.dtype,
             config.engine,

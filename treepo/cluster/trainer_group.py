@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from treepo.cluster.actor_death import death_of, memory_kills
-from treepo.cluster.ray_actor import own_error
+from treepo.cluster.ray_actor import UNRECORDED, own_error
 from treepo.cluster.reservation import reserve_again
 from treepo.cluster.trainer_end import end_processes
 from treepo.cluster.trainer_health import hang_of
@@ -182,7 +182,9 @@ class TrainerGroup:
     def _launch(self) -> None:
         actor: Any = ray.remote  # typed without concurrency groups
         remote = actor(concurrency_groups=CONCURRENCY)(TrainerRank)
-        self._ranks: list[Any] = [remote.options(**of_rank).remote() for of_rank in self._options]
+        self._ranks: list[Any] = [
+            remote.options(**UNRECORDED, **of_rank).remote() for of_rank in self._options
+        ]
         self._processes: list[RankProcess] = []
         self._beats: list[Beat | None] = [None] * len(self._ranks)
 
