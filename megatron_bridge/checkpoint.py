@@ -54,6 +54,7 @@ from megatron_bridge.distributed_checkpoint import (
     unreadable,
 )
 from megatron_bridge.hf_folder import copy_model_files
+from megatron_bridge.host_memory import return_free_memory
 from megatron_bridge.optimizer_state import set_step_count, sharded_optimizer_state
 from megatron_bridge.process_groups import on_first_rank
 from treepo.errors import CheckpointError
@@ -144,6 +145,7 @@ class Checkpointer:
                 abort_folder(writing.folder)
             raise CheckpointError(f"{what}: {error}") from None
         on_first_rank(lambda: _commit(writing.folder, writing.manifest, checksums), what)
+        return_free_memory()
 
     def load(self, folder: Path) -> CheckpointManifest:
         """Load model, optimizer and, at the same layout, random generators.

@@ -4,6 +4,7 @@ Gradients are freed: the next step begins with zeros. `trainer.offload` says wha
 that is away is read and written where it is, on the host; weights that are away are, inside `readable`.
 """
 
+import ctypes
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,15 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_bridge.optimizer_state import optimizer_parts
+
+
+def return_free_memory() -> None:
+    """Give the host memory that this process has freed back to the system.
+
+    A checkpoint's copies come and go beside those of a step. The C library keeps the holes that they leave,
+    and the process would grow from checkpoint to checkpoint.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 class DeviceMemory:
