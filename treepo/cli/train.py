@@ -29,7 +29,7 @@ def train(
     SIGTERM and Ctrl-C end all processes (exit code 143 or 130); a second signal kills them at once.
     """
     run_config = load_config(config, overrides or [])
-    with stoppable(lambda: _left(run_config.out)) as stopper:
+    with stoppable(lambda: left(run_config.out)) as stopper:
         check_surroundings(run_config.out)
         from treepo.display.train import TrainDisplay, show_resume, show_summary
         from treepo.preflight.inputs import read_train_inputs
@@ -54,7 +54,7 @@ def train(
         show_summary(output, summary, run_config.out)
 
 
-def _left(out: Path) -> str:
+def left(out: Path) -> str:
     """What an interrupted run leaves, and how it goes on."""
     from treepo.training.checkpoints import saved_step
 
