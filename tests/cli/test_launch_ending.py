@@ -16,6 +16,7 @@ from treepo.cluster.ray_node import free_ports
 COMMAND = """
 import asyncio, subprocess, sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import ModuleType
 
 from treepo.cli.main import main
@@ -31,6 +32,7 @@ class Ray:
 async def start(*_):
     nowhere = subprocess.DEVNULL
     child = subprocess.Popen(["sleep", "600"], stdout=nowhere, stderr=nowhere, start_new_session=True)
+    Path(f"ray-{child.pid}").touch()
     print("Ray is process", child.pid, flush=True)
     try:
         yield Ray()
@@ -40,7 +42,7 @@ async def start(*_):
 
 class JobServer:
     async def nodes(self):
-        return [Node(str(index), "127.0.0.1", 64, 0) for index in range(2)]
+        return [Node(ray.name, "127.0.0.1", 64, 0) for ray in Path().glob("ray-*")]
 
     async def run(self, command, write):
         write("step 1\\n")
@@ -113,7 +115,7 @@ def test_a_signal_on_the_head_ends_all_nodes(tmp_path: Path) -> None:
     assert node[0] == 143
     assert node[1].splitlines()[-1] == "launch: the head has ended with exit code 143"
     assert node[2] == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["works.py"]
+    assert not [*tmp_path.glob(".run.launch-*")]
 
 
 def test_a_signal_on_all_nodes_is_one_line_on_each(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treepo.cli.console import OVERRIDES, check_surroundings, output
+from treepo.cli.console import check_surroundings, output, progress_console
 from treepo.cli.failures import stoppable
+from treepo.cli.overrides import Overrides
 from treepo.config.load import load_as
 from treepo.errors import ConfigError
 
@@ -23,7 +24,7 @@ def evaluate(
         str | None,
         typer.Argument(metavar="CONFIG", help="A YAML file, for example examples/eval-math.yaml."),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
+    overrides: Overrides = None,
     model: Annotated[
         str | None, typer.Option(help="A model folder, or a running SGLang server's URL.")
     ] = None,
@@ -100,7 +101,7 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
         from treepo.evaluation.evaluate import evaluate as run
 
         source = path or eval_config.model.path or eval_config.model.url
-        with EvaluationDisplay(output, f"{source} -> {eval_config.out}", inputs) as display:
+        with EvaluationDisplay(progress_console, f"{source} -> {eval_config.out}", inputs) as display:
             start = partial(evaluation_engines, eval_config, inputs)
             results = stopper.run(run(eval_config, inputs, display, start, anew=force))
         show_evaluation(output, results, eval_config.out)

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from treepo.cli.console import OVERRIDES, output
+from treepo.cli.console import output
 from treepo.cli.failures import ALL_ENDED, stoppable
+from treepo.cli.overrides import Overrides
 from treepo.cli.train import left
+from treepo.cli.verbosity import verbosity_flags
 from treepo.config.load import load_config
 from treepo.stack_dumps import ignore_requests
 
@@ -22,7 +24,7 @@ def launch(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="A YAML file, on a file system that all nodes share.")
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint, as in `treepo train`.")
     ] = False,
@@ -92,7 +94,7 @@ def launch(
 
         spec = Launch(
             run_config,
-            [str(config), *(overrides or [])],
+            [str(config), *(overrides or []), *verbosity_flags()],
             resume,
             check,
             wait,
