@@ -40,6 +40,19 @@ def evaluate(
     temperature: Annotated[
         float | None, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")
     ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens with this probability together."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens.")] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from tokens with this share of the likeliest's probability."),
+    ] = None,
+    from_model: Annotated[
+        bool | None,
+        typer.Option("--from-model", help="Take what is not given of these four as the model recommends."),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens in a response.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Most tokens in a prompt.")] = None,
     max_problems: Annotated[int | None, typer.Option(help="Only the first N problems of each file.")] = None,
@@ -76,6 +89,10 @@ def evaluate(
         "samples": samples,
         "tree": tree,
         "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "from_model": from_model,
         "max_tokens": max_tokens,
         "max_prompt_tokens": max_prompt_tokens,
         "max_problems": max_problems,
@@ -95,7 +112,9 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
     with stoppable(lambda: f"the same command continues in {eval_config.out}/") as stopper:
         check_surroundings(eval_config.out, uses_ray=eval_config.model.url is None)
         from treepo.preflight.inputs import read_evaluation_inputs
+        from treepo.preflight.recommended_sampling import evaluation_as_recommended
 
+        eval_config = evaluation_as_recommended(eval_config)
         inputs = read_evaluation_inputs(eval_config)
         from treepo.display.evaluation import EvaluationDisplay, show_evaluation
         from treepo.evaluation.evaluate import evaluate as run

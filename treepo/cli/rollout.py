@@ -25,7 +25,9 @@ def rollout(
     with stoppable(lambda: f"the trees so far are in {rollout_config.out}/") as stopper:
         check_surroundings(rollout_config.out)
         from treepo.preflight.inputs import read_rollout_inputs
+        from treepo.preflight.recommended_sampling import rollout_as_recommended
 
+        rollout_config = rollout_as_recommended(rollout_config)
         inputs = read_rollout_inputs(rollout_config)
         show_data([inputs.prompts.report])
         from treepo.cluster.session import engine_session
