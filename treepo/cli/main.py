@@ -14,6 +14,7 @@ from treepo.cli.convert import convert
 from treepo.cli.doctor import doctor
 from treepo.cli.evaluate import evaluate
 from treepo.cli.failures import show_failure
+from treepo.cli.init import init
 from treepo.cli.launch import launch
 from treepo.cli.plan import plan
 from treepo.cli.rollout import rollout
@@ -30,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (toy, train, launch, status, rollout, plan, convert, doctor):
+for command in (init, toy, train, launch, status, rollout, plan, convert, doctor):
     app.command()(with_verbosity(command))
 app.command(name="eval")(with_verbosity(evaluate))
 
