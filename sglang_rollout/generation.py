@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sglang_rollout.requests import SGLangRequests, is_interrupted
+from sglang_rollout.sampling_parameters import sampling_parameters
 from treepo.data.tokenizer import end_tokens, has_tokenizer, load_tokenizer
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
@@ -33,11 +34,8 @@ class Generation:
 
     async def sample(self, request: GenerateRequest, version: int) -> GenerateOutput | None:
         """Sample with the weights of `version`; None if interrupted before the first token."""
-        sampling = {
-            "max_new_tokens": request.max_tokens,
-            "temperature": request.temperature,
+        sampling = sampling_parameters(request) | {
             "stop_token_ids": sorted(self._end_tokens),
-            "sampling_seed": request.seed,
             "stream_interval": request.check_every or None,
         }
         stream = request.check_every > 0

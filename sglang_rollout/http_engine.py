@@ -17,6 +17,7 @@ from typing import Any, Self
 import aiohttp
 import numpy as np
 
+from sglang_rollout.sampling_parameters import sampling_parameters
 from treepo.errors import EngineError, shown
 from treepo.protocols import GenerateOutput, GenerateRequest
 
@@ -60,12 +61,8 @@ class ServerEngine:
             wanted = min(wanted, request.check_every)
         body = {
             "input_ids": request.context.tolist(),
-            "sampling_params": {
-                "max_new_tokens": wanted,
-                "temperature": request.temperature,
-                "stop_token_ids": list(self._end_tokens),
-                "sampling_seed": request.seed,
-            },
+            "sampling_params": sampling_parameters(request)
+            | {"max_new_tokens": wanted, "stop_token_ids": list(self._end_tokens)},
             "return_logprob": True,
             "logprob_start_len": -1,
         }

@@ -54,6 +54,12 @@ class Stopper:
         self._work: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    @property
+    def exit_code(self) -> int:
+        """After a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        assert self.received is not None
+        return 128 + self.received
+
     def __enter__(self) -> Self:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -89,9 +95,9 @@ class Stopper:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received is not None:
-            end_now(lambda by=self.received: self._farewell(by), 128 + self.received)
+            end_now(lambda by=self.received: self._farewell(by), self.exit_code)
         self.received = signal.Signals(number)
-        end_within(CLEANUP_SECONDS, lambda by=self.received: self._farewell(by), 128 + self.received)
+        end_within(CLEANUP_SECONDS, lambda by=self.received: self._farewell(by), self.exit_code)
         if self._work is None:
             raise Stopped(self.received)
         loop, _ = self._work

@@ -28,6 +28,7 @@ class GenerateRequest:
     check_every: if not 0, decoding ends at the first multiple of this number of new tokens at which the
         engine's stop rule holds for the response so far (prompt excluded).
     seed: used by engines that sample reproducibly, ignored by others.
+    top_p, top_k, min_p: leave unlikely tokens out (docs/sampling.md); the defaults leave out none.
     """
 
     context: np.ndarray
@@ -36,13 +37,16 @@ class GenerateRequest:
     temperature: float
     seed: int
     check_every: int = 0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateOutput:
     """The tokens sampled for a request: at least one.
 
-    log_probs: float32 [T], under the sampling distribution (temperature applied).
+    log_probs: float32 [T], under the sampling distribution (temperature applied), before tokens are left out.
     version: the committed weight version that sampled all of them.
     finish: `eos` if the last token is an end token of the model; `length` after `max_tokens` tokens, or at a
     boundary of `check_every` where the stop rule holds; `interrupted` if the engine stopped anywhere else,

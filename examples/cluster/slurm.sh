@@ -33,8 +33,8 @@ esac
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 # treepo launch itself starts a crashed training again (--max-restarts). A node that has failed for good ends the
-# others. --resume begins a new run if there is no checkpoint yet. SIGTERM (scancel, the time limit) reaches the training, which cleans up as
-# far as the cluster's KillWait lets it (30 s by default).
+# others. --resume begins a new run if there is no checkpoint yet. At SIGTERM (scancel, the time limit) the
+# training ends within 60 s, of which the cluster's KillWait may leave less (30 s by default).
 step=(srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}")
 if [[ -n ${TREEPO_IMAGE:-} ]]; then
     step+=(--container-image="$TREEPO_IMAGE" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")

@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.memory_pool import KVCache, KVWriteLoc
 from torch import Tensor
 
 from sglang_rollout.cpu.padded_attention import Chunk, Steps, attend, plan
-from sglang_rollout.cpu.seeded_draw import invert, uniform
+from sglang_rollout.cpu.seeded_draw import invert, truncate, uniform
 
 
 class CpuAttention(TorchNativeAttnBackend):
@@ -85,7 +85,7 @@ def _is_plain(layer: Any, sliding_window_pool: bool) -> bool:
 
 
 class SeededSampler(Sampler):
-    """SGLang's sampler, with seeded draws when the whole distribution is sampled from.
+    """SGLang's sampler, with seeded draws.
 
     SGLang samples reproducibly only in its deterministic mode, whose kernels are for GPUs. Here each token is
     drawn by inverting the cumulative distribution at a uniform number that depends only on the request's seed
@@ -97,7 +97,7 @@ class SeededSampler(Sampler):
         self, probs: Tensor, sampling_info: Any, positions: Tensor, simple_sampling_case: bool
     ) -> Tensor:
         if not simple_sampling_case:
-            return super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
+            probs = truncate(probs, sampling_info.top_ks, sampling_info.top_ps, sampling_info.min_ps)
         number = uniform(sampling_info.sampling_seed.numpy(), positions.numpy())
         return invert(probs, torch.from_numpy(number))
 

@@ -33,3 +33,18 @@ def invert(probs: Tensor, number: Tensor) -> Tensor:
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     drawn = torch.searchsorted(cumulative, target, right=True)
     return torch.minimum(drawn, last).clamp_(max=probs.shape[-1] - 1)[:, 0].to(torch.int32)
+
+
+def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The distributions [B, V] with probability 0 for the tokens that each row's three numbers [B] leave out.
+
+    SGLang's own rule: of the `top_k` likeliest tokens those stay before which the likelier ones sum up to at
+    most `top_p`, and which have at least `min_p` of the likeliest token's probability. They are not scaled
+    up, and `probs` is not changed.
+    """
+    likeliest, token = probs.sort(dim=-1, descending=True)
+    before = likeliest.cumsum(-1) - likeliest
+    kept = torch.arange(probs.shape[-1]) < top_k[:, None]
+    kept &= (before <= top_p[:, None]) | (top_p[:, None] >= 1)  # rounding may sum up more than 1
+    kept &= likeliest >= likeliest[:, :1] * min_p[:, None]
+    return torch.zeros_like(probs).scatter_(-1, token, likeliest * kept)

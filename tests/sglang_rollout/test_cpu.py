@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sglang_rollout.cpu.padded_attention import Steps, attend, plan
-from sglang_rollout.cpu.seeded_draw import invert, uniform
+from sglang_rollout.cpu.seeded_draw import invert, truncate, uniform
 
 HEADS, KV_HEADS, WIDTH, POOL = 6, 2, 8, 4000
 
@@ -120,3 +120,31 @@ def test_a_row_that_is_not_a_distribution_gives_some_token() -> None:
     drawn = invert(rows, torch.tensor([0.5, 0.5], dtype=torch.float64))
     assert 0 <= int(drawn[0]) < 4
     assert int(drawn[1]) == 3
+
+
+def test_each_row_keeps_the_tokens_that_its_own_rule_keeps() -> None:
+    likely = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    rules = [  # top_k, top_p, min_p, tokens that stay
+        (1 << 30, 1.0, 0.0, [0, 1, 2, 3]),
+        (2, 1.0, 0.0, [1, 3]),
+        (1, 1.0, 0.0, [1]),
+        (1 << 30, 0.3, 0.0, [1]),
+        (1 << 30, 0.5, 0.0, [1, 3]),
+        (1 << 30, 0.75, 0.0, [1, 2, 3]),
+        (1 << 30, 1.0, 0.6, [1, 3]),
+        (3, 0.95, 0.3, [1, 2, 3]),
+        (2, 0.95, 0.9, [1]),
+    ]
+    probs = likely.expand(len(rules), -1).clone()
+    top_k, top_p, min_p = (torch.tensor([rule[i] for rule in rules]) for i in range(3))
+    kept = truncate(probs, top_k, top_p, min_p)
+    for row, (*_, stays) in zip(kept, rules, strict=True):
+        assert row.nonzero()[:, 0].tolist() == stays
+        assert row[stays].tolist() == likely[stays].tolist()
+    assert torch.equal(probs, likely.expand(len(rules), -1)), "log-probs are computed from it afterwards"
+
+
+def test_rounding_leaves_out_no_token_of_a_whole_distribution() -> None:
+    probs = torch.full((1, 100_000), 1.0001e-5)  # float32 sums it up to more than 1
+    whole = truncate(probs, torch.tensor([1 << 30]), torch.tensor([1.0]), torch.tensor([0.0]))
+    assert torch.equal(whole, probs)

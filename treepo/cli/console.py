@@ -1,4 +1,4 @@
-"""What the commands share: the consoles of standard output and standard error, and texts."""
+"""What the commands share: the consoles of standard output and standard error."""
 
 import os
 from collections.abc import Iterable
@@ -10,17 +10,19 @@ from treepo.display.safe_console import SafeConsole
 if TYPE_CHECKING:
     from treepo.data.prompts import DataReport
 
-OVERRIDES = "Override keys of the file, for example sampling.width=8."
-"""The help of every command's KEY=VALUE arguments."""
-
 output = SafeConsole()
+"""Results."""
+
+progress_console = SafeConsole()
+"""What a command is doing, also on standard output; --quiet silences it."""
+
 errors = SafeConsole(stderr=True)
 
 
 def show_data(reports: "Iterable[DataReport]") -> None:
     """Show the contents of each data file, one line each."""
     for report in reports:
-        output.print(report.summary(), highlight=False, soft_wrap=True)
+        progress_console.print(report.summary(), highlight=False, soft_wrap=True)
 
 
 def check_surroundings(out: Path, *, uses_ray: bool = True) -> None:

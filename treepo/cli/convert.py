@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import output
+from treepo.cli.console import output, progress_console
 from treepo.data.model_config import CONFIG
 
 
@@ -25,6 +25,6 @@ def convert(
     if (source / CONFIG).is_file() and not is_checkpoint(source):
         check_present_parts(source)
     started = time.perf_counter()
-    with convert_progress(output) as progress:
+    with convert_progress(progress_console) as progress:
         converted = run(source, target, progress)
     show_converted(output, converted, target, time.perf_counter() - started)

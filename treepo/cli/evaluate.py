@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treepo.cli.console import OVERRIDES, check_surroundings, output
+from treepo.cli.console import check_surroundings, output, progress_console
 from treepo.cli.failures import stoppable
+from treepo.cli.overrides import Overrides
 from treepo.config.load import load_as
 from treepo.errors import ConfigError
 
@@ -23,7 +24,7 @@ def evaluate(
         str | None,
         typer.Argument(metavar="CONFIG", help="A YAML file, for example examples/eval-math.yaml."),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
+    overrides: Overrides = None,
     model: Annotated[
         str | None, typer.Option(help="A model folder, or a running SGLang server's URL.")
     ] = None,
@@ -38,6 +39,19 @@ def evaluate(
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens with this probability together."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens.")] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from tokens with this share of the likeliest's probability."),
+    ] = None,
+    from_model: Annotated[
+        bool | None,
+        typer.Option("--from-model", help="Take what is not given of these four as the model recommends."),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens in a response.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Most tokens in a prompt.")] = None,
@@ -75,6 +89,10 @@ def evaluate(
         "samples": samples,
         "tree": tree,
         "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "from_model": from_model,
         "max_tokens": max_tokens,
         "max_prompt_tokens": max_prompt_tokens,
         "max_problems": max_problems,
@@ -94,13 +112,15 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
     with stoppable(lambda: f"the same command continues in {eval_config.out}/") as stopper:
         check_surroundings(eval_config.out, uses_ray=eval_config.model.url is None)
         from treepo.preflight.inputs import read_evaluation_inputs
+        from treepo.preflight.recommended_sampling import evaluation_as_recommended
 
+        eval_config = evaluation_as_recommended(eval_config)
         inputs = read_evaluation_inputs(eval_config)
         from treepo.display.evaluation import EvaluationDisplay, show_evaluation
         from treepo.evaluation.evaluate import evaluate as run
 
         source = path or eval_config.model.path or eval_config.model.url
-        with EvaluationDisplay(output, f"{source} -> {eval_config.out}", inputs) as display:
+        with EvaluationDisplay(progress_console, f"{source} -> {eval_config.out}", inputs) as display:
             start = partial(evaluation_engines, eval_config, inputs)
             results = stopper.run(run(eval_config, inputs, display, start, anew=force))
         show_evaluation(output, results, eval_config.out)

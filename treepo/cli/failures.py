@@ -26,6 +26,7 @@ _OF_THE_MACHINE = frozenset(
     }
 )
 _NAMELESS = "standard output, or a file without a name"
+ALL_ENDED = "All processes have ended"
 
 
 def of_the_machine(error: BaseException | None) -> bool:
@@ -85,17 +86,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 @contextmanager
-def stoppable(left: Callable[[], str]) -> Iterator[Stopper]:
+def stoppable(left: Callable[[], str], *, cut_short: str = ALL_ENDED) -> Iterator[Stopper]:
     """Let the body be ended by SIGTERM or Ctrl-C: clean, with one line and exit code 143 or 130.
 
-    left: says in a few words what the command leaves, and how it can go on.
+    left: says in a few words what the command leaves, and how it can go on. cut_short: says what has ended if
+    a second signal or the deadline cuts the clean-up short.
     """
 
-    def farewell(by: Signals) -> str:
+    def farewell(by: Signals, ended: str = ALL_ENDED) -> str:
         name = "" if by is SIGINT else f" by {by.name}"
-        return f"Interrupted{name}. All processes have ended; {left()}"
+        return f"Interrupted{name}. {ended}; {left()}"
 
-    stopper = Stopper(farewell)
+    stopper = Stopper(lambda by: farewell(by, cut_short))
     with stopper:
         try:
             yield stopper

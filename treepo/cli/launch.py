@@ -1,24 +1,30 @@
 """`treepo launch`: a training run on many nodes."""
 
-import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from treepo.cli.console import OVERRIDES, errors, output
+from treepo.cli.console import output
+from treepo.cli.failures import ALL_ENDED, stoppable
+from treepo.cli.overrides import Overrides
+from treepo.cli.train import left
+from treepo.cli.verbosity import verbosity_flags
 from treepo.config.load import load_config
-from treepo.errors import EXIT_INTERRUPTED
 from treepo.stack_dumps import ignore_requests
+
+_OF_THE_NODE = "the head tells what the run leaves"
+_JOB_LEFT = "The job may still be ending in the cluster"
 
 
 def launch(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="A YAML file, on a file system that all nodes share.")
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint, as in `treepo train`.")
     ] = False,
@@ -57,15 +63,15 @@ def launch(
 
     The nodes are found in Slurm's or torchrun's variables, or given by --nodes, --node-rank and --head.
     RAY_ADDRESS names a running cluster. Without any of these the run uses this machine alone.
+
+    SIGTERM and Ctrl-C end the training, and all processes of all nodes when the head gets them (exit code 143
+    or 130); a second signal kills this node's at once.
     """
     ignore_requests()
     run_config = load_config(config, overrides or [])
-    from treepo.cluster.allocation import Flags, find_allocation
+    from treepo.cluster.allocation import Cluster, Flags, find_allocation
 
     target = find_allocation(os.environ, Flags(nodes, node_rank, head, port))
-    from treepo.cluster.launch import launch as run
-    from treepo.cluster.launch_parts import Launch
-    from treepo.cluster.ray_node import NodeResources
 
     def check() -> None:
         from treepo.data.folder_lock import check_free
@@ -77,27 +83,44 @@ def launch(
         if resume:
             find_resume(run_config, inputs, contents=False)  # the training reads them
 
-    spec = Launch(
-        run_config,
-        [str(config), *(overrides or [])],
-        resume,
-        check,
-        wait,
-        max_restarts,
-        NodeResources(cpus, gpus),
-        dashboard_port,
-        say=lambda text: output.print(Text.assemble(("launch:", "bold"), f" {text}"), soft_wrap=True),
-        write=_write,
-    )
-    try:
-        exit_code = asyncio.run(run(target, spec))
-    except KeyboardInterrupt:
-        errors.print("Interrupted. All processes have ended.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    def leaves() -> str:
+        return left(run_config.out) if isinstance(target, Cluster) or target.rank == 0 else _OF_THE_NODE
+
+    cut_short = _JOB_LEFT if isinstance(target, Cluster) else ALL_ENDED
+    with stoppable(leaves, cut_short=cut_short) as stopper:
+        from treepo.cluster.launch import launch as run
+        from treepo.cluster.launch_parts import Launch
+        from treepo.cluster.ray_node import NodeResources
+
+        spec = Launch(
+            run_config,
+            [str(config), *(overrides or []), *verbosity_flags()],
+            resume,
+            check,
+            wait,
+            max_restarts,
+            NodeResources(cpus, gpus),
+            dashboard_port,
+            interrupted=lambda: stopper.exit_code,
+            say=lambda text: output.print(Text.assemble(("launch:", "bold"), f" {text}"), soft_wrap=True),
+            write=TrainingOutput(lambda: stopper.received is not None).write,
+        )
+        exit_code = stopper.run(run(target, spec))
     raise typer.Exit(exit_code)
 
 
-def _write(text: str) -> None:
-    """Write another process's output unchanged."""
-    output.file.write(text)
-    output.file.flush()
+class TrainingOutput:
+    """Writes the training's output unchanged; of a launch that ends, only the training's errors, because the
+    launch itself says how it has ended.
+    """
+
+    def __init__(self, ends: Callable[[], bool]) -> None:
+        self._ends, self._line = ends, ""
+
+    def write(self, text: str) -> None:
+        """Write the next characters of the output, which may end within a line."""
+        if self._ends():
+            *lines, self._line = (self._line + text).split("\n")
+            text = "".join(f"{line}\n" for line in lines if line.startswith("error: "))
+        output.file.write(text)
+        output.file.flush()

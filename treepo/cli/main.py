@@ -5,21 +5,23 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 
-from treepo.cli.console import errors
+from treepo.cli.console import output
 from treepo.cli.convert import convert
 from treepo.cli.doctor import doctor
 from treepo.cli.evaluate import evaluate
 from treepo.cli.failures import show_failure
+from treepo.cli.init import init
 from treepo.cli.launch import launch
 from treepo.cli.plan import plan
 from treepo.cli.rollout import rollout
 from treepo.cli.status import status
 from treepo.cli.toy import toy
 from treepo.cli.train import train
+from treepo.cli.verbosity import show_warnings, with_verbosity
 from treepo.data.temporary_folder import keep_compiled_code
 from treepo.ending import ignore_signals, leave
 from treepo.errors import PrintableFormatter
@@ -27,13 +29,30 @@ from treepo.errors import PrintableFormatter
 app = typer.Typer(
     help="Reinforcement learning for reasoning models whose rollouts are trees.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (toy, train, launch, status, rollout, plan, convert):
-    app.command()(command)
-app.command(name="eval")(evaluate)
-app.command()(doctor)
+for command in (init, toy, train, launch, status, rollout, plan, convert, doctor):
+    app.command()(with_verbosity(command))
+app.command(name="eval")(with_verbosity(evaluate))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from treepo.doctor.software import installed_version
+
+        output.print(
+            f"treepo {installed_version('treepo') or '(not installed as a package)'}", highlight=False
+        )
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -45,7 +64,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # Progress bars of libraries would draw over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _show_warnings()
+    show_warnings()
     keep_compiled_code()  # before torch is imported
     # A traceback of a reward function goes to the terminal, where its author sees it.
     if logging.lastResort is not None:
@@ -68,20 +87,3 @@ def exit_code_of(command: Callable[[], object]) -> int:
             raise
         return exit_code
     return 0
-
-
-def _show_warnings() -> None:
-    """Show warnings on the terminal, wherever the log goes.
-
-    Warnings with a traceback are left out: the error that ends a run is shown by itself.
-    """
-    warnings: logging.Handler
-    if errors.is_terminal:
-        warnings = RichHandler(logging.WARNING, errors, show_time=False, show_path=False)
-    else:  # one line each, however long: a file has no width
-        warnings = logging.StreamHandler()
-        warnings.setLevel(logging.WARNING)
-        warnings.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
-    warnings.addFilter(lambda record: record.exc_info is None)
-    for package in ("treepo", "sglang_rollout"):
-        logging.getLogger(package).addHandler(warnings)

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import OVERRIDES, errors, output
+from treepo.cli.console import errors, output, progress_console
+from treepo.cli.overrides import Overrides
 from treepo.config.load import load_config
 from treepo.errors import ConfigError
 
@@ -17,7 +18,7 @@ def plan(
             metavar="CONFIG", help="A YAML file for training, for example examples/models/qwen3-8b.yaml."
         ),
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
     """Predict a training run's memory and step time, without a GPU or the model's weights.
@@ -28,7 +29,7 @@ def plan(
     from treepo.display.plan import plan_progress, show_plan
     from treepo.planning import plan as planning
 
-    with plan_progress(errors) as report:
+    with plan_progress(progress_console if progress_console.quiet else errors) as report:
         made = planning.make_plan(run_config, report)
     if as_json:
         output.print_json(data=planning.as_json(made))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import output
+from treepo.cli.console import output, progress_console
 
 
 def toy(
@@ -17,6 +17,6 @@ def toy(
     from treepo.display.train import show_toy, toy_progress
     from treepo.toy.make import make_toy
 
-    with toy_progress(output) as progress:
+    with toy_progress(progress_console) as progress:
         report = make_toy(out, seed=seed, force=force, progress=progress)
     show_toy(output, report)

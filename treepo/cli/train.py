@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from treepo.cli.console import OVERRIDES, check_surroundings, output, show_data
+from treepo.cli.console import check_surroundings, output, progress_console, show_data
 from treepo.cli.failures import stoppable
+from treepo.cli.overrides import Overrides
 from treepo.config.load import load_config
 
 
@@ -15,7 +16,7 @@ def train(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example examples/quickstart.yaml.")
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES)] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -29,7 +30,7 @@ def train(
     SIGTERM and Ctrl-C end all processes (exit code 143 or 130); a second signal kills them at once.
     """
     run_config = load_config(config, overrides or [])
-    with stoppable(lambda: _left(run_config.out)) as stopper:
+    with stoppable(lambda: left(run_config.out)) as stopper:
         check_surroundings(run_config.out)
         from treepo.display.train import TrainDisplay, show_resume, show_summary
         from treepo.preflight.inputs import read_train_inputs
@@ -40,7 +41,7 @@ def train(
 
         origin = find_resume(run_config, inputs) if resume else None
         if resume:
-            show_resume(output, origin, run_config.out)
+            show_resume(progress_console, origin, run_config.out)
         from treepo.cluster.session import training_session
         from treepo.rollout.stopping import StopRule
         from treepo.training.train import train as run
@@ -48,13 +49,13 @@ def train(
         stop_rule = StopRule(run_config.sampling, inputs.tokenizer.decode)
         overlaps = run_config.max_untrained > run_config.data.prompts_per_step
         title = f"{config} -> {run_config.out}"
-        with TrainDisplay(output, title, run_config.steps, overlaps=overlaps) as display:
+        with TrainDisplay(progress_console, title, run_config.steps, overlaps=overlaps) as display:
             start = partial(training_session, run_config, stop_rule)
             summary = stopper.run(run(run_config, inputs, display, start, origin))
         show_summary(output, summary, run_config.out)
 
 
-def _left(out: Path) -> str:
+def left(out: Path) -> str:
     """What an interrupted run leaves, and how it goes on."""
     from treepo.training.checkpoints import saved_step
 

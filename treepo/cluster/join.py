@@ -34,16 +34,19 @@ class Connection:
         self.host: str = writer.get_extra_info("sockname")[0]
         self.secrets = key.secrets
         self._head, self._reader, self._writer = head, reader, writer
+        self._ending: int | None = None  # the exit code of a head that is ending
 
     async def next(self) -> NewRay | int:
         """Wait for Ray's address, or for the exit code of a launch that has ended.
 
-        Raises LostHeadError if the head is gone.
+        Raises LostHeadError if the head is gone without a warning.
         """
         while True:
             try:
                 message = await receive(self._reader)
             except (OSError, EOFError, ValueError):
+                if self._ending is not None:
+                    return self._ending
                 raise LostHeadError(
                     f"the head at {self._head} is gone and did not say how the launch ended"
                 ) from None
@@ -52,6 +55,8 @@ class Connection:
                     send(self._writer, {"pong": True})
                 case {"exit": int(code)}:
                     return code
+                case {"ending": int(code)}:
+                    self._ending = code
                 case {"ray": None}:
                     return NewRay(None)
                 case {"ray": str(address)} if address.isascii() and address.isprintable():

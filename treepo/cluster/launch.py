@@ -12,7 +12,6 @@ already runs, the job alone is started again.
 
 import asyncio
 import os
-import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,12 @@ from treepo.cluster.launch_parts import Launch, unless_ended
 from treepo.cluster.placement import Node
 from treepo.cluster.ray_node import NodeResources, free_ports, new_secrets, ray_head, ray_worker
 from treepo.cluster.rendezvous import Rendezvous, open_rendezvous, own_address
-from treepo.cluster.restarts import EXIT_TERMINATED, Saved, newest_saved, wait_until_free, with_restarts
+from treepo.cluster.restarts import Saved, newest_saved, wait_until_free, with_restarts
 from treepo.cluster.schedulers import Allocation
 from treepo.cluster.wait_for_devices import wait_for_devices
 from treepo.cluster.worker_node import take_part
 from treepo.data.daemon_thread import in_thread
-from treepo.errors import EXIT_INTERRUPTED, ClusterError, LostJobError, StoppedJobError, TreepoError
+from treepo.errors import ClusterError, LostJobError, StoppedJobError, TreepoError
 
 if TYPE_CHECKING:
     from treepo.cluster.ray_job import JobServer
@@ -40,26 +39,9 @@ _LOOPBACK = "127.0.0.1"
 async def launch(target: Allocation | Cluster, spec: Launch) -> int:
     """Train, and return the training's exit code on every node.
 
-    Raises TreepoError if the training did not start. SIGTERM and Ctrl-C end the training first, which cleans
+    Raises TreepoError if the training did not start. If cancelled, it ends the training first, which cleans
     up after itself, and then the processes that were started for it.
     """
-    loop, terminated = asyncio.get_running_loop(), asyncio.Event()
-    task = asyncio.ensure_future(_launch(target, spec, terminated))
-
-    def terminate() -> None:
-        terminated.set()
-        task.cancel()
-
-    loop.add_signal_handler(signal.SIGTERM, terminate)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if terminated.is_set():
-            return EXIT_TERMINATED
-        raise
-
-
-async def _launch(target: Allocation | Cluster, spec: Launch, terminated: asyncio.Event) -> int:
     if isinstance(target, Cluster):
         return await _use(target, spec)
     if target.rank > 0:
@@ -68,7 +50,7 @@ async def _launch(target: Allocation | Cluster, spec: Launch, terminated: asynci
             spec,
             lambda head, address: ray_worker(head.host, address, spec.resources, head.secrets),
         )
-    return await _lead(target, spec, terminated)
+    return await _lead(target, spec)
 
 
 async def _use(cluster: Cluster, spec: Launch) -> int:
@@ -96,7 +78,7 @@ async def _use(cluster: Cluster, spec: Launch) -> int:
     return await _restarted(attempt, spec)
 
 
-async def _lead(allocation: Allocation, spec: Launch, terminated: asyncio.Event) -> int:
+async def _lead(allocation: Allocation, spec: Launch) -> int:
     """Rank 0: train, send the exit code to the other nodes, and stop Ray's head once they have left."""
     secrets = new_secrets(os.environ)
     async with AsyncExitStack() as stack:
@@ -106,12 +88,14 @@ async def _lead(allocation: Allocation, spec: Launch, terminated: asyncio.Event)
             head = await _open_head(allocation, spec, secrets, stack)
         stack.push_async_exit(head.ray)
         exit_code = 1  # of any error but a TreepoError
+        training = asyncio.ensure_future(_check_and_train(head, spec))
         try:
-            await in_thread(spec.check)
-            remove_old_keys(spec.config.out, head.key)
-            exit_code = await _restarted(head.attempt, spec)
+            exit_code = await asyncio.shield(training)
         except asyncio.CancelledError:
-            exit_code = EXIT_TERMINATED if terminated.is_set() else EXIT_INTERRUPTED
+            exit_code = spec.interrupted()
+            head.rendezvous.warn(exit_code)
+            training.cancel()
+            await training
             raise
         except TreepoError as error:
             exit_code = error.exit_code
@@ -119,6 +103,12 @@ async def _lead(allocation: Allocation, spec: Launch, terminated: asyncio.Event)
         finally:
             await head.rendezvous.end(exit_code)
         return exit_code
+
+
+async def _check_and_train(head: "_Head", spec: Launch) -> int:
+    await in_thread(spec.check)
+    remove_old_keys(spec.config.out, head.key)
+    return await _restarted(head.attempt, spec)
 
 
 async def _open_head(

@@ -14,7 +14,7 @@ from treepo.config.load import dump_config
 from treepo.config.run import RunConfig
 from treepo.errors import ClusterError
 
-_FAREWELL_SECONDS = 120.0  # for an interrupted head to clean up its training and send the exit code
+_FAREWELL_SECONDS = 50.0  # for a head that was interrupted too to end its training and send the exit code
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Launch:
     arguments: of `treepo train`, without --resume. resume: whether the first start has it. check: called on
     the head before anything starts; raises TreepoError. wait: seconds for all devices to appear.
     max_restarts: of the training without a new checkpoint; and of Ray on a node other than the head.
-    resources: that this node offers. dashboard_port: None picks a free one. say: shows a line. write: shows
-    the job's output.
+    resources: that this node offers. dashboard_port: None picks a free one. interrupted: the exit code,
+    once a signal has cancelled the launch. say: shows a line. write: shows the job's output.
     """
 
     config: RunConfig
@@ -36,6 +36,7 @@ class Launch:
     max_restarts: int
     resources: NodeResources
     dashboard_port: int | None
+    interrupted: Callable[[], int]
     say: Callable[[str], None]
     write: Callable[[str], None]
 
@@ -72,17 +73,16 @@ async def unless_ended[T](node: RayNode, work: Awaitable[T]) -> T:
         await asyncio.gather(working, ended, return_exceptions=True)
 
 
-async def first_of(news: "asyncio.Future[Any]", node: RayNode, say: Callable[[str], None]) -> str | None:
+async def first_of(news: "asyncio.Future[Any]", node: RayNode) -> str | None:
     """Wait for the head's news, or for the end of Ray on this node: return None, or the reason of that end.
 
-    If cancelled, say so and wait a while longer for either: only the head can end the training.
+    If cancelled, wait a while longer for either: only the head can end the training.
     """
     ended = asyncio.ensure_future(node.ended())
     try:
         await asyncio.wait((news, ended), return_when=asyncio.FIRST_COMPLETED)
         return None if news.done() else ended.result()
     except asyncio.CancelledError:
-        say(f"waits up to {_FAREWELL_SECONDS:g} s for the head, which alone can end the training")
         await asyncio.wait((news, ended), timeout=_FAREWELL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         raise
     finally:

@@ -18,8 +18,10 @@ from treepo.cluster.placement import Node
 from treepo.data.daemon_thread import in_thread
 from treepo.errors import ClusterError, LostJobError, StoppedJobError, one_line
 
-STOP_SECONDS = 90
-"""From Ctrl-C to SIGKILL. A run's processes have shorter deadlines of their own."""
+STOP_SECONDS = 40
+"""From Ctrl-C to SIGKILL: longer than an engine takes to end, and less than `ending.CLEANUP_SECONDS`, in
+which the launch must end too.
+"""
 
 _POLL_SECONDS = 0.5
 _CLEAR_SECONDS = 60.0  # for Ray to end the actors of a job that has ended
@@ -84,7 +86,7 @@ class JobServer:
             with suppress(TimeoutError, ClusterError, *_UNREACHABLE):
                 job = await submitting
                 await _answer(lambda: self._client.stop_job(job))
-                await asyncio.wait_for(asyncio.shield(following), STOP_SECONDS + 10)
+                await asyncio.wait_for(asyncio.shield(following), STOP_SECONDS + 5)
             raise
         finally:
             following.cancel()

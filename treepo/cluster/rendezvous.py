@@ -3,7 +3,8 @@
 The messages are JSON lines of at most 4 KiB. A node first says its rank and what it launches. Both sides then
 prove that they have the launch's key (treepo.cluster.launch_key), so nobody else gets in or gets an answer.
 The head sends Ray's address once Ray runs, again after it has started another Ray, and at the end the exit
-code, so that every node ends with the same one.
+code, so that every node ends with the same one. A head that is interrupted sends the code at once as a
+warning, so that the nodes end with it even if the head is killed while it cleans up.
 
 The head refuses a node that launches something else, because two launches that share a host may use the same
 port. It refuses a rank that is connected, unless that node no longer answers: then the new one replaces it.
@@ -53,6 +54,7 @@ class Rendezvous:
         self._there: dict[int, _Node] = {}
         self._ray: str | None = None
         self._exit_code: int | None = None
+        self._warning: int | None = None
         self._strangers = 0
 
     @property
@@ -71,6 +73,12 @@ class Rendezvous:
         self._ray = ray
         for node in self._there.values():
             send(node.writer, {"ray": ray})
+
+    def warn(self, exit_code: int) -> None:
+        """Tell every node that the launch is ending: a head lost from now on has ended with the code."""
+        self._warning = exit_code
+        for node in self._there.values():
+            send(node.writer, {"ending": exit_code})
 
     async def end(self, exit_code: int) -> None:
         """Send the exit code to every node, and wait until all have left, at most `_LEAVE_SECONDS`."""
@@ -128,6 +136,8 @@ class Rendezvous:
         if earlier is not None:
             earlier.writer.transport.abort()
         send(writer, {"welcome": True})
+        if self._warning is not None:
+            send(writer, {"ending": self._warning})
         if self._exit_code is not None:
             send(writer, {"exit": self._exit_code})
         elif self._ray is not None:
@@ -140,7 +150,7 @@ class Rendezvous:
         writer.close()
         if self._there.get(rank) is node:
             del self._there[rank]
-            if self._exit_code is None:
+            if self._exit_code is None and self._warning is None:
                 self._changed(rank, False)
 
 

@@ -65,7 +65,7 @@ async def _run_ray(connection: Connection, address: str, spec: Launch, start: St
             begun = loop.time()
             async with start(connection, address) as node:
                 spec.say(f"joins Ray at {address} as {connection.host}")
-                reason = await first_of(news, node, spec.say)
+                reason = await first_of(news, node)
             if reason is None:
                 return news.result()
             failures = 1 if loop.time() - begun > _SOUND_SECONDS else failures + 1

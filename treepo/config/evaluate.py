@@ -17,6 +17,7 @@ from treepo.config.data import ColumnsConfig, PromptsConfig, shipped_columns
 from treepo.config.engine import EngineConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import RepetitionConfig, SamplingConfig, StopsConfig, without_oversample
+from treepo.config.truncation import check_reproducible
 
 
 class EvalModelConfig(Section):
@@ -189,6 +190,11 @@ class EvalConfig(Section):
     engine: EvalEngineConfig = EvalEngineConfig()
     """The engines; for a running server only `request_seconds` is used."""
 
+    @model_validator(mode="after")
+    def _min_p_is_possible(self) -> Self:
+        check_reproducible(self.sampling, self.engine)
+        return self
+
 
 def grades_mathematics(reward: RewardConfig) -> bool:
     """Whether math-verify grades, which extracts the answers that majority votes need."""
@@ -201,6 +207,10 @@ _KEYS = {
     "tokenizer": "model.tokenizer",
     "samples": "sampling.width",
     "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "top_k": "sampling.top_k",
+    "min_p": "sampling.min_p",
+    "from_model": "sampling.from_model",
     "max_tokens": "sampling.max_response_tokens",
     "max_prompt_tokens": "data.max_prompt_tokens",
     "max_problems": "data.max_problems",

@@ -1,14 +1,15 @@
 """The configuration of `treepo rollout`: a model, prompts, sampling. Its sections are those of training."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from treepo.config.base import PathField, Section
 from treepo.config.data import RolloutDataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
 from treepo.config.sampling import SamplingConfig, without_oversample
+from treepo.config.truncation import check_reproducible
 
 
 class RolloutConfig(Section):
@@ -27,3 +28,8 @@ class RolloutConfig(Section):
     """How trees are sampled; schedules stay at their first step."""
     engine: EngineConfig = EngineConfig()
     """The engines that sample."""
+
+    @model_validator(mode="after")
+    def _min_p_is_possible(self) -> Self:
+        check_reproducible(self.sampling, self.engine)
+        return self

@@ -1,9 +1,9 @@
 """The schema of the YAML file that configures a training run."""
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from treepo.config.base import PathField, Section
 from treepo.config.checkpoint import CheckpointConfig
@@ -16,6 +16,7 @@ from treepo.config.plan import PlanConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.config.trainer import TrainerConfig
+from treepo.config.truncation import whole_distribution
 from treepo.config.weights import WeightsConfig
 from treepo.errors import ConfigError
 
@@ -65,7 +66,7 @@ class RunConfig(Section):
     """Prompts: files, columns, how many a step."""
     reward: RewardConfig = RewardConfig()
     """How answers are graded and rewarded."""
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: Annotated[SamplingConfig, AfterValidator(whole_distribution)] = SamplingConfig()
     """How trees are sampled."""
     loop: LoopConfig = LoopConfig()
     """Whether sampling waits for training."""

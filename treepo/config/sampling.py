@@ -166,6 +166,16 @@ class SamplingConfig(Section):
     """Most tokens in one response."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of sampling; the trainer computes its log-probs at the same one."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens, as few as have this probability together. Evaluations and rollouts
+    only, as `top_k`, `min_p` and `from_model`: training samples from all tokens."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Sample from this many of the likeliest tokens; null: from all."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Sample from the tokens with at least this fraction of the likeliest token's probability."""
+    from_model: bool = False
+    """Take the values of `temperature`, `top_p`, `top_k` and `min_p` that are not given from the model's
+    generation_config.json, which its authors recommend."""
     budget: BudgetName = Field(
         default="fixed",
         description="Children of all active paths together at one tree step, never fewer than one for each. "

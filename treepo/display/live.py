@@ -17,7 +17,7 @@ _TENTHS = 10
 
 def is_live(console: Console) -> bool:
     """Whether a status line can be redrawn in place."""
-    return console.is_terminal and not console.is_dumb_terminal
+    return console.is_terminal and not console.is_dumb_terminal and not console.quiet
 
 
 def live_progress(console: Console, *columns: str | ProgressColumn) -> Progress:

@@ -85,7 +85,11 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
         assert url is not None
         facts = asyncio.run(server_facts(url))
         _check_server_lengths(url, facts, prompt, response)
-        tokenizer = load_tokenizer(config.model.tokenizer or _tokenizer_folder(url, facts))
+        if config.sampling.min_p and facts.get("enable_deterministic_inference"):
+            raise ConfigError(
+                f"sampling.min_p: {url} draws by seed, and SGLang then has no min_p; allowed: 0"
+            )
+        tokenizer = load_tokenizer(config.model.tokenizer or tokenizer_folder(url, facts))
         model = f"{facts.get('model_path')} {facts.get('weight_version')}"
         kv_tokens = facts.get("max_total_num_tokens")
     if not data.chat_template:
@@ -121,7 +125,7 @@ def _check_server_lengths(url: str, facts: Mapping[str, Any], prompt: int, respo
         )
 
 
-def _tokenizer_folder(url: str, facts: Mapping[str, Any]) -> Path:
+def tokenizer_folder(url: str, facts: Mapping[str, Any]) -> Path:
     path = facts.get("tokenizer_path") or facts.get("model_path")
     if path is None or not Path(path).is_dir():
         raise ConfigError(

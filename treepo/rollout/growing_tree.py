@@ -75,6 +75,9 @@ class GrowingTree:
             temperature=self._config.temperature,
             seed=rng.seed(*self._names, "request", path.number, path.length),
             check_every=segment_tokens if wanted > segment_tokens else 0,
+            top_p=self._config.top_p,
+            top_k=self._config.top_k,
+            min_p=self._config.min_p,
         )
 
     def receive(self, path: PathRequest, output: GenerateOutput) -> int:

@@ -77,8 +77,15 @@ def _subtitle(settings: Mapping[str, Any]) -> str:
     how = "leaves of a tree" if sampling["mode"] == "tree" else "independent samples"
     return (
         f"{model['path'] or model['url']} · {sampling['width']} {how} for each problem · temperature "
-        f"{sampling['temperature']} · up to {sampling['max_response_tokens']} tokens"
+        f"{sampling['temperature']}{_truncation(sampling)} · up to {sampling['max_response_tokens']} tokens"
     )
+
+
+def _truncation(sampling: Mapping[str, Any]) -> str:
+    """What leaves tokens out; results of before it was possible do not have the keys."""
+    whole = {"top_p": 1.0, "top_k": None, "min_p": 0.0}
+    given = {key: sampling.get(key, value) for key, value in whole.items()}
+    return "".join(f" · {key} {value}" for key, value in given.items() if value != whole[key])
 
 
 def _scores(results: Mapping[str, Any]) -> str:

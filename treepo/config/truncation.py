@@ -1,0 +1,36 @@
+"""Where tokens may be left out of sampling by `top_p`, `top_k` and `min_p` (docs/sampling.md)."""
+
+from treepo.config.engine import EngineConfig
+from treepo.config.sampling import SamplingConfig
+
+
+def truncation(sampling: SamplingConfig) -> dict[str, float]:
+    """Those of the three keys that leave tokens out."""
+    given = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+    fields = SamplingConfig.model_fields
+    return {key: value for key, value in given.items() if value is not None and value != fields[key].default}
+
+
+def whole_distribution(sampling: SamplingConfig) -> SamplingConfig:
+    """Validate the sampling of training."""
+    for key, value in truncation(sampling).items():
+        raise ValueError(
+            f"{key} = {value:g}: training samples from all tokens; the log-probs of engine and trainer are "
+            "those before tokens are left out, so with this key they would not be those of the draw, and the "
+            "importance ratios would be biased; evaluations and rollouts take it"
+        )
+    if sampling.from_model:
+        raise ValueError(
+            "from_model = true: training samples from all tokens at the temperature that is given; false is "
+            "allowed"
+        )
+    return sampling
+
+
+def check_reproducible(sampling: SamplingConfig, engine: EngineConfig) -> None:
+    """Raise ValueError for a combination that would end SGLang's process."""
+    if sampling.min_p and engine.sglang.get("enable_deterministic_inference"):
+        raise ValueError(
+            f"sampling.min_p = {sampling.min_p:g} with engine.sglang.enable_deterministic_inference: SGLang "
+            "has no min_p for draws by seed; 0 is allowed, and top_p and top_k are"
+        )
