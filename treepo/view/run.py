@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from treepo.view.part import Part, Query
 from treepo.view.sources import Source
 
+_FILES = ("vendor/uPlot.min.css", "page/run.css", "vendor/uPlot.iife.min.js", "page/run.js")
+
 
 def run_part(sources: Sequence[Source]) -> Part:
     """The tab "Run" of these sources."""
@@ -13,4 +15,4 @@ def run_part(sources: Sequence[Source]) -> Part:
     def exported() -> Iterable[tuple[str, Query]]:
         return ()
 
-    return Part("run", "Run", ("uPlot.iife.min.js", "uPlot.min.css"), {}, exported)
+    return Part("run", "Run", _FILES, {}, exported)
