@@ -25,7 +25,15 @@ from treepo.view.part import Part, Query, number
 from treepo.view.sources import Source
 from treepo.watchdog import STATUS
 
-_FILES = ("vendor/uPlot.min.css", "page/run.css", "vendor/uPlot.iife.min.js", "page/run.js")
+_FILES = (
+    "vendor/uPlot.min.css",
+    "page/run.css",
+    "vendor/uPlot.iife.min.js",
+    "page/charts.js",
+    "page/run-lines.js",
+    "page/run-tables.js",
+    "page/run.js",
+)
 _MOST_ENTRIES = 2000  # of the log, the last
 _CHANGING = (METRICS, LOG, SUMMARY, RESULTS, CONFIG)
 _PASSWORD = re.compile(r"://[^/\s]*@")  # of a URL, with its user
