@@ -20,6 +20,7 @@ from treepo.cli.rollout import rollout
 from treepo.cli.status import status
 from treepo.cli.toy import toy
 from treepo.cli.train import train
+from treepo.cli.view import view
 from treepo.data.temporary_folder import keep_compiled_code
 from treepo.ending import ignore_signals, leave
 from treepo.errors import PrintableFormatter
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (toy, train, launch, status, rollout, plan, convert):
+for command in (toy, train, launch, status, view, rollout, plan, convert):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command()(doctor)
