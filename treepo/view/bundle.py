@@ -38,7 +38,8 @@ def _page(sources: Sequence[Source], parts: Sequence[Part], answers: object) -> 
     styles = [_vendored(name) for name in vendored if name.endswith(".css")]
     styles += [_file("page.css"), *(_file(f"{part.name}.css") for part in parts)]
     scripts = [_vendored(name) for name in vendored if name.endswith(".js")]
-    scripts += [_alone(name) for name in ("page.js", *(f"{part.name}.js" for part in parts))]
+    own = [name for part in parts for name in (*part.scripts, f"{part.name}.js")]
+    scripts += [_alone(name) for name in ("page.js", *own)]
     data = {
         "sources": [{"name": source.name, "path": str(source.folder)} for source in sources],
         "parts": [{"name": part.name, "title": part.title} for part in parts],

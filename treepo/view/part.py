@@ -27,6 +27,7 @@ class Part:
 
     answers: by question, functions that return what `json_text` writes. They run in any thread, several at
     once, and raise TreepoError. exported: the questions and queries that an exported file can answer.
+    scripts: files of `page/` that come before the part's own.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Part:
     vendor: tuple[str, ...]
     answers: Mapping[str, Callable[[Query], object]]
     exported: Callable[[], Iterable[tuple[str, Query]]]
+    scripts: tuple[str, ...] = ()
 
 
 def number(query: Query, key: str, limit: int) -> int:

@@ -84,23 +84,23 @@ class TreesIndex:
     def end(self) -> int:
         return int(self.rows["offset"][-1] + self.rows["size"][-1]) if len(self.rows) else 0
 
-    def update(self, seconds: float) -> None:
-        """Follow the file, for about `seconds`. A last line that is not complete is left for later.
-
-        Raises OSError if the file cannot be read.
+    def update(self, seconds: float) -> bool:
+        """Follow the file, for about `seconds`; returns whether it is indexed to the end. A last line without
+        a newline is left for later. Raises OSError if the file cannot be read.
         """
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
             self.size = 0
             self._keep(0)
-            return
+            return True
         with file:
             self.size = os.fstat(file.fileno()).st_size
             self._go_back(file)
-            self._read_on(file, monotonic() + seconds)
+            complete = self._read_on(file, monotonic() + seconds)
         if self.end - self._saved_bytes >= _CACHED_BYTES:
             self._save()
+        return complete
 
     def tree(self, number: int) -> tuple[Mapping[str, Any], Tree]:
         """Read the record and the tree of line `number` + 1. Raises DataError if the line is not a tree."""
@@ -116,8 +116,8 @@ class TreesIndex:
         except (ValueError, OverflowError) as error:
             raise DataError(f"{place}: {_reason(error)}") from None
 
-    def _read_on(self, file: BinaryIO, deadline: float) -> None:
-        offset = self.end
+    def _read_on(self, file: BinaryIO, deadline: float) -> bool:
+        offset, complete = self.end, True
         file.seek(offset)
         rows = []
         for line in file:
@@ -128,9 +128,11 @@ class TreesIndex:
             )
             offset += len(line)
             if monotonic() >= deadline:
+                complete = False
                 break
         if rows:
             self.rows = np.concatenate([self.rows, np.array(rows, ROW)])
+        return complete
 
     def _row(self, line: bytes, number: int) -> tuple[Any, ...]:
         """The columns of ROW after the hash."""
