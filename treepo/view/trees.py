@@ -93,11 +93,11 @@ class SourceTrees:
         }
 
     def prompts(self, query: Query) -> dict[str, Any]:
-        """The questions of the prompts from number `from` on."""
-        start = number(query, "from", _LARGEST)
+        """The questions of all prompts so far."""
+        del query
         new = self._index.prompts[len(self._prompt_texts) :]
         self._prompt_texts += self._texts.decode([prompt.tokens for prompt in new])
-        return {"questions": questions(self._prompt_texts)[start:], "missing": self._texts.missing}
+        return {"questions": questions(self._prompt_texts), "missing": self._texts.missing}
 
     def tree(self, query: Query) -> dict[str, Any]:
         """The structure of tree `tree` and what is known of its segments and leaves, but not their tokens."""
@@ -144,7 +144,7 @@ class SourceTrees:
             yield "rows", {"from": str(start), "mark": mark}
             answer = self.rows({"from": str(start), "mark": mark})
             start, mark, more = start + len(answer["columns"]["step"]), answer["mark"], answer["more"]
-        yield "prompts", {"from": "0"}
+        yield "prompts", {}
         rows = self._index.rows
         for place in np.argsort(-rows["disagreement"], kind="stable").tolist():
             most_tokens -= int(rows["unique_tokens"][place])

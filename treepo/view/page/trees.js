@@ -18,7 +18,7 @@ class TreePage {
     this.text = make("div", { className: "text" });
     this.detail = make("div", {}, this.head, this.drawing.element, this.text);
     root.append(this.list.element, make("div", { className: "card detail" }, this.fault, this.detail));
-    repeat(REFRESH_SECONDS, () => this.showing(() => this.list.read()));
+    repeat(REFRESH_SECONDS, () => this.list.read());
   }
 
   open(node) {
@@ -39,16 +39,18 @@ class TreePage {
     const [source, tree, node] = address.split("/").map((text) => (/^\d{1,15}$/.test(text) ? Number(text) : null));
     const place = (this.place = { source: sources[source] ? source : 0, tree: tree ?? null, node: node ?? 0 });
     this.list.select(place.source, place.tree);
-    this.detail.hidden = place.tree === null;
-    if (place.tree === null) return;
     const drawn = `${place.source}/${place.tree}`;
+    this.detail.hidden = this.drawn !== drawn;
+    if (place.tree === null) return;
     if (this.drawn !== drawn) {
-      if (place.tree >= this.list.trees.count) await this.list.read();
+      const { trees } = this.list;
+      while (place.tree >= trees.count && await trees.readSome());
       const answer = await ask("trees/tree", { source: place.source, tree: place.tree });
       if (this.place !== place) return; // something else was chosen meanwhile
       this.drawn = drawn;
       this.showHead(answer);
       this.drawing.draw(answer, 0);
+      this.detail.hidden = false;
       this.list.select(place.source, place.tree);
     }
     this.drawing.select(this.drawing.find(place.node) ? place.node : 0);
@@ -75,7 +77,8 @@ class TreePage {
     const found = values.filter(([, value]) => value !== null).map(([name, value]) => make("p", {}, visible(`${name}: ${value}`)));
     const below = (node.children ?? []).map((child) =>
       make("button", { onclick: () => this.open(child.data.node) }, `▸ ${outline(child)}`));
-    this.text.replaceChildren(...blocks, ...found, ...below);
+    const hint = make("p", { className: "soft" }, "The less likely a token was, the darker it is. Point at one for its log-prob.");
+    this.text.replaceChildren(hint, ...blocks, ...found, ...below);
     const { source, tree } = this.place;
     const sizes = path.map((one) => (one.parent ? one.data.tokens : answer.prompt_tokens));
     const missing = await Promise.all(path.map((one, at) => this.addTokens(tokens[at], { source, tree, node: one.data.node }, sizes[at])));

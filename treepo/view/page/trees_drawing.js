@@ -11,31 +11,35 @@ const FULL = 0.75; // of a colour, on the card
 const mix = (share, low, high) => `color-mix(in oklab, ${high} ${(100 * share).toFixed(1)}%, ${low})`;
 
 // What a segment's colour says. value: of a segment, null if it is not known. ends: the values of the first and the
-// last colour, for the lowest and highest value of the tree.
+// last colour, for the lowest and highest value of the tree. digits: of the legend.
 const COLOURS = {
   reward: {
     title: "mean reward",
+    digits: 2,
     value: ({ reward }) => reward,
     ends: (low, high) => [Math.min(low, low < 0 ? -1 : 0), Math.max(high, 1)],
     colours: ["var(--wrong)", "var(--correct)"],
   },
   advantage: {
     title: "advantage (A+ plus A−)",
+    digits: 3,
     value: ({ weights }) => weights && weights[0] + weights[1],
     ends: (low, high) => [-Math.max(-low, high), Math.max(-low, high)],
-    colours: ["var(--warning)", "var(--hover)", "var(--accent)"],
+    colours: ["var(--warning)", "var(--line)", "var(--accent)"],
   },
   log_prob: {
     title: "mean log-prob",
+    digits: 2,
     value: ({ log_prob }) => log_prob,
     ends: (low) => [low, 0],
-    colours: ["var(--warning)", "var(--hover)"],
+    colours: ["var(--warning)", "var(--line)"],
   },
   version: {
     title: "newest weight version",
+    digits: 0,
     value: ({ versions }) => Math.max(...versions.map(([version]) => version)),
     ends: (low, high) => [low, high],
-    colours: ["var(--hover)", "var(--accent)"],
+    colours: ["var(--line)", "var(--accent)"],
   },
 };
 
@@ -110,12 +114,12 @@ class TreeDrawing {
 
   // Draws the legend; returns a function from a segment to its colour.
   painter(segments) {
-    const { title, value, ends, colours } = COLOURS[this.mode.value];
+    const { title, digits, value, ends, colours } = COLOURS[this.mode.value];
     const values = segments.map(value).filter((one) => one !== null);
     const [low, high] = ends(Math.min(...values), Math.max(...values));
     const ramp = make("span", { className: "ramp" });
     ramp.style.background = `linear-gradient(to right in oklab, ${colours.join(", ")})`;
-    this.legend.replaceChildren(...(values.length ? [decimal(low), ramp, decimal(high)] : [`${title}: not known`]));
+    this.legend.replaceChildren(...(values.length ? [decimal(low, digits), ramp, decimal(high, digits)] : [`${title}: not known`]));
     return (segment) => {
       if (value(segment) === null) return "var(--line)";
       const at = (high > low ? (value(segment) - low) / (high - low) : 1) * (colours.length - 1);
@@ -146,6 +150,7 @@ class TreeDrawing {
       const here = Number(box.dataset.node) === (number || 1); // the prompt has no box
       box.classList.toggle("chosen", here && number > 0);
       box.setAttribute("tabindex", here ? 0 : -1);
+      if (here) box.parentNode.append(box); // its outline is above the others
       if (here && focused) box.focus();
     }
   }

@@ -14,10 +14,11 @@ const decimal = (value, digits = 2) => (value === null ? "–" : value.toFixed(d
 const choice = (label, pairs, onchange) =>
   make("select", { "aria-label": label, onchange }, ...pairs.map(([value, text]) => make("option", { value }, text)));
 
-// The trees of one source: columns of the server's index, which `read` brings up to date.
+// The trees of one source: columns of the server's index, which follows the file.
 class Trees {
-  constructor(source) {
-    Object.assign(this, { source, count: 0, mark: "", bytes: [0, 0], verdicts: [], reading: null });
+  // changed: called whenever there is something new to show.
+  constructor(source, changed) {
+    Object.assign(this, { source, changed, count: 0, mark: "", bytes: [0, 0], verdicts: [], reading: null });
     this.clear();
   }
 
@@ -25,27 +26,34 @@ class Trees {
     Object.assign(this, { columns: { step: [] }, prompts: [], questions: [], faults: {} });
   }
 
-  // Reads what the file has gained. Calls `changed` whenever there is something new to show.
-  read(changed) {
-    this.reading ??= this.readOn(changed).finally(() => { this.reading = null; });
+  // Reads all that the file has gained, and the questions after its first part and its last.
+  async read() {
+    for (let more = true; more;) {
+      more = await this.readSome();
+      const missing = this.questions.length < this.prompts.length;
+      if (missing && !(more && this.questions.length)) {
+        this.questions = (await ask("trees/prompts", { source: this.source })).questions;
+        this.changed();
+      }
+    }
+  }
+
+  // Reads a part of it; returns whether there is more. Callers at the same time share one answer.
+  readSome() {
+    this.reading ??= this.askForRows().finally(() => { this.reading = null; });
     return this.reading;
   }
 
-  async readOn(changed) {
-    for (let more = true; more;) {
-      const answer = await ask("trees/rows", { source: this.source, from: this.count, mark: this.mark });
-      const changes = answer.start !== this.count || answer.columns.step.length > 0;
-      if (answer.start === 0) this.clear();
-      for (const [name, values] of Object.entries(answer.columns)) this.columns[name] = (this.columns[name] ?? []).concat(values);
-      this.prompts = this.prompts.concat(answer.prompts);
-      Object.assign(this.faults, answer.faults);
-      Object.assign(this, { mark: answer.mark, verdicts: answer.verdicts, bytes: answer.bytes, count: this.columns.step.length });
-      if (changes) changed();
-      more = answer.more;
-    }
-    if (this.questions.length === this.prompts.length) return;
-    this.questions = (await ask("trees/prompts", { source: this.source, from: 0 })).questions;
-    changed();
+  async askForRows() {
+    const answer = await ask("trees/rows", { source: this.source, from: this.count, mark: this.mark });
+    const changes = answer.start !== this.count || answer.columns.step.length > 0;
+    if (answer.start === 0) this.clear();
+    for (const [name, values] of Object.entries(answer.columns)) this.columns[name] = (this.columns[name] ?? []).concat(values);
+    this.prompts = this.prompts.concat(answer.prompts);
+    Object.assign(this.faults, answer.faults);
+    Object.assign(this, { mark: answer.mark, verdicts: answer.verdicts, bytes: answer.bytes, count: this.columns.step.length });
+    if (changes) this.changed();
+    return answer.more;
   }
 
   answers(tree, ...verdicts) {
@@ -83,10 +91,11 @@ const titles = (table) => Object.entries(table).map(([name, [title]]) => [name, 
 
 class TreeList {
   constructor() {
-    this.all = sources.map((_, source) => new Trees(source));
+    this.all = sources.map((_, source) => new Trees(source, () => { if (source === this.trees.source) this.choose(); }));
     this.trees = this.all[0];
     this.chosen = []; // the trees of the list, in its order
     this.selected = null;
+    this.problem = ""; // that keeps the list from being up to date
     const choose = () => this.choose();
     this.source = choice("Source", sources.map(({ name }, at) => [at, name]), () => open("trees", this.source.value));
     this.source.hidden = sources.length < 2;
@@ -103,9 +112,15 @@ class TreeList {
     new ResizeObserver(() => this.draw()).observe(this.box);
   }
 
+  // Brings the trees up to date, or shows why that fails.
   async read() {
-    const trees = this.trees;
-    await trees.read(() => { if (trees === this.trees) this.choose(); });
+    try {
+      await this.trees.read();
+      this.problem = "";
+    } catch (error) {
+      this.problem = visible(error.message);
+    }
+    this.summarize();
   }
 
   select(source, tree) {
@@ -131,11 +146,15 @@ class TreeList {
       (!step || trees.columns.step[tree] === Number(step)) && passes(trees, tree) && (!words.length || matches(trees.text(tree).toLowerCase())));
     const values = new Map(this.chosen.map((tree) => [tree, value(trees.columns, tree)]));
     this.chosen.sort((one, other) => values.get(other) - values.get(one) || one - other);
-    const [read, size] = trees.bytes;
-    const reading = read < size ? ` · ${Math.floor((100 * read) / size)}% of the file read` : "";
-    this.summary.textContent = `${this.chosen.length.toLocaleString("en")} of ${count(trees.count, "tree")}${reading}`;
+    this.summarize();
     this.rows.style.height = `${this.chosen.length * ROW}px`;
     this.draw();
+  }
+
+  summarize() {
+    const { count: all, bytes: [read, size] } = this.trees;
+    const reading = read < size ? ` · ${Math.floor((100 * read) / size)}% of the file read` : "";
+    this.summary.textContent = this.problem || `${this.chosen.length.toLocaleString("en")} of ${count(all, "tree")}${reading}`;
   }
 
   offerSteps() {
