@@ -34,18 +34,15 @@ def exported_page(sources: Sequence[Source], parts: Sequence[Part]) -> str:
 
 
 def _page(sources: Sequence[Source], parts: Sequence[Part], answers: object) -> str:
-    vendored = [name for part in parts for name in part.vendor]
-    styles = [_vendored(name) for name in vendored if name.endswith(".css")]
-    styles += [_file("page.css"), *(_file(f"{part.name}.css") for part in parts)]
-    scripts = [_vendored(name) for name in vendored if name.endswith(".js")]
-    own = [name for part in parts for name in (*part.scripts, f"{part.name}.js")]
-    scripts += [_alone(name) for name in ("page.js", *own)]
+    named = ["page/page.css", "page/page.js", *(name for part in parts for name in part.files)]
+    styles = [_file(name) for name in named if name.endswith(".css")]
+    scripts = [_script(name) for name in named if name.endswith(".js")]
     data = {
         "sources": [{"name": source.name, "path": str(source.folder)} for source in sources],
         "parts": [{"name": part.name, "title": part.title} for part in parts],
         "answers": answers,
     }
-    return Template(_file("page.html")).substitute(
+    return Template(_file("page/page.html")).substitute(
         styles="\n".join(f"<style>{style}</style>" for style in styles),
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),
         style_hashes=" ".join(map(_hash, styles)),
@@ -57,16 +54,13 @@ def _page(sources: Sequence[Source], parts: Sequence[Part], answers: object) -> 
 
 
 def _file(name: str) -> str:
-    return (_FOLDER / "page" / name).read_text(encoding="utf-8")
+    return (_FOLDER / name).read_text(encoding="utf-8")
 
 
-def _vendored(name: str) -> str:
-    return (_FOLDER / "vendor" / name).read_text(encoding="utf-8")
-
-
-def _alone(name: str) -> str:
-    """The script as the body of a function: it shares no name with another script but `view`."""
-    return f"(() => {{\n{_file(name)}}})();"
+def _script(name: str) -> str:
+    """A library as it is; ours as the body of a function, so that scripts share nothing but `view`."""
+    text = _file(name)
+    return text if name.startswith("vendor/") else f"(() => {{\n{text}}})();"
 
 
 def _hash(text: str) -> str:

@@ -1,6 +1,6 @@
 """What a part of the page is: a tab, and the answers to the questions that its script asks.
 
-A part NAME is a function in `treepo.view.parts` that makes a `Part` of the sources, and two files:
+A part is a function in `treepo.view.parts` that makes a `Part` of the sources, and files below `page/`:
 
     page/NAME.js     calls `view.part("NAME", show)`; `show(root, place)` fills the element `root`. It is
                      called each time the tab is opened; `place` is what the address has after `#NAME/`
@@ -8,7 +8,7 @@ A part NAME is a function in `treepo.view.parts` that makes a `Part` of the sour
 
 The script asks with `await view.ask("NAME/QUESTION", {key: value})`, in a live page the server and in an
 exported file the answers that were written into it. `view.make` builds elements, in which text from models,
-data and folders is only ever text. Files of `vendor/` that the part names come before its script.
+data and folders is only ever text. A further script shares names with it as properties of `view`.
 """
 
 import json
@@ -25,17 +25,16 @@ Query = Mapping[str, str]
 class Part:
     """A tab of the page.
 
+    files: its libraries, scripts and style sheets, such as "vendor/uPlot.min.css", in their order.
     answers: by question, functions that return what `json_text` writes. They run in any thread, several at
     once, and raise TreepoError. exported: the questions and queries that an exported file can answer.
-    scripts: files of `page/` that come before the part's own.
     """
 
     name: str
     title: str
-    vendor: tuple[str, ...]
+    files: tuple[str, ...]
     answers: Mapping[str, Callable[[Query], object]]
     exported: Callable[[], Iterable[tuple[str, Query]]]
-    scripts: tuple[str, ...] = ()
 
 
 def number(query: Query, key: str, limit: int) -> int:

@@ -19,6 +19,13 @@ from treepo.view.trees_index import VERDICTS, TreesIndex
 from treepo.view.trees_text import TokenTexts, questions
 from treepo.view.trees_weights import StepWeights, read_config
 
+_FILES = (
+    "vendor/d3-hierarchy.min.js",
+    "page/trees.css",
+    "page/trees_list.js",
+    "page/trees_drawing.js",
+    "page/trees.js",
+)
 _UPDATE_SECONDS = 0.25  # of an answer
 _MOST_ROWS = 20_000  # of an answer
 _MOST_TOKENS = 4_000  # of an answer
@@ -45,8 +52,7 @@ def trees_part(sources: Sequence[Source]) -> Part:
 
     asks = (SourceTrees.rows, SourceTrees.prompts, SourceTrees.tree, SourceTrees.text)
     answers = {ask.__name__: question(ask) for ask in asks}
-    scripts = ("trees_list.js", "trees_drawing.js")
-    return Part("trees", "Trees", ("d3-hierarchy.min.js",), answers, exported, scripts)
+    return Part("trees", "Trees", _FILES, answers, exported)
 
 
 class SourceTrees:

@@ -1,5 +1,98 @@
 "use strict";
-const { make, sources, part } = window.view;
+// The tab "Run": the state of each run, its curves, and the tables of run-tables.js.
+
+const { make, ask, repeat, part } = window.view;
+const { chart, setRange } = window.view.charts;
+const { runs, chosen, runColour, PANELS, describe, otherPanels } = window.view.runs;
+const { TABLES } = window.view.tables;
+
+const REFRESH_SECONDS = 2;
+
+const stateLine = make("div", { className: "card runs" });
+const grid = make("div", { className: "charts" });
+const otherGrid = make("div", { className: "charts" });
+const others = make("details", { ontoggle: drawOthers }, make("summary", {}, "All other metrics"), otherGrid);
+const drawn = new Map(); // charts by title
+
+function describeState(run) {
+  if (run.fault) return [make("span", { className: "fault" }, run.fault)];
+  const { status, table } = run;
+  if (!status) return [table.steps.length ? `${table.steps.at(-1)} steps` : "no training run"];
+  const done = status.steps === null ? "" : ` · step ${status.step} of ${status.steps}`;
+  const now = status.state === "running" ? [` · ${status.phase}`, ...status.waits.map((wait) => ` · ${wait}`)] : [];
+  const trouble = status.fault || status.reason;
+  return [`${status.state}${done}`, ...now, ...(trouble ? [make("span", { className: "fault" }, ` · ${trouble}`)] : [])];
+}
+
+function drawStates() {
+  stateLine.replaceChildren(...runs.map((run) => {
+    const swatch = make("span", { className: "swatch" });
+    swatch.style.background = runColour(run);
+    const box = make("input", { type: "checkbox", checked: run.shown, onchange: () => { run.shown = box.checked; draw(); } });
+    const name = make("span", { className: "name", title: run.path }, run.name);
+    const label = runs.length > 1 ? make("label", {}, box, swatch, name) : name;
+    return make("div", { className: "bar" }, label, make("span", { className: "soft" }, ...describeState(run)));
+  }));
+}
+
+function addChart(parent, panel, run) {
+  const title = run && runs.length > 1 ? `${panel.title} · ${run.name}` : panel.title;
+  if (drawn.has(title)) return;
+  const added = chart(title, (range) => describe(panel, run, range));
+  drawn.set(title, added);
+  parent.append(added.frame);
+  added.draw();
+}
+
+function drawOthers() {
+  if (others.open) otherPanels().forEach((panel) => addChart(otherGrid, panel));
+}
+
+function draw() {
+  drawOthers();
+  drawn.forEach((one) => one.draw());
+  TABLES.forEach((table) => table.draw());
+}
+
+function controlBar() {
+  const input = (properties, change) => make("input", { ...properties, oninput: (event) => { change(event.target); draw(); } });
+  const x = make("select", { onchange: () => { chosen.x = x.value; setRange(null); } },
+    make("option", { value: "step" }, "step"), make("option", { value: "time" }, "time"));
+  const smoothing = input({ type: "range", min: 0, max: 0.98, step: 0.02, value: 0 }, (slider) => { chosen.smoothing = Number(slider.value); });
+  const log = input({ type: "checkbox" }, (box) => { chosen.log = box.checked; });
+  const events = input({ type: "checkbox", checked: true }, (box) => { chosen.events = box.checked; });
+  const search = input({ type: "search", placeholder: "metric" }, (field) => { chosen.search = field.value.toLowerCase(); others.open ||= Boolean(field.value); });
+  return make("div", { className: "bar" },
+    make("label", {}, "x axis ", x), make("label", {}, "smoothing ", smoothing), make("label", {}, log, "log axis"),
+    make("label", {}, events, "events"), make("label", {}, "find ", search),
+    make("button", { onclick: () => setRange(null) }, "show everything"));
+}
+
+// Reads a run again if its files have changed; returns whether they have.
+async function read(run) {
+  const source = { source: run.index };
+  try {
+    const { files, status } = await ask("run/state", source);
+    Object.assign(run, { status, fault: "" });
+    if (files === run.files) return false;
+    const [table, settings, log, result] = await Promise.all(["metrics", "settings", "log", "result"].map((name) => ask(`run/${name}`, source)));
+    Object.assign(run, { table, settings, log, result, files });
+    return true;
+  } catch (error) {
+    run.fault = error.message;
+    return false;
+  }
+}
+
+async function refresh() {
+  const changed = await Promise.all(runs.map(read));
+  drawStates();
+  if (changed.some(Boolean)) draw();
+}
+
 part("run", (root) => {
-  if (!root.childElementCount) root.append(make("ul", {}, ...sources.map((source) => make("li", {}, `${source.name}: ${source.path}`))));
+  if (root.childElementCount) return;
+  root.append(stateLine, controlBar(), grid, others, ...TABLES.map((table) => table.element));
+  for (const panel of PANELS) (panel.bars ? runs : [undefined]).forEach((run) => addChart(grid, panel, run));
+  repeat(REFRESH_SECONDS, refresh);
 });
