@@ -22,8 +22,8 @@ from treepo.view.trees_weights import StepWeights, read_config
 _FILES = (
     "vendor/d3-hierarchy.min.js",
     "page/trees.css",
-    "page/trees_list.js",
-    "page/trees_drawing.js",
+    "page/trees-list.js",
+    "page/trees-drawing.js",
     "page/trees.js",
 )
 _UPDATE_SECONDS = 0.25  # of an answer
