@@ -178,6 +178,8 @@ def _segments(record: Mapping[str, Any], tree: Tree, weights: np.ndarray | None)
     """weights: [4, S]."""
     forest = Forest.of([tree])
     batch = Batch(forest, forest.graded_L.astype(np.float64))
+    with np.errstate(over="ignore"):  # rewards of a user's own function may be of any size
+        value_N = batch.value_N
     return [
         {
             "parent": segment.parent + 1,
@@ -185,7 +187,7 @@ def _segments(record: Mapping[str, Any], tree: Tree, weights: np.ndarray | None)
             "finish": segment.finish,
             "versions": version if isinstance(version, list) else [[version, len(segment.tokens)]],
             "log_prob": _finite(float(segment.log_probs.mean())),
-            "reward": _finite(float(batch.value_N[node])) if batch.size_N[node] else None,
+            "reward": _finite(float(value_N[node])) if batch.size_N[node] else None,
             "weights": None if weights is None else _finite(weights[:, node - 1].tolist()),
         }
         for node, (segment, version) in enumerate(
