@@ -78,6 +78,7 @@ class TreesIndex:
         name = f"trees-{xxh3_64_hexdigest(os.fsencode(path.resolve()))}.npz"
         self._cached = (cache or _cache_folder()) / name
         self._saved_bytes = 0
+        self._last_read: tuple[int | None, Any] = None, None
         self._load()
 
     @property
@@ -107,10 +108,15 @@ class TreesIndex:
         place = f"{self.path}:{number + 1}"
         if not 0 <= number < len(self.rows):
             raise DataError(f"{place}: there is no such tree; the file has {len(self.rows)}")
+        line_hash = int(self.rows["hash"][number])
+        if self._last_read[0] == line_hash:
+            return self._last_read[1]
         try:
             with self.path.open("rb") as file:
                 line = self._line(file, number)
-            return orjson.loads(line), from_json(line)
+            found = orjson.loads(line), from_json(line)
+            self._last_read = line_hash, found
+            return found
         except OSError as error:
             raise DataError(f"{place}: {error.strerror}") from None
         except (ValueError, OverflowError) as error:
