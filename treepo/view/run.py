@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from treepo.config.dotted import by_dotted_key
 from treepo.config.yaml_text import read_mapping
 from treepo.data.output_folder import CONFIG, LOG, SUMMARY
@@ -64,7 +66,7 @@ def state(folder: Path) -> dict[str, Any]:
     if not (folder / STATUS).exists():
         return {"files": files, "status": None}
     status = read_status(folder)
-    shown = status.model_dump(include={"state", "reason", "step", "steps", "phase", "phase_since", "engines"})
+    shown = status.model_dump(include={"state", "reason", "step", "steps", "phase"})
     waits = [f"{wait.who} waits for {wait.whom}" for wait in status.waits]
     return {"files": files, "status": shown | {"fault": status.fault(), "waits": waits}}
 
@@ -88,12 +90,12 @@ def log(folder: Path) -> dict[str, Any]:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """`summary`: that of a finished run as text, by dotted key. `scores`: the table of an evaluation, its
+    """`summary`: that of a finished run, by dotted key. `scores`: the table of an evaluation, its
     head and its rows, each a list of texts.
     """
     summary, scores = {}, []
     if (folder / SUMMARY).exists():
-        summary = {key: _text(value) for key, value in by_dotted_key(_read_json(folder / SUMMARY)).items()}
+        summary = _summary(folder / SUMMARY)
     if (folder / RESULTS).exists():
         scores = _scores(read_results(folder))
     return {"summary": summary, "scores": scores}
@@ -109,11 +111,11 @@ def _scores(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _read_json(path: Path) -> Any:
+def _summary(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        return by_dotted_key(orjson.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {one_line(error)}") from None
+        raise DataError(f"{path}: not the summary of a run: {one_line(error)}") from None
 
 
 def _text(value: object) -> str:

@@ -4,13 +4,15 @@
 const { make, colour } = window.view;
 const charts = new Set();
 const CURSOR = "run"; // the key by which uPlot moves all cursors together
+const MOST_POINTS = 40; // of a curve, up to which they are drawn
 const MARK_DISTANCE = 5; // CSS pixels from a mark within which its text is shown
+const HEIGHT = 200;
 let range = null; // [from, to] on the x axis; null: everything
 
 function format(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  return size && (size < 1e-3 || size >= 1e7) ? value.toExponential(2) : value.toLocaleString("en", { maximumSignificantDigits: 4 });
+  return size && (size < 1e-3 || size >= 1e7) ? Number(value.toPrecision(3)).toExponential() : value.toLocaleString("en", { maximumSignificantDigits: 4 });
 }
 
 // The exponential average of past values, in which the first ones do not count more than others; null stays null.
@@ -28,37 +30,30 @@ const positive = (values) => values.map((value) => (value > 0 ? value : null));
 const isNumber = (value) => value !== null && value !== undefined;
 
 // A curve's series for uPlot; with smoothing a second one, faint, has the values themselves.
-function curveSeries(line, show, smoothing, log) {
+function curveSeries(line, smoothing, log) {
   const values = log ? positive(line.values) : line.values;
-  const few = values.filter(isNumber).length <= 40;
+  const few = values.filter(isNumber).length <= MOST_POINTS;
   const series = (drawn, more) => ({
-    xs: line.xs, drawn,
-    options: { label: line.label, stroke: line.colour, width: 1.5, dash: line.dash, spanGaps: true, show, points: { show: few, size: 5 }, ...more },
+    xs: line.xs, drawn, options: { stroke: line.colour, width: 1.5, dash: line.dash, spanGaps: true, points: { show: few, size: 5 }, ...more },
   });
-  if (!smoothing) return [series(values, { value: (_, value) => format(value) })];
-  const value = (plot, smooth, at, index) => (index === null ? "–" : `${format(smooth)} (${format(plot.data[at + 1][index])})`);
-  return [
-    series(smoothed(values, smoothing), { value, points: { show: false } }),
-    series(values, { class: "faint", alpha: 0.3 }),
-  ];
+  if (!smoothing) return [series(values)];
+  return [series(values, { alpha: 0.3 }), series(smoothed(values, smoothing), { points: { show: false } })];
 }
 
 // Each bar's part and all parts below it, the top one first, so that a later one is drawn over an earlier one.
-function barSeries(lines, hidden) {
-  const shown = lines.filter((line) => !hidden.has(line.label));
-  return lines.map((line) => ({
+function barSeries(lines) {
+  const paths = uPlot.paths.bars({ size: [0.9, 80] });
+  return lines.map((line, place) => ({
     xs: line.xs,
-    drawn: line.xs.map((_, index) => shown.slice(shown.indexOf(line)).reduce((sum, below) => sum + (below.values[index] ?? 0), 0)),
-    options: {
-      label: line.label, stroke: line.colour, fill: line.colour, width: 0, points: { show: false }, show: shown.includes(line),
-      paths: uPlot.paths.bars({ size: [0.9, 80] }), value: (_, __, ___, index) => format(line.values[index]),
-    },
+    drawn: line.xs.map((_, index) => lines.slice(place).reduce((sum, below) => sum + (below.values[index] ?? 0), 0)),
+    options: { stroke: line.colour, fill: line.colour, width: 0, points: { show: false }, paths },
   }));
 }
 
 function drawMarks(plot, marks) {
   const { ctx, bbox } = plot;
   ctx.save();
+  ctx.globalAlpha = 0.6;
   for (const mark of marks) {
     const x = plot.valToPos(mark.x, "x", true);
     if (!(x >= bbox.left && x <= bbox.left + bbox.width)) continue;
@@ -77,23 +72,32 @@ function axis(options) {
   return { stroke: colour("soft"), font: "11px system-ui", grid: line, ticks: { ...line, size: 4 }, ...options };
 }
 
+// The range of the y axis; of equal values, one around them.
+function rangeOfValues(_, least, most) {
+  if (least === null) return [0, 1];
+  const room = Math.abs(least) || 1;
+  return least === most ? [least - room, least + room] : uPlot.rangeNum(least, most, 0.1, true);
+}
+
+const widthOf = (canvas) => Math.max(canvas.clientWidth, 100);
+
 function setRange(next) {
   range = next;
   for (const chart of charts) chart.draw();
 }
 
-// Move the cursor to the next point (by = 1) or the one before (by = -1).
+// Move the cursor to the next point that is shown (by = 1) or the one before (by = -1).
 function moveCursor(plot, by) {
-  const xs = plot.data[0];
-  const last = xs.length - 1;
-  const at = plot.cursor.idx ?? (by > 0 ? -1 : last + 1);
-  const next = xs[Math.min(Math.max(at + by, 0), last)];
-  plot.setCursor({ left: plot.valToPos(next, "x"), top: plot.bbox.height / devicePixelRatio / 2 });
+  const { min, max } = plot.scales.x;
+  const shown = plot.data[0].filter((x) => x >= min && x <= max);
+  const at = plot.cursor.left >= 0 ? shown.indexOf(plot.data[0][plot.cursor.idx]) + by : by > 0 ? 0 : shown.length - 1;
+  const x = shown[Math.min(Math.max(at, 0), shown.length - 1)];
+  if (shown.length) plot.setCursor({ left: plot.valToPos(x, "x"), top: HEIGHT / 3 }, true, true);
 }
 
 function zoomBy(plot, factor) {
   const { min, max } = plot.scales.x;
-  const middle = plot.cursor.idx === null ? (min + max) / 2 : plot.data[0][plot.cursor.idx];
+  const middle = plot.cursor.left >= 0 ? plot.data[0][plot.cursor.idx] : (min + max) / 2;
   setRange([middle - (middle - min) * factor, middle + (max - middle) * factor]);
 }
 
@@ -105,64 +109,93 @@ const KEYS = {
   Escape: () => setRange(null),
 };
 
+// Below a chart, a button for each label, which switches its lines off, and their values at x or their last ones.
+function drawLegend(legend, lines, hidden, x, redraw) {
+  const value = (line) => {
+    const index = x === null ? line.values.findLastIndex(isNumber) : line.xs.indexOf(x);
+    const text = make("span", {}, format(line.values[index]));
+    text.style.color = line.colour;
+    return text;
+  };
+  const item = ([label, same]) => {
+    const key = make("i");
+    key.style.borderTop = `3px ${same[0].dash?.length ? (same[0].dash[0] < 4 ? "dotted" : "dashed") : "solid"} ${same.length > 1 ? "currentColor" : same[0].colour}`;
+    const onclick = () => { hidden[hidden.has(label) ? "delete" : "add"](label); redraw(); };
+    return make("button", { onclick, ariaPressed: !hidden.has(label) }, key, label, ...(hidden.has(label) ? [] : same.map(value)));
+  };
+  legend.replaceChildren(...Map.groupBy(lines, (line) => line.label).entries().map(item));
+}
+
 // A chart of what `describe(range)` returns: `lines`, each with label, xs, values, colour and dash; `bars`: whether
 // they are stacked; `marks` on the x axis, whose text is shown under the cursor or, without one, is a tick;
 // `unit` of the x axis, `smoothing` from 0 to 1, and whether the y axis is logarithmic.
 function chart(title, describe) {
+  const caption = make("span", { className: "soft" });
   const hint = make("div", { className: "hint", hidden: true });
-  const frame = make("figure", { className: "card chart", tabIndex: 0, ariaLabel: `${title}; arrow keys move the cursor, + and - zoom, Escape shows everything` });
-  frame.append(make("figcaption", {}, title), hint);
-  const hidden = new Set(); // labels of the lines that the legend has switched off
+  const canvas = make("div", { tabIndex: 0, role: "img", ariaLabel: `${title}. Arrow keys move the cursor, + and - zoom, Escape shows everything.` });
+  const legend = make("div", { className: "legend" });
+  const frame = make("figure", { className: "card chart" }, make("figcaption", {}, make("span", {}, title), caption), canvas, legend, hint);
+  const hidden = new Set(); // labels that are switched off
   let plot = null;
 
-  function showHint(marks) {
-    const near = marks.filter((mark) => mark.text && Math.abs(plot.valToPos(mark.x, "x") - plot.cursor.left) <= MARK_DISTANCE);
-    hint.hidden = !near.length || plot.cursor.left < 0;
+  function drawCursor({ lines, marks, unit }) {
+    const { idx, left } = plot.cursor;
+    const x = isNumber(idx) && left >= 0 ? plot.data[0][idx] : null;
+    caption.textContent = x === null ? "" : unit === "step" ? `step ${format(x)}` : `${format(x)} ${unit}`;
+    drawLegend(legend, lines, hidden, x, draw);
+    const near = marks.filter((mark) => mark.text && Math.abs(plot.valToPos(mark.x, "x") - left) <= MARK_DISTANCE);
+    hint.hidden = !near.length || left < 0 || !frame.matches(":hover, :focus-within");
     hint.textContent = near.map((mark) => mark.text).join("\n");
   }
 
-  function draw() {
-    const { lines, bars, marks, unit, smoothing, log } = describe(range);
-    const logarithmic = log && !bars && lines.some((line) => line.values.some((value) => value > 0));
-    const series = bars ? barSeries(lines, hidden) : lines.flatMap((line) => curveSeries(line, !hidden.has(line.label), smoothing, logarithmic));
-    frame.hidden = !series.length;
-    if (!series.length) return;
-    const before = plot?.cursor;
-    plot?.destroy();
-    const data = uPlot.join(series.map(({ xs, drawn }) => [xs, drawn]));
-    plot = new uPlot({
-      width: Math.max(frame.clientWidth - 16, 100), height: 200, series: [{ label: unit, value: (_, x) => format(x) }, ...series.map(({ options }) => options)],
-      axes: [axis({ size: 28 }), axis({ size: 54, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) })],
+  function options(shown, series, log) {
+    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick)));
+    const bars = shown.bars && ((_, __, most) => [0, most * 1.05 || 1]);
+    const margin = shown.bars ? 0.5 : 0;
+    return {
+      width: widthOf(canvas), height: HEIGHT, legend: { show: false }, series: [{}, ...series.map((one) => one.options)],
+      axes: [axis({ size: 28 }), axis({ size: 54, space: 26, values })],
       scales: {
-        x: { time: false, range: (_, least, most) => range ?? (least === most ? [least - 1, most + 1] : bars ? [least - 0.5, most + 0.5] : [least, most]) },
-        y: { distr: logarithmic ? 3 : 1, ...(bars && { range: (_, __, most) => [0, most * 1.05 || 1] }) },
+        x: { time: false, range: (_, least, most) => range ?? (least === most ? [least - 1, most + 1] : [least - margin, most + margin]) },
+        y: log ? { distr: 3 } : { range: bars || rangeOfValues },
       },
-      cursor: { sync: { key: CURSOR }, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => setRange(null) }, points: { size: 6 } },
-      legend: { markers: { width: 2 } },
+      cursor: {
+        sync: { key: CURSOR }, points: { size: 6 }, drag: { x: true, y: false, setScale: false },
+        bind: { dblclick: () => () => setRange(null) },
+      },
       hooks: {
-        draw: [() => drawMarks(plot, marks)],
-        setCursor: [() => plot && showHint(marks)],
-        setSelect: [(self) => self.select.width > 2 && setRange([self.posToVal(self.select.left, "x"), self.posToVal(self.select.left + self.select.width, "x")])],
-        setSeries: [(self, index, change) => {
-          if (index === null || change.show === undefined || self.series[index].class) return;
-          hidden[change.show ? "delete" : "add"](self.series[index].label);
-          queueMicrotask(draw);
-        }],
+        draw: [(self) => drawMarks(self, shown.marks)],
+        setCursor: [() => plot && drawCursor(shown)],
+        setSelect: [({ select, posToVal }) => select.width > 2 && setRange([posToVal(select.left, "x"), posToVal(select.left + select.width, "x")])],
       },
-    }, data, (self, begin) => { plot = self; frame.append(self.root); begin(); });
-    if (before?.left >= 0 && !before.event) plot.setCursor({ left: before.left, top: before.top });
+    };
   }
 
-  frame.addEventListener("keydown", (event) => {
-    if (!plot || !KEYS[event.key] || event.ctrlKey || event.metaKey) return;
+  function draw() {
+    const shown = describe(range);
+    const lines = shown.lines.filter((line) => !hidden.has(line.label));
+    const log = shown.log && !shown.bars && lines.some((line) => line.values.some((value) => value > 0));
+    const series = shown.bars ? barSeries(lines) : lines.flatMap((line) => curveSeries(line, shown.smoothing, log));
+    frame.hidden = !shown.lines.length;
+    if (frame.hidden) return;
+    const before = plot?.cursor;
+    plot?.destroy();
+    const data = series.length ? uPlot.join(series.map(({ xs, drawn }) => [xs, drawn])) : [[]];
+    plot = new uPlot(options(shown, series, log), data, canvas);
+    if (before?.left >= 0) plot.setCursor(before);
+    drawCursor(shown);
+  }
+
+  canvas.addEventListener("keydown", (event) => {
+    if (!KEYS[event.key] || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     KEYS[event.key](plot);
   });
+  new ResizeObserver(() => plot && canvas.clientWidth && plot.setSize({ width: widthOf(canvas), height: HEIGHT })).observe(canvas);
   const own = { frame, draw };
   charts.add(own);
-  new ResizeObserver(() => plot && frame.clientWidth && plot.setSize({ width: frame.clientWidth - 16, height: 200 })).observe(frame);
   return own;
 }
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setRange(range));
-window.view.charts = { chart, setRange, isNumber };
+window.view.charts = { chart, setRange, isNumber, format };

@@ -14,7 +14,9 @@ async function ask(question, query = {}) {
     if (!answers.has(known)) throw new Error("This exported file does not have it; `treepo view` without --export does.");
     return answers.get(known);
   }
-  const response = await fetch(`api/${question}?${new URLSearchParams(query)}`);
+  const response = await fetch(`api/${question}?${new URLSearchParams(query)}`).catch(() => {
+    throw new Error("`treepo view` has ended.");
+  });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
   return answer;

@@ -5,7 +5,9 @@ const { colour, sources } = window.view;
 const { isNumber } = window.view.charts;
 
 const MOST_BARS = 120; // beyond, a bar is the mean of several steps
+const MOST_UPDATES = 100; // of the weights, that are marked
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3], [12, 4], [1, 2]];
+const VERDICTS = { "verdict/correct": "correct", "verdict/wrong": "wrong", "verdict/no_answer": "none", "verdict/timeout": "ungraded" }; // their colours
 const PHASES = /^seconds\/(?!step$)/;
 const PANELS = [ // a title and the metrics, by name or pattern; log: the y axis is always logarithmic
   { title: "Reward", names: ["reward", "reward_with_terms"] },
@@ -60,14 +62,15 @@ function xOfTime(run, time) {
   return stepBefore + (steps[next] - stepBefore) * Math.max((time - before) / (times[next] - before), 0);
 }
 
-function marksOf(run) {
+function marksOf(run, range) {
   if (!chosen.events || !run.table.steps.length) return [];
   const level = { WARNING: "warning", INFO: "accent" };
   const events = run.log.events.map(([time, name, , text]) => ({
     x: xOfTime(run, time), colour: colour(level[name] ?? "wrong"), text: runs.length > 1 ? `${run.name}: ${text}` : text,
   }));
-  const updates = chosen.x === "time" ? xsOf(run).map((x) => ({ x, colour: runColour(run) })) : [];
-  return [...updates, ...events];
+  const [from, to] = range ?? [-Infinity, Infinity];
+  const updates = chosen.x === "time" ? xsOf(run).filter((x) => x >= from && x <= to).map((x) => ({ x, colour: runColour(run) })) : [];
+  return updates.length > MOST_UPDATES ? events : [...updates, ...events];
 }
 
 // The curves of a panel: coloured by metric if one run is shown, else by run and dashed by metric.
@@ -76,9 +79,8 @@ function curves(names) {
   return shown.flatMap((run) => Object.keys(run.table.columns).filter((name) => fits(name, names))
     .filter((name) => run.table.columns[name].some(isNumber))
     .map((name, place) => ({
-      label: shown.length > 1 ? `${name} · ${run.name}` : name,
-      xs: xsOf(run), values: run.table.columns[name],
-      colour: shown.length > 1 ? runColour(run) : colour(`curve${place % 8}`),
+      label: name, xs: xsOf(run), values: run.table.columns[name],
+      colour: shown.length > 1 ? runColour(run) : colour(VERDICTS[name] ?? `curve${place % 8}`),
       dash: shown.length > 1 ? DASHES[place % DASHES.length] : [],
     })));
 }
@@ -105,7 +107,7 @@ function describe(panel, run, range) {
   const lines = panel.bars ? (run.shown ? phaseBars(run, range) : []) : curves(panel.names);
   const wanted = [panel.title, ...lines.map((line) => line.label)].some((text) => text.toLowerCase().includes(chosen.search));
   return {
-    lines: wanted ? lines : [], bars: panel.bars, marks: panel.bars ? marksOf(run) : shownRuns().flatMap(marksOf),
+    lines: wanted ? lines : [], bars: panel.bars, marks: panel.bars ? marksOf(run, range) : shownRuns().flatMap((one) => marksOf(one, range)),
     unit: chosen.x === "step" ? "step" : timeUnit()[1], smoothing: chosen.smoothing, log: chosen.log || panel.log,
   };
 }

@@ -2,12 +2,13 @@
 // The tables of the tab "Run": results, events, configuration, log. Each has an `element` and `draw()`.
 
 const { make } = window.view;
+const { format } = window.view.charts;
 const { runs, shownRuns } = window.view.runs;
 
 const when = (time) => new Date(1000 * time).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "medium" });
 const table = (head, rows) => make("div", { className: "scroll" },
   make("table", {}, make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col" }, text)))), make("tbody", {}, ...rows)));
-const row = (cells, className = "") => make("tr", { className }, ...cells.map((cell) => make("td", {}, cell)));
+const row = (cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
 const section = (title, draw, ...controls) => {
   const body = make("div");
   const element = make("details", {}, make("summary", {}, title), ...(controls.length ? [make("div", { className: "bar" }, ...controls)] : []), body);
@@ -18,13 +19,14 @@ const check = (checked) => make("input", { type: "checkbox", checked, onchange: 
 const searchField = (placeholder) => make("input", { type: "search", placeholder, oninput: redraw });
 const has = (text, field) => text.toLowerCase().includes(field.value.toLowerCase());
 
-// The texts of the shown runs by key, one row a key and one column a run; `keep` chooses rows by key and cells.
+// What the shown runs have by key, one row a key and one column a run; `keep` chooses rows by cells and difference.
 function comparison(mappings, keep) {
   const keys = new Set(mappings.flatMap(Object.keys));
-  const rows = [...keys].map((key) => [key, ...mappings.map((mapping) => mapping[key] ?? "–")]);
+  const text = (value) => (typeof value === "number" ? format(value) : String(value ?? "–"));
+  const rows = [...keys].map((key) => [key, ...mappings.map((mapping) => text(mapping[key]))]);
   const differs = (cells) => new Set(cells.slice(1)).size > 1;
   return table(["", ...shownRuns().map((run) => run.name)],
-    rows.filter((cells) => keep(cells, differs(cells))).map((cells) => row(cells, differs(cells) ? "differs" : "")));
+    rows.filter((cells) => keep(cells, differs(cells))).map((cells) => row(cells)));
 }
 
 function drawResults(body, element) {
@@ -42,7 +44,8 @@ function drawEvents(body, element) {
   events.sort(([, [first]], [, [second]]) => second - first);
   element.hidden = !events.length;
   element.firstChild.textContent = `Events (${events.length})`;
-  body.replaceChildren(table(["time", "run", "event"], events.map(([run, [time, level, , text]]) => row([when(time), run.name, make("pre", { className: level }, text)]))));
+  body.replaceChildren(...events.map(([run, [time, level, , text]]) =>
+    make("div", { className: "event" }, make("span", { className: "soft" }, `${when(time)} · ${run.name}`), make("pre", { className: level }, text))));
 }
 
 const onlyDifferences = check(runs.length > 1);

@@ -18,10 +18,10 @@ function describeState(run) {
   if (run.fault) return [make("span", { className: "fault" }, run.fault)];
   const { status, table } = run;
   if (!status) return [table.steps.length ? `${table.steps.at(-1)} steps` : "no training run"];
+  const state = status.fault ? `dead or stuck: ${status.fault}` : status.reason ? `${status.state}: ${status.reason}` : status.state;
   const done = status.steps === null ? "" : ` · step ${status.step} of ${status.steps}`;
-  const now = status.state === "running" ? [` · ${status.phase}`, ...status.waits.map((wait) => ` · ${wait}`)] : [];
-  const trouble = status.fault || status.reason;
-  return [`${status.state}${done}`, ...now, ...(trouble ? [make("span", { className: "fault" }, ` · ${trouble}`)] : [])];
+  const now = status.state === "running" ? [status.phase, ...status.waits].map((text) => ` · ${text}`) : [];
+  return [make("span", { className: status.fault || status.reason ? "fault" : "" }, state), done, ...now];
 }
 
 function drawStates() {
