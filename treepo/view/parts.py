@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from treepo.view.part import Part
 from treepo.view.run import run_part
 from treepo.view.sources import Source
+from treepo.view.trees import trees_part
 
-_PARTS = (run_part,)
+_PARTS = (run_part, trees_part)
 
 
 def open_parts(sources: Sequence[Source]) -> list[Part]:
