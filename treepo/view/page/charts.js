@@ -7,12 +7,13 @@ const CURSOR = "run"; // the key by which uPlot moves all cursors together
 const MOST_POINTS = 40; // of a curve, up to which they are drawn
 const MARK_DISTANCE = 5; // CSS pixels from a mark within which its text is shown
 const HEIGHT = 200;
+const WHOLE = [1, 2, 5].flatMap((first) => [0, 1, 2, 3, 4, 5, 6].map((zeros) => first * 10 ** zeros)).sort((a, b) => a - b); // between ticks of steps
 let range = null; // [from, to] on the x axis; null: everything
 
-function format(value) {
+function format(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  return size && (size < 1e-3 || size >= 1e7) ? Number(value.toPrecision(3)).toExponential() : value.toLocaleString("en", { maximumSignificantDigits: 4 });
+  return size && (size < 1e-3 || size >= 1e7) ? Number(value.toPrecision(3)).toExponential() : value.toLocaleString("en", { maximumSignificantDigits: digits });
 }
 
 // The exponential average of past values, in which the first ones do not count more than others; null stays null.
@@ -152,12 +153,12 @@ function chart(title, describe) {
   }
 
   function options(shown, series, log, drawn) {
-    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick)));
+    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick, 7)));
     const bars = shown.bars && ((_, __, most) => [0, most * 1.05 || 1]);
     const margin = shown.bars ? 0.5 : 0;
     return {
       width: widthOf(canvas), height: HEIGHT, legend: { show: false }, series: [{}, ...series.map((one) => one.options)],
-      axes: [axis({ size: 28 }), axis({ size: 54, space: 26, values })],
+      axes: [axis({ size: 28, ...(shown.unit === "step" && { incrs: WHOLE }) }), axis({ size: 54, space: 26, values })],
       scales: {
         x: { time: false, range: (_, least, most) => range ?? (least === most ? [least - 1, most + 1] : [least - margin, most + margin]) },
         y: log ? { distr: 3 } : { range: bars || rangeOfValues },
