@@ -44,11 +44,13 @@ class Tab:
 
     def open(self, page: Path | str) -> None:
         """Load a file or an address, and wait until it is loaded and its script has run."""
-        self.events.clear()
         if isinstance(page, str):  # one that differs in what follows its # would not be loaded again
-            self.call("Page.navigate", url="about:blank")
-            self.events.clear()
-        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
+            self._load("about:blank")
+        self._load(page if isinstance(page, str) else page.as_uri())
+
+    def _load(self, address: str) -> None:
+        self.events.clear()
+        self.call("Page.navigate", url=address)
         while "Page.loadEventFired" not in self.names():
             self._receive()
 

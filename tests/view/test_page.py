@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.support.paths import ROOT
 from tests.support.run_folders import LOG, write_run_folder
+from treepo.cli.main import app
 from treepo.view.bundle import exported_page, live_page
 from treepo.view.parts import open_parts
 from treepo.view.sources import find_sources
@@ -127,3 +129,10 @@ def test_each_vendored_library_has_its_licence() -> None:
     for file in folder.iterdir():
         if file.suffix in (".js", ".css"):
             assert (folder / f"{file.name.split('.')[0]}.LICENSE").read_text()
+
+
+def test_the_command_writes_a_page_that_opens_offline(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["view", str(write_run_folder(tmp_path / "run")), "--export", str(page)])
+    assert result.exit_code == 0
+    assert "connect-src 'none'" in Elements(page.read_text(encoding="utf-8")).policy()

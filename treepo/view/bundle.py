@@ -39,7 +39,7 @@ def _page(sources: Sequence[Source], parts: Sequence[Part], answers: object) -> 
     scripts = [_script(name) for name in named if name.endswith(".js")]
     data = {
         "sources": [{"name": source.name, "path": str(source.folder)} for source in sources],
-        "parts": [{"name": part.name, "title": part.title} for part in parts],
+        "parts": [{"name": part.name, "title": part.title, "empty": part.empty} for part in parts],
         "answers": answers,
     }
     return Template(_file("page/page.html")).substitute(

@@ -28,6 +28,7 @@ class Part:
     files: its libraries, scripts and style sheets, such as "vendor/uPlot.min.css", in their order.
     answers: by question, functions that return what `json_text` writes. They run in any thread, several at
     once, and raise TreepoError. exported: the questions and queries that an exported file can answer.
+    empty: whether the sources have nothing for it to show; the page opens another tab first then.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Part:
     files: tuple[str, ...]
     answers: Mapping[str, Callable[[Query], object]]
     exported: Callable[[], Iterable[tuple[str, Query]]]
+    empty: bool = False
 
 
 def number(query: Query, key: str, limit: int) -> int:

@@ -54,7 +54,9 @@ def run_part(sources: Sequence[Source]) -> Part:
             for question in answers:
                 yield question, {"source": str(index)}
 
-    return Part("run", "Run", _FILES, {name: of_source(answer) for name, answer in answers.items()}, exported)
+    by_source = {name: of_source(answer) for name, answer in answers.items()}
+    empty = not any((source.folder / name).exists() for source in sources for name in _CHANGING)
+    return Part("run", "Run", _FILES, by_source, exported, empty)
 
 
 def state(folder: Path) -> dict[str, Any]:

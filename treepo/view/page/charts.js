@@ -86,18 +86,22 @@ function setRange(next) {
   for (const chart of charts) chart.draw();
 }
 
+// Where the cursor is on the x axis; null if there is none.
+const cursorX = ({ cursor, data }) => (isNumber(cursor.idx) && cursor.left >= 0 ? data[0][cursor.idx] : null);
+
 // Move the cursor to the next point that is shown (by = 1) or the one before (by = -1).
 function moveCursor(plot, by) {
   const { min, max } = plot.scales.x;
   const shown = plot.data[0].filter((x) => x >= min && x <= max);
-  const at = plot.cursor.left >= 0 ? shown.indexOf(plot.data[0][plot.cursor.idx]) + by : by > 0 ? 0 : shown.length - 1;
+  const now = cursorX(plot);
+  const at = now !== null ? shown.indexOf(now) + by : by > 0 ? 0 : shown.length - 1;
   const x = shown[Math.min(Math.max(at, 0), shown.length - 1)];
   if (shown.length) plot.setCursor({ left: plot.valToPos(x, "x"), top: HEIGHT / 3 }, true, true);
 }
 
 function zoomBy(plot, factor) {
   const { min, max } = plot.scales.x;
-  const middle = plot.cursor.left >= 0 ? plot.data[0][plot.cursor.idx] : (min + max) / 2;
+  const middle = cursorX(plot) ?? (min + max) / 2;
   setRange([middle - (middle - min) * factor, middle + (max - middle) * factor]);
 }
 
@@ -139,16 +143,15 @@ function chart(title, describe) {
   let plot = null;
 
   function drawCursor({ lines, marks, unit }) {
-    const { idx, left } = plot.cursor;
-    const x = isNumber(idx) && left >= 0 ? plot.data[0][idx] : null;
+    const x = cursorX(plot);
     caption.textContent = x === null ? "" : unit === "step" ? `step ${format(x)}` : `${format(x)} ${unit}`;
     drawLegend(legend, lines, hidden, x, draw);
-    const near = marks.filter((mark) => mark.text && Math.abs(plot.valToPos(mark.x, "x") - left) <= MARK_DISTANCE);
-    hint.hidden = !near.length || left < 0 || !frame.matches(":hover, :focus-within");
+    const near = marks.filter((mark) => mark.text && Math.abs(plot.valToPos(mark.x, "x") - plot.cursor.left) <= MARK_DISTANCE);
+    hint.hidden = !near.length || x === null || !frame.matches(":hover, :focus-within");
     hint.textContent = near.map((mark) => mark.text).join("\n");
   }
 
-  function options(shown, series, log) {
+  function options(shown, series, log, drawn) {
     const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick)));
     const bars = shown.bars && ((_, __, most) => [0, most * 1.05 || 1]);
     const margin = shown.bars ? 0.5 : 0;
@@ -164,6 +167,7 @@ function chart(title, describe) {
         bind: { dblclick: () => () => setRange(null) },
       },
       hooks: {
+        ready: [drawn],
         draw: [(self) => drawMarks(self, shown.marks)],
         setCursor: [() => plot && drawCursor(shown)],
         setSelect: [({ select, posToVal }) => select.width > 2 && setRange([posToVal(select.left, "x"), posToVal(select.left + select.width, "x")])],
@@ -178,12 +182,15 @@ function chart(title, describe) {
     const series = shown.bars ? barSeries(lines) : lines.flatMap((line) => curveSeries(line, shown.smoothing, log));
     frame.hidden = !shown.lines.length;
     if (frame.hidden) return;
-    const before = plot?.cursor;
+    const x = plot && cursorX(plot);
     plot?.destroy();
     const data = series.length ? uPlot.join(series.map(({ xs, drawn }) => [xs, drawn])) : [[]];
-    plot = new uPlot(options(shown, series, log), data, canvas);
-    if (before?.left >= 0) plot.setCursor(before);
-    drawCursor(shown);
+    const drawn = (self) => {
+      plot = self;
+      if (isNumber(x)) plot.setCursor({ left: plot.valToPos(x, "x"), top: HEIGHT / 3 });
+      drawCursor(shown);
+    };
+    plot = new uPlot(options(shown, series, log, drawn), data, canvas);
   }
 
   canvas.addEventListener("keydown", (event) => {

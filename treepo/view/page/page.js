@@ -51,7 +51,7 @@ function open(name, place = "") {
 
 function showPlace() {
   const [, wanted, place] = /^#?([^/]*)\/?(.*)$/.exec(location.hash);
-  const shown = parts.has(wanted) ? wanted : data.parts[0].name;
+  const shown = parts.has(wanted) ? wanted : (data.parts.find((part) => !part.empty) ?? data.parts[0]).name;
   for (const [name, { tab, panel }] of tabs) {
     tab.setAttribute("aria-selected", name === shown);
     tab.tabIndex = name === shown ? 0 : -1;

@@ -33,6 +33,7 @@ const runs = sources.map((source, index) => ({
   table: { steps: [], times: [], columns: {} }, log: { entries: [], events: [] },
 }));
 const chosen = { x: "step", smoothing: 0, log: false, events: true, search: "" };
+const trained = () => runs.some((run) => run.table.steps.length);
 const shownRuns = () => runs.filter((run) => run.shown);
 const fits = (name, names) => names.some((wanted) => (wanted instanceof RegExp ? wanted.test(name) : wanted === name));
 const runColour = (run) => colour(`curve${run.index % 8}`);
@@ -48,7 +49,8 @@ function timeUnit() {
 
 function xsOf(run) {
   if (chosen.x === "step") return run.table.steps;
-  return run.table.times.map((time) => (time - began(run)) / timeUnit()[0]);
+  const [seconds] = timeUnit();
+  return run.table.times.map((time) => (time - began(run)) / seconds);
 }
 
 // Where a time is on the x axis: between the steps before and after it.
@@ -76,13 +78,16 @@ function marksOf(run, range) {
 // The curves of a panel: coloured by metric if one run is shown, else by run and dashed by metric.
 function curves(names) {
   const shown = shownRuns();
-  return shown.flatMap((run) => Object.keys(run.table.columns).filter((name) => fits(name, names))
-    .filter((name) => run.table.columns[name].some(isNumber))
-    .map((name, place) => ({
-      label: name, xs: xsOf(run), values: run.table.columns[name],
-      colour: shown.length > 1 ? runColour(run) : colour(VERDICTS[name] ?? `curve${place % 8}`),
-      dash: shown.length > 1 ? DASHES[place % DASHES.length] : [],
-    })));
+  const line = (run, xs, name, place) => ({
+    label: name, xs, values: run.table.columns[name],
+    colour: shown.length > 1 ? runColour(run) : colour(VERDICTS[name] ?? `curve${place % 8}`),
+    dash: shown.length > 1 ? DASHES[place % DASHES.length] : [],
+  });
+  return shown.flatMap((run) => {
+    const xs = xsOf(run);
+    const known = Object.keys(run.table.columns).filter((name) => fits(name, names) && run.table.columns[name].some(isNumber));
+    return known.map((name, place) => line(run, xs, name, place));
+  });
 }
 
 // The phases of a run's steps and the rest of each step, in means of so many steps that the bars stay apart.
@@ -118,4 +123,4 @@ function otherPanels() {
   return [...names].filter((name) => !PANELS.some((panel) => fits(name, panel.names))).map((name) => ({ title: name, names: [name] }));
 }
 
-window.view.runs = { runs, chosen, shownRuns, runColour, PANELS, describe, otherPanels, xOfTime };
+window.view.runs = { runs, chosen, trained, shownRuns, runColour, PANELS, describe, otherPanels, xOfTime };

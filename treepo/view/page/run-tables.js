@@ -3,7 +3,7 @@
 
 const { make } = window.view;
 const { format } = window.view.charts;
-const { runs, shownRuns } = window.view.runs;
+const { runs, trained, shownRuns } = window.view.runs;
 
 const when = (time) => new Date(1000 * time).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "medium" });
 const table = (head, rows) => make("div", { className: "scroll" },
@@ -34,6 +34,7 @@ function drawResults(body, element) {
   const summaries = shownRuns().map((run) => run.result.summary);
   const finished = summaries.some((summary) => Object.keys(summary).length);
   element.hidden = !scored.length && !finished;
+  element.open ||= !trained();
   body.replaceChildren(
     ...scored.map((run) => table([run.name, ...run.result.scores[0].slice(1)], run.result.scores.slice(1).map((cells) => row(cells)))),
     ...(finished ? [comparison(summaries, () => true)] : []));

@@ -3,15 +3,16 @@
 
 const { make, ask, repeat, part } = window.view;
 const { chart, setRange } = window.view.charts;
-const { runs, chosen, runColour, PANELS, describe, otherPanels } = window.view.runs;
+const { runs, chosen, trained, PANELS, describe, otherPanels } = window.view.runs;
 const { TABLES } = window.view.tables;
 
 const REFRESH_SECONDS = 2;
 
-const stateLine = make("div", { className: "card runs" });
+const states = make("div", { className: "card runs" }, ...runs.map(stateRow));
 const grid = make("div", { className: "charts" });
 const otherGrid = make("div", { className: "charts" });
 const others = make("details", { ontoggle: drawOthers }, make("summary", {}, "All other metrics"), otherGrid);
+const controlBar = makeControls();
 const drawn = new Map(); // charts by title
 
 function describeState(run) {
@@ -24,15 +25,14 @@ function describeState(run) {
   return [make("span", { className: status.fault || status.reason ? "fault" : "" }, state), done, ...now];
 }
 
-function drawStates() {
-  stateLine.replaceChildren(...runs.map((run) => {
-    const swatch = make("span", { className: "swatch" });
-    swatch.style.background = runColour(run);
-    const box = make("input", { type: "checkbox", checked: run.shown, onchange: () => { run.shown = box.checked; draw(); } });
-    const name = make("span", { className: "name", title: run.path }, run.name);
-    const label = runs.length > 1 ? make("label", {}, box, swatch, name) : name;
-    return make("div", { className: "bar" }, label, make("span", { className: "soft" }, ...describeState(run)));
-  }));
+// The line of a run: what hides it, and its state, which `refresh` fills.
+function stateRow(run) {
+  const swatch = make("span", { className: "swatch" });
+  swatch.style.background = `var(--curve${run.index % 8})`;
+  const box = make("input", { type: "checkbox", checked: true, onchange: () => { run.shown = box.checked; draw(); } });
+  const name = make("span", { className: "name", title: run.path }, run.name);
+  run.state = make("span", { className: "soft" });
+  return make("div", { className: "bar" }, runs.length > 1 ? make("label", {}, box, swatch, name) : name, run.state);
 }
 
 function addChart(parent, panel, run) {
@@ -49,12 +49,13 @@ function drawOthers() {
 }
 
 function draw() {
+  for (const element of [controlBar, grid, others]) element.hidden = !trained();
   drawOthers();
   drawn.forEach((one) => one.draw());
   TABLES.forEach((table) => table.draw());
 }
 
-function controlBar() {
+function makeControls() {
   const input = (properties, change) => make("input", { ...properties, oninput: (event) => { change(event.target); draw(); } });
   const x = make("select", { onchange: () => { chosen.x = x.value; setRange(null); } },
     make("option", { value: "step" }, "step"), make("option", { value: "time" }, "time"));
@@ -86,13 +87,13 @@ async function read(run) {
 
 async function refresh() {
   const changed = await Promise.all(runs.map(read));
-  drawStates();
+  runs.forEach((run) => run.state.replaceChildren(...describeState(run)));
   if (changed.some(Boolean)) draw();
 }
 
 part("run", (root) => {
   if (root.childElementCount) return;
-  root.append(stateLine, controlBar(), grid, others, ...TABLES.map((table) => table.element));
+  root.append(states, controlBar, grid, others, ...TABLES.map((table) => table.element));
   for (const panel of PANELS) (panel.bars ? runs : [undefined]).forEach((run) => addChart(grid, panel, run));
   repeat(REFRESH_SECONDS, refresh);
 });
