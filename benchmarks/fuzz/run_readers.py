@@ -13,7 +13,7 @@ from benchmarks.fuzz.loop import BadError, Reader
 from benchmarks.fuzz.readers import MARK, emptied, joined, write_files
 from tests.support.evaluations import config_of, document, graded_problem, prompt_of
 from tests.support.random_trees import random_tree
-from treepo.errors import ModelError
+from treepo.errors import DataError, ModelError
 from treepo.tree import Tree, Verdict, from_json, to_json
 
 _TREE_WORDS = (
@@ -46,6 +46,33 @@ def trees(folder: Path) -> Reader:
         return _check_again(from_json(data.split(b"\n")[0]))
 
     return Reader("trees", read, seeds, _TREE_WORDS, (ModelError, ValueError, OverflowError))
+
+
+def viewed_trees(folder: Path) -> Reader:
+    """trees.jsonl as `treepo view` reads it: a line that is not a tree never keeps it from showing others."""
+    from treepo.view.part import json_text
+    from treepo.view.sources import Source
+    from treepo.view.trees import trees_part
+
+    path = folder / "trees.jsonl"
+    draws = np.random.default_rng(0)
+    seeds = [to_json(random_tree(draws, max_depth=depth), step=1, answer="7") for depth in (1, 2, 3)]
+    source = Source("run", folder, path)
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data + b"\n" + seeds[0])
+        ask = trees_part([source]).answers
+        rows: Any = json.loads(json_text(ask["rows"]({"source": "0", "from": "0", "mark": ""})))
+        answers = [rows, ask["prompts"]({"source": "0"})]
+        last = len(rows["columns"]["prompt"]) - 1
+        if str(last) in rows["faults"]:
+            raise BadError("a good tree is not shown")
+        for tree in range(last, -1, -1):  # the good one cannot fail
+            query = {"source": "0", "tree": str(tree), "node": "1", "from": "0"}
+            answers += [ask["tree"](query), ask["text"](query)]
+        return json_text(answers)
+
+    return Reader("viewed_trees", read, seeds, _TREE_WORDS, (DataError,))
 
 
 def _check_again(tree: Tree) -> Tree:

@@ -99,11 +99,13 @@ class SourceTrees:
         }
 
     def prompts(self, query: Query) -> dict[str, Any]:
-        """The questions of all prompts so far."""
+        """The questions of all prompts so far; their ids without a tokenizer."""
         del query
+        if self._texts.missing:
+            return {"questions": [prompt.id for prompt in self._index.prompts]}
         new = self._index.prompts[len(self._prompt_texts) :]
         self._prompt_texts += self._texts.decode([prompt.tokens for prompt in new])
-        return {"questions": questions(self._prompt_texts), "missing": self._texts.missing}
+        return {"questions": questions(self._prompt_texts)}
 
     def tree(self, query: Query) -> dict[str, Any]:
         """The structure of tree `tree` and what is known of its segments and leaves, but not their tokens."""

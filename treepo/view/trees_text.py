@@ -58,9 +58,7 @@ class TokenTexts:
         return texts
 
     def decode(self, prompts: Sequence[np.ndarray]) -> list[str]:
-        """The texts of whole prompts, special tokens included."""
-        if self._tokenizer is None:
-            return ["".join(map(_number, prompt.tolist())) for prompt in prompts]
+        """The texts of whole prompts, special tokens included. Needs a tokenizer."""
         known = [prompt[prompt >= 0].tolist() for prompt in prompts]
         return self._tokenizer.decode_batch(known, skip_special_tokens=False)
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from treepo.config.learning import LearningConfig
 from treepo.config.yaml_text import read_mapping
 from treepo.data.output_folder import CONFIG
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, DataError
 from treepo.learning.advantage import estimate
 from treepo.learning.dynamic_sampling import uninformative
 from treepo.learning.packing import node_weights
@@ -29,10 +29,7 @@ class StepWeights:
         self._known: tuple[tuple[int, ...], dict[int, np.ndarray]] = (), {}  # of the last step asked for
 
     def of(self, number: int) -> np.ndarray | NotTrained:
-        """The weights of tree `number`: float64 [4, S] as in `node_weights`, or why there are none.
-
-        Raises DataError if a line of the tree's step is not a tree.
-        """
+        """The weights of tree `number`: float64 [4, S] as in `node_weights`, or why there are none."""
         rows = self._index.rows
         step = int(rows["step"][number])
         if isinstance(self._learning, str):
@@ -41,7 +38,10 @@ class StepWeights:
             return "the tree has no step"
         hashes = tuple(rows["hash"][rows["step"] == step].tolist())
         if self._known[0] != hashes:
-            self._known = hashes, self._weights(np.flatnonzero(rows["step"] == step).tolist())
+            try:
+                self._known = hashes, self._weights(np.flatnonzero(rows["step"] == step).tolist())
+            except DataError as error:  # the advantages depend on all trees of the step
+                return str(error)
         weights = self._known[1].get(number)
         return (
             "dynamic sampling dropped the tree: its answers' rewards are equal"
@@ -76,8 +76,8 @@ def read_config(folder: Path) -> tuple[LearningConfig | NotTrained, list[Path]]:
     except ConfigError as error:
         return str(error), []
     model = values.get("model")
-    path = model.get("path") if isinstance(model, Mapping) else None
-    folders = [Path(path)] if isinstance(path, str) else []
+    named = [model.get(key) for key in ("path", "tokenizer")] if isinstance(model, Mapping) else []
+    folders = [Path(name) for name in named if isinstance(name, str)]
     return _learning(values, folder / CONFIG), [*folders, folder / "checkpoint"]
 
 
