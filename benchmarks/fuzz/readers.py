@@ -18,6 +18,7 @@ READERS: Mapping[str, tuple[str, str]] = {
         "run_readers": (
             "trees",
             "viewed_trees",
+            "viewed_run",
             "checkpoint",
             "metrics",
             "evaluation",

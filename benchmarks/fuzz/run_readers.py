@@ -13,6 +13,7 @@ from benchmarks.fuzz.loop import BadError, Reader
 from benchmarks.fuzz.readers import MARK, emptied, joined, write_files
 from tests.support.evaluations import config_of, document, graded_problem, prompt_of
 from tests.support.random_trees import random_tree
+from tests.support.run_folders import write_run_folder
 from treepo.errors import DataError, ModelError
 from treepo.tree import Tree, Verdict, from_json, to_json
 
@@ -83,6 +84,26 @@ def _check_again(tree: Tree) -> Tree:
     for leaf in tree.leaves:
         tree.response(leaf)
     return tree
+
+
+def viewed_run(folder: Path) -> Reader:
+    """The files that the tab "Run" of `treepo view` reads, each of them alone the cause of an error."""
+    from treepo.view.part import json_text
+    from treepo.view.run import run_part
+    from treepo.view.sources import Source
+
+    seed, run = folder / "seed", folder / "run"
+    write_run_folder(seed)
+    whole = {path.name: path.read_bytes() for path in seed.iterdir() if path.name != "trees.jsonl"}
+    ask = run_part([Source("run", run, run / "trees.jsonl")]).answers
+
+    def read(data: bytes) -> object:
+        with emptied(run):
+            write_files(data, run, tuple(whole))
+            return [json_text(answer({"source": "0"})) for answer in ask.values()]
+
+    words = (b"\n", b'"step":', b'"time":', b"WARNING", b"2026-02-30 00:00:00,000 INFO a: ", b"NaN", b"1e999")
+    return Reader("viewed_run", read, [joined(whole)], words)
 
 
 def checkpoint(folder: Path) -> Reader:
