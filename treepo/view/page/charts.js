@@ -7,13 +7,14 @@ const CURSOR = "run"; // the key by which uPlot moves all cursors together
 const MOST_POINTS = 40; // of a curve, up to which they are drawn
 const MARK_DISTANCE = 5; // CSS pixels from a mark within which its text is shown
 const HEIGHT = 200;
-const WHOLE = [1, 2, 5].flatMap((first) => [0, 1, 2, 3, 4, 5, 6].map((zeros) => first * 10 ** zeros)).sort((a, b) => a - b); // between ticks of steps
+const WHOLE = [0, 1, 2, 3, 4, 5, 6].flatMap((zeros) => [1, 2, 5].map((first) => first * 10 ** zeros)); // between ticks of steps
 let range = null; // [from, to] on the x axis; null: everything
 
 function format(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  return size && (size < 1e-3 || size >= 1e7) ? Number(value.toPrecision(3)).toExponential() : value.toLocaleString("en", { maximumSignificantDigits: digits });
+  if (size && (size < 1e-3 || size >= 1e7)) return Number(value.toPrecision(3)).toExponential();
+  return value.toLocaleString("en", { maximumSignificantDigits: digits });
 }
 
 // The exponential average of past values, in which the first ones do not count more than others; null stays null.
@@ -34,8 +35,9 @@ const isNumber = (value) => value !== null && value !== undefined;
 function curveSeries(line, smoothing, log) {
   const values = log ? positive(line.values) : line.values;
   const few = values.filter(isNumber).length <= MOST_POINTS;
+  const points = { show: few, size: 5 };
   const series = (drawn, more) => ({
-    xs: line.xs, drawn, options: { stroke: line.colour, width: 1.5, dash: line.dash, spanGaps: true, points: { show: few, size: 5 }, ...more },
+    xs: line.xs, drawn, options: { stroke: line.colour, width: 1.5, dash: line.dash, spanGaps: true, points, ...more },
   });
   if (!smoothing) return [series(values)];
   return [series(values, { alpha: 0.3 }), series(smoothed(values, smoothing), { points: { show: false } })];
@@ -124,7 +126,9 @@ function drawLegend(legend, lines, hidden, x, redraw) {
   };
   const item = ([label, same]) => {
     const key = make("i");
-    key.style.borderTop = `3px ${same[0].dash?.length ? (same[0].dash[0] < 4 ? "dotted" : "dashed") : "solid"} ${same.length > 1 ? "currentColor" : same[0].colour}`;
+    const { dash, colour: own } = same[0];
+    const stroke = !dash?.length ? "solid" : dash[0] < 4 ? "dotted" : "dashed";
+    key.style.borderTop = `3px ${stroke} ${same.length > 1 ? "currentColor" : own}`;
     const onclick = () => { hidden[hidden.has(label) ? "delete" : "add"](label); redraw(); };
     return make("button", { onclick, ariaPressed: !hidden.has(label) }, key, label, ...(hidden.has(label) ? [] : same.map(value)));
   };
@@ -137,9 +141,11 @@ function drawLegend(legend, lines, hidden, x, redraw) {
 function chart(title, describe) {
   const caption = make("span", { className: "soft" });
   const hint = make("div", { className: "hint", hidden: true });
-  const canvas = make("div", { tabIndex: 0, role: "img", ariaLabel: `${title}. Arrow keys move the cursor, + and - zoom, Escape shows everything.` });
+  const ariaLabel = `${title}. Arrow keys move the cursor, + and - zoom, Escape shows everything.`;
+  const canvas = make("div", { tabIndex: 0, role: "img", ariaLabel });
   const legend = make("div", { className: "legend" });
-  const frame = make("figure", { className: "card chart" }, make("figcaption", {}, make("span", {}, title), caption), canvas, legend, hint);
+  const head = make("figcaption", {}, make("span", {}, title), caption);
+  const frame = make("figure", { className: "card chart" }, head, canvas, legend, hint);
   const hidden = new Set(); // labels that are switched off
   let plot = null;
 
@@ -155,12 +161,13 @@ function chart(title, describe) {
   function options(shown, series, log, drawn) {
     const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick, 7)));
     const bars = shown.bars && ((_, __, most) => [0, most * 1.05 || 1]);
-    const margin = shown.bars ? 0.5 : 0;
+    const margin = (least, most) => (least === most ? 1 : shown.bars ? 0.5 : 0);
+    const selected = ({ select, posToVal }) => [posToVal(select.left, "x"), posToVal(select.left + select.width, "x")];
     return {
       width: widthOf(canvas), height: HEIGHT, legend: { show: false }, series: [{}, ...series.map((one) => one.options)],
       axes: [axis({ size: 28, ...(shown.unit === "step" && { incrs: WHOLE }) }), axis({ size: 54, space: 26, values })],
       scales: {
-        x: { time: false, range: (_, least, most) => range ?? (least === most ? [least - 1, most + 1] : [least - margin, most + margin]) },
+        x: { time: false, range: (_, least, most) => range ?? [least - margin(least, most), most + margin(least, most)] },
         y: log ? { distr: 3 } : { range: bars || rangeOfValues },
       },
       cursor: {
@@ -171,7 +178,7 @@ function chart(title, describe) {
         ready: [drawn],
         draw: [(self) => drawMarks(self, shown.marks)],
         setCursor: [() => plot && drawCursor(shown)],
-        setSelect: [({ select, posToVal }) => select.width > 2 && setRange([posToVal(select.left, "x"), posToVal(select.left + select.width, "x")])],
+        setSelect: [(self) => self.select.width > 2 && setRange(selected(self))],
       },
     };
   }

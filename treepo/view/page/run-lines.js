@@ -7,7 +7,9 @@ const { isNumber } = window.view.charts;
 const MOST_BARS = 120; // beyond, a bar is the mean of several steps
 const MOST_UPDATES = 100; // of the weights, that are marked
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3], [12, 4], [1, 2]];
-const VERDICTS = { "verdict/correct": "correct", "verdict/wrong": "wrong", "verdict/no_answer": "none", "verdict/timeout": "ungraded" }; // their colours
+const VERDICTS = { // their colours
+  "verdict/correct": "correct", "verdict/wrong": "wrong", "verdict/no_answer": "none", "verdict/timeout": "ungraded",
+};
 const PHASES = /^seconds\/(?!step$)/;
 const PANELS = [ // a title and the metrics, by name or pattern; log: the y axis is always logarithmic
   { title: "Reward", names: ["reward", "reward_with_terms"] },
@@ -102,7 +104,10 @@ function phaseBars(run, range) {
   for (let at = 0; at < inside.length; at += size) bins.push(inside.slice(at, at + size));
   const mean = (bin, value) => bin.reduce((sum, at) => sum + value(at), 0) / bin.length;
   const rest = (at) => Math.max(columns["seconds/step"][at] - names.reduce((sum, name) => sum + (columns[name][at] ?? 0), 0), 0);
-  const line = (label, value, place) => ({ label, xs: bins.map((bin) => mean(bin, (at) => xs[at])), values: bins.map((bin) => mean(bin, value)), colour: colour(`curve${place % 8}`) });
+  const line = (label, value, place) => ({
+    label, xs: bins.map((bin) => mean(bin, (at) => xs[at])), values: bins.map((bin) => mean(bin, value)),
+    colour: colour(`curve${place % 8}`),
+  });
   if (!bins.length) return [];
   return [...names.map((name, place) => line(name, (at) => columns[name][at] ?? 0, place)), line("rest of the step", rest, 7)];
 }
@@ -112,7 +117,8 @@ function describe(panel, run, range) {
   const lines = panel.bars ? (run.shown ? phaseBars(run, range) : []) : curves(panel.names);
   const wanted = [panel.title, ...lines.map((line) => line.label)].some((text) => text.toLowerCase().includes(chosen.search));
   return {
-    lines: wanted ? lines : [], bars: panel.bars, marks: panel.bars ? marksOf(run, range) : shownRuns().flatMap((one) => marksOf(one, range)),
+    lines: wanted ? lines : [], bars: panel.bars,
+    marks: (panel.bars ? [run] : shownRuns()).flatMap((one) => marksOf(one, range)),
     unit: chosen.x === "step" ? "step" : timeUnit()[1], smoothing: chosen.smoothing, log: chosen.log || panel.log,
   };
 }

@@ -6,12 +6,16 @@ const { format } = window.view.charts;
 const { runs, trained, shownRuns } = window.view.runs;
 
 const when = (time) => new Date(1000 * time).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "medium" });
-const table = (head, rows) => make("div", { className: "scroll" },
-  make("table", {}, make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col" }, text)))), make("tbody", {}, ...rows)));
+const table = (head, rows) => {
+  const titles = head.map((text) => make("th", { scope: "col" }, text));
+  const whole = make("table", {}, make("thead", {}, make("tr", {}, ...titles)), make("tbody", {}, ...rows));
+  return make("div", { className: "scroll" }, whole);
+};
 const row = (cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
 const section = (title, draw, ...controls) => {
   const body = make("div");
-  const element = make("details", {}, make("summary", {}, title), ...(controls.length ? [make("div", { className: "bar" }, ...controls)] : []), body);
+  const bar = make("div", { className: "bar", hidden: !controls.length }, ...controls);
+  const element = make("details", {}, make("summary", {}, title), bar, body);
   return { element, draw: () => draw(body, element) };
 };
 const redraw = () => TABLES.forEach((one) => one.draw());
@@ -46,7 +50,8 @@ function drawEvents(body, element) {
   element.hidden = !events.length;
   element.firstChild.textContent = `Events (${events.length})`;
   body.replaceChildren(...events.map(([run, [time, level, , text]]) =>
-    make("div", { className: "event" }, make("span", { className: "soft" }, `${when(time)} · ${run.name}`), make("pre", { className: level }, text))));
+    make("div", { className: "event" },
+      make("span", { className: "soft" }, `${when(time)} · ${run.name}`), make("pre", { className: level }, text))));
 }
 
 const onlyDifferences = check(runs.length > 1);
@@ -54,7 +59,8 @@ const keySearch = searchField("key or value");
 function drawSettings(body, element) {
   const settings = shownRuns().map((run) => run.settings);
   element.hidden = !settings.some((one) => Object.keys(one).length);
-  body.replaceChildren(comparison(settings, (cells, differs) => (differs || !onlyDifferences.checked || runs.length === 1) && has(cells.join(" "), keySearch)));
+  const all = !onlyDifferences.checked || runs.length === 1;
+  body.replaceChildren(comparison(settings, (cells, differs) => (all || differs) && has(cells.join(" "), keySearch)));
 }
 
 const onlyWarnings = check(false);
@@ -69,7 +75,7 @@ function drawLog(body, element) {
 const TABLES = [
   section("Result", drawResults),
   section("Events", drawEvents),
-  section("Configuration", drawSettings, ...(runs.length > 1 ? [make("label", {}, onlyDifferences, "only differences")] : []), keySearch),
+  section("Configuration", drawSettings, make("label", { hidden: runs.length === 1 }, onlyDifferences, "only differences"), keySearch),
   section("Log", drawLog, make("label", {}, onlyWarnings, "only warnings and errors"), logSearch),
 ];
 window.view.tables = { TABLES };

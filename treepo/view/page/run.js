@@ -59,10 +59,14 @@ function makeControls() {
   const input = (properties, change) => make("input", { ...properties, oninput: (event) => { change(event.target); draw(); } });
   const x = make("select", { onchange: () => { chosen.x = x.value; setRange(null); } },
     make("option", { value: "step" }, "step"), make("option", { value: "time" }, "time"));
-  const smoothing = input({ type: "range", min: 0, max: 0.98, step: 0.02, value: 0 }, (slider) => { chosen.smoothing = Number(slider.value); });
+  const range = { type: "range", min: 0, max: 0.98, step: 0.02, value: 0 };
+  const smoothing = input(range, (slider) => { chosen.smoothing = Number(slider.value); });
   const log = input({ type: "checkbox" }, (box) => { chosen.log = box.checked; });
   const events = input({ type: "checkbox", checked: true }, (box) => { chosen.events = box.checked; });
-  const search = input({ type: "search", placeholder: "metric" }, (field) => { chosen.search = field.value.toLowerCase(); others.open ||= Boolean(field.value); });
+  const search = input({ type: "search", placeholder: "metric" }, (field) => {
+    chosen.search = field.value.toLowerCase();
+    others.open ||= Boolean(field.value);
+  });
   return make("div", { className: "bar" },
     make("label", {}, "x axis ", x), make("label", {}, "smoothing ", smoothing), make("label", {}, log, "log axis"),
     make("label", {}, events, "events"), make("label", {}, "find ", search),
@@ -76,7 +80,8 @@ async function read(run) {
     const { files, status } = await ask("run/state", source);
     Object.assign(run, { status, fault: "" });
     if (files === run.files) return false;
-    const [table, settings, log, result] = await Promise.all(["metrics", "settings", "log", "result"].map((name) => ask(`run/${name}`, source)));
+    const questions = ["metrics", "settings", "log", "result"].map((name) => ask(`run/${name}`, source));
+    const [table, settings, log, result] = await Promise.all(questions);
     Object.assign(run, { table, settings, log, result, files });
     return true;
   } catch (error) {
