@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.chaos import sandbox, scene
 from benchmarks.chaos.strike import Progress
@@ -44,7 +46,8 @@ class Drill:
             self._check(driver, began)
         shown = Progress.of(self._out).phase
         for process in sandbox.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it has ended with another one
+                process.kill()
         driver.wait()
         while sandbox.processes():
             sandbox.reap()

@@ -15,7 +15,16 @@ READERS: Mapping[str, tuple[str, str]] = {
         "text_readers": ("config", "overrides", "schedulers", "messages", "chat_template"),
         "data_readers": ("json_lines", "parquet"),
         "model_readers": ("model_config", "weights", "tokenizer"),
-        "run_readers": ("trees", "checkpoint", "metrics", "evaluation", "results", "metadata"),
+        "run_readers": (
+            "trees",
+            "viewed_trees",
+            "viewed_run",
+            "checkpoint",
+            "metrics",
+            "evaluation",
+            "results",
+            "metadata",
+        ),
         "message_readers": ("rendezvous_head", "rendezvous_node", "server_answer", "grades"),
     }.items()
     for name in names

@@ -13,7 +13,8 @@ from benchmarks.fuzz.loop import BadError, Reader
 from benchmarks.fuzz.readers import MARK, emptied, joined, write_files
 from tests.support.evaluations import config_of, document, graded_problem, prompt_of
 from tests.support.random_trees import random_tree
-from treepo.errors import ModelError
+from tests.support.run_folders import write_run_folder
+from treepo.errors import DataError, ModelError
 from treepo.tree import Tree, Verdict, from_json, to_json
 
 _TREE_WORDS = (
@@ -48,6 +49,33 @@ def trees(folder: Path) -> Reader:
     return Reader("trees", read, seeds, _TREE_WORDS, (ModelError, ValueError, OverflowError))
 
 
+def viewed_trees(folder: Path) -> Reader:
+    """trees.jsonl as `treepo view` reads it: a line that is not a tree never keeps it from showing others."""
+    from treepo.view.part import json_text
+    from treepo.view.sources import Source
+    from treepo.view.trees import trees_part
+
+    path = folder / "trees.jsonl"
+    draws = np.random.default_rng(0)
+    seeds = [to_json(random_tree(draws, max_depth=depth), step=1, answer="7") for depth in (1, 2, 3)]
+    source = Source("run", folder, path)
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data + b"\n" + seeds[0])
+        ask = trees_part([source]).answers
+        rows: Any = json.loads(json_text(ask["rows"]({"source": "0", "from": "0", "mark": ""})))
+        answers = [rows, ask["prompts"]({"source": "0"})]
+        last = len(rows["columns"]["prompt"]) - 1
+        if str(last) in rows["faults"]:
+            raise BadError("a good tree is not shown")
+        for tree in range(last, -1, -1):  # the good one cannot fail
+            query = {"source": "0", "tree": str(tree), "node": "1", "from": "0"}
+            answers += [ask["tree"](query), ask["text"](query)]
+        return json_text(answers)
+
+    return Reader("viewed_trees", read, seeds, _TREE_WORDS, (DataError,))
+
+
 def _check_again(tree: Tree) -> Tree:
     """What is accepted can be used: written, and read as the same."""
     written = to_json(tree)
@@ -56,6 +84,26 @@ def _check_again(tree: Tree) -> Tree:
     for leaf in tree.leaves:
         tree.response(leaf)
     return tree
+
+
+def viewed_run(folder: Path) -> Reader:
+    """The files that the tab "Run" of `treepo view` reads, each of them alone the cause of an error."""
+    from treepo.view.part import json_text
+    from treepo.view.run import run_part
+    from treepo.view.sources import Source
+
+    seed, run = folder / "seed", folder / "run"
+    write_run_folder(seed)
+    whole = {path.name: path.read_bytes() for path in seed.iterdir() if path.name != "trees.jsonl"}
+    ask = run_part([Source("run", run, run / "trees.jsonl")]).answers
+
+    def read(data: bytes) -> object:
+        with emptied(run):
+            write_files(data, run, tuple(whole))
+            return [json_text(answer({"source": "0"})) for answer in ask.values()]
+
+    words = (b"\n", b'"step":', b'"time":', b"WARNING", b"2026-02-30 00:00:00,000 INFO a: ", b"NaN", b"1e999")
+    return Reader("viewed_run", read, [joined(whole)], words)
 
 
 def checkpoint(folder: Path) -> Reader:

@@ -1,10 +1,12 @@
 """A real browser without a window, controlled through a pair of pipes: no port is opened."""
 
+import base64
 import json
 import os
 import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -14,6 +16,9 @@ from typing import Any
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 _SILENCE_SECONDS = 120.0
+_KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36} | {
+    f"Arrow{side}": 37 + place for place, side in enumerate(("Left", "Up", "Right", "Down"))
+}
 
 
 class Tab:
@@ -27,13 +32,25 @@ class Tab:
         targets = self.call("Target.getTargets")["targetInfos"]
         target = next(target["targetId"] for target in targets if target["type"] == "page")
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network"):
+        for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
-    def open(self, path: Path) -> None:
-        """Load a file, and wait until it is loaded and its script has run."""
+    def look(self, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Give the window a size in CSS pixels, and the person a preference for light or dark."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def open(self, page: Path | str) -> None:
+        """Load a file or an address, and wait until it is loaded and its script has run."""
+        if isinstance(page, str):  # one that differs in what follows its # would not be loaded again
+            self._load("about:blank")
+        self._load(page if isinstance(page, str) else page.as_uri())
+
+    def _load(self, address: str) -> None:
         self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=address)
         while "Page.loadEventFired" not in self.names():
             self._receive()
 
@@ -45,6 +62,40 @@ class Tab:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def until(self, expression: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + _SILENCE_SECONDS
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"never true: {expression}"
+            time.sleep(0.02)
+
+    def press(self, key: str) -> None:
+        """Press and release a key, such as "Tab" or "ArrowRight"."""
+        code = _KEY_CODES.get(key, ord(key[0].upper()))
+        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+        stroke = {"key": key, "windowsVirtualKeyCode": code}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **stroke, **({"text": text} if text else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **stroke)
+
+    def screenshot(self, path: Path) -> None:
+        """Write the whole page as PNG."""
+        path.write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        )
+
+    def faults(self) -> list[str]:
+        """What a console would show in red or yellow since the page was opened."""
+        found = []
+        for name, event in self.events:
+            level = (
+                event.get("type")
+                if name == "Runtime.consoleAPICalled"
+                else event.get("entry", {}).get("level")
+            )
+            if name == "Runtime.exceptionThrown" or level in ("error", "warning", "assert"):
+                found.append(json.dumps(event))
+        return found
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         number = next(self._numbers)

@@ -22,6 +22,7 @@ from treepo.cli.status import status
 from treepo.cli.toy import toy
 from treepo.cli.train import train
 from treepo.cli.verbosity import show_warnings, with_verbosity
+from treepo.cli.view import view
 from treepo.data.temporary_folder import keep_compiled_code
 from treepo.ending import ignore_signals, leave
 from treepo.errors import PrintableFormatter
@@ -31,7 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (init, toy, train, launch, status, rollout, plan, convert, doctor):
+for command in (init, toy, train, launch, status, view, rollout, plan, convert, doctor):
     app.command()(with_verbosity(command))
 app.command(name="eval")(with_verbosity(evaluate))
 

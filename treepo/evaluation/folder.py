@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Self, TypedDict
 import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from treepo.config.dotted import by_dotted_key
 from treepo.config.evaluate import EvalConfig
 from treepo.config.load import load_as
 from treepo.data.output_folder import CONFIG, LOG, TREES, GrowingFile, log_to, prepare_folder
@@ -306,24 +307,10 @@ def _check_same(config: EvalConfig) -> None:
             f"out: {config.out} holds no evaluation that this version can resume; --force starts over and "
             "sets its files aside"
         ) from None
-    was, now = (_flat(settings.model_dump(mode="json")) for settings in (before, config))
+    was, now = (by_dotted_key(settings.model_dump(mode="json")) for settings in (before, config))
     for key in dict.fromkeys([*now, *was]):
         if was.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
             raise ConfigError(
                 f"out: {config.out} holds an evaluation with {key} = {was.get(key)}, not {now.get(key)}; "
                 "--force starts over and sets its files aside"
             )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key; a list's items by their index."""
-    items = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    )
-    if items is None:
-        return {prefix: value}
-    return {
-        dotted: leaf
-        for key, below in items
-        for dotted, leaf in _flat(below, f"{prefix}.{key}" if prefix else str(key)).items()
-    }

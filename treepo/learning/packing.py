@@ -97,10 +97,7 @@ def pack_trees(
     Raises ValueError if a trajectory is longer than a pack or a prompt is empty.
     """
     forest = _checked_forest(trees, advantages, max_tokens)
-    weight_N = np.stack([
-        np.bincount(forest.path_node_M, weight_M, len(forest.parent_N))
-        for weight_M in _weights(forest, advantages)
-    ])  # fmt: skip
+    weight_N = node_weights(advantages)
     leaf_weight_N = np.zeros(len(forest.parent_N))
     leaf_weight_N[forest.leaf_node_L] = advantages.leaf_weight_L
     pieces = []
@@ -127,6 +124,15 @@ def pack_flat(
         weight_R = np.concatenate([np.zeros((4, 1)), weight_M[:, path]], axis=1)
         pieces.append(_piece(forest, node_R, slot_N, weight_R, float(advantages.leaf_weight_L[leaf])))
     return _pack(trees, forest, pieces, max_tokens, replicas)
+
+
+def node_weights(advantages: Advantages) -> np.ndarray:
+    """The advantage_pos, advantage_neg, count_pos and count_neg of each node's tokens: [4, N]."""
+    forest = advantages.forest
+    return np.stack([
+        np.bincount(forest.path_node_M, weight_M, len(forest.parent_N))
+        for weight_M in _weights(forest, advantages)
+    ])  # fmt: skip
 
 
 def padded(pack: Pack, length: int) -> Pack:

@@ -16,6 +16,9 @@ from treepo.rollout.stats import Stats
 from treepo.training.scheduler import ScheduleState
 from treepo.watchdog import Watchdog
 
+CONTINUES = "continues after step"
+"""How the log's entry of a run that resumes begins."""
+
 
 @dataclass(slots=True)
 class RunState:

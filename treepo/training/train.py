@@ -26,7 +26,7 @@ from treepo.training.log_prob_check import check_log_probs
 from treepo.training.loop import TrainingLoop
 from treepo.training.resume import Resume, last_checkpoint, restore
 from treepo.training.run_folder import METRICS, TREES, RunFolder
-from treepo.training.run_state import Clock, Reporter, RunState, Watched
+from treepo.training.run_state import CONTINUES, Clock, Reporter, RunState, Watched
 from treepo.training.scheduler import Scheduler
 from treepo.training.step_guard import StepGuard
 from treepo.training.tree_grader import TreeGrader
@@ -58,6 +58,8 @@ async def train(
         await stack.enter_async_context(watchdog)
         for report in inputs.reports:
             _log.info(report.summary())
+        if resume is not None:
+            _log.info("%s %d", CONTINUES, state.steps_done)
         with clock.phase("start engine and trainer", announce=True):
             # Rewards first: a reward function that cannot be imported is found within a second.
             rewards = await stack.enter_async_context(open_rewards(config.reward))
