@@ -115,7 +115,7 @@ def _look(address: str, trees: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as tab:
         started = time.perf_counter()
         tab.call("Page.navigate", url=f"{address}#trees")
-        first = _seconds_until(tab, started, lambda text: not text.startswith("0 "))
+        first = _seconds_until(tab, started, lambda text: text[0] in "123456789")
         last = _seconds_until(tab, started, lambda text: text == f"{trees:,} of {trees:,} trees")
         frames = tab.evaluate(_SCROLL)
     return {

@@ -63,7 +63,9 @@ def viewed_trees(folder: Path) -> Reader:
     def read(data: bytes) -> object:
         path.write_bytes(data + b"\n" + seeds[0])
         ask = trees_part([source]).answers
-        rows: Any = json.loads(json_text(ask["rows"]({"source": "0", "from": "0", "mark": ""})))
+        rows: Any = {"more": True}
+        while rows["more"]:
+            rows = json.loads(json_text(ask["rows"]({"source": "0", "from": "0", "mark": ""})))
         answers = [rows, ask["prompts"]({"source": "0"})]
         last = len(rows["columns"]["prompt"]) - 1
         if str(last) in rows["faults"]:

@@ -101,9 +101,10 @@ class TreeList {
     this.source.hidden = sources.length < 2;
     this.search = make("input", { type: "search", placeholder: "Search questions", "aria-label": "Search questions, gold answers and ids", oninput: choose });
     this.step = choice("Step", [], choose);
+    this.step.hidden = true; // until there are steps
     this.filter = choice("Filter", titles(FILTERS), choose);
     this.order = choice("Order", titles(ORDERS), choose);
-    this.summary = make("div", { className: "soft", role: "status" });
+    this.summary = make("div", { className: "soft", role: "status" }, "Reading the trees");
     this.rows = make("div", { className: "rows" });
     const events = { onscroll: () => this.draw(), onkeydown: (event) => this.move(event) };
     this.box = make("div", { className: "list", role: "listbox", tabIndex: 0, "aria-label": "Trees", ...events }, this.rows);

@@ -16,8 +16,9 @@ class TreePage {
     this.head = make("div", { className: "bar" });
     this.fault = make("p", { className: "fault", role: "alert" });
     this.text = make("div", { className: "text" });
+    this.hint = make("p", { className: "soft" }, "Choose a tree in the list.");
     this.detail = make("div", {}, this.head, this.drawing.element, this.text);
-    root.append(this.list.element, make("div", { className: "card detail" }, this.fault, this.detail));
+    root.append(this.list.element, make("div", { className: "card detail" }, this.fault, this.hint, this.detail));
     repeat(REFRESH_SECONDS, () => this.list.read());
   }
 
@@ -41,6 +42,7 @@ class TreePage {
     this.list.select(place.source, place.tree);
     const drawn = `${place.source}/${place.tree}`;
     this.detail.hidden = this.drawn !== drawn;
+    this.hint.hidden = place.tree !== null;
     if (place.tree === null) return;
     if (this.drawn !== drawn) {
       const { trees } = this.list;
