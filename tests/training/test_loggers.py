@@ -108,10 +108,11 @@ def test_a_server_that_is_down_is_tried_until_it_answers(tmp_path: Path, pauses:
 
 @pytest.mark.usefixtures("pauses")
 def test_what_a_server_refuses_is_left_out(tmp_path: Path) -> None:
-    server = Server(errors=[ValueError("not\na name.")])
-    answers = dispatched(tmp_path, server, {"kind": "config"}, {"kind": "end", "state": "failed"})
+    server = Server(errors=[ValueError("not\na name."), ValueError("not a name 2")])
+    config: dict[str, Any] = {"kind": "config"}
+    answers = dispatched(tmp_path, server, config, config, {"kind": "end", "state": "failed"})
     refused = {"warning": "not a name; the config is left out, and the run goes on"}
-    assert answers == [refused, {"done": True}, {"done": True}]
+    assert answers == [refused, *[{"done": True}] * 3], "which is told once"
     assert server.calls == [("end", "failed")]
 
 

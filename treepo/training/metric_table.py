@@ -65,10 +65,10 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "idle/trainer": ("share of the step in which the trainer waited for trees", "asynchronous: near 0"),
     # Trainer against engines
     "logprob_difference_mean": (
-        "mean |trainer's log-prob - engine's| of trained tokens, in nats; staleness adds to it",
+        "mean distance of the trainer's log-probs from the engine's, in nats; staleness adds to it",
         "float32: below 1e-5; bfloat16: below 0.05; steady",
     ),
-    "logprob_difference_max": ("the largest of them", "steady"),
+    "logprob_difference_max": ("the largest of these distances", "steady"),
     # Learning
     "train/optimizer_steps": ("optimizer steps taken", "`learning.mini_batches`"),
     "train/skipped_steps": ("optimizer steps skipped because the gradient was not finite", "0"),

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,10 +44,12 @@ class Dispatcher:
     """Does what the lines of a run say, and answers.
 
     metrics: the run's metrics.jsonl. answers: where each line has its answer, after lines for the run's log.
+    refused: the kinds of messages of which one was refused; that is told once.
     """
 
     metrics: Path
     answers: BinaryIO
+    refused: set[str] = field(default_factory=set)
 
     def tell(self, text: str, *, warn: bool = True) -> None:
         """Put a line into the log of the run."""
@@ -77,7 +79,7 @@ class Dispatcher:
                 reason = shortened(one_line(error), 300).rstrip(". ") or type(error).__name__
                 tries_again = message["kind"] == "begin" or logger.passes(error)
                 if not tries_again:
-                    self.tell(f"{reason}; the {message['kind']} is left out, and the run goes on")
+                    self._tell_refusal(message["kind"], reason)
                     return
                 if reason != told:
                     self._answer({"trouble": _in_log(f"{reason}; it is tried again, and the run goes on")})
@@ -88,6 +90,11 @@ class Dispatcher:
                 if told:
                     self.tell("it answers again", warn=False)
                 return
+
+    def _tell_refusal(self, kind: str, reason: str) -> None:
+        if kind not in self.refused:
+            self.tell(f"{reason}; the {kind} is left out, and the run goes on")
+        self.refused.add(kind)
 
     def _do(self, logger: Logger, message: dict[str, Any]) -> None:
         match message["kind"]:
