@@ -120,6 +120,21 @@ def test_a_process_that_dies_again_and_again_is_given_up(
     assert caplog.messages == [f"{died}; it is started again", f"{died}; the run goes on without it"]
 
 
+def test_a_process_that_cannot_start_is_a_death(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(module, "_MOST_RESTARTS", 0)
+    monkeypatch.setattr(module.subprocess, "Popen", refuse)
+    feed = feed_of(tmp_path)
+    wait_until(lambda: feed._over)
+    assert caplog.messages == [
+        "noting: its process cannot start: Resource temporarily unavailable; the run goes on without it"
+    ]
+
+
 RUN = """
 import os, sys, time
 from tests.training.test_logger_feed import Path, add_steps, calls_of, feed_of

@@ -174,14 +174,17 @@ class Feed:
         with self._changed:
             if self._over:
                 raise _DeadError("the run has ended")
-            self._process = process = subprocess.Popen(
-                [sys.executable, "-P", "-m", self._module, self.name, str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # the run handles Ctrl-C
-                env=environment | {"PYTHONPATH": path},
-            )
+            try:
+                self._process = process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", self._module, self.name, str(os.getpid())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # the run handles Ctrl-C
+                    env=environment | {"PYTHONPATH": path},
+                )
+            except OSError as error:  # no room for a process or a pipe
+                raise _DeadError(f"its process cannot start: {error.strerror}") from None
         return process
 
     def _tell(self, process: subprocess.Popen[bytes], content: Mapping[str, Any]) -> None:
