@@ -15,11 +15,18 @@ import pytest
 from tests.support.random_trees import random_tree
 from tests.support.wandb_file import history, records
 from treepo.config.run import RunConfig
+from treepo.training.loggers import run_loggers
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import RunState
 
 pytestmark = pytest.mark.slow
 SUMMARY = {"steps": 4, "accuracy_after": 0.5, "dtype": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a library takes minutes to start."""
+    monkeypatch.setattr(run_loggers, "_END_SECONDS", {"finished": 1200.0})
 
 
 def config_of(out: Path, name: str, **options: Any) -> RunConfig:
