@@ -33,11 +33,11 @@ def records(folder: Path) -> Iterator[Any]:
 
 
 def history(folder: Path) -> dict[int, dict[str, Any]]:
-    """The numbers and tables of each step."""
+    """The numbers of each step, and the parts of its tables by dotted name."""
     steps: dict[int, dict[str, Any]] = {}
     for record in records(folder):
         if record.WhichOneof("record_type") == "history":
-            items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
             assert record.history.step.num not in steps, "a step twice"
             steps[record.history.step.num] = {name: json.loads(text) for name, text in items.items()}
     return steps

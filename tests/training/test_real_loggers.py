@@ -73,7 +73,7 @@ def test_the_newest_offline_run_of_wandb_is_the_whole_run(
     steps = history((config.out / "wandb" / "latest-run").resolve())
     assert {step: each["reward"] for step, each in steps.items()} == {1: 0.1, 2: 0.1, 3: 0.4, 4: 0.4}
     assert math.isnan(steps[4]["none"])
-    assert steps[4]["trees"]["_type"] == "table-file"
+    assert steps[4]["trees._type"] == "table-file"
     found = {record.WhichOneof("record_type"): record for record in records(folders[-1])}
     assert found["exit"].exit.exit_code == 0
     assert found["run"].run.project == "math"
