@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class Server:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses of a logger's process, which take no time."""
     pauses: list[float] = []
-    monkeypatch.setattr(process.time, "sleep", pauses.append)
+    monkeypatch.setattr(process, "time", SimpleNamespace(sleep=pauses.append))
     return pauses
 
 
