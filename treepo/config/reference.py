@@ -133,7 +133,8 @@ def _value(schema: Mapping[str, Any]) -> str:
         pattern = schema.get("pattern")
         return "path" if schema.get("format") == "path" else f"text like `{pattern}`" if pattern else "text"
     if schema["type"] == "array":
-        return f"list of {schema['maxItems']}: {_value(schema['items'])}"
+        count = f" of {schema['maxItems']}" if "maxItems" in schema else ""
+        return f"list{count}: {_value(schema['items'])}"
     if schema["type"] == "object" and "propertyNames" not in schema:
         return "names and values"
     if schema["type"] == "object":

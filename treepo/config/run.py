@@ -11,6 +11,7 @@ from treepo.config.data import DataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.learning import LearningConfig
 from treepo.config.log_prob_check import LogProbCheckConfig
+from treepo.config.loggers import LoggerName, MlflowConfig, WandbConfig
 from treepo.config.loop import LoopConfig
 from treepo.config.plan import PlanConfig
 from treepo.config.reward import RewardConfig
@@ -90,6 +91,14 @@ class RunConfig(Section):
     disk_seconds: float = Field(default=600.0, ge=0)
     """How long the run waits for its folder when it cannot be written (full, read-only, not there). What it
     has to write stays in memory; after that time the run ends and can be resumed."""
+    logging: list[LoggerName] = Field(default=["tensorboard", "jsonl"])
+    """Where each step's numbers go. `jsonl` is metrics.jsonl, which a run always writes: --resume reads it.
+    `wandb` and `mlflow` also get the configuration, tables of sampled answers and the summary; each needs its
+    package, `treepo[wandb]` or `treepo[mlflow]`."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases, if `logging` names it."""
+    mlflow: MlflowConfig = MlflowConfig()
+    """MLflow, if `logging` names it."""
     plan: PlanConfig = PlanConfig()
     """Assumptions of `treepo plan`; training does not read them."""
 
@@ -134,6 +143,17 @@ class RunConfig(Section):
                 f"evaluation.every = {self.evaluation.every} with data.heldout = null: there is nothing to "
                 "evaluate on; null is allowed"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _configured_loggers_log(self) -> Self:
+        """A section without its logger would be noticed after the run."""
+        for name, section in (("wandb", self.wandb), ("mlflow", self.mlflow)):
+            if section != type(section)() and name not in self.logging:
+                raise ValueError(
+                    f"{name} is configured, but logging = [{', '.join(self.logging)}] does not name it; add "
+                    f"{name} to the list, or remove its section"
+                )
         return self
 
     @model_validator(mode="after")

@@ -19,12 +19,14 @@ from treepo.data.inputs import Benchmark, EvaluationInputs, RolloutInputs, Train
 from treepo.data.prompts import Prompt, check_prompts, load_prompts
 from treepo.data.tokenizer import Tokenizer, load_tokenizer
 from treepo.errors import ConfigError
+from treepo.preflight.loggers import check_loggers
 from treepo.preflight.model_folder import check_files, check_served_folder
 
 
 def read_train_inputs(config: RunConfig) -> TrainInputs:
     """Read a training run's tokenizer, training prompts and held-out prompts."""
     data, as_json = config.data, config.reward.url is not None
+    check_loggers(config)
     check_files(config.model.path)
     check_prompts(data.train, data.columns, data, extra_as_json=as_json)
     if data.heldout is not None:

@@ -3,15 +3,17 @@
     config.yaml      the effective configuration, overrides applied
     metrics.jsonl    one line for each step, and one for each evaluation during training
     trees.jsonl      one tree a line (treepo.tree.to_json), with its step and the prompt's gold answer
-    tensorboard/     the numbers of metrics.jsonl
+    tensorboard/     the numbers of metrics.jsonl, if `logging` names it
+    wandb.json       the W&B run that has them too, mlflow.json the MLflow run
     checkpoints/     training checkpoints, from which --resume continues (treepo.training.checkpoints)
     checkpoint/      a Hugging Face folder of the trained model
     summary.json     the result of the run
     log.txt          the log
 
 A thread writes whole lines, so the files of a killed run stay readable. Lines that the disk does not take
-wait in memory. A run that resumes from a checkpoint first truncates its files to their sizes at that
-checkpoint: no step and no tree appears twice.
+wait in memory. W&B and MLflow, if `logging` names them, get the same numbers (treepo.training.loggers). A run
+that resumes from a checkpoint first truncates its files to their sizes at that checkpoint: no step and no
+tree appears twice.
 """
 
 import json
@@ -46,6 +48,7 @@ from treepo.errors import ConfigError, DataError, one_line, shown
 from treepo.training.checkpoints import discard_leftovers
 from treepo.training.disk_wait import DiskWait
 from treepo.training.event_file import event_file_name, first_event, scalars_event
+from treepo.training.loggers.run_loggers import Decode, RunLoggers
 from treepo.training.run_state import RunState
 from treepo.tree import Tree, to_json
 
@@ -59,13 +62,17 @@ class RunFolder:
 
     A new run moves an earlier run's files into `previous-N/`; nothing is overwritten. If `state` is given,
     the run in the folder continues from it. Its methods never block the event loop, however slow the disk.
+    decode: makes text of tokens, for loggers with tables.
     """
 
-    def __init__(self, config: RunConfig, state: RunState | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, state: RunState | None = None, decode: Decode | None = None
+    ) -> None:
         self.path = config.out
         self.checkpoint = config.out / CHECKPOINT
         self.disk = DiskWait(config.disk_seconds)
         self._config, self._state = config, state
+        self._loggers = RunLoggers(config, METRICS, decode)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -79,6 +86,7 @@ class RunFolder:
                     raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
             stack.enter_context(log_to(self.path / LOG))
             self._files = stack.enter_context(ExitStack())
+            stack.enter_context(self._loggers)
             self._open_files()
             self._stack = stack.pop_all()
         return self
@@ -103,15 +111,22 @@ class RunFolder:
     def _open_files(self) -> None:
         self._metrics = BufferedFile(self.path / METRICS)
         self._trees = BufferedFile(self.path / TREES)
-        events = self.path / TENSORBOARD / event_file_name()
-        self._events = BufferedFile(events, limit=_MOST_EVENTS, durable=False)
+        self._events: BufferedFile | None = None
+        if TENSORBOARD in self._config.logging:
+            events = self.path / TENSORBOARD / event_file_name()
+            self._events = BufferedFile(events, limit=_MOST_EVENTS, durable=False)
+            self._events.add(first_event())
         for file in (self._metrics, self._trees):
             file.open()
-        self._events.add(first_event())
+        step = 0
         for record in _read_metrics(self.path / METRICS):
             self._plot(record)
+            step = record["step"]
+        self._metrics_size = self._metrics.size
+        self._loggers.begin(step, self._metrics_size)
         needed, wait_seconds = (self._metrics, self._trees), self._config.disk_seconds
-        self._writer = self._files.enter_context(BackgroundWriter(needed, (self._events,), wait_seconds))
+        others = () if self._events is None else (self._events,)
+        self._writer = self._files.enter_context(BackgroundWriter(needed, others, wait_seconds))
         self._writer.wake()
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -119,17 +134,23 @@ class RunFolder:
         record = {"step": step, "time": time.time()} | {
             name: value if math.isfinite(value) else None for name, value in metrics.items()
         }
-        self._metrics.add(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        self._metrics.add(line)
         self._plot(record)
+        self._metrics_size += len(line)
+        self._loggers.metrics(record, self._metrics_size)
         self._writer.wake()
 
     def _plot(self, record: Mapping[str, Any]) -> None:
+        if self._events is None:
+            return
         values = {name: value for name, value in record.items() if name not in ("step", "time")}
         self._events.add(scalars_event(record["step"], record["time"], values))
 
     def write_tree(self, tree: Tree, step: int, answer: str) -> None:
         """Write one graded tree."""
         self._trees.add(to_json(tree, step=step, answer=answer))
+        self._loggers.tree(tree, step, answer)
         self._writer.wake()
 
     async def keeps_up(self) -> None:
@@ -147,6 +168,7 @@ class RunFolder:
 
     async def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write the result of a finished run, after all its lines. Raises DiskError."""
+        self._loggers.summary(summary)
         await self.sizes()
         path, text = self.path / SUMMARY, json.dumps(summary, indent=2) + "\n"
         await self.disk.until_done(lambda: in_thread(lambda: write_file(path, text)), str(path))
@@ -165,7 +187,7 @@ class RunFolder:
         write_file(folder / CONFIG, dump_config(self._config))
 
 
-def _read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
+def _read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The records of metrics.jsonl. Raises DataError for a line that no run has written."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:

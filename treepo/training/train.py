@@ -54,7 +54,8 @@ async def train(
     reporter = Watched(reporter, watchdog)
     clock = Clock(state, reporter)
     async with AsyncExitStack() as stack:
-        folder = stack.enter_context(RunFolder(config, None if resume is None else state))
+        decode = inputs.tokenizer.decode
+        folder = stack.enter_context(RunFolder(config, None if resume is None else state, decode))
         await stack.enter_async_context(watchdog)
         for report in inputs.reports:
             _log.info(report.summary())
