@@ -123,6 +123,10 @@ class RunFolder:
         self._plot(record)
         self._writer.wake()
 
+    def recorded(self) -> Iterator[dict[str, float | None]]:
+        """The lines of metrics.jsonl before those that this command writes."""
+        return _read_metrics(self.path / METRICS)
+
     def _plot(self, record: Mapping[str, Any]) -> None:
         values = {name: value for name, value in record.items() if name not in ("step", "time")}
         self._events.add(scalars_event(record["step"], record["time"], values))
