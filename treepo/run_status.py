@@ -23,6 +23,22 @@ class WaitStatus(BaseModel):
     seconds: float
 
 
+class PaceStatus(BaseModel):
+    """How fast the run goes; see `treepo.training.pace.Pace`."""
+
+    step_seconds: float
+    change: float | None
+    left_seconds: float
+
+
+class WarningStatus(BaseModel):
+    """A health warning; see `treepo.training.health.HealthWarning`."""
+
+    rule: str
+    step: int
+    text: str
+
+
 class RunStatus(BaseModel):
     """The content of status.json. Times are in seconds since 1970."""
 
@@ -37,6 +53,8 @@ class RunStatus(BaseModel):
     waits: list[WaitStatus]
     engines: dict[str, str]
     metrics: dict[str, float | None]
+    pace: PaceStatus | None = None
+    warnings: list[WarningStatus] = []
     pid: int
     process_started: float
     host: str

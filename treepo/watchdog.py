@@ -4,7 +4,8 @@ SIGUSR1 makes it write where every process is (`treepo.stack_dumps`).
 A wait that lasts is named long before any library's own timeout. It is named again after twice as long, and
 so on. Whatever waits says so with one line, `with waiting(...)`; the watchdog of the command finds it.
 
-    status.json    state, step, phase, waits, engines, the last step's numbers, process, time of writing
+    status.json    state, step, phase, waits, engines, the last step's numbers, pace, health warnings,
+                   process, time of writing
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -171,6 +172,8 @@ class Watchdog:
         self.engines: Sequence[Engine] = ()
         self._folder, self._patience, self._steps = folder, patience, steps
         self._step, self._metrics = 0, {}
+        self._pace: Any = None
+        self._warnings: Sequence[Any] = ()
         self._phase, self._phase_since = "start", time.time()
         self._writable = True
         self._saving: threading.Thread | None = None
@@ -200,9 +203,14 @@ class Watchdog:
         """The run enters a phase."""
         self._phase, self._phase_since = name, time.time()
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is finished."""
+    def step(
+        self, step: int, metrics: Mapping[str, float], pace: Any = None, warnings: Sequence[Any] = ()
+    ) -> None:
+        """A step is finished. pace, warnings: dataclasses that the status shows (`treepo.training.pace`,
+        `treepo.training.health`).
+        """
         self._step, self._metrics = step, metrics
+        self._pace, self._warnings = pace, warnings
 
     async def _watch(self) -> None:
         while True:
@@ -239,6 +247,8 @@ class Watchdog:
             "metrics": {
                 name: value if math.isfinite(value) else None for name, value in self._metrics.items()
             },
+            "pace": None if self._pace is None else asdict(self._pace),
+            "warnings": [asdict(warning) for warning in self._warnings],
             "pid": os.getpid(),
             "process_started": psutil.Process().create_time(),
             "host": socket.gethostname(),

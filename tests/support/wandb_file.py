@@ -12,7 +12,7 @@ _WHOLE, _LAST = 1, 4  # kinds of parts after which a record is complete
 
 def records(folder: Path) -> Iterator[Any]:
     """The records of the run in `folder`, an offline-run-... folder."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[reportAttributeAccessIssue]  # generated code
 
     (path,) = folder.glob("*.wandb")
     content, position, parts = path.read_bytes(), _HEADER, b""

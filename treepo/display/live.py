@@ -61,6 +61,15 @@ class LiveDisplay:
             self.line(text)
 
 
+def duration(seconds: float) -> str:
+    """A time that a person reads: 95 s, 12 min, 3 h 5 min."""
+    seconds = round(max(seconds, 0.0))
+    if seconds < 120:
+        return f"{seconds} s"
+    minutes = seconds // 60
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def value_table(title: str) -> Table:
     """A table of names on the left and values on the right."""
     table = Table(title=title, title_justify="left", show_header=False, pad_edge=False)

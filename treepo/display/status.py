@@ -1,15 +1,27 @@
 """The terminal output of `treepo status`."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from treepo.run_status import RunStatus
+from treepo.display.live import duration
+from treepo.run_status import PaceStatus, RunStatus
 
-_SHOWN_METRICS = ("reward", "accuracy", "tokens_per_second")
+_SHOWN_METRICS = {
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "heldout/accuracy": "held-out accuracy",
+    "response_tokens": "tokens of an answer",
+    "total_over_unique": "sharing ratio",
+    "logprob_difference_mean": "log-prob difference",
+    "train/entropy": "entropy",
+    "tokens_per_second": "tokens/s",
+    "rollout/tokens_per_second": "tokens/s",
+}
 
 
 def show_status(console: Console, folder: Path, status: RunStatus) -> None:
@@ -17,36 +29,48 @@ def show_status(console: Console, folder: Path, status: RunStatus) -> None:
     table = Table(title=f"{folder}/", title_justify="left", show_header=False, pad_edge=False)
     table.add_row("state", _state(status))
     if status.reason:
-        table.add_row("reason", escape(status.reason))
-    table.add_row("process", f"{status.pid} on {escape(status.host)}")
+        table.add_row("reason", status.reason)
+    table.add_row("process", f"{status.pid} on {status.host}")
     table.add_row("last sign of life", _ago(status.age()))
     if status.steps is not None:
         table.add_row("steps done", f"{status.step} of {status.steps}")
+    if status.pace is not None:
+        table.add_row("a step", _step(status.pace))
+        if status.state == "running":
+            table.add_row("time left", f"about {duration(status.pace.left_seconds)}")
     if status.state == "running":
-        table.add_row("phase", f"{escape(status.phase)}, begun {_ago(time.time() - status.phase_since)}")
+        table.add_row("phase", f"{status.phase}, begun {_ago(time.time() - status.phase_since)}")
         for wait in status.waits:
-            table.add_row("waits", escape(f"{wait.who}, {_for(wait.seconds)}, for {wait.whom}"))
+            table.add_row("waits", f"{wait.who}, {duration(wait.seconds)}, for {wait.whom}")
         for name, state in status.engines.items():
-            table.add_row(escape(name), escape(state))
-    for name in _SHOWN_METRICS:
-        if (value := status.metrics.get(name)) is not None:
-            table.add_row(f"last {name}", f"{value:.3g}")
+            table.add_row(name, state)
+    for name, value in _last_numbers(status):
+        table.add_row(f"last {name}", f"{value:.3g}")
     console.print(table, highlight=False, soft_wrap=True)
+    for warning in status.warnings:
+        console.print(f"warning after step {warning.step}: {warning.text}", markup=False, soft_wrap=True)
 
 
-def _state(status: RunStatus) -> str:
+def _state(status: RunStatus) -> Text:
     if fault := status.fault():
-        return f"[bold red]dead or stuck[/bold red]: {escape(fault)}"
-    return f"[bold]{status.state}[/bold]"
+        return Text.assemble(("dead or stuck", "bold red"), f": {fault}")
+    return Text(status.state, "bold")
+
+
+def _last_numbers(status: RunStatus) -> Iterator[tuple[str, float]]:
+    for metric, name in _SHOWN_METRICS.items():
+        if (value := status.metrics.get(metric)) is not None:
+            yield name, value
+
+
+def _step(pace: PaceStatus) -> str:
+    """The seconds of a step, and whether they become more."""
+    trend = ""
+    if pace.change is not None:
+        word = "slower" if pace.change > 0 else "faster"
+        trend = f", {abs(pace.change):.0%} {word} than the ten before"
+    return f"{pace.step_seconds:.1f} s{trend}"
 
 
 def _ago(seconds: float) -> str:
-    return f"{_for(seconds)} ago"
-
-
-def _for(seconds: float) -> str:
-    seconds = round(max(seconds, 0.0))
-    if seconds < 120:
-        return f"{seconds} s"
-    minutes = seconds // 60
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{duration(seconds)} ago"

@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
-from treepo.display.live import LiveDisplay, is_live, live_progress, show_written, value_table
+from treepo.display.live import LiveDisplay, duration, is_live, live_progress, show_written, value_table
 from treepo.toy.make import ToyReport
 from treepo.training.checkpoints import CHECKPOINTS
 from treepo.training.metrics import STEP_PHASES
+from treepo.training.pace import PaceMeter
 from treepo.training.resume import Resume
 from treepo.training.run_folder import CHECKPOINT, METRICS, TENSORBOARD
 
@@ -95,11 +96,11 @@ class TrainDisplay(LiveDisplay):
             TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("steps"),
+            TextColumn("steps{task.fields[left]}", markup=False),
         )
-        self._steps = steps
+        self._steps, self._pace = steps, PaceMeter(steps)
         self._columns = (*_LEARNING, *(_OVERLAPPING if overlaps else _IN_TURN))
-        self._task = self.progress.add_task("starting", total=steps)
+        self._task = self.progress.add_task("starting", total=steps, left="")
         self._header_shown = False
         self._started = time.perf_counter()
 
@@ -114,7 +115,11 @@ class TrainDisplay(LiveDisplay):
             self._row("step", *(name for name, _ in self._columns), style="bold")
             self._header_shown = True
         self._row(f"{step}/{self._steps}", *(show(metrics) for _, show in self._columns))
-        self.progress.update(self._task, completed=step)
+        pace = self._pace.step(step, metrics)
+        left = f", about {duration(pace.left_seconds)} left" if step < self._steps else ""
+        self.progress.update(self._task, completed=step, left=left)
+        if left:
+            self.line_every_tenth(step, self._steps, f"{pace.step_seconds:.1f} s a step{left}")
 
     def evaluated(self, step: int, accuracy: float) -> None:
         self.line(f"held-out accuracy after step {step}: {accuracy:.3f}")

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from treepo.learning.dynamic_sampling import uninformative
 from treepo.protocols import BatchResult
+from treepo.rewards.shaping import shaped
 from treepo.training.tree_supply import Batch, Sampled
 from treepo.tree import Leaf, Stop, Tree, Verdict
 
@@ -77,6 +79,7 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         "tokens_unique": unique,
         "tokens_total": total,
         "total_over_unique": total / unique,
+        "trees/informative": sum(uninformative(shaped(tree)) is None for tree in trees) / len(trees),
         **shares,
         **reward_metrics([leaf for _, leaf in leaves]),
     }

@@ -141,6 +141,10 @@ class RunFolder:
         self._loggers.metrics(record, self._metrics_size)
         self._writer.wake()
 
+    def recorded(self) -> Iterator[dict[str, float | None]]:
+        """The lines of metrics.jsonl before those that this command writes."""
+        return _read_metrics(self.path / METRICS)
+
     def _plot(self, record: Mapping[str, Any]) -> None:
         if self._events is None:
             return

@@ -1,6 +1,7 @@
 """The state of a run besides weights and optimizer state, and the clock that counts its seconds."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -13,9 +14,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from treepo.errors import one_line, shortened
 from treepo.protocols import BatchResult
 from treepo.rollout.stats import Stats
+from treepo.training.health import Health
+from treepo.training.pace import PaceMeter
 from treepo.training.scheduler import ScheduleState
 from treepo.watchdog import Watchdog
 
+_log = logging.getLogger(__name__)
 CONTINUES = "continues after step"
 """How the log's entry of a run that resumes begins."""
 
@@ -104,10 +108,11 @@ class Reporter(Protocol):
 
 
 class Watched:
-    """A `Reporter` that tells the watchdog of the run what it shows."""
+    """A `Reporter` that tells the watchdog of the run what it shows, with pace and health warnings."""
 
-    def __init__(self, reporter: Reporter, watchdog: Watchdog) -> None:
-        self._reporter, self._watchdog = reporter, watchdog
+    def __init__(self, reporter: Reporter, watchdog: Watchdog, steps: int, health: Health) -> None:
+        self._reporter, self._watchdog, self._health = reporter, watchdog, health
+        self._pace = PaceMeter(steps)
         self.evaluated = reporter.evaluated
 
     def phase(self, name: str, announce: bool = False) -> None:
@@ -115,8 +120,10 @@ class Watched:
         self._reporter.phase(name, announce)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._watchdog.step(step, metrics)
         self._reporter.step(step, metrics)
+        for warning in self._health.step(step, metrics):
+            _log.warning("step %d: %s", step, warning.text)
+        self._watchdog.step(step, metrics, self._pace.step(step, metrics), self._health.warnings)
 
 
 class Clock:

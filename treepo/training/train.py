@@ -21,6 +21,7 @@ from treepo.rewards.grade import Rewards
 from treepo.rewards.pool import open_rewards
 from treepo.rollout.driver import TreeDriver
 from treepo.training.checkpoints import Checkpoints
+from treepo.training.health import Health
 from treepo.training.heldout import Heldout, PeriodicEvaluation
 from treepo.training.log_prob_check import check_log_probs
 from treepo.training.loop import TrainingLoop
@@ -51,11 +52,12 @@ async def train(
     """
     state = RunState(inputs.train.report.fingerprint) if resume is None else resume.state
     watchdog = Watchdog(config.out, config.engine.stall_seconds, config.steps)
-    reporter = Watched(reporter, watchdog)
-    clock = Clock(state, reporter)
     async with AsyncExitStack() as stack:
         decode = inputs.tokenizer.decode
         folder = stack.enter_context(RunFolder(config, None if resume is None else state, decode))
+        health = Health(config, folder.recorded())
+        reporter = Watched(reporter, watchdog, config.steps, health)
+        clock = Clock(state, reporter)
         await stack.enter_async_context(watchdog)
         for report in inputs.reports:
             _log.info(report.summary())
