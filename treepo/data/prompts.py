@@ -35,7 +35,8 @@ _HINTS = {"no column": "data.columns names the columns", "no source": "data.colu
 class Prompt:
     """One row, ready to sample from. id: the file's name and the 0-based row ("train:17").
 
-    text: the model's input, chat template applied. extra: for the user's own reward function.
+    text: the model's input, chat template applied. extra: for the user's own reward function. question: the
+    last message of the user in it, for people to read.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Prompt:
     answer: str
     source: str
     extra: Mapping[str, object] = field(default_factory=dict)
+    question: str = ""
 
 
 @dataclass(slots=True)
@@ -180,6 +182,7 @@ def load_prompts(
             answer=question.answer,
             source=question.source,
             extra=question.extra,
+            question=_question_text(messages),
         )
 
     def place(row: Row, question: _Question) -> tuple[int, int]:
@@ -270,6 +273,12 @@ def _question(row: Row, columns: ColumnsConfig, default_source: str) -> _Questio
         source=source,
         extra={} if extra is None else extra if isinstance(extra, Mapping) else {str(columns.extra): extra},
     )
+
+
+def _question_text(messages: Sequence[Message]) -> str:
+    """The last message of the user; without one, the last message."""
+    asked = [message for message in messages if message["role"] == "user"]
+    return (asked or messages)[-1]["content"]
 
 
 def _check_json(extra: Mapping[str, object], column: str | None) -> None:
