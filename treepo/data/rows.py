@@ -18,6 +18,10 @@ class BadRow(Exception):  # noqa: N818 (the user does not see it: it becomes a D
         self.reason = reason
 
 
+class AbsentColumnError(DataError):
+    """A file without a column that is asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row. index: 0-based, blank lines not counted. place: for messages ("gsm8k.jsonl:17"), 1-based.
