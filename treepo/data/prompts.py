@@ -21,7 +21,7 @@ from treepo.config.data import ColumnsConfig, PromptsConfig
 from treepo.data.answers import answer_of
 from treepo.data.messages import messages_of, question_of, with_system_prompt
 from treepo.data.row_files import open_rows
-from treepo.data.rows import AbsentColumnError, BadRow, Row, RowFile, show
+from treepo.data.rows import AbsentColumnError, BadRow, Row, RowFile, check_json, show
 from treepo.data.tokenizer import Message, RefusedMessagesError, Tokenizer
 from treepo.errors import DataError
 from treepo.rollout import rng
@@ -255,7 +255,7 @@ def _convert_rows[T](
         try:
             question = _question(row, columns, default_source=report.path.stem)
             if extra_as_json:
-                _check_json(question.extra, columns.extra)
+                check_json(question.extra, columns.extra)
             converted = convert(row, question)
         except BadRow as bad:
             if config.bad_rows == "error":
@@ -292,13 +292,3 @@ def _question(row: Row, columns: ColumnsConfig, default_source: str) -> _Questio
         source=source,
         extra={} if extra is None else extra if isinstance(extra, Mapping) else {str(columns.extra): extra},
     )
-
-
-def _check_json(extra: Mapping[str, object], column: str | None) -> None:
-    try:
-        json.dumps(dict(extra), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BadRow(
-            "extra not JSON",
-            f"column {column!r} does not fit into JSON, which reward.url needs: {error}",
-        ) from error
