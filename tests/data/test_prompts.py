@@ -344,6 +344,7 @@ def test_an_error_about_columns_names_the_key_that_they_are_from(tmp_path: Path,
         ({"source": "number"}, f"{key}.source may"),
     ):
         config = configure(path, PLAIN | columns)
-        for read in (check_prompts, lambda *a, **k: load_prompts(*a[:2], Utf8Tokenizer(), a[2], **k)):
-            with pytest.raises(DataError, match=said):
-                read(path, config.columns, config, key=key)
+        with pytest.raises(DataError, match=said):
+            check_prompts(path, config.columns, config, key=key)
+        with pytest.raises(DataError, match=said):
+            load_prompts(path, config.columns, Utf8Tokenizer(), config, key=key)

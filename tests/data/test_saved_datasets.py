@@ -1,6 +1,7 @@
 """Datasets as `datasets` saves them, and the schemas that publishers give to prompts and answers."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def load(path: Path) -> PromptSet:
     return load_prompts(path, config.columns, Utf8Tokenizer(), config)
 
 
-def said_of(path: Path, columns: dict[str, object] | None = None) -> str:
+def said_of(path: Path, columns: Mapping[str, object] | None = None) -> str:
     config = config_of(path) if columns is None else config_of(path, columns=columns)
     with pytest.raises(DataError) as raised:
         check_prompts(path, config.columns, config)
