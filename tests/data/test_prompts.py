@@ -162,7 +162,7 @@ BAD_ROWS = {
     "true": ('{"question": "?", "answer": true}', "column 'answer' is True"),
     "infinite": ('{"question": "?", "answer": 1e999}', "column 'answer' is inf"),
     "not a number": ('{"question": "?", "answer": NaN}', "column 'answer' is nan"),
-    "an object": ('{"question": "?", "answer": {"a": 1}}', "column 'answer' is {'a': 1}"),
+    "an object": ('{"question": "?", "answer": {"a": 1}}', "column 'answer' is an object with a; name"),
     "no prompt": ('{"question": null, "answer": 1}', "column 'question' is None; allowed: text, or"),
     "empty prompt": ('{"question": "\\n", "answer": 1}', "column 'question' is '\\n'"),
     "no messages": ('{"question": [], "answer": 1}', "column 'question' is []"),
@@ -318,3 +318,33 @@ def test_the_fingerprint_is_of_prompts_answers_and_their_order(tmp_path: Path) -
     assert fingerprint([row | {"other": 9} for row in rows]) == same
     for changed in (rows[:3], rows[::-1], [rows[0] | {"a": 7}, *rows[1:]], [rows[0] | {"q": "?"}, *rows[1:]]):
         assert fingerprint(changed) != same
+
+
+def test_the_columns_of_train_are_those_of_the_heldout_file_unless_it_has_its_own(tmp_path: Path) -> None:
+    config = configure(tmp_path, "gsm8k")
+    assert config.heldout_columns == config.columns != ColumnsConfig()
+    own = configure(tmp_path, "gsm8k", heldout_columns={"prompt": "p"}).heldout_columns
+    assert own == ColumnsConfig(prompt="p")
+    assert DataConfig.model_validate(config.model_dump(mode="json")) == config
+    assert DataConfig.model_validate({"train": tmp_path}).heldout_columns == ColumnsConfig()
+    with pytest.raises(ValidationError, match="1 validation error"):
+        configure(tmp_path, {"prompt": 5})
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_an_error_about_columns_names_the_key_that_they_are_from(tmp_path: Path, parquet: bool) -> None:
+    rows = [{"question": "?", "number": 1, "answer": 1}]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    if parquet:
+        path = tmp_path / "data.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    key = "data.heldout_columns"
+    for columns, said in (
+        ({"answer": "no"}, f"{key} names the"),
+        ({"source": "number"}, f"{key}.source may"),
+    ):
+        config = configure(path, PLAIN | columns)
+        with pytest.raises(DataError, match=said):
+            check_prompts(path, config.columns, config, key=key)
+        with pytest.raises(DataError, match=said):
+            load_prompts(path, config.columns, Utf8Tokenizer(), config, key=key)

@@ -48,12 +48,21 @@ def test_tables_show_the_scores_of_the_document() -> None:
     results = document(config_of("out", 2, ("easy", "hard")), benchmarks)
     console, output = plain_console()
     show_evaluation(console, results, Path("out"))
-    rows = {line.split()[0]: line.split()[1:] for line in output.getvalue().splitlines() if line.strip()}
-    assert rows["easy"][:2] == ["2/2", "75.0"]  # problems, mean@2
-    assert rows["hard"][:2] == ["2/2", "50.0"]
-    assert rows["easy"][-1] == "0"  # ungraded
-    assert rows["hard"][-1] == "1"
-    assert "all" in rows
+    rows = [line.split() for line in output.getvalue().splitlines() if line.strip()]
+    scores, verdicts = ({row[0]: row[1:] for row in part} for part in (rows[:9], rows[9:]))
+    assert scores["easy"][:2] == ["2/2", "75.0"]  # problems, mean@2
+    assert scores["hard"][:2] == ["2/2", "50.0"]
+    assert verdicts["easy"] == ["4", "75.0", "25.0", "0.0", "0.0", "0.0"]
+    assert verdicts["hard"] == ["4", "25.0", "50.0", "0.0", "25.0", "0.0"]
+    assert "all" in verdicts
+
+
+def test_most_responses_without_an_answer_are_a_line_below_the_tables() -> None:
+    prompt = prompt_of("b", 0)
+    none = graded_problem(prompt, [Verdict.NO_ANSWER, Verdict.NO_ANSWER])
+    console, output = plain_console()
+    show_evaluation(console, document(config_of("out", 2), {"b": [(prompt, none)]}), Path("out"))
+    assert "2 of 2 responses have no answer: the last \\boxed{...}; reward.answer=" in output.getvalue()
 
 
 def test_a_comparison_shows_both_means_and_their_difference() -> None:

@@ -14,6 +14,7 @@ from tests.support.hostile import HOSTILE
 from treepo.evaluation.report import page
 from treepo.evaluation.report.page import evaluation_page
 from treepo.evaluation.report.plot import accuracy_plot, curve
+from treepo.evaluation.results import unanswered
 from treepo.tree import Verdict
 
 MARKUP = [
@@ -36,6 +37,8 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.scripts: list[str] = []
+        self.titles: list[str] = []
+        self.headings: list[str] = []
         self.feed(text)
         self.close()
 
@@ -55,11 +58,15 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "script":
             self.scripts[-1] += data
+        if self.open and self.open[-1] == "title":
+            self.titles.append(data)
+        if "header" in self.open:
+            self.headings.append(data)
 
 
-def hostile_page(title: str = "out/<b>x</b>") -> tuple[str, dict[str, Any]]:
+def hostile_page(title: str = "out/<b>x</b>", **sections: Any) -> tuple[str, dict[str, Any]]:
     """The page of two benchmarks with hostile problems and responses, and its results document."""
-    config = config_of(title, 4, ("a", "b"), model={"path": "</style><script>m"})
+    config = config_of(title, 4, ("a", "b"), model={"path": "</style><script>m"}, **sections)
     benchmarks = {
         name: [
             (prompt, graded_problem(prompt, [C, W, N, T], parents=[-1, 0, 0, -1, 3, 3]))
@@ -114,7 +121,8 @@ def test_texts_come_back_whole(hostile: tuple[str, Page]) -> None:
     problems = json.loads(parsed.scripts[0])["problems"]
     assert len(problems) == 2 * len(TEXTS)
     for index, text in enumerate(MARKUP):
-        assert problems[index]["prompt"] == text
+        assert problems[index]["question"] == text
+        assert problems[index]["prompt"] == f"[system]Box it.[user]{text}"
     segments = problems[0]["segments"]
     assert segments[0] == [-1, 1, MARKUP[0]]
     assert [parent for parent, _, _ in segments] == [-1, 0, 0, -1, 3, 3]
@@ -140,6 +148,77 @@ def test_the_scores_on_the_page_are_those_of_the_document() -> None:
     mean = results["benchmarks"][0]["metrics"]["mean"]["value"]
     assert f"{100 * mean:.1f}<small>" in text
     assert "all (by size)" in text
+
+
+def small_page(**sections: Any) -> str:
+    """One problem with a response of each of four verdicts."""
+    config = config_of("/home/me/out", 4, **sections)
+    prompt = prompt_of("b", 0)
+    problem = graded_problem(prompt, [C, W, N, T])
+    results = document(config, {"b": [(prompt, problem)]})
+    lines = [(record_of(problem, prompt), problem.tree)]
+    return evaluation_page(results, lambda: iter(lines), {prompt.id: prompt}, lambda _: "text", "")
+
+
+def test_the_title_names_model_and_benchmarks_and_no_folder() -> None:
+    parsed = Page(small_page(model={"path": "/home/me/models/Qwen<b>"}))
+    assert parsed.titles == ["treepo eval: Qwen<b>: b"]
+    assert "/home/me" not in "".join(parsed.headings)
+
+
+def test_the_shares_of_all_verdicts_are_on_the_page() -> None:
+    text = small_page()
+    assert "<td>25.0%</td><td>25.0%</td><td>25.0%</td><td>25.0%</td><td>0.0%</td>" in text
+    assert "<th>correct</th><th>wrong</th><th>no answer</th><th>timeout</th><th>error</th>" in text
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ({}, r"the answer is the last \boxed{...}"),
+        ({"answer": "after:####"}, "the answer is what follows the last &quot;####&quot;"),
+        ({"function": "m:f"}, "graded by m:f"),
+    ],
+)
+def test_the_page_says_what_counts_as_an_answer(reward: dict[str, str], said: str) -> None:
+    assert said in small_page(reward=reward)
+
+
+def unanswered_of(verdicts: dict[str, list[Verdict]], **sections: Any) -> str | None:
+    config = config_of("out", 4, tuple(verdicts), **sections)
+    return unanswered(
+        document(
+            config,
+            {
+                name: [(prompt_of(name, 0), graded_problem(prompt_of(name, 0), shown))]
+                for name, shown in verdicts.items()
+            },
+        )
+    )
+
+
+def test_most_responses_without_an_answer_are_one_line_with_the_option_that_helps() -> None:
+    line = unanswered_of({"a": [N, N, N, C], "b": [N, N, W, C]})
+    assert line is not None
+    assert line.startswith("3 of 4 responses (a) have no answer: the last \\boxed{...}; reward.")
+    assert "reward.answer=boxed_or_last" in line
+    line = unanswered_of({"a": [N, N, N, C]}, reward={"answer": "after:####"})
+    assert line is not None
+    assert line.startswith('3 of 4 responses have no answer: what follows the last "####"; ')
+    line = unanswered_of({"a": [N, N, N, C]}, reward={"answer": "boxed_or_last"})
+    assert line is not None
+    assert "reward.answer" not in line
+    assert unanswered_of({"a": [N, N, W, C]}) is None
+    assert unanswered_of({"a": [N, N, N, N]}, reward={"function": "m:f"}) is None
+
+
+def test_accuracy_goes_from_0_to_1_whatever_the_values_are() -> None:
+    prompt = prompt_of("b", 0)
+    for verdicts in ([W, W, W, W], [C, C, C, C], [C, W, W, W]):
+        results = document(config_of("out", 4), {"b": [(prompt, graded_problem(prompt, verdicts))]})
+        svg = ElementTree.fromstring(accuracy_plot([curve(results, "x")]))
+        texts = [node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")]
+        assert texts[:6] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
 
 
 def test_the_plot_is_xml_whatever_the_evaluations_are_called() -> None:

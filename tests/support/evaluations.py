@@ -40,8 +40,10 @@ def config_of(out: str, samples: int, benchmarks: Sequence[str] = ("b",), **sect
 
 
 def prompt_of(name: str, index: int, text: str = "1 plus 1 = ?", answer: str = "2") -> Prompt:
+    """text: the question; the model's input has a system prompt before it."""
     tokens = np.array([1, 2], dtype=np.int32)
-    return Prompt(id=f"{name}:{index}", tokens=tokens, text=text, answer=answer, source=name)
+    whole = f"[system]Box it.[user]{text}"
+    return Prompt(f"{name}:{index}", tokens, whole, answer, source=name, question=text)
 
 
 def graded_problem(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from treepo.config.base import PathField, Section, unknown_name
 
@@ -25,7 +25,7 @@ class ColumnsConfig(Section):
     prompt: str = "prompt"
     """A string, or a list of chat messages, also as JSON text."""
     answer: str = "reward_model.ground_truth"
-    """The gold answer: a string, a number, or a list of which the last counts."""
+    """The gold answer: a string, a number, a list of which the last counts, or an object with one of them."""
     answer_after: str | None = Field(default=None, min_length=1)
     """If set, the answer is what follows the last occurrence of this text (gsm8k: "#### ")."""
     answer_boxed: bool = False
@@ -68,19 +68,30 @@ class PromptsConfig(Section):
 
 class RolloutDataConfig(PromptsConfig):
     prompts: PathField
-    """Prompts to sample from: a .jsonl or .parquet file, or a folder of them."""
+    """Prompts to sample from: a .jsonl or .parquet file, a folder of them, or one saved by `datasets`."""
     columns: ColumnsConfig = ColumnsConfig()
     """Column names of `prompts`."""
 
 
 class DataConfig(PromptsConfig):
     train: PathField
-    """Prompts to sample from: a .jsonl or .parquet file, or a folder of them."""
+    """Prompts to sample from: a .jsonl or .parquet file, a folder of them, or one saved by `datasets`."""
     columns: ColumnsConfig = ColumnsConfig()
     """Column names of `train`."""
     heldout: PathField | None = None
     """Prompts for evaluation before and after training, in the columns of `heldout_columns`."""
     heldout_columns: ColumnsConfig = ColumnsConfig()
-    """Column names of `heldout`."""
+    """Column names of `heldout`; by default those of `columns`."""
     prompts_per_step: int = Field(default=64, ge=1)
     """Prompts (trees) sampled in one step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_set_of_columns(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "columns" not in value or "heldout_columns" in value:
+            return value
+        try:
+            columns = ColumnsConfig.model_validate(value["columns"])
+        except ValidationError:
+            return value  # a mistake in `columns` is reported once
+        return value | {"heldout_columns": columns}

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from treepo.config.base import Registered, Section
+from treepo.rewards.extraction import BOXED, RULES, check_rule
 from treepo.rewards.terms import TERMS
 
 # Keys that not every way of grading reads, and the ways that read them.
@@ -12,6 +13,7 @@ _READERS = {
     "batch_size": ("url",),
     "attempts": ("url",),
     "memory_mb": ("function", "math-verify"),
+    "answer": ("math-verify",),
     "correct": ("math-verify",),
     "wrong": ("math-verify",),
 }
@@ -25,6 +27,10 @@ class RewardConfig(Section):
     """Your own endpoint, which grades responses in batches (see treepo.rewards.endpoint); null: none. The
     variable TREEPO_REWARD_AUTHORIZATION is sent to it as the header `Authorization`; a URL with a name and a
     password is refused, because the URL is in the run's files."""
+    answer: Annotated[str, AfterValidator(check_rule), WithJsonSchema({"enum": list(RULES)})] = BOXED
+    r"""What counts as the answer of a response. `boxed`: its last box. `boxed_or_last`: its last box, else
+    what follows "the answer is", else its last number, as in the official scorer. `after:"TEXT"`: what
+    follows the last TEXT, for example `after:"#### "`."""
     workers: int = Field(default=4, ge=1)
     """Grading processes; with `url`, requests at a time."""
     deadline_seconds: float = Field(default=5.0, gt=0)

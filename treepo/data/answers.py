@@ -2,12 +2,15 @@
 
 import json
 import math
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
 from treepo.config.data import ColumnsConfig
-from treepo.data.rows import BadRow, check_value, show
+from treepo.data.rows import BadRow, check_value, names_of, show
 from treepo.rollout.boxed import last_boxed
+
+_KEYS = ("ground_truth", "answer", "final_answer", "target", "value", "label")
 
 
 def answer_of(value: Any, columns: ColumnsConfig) -> str:
@@ -15,7 +18,7 @@ def answer_of(value: Any, columns: ColumnsConfig) -> str:
     if isinstance(value, str) and value.lstrip().startswith('["'):
         value = _listed(value)
         check_value(value, columns.answer)
-    scalar = value[-1] if isinstance(value, list) and value else value
+    scalar = _of_object(_last(value), columns)
     if isinstance(scalar, Decimal):  # the value of a decimal column of parquet
         scalar = format(scalar, "f")
     if isinstance(scalar, float) and math.isfinite(scalar) and scalar.is_integer():
@@ -41,6 +44,24 @@ def answer_of(value: Any, columns: ColumnsConfig) -> str:
     return text.strip()
 
 
+def _last(value: Any) -> Any:
+    return value[-1] if isinstance(value, list) and value else value
+
+
+def _of_object(value: Any, columns: ColumnsConfig) -> Any:
+    """Of an object, the value of the only key with a name that publishers use; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    keys = [key for key in _KEYS if value.get(key) is not None]
+    if len(keys) != 1:
+        raise BadRow(
+            "no answer",
+            f"column {columns.answer!r} is an object with {names_of(value)}; name one of them, as "
+            f"{columns.answer}.{keys[0] if keys else next(iter(value), 'key')}",
+        )
+    return _last(value[keys[0]])
+
+
 def _listed(text: str) -> str | list[str]:
     """The list of texts that a publisher has stored as JSON text; any other text as it is."""
     try:
@@ -54,5 +75,5 @@ def _no_answer(columns: ColumnsConfig, value: Any, lack: str = "") -> BadRow:
     return BadRow(
         "no answer",
         f"column {columns.answer!r} is {show(value)} {lack}".rstrip()
-        + "; allowed: text, a finite number, or a list of them of which the last counts",
+        + "; allowed: text, a finite number, a list of them of which the last counts, or an object with one",
     )

@@ -5,7 +5,7 @@ Nothing is dropped or repaired: a value that would reach the model as something 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treepo.data.rows import BadRow, check_value, show
@@ -26,6 +26,20 @@ def messages_of(value: Any, column: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise _bad(f"column {column!r} is {show(value)}; {_ALLOWED}")
     return tuple(_message(one, f"column {column!r}, message {at}") for at, one in enumerate(value, start=1))
+
+
+def with_system_prompt(messages: tuple[Message, ...], system_prompt: str | None) -> tuple[Message, ...]:
+    """The messages with `system_prompt`, unless it is None, in place of their own."""
+    if system_prompt is None:
+        return messages
+    others = tuple(message for message in messages if message["role"] != "system")
+    return ({"role": "system", "content": system_prompt}, *others)
+
+
+def question_of(messages: Sequence[Message]) -> str:
+    """The last message of the user; without one, the last message."""
+    asked = [message for message in messages if message["role"] == "user"]
+    return (asked or messages)[-1]["content"]
 
 
 def _parse(text: str, column: str) -> Any:

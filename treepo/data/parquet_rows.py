@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from treepo.data.bounds import bounded_memory
-from treepo.data.rows import BadRow, Row, Unchanged, names_of
+from treepo.data.rows import AbsentColumnError, BadRow, Row, Unchanged, names_of
 from treepo.errors import DataError, one_line
 
 _BATCH_ROWS = 1024
@@ -37,12 +37,12 @@ class ParquetRows:
         index = 0
         with self._open() as file:
             batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=self._top_columns)
-            while (contents := self._next_contents(batches, index)) is not None:
+            while (contents := self._nextcontents_of(batches, index)) is not None:
                 for content in contents:
                     yield self._row(index, content)
                     index += 1
 
-    def _next_contents(self, batches: Iterator[Any], index: int) -> list[Mapping[str, Any] | BadRow] | None:
+    def _nextcontents_of(self, batches: Iterator[Any], index: int) -> list[Mapping[str, Any] | BadRow] | None:
         """The next batch, which begins with row `index`; None at the end.
 
         A compressed file of a few kilobytes may hold a batch of any size.
@@ -50,7 +50,7 @@ class ParquetRows:
         try:
             with bounded_memory(_BATCH_BYTES):
                 batch = next(batches, None)
-                return None if batch is None else _contents(batch)
+                return None if batch is None else contents_of(batch)
         except MemoryError:
             raise DataError(
                 f"{self._path}, row {index + 1}: it and the {_BATCH_ROWS - 1} rows after it need more than "
@@ -69,7 +69,7 @@ class ParquetRows:
                 raise DataError(
                     f"{self._path}: it cannot be read as parquet: its row groups have other sizes"
                 )
-            (content,) = _contents(group.slice(offset, 1))
+            (content,) = contents_of(group.slice(offset, 1))
             found[place] = self._row(index, content)
         return [found[place] for place in range(len(rows))]
 
@@ -105,15 +105,7 @@ class ParquetRows:
         """The columns to read; a nested one is read with the whole column that contains it."""
         with self._open() as file:
             names = file.schema_arrow.names
-        wanted = {name: name if name in names else name.split(".")[0] for name in self._columns}
-        for name, top in sorted(wanted.items()):
-            if top not in names:
-                raise DataError(f"{self._path}: column {name!r} is absent; there are: {names_of(names)}")
-            if names.count(top) > 1:
-                raise DataError(
-                    f"{self._path}: column {top!r} is there {names.count(top)} times; rename others"
-                )
-        return sorted(set(wanted.values()))
+        return top_columns(self._path, self._columns, names)
 
     @cached_property
     def _group_starts(self) -> list[int]:
@@ -126,7 +118,21 @@ class ParquetRows:
         return starts
 
 
-def _contents(part: Any) -> list[Mapping[str, Any] | BadRow]:
+def top_columns(path: Path, columns: frozenset[str], names: Sequence[str]) -> list[str]:
+    """The columns of a file that are read for `columns`: a nested one needs the whole column above it.
+
+    names: the columns that the file has. Raises DataError.
+    """
+    wanted = {name: name if name in names else name.split(".")[0] for name in columns}
+    for name, top in sorted(wanted.items()):
+        if top not in names:
+            raise AbsentColumnError(f"{path}: column {name!r} is absent; there are: {names_of(names)}")
+        if list(names).count(top) > 1:
+            raise DataError(f"{path}: column {top!r} is there {list(names).count(top)} times; rename others")
+    return sorted(set(wanted.values()))
+
+
+def contents_of(part: Any) -> list[Mapping[str, Any] | BadRow]:
     """The rows of an Arrow table or batch as Python values."""
     try:
         return part.to_pylist()

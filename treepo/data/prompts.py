@@ -1,4 +1,4 @@
-"""Prompts from JSON lines and parquet files or folders of them, and the order in which training takes them.
+"""Prompts from data files, and the order in which training takes them.
 
 The configuration names the columns, so a publisher's file is used as it is. A row that cannot be used is an
 error that names file, row and column, or it is skipped and counted by reason. A file may be larger than
@@ -19,23 +19,24 @@ import numpy as np
 
 from treepo.config.data import ColumnsConfig, PromptsConfig
 from treepo.data.answers import answer_of
-from treepo.data.messages import messages_of
+from treepo.data.messages import messages_of, question_of, with_system_prompt
 from treepo.data.row_files import open_rows
-from treepo.data.rows import BadRow, Row, RowFile, show
+from treepo.data.rows import AbsentColumnError, BadRow, Row, RowFile, check_json, show
 from treepo.data.tokenizer import Message, RefusedMessagesError, Tokenizer
 from treepo.errors import DataError
 from treepo.rollout import rng
 
 _READ_AHEAD = 256  # prompts
 _SKIP_HINT = "data.bad_rows: skip leaves such rows out"
-_HINTS = {"no column": "data.columns names the columns", "no source": "data.columns.source may be null"}
+_HINTS = {"no column": "{key} names the columns", "no source": "{key}.source may be null"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """One row, ready to sample from. id: the file's name and the 0-based row ("train:17").
 
-    text: the model's input, chat template applied. extra: for the user's own reward function.
+    text: the model's input, chat template applied. extra: for the user's own reward function. question: the
+    last message of the user in it, for people to read.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Prompt:
     answer: str
     source: str
     extra: Mapping[str, object] = field(default_factory=dict)
+    question: str = ""
 
 
 @dataclass(slots=True)
@@ -127,15 +129,21 @@ class _Question:
 
 
 def check_prompts(
-    path: Path, columns: ColumnsConfig, config: PromptsConfig, *, extra_as_json: bool = False
+    path: Path,
+    columns: ColumnsConfig,
+    config: PromptsConfig,
+    *,
+    key: str = "data.columns",
+    extra_as_json: bool = False,
 ) -> DataReport:
     """Read the whole file and check every row, except what needs a tokenizer. Raises DataError.
 
-    extra_as_json: whether the column `extra` must fit into JSON, as for a reward endpoint.
+    key: the configuration's key of `columns`, for messages. extra_as_json: whether the column `extra` must
+    fit into JSON, as for a reward endpoint.
     """
     report = DataReport(path)
     rows = open_rows(path, _names(columns))
-    for _ in _convert_rows(rows, columns, config, report, lambda *_: None, extra_as_json):
+    for _ in _convert_rows(rows, columns, config, report, lambda *_: None, key, extra_as_json):
         pass
     return report
 
@@ -146,6 +154,7 @@ def load_prompts(
     tokenizer: Tokenizer,
     config: PromptsConfig,
     *,
+    key: str = "data.columns",
     extra_as_json: bool = False,
 ) -> PromptSet:
     """Open the file's prompts, with the limits, system prompt and treatment of bad rows of `config`.
@@ -154,7 +163,7 @@ def load_prompts(
     """
 
     def to_prompt(row: Row, question: _Question, render: Callable[[Sequence[Message]], str]) -> Prompt:
-        messages = _with_system_prompt(question.messages, config.system_prompt)
+        messages = with_system_prompt(question.messages, config.system_prompt)
         try:
             text = render(messages)
         except RefusedMessagesError as refusal:
@@ -180,6 +189,7 @@ def load_prompts(
             answer=question.answer,
             source=question.source,
             extra=question.extra,
+            question=question_of(messages),
         )
 
     def place(row: Row, question: _Question) -> tuple[int, int]:
@@ -188,7 +198,7 @@ def load_prompts(
 
     report, rows = DataReport(path), open_rows(path, _names(columns))
     places = array("q")
-    for pair in _convert_rows(rows, columns, config, report, place, extra_as_json):
+    for pair in _convert_rows(rows, columns, config, report, place, key, extra_as_json):
         places.extend(pair)
     return PromptSet(
         report,
@@ -231,21 +241,26 @@ def _convert_rows[T](
     config: PromptsConfig,
     report: DataReport,
     convert: Callable[[Row, _Question], T],
+    key: str,
     extra_as_json: bool,
 ) -> Iterator[T]:
-    """Yield what `convert` makes of each usable row; `report` is complete at the end."""
+    """Yield what `convert` makes of each usable row; `report` is complete at the end.
+
+    key: of `columns` in the configuration.
+    """
     prompts = array("q")  # hashes
     digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
+    for row in _rows_of(rows, key):
         report.rows += 1
         try:
             question = _question(row, columns, default_source=report.path.stem)
             if extra_as_json:
-                _check_json(question.extra, columns.extra)
+                check_json(question.extra, columns.extra)
             converted = convert(row, question)
         except BadRow as bad:
             if config.bad_rows == "error":
-                raise DataError(f"{row.place}: {bad} ({_HINTS.get(bad.reason, _SKIP_HINT)})") from bad
+                hint = _HINTS.get(bad.reason, _SKIP_HINT).format(key=key)
+                raise DataError(f"{row.place}: {bad} ({hint})") from bad
             report.skipped[bad.reason] += 1
             report.examples.setdefault(bad.reason, f"{row.place}: {bad}")
             continue
@@ -259,6 +274,13 @@ def _convert_rows[T](
         raise DataError(report.summary() if report.rows else f"{report.path}: it has no rows")
 
 
+def _rows_of(rows: RowFile, key: str) -> Iterator[Row]:
+    try:
+        yield from rows
+    except AbsentColumnError as error:
+        raise DataError(f"{error} ({_HINTS['no column'].format(key=key)})") from None
+
+
 def _question(row: Row, columns: ColumnsConfig, default_source: str) -> _Question:
     source = default_source if columns.source is None else row.column(columns.source)
     if not isinstance(source, str):
@@ -270,20 +292,3 @@ def _question(row: Row, columns: ColumnsConfig, default_source: str) -> _Questio
         source=source,
         extra={} if extra is None else extra if isinstance(extra, Mapping) else {str(columns.extra): extra},
     )
-
-
-def _check_json(extra: Mapping[str, object], column: str | None) -> None:
-    try:
-        json.dumps(dict(extra), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BadRow(
-            "extra not JSON",
-            f"column {column!r} does not fit into JSON, which reward.url needs: {error}",
-        ) from error
-
-
-def _with_system_prompt(messages: tuple[Message, ...], system_prompt: str | None) -> tuple[Message, ...]:
-    if system_prompt is None:
-        return messages
-    others = tuple(message for message in messages if message["role"] != "system")
-    return ({"role": "system", "content": system_prompt}, *others)

@@ -1,4 +1,5 @@
-"""Rows of a JSON lines or parquet file, or of a folder of such files, read in order or by place.
+"""Rows of a JSON lines or parquet file, of a folder of such files, or of a dataset that `datasets` has saved,
+read in order or by place.
 
 A file may be larger than memory. Reading in order holds one row (JSON lines, at most 16 MiB) or one batch of
 rows (parquet). Reading by place holds the rows that are asked for, and of parquet files the row groups used
@@ -14,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from treepo.data.arrow_rows import ArrowRows
 from treepo.data.parquet_rows import Groups, ParquetRows
-from treepo.data.rows import BadRow, Row, RowFile, Unchanged
-from treepo.errors import DataError
+from treepo.data.rows import BadRow, Row, RowFile, Unchanged, names_of, show
+from treepo.errors import DataError, one_line
 
 _MOST_LINE = 16 << 20  # bytes of a row as JSON
 _READERS = (".jsonl", ".parquet")
@@ -36,7 +38,8 @@ _OTHER_FORMATS = {
 
 
 def open_rows(path: Path, columns: frozenset[str]) -> RowFile:
-    """Open a .jsonl or .parquet file, or a folder of either; of parquet only `columns` are read.
+    """Open a .jsonl or .parquet file, a folder of either, or one that `datasets` has saved; of parquet and
+    Arrow only `columns` are read.
 
     Raises DataError.
     """
@@ -68,6 +71,61 @@ def _open_file(path: Path, columns: frozenset[str], groups: Groups) -> RowFile:
     return JsonLines(path)
 
 
+def _row_files(path: Path) -> list[Path]:
+    """The files of a folder, which are of one kind and one split."""
+    try:
+        content = sorted(path.iterdir())
+    except OSError as error:
+        raise DataError(f"{path}: it cannot be read: {error.strerror}") from error
+    paths = [
+        file
+        for file in content
+        if file.suffix in _READERS and not file.name.startswith((".", "_")) and file.is_file()
+    ]
+    if not paths:
+        raise DataError(f"{path}: a folder without a {' or '.join(_READERS)} file in it")
+    if len({file.suffix for file in paths}) > 1:
+        raise DataError(f"{path}: a folder with both {' and '.join(_READERS)} files; name one of them")
+    splits = {match[1] for file in paths if (match := _SPLIT.match(file.name))}
+    if len(splits) > 1:
+        raise DataError(
+            f"{path}: a folder with files of several splits, {', '.join(sorted(splits))}; name one file, "
+            "or a folder with the files of one split"
+        )
+    return paths
+
+
+def _saved_files(path: Path) -> list[Path] | None:
+    """The Arrow files of a dataset that `datasets` has saved, in order; None if the folder is none."""
+    if (splits := _json_file(path / "dataset_dict.json")) is not None:
+        names = names_of(splits.get("splits") or [])
+        raise DataError(f"{path}: a dataset with the splits {names}; name the folder of one of them")
+    state = _json_file(path / "state.json")
+    if state is None:
+        return None
+    if state.get("_indices_data_files"):
+        raise DataError(f"{path}: a dataset with an index of its rows; save it after flatten_indices()")
+    files = state.get("_data_files")
+    names = [one.get("filename") if isinstance(one, dict) else None for one in files or [None]]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (path / name).is_file():
+            raise DataError(f"{path / 'state.json'}: it names {show(name)}, which is no file of the folder")
+    return [path / name for name in names if name is not None]
+
+
+def _json_file(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None without the file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: it cannot be read as JSON: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: a JSON object is needed, not {type(content).__name__}")
+    return content
+
+
 class RowFolder:
     """A RowFile: all files of a folder as one set, in the order of their names.
 
@@ -75,27 +133,13 @@ class RowFolder:
     """
 
     def __init__(self, path: Path, columns: frozenset[str]) -> None:
-        try:
-            content = sorted(path.iterdir())
-        except OSError as error:
-            raise DataError(f"{path}: it cannot be read: {error.strerror}") from error
-        paths = [
-            file
-            for file in content
-            if file.suffix in _READERS and not file.name.startswith((".", "_")) and file.is_file()
-        ]
-        if not paths:
-            raise DataError(f"{path}: a folder without a {' or '.join(_READERS)} file in it")
-        if len({file.suffix for file in paths}) > 1:
-            raise DataError(f"{path}: a folder with both {' and '.join(_READERS)} files; name one of them")
-        splits = {match[1] for file in paths if (match := _SPLIT.match(file.name))}
-        if len(splits) > 1:
-            raise DataError(
-                f"{path}: a folder with files of several splits, {', '.join(sorted(splits))}; name one file, "
-                "or a folder with the files of one split"
-            )
+        paths = _saved_files(path)
         groups: Groups = OrderedDict()
-        self._files = [_open_file(file, columns, groups) for file in paths]
+        self._files: list[RowFile] = (
+            [_open_file(file, columns, groups) for file in _row_files(path)]
+            if paths is None
+            else [ArrowRows(file, columns) for file in paths]
+        )
         self._starts: list[int] = []  # the index of each file's first row, once all rows have been read
         self.blank_lines = 0
 

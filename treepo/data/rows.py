@@ -1,5 +1,6 @@
 """A row of a data file, and the interface of the files that have rows."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ class BadRow(Exception):  # noqa: N818 (the user does not see it: it becomes a D
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+class AbsentColumnError(DataError):
+    """A file without a column that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,17 @@ def check_value(value: object, name: str) -> None:
             waiting += [(inner, depth + 1) for pair in one.items() for inner in pair]
         elif isinstance(one, list | tuple):
             waiting += [(inner, depth + 1) for inner in one]
+
+
+def check_json(extra: Mapping[str, object], column: str | None) -> None:
+    """Raise BadRow if `extra`, of a column, cannot be sent to a reward endpoint."""
+    try:
+        json.dumps(dict(extra), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRow(
+            "extra not JSON",
+            f"column {column!r} does not fit into JSON, which reward.url needs: {error}",
+        ) from error
 
 
 class RowFile(Protocol):

@@ -1,6 +1,6 @@
 """Terminal output of `treepo eval`: a progress bar (a line every tenth outside a terminal), then tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +15,15 @@ from treepo.data.output_folder import CONFIG, LOG, TREES
 from treepo.display.live import LiveDisplay, show_written, value_table
 from treepo.evaluation.folder import PLOT, REPORT, SAMPLES
 from treepo.evaluation.metrics import ProblemResult
-from treepo.evaluation.results import RESULTS, percent_and_interval, score_columns, score_rows
+from treepo.evaluation.results import (
+    RESULTS,
+    percent_and_interval,
+    score_columns,
+    score_rows,
+    unanswered,
+)
 from treepo.rollout.stats import Stats
+from treepo.tree import Verdict
 
 _FAILURES = 5  # shown in the table
 
@@ -80,6 +87,9 @@ class EvaluationDisplay(LiveDisplay):
 def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) -> None:
     """The end of an evaluation: scores with their intervals, cost, files."""
     console.print(_scores(results))
+    console.print(_verdicts(results))
+    if (line := unanswered(results)) is not None:
+        console.print(Text(line, "yellow"), soft_wrap=True)
     console.print(_cost(results))
     files = (
         (REPORT, "the report: open it in a browser, no network needed"),
@@ -95,25 +105,44 @@ def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) 
 
 def _scores(results: Mapping[str, Any]) -> Table:
     metrics = score_columns(results)
-    title = "Scores in percent, below them the 95% interval over problems"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
-    ungraded = results["overall"]["verdicts"]["timeout"] + results["overall"]["verdicts"]["error"]
-    for head in ("problems", *metrics.values(), "tokens", "truncated", *(["ungraded"] if ungraded else [])):
+    table = _table("Scores in percent, below them the 95% interval over problems")
+    for head in ("problems", *metrics.values(), "tokens", "truncated"):
         table.add_column(head, justify="right", no_wrap=True)
-    for index, row in enumerate(score_rows(results)):
-        if index and index == len(results["benchmarks"]):
-            table.add_section()
-        verdicts, tokens = row["verdicts"], row["response_tokens"]
+    for row in _rows(table, results):
+        tokens = row["response_tokens"]
         table.add_row(
             row["name"],
             f"{row['finished']}/{row['problems']}",
             *(_two_lines(row["metrics"].get(name)) for name in metrics),
             "–" if tokens["mean"] is None else f"{tokens['mean']:.0f}",
             "–" if tokens["truncated"] is None else f"{tokens['truncated']:.0%}",
-            *([str(verdicts["timeout"] + verdicts["error"])] if ungraded else []),
         )
     return table
+
+
+def _verdicts(results: Mapping[str, Any]) -> Table:
+    table = _table("Verdicts in percent of the responses")
+    for head in ("responses", *(verdict.replace("_", " ") for verdict in Verdict)):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in _rows(table, results):
+        responses = row["responses"]
+        shares = (row["verdicts"][verdict] / responses if responses else 0.0 for verdict in Verdict)
+        table.add_row(row["name"], f"{responses:,}", *(f"{100 * share:.1f}" for share in shares))
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    return table
+
+
+def _rows(table: Table, results: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a table; a line divides the benchmarks from all together."""
+    for index, row in enumerate(score_rows(results)):
+        if index and index == len(results["benchmarks"]):
+            table.add_section()
+        yield row
 
 
 def _two_lines(estimate: Mapping[str, float | None] | None) -> Text | str:

@@ -210,7 +210,7 @@ class _Session:
 
 
 def _write(folder: EvaluationFolder, results: dict[str, Any], inputs: EvaluationInputs) -> None:
-    plot = accuracy_plot([curve(results, str(folder.path))])
+    plot = accuracy_plot([curve(results, folder.path.absolute().name)])
     write_file(folder.path / RESULTS, json.dumps(results, indent=1) + "\n")
     write_file(folder.path / PLOT, plot)
     write_file(

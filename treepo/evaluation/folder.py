@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypedDict
+from typing import Any, ClassVar, NotRequired, Self, TypedDict
 
 import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -67,6 +67,7 @@ class _Keys(TypedDict):
     answers: list[str | None]
     classes: list[int]
     spent: SessionCost
+    question: NotRequired[str]  # absent from the files of earlier versions
 
 
 _KEYS = TypeAdapter(_Keys)
@@ -131,6 +132,7 @@ class EvaluationFolder:
         line = to_json(
             problem.tree,
             model=self._model,
+            question=_unicode(prompt.question),
             answer=_unicode(prompt.answer),
             answers=[
                 None if grade.answer_text is None else _unicode(grade.answer_text)

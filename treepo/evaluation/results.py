@@ -23,6 +23,7 @@ from treepo.evaluation.metrics import (
     length_metrics,
     problem_metrics,
 )
+from treepo.rewards.extraction import AFTER, BOXED, described
 from treepo.tree import Stop, Verdict
 
 RESULTS = "results.json"
@@ -209,6 +210,45 @@ def score_columns(results: Mapping[str, Any]) -> dict[str, str]:
     if samples > 1:
         titles |= {f"pass@{samples}": f"pass@{samples}", "majority": f"maj@{samples}"}
     return {name: title for name, title in titles.items() if name in results["overall"]["metrics"]}
+
+
+def extraction_of(settings: Mapping[str, Any]) -> str | None:
+    """The evaluation's `reward.answer`; None if a grader of the user's own extracted no answer."""
+    reward = settings.get("reward", {})
+    return None if reward.get("function") or reward.get("url") else reward.get("answer", BOXED)
+
+
+def unanswered(results: Mapping[str, Any]) -> str | None:
+    """One line that says that most responses have no answer, and which option would help; None if most have.
+
+    If only some benchmarks are like that, the line names them.
+    """
+    extraction, settings = extraction_of(results["settings"]), results["settings"]
+    if extraction is None:
+        return None
+    rows = [row for row in results["benchmarks"] if _without_answer(row) > row["responses"] / 2]
+    if not rows:
+        return None
+    names = ", ".join(row["name"] for row in rows)
+    where = f" ({names})" if len(rows) < len(results["benchmarks"]) else ""
+    without, responses = sum(map(_without_answer, rows)), sum(row["responses"] for row in rows)
+    line = f"{without} of {responses} responses{where} have no answer: {described(extraction)}"
+    if extraction == BOXED:
+        line += (
+            '; reward.answer=boxed_or_last also reads "the answer is ..." and the last number, or a '
+            "--system-prompt can ask for a box"
+        )
+    elif extraction.startswith(AFTER.partition(":")[0]):
+        line += "; reward.answer=boxed_or_last reads boxes, statements and the last number"
+    limit = settings["sampling"]["max_response_tokens"]
+    cut = sum(row["stops"][Stop.LIMIT] for row in rows)
+    if cut > responses / 2:
+        line += f"; {cut} were cut off at {limit} tokens (--max-tokens)"
+    return line
+
+
+def _without_answer(row: Mapping[str, Any]) -> int:
+    return row["verdicts"][Verdict.NO_ANSWER]
 
 
 def percent_and_interval(estimate: Mapping[str, float | None] | None) -> tuple[str, str] | None:

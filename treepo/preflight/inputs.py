@@ -30,7 +30,9 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
     check_files(config.model.path)
     check_prompts(data.train, data.columns, data, extra_as_json=as_json)
     if data.heldout is not None:
-        check_prompts(data.heldout, data.heldout_columns, data, extra_as_json=as_json)
+        check_prompts(
+            data.heldout, data.heldout_columns, data, key="data.heldout_columns", extra_as_json=as_json
+        )
     check_served_folder(config.model.path, trained=True)
     # Held-out responses are sampled sequentially, so `max_depth` does not bound them.
     _check_served(
@@ -46,7 +48,14 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
         )
     heldout: Sequence[Prompt] = ()
     if data.heldout is not None:
-        prompts = load_prompts(data.heldout, data.heldout_columns, tokenizer, data, extra_as_json=as_json)
+        prompts = load_prompts(
+            data.heldout,
+            data.heldout_columns,
+            tokenizer,
+            data,
+            key="data.heldout_columns",
+            extra_as_json=as_json,
+        )
         reports.append(prompts.report)
         heldout = list(prompts[: config.evaluation.max_problems])
     return TrainInputs(tokenizer, train, heldout, reports)
@@ -69,11 +78,12 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
     data, folder, url = config.data, config.model.path, config.model.url
     if folder is not None:
         check_files(folder)
-    for benchmark in data.benchmarks:
+    for number, benchmark in enumerate(data.benchmarks):
         check_prompts(
             benchmark.path,
             benchmark.columns,
             data.prompts(),
+            key=f"data.benchmarks.{number}.columns",
             extra_as_json=config.reward.url is not None,
         )
     prompt, response = data.max_prompt_tokens, config.sampling.longest_response

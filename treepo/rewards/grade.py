@@ -12,12 +12,16 @@ PIPE_CLOSED = 97
 
 @dataclass(frozen=True, slots=True)
 class GradeItem:
-    """One response to grade. `prompt` and `extra` are for a user's own reward function."""
+    """One response to grade. `prompt` and `extra` are for a user's own reward function.
+
+    extraction: what counts as the answer (treepo.rewards.extraction); by default the pool's `reward.answer`.
+    """
 
     response: str
     answer: str
     prompt: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
+    extraction: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

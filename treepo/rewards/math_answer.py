@@ -1,8 +1,9 @@
-r"""Grade mathematics: compare the last boxed answer of a response with the gold answer, by math-verify.
+r"""Grade mathematics: compare the answer of a response with the gold answer, by math-verify.
 
-`treepo.rewards.answer_text` takes typography and units off both answers. math-verify parses what is left and
-compares it, down to two numbers, which `treepo.rewards.answer_numbers` compares. Pairs that math-verify would
-accept although their notation differs (a set for a tuple, a list with one element less) are refused here.
+`treepo.rewards.extraction` finds the answer in the response. `treepo.rewards.answer_text` takes typography
+and units off both answers. math-verify parses what is left and compares it, down to two numbers, which
+`treepo.rewards.answer_numbers` compares. Pairs that math-verify would accept although their notation differs
+(a set for a tuple, a list with one element less) are refused here.
 docs/rewards.md lists what math-verify does otherwise by itself.
 
 Nothing here bounds time or memory. math-verify's own time-outs use SIGALRM, which a long operation inside one
@@ -27,8 +28,8 @@ from sympy.parsing import sympy_parser
 from treepo.rewards.answer_numbers import differ, equal_values
 from treepo.rewards.answer_text import AnswerText, read_answer
 from treepo.rewards.answer_units import without_letter_unit
+from treepo.rewards.extraction import BOXED, extract
 from treepo.rewards.grade import Grade, GradeItem
-from treepo.rollout.boxed import last_boxed
 from treepo.tree import Verdict
 
 # math-verify has no parameter for this. Its own comparison drops everything below 1e-15: 1/2**64 and 1/2**63
@@ -87,20 +88,21 @@ _BRACKET_OR_COMMA = re.compile(r"\\[{}]|[()\[\]{},;]")
 _LEFT_SIDE = re.compile(r"^[^=<>]*?(?:=|\\in(?![a-z])) ?(?=\(|\[|\\\{)")
 
 
-def grade_math(response: str, answer: str) -> tuple[Verdict, str | None]:
-    """Return the verdict (`correct`, `wrong` or `no_answer`) and the text of the boxed answer.
+def grade_math(response: str, answer: str, extraction: str = BOXED) -> tuple[Verdict, str | None]:
+    """Return the verdict (`correct`, `wrong` or `no_answer`) and the text that counts as the answer.
 
-    Raises what math-verify raises if it fails; a pair that it has no rule for is `wrong`.
+    extraction: as `reward.answer`. Raises what math-verify raises if it fails; a pair that it has no rule for
+    is `wrong`.
     """
-    boxed = last_boxed(response)
-    if boxed is None:
+    found = extract(response, extraction)
+    if found is None:
         return Verdict.NO_ANSWER, None
-    return (Verdict.CORRECT if equal_answers(answer, boxed) else Verdict.WRONG), boxed
+    return (Verdict.CORRECT if equal_answers(answer, found) else Verdict.WRONG), found
 
 
 def math_grader(item: GradeItem) -> Grade:
     """Grade one item; the pool adds the reward of the verdict."""
-    verdict, answer_text = grade_math(item.response, item.answer)
+    verdict, answer_text = grade_math(item.response, item.answer, item.extraction or BOXED)
     return Grade(None, verdict, answer_text)
 
 

@@ -82,7 +82,7 @@ class RewardPool:
 
     async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
         """Grade the items, in the same order. Raises ConfigError as `ready` does, and RewardError."""
-        tasks = [_Task(item) for item in items]
+        tasks = [_Task(replace(item, extraction=item.extraction or self._config.answer)) for item in items]
         with self._lock:
             if self._failure is not None:
                 raise self._failure

@@ -7,6 +7,7 @@ whole. A wrong answer is compared with the first answer of each class so far, in
 import re
 from collections.abc import Awaitable, Callable, Sequence
 
+from treepo.rewards.extraction import BOXED
 from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
 from treepo.rollout.boxed import last_boxed
@@ -32,7 +33,7 @@ def pool_equality(pool: RewardPool) -> Equal:
         response = rf"\boxed{{{second}}}"
         if last_boxed(response) != second:  # the answer contains a box
             return None
-        (grade,) = await pool.grade([GradeItem(response, first)])
+        (grade,) = await pool.grade([GradeItem(response, first, extraction=BOXED)])
         return grade.verdict is Verdict.CORRECT if grade.verdict.graded else None
 
     return equal

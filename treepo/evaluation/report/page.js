@@ -95,8 +95,11 @@ function detail(problem) {
   const cell = make("td");
   cell.colSpan = 4;
   const boxes = layout(problem);
-  cell.append(make("h3", "prompt"), make("pre", problem.prompt, "text"));
+  cell.append(make("h3", "question"), make("pre", problem.question, "text"));
   cell.append(make("h3", "gold answer"), make("pre", problem.gold));
+  const whole = make("details");
+  whole.append(make("summary", "prompt, as the model reads it"), make("pre", problem.prompt, "text"));
+  cell.append(whole);
   const shared = problem.total > problem.tokens;
   cell.append(make("h3", `${problem.leaves.length} responses, ${problem.tokens} tokens decoded` +
     (shared ? `; one by one ${problem.total}` : "") + "; each response is a row, select a segment to read it"));
@@ -116,7 +119,7 @@ function problemRow(problem) {
   const first = make("td");
   const open = make("button", undefined, "open");
   open.setAttribute("aria-expanded", "false");
-  open.append(make("b", problem.id), make("span", problem.prompt.slice(0, 200)));
+  open.append(make("b", problem.id), make("span", problem.question.slice(0, 200)));
   first.append(open);
   row.append(first, make("td", percent(problem.mean)), make("td", percent(problem.majority)), make("td", problem.tokens.toLocaleString("en")));
   open.addEventListener("click", () => {
@@ -141,7 +144,7 @@ function draw() {
   const fits = { "": () => true, never: (m) => m === 0, always: (m) => m === 1, sometimes: (m) => m > 0 && m < 1 }[outcome];
   view.rows = problems.filter((problem) => (!benchmark || problem.benchmark === benchmark) &&
     fits(problem.mean) &&
-    (!wanted || `${problem.id} ${problem.prompt} ${problem.gold}`.toLowerCase().includes(wanted)));
+    (!wanted || `${problem.id} ${problem.question} ${problem.gold}`.toLowerCase().includes(wanted)));
   const sign = view.down ? -1 : 1;
   view.rows.sort((a, b) => sign * ((a[view.key] ?? -1) - (b[view.key] ?? -1)) || a.place - b.place);
   document.querySelectorAll("#problems thead th").forEach((head) => {

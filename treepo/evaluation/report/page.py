@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -19,8 +20,15 @@ import numpy as np
 
 from treepo.data.prompts import Prompt
 from treepo.evaluation.report.plot import STYLE
-from treepo.evaluation.results import percent_and_interval, score_columns, score_rows
-from treepo.tree import PROMPT, Tree
+from treepo.evaluation.results import (
+    extraction_of,
+    percent_and_interval,
+    score_columns,
+    score_rows,
+    unanswered,
+)
+from treepo.rewards.extraction import described
+from treepo.tree import PROMPT, Tree, Verdict
 
 _TEXT_TOKENS = 5_000_000  # up to here texts are embedded whole, in about 20 MB
 _SHORTEST = 240  # characters that a shortened text keeps at least
@@ -42,7 +50,7 @@ def evaluation_page(
     keep = min(_TEXT_TOKENS / max(results["overall"]["tokens"]["unique"], 1), 1.0)
     rows = {row["id"]: row for row in results["problems"]}
     data = [
-        _problem(rows[tree.prompt_id], record, tree, prompts[tree.prompt_id].text, decode, keep)
+        _problem(rows[tree.prompt_id], record, tree, prompts[tree.prompt_id], decode, keep)
         for record, tree in problems()
     ]
     settings = results["settings"]
@@ -55,9 +63,11 @@ def evaluation_page(
         script=script,
         styles=f"{_hash(style)} {_hash(STYLE)}",
         scripts=_hash(script),
-        title=escape(f"{settings['out']}"),
+        title=escape(_title(settings)),
         subtitle=escape(_subtitle(settings)),
         scores=_scores(results),
+        verdicts=_verdicts(results),
+        unanswered=escape(unanswered(results) or ""),
         metrics=_every_metric(results),
         cost=_cost(results["cost"]),
         plot=plot,
@@ -72,12 +82,24 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def _title(settings: Mapping[str, Any]) -> str:
+    """The model and the benchmarks, without the folders that they are in."""
+    benchmarks = (one["name"] or Path(one["path"]).stem for one in settings["data"]["benchmarks"])
+    model = settings["model"]
+    return f"{Path(model['path']).name if model['path'] else model['url']}: {', '.join(benchmarks)}"
+
+
 def _subtitle(settings: Mapping[str, Any]) -> str:
-    model, sampling = settings["model"], settings["sampling"]
+    sampling, reward, extraction = settings["sampling"], settings["reward"], extraction_of(settings)
     how = "leaves of a tree" if sampling["mode"] == "tree" else "independent samples"
     return (
-        f"{model['path'] or model['url']} · {sampling['width']} {how} for each problem · temperature "
-        f"{sampling['temperature']}{_truncation(sampling)} · up to {sampling['max_response_tokens']} tokens"
+        f"{sampling['width']} {how} for each problem · temperature "
+        f"{sampling['temperature']}{_truncation(sampling)} · up to {sampling['max_response_tokens']} tokens · "
+        + (
+            f"graded by {reward['function'] or reward['url']}"
+            if extraction is None
+            else f"the answer is {described(extraction)}"
+        )
     )
 
 
@@ -92,9 +114,33 @@ def _scores(results: Mapping[str, Any]) -> str:
     """The table of benchmarks, as HTML."""
     metrics = score_columns(results)
     head = "".join(f"<th>{escape(label)}</th>" for label in ("benchmark", "problems", *metrics.values()))
-    head += "<th>mean tokens</th><th>truncated</th><th>not graded</th>"
+    head += "<th>mean tokens</th><th>truncated</th>"
     body = "".join(_score_row(row, list(metrics)) for row in score_rows(results))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _verdicts(results: Mapping[str, Any]) -> str:
+    """The table of the verdicts' shares, each with a bar, as HTML."""
+    head = "".join(f"<th>{verdict.replace('_', ' ')}</th>" for verdict in Verdict)
+    body = "".join(_verdict_row(row) for row in score_rows(results))
+    return (
+        f"<table><thead><tr><th>benchmark</th><th>responses</th>{head}<th></th></tr></thead>"
+        f"<tbody>{body}</tbody></table>"
+    )
+
+
+def _verdict_row(row: Mapping[str, Any]) -> str:
+    responses, shares, at = row["responses"], "", 0.0
+    bar = ""
+    for verdict in Verdict:
+        share = row["verdicts"][verdict] / responses if responses else 0.0
+        shares += f"<td>{_PERCENT.format(share)}</td>"
+        bar += f"<rect class='{verdict}' x='{100 * at:.2f}%' width='{100 * share:.2f}%' height='14'/>"
+        at += share
+    return (
+        f"<tr><th scope='row'>{escape(row['name'])}</th><td>{responses:,}</td>{shares}"
+        f"<td class='bar'><svg height='14' aria-hidden='true'>{bar}</svg></td></tr>"
+    )
 
 
 def _every_metric(results: Mapping[str, Any]) -> str:
@@ -116,8 +162,8 @@ def _every_metric(results: Mapping[str, Any]) -> str:
 def _score_row(row: Mapping[str, Any], metrics: list[str]) -> str:
     cells = [f"<th scope='row'>{escape(row['name'])}</th>", f"<td>{row['finished']}/{row['problems']}</td>"]
     cells += [_estimate_cell(row["metrics"].get(name)) for name in metrics]
-    tokens, ungraded = row["response_tokens"], row["verdicts"]["timeout"] + row["verdicts"]["error"]
-    for value, form in ((tokens["mean"], "{:.0f}"), (tokens["truncated"], _PERCENT), (ungraded, "{}")):
+    tokens = row["response_tokens"]
+    for value, form in ((tokens["mean"], "{:.0f}"), (tokens["truncated"], _PERCENT)):
         cells.append(f"<td>{'–' if value is None else form.format(value)}</td>")
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -144,14 +190,15 @@ def _problem(
     row: Mapping[str, Any],
     record: Mapping[str, Any],
     tree: Tree,
-    prompt: str,
+    prompt: Prompt,
     decode: Callable[[np.ndarray], str],
     keep: float,
 ) -> dict[str, Any]:
     return {
         "id": row["id"],
         "benchmark": row["benchmark"],
-        "prompt": prompt,
+        "question": prompt.question,
+        "prompt": prompt.text,
         "gold": _short(row["answer"], _ANSWER_CHARACTERS),
         "mean": row["metrics"]["mean"],
         "majority": row["metrics"].get("majority"),
