@@ -93,8 +93,9 @@ def _subtitle(settings: Mapping[str, Any]) -> str:
     sampling, reward, extraction = settings["sampling"], settings["reward"], extraction_of(settings)
     how = "leaves of a tree" if sampling["mode"] == "tree" else "independent samples"
     return (
-        f"{sampling['width']} {how} for each problem · temperature "
-        f"{sampling['temperature']}{_truncation(sampling)} · up to {sampling['max_response_tokens']} tokens · "
+        f"{sampling['width']} {how} for each problem · "
+        f"temperature {sampling['temperature']}{_truncation(sampling)} · "
+        f"up to {sampling['max_response_tokens']} tokens · "
         + (
             f"graded by {reward['function'] or reward['url']}"
             if extraction is None
