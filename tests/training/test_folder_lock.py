@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_strangers_folder_is_left_as_it_is(config) -> None:
-    config.out.mkdir()
+    config.out.mkdir(exist_ok=True)
     (config.out / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="but not of a run"), locked(config.out):
         prepare_folder(config.out, config)
