@@ -3,8 +3,10 @@ outside. JSON lines: one for each quantity of each role, then one for all.
 
     python -m benchmarks.soak --steps 300 --mode async [KEY=VALUE ...]
 
-A line has the quantity's mean, its slope a hundred steps, and the slope's standard error. A quantity is flat
-if over the whole run it grows by less than `--percent` of its mean, or by less than three standard errors.
+A line has the quantity's mean, its slope a hundred steps, and the slope's standard error. The slope is that
+of the lowest values of twelve equal parts of the run, because memory rises and falls with every checkpoint: a
+leak raises what is left. A quantity is flat if over the whole run it grows by less than `--percent` of its
+mean, or by less than three standard errors.
 The first fifth of the run does not count: caches fill, and Ray starts its spare workers. The run is flat only
 if every quantity was measured, Ray's objects too; one with fewer than three samples is `unmeasured`.
 """
@@ -37,6 +39,7 @@ _RAY_EVERY = 15  # samples: asking Ray takes seconds of a core
 _WARM_UP = 0.2
 _STANDARD_ERRORS = 3.0
 _FEWEST = 3  # samples of a line with a slope
+_PARTS = 12  # of a run; each has a few checkpoints
 _RAY_OBJECTS = ("ray", "objects")
 _UNITS = {"memory": "MiB", "files": "open files", "threads": "threads", "processes": "processes"}
 _ROLES = ("driver", "engine", "scheduler", "trainer", "grader", "worker", "raylet", "gcs")
@@ -80,17 +83,26 @@ def counted(series: Sequence[tuple[float, float]], steps: int) -> list[tuple[flo
     return [(step, value) for step, value in series if _WARM_UP * steps <= step < steps]
 
 
+def lowest(series: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The sample with the lowest value of each part, if there are enough."""
+    if len(series) < 2 * _PARTS:
+        return list(series)
+    parts = np.array_split(np.array(series, dtype=float), _PARTS)
+    return [tuple(part[part[:, 1].argmin()]) for part in parts]
+
+
 def lines(series: Series, steps: int, percent: float) -> Iterator[dict[str, Any]]:
     """A line for each series."""
     for (role, quantity), samples in sorted(series.items()):
-        slope = Slope.of(counted(samples, steps))
+        of_run = counted(samples, steps)
+        slope = Slope.of(lowest(of_run))
         yield {
             "role": role,
             "quantity": quantity,
-            "mean": round(slope.mean, 3),
+            "mean": round(float(np.mean([value for _, value in of_run] or [0.0])), 3),
             "slope_per_100_steps": round(100 * slope.per_step, 4),
             "standard_error": round(100 * slope.error, 4),
-            "samples": len(counted(samples, steps)),
+            "samples": len(of_run),
             "flat": slope.flat(percent),
         }
 

@@ -35,6 +35,14 @@ def test_what_shrinks_or_grows_only_at_the_start_is_flat() -> None:
     assert line(500 + 100 * np.minimum(steps, 30) + NOISE)["flat"]
 
 
+def test_memory_that_falls_at_every_checkpoint_is_flat_and_hides_no_leak() -> None:
+    """A checkpoint every ten steps; the last sample of the run is high."""
+    steps = np.arange(STEPS + 1)
+    sawtooth = 600 + 45.0 * ((steps + 3) % 10)
+    assert line(sawtooth)["flat"]
+    assert not line(sawtooth + 0.1 * steps)["flat"]
+
+
 def test_a_series_of_a_few_samples_has_no_slope() -> None:
     assert soak.Slope.of([(1, 5.0), (2, 7.0)]) == soak.Slope(6.0, 0.0, 0.0, 0.0)
     assert soak.Slope.of([]).flat(1.0)
