@@ -176,14 +176,18 @@ async def _started(folder: Path, address: str, options: Sequence[str], secrets: 
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=_set_signals,
         )
     return RayNode(process, log)
 
 
-def _end_with_parent() -> None:
-    """Make the kernel send this child SIGTERM when the launch ends, even if the launch is killed."""
+def _set_signals() -> None:
+    """Make the kernel send this child SIGTERM when the launch ends, even if the launch is killed.
+
+    A launch in the background of a shell ignores SIGINT. Its Ray must not, because it ends a job by that.
+    """
     die_with_parent(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_ports(count: int) -> list[int]:
