@@ -34,7 +34,8 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, subprocess.
         for name in ("gcs_server", "raylet")
     }
     node = SimpleNamespace(
-        all_processes={name: [SimpleNamespace(process=one)] for name, one in started.items()}
+        all_processes={name: [SimpleNamespace(process=one)] for name, one in started.items()},
+        kill_all_processes=lambda: None,
     )
     monkeypatch.setattr(ray._private.worker, "_global_node", node)  # type: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(ray_watch, "end_within", lambda *_: None)
@@ -124,6 +125,27 @@ def test_what_does_not_end_after_a_run_is_killed(processes, monkeypatch: pytest.
     shut_down_ray()
     assert not psutil.wait_procs(workers, timeout=60)[1]
     assert not any(psutil.pid_exists(one.pid) for one in processes.values())
+
+
+@pytest.mark.usefixtures("processes")
+def test_sigterm_has_its_handler_while_ray_ends_and_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(*_: object) -> None: ...
+
+    def drop_the_handler() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ray._private.worker._global_node.kill_all_processes()  # type: ignore[reportAttributeAccessIssue]
+
+    seen: list[object] = []
+    node = ray._private.worker._global_node  # type: ignore[reportAttributeAccessIssue]
+    node.kill_all_processes = lambda: seen.append(signal.getsignal(signal.SIGTERM))
+    monkeypatch.setattr(ray, "shutdown", drop_the_handler)
+    monkeypatch.setattr(ray_watch, "_LEAVE_SECONDS", 0.01)
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        shut_down_ray()
+        assert [*seen, signal.getsignal(signal.SIGTERM)] == [own, own]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_dead_ray_is_not_waited_for_at_the_end(processes, monkeypatch: pytest.MonkeyPatch) -> None:

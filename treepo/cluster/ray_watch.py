@@ -35,18 +35,24 @@ _died = False  # a Ray that this process was connected to
 
 
 @contextmanager
-def keeping_signal_handlers() -> Iterator[None]:
-    """Keep this process's handler of SIGTERM, which `ray.init` replaces twice: in Python and in C++."""
+def keeping_signal_handlers() -> Iterator[Callable[[], None]]:
+    """Keep this process's handler of SIGTERM, which `ray.init` replaces twice, in Python and in C++, and
+    which `ray.shutdown` drops. Yields a function that sets it again before the end of the body.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     own, utils = signal.getsignal(signal.SIGTERM), ray._private.utils  # type: ignore[reportAttributeAccessIssue]
     of_ray, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+
+    def keep() -> None:
+        signal.signal(signal.SIGTERM, own)
+
     try:
-        yield
+        yield keep
     finally:
         utils.set_sigterm_handler = of_ray
-        signal.signal(signal.SIGTERM, own)
+        keep()
 
 
 @asynccontextmanager
@@ -100,11 +106,19 @@ def shut_down_ray() -> None:
     if _died:
         skip_exit_handlers()
         return
-    node = ray._private.worker._global_node  # type: ignore[reportAttributeAccessIssue]
-    below = None if node is None else _Descendants(node)
-    ray.shutdown()
-    if below is not None:
-        below.kill(after=_LEAVE_SECONDS)
+    node: Any = ray._private.worker._global_node  # type: ignore[reportAttributeAccessIssue]
+    if node is None:
+        return
+    below, end_processes = _Descendants(node), node.kill_all_processes
+    with keeping_signal_handlers() as keep:
+
+        def end_with_handler(*arguments: Any, **options: Any) -> None:  # it takes a second
+            keep()
+            end_processes(*arguments, **options)
+
+        node.kill_all_processes = end_with_handler
+        ray.shutdown()
+    below.kill(after=_LEAVE_SECONDS)
 
 
 async def unless_lost[T](call: Awaitable[T]) -> T:
