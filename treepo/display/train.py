@@ -20,6 +20,8 @@ from treepo.training.pace import PaceMeter
 from treepo.training.resume import Resume
 from treepo.training.run_folder import CHECKPOINT, METRICS, TENSORBOARD
 
+_PACE_SECONDS = 600.0  # between two lines about the time left, if there is no live status
+
 type _Column = tuple[str, Callable[[Mapping[str, float]], str]]
 
 
@@ -102,7 +104,7 @@ class TrainDisplay(LiveDisplay):
         self._columns = (*_LEARNING, *(_OVERLAPPING if overlaps else _IN_TURN))
         self._task = self.progress.add_task("starting", total=steps, left="")
         self._header_shown = False
-        self._started = time.perf_counter()
+        self._started = self._paced = time.perf_counter()
 
     def phase(self, name: str, announce: bool = False) -> None:
         """`announce` marks a long phase that comes once: it gets a line if nothing is live."""
@@ -118,8 +120,9 @@ class TrainDisplay(LiveDisplay):
         pace = self._pace.step(step, metrics)
         left = f", about {duration(pace.left_seconds)} left" if step < self._steps else ""
         self.progress.update(self._task, completed=step, left=left)
-        if left:
-            self.line_every_tenth(step, self._steps, f"{pace.step_seconds:.1f} s a step{left}")
+        if left and not self.live and time.perf_counter() - self._paced >= _PACE_SECONDS:
+            self._paced = time.perf_counter()
+            self.line(f"{pace.step_seconds:.1f} s a step{left}")
 
     def evaluated(self, step: int, accuracy: float) -> None:
         self.line(f"held-out accuracy after step {step}: {accuracy:.3f}")
