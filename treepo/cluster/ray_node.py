@@ -32,8 +32,8 @@ _FOLDER = "r"  # short, because of the paths of the sockets below it
 SOCKET_ROOM = len(f"/{_FOLDER}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 """Bytes that the paths of Ray's sockets need below the folder that has `ray_folder`."""
 SILENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_event_stats": "0"}
-"""Environment of a Ray that sends no reports, and whose logs do not grow by 60 MB a day: it would write its
-own timings there every minute. A user's settings go first.
+"""Environment of a Ray that sends no reports, and does not write a table of its own timings to its logs every
+minute. A user's settings go first.
 """
 _LINES = 5  # of Ray's output that an error shows
 _NOISE = re.compile(r"\[0x[0-9a-f]+\]|\*\*\* StackTrace|-{5}|Remaining processes will be killed")

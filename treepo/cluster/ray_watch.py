@@ -208,7 +208,7 @@ class _Descendants:
             self._known = await in_thread(self._look)
 
     def kill(self, after: float = 0.0) -> None:
-        """Kill all of them that have not ended after so many seconds, and wait until they are gone."""
+        """Give them `after` seconds to end by themselves, kill the rest, and wait until all are gone."""
         _, alive = psutil.wait_procs(self._known | self._look(), timeout=after)
         for process in alive:
             with suppress(psutil.NoSuchProcess):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from treepo.config.run import RunConfig
+from treepo.rewards.extraction import BOXED
 
 type Metrics = Mapping[str, float | None]
 type Rule = Callable[["History", RunConfig], str | None]
@@ -155,8 +156,14 @@ def no_answer(history: History, config: RunConfig) -> str | None:
 
 
 def _answer_remedy(config: RunConfig) -> str:
-    del config
-    return "ask for a boxed answer in data.system_prompt, and see what the model writes in trees.jsonl"
+    """reward.answer is for math-verify; its default takes boxes alone."""
+    reward = config.reward
+    if reward.function is None and reward.url is None and reward.answer == BOXED:
+        return (
+            "ask for a boxed answer in data.system_prompt, or set reward.answer: boxed_or_last, which also "
+            "takes an answer in prose"
+        )
+    return "ask for the answer's format in data.system_prompt, and see what the model writes in trees.jsonl"
 
 
 @rule

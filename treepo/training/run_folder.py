@@ -142,7 +142,7 @@ class RunFolder:
         self._writer.wake()
 
     def recorded(self) -> Iterator[dict[str, float | None]]:
-        """The lines of metrics.jsonl before those that this command writes."""
+        """What metrics.jsonl held when this command began, in its order."""
         return _read_metrics(self.path / METRICS)
 
     def _plot(self, record: Mapping[str, Any]) -> None:
@@ -194,13 +194,18 @@ class RunFolder:
 def _read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The records of metrics.jsonl. Raises DataError for a line that no run has written."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            record = orjson.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON: {one_line(error)}") from None
-        if not _is_metrics(record):
-            raise DataError(f"{path}:{number}: not the numbers of a step: {shown(record)}")
-        yield record
+        yield metrics_record(line, f"{path}:{number}")
+
+
+def metrics_record(line: bytes, place: str) -> dict[str, Any]:
+    """A line of metrics.jsonl. place: its file and number. Raises DataError if no run has written it."""
+    try:
+        record = orjson.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: not JSON: {one_line(error)}") from None
+    if not _is_metrics(record):
+        raise DataError(f"{place}: not the numbers of a step: {shown(record)}")
+    return record
 
 
 def _is_metrics(record: object) -> bool:

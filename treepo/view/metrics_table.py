@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from treepo.errors import DataError, one_line, shown
+from treepo.training.run_folder import metrics_record
 
 _KEYS = ("step", "time")
 
@@ -33,19 +31,4 @@ def _records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline: nothing, or half a line
-    return [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-
-
-def _record(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        record = orjson.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place}: not JSON: {one_line(error)}") from None
-    if not (
-        isinstance(record, dict)
-        and type(record.get("step")) is int
-        and record.get("time") is not None
-        and all(value is None or type(value) in (int, float) for value in record.values())
-    ):
-        raise DataError(f"{place}: not the numbers of a step: {shown(record)}")
-    return record
+    return [metrics_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]

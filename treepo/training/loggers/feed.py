@@ -98,7 +98,7 @@ class Feed:
             self._changed.notify()
 
     def wait(self, seconds: float) -> None:
-        """Wait for the end of the process, and end it after so many seconds; soon if its server is down."""
+        """Wait until the process ends, and kill it at its deadline, which is short if its server is down."""
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             self._thread.join(min(left, _TROUBLED_SECONDS))
