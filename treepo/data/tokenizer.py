@@ -1,7 +1,7 @@
 """A model folder's tokenizer: prompts to token ids, responses to text, and the tokens that end a sequence."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,16 @@ def _check_embedding(folder: Path, vocabulary: Mapping[str, int], ends: Sequence
             f"{folder}: its tokenizer has token {last}, {token!r}, but the embedding only {rows} rows "
             f"(vocab_size = {rows} in {CONFIG}); resize the embedding, or remove the tokens beyond it"
         )
-    if ends[-1] >= rows:
-        places = [name for name in _NAME_ENDS if ends[-1] in _named_ends(folder / name)]
-        raise ModelError(
-            f"{folder / (places or [TOKENIZER_CONFIG])[0]}: eos_token_id = {ends[-1]}, but the embedding has "
-            f"only {rows} rows (vocab_size = {rows} in {CONFIG})"
-        )
+    named = [(name, *special) for name in _NAME_ENDS for special in _special_ids(folder / name)]
+    for name, key, token in (*named, (TOKENIZER_CONFIG, "eos_token_id", ends[-1])):
+        if token >= rows:
+            raise ModelError(
+                f"{folder / name}: {key} = {token}, but the embedding has only {rows} rows (vocab_size = "
+                f"{rows} in {CONFIG})"
+            )
 
 
+_SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 _NAME_ENDS = (GENERATION_CONFIG, CONFIG)
 
 
@@ -191,6 +193,16 @@ def end_tokens(folder: Path, tokenizer_eos: int | None = None) -> tuple[int, ...
             "and the tokenizer"
         )
     return tuple(sorted(found))
+
+
+def _special_ids(path: Path) -> Iterator[tuple[str, int]]:
+    """The keys of special tokens in a JSON file, each with an id that it names."""
+    content = read_json_object(path) if path.is_file() else {}
+    for key in _SPECIAL:
+        found = content.get(key)
+        for token in found if isinstance(found, list) else [found]:
+            if isinstance(token, int):
+                yield key, token
 
 
 def _named_ends(path: Path) -> set[int]:
