@@ -99,7 +99,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_auto_map(found: object, path: Path) -> None:
-    """transformers reads the names before it decides not to run the code."""
+    """Raise ModelError for values over which transformers stumbles before it decides to run no code."""
     if found is not None and not (
         isinstance(found, dict) and all(isinstance(name, str | list) for name in found.values())
     ):
