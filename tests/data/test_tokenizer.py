@@ -137,7 +137,7 @@ def test_a_broken_config(tmp_path: Path, content: str) -> None:
 
 def test_a_broken_tokenizer(tmp_path: Path) -> None:
     (write_folder(tmp_path) / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match=f"{tmp_path}: its tokenizer cannot be loaded"):
+    with pytest.raises(ModelError, match=f"{tmp_path}/tokenizer.json: not JSON"):
         load_tokenizer(tmp_path)
 
 

@@ -254,6 +254,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
         text("generation_config.json", '"x"'),
         r"generation_config\.json: a JSON object",
     ),
+    "a length as text": (
+        config("generation_config.json", max_new_tokens="99"),
+        r'model/generation_config\.json: max_new_tokens = "99"; it must be a number or null',
+    ),
     "a cache that nobody knows": (
         config("generation_config.json", cache_implementation="x"),
         r"generation_config\.json: transformers refuses it: Invalid `cache_implementation`",
@@ -263,7 +267,38 @@ FAULTS: dict[str, tuple[Change, str]] = {
         without("tokenizer.json"),
         r"no vocabulary of a tokenizer beside its tokenizer_co",
     ),
-    "a broken tokenizer": (truncated("tokenizer.json"), r"model: its tokenizer cannot be loaded"),
+    "a broken tokenizer": (truncated("tokenizer.json"), r"model/tokenizer\.json: not JSON: "),
+    "a tokenizer without a model": (
+        config("tokenizer.json", model=None),
+        r"model: its tokenizer cannot be loaded: \w+Error: .*; download it again",
+    ),
+    "a tokenizer of another kind": (
+        text("tokenizer_config.json", "[]"),
+        r"model/tokenizer_config\.json: a JSON",
+    ),
+    "a tokenizer that loses a digit": (
+        both(
+            config("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
+            config(
+                "tokenizer.json", normalizer={"type": "Replace", "pattern": {"String": "1"}, "content": ""}
+            ),
+        ),
+        r"model: its tokenizer makes \[.*\] of the text 'What is 12 \+ 34\?', and 'What is 2 \+ 34\?' of",
+    ),
+    "a tokenizer that loses spaces": (
+        both(
+            config("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
+            config("tokenizer.json", pre_tokenizer=None),
+        ),
+        r"model: its tokenizer makes \[.*\] of the text 'What is 12 \+ 34\?', and 'Whatis12\+34\?' of these",
+    ),
+    "a tokenizer that cannot write text": (
+        both(
+            config("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
+            config("tokenizer.json", decoder=None),
+        ),
+        r"model: its tokenizer makes \[.*\] of the text 'What is 12 \+ 34\?', and 'W h a t Ġ i s",
+    ),
     "tokens beyond the embedding": (
         lambda f: add_tokens(f, 300),
         r"model: its tokenizer has token \d+, '<more_\d+>', but the embedding only 512 rows \(vocab",
