@@ -276,29 +276,6 @@ FAULTS: dict[str, tuple[Change, str]] = {
         text("tokenizer_config.json", "[]"),
         r"model/tokenizer_config\.json: a JSON",
     ),
-    "a tokenizer that loses a digit": (
-        both(
-            config("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
-            config(
-                "tokenizer.json", normalizer={"type": "Replace", "pattern": {"String": "1"}, "content": ""}
-            ),
-        ),
-        r"model: its tokenizer makes \[.*\] of the text 'What is 12 \+ 34\?', and 'What is 2 \+ 34\?' of",
-    ),
-    "a tokenizer that loses spaces": (
-        both(
-            config("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
-            config("tokenizer.json", pre_tokenizer=None),
-        ),
-        r"model: its tokenizer makes \[.*\] of the text 'What is 12 \+ 34\?', and 'Whatis12\+34\?' of these",
-    ),
-    "a tokenizer that cannot write text": (
-        both(
-            config("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
-            config("tokenizer.json", decoder=None),
-        ),
-        r"model: its tokenizer makes \[.*\] of the text 'What is 12 \+ 34\?', and 'W h a t Ġ i s",
-    ),
     "tokens beyond the embedding": (
         lambda f: add_tokens(f, 300),
         r"model: its tokenizer has token \d+, '<more_\d+>', but the embedding only 512 rows \(vocab",
