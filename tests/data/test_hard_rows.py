@@ -54,6 +54,8 @@ def error_of(path: Path, *, skip: bool = True, **columns: object) -> str:
     [
         json.dumps([USER]),
         json.dumps([USER], indent=2),
+        json.dumps([{"name": "Ann", "id": 5} | USER]),
+        json.dumps(json.dumps([USER])),
         [USER | {"content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "3?"}]}],
         [USER | {"name": None, "tool_calls": None}],
     ],
@@ -69,6 +71,12 @@ def test_text_with_brackets_stays_text(tmp_path: Path, text: str) -> None:
 
 BAD_QUESTIONS = {
     "repr of messages": ("[{'role': 'user', 'content': '?'}]", "it looks like messages but is not JSON"),
+    "repr of an array": (
+        "array([{'content': '?', 'role': 'user'}], dtype=object)",
+        "it looks like messages but is not JSON",
+    ),
+    "text of text, cut": ('"[{\\"role\\": \\"user\\"', "it looks like messages but is not JSON"),
+    "share gpt with an id": ('[{"id": 1, "from": "human", "value": "?"}]', "message 1 is {'id': 1, 'from'"),
     "cut messages": ('[{"role": "user", "content": "', "it looks like messages but is not JSON"),
     "one message as text": (json.dumps(USER), "column 'question' is"),
     "one message": (USER, "column 'question' is {'role': 'user'"),

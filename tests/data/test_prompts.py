@@ -154,7 +154,7 @@ BAD_ROWS = {
     "no column": ('{"question": "?"}', "column 'answer' is absent; there are: question"),
     "not JSON": ('{"question": ', "not JSON"),
     "no object": ("[1, 2]", "a JSON object is needed, not list"),
-    "not UTF-8": (b'{"question": "\xff", "answer": 1}', "not JSON: 'utf-8' codec"),
+    "not UTF-8": (b'{"question": "\xff", "answer": 1}', "not UTF-8 text: byte 15 of the line is 0xff"),
     "endless nesting": ("[" * 100_000, "not JSON"),
     "no answer": ('{"question": "?", "answer": null}', "column 'answer' is None; allowed: text"),
     "empty answer": ('{"question": "?", "answer": " "}', "column 'answer' is ' '"),

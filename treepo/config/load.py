@@ -143,6 +143,9 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
         return f"{place}: {dotted}: required, but not given"
     if fault["type"] == "model_type":
         return f"{place}: {dotted}: should be a section (keys and values), found {shown(fault['input'])}"
+    if fault["type"] == "path_type":
+        hint = "" if fault["input"] is None else "; to mean text, put it in quotes"
+        return f"{place}: {dotted}: should be a path, found {shown(fault['input'])}{hint}"
     message = shortened(fault["msg"].removeprefix("Value error, "), 400).replace(
         "Input should be", "should be"
     )
