@@ -86,7 +86,7 @@ def test_every_stage_runs_dry_on_a_cpu(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -90,4 +90,3 @@ def test_nothing_connects_to_a_rank_that_does_not_come(nccl: type[FakeNCCL]) -> 
     with pytest.raises(RuntimeError):
         sender.connect()
     assert not nccl.made
-

@@ -146,7 +146,7 @@ def _group(store: Store, name: str, rank: int, size: int, seconds: float, device
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     with _blocking_wait():
-        group = dist.ProcessGroupNCCL(prefixed, rank, size, options)
+        group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
     # NCCL connects in the first collective, and waits there for all ranks. The sender begins a bucket before
     # the receivers learn of it, so they connect here.
     one = torch.zeros(1, dtype=torch.uint8, device=device)
