@@ -1,11 +1,11 @@
 """Proves the GPU paths on one card: every stage in a few minutes, one PASS, FAIL or SKIP line each.
 
-    python -m benchmarks.gpu.first_day --out DIR [--minutes 11] [--only NAME ...] [--dry-run]
+    python -m benchmarks.gpu.first_day --out DIR [--minutes 12] [--only NAME ...] [--dry-run]
 
 Run it in the repository's root. It needs one GPU (async_run two) and no network, and writes its own random
 models. The stages run in the order of STAGES: without SGLang first, the cheap and telling ones before the
 long ones. A stage that fails or hangs costs its own time; the next ones run. A stage that does not fit into
-what is left of `--minutes` is a SKIP. More minutes than 11 lengthen the deadlines, the sampling and the
+what is left of `--minutes` is a SKIP. More minutes than 12 lengthen the deadlines, the sampling and the
 training runs.
 
 DIR/first_day.jsonl has a line for the machine and one for each stage, with all its figures; DIR/GROUP.log has
@@ -31,7 +31,7 @@ import orjson
 from benchmarks.gpu.stage_process import Result, Settings, Stage, run_group
 from treepo.doctor.software import installed_version
 
-USUAL_MINUTES, DRY_MINUTES = 11.0, 40.0
+USUAL_MINUTES, DRY_MINUTES = 12.0, 40.0
 _TRAINER, _ENGINE, _RUN = (f"benchmarks.gpu.{name}_stages" for name in ("trainer", "engine", "run"))
 _TRANSPORT, _FLEX = "benchmarks.gpu.transport_stages", "benchmarks.gpu.flex_stage"
 
@@ -138,7 +138,7 @@ def main() -> int:
     names = {name for stage in STAGES for name in (stage.name, stage.group)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results and logs")
-    parser.add_argument("--minutes", type=float, help="time for all stages together, 11 by default")
+    parser.add_argument("--minutes", type=float, help="time for all stages together, 12 by default")
     parser.add_argument("--only", nargs="+", choices=sorted(names), metavar="NAME")
     parser.add_argument(
         "--attention-backend", default="triton", help="SGLang's; triton needs no package beside it"

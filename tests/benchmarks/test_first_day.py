@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.gpu.first_day import STAGES, chosen
+from benchmarks.gpu.first_day import STAGES, USUAL_MINUTES, chosen
 from benchmarks.gpu.stage_process import Result, Settings, Stage, run_group
 from tests.support.paths import ROOT
 
@@ -76,6 +76,11 @@ def test_names_and_groups_choose_stages() -> None:
     assert chosen(None) == list(STAGES)
     assert [one.name for one in chosen(["quickstart", "flex"])] == ["flex", "quickstart"]
     assert {one.group for one in chosen(["engine"])} == {"engine"}
+
+
+def test_all_stages_fit_into_the_usual_time() -> None:
+    """Otherwise the last would be skipped by everybody who does not ask for more."""
+    assert sum(stage.seconds for stage in STAGES) <= 60 * USUAL_MINUTES
 
 
 @pytest.mark.slow
