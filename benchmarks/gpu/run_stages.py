@@ -102,9 +102,9 @@ def lost_trainer(context: Context) -> Figures:
 
     It starts again in the same run, beside the engine on the same GPU, and goes on from there.
     """
-    overrides: dict[str, Any] = {"steps": 3, "checkpoint.every": 1, "data.heldout": "null"}
+    overrides: dict[str, Any] = {"steps": 6, "checkpoint.every": 1, "data.heldout": "null"}
     if context.dry_run:
-        overrides |= {"data.prompts_per_step": 2}
+        overrides |= {"steps": 3, "data.prompts_per_step": 2}
     figures = _train(context, "lost_trainer", overrides, meanwhile=_kill_a_rank)
     restarts, seconds = figures["summary"]["trainer_restarts"], figures["summary"]["phase_seconds"]
     assert restarts == 1, f"{restarts} restarts of the trainer"
