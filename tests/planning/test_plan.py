@@ -96,6 +96,18 @@ def test_another_transport_is_proposed() -> None:
     assert plan.proposals[0].overrides == ("weights.transport=colocated",)
 
 
+def test_every_pack_of_a_step_is_on_the_device() -> None:
+    """From the log-probs to the last optimizer step; activations are of one pack at a time."""
+
+    def packs(prompts: int) -> float:
+        config = config_of(f"data.prompts_per_step={prompts}")
+        stage = fit(config, model_folder(config)).trainer[0]
+        return stage.parts["tree packs"] + stage.parts["other tree packs"]
+
+    assert packs(512) == pytest.approx(4 * packs(128))
+    assert packs(128) > 100 * (1 << 10) * 128  # hundreds of bytes for each of thousands of tokens a tree
+
+
 def test_more_processes_of_this_machine_need_more_of_its_memory() -> None:
     def everything(*overrides: str) -> float:
         config = load_config(Path("examples/quickstart.yaml"), overrides)
