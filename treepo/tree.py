@@ -95,9 +95,10 @@ class Tree:
     """One prompt's rollout. Raises ValueError if the parts do not form a tree."""
 
     prompt_id: str
-    prompt: np.ndarray  # int32 [T]
-    segments: tuple[Segment, ...]
-    leaves: tuple[Leaf, ...]
+    # Not shown: a loop of asyncio formats the result of its task when it restores a signal.
+    prompt: np.ndarray = field(repr=False)  # int32 [T]
+    segments: tuple[Segment, ...] = field(repr=False)
+    leaves: tuple[Leaf, ...] = field(repr=False)
 
     def __post_init__(self) -> None:
         has_child = [False] * len(self.segments)
