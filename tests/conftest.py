@@ -13,9 +13,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from tests.support.real_engine import RealEngine
 
-# The tests' tensors are small, and threads that wait for each other on a busy machine cost minutes. torch reads
-# the variable when it is imported. This file imports it nowhere: pytest-xdist's process, which only hands out
-# tests, loads the file too.
+# The tests' tensors are small, and threads that wait for each other on a busy machine cost minutes. torch
+# reads the variable when it is imported. This file does not import it: the process of pytest-xdist that only
+# hands out tests loads the file too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples in every run, however slow the machine is.
