@@ -390,11 +390,11 @@ def test_a_line_of_any_length_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.M
 def test_a_small_parquet_file_of_a_huge_column_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, path = "x" * (1 << 20), tmp_path / "data.parquet"
+    text, path = "x" * (1 << 18), tmp_path / "data.parquet"
     table = pyarrow.table({"question": [text] * 1000, "answer": ["1"] * 1000})
     pyarrow.parquet.write_table(table, path, compression="zstd")
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 512 << 20)
+    monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 128 << 20)
     config = configure(path)
     with pytest.raises(DataError, match=r"row 1: it and the 1023 rows after it need more than"):
         check_prompts(path, config.columns, config)

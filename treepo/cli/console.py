@@ -26,12 +26,15 @@ def show_data(reports: "Iterable[DataReport]") -> None:
 
 
 def check_surroundings(out: Path, *, uses_ray: bool = True) -> None:
-    """Raise TreepoError if another command writes into the folder, or if the Ray cluster that RAY_ADDRESS
-    names does not answer: before the inputs are read, which may take minutes.
+    """Raise TreepoError if another command writes into the folder, if the files in it are not a command's, or
+    if the Ray cluster that RAY_ADDRESS names does not answer: before the inputs are read, which may take
+    minutes.
     """
     from treepo.data.folder_lock import check_free
+    from treepo.data.output_folder import check_own
 
     check_free(out)
+    check_own(out)
     if uses_ray and os.environ.get("RAY_ADDRESS"):  # else Ray need not be imported yet
         from treepo.cluster.ray_address import check_cluster, named_cluster
 
