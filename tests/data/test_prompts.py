@@ -17,7 +17,8 @@ from pydantic import ValidationError
 import treepo
 from tests.support.utf8_tokenizer import Utf8Tokenizer
 from treepo.config.data import ColumnsConfig, DataConfig, PromptsConfig
-from treepo.data.prompts import PromptOrder, check_prompts, load_prompts
+from treepo.data.prompt_order import PromptOrder
+from treepo.data.prompts import check_prompts, load_prompts
 from treepo.data.tokenizer import Message, RefusedMessagesError
 from treepo.errors import DataError
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
-from treepo.data.prompts import PromptOrder
+from treepo.data.prompt_order import PromptOrder
 from treepo.training.scheduler import Scheduler, ScheduleState
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
 from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
-from treepo.data.prompts import PromptOrder
+from treepo.data.prompt_order import PromptOrder
 from treepo.preflight.inputs import read_train_inputs
 from treepo.protocols import GenerateRequest
 from treepo.rewards.grade import Grade, GradeItem

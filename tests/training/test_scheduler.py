@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.simulated_schedule import ScheduleRun, Simulation, drawn_run
-from treepo.data.prompts import PromptOrder
+from treepo.data.prompt_order import PromptOrder
 from treepo.training.scheduler import Scheduler
 
 
