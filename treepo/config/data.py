@@ -108,8 +108,8 @@ class TrainFileConfig(Section):
     def _name_fits_into_metrics(self) -> Self:
         if not re.fullmatch(r"[\w-][\w.-]*", self.label):
             raise ValueError(
-                f"{self.path} would be named {self.label!r}; give it a `name` of letters, digits, _, - and ., "
-                "which . does not begin"
+                f"{self.path} would be named {self.label!r}; give it a `name` of letters, digits, _, - and "
+                "., that does not begin with ."
             )
         return self
 
@@ -186,7 +186,7 @@ class DataConfig(PromptsConfig):
 
 
 def whole_weights(files: Sequence[TrainFileConfig]) -> list[int]:
-    """The smallest whole numbers in the ratio of the weights, as they are written: 0.75 and 0.5 are 3 and 2."""
+    """The smallest whole numbers in the ratio of the weights as written: 3 and 2 for 0.75 and 0.5."""
     weights = [Fraction(repr(file.weight)) for file in files]
     scale = math.lcm(*(weight.denominator for weight in weights))
     whole = [int(weight * scale) for weight in weights]

@@ -55,7 +55,7 @@ def render() -> str:
     """Render the page in Markdown."""
     places = {command: list(_walk(schema, command)) for command, schema in COMMANDS.items()}
     headings: dict[type[BaseModel], str] = {}
-    for section, heading in chain.from_iterable(places.values()):
+    for section, heading in sorted(chain.from_iterable(places.values()), key=_depth):
         headings.setdefault(section, heading)
     parts = [_HEAD]
     for command, sections in places.items():
@@ -71,6 +71,10 @@ def _walk(section: type[BaseModel], command: str, name: str = "") -> Iterator[tu
         inner = section_in(field.annotation)
         if inner is not None:
             yield from _walk(inner, command, f"{name}.{key}".lstrip("."))
+
+
+def _depth(place: tuple[type[BaseModel], str]) -> int:
+    return place[1].count(".")
 
 
 def _part(section: type[BaseModel], headings: Mapping[type[BaseModel], str]) -> str:

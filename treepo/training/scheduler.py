@@ -222,10 +222,11 @@ class Scheduler:
         waits.
         """
         order, next_turn = self._order, self._order.turns_before(file, self._cursor)
-        first = order.turn(waiting[0])[1] if waiting else next_turn
-        later = (order.position(file, turn) for turn in range(next_turn, first + order.sizes[file]))
+        limit = (order.turn(waiting[0])[1] if waiting else next_turn) + order.sizes[file]
+        earlier = (each for each in waiting if order.turn(each)[1] < limit)
+        later = (order.position(file, turn) for turn in range(next_turn, limit))
         barred = self._busy | self._begun
-        return next((each for each in chain(waiting, later) if order.index(each) not in barred), None)
+        return next((each for each in chain(earlier, later) if order.index(each) not in barred), None)
 
     def _unreplaced(self) -> int:
         """Dropped trees of this step that no other tree replaces."""
