@@ -22,7 +22,9 @@ from tests.support.training_runs import (
 )
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
+from treepo.preflight.inputs import read_train_inputs
 from treepo.training.metrics import file_metrics
+from treepo.training.resume import find_resume
 
 pytestmark = pytest.mark.usefixtures("graded")
 OVERSAMPLED = {"loop": {"max_staleness": 1}, **OVERSAMPLE}
@@ -112,10 +114,9 @@ def test_a_killed_run_loses_and_repeats_no_prompt(
 ) -> None:
     changes = {**loop, "learning": {"mini_batches": 2, "dynamic_sampling": dynamic}}
     config = mixture(files, tmp_path / "run", steps=8, **changes)
-    try:
-        Run(config, engine=slow_engine(1), trainer=slow_trainer(50), killed_after=900).train()
-    except asyncio.CancelledError:
-        Run(config, resume=True, engine=slow_engine(2), trainer=slow_trainer(50)).train()
+    with pytest.raises(asyncio.CancelledError):
+        Run(config, engine=slow_engine(1), trainer=slow_trainer(50), killed_after=300).train()
+    Run(config, resume=True, engine=slow_engine(2), trainer=slow_trainer(50)).train()
     assert [line["step"] for line in steps_of(config.out)] == list(range(1, 9))
     check_every_prompt_was_taken_once(config)
     taken = sum(names_of_steps(config).values(), Counter())
@@ -155,9 +156,6 @@ def test_changed_rows_are_refused_on_resume(tmp_path: Path) -> None:
     Run(mixture(tmp_path, tmp_path / "run", steps=2)).train()
     small = tmp_path / "small.jsonl"
     small.write_text("".join(reversed(small.read_text().splitlines(keepends=True))))
-    changed = mixture(tmp_path, tmp_path / "run", data={"max_prompt_tokens": 256, "system_prompt": None})
-    from tests.support import training_runs
-
-    training_runs._inputs.clear()
+    config = mixture(tmp_path, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"large.jsonl, .*small.jsonl have changed since"):
-        Run(changed, resume=True).train()
+        find_resume(config, read_train_inputs(config))
