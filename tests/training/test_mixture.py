@@ -23,6 +23,7 @@ from tests.support.training_runs import (
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 from treepo.preflight.inputs import read_train_inputs
+from treepo.training.checkpoints import newest
 from treepo.training.metrics import file_metrics
 from treepo.training.resume import find_resume
 
@@ -116,6 +117,9 @@ def test_a_killed_run_loses_and_repeats_no_prompt(
     config = mixture(files, tmp_path / "run", steps=8, **changes)
     with pytest.raises(asyncio.CancelledError):
         Run(config, engine=slow_engine(1), trainer=slow_trainer(50), killed_after=300).train()
+    found = newest(config.out)
+    assert found is not None
+    assert 0 < found[1].steps_done < 8
     Run(config, resume=True, engine=slow_engine(2), trainer=slow_trainer(50)).train()
     assert [line["step"] for line in steps_of(config.out)] == list(range(1, 9))
     check_every_prompt_was_taken_once(config)
