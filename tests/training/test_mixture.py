@@ -76,10 +76,10 @@ def test_the_metrics_of_each_file(files: Path, tmp_path: Path) -> None:
         trees = [tree for step, tree in trees_of(config.out) if step == line["step"]]
         for name in WEIGHTS:
             own = [tree for tree in trees if tree.prompt_id.startswith(name)]
-            rewards = [leaf.reward for tree in own for leaf in tree.leaves]
+            rewards = [leaf.reward for tree in own for leaf in tree.leaves if leaf.reward is not None]
             assert line[f"reward_of/{name}"] == pytest.approx(sum(rewards) / len(rewards))
             assert line[f"accuracy_of/{name}"] == line[f"reward_of/{name}"], "by LengthRewards"
-    only_large = [tree for tree in trees if tree.prompt_id.startswith("large")]
+    only_large = [tree for _, tree in trees_of(config.out) if tree.prompt_id.startswith("large")]
     assert file_metrics(only_large, ["large", "small"]).keys() == {
         "prompts_of/large",
         "prompts_of/small",
@@ -147,8 +147,9 @@ def test_a_file_with_too_few_prompts_is_refused(files: Path, tmp_path: Path) -> 
 )
 def test_another_mixture_is_refused_on_resume(files: Path, tmp_path: Path, changed: Any, line: str) -> None:
     Run(mixture(files, tmp_path / "run", steps=2)).train()
-    entries = changed if isinstance(changed, list) else []
-    train = [{**one, "path": str(files / one["path"])} for one in entries] or str(files / changed)
+    train: Any = str(files / changed) if isinstance(changed, str) else []
+    if isinstance(changed, list):
+        train = [{**one, "path": str(files / one["path"])} for one in changed]
     with pytest.raises(ConfigError, match="these keys cannot change during a run") as error:
         Run(mixture(files, tmp_path / "run", data={"train": train}), resume=True).train()
     assert line in str(error.value)
