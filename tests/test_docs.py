@@ -9,7 +9,6 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import get_args
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
@@ -19,6 +18,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.support.paths import ROOT
+from treepo.config.base import section_in
 from treepo.config.reference import COMMANDS, render
 
 DOCS = ROOT / "docs"
@@ -171,9 +171,8 @@ def test_the_reference_is_current() -> None:
 def sections(schema: type[BaseModel]) -> set[type[BaseModel]]:
     found = {schema}
     for field in schema.model_fields.values():
-        for candidate in (field.annotation, *get_args(field.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                found |= sections(candidate)
+        if (section := section_in(field.annotation)) is not None:
+            found |= sections(section)
     return found
 
 

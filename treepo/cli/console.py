@@ -3,12 +3,8 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from treepo.display.safe_console import SafeConsole
-
-if TYPE_CHECKING:
-    from treepo.data.prompts import DataReport
 
 output = SafeConsole()
 """Results."""
@@ -19,10 +15,10 @@ progress_console = SafeConsole()
 errors = SafeConsole(stderr=True)
 
 
-def show_data(reports: "Iterable[DataReport]") -> None:
-    """Show the contents of each data file, one line each."""
-    for report in reports:
-        progress_console.print(report.summary(), highlight=False, soft_wrap=True)
+def show_data(lines: Iterable[str]) -> None:
+    """Show what the data files contain."""
+    for line in lines:
+        progress_console.print(line, highlight=False, soft_wrap=True)
 
 
 def check_surroundings(out: Path, *, uses_ray: bool = True) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treepo.config.evaluate import BenchmarkConfig
+from treepo.config.run import RunConfig
+from treepo.data.mixture import PromptMixture, TrainingPrompts
 from treepo.data.prompts import DataReport, Prompt, PromptSet
 from treepo.data.tokenizer import Tokenizer
 
@@ -16,9 +18,16 @@ class TrainInputs:
     """heldout: empty if the configuration names no file. reports: one for each file."""
 
     tokenizer: Tokenizer
-    train: PromptSet
+    train: TrainingPrompts
     heldout: Sequence[Prompt]
     reports: Sequence[DataReport] = ()
+
+    def summaries(self, config: RunConfig) -> list[str]:
+        """Lines for the log: each file's contents, and what the run takes from each file of a mixture."""
+        lines = [report.summary() for report in self.reports]
+        if isinstance(self.train, PromptMixture):
+            lines.append(self.train.summary(config.steps, config.data.prompts_per_step))
+        return lines
 
 
 @dataclass(frozen=True, slots=True)

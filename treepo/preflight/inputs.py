@@ -21,6 +21,7 @@ from treepo.data.tokenizer import Tokenizer, load_tokenizer
 from treepo.errors import ConfigError
 from treepo.preflight.loggers import check_loggers
 from treepo.preflight.model_folder import check_files, check_served_folder
+from treepo.preflight.train_files import check_train_files, load_train_files
 
 
 def read_train_inputs(config: RunConfig) -> TrainInputs:
@@ -28,7 +29,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
     data, as_json = config.data, config.reward.url is not None
     check_loggers(config)
     check_files(config.model.path)
-    check_prompts(data.train, data.columns, data, extra_as_json=as_json)
+    check_train_files(config)
     if data.heldout is not None:
         check_prompts(
             data.heldout, data.heldout_columns, data, key="data.heldout_columns", extra_as_json=as_json
@@ -40,12 +41,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
     )
     _check_trained(config)
     tokenizer = load_tokenizer(config.model.path)
-    train = load_prompts(data.train, data.columns, tokenizer, data, extra_as_json=as_json)
-    reports = [train.report]
-    if len(train) < data.prompts_per_step:
-        raise ConfigError(
-            f"data.prompts_per_step = {data.prompts_per_step}, but {data.train} has {len(train)} usable rows"
-        )
+    train, reports = load_train_files(config, tokenizer)
     heldout: Sequence[Prompt] = ()
     if data.heldout is not None:
         prompts = load_prompts(

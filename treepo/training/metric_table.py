@@ -20,6 +20,9 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "grader/*": ("mean of a further number that your reward function returned", ""),
     "accuracy": ("share of the graded leaves that are correct; long answers have more leaves", "rises"),
     "heldout/accuracy": ("accuracy on the held-out prompts after this step", "rises"),
+    "reward_of/*": ("`reward` of one file of a mixture; absent in a step without its prompts", "rises"),
+    "accuracy_of/*": ("`accuracy` of one file of a mixture; absent likewise", "rises"),
+    "prompts_of/*": ("share of the step's prompts that are of one file of a mixture", "near its weight"),
     "verdict/correct": ("share of the leaves that are correct", "rises"),
     "verdict/wrong": ("share of the leaves that are wrong", "falls"),
     "verdict/no_answer": (
