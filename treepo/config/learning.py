@@ -97,6 +97,8 @@ class LearningConfig(Section):
     """How that divergence is estimated from one sampled token (treepo.learning.kl)."""
     entropy_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
+    entropy_decay_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps over which that weight falls linearly to 0; null: it stays."""
     mini_batches: int = Field(default=1, ge=1)
     """Optimizer steps in one training step; whole trees are divided among them."""
     dynamic_sampling: bool = False
@@ -125,6 +127,21 @@ class LearningConfig(Section):
         defaults = POLICY_LOSSES[self.loss].options
         given = {option: getattr(self, option) for option in defaults}
         return {option: defaults[option] if value is None else value for option, value in given.items()}
+
+    def entropy_coefficient_at(self, step: int) -> float:
+        """The weight of the entropy bonus after `step` optimizer steps."""
+        if self.entropy_decay_steps is None:
+            return self.entropy_coefficient
+        return self.entropy_coefficient * max(0.0, 1 - step / self.entropy_decay_steps)
+
+    @model_validator(mode="after")
+    def _a_bonus_decays(self) -> Self:
+        if self.entropy_decay_steps is not None and not self.entropy_coefficient:
+            raise ValueError(
+                f"entropy_decay_steps = {self.entropy_decay_steps} with entropy_coefficient = 0: there is no "
+                "bonus to decay; leave it at null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _loss_reads_options(self) -> Self:

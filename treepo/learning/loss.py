@@ -48,6 +48,7 @@ def policy_loss(
     config: LearningConfig,
     denominator: float,
     entropy: Tensor | None = None,
+    step: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute one micro-batch's share of its mini-batch's loss (a scalar), and its metrics.
 
@@ -55,6 +56,7 @@ def policy_loss(
     pack: columns of a Pack (treepo.learning.packing) as tensors [T] on the same device. With one mini-batch,
         `old_log_prob` may be left out: the current policy is the old one.
     entropy: [T], of the distribution that predicts each token; needed for the entropy bonus.
+    step: optimizer steps taken before this one, by which the entropy bonus decays.
 
     The end of a metric's key (`_sum`, `_max` or `_min`) says how it is reduced over micro-batches and ranks
     before `summarise`. Sums are float64 and weighted as the loss is. Raises ValueError if the configuration
@@ -79,7 +81,7 @@ def policy_loss(
     if entropy is not None:
         weighted = count * torch.where(trained, entropy, 0.0)
         metrics["entropy_sum"] = _sum(weighted)
-        total = total - config.entropy_coefficient * weighted
+        total = total - config.entropy_coefficient_at(step) * weighted
     elif config.entropy_coefficient:
         raise ValueError(f"entropy_coefficient = {config.entropy_coefficient} needs the tokens' entropy")
     loss = total.sum() / denominator
