@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_bridge.optimizer_state import allocate_optimizer_state, optimizer_parts
@@ -48,6 +49,39 @@ def trainable(
         group["fused"] = True  # torch's Adam in one kernel; Transformer Engine's always is
     allocate_optimizer_state(optimizer)
     return wrapped, optimizer
+
+
+class LearningRate:
+    """Megatron-Core's learning rate schedule, which depends on the number of optimizer steps alone."""
+
+    def __init__(self, optimizer: MegatronOptimizer, config: TrainerConfig) -> None:
+        self._optimizer, self._weight_decay = optimizer, config.optimizer.weight_decay
+        rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
+        self._schedule = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=rate,
+            min_lr=config.optimizer.min_learning_rate,
+            lr_warmup_steps=warmup,
+            lr_decay_steps=config.optimizer.decay_steps or warmup + 1,  # `constant` does not read it
+            lr_decay_style=config.optimizer.schedule,
+            start_wd=self._weight_decay,
+            end_wd=self._weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def set(self, taken: int) -> float:
+        """Set and return the learning rate of the optimizer step after `taken` others.
+
+        A checkpoint's parameter groups remember the rates of their run, so none is read from them.
+        """
+        self._schedule.num_steps = taken + 1
+        rate = self._schedule.get_lr({})
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = self._weight_decay * group["wd_mult"]
+        return rate
 
 
 @contextmanager

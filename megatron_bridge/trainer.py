@@ -84,6 +84,7 @@ class MegatronTrainer:
             chunks = [chunk.to(self._device, self._dtype) for chunk in chunks]
             load_weights(folder, chunks, self._architecture)
             self._model, self._optimizer = optimizer.trainable(chunks, config, self._dtype)
+            self._learning_rate = optimizer.LearningRate(self._optimizer, config)
             self._exporter = WeightExporter(chunks, self._architecture, self._dtype, self._device)
             self._memory = DeviceMemory(self._model, self._optimizer, config.offload)
             self._reference = ReferenceWeights(self._memory.weights) if learning.kl_coefficient else None
@@ -274,7 +275,7 @@ class MegatronTrainer:
     ) -> dict[str, float]:
         """Take the optimizer step of `train_step`."""
         metrics = self._compute_gradient(batches, number, temperature, denominator)
-        learning_rate = self._set_learning_rate()
+        learning_rate = self._learning_rate.set(self._step)
         grad_norm = optimizer.step(self._optimizer, own_loss(metrics, self._device))
         if math.isfinite(grad_norm):
             self._step += 1
@@ -300,7 +301,7 @@ class MegatronTrainer:
 
         def loss(batch: MicroBatch, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             log_prob, entropy = outputs
-            return policy_loss(log_prob, batch.pack, self._learning, denominator, entropy)
+            return policy_loss(log_prob, batch.pack, self._learning, denominator, entropy, self._step)
 
         for chunk in self._model:
             chunk.zero_grad_buffer()
@@ -356,15 +357,6 @@ class MegatronTrainer:
         if self._config.parallel.sequence_parallel:
             return tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
         return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
-
-    def _set_learning_rate(self) -> float:
-        """Set and return the learning rate of the next optimizer step."""
-        config = self._config.optimizer
-        rate = config.learning_rate * min(1.0, (self._step + 1) / max(1, config.warmup_steps))
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-            group["weight_decay"] = config.weight_decay * group["wd_mult"]
-        return rate
 
 
 def create_store(host: str = "127.0.0.1") -> TCPStore:

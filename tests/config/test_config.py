@@ -94,6 +94,22 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
         (MINIMAL, ["steps"], "override 'steps': expected KEY=VALUE"),
         (MINIMAL, ["steps.x=1"], "steps is 3, not a section"),
         (MINIMAL, ["data.prompts_per_step=6", "trainer.parallel.data=4"], "1 x 4 = 4 equal parts"),
+        (
+            MINIMAL,
+            ["trainer.optimizer.schedule=cosine"],
+            "schedule = cosine with decay_steps = null and warmup_steps = 10: it needs decay_steps above",
+        ),
+        (
+            MINIMAL,
+            ["trainer.optimizer.decay_steps=9"],
+            "decay_steps = 9 with schedule = constant: only linear",
+        ),
+        (
+            MINIMAL,
+            ["trainer.optimizer={schedule: linear, decay_steps: 20, min_learning_rate: 1e-3}"],
+            "min_learning_rate = 0.001 is above learning_rate = 1e-06",
+        ),
+        (MINIMAL, ["learning.entropy_decay_steps=9"], "with entropy_coefficient = 0: there is no bonus to"),
         ("steps: 3\n", [], "model: required, but not given"),
         ("- a\n", [], "expected a mapping of keys, found list"),
         ("a: [1,\n", [], "not YAML"),

@@ -135,6 +135,15 @@ def test_kl_and_entropy_by_hand() -> None:
         assert loss.item() == pytest.approx(0.1 * expected - 0.2 * (2 + 3 * 0.4) / 4)
 
 
+def test_the_entropy_bonus_decays_with_the_optimizer_steps() -> None:
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    pack = {"advantage_pos": zero, "advantage_neg": zero, "count_pos": one, "count_neg": zero,
+            "old_log_prob": -one, "rollout_log_prob": -one}  # fmt: skip
+    config = config_of(entropy_coefficient=0.2, entropy_decay_steps=4)
+    losses = [policy_loss(-one, pack, config, 1.0, 3 * one, step)[0].item() for step in (0, 1, 4, 5)]
+    assert losses == pytest.approx([-0.6, -0.45, 0, 0])
+
+
 def test_no_ratio_overflows() -> None:
     # float64 overflows at exp(710); k3 of the old policy is allowed to.
     for advantage in (1.0, -1.0):

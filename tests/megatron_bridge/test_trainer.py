@@ -105,6 +105,7 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
         replace(qwen2, name="offload all, bfloat16", offload="all", dtype="bfloat16"),
         replace(qwen2, name="not offloaded, bfloat16", dtype="bfloat16"),
         replace(qwen2, name="warm-up", steps=[[batch.packed]] * 5, optimizer=WARM_UP),
+        replace(qwen2, name="cosine", steps=[[batch.packed]] * 5, optimizer=COSINE),
         replace(qwen2, name="bfloat16", dtype="bfloat16", steps=[[batch.packed]] * 12, optimizer=SMALL_STEPS),
     ]
     return megatron_ranks.run(cases, tmp_path_factory.mktemp("ranks") / "one")
@@ -120,6 +121,9 @@ MASKED_BATCH = LearningConfig(
     kl_coefficient=0.1, importance=ImportanceConfig(mode="mask", level="segment", low=0.1, high=2.0)
 )
 WARM_UP = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
+COSINE = OptimizerConfig(
+    learning_rate=1e-3, warmup_steps=1, schedule="cosine", decay_steps=4, min_learning_rate=1e-4
+)
 # Steps of which one is too small to change a bfloat16 weight near 0.15 (spaced by 2^-10), but twelve are not.
 SMALL_STEPS = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0)
 
@@ -404,6 +408,9 @@ def test_a_step_that_fails_changes_nothing(one_rank) -> None:
 def test_learning_rate_rises_linearly_and_stays(one_rank) -> None:
     rates = [metrics["learning_rate"] for metrics in one_rank["warm-up"].metrics]
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+    # Half a cosine from 1e-3 to 1e-4 over the three steps after the warm-up.
+    rates = [metrics["learning_rate"] for metrics in one_rank["cosine"].metrics]
+    assert rates == pytest.approx([1e-3, 7.75e-4, 3.25e-4, 1e-4, 1e-4])
 
 
 def test_the_loss_falls(one_rank) -> None:

@@ -15,6 +15,7 @@ from treepo.config.learning import ImportanceConfig, LearningConfig
 from treepo.learning.advantage import estimate
 from treepo.learning.loss import denominator, policy_loss, summarise
 from treepo.learning.packing import Pack
+from treepo.learning.policy_losses import POLICY_LOSSES, Level
 from treepo.tree import PROMPT, Tree
 
 
@@ -143,23 +144,42 @@ def sampled_near(old: Sequence[np.ndarray], tree: Tree, rng: np.random.Generator
 def naive_token_losses(
     config: LearningConfig, log_prob: Tensor, entropy: Tensor, response: Response
 ) -> Tensor:
-    """PPO with two clips as it is printed in papers; all arrays are [T], of one leaf."""
-    advantage, ratio = response.advantage, (log_prob - response.old).exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-    loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * config.dual_clip), loss)
-    loss = loss * naive_weights(config.importance, naive_ratios(config.importance, response))
+    """The loss of each of a leaf's tokens: the policy term as it is printed in papers, KL and entropy."""
+    ratio = (log_prob - response.old).exp()
+    level = POLICY_LOSSES[config.loss].level
+    if level != "token":  # the value of the level's ratio, the gradient of the token's own (GSPO-token)
+        ratio = geometric_means(ratio.detach(), response, level) * ratio / ratio.detach()
+    term = {"cispo": naive_cispo, "sapo": naive_sapo}.get(config.loss, naive_ppo)
+    loss = term(ratio, response.advantage, **config.loss_options)
+    importance = geometric_means((response.old - response.rollout).exp(), response, config.importance.level)
+    loss = loss * naive_weights(config.importance, importance)
     difference = log_prob - response.reference
     kl = {"k1": difference, "k2": difference**2 / 2, "k3": (-difference).exp() - 1 + difference}
     return loss + config.kl_coefficient * kl[config.kl_estimator] - config.entropy_coefficient * entropy
 
 
-def naive_ratios(config: ImportanceConfig, response: Response) -> Tensor:
-    """Each token's ratio of trainer to engine, at the level of the configuration."""
+def naive_ppo(
+    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float
+) -> Tensor:
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    return torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
+
+
+def naive_cispo(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    return -ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantage * ratio.log()
+
+
+def naive_sapo(ratio: Tensor, advantage: Tensor, gate_pos: float, gate_neg: float) -> Tensor:
+    gate = torch.where(advantage > 0, torch.full_like(advantage, gate_pos), gate_neg)
+    return -4 / gate / (1 + (-gate * (ratio - 1)).exp()) * advantage
+
+
+def geometric_means(ratio: Tensor, response: Response, level: Level) -> Tensor:
+    """Give each token the geometric mean of the ratios of its level: [T]."""
     lengths, total = response.lengths, sum(response.lengths)
-    parts = {"token": [1] * total, "segment": lengths, "leaf": [total]}
-    ratios = (response.old - response.rollout).exp().split(parts[config.level])
-    return torch.cat([part.prod().pow(1 / len(part)).expand(len(part)) for part in ratios])
+    parts = ratio.split({"token": [1] * total, "segment": lengths, "leaf": [total]}[level])
+    return torch.cat([part.prod().pow(1 / len(part)).expand(len(part)) for part in parts])
 
 
 def naive_weights(config: ImportanceConfig, ratio: Tensor) -> Tensor:
@@ -175,7 +195,10 @@ def naive_importance_metrics(scene: Scene) -> dict[str, float]:
     """The metrics of importance weights, by numpy on all tokens of all responses."""
     config = scene.config.importance
     responses = list(scene.responses())
-    ratios = [naive_ratios(config, response) for response in responses]
+    ratios = [
+        geometric_means((response.old - response.rollout).exp(), response, config.level)
+        for response in responses
+    ]
     mean = scene.config.normalisation == "sequence_mean"
     count = np.concatenate(
         [

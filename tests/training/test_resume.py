@@ -220,7 +220,7 @@ def test_a_run_without_a_checkpoint_begins(config: RunConfig) -> None:
             {"trainer": {"optimizer": {"weight_decay": 0.5}}},
             "trainer.optimizer.weight_decay = 0.1, now 0.5",
         ),
-        ({"data": {"train": "other.jsonl"}}, "data.train = 't.jsonl', now 'other.jsonl'"),
+        ({"data": {"train": "other.jsonl"}}, 'data.train = "t.jsonl", now "other.jsonl"'),
     ],
 )
 def test_another_run_is_refused(config: RunConfig, changed: dict[str, Any], line: str) -> None:
@@ -244,7 +244,12 @@ def test_layout_engines_and_learning_rate_may_change(config: RunConfig) -> None:
     write_run(config, steps=3, saved=2)
     values = config.model_dump()
     values["trainer"]["parallel"]["tensor"] = 2
-    values["trainer"]["optimizer"] |= {"learning_rate": 1e-7, "warmup_steps": 20}
+    values["trainer"]["optimizer"] |= {
+        "learning_rate": 1e-7,
+        "warmup_steps": 20,
+        "schedule": "linear",
+        "decay_steps": 30,
+    }
     values["engine"]["count"] = 3
     resume = find_resume(RunConfig.model_validate(values), inputs())
     assert resume is not None
@@ -252,6 +257,8 @@ def test_layout_engines_and_learning_rate_may_change(config: RunConfig) -> None:
         "trainer.parallel.tensor = 1, now 2",
         "trainer.optimizer.learning_rate = 1e-06, now 1e-07",
         "trainer.optimizer.warmup_steps = 10, now 20",
+        'trainer.optimizer.schedule = "constant", now "linear"',
+        "trainer.optimizer.decay_steps = null, now 30",
         "engine.count = 1, now 3",
     )
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from treepo.config.base import Registered, Section
 from treepo.learning.estimators import ESTIMATORS
 from treepo.learning.kl import KL_ESTIMATORS
+from treepo.learning.policy_losses import POLICY_LOSSES
 
 
 class ImportanceConfig(Section):
@@ -64,12 +65,25 @@ class LearningConfig(Section):
     discount."""
     leaf_weights: Literal["none", "inverse_branching"] = "none"
     """A leaf's weight in baselines and loss: 1, or the product of 1 / children along its path."""
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = Field(default=0.28, ge=0)
-    """The ratio is clipped from above at 1 + clip_high (clip-higher)."""
-    dual_clip: float = Field(default=10.0, gt=1)
-    """The loss of a negative advantage is at most its size times this."""
+    advantage_clip: float | None = Field(default=None, gt=0)
+    """Advantages are clipped to [-advantage_clip, advantage_clip] after whitening; null: not at all."""
+    loss: Annotated[str, Registered(POLICY_LOSSES)] = "ppo"
+    """The policy loss (treepo.learning.policy_losses). `gspo` has one ratio a response and needs
+    `packing: flat`; `segment_po` has one a segment."""
+    clip_low: float | None = Field(default=None, ge=0, le=1)
+    """The ratio is clipped from below at 1 - clip_low; null: 0.2 for `ppo`, 0.0003 for `gspo`, 0.02 for
+    `segment_po`, 1 (no bound) for `cispo`."""
+    clip_high: float | None = Field(default=None, ge=0)
+    """The ratio is clipped from above at 1 + clip_high; null: 0.28 for `ppo` (clip-higher), 0.0004 for
+    `gspo`, 0.03 for `segment_po`, 4 for `cispo`."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """With `ppo`, `gspo` and `segment_po`, the loss of a negative advantage is at most its size times this;
+    null: 10."""
+    gate_pos: float | None = Field(default=None, gt=0)
+    """How fast the weight of a token with a positive advantage falls with its ratio's distance from 1 in
+    `sapo` (the paper's tau); null: 1."""
+    gate_neg: float | None = Field(default=None, gt=0)
+    """As gate_pos, for a negative advantage; null: 1.05."""
     normalisation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """The loss is the mean over the mini-batch's tokens, the mean over trajectories of each one's own mean,
     or the sum over tokens divided by trajectories x normalisation_tokens (Dr. GRPO)."""
@@ -83,6 +97,8 @@ class LearningConfig(Section):
     """How that divergence is estimated from one sampled token (treepo.learning.kl)."""
     entropy_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
+    entropy_decay_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps over which that weight falls linearly to 0; null: it stays."""
     mini_batches: int = Field(default=1, ge=1)
     """Optimizer steps in one training step; whole trees are divided among them."""
     dynamic_sampling: bool = False
@@ -103,6 +119,49 @@ class LearningConfig(Section):
                     f"{option} = {value} with estimator = {self.estimator}: only {readers} reads it; "
                     f"leave it at {default}"
                 )
+        return self
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """The options that `loss` reads, with its own values in place of null."""
+        defaults = POLICY_LOSSES[self.loss].options
+        given = {option: getattr(self, option) for option in defaults}
+        return {option: defaults[option] if value is None else value for option, value in given.items()}
+
+    def entropy_coefficient_at(self, step: int) -> float:
+        """The weight of the entropy bonus after `step` optimizer steps."""
+        if self.entropy_decay_steps is None:
+            return self.entropy_coefficient
+        return self.entropy_coefficient * max(0.0, 1 - step / self.entropy_decay_steps)
+
+    @model_validator(mode="after")
+    def _a_bonus_decays(self) -> Self:
+        if self.entropy_decay_steps is not None and not self.entropy_coefficient:
+            raise ValueError(
+                f"entropy_decay_steps = {self.entropy_decay_steps} with entropy_coefficient = 0: there is no "
+                "bonus to decay; leave it at null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_reads_options(self) -> Self:
+        for option in sorted({option for entry in POLICY_LOSSES.values() for option in entry.options}):
+            value = getattr(self, option)
+            if value is not None and option not in POLICY_LOSSES[self.loss].options:
+                readers = ", ".join(name for name, entry in POLICY_LOSSES.items() if option in entry.options)
+                raise ValueError(
+                    f"{option} = {value} with loss = {self.loss}: only {readers} reads it; leave it at null"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_shared_token_has_one_ratio(self) -> Self:
+        if POLICY_LOSSES[self.loss].level == "leaf" and self.packing == "tree":
+            raise ValueError(
+                f"loss = {self.loss} with packing = tree: a shared token would need a ratio for each of its "
+                "leaves, and a pack keeps only the sums of their advantages; loss = segment_po or packing = "
+                "flat are allowed"
+            )
         return self
 
     @model_validator(mode="after")

@@ -51,9 +51,17 @@ class ParallelConfig(Section):
 
 class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-6, gt=0)
-    """Adam's learning rate after the warm-up."""
+    """Adam's learning rate after the warm-up: its largest."""
     warmup_steps: int = Field(default=10, ge=0)
     """Optimizer steps of the warm-up: step k, counted from 1, uses k / warmup_steps of the learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up: it stays, or falls to `min_learning_rate` along a line
+    or half a cosine."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, those of the warm-up included, after which `linear` and `cosine` have reached
+    `min_learning_rate`; usually `steps` x `learning.mini_batches`."""
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    """The learning rate to which `linear` and `cosine` fall, and at which they stay."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Adam's decay rates of the first and second moment."""
     epsilon: float = Field(default=1e-8, gt=0)
@@ -62,6 +70,28 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of matrices. Norms and biases have none."""
     clip_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+
+    @model_validator(mode="after")
+    def _a_schedule_has_an_end(self) -> Self:
+        if self.schedule == "constant":
+            for option, default in (("decay_steps", None), ("min_learning_rate", 0.0)):
+                if (value := getattr(self, option)) != default:
+                    raise ValueError(
+                        f"{option} = {value} with schedule = constant: only linear and cosine read it; leave "
+                        f"it at {'null' if default is None else default}"
+                    )
+        elif self.decay_steps is None or self.decay_steps <= self.warmup_steps:
+            found = "null" if self.decay_steps is None else self.decay_steps
+            raise ValueError(
+                f"schedule = {self.schedule} with decay_steps = {found} and warmup_steps = "
+                f"{self.warmup_steps}: it needs decay_steps above warmup_steps; usually steps x "
+                "learning.mini_batches"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate = {self.min_learning_rate} is above learning_rate = {self.learning_rate}"
+            )
+        return self
 
 
 class TrainerConfig(Section):

@@ -2,7 +2,7 @@
 """Advantages of a batch of trees: the factor of each token's probability ratio in the loss.
 
 The estimator (treepo.learning.estimators) turns rewards into one value for each segment of each trajectory;
-leaf weights, whitening and the loss's normalisation are applied here, alike for all estimators.
+leaf weights, whitening, clipping and the loss's normalisation are applied here, alike for all estimators.
 """
 
 from collections.abc import Sequence
@@ -60,6 +60,8 @@ def estimate(trees: Sequence[Tree], config: LearningConfig) -> Advantages:
     value_M = np.where(token_M > 0, value_M, 0.0)
     if estimator.whiten:
         value_M = whiten(value_M, token_M)
+    if config.advantage_clip is not None:
+        value_M = value_M.clip(-config.advantage_clip, config.advantage_clip)
     per_token = forest.response_tokens_L if config.normalisation == "sequence_mean" else 1.0
     return Advantages(forest, value_M, leaf_weight_L=weight_L, token_weight_L=weight_L / per_token)
 

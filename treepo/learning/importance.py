@@ -1,10 +1,8 @@
 """The weight of a token's policy loss, which corrects for the weights and kernels that sampled the token.
 
 The ratio is the trainer's probability before the step's first update over the engine's. Its level says which
-tokens have one ratio: each its own, or all tokens of a segment, or of a leaf's response, the geometric mean
-of theirs, exp(mean of the log ratios), as in GSPO (arXiv:2507.18071) and in geometric sequence masking (Liu
-et al., "When Speed Kills Stability", 2025). Their product, the unbiased ratio, explodes with length: 500
-tokens that differ by 1% each give 145.
+tokens have one ratio (treepo.learning.ratio): each its own, or all tokens of a segment, or of a leaf's
+response, as in geometric sequence masking (Liu et al., "When Speed Kills Stability", 2025).
 
 `truncate` clamps the ratio to the bounds, as IMPALA (arXiv:1802.01561) does from above. `mask` makes a ratio
 outside them 0, as IcePop does with tokens; masked tokens still count in the loss's denominator.
@@ -15,12 +13,12 @@ on it, and the token can be trained once. The level of leaves needs packs of who
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from treepo.config.learning import ImportanceConfig
+from treepo.learning.ratio import at_level
 
 
 def importance_weights(
@@ -38,7 +36,8 @@ def importance_weights(
     """
     count = (pack["count_pos"] + pack["count_neg"]).to(old_log_prob.dtype)
     trained = count > 0
-    ratio = _ratio(old_log_prob.detach(), pack, trained, config.level)
+    log_ratio = torch.where(trained, old_log_prob.detach() - pack["rollout_log_prob"], 0.0)
+    ratio = at_level(log_ratio, pack, trained, config.level).exp()
     metrics = {
         "importance_sum": _sum(count * ratio),
         "importance_max": ratio.where(trained, -math.inf).max(),
@@ -63,33 +62,6 @@ def effective_sample_share(weight: float, square: float, count: float) -> float:
     weights, of their squares, and of samples: 1 if all weights are equal, 0 if all of them are 0.
     """
     return weight**2 / (count * square) if square else 0.0
-
-
-def _ratio(
-    old_log_prob: Tensor,
-    pack: Mapping[str, Tensor],
-    trained: Tensor,
-    level: Literal["token", "segment", "leaf"],
-) -> Tensor:
-    """Each token's ratio at `level`: [T], 1 for a token that is not trained."""
-    log_ratio = torch.where(trained, old_log_prob - pack["rollout_log_prob"], 0.0)
-    if level == "segment":
-        log_ratio = _mean_of_runs(log_ratio, trained, pack["offset"] == 0)
-    elif level == "leaf":
-        log_ratio = _mean_of_runs(log_ratio, trained, pack["source"] == -1)
-    return torch.where(trained, log_ratio, 0.0).exp()
-
-
-def _mean_of_runs(values: Tensor, trained: Tensor, begins: Tensor) -> Tensor:
-    """Give every token the mean of `values` over the trained tokens of its run: [T].
-
-    values: [T], 0 if not trained. begins: bool [T], where runs begin; the first token does.
-    """
-    run = begins.cumsum(0) - 1
-    # In float64, another order of the sum (a GPU adds in any) is lost when the mean is rounded to float32.
-    total = torch.zeros_like(values, dtype=torch.float64).index_add_(0, run, values.double())
-    number = torch.zeros_like(total).index_add_(0, run, trained.double())
-    return (total / number.clamp(min=1.0))[run].to(values.dtype)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The policy loss of one micro-batch whose tokens may be shared by several trajectories.
+"""The loss of one micro-batch whose tokens may be shared by several trajectories.
 
-A token shared by the leaves S has one probability ratio r. For either sign of the advantage, the clipped,
-dual-clipped loss is proportional to the advantage's size, so
+A token shared by the leaves S has one probability ratio r. For either sign of the advantage, a policy loss
+(treepo.learning.policy_losses) is proportional to the advantage's size, so
 
     sum over k in S of L(r, A_k)  =  L(r, A+) + L(r, A-),   A+ = sum of max(A_k, 0), A- = sum of min(A_k, 0).
 
@@ -23,6 +23,8 @@ from treepo.config.learning import LearningConfig
 from treepo.learning.importance import effective_sample_share, importance_weights
 from treepo.learning.kl import KL_ESTIMATORS, k3
 from treepo.learning.packing import Pack
+from treepo.learning.policy_losses import POLICY_LOSSES, Tokens
+from treepo.learning.ratio import at_level
 
 
 def denominator(packs: Iterable[Iterable[Pack]], config: LearningConfig) -> float:
@@ -46,6 +48,7 @@ def policy_loss(
     config: LearningConfig,
     denominator: float,
     entropy: Tensor | None = None,
+    step: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute one micro-batch's share of its mini-batch's loss (a scalar), and its metrics.
 
@@ -53,6 +56,7 @@ def policy_loss(
     pack: columns of a Pack (treepo.learning.packing) as tensors [T] on the same device. With one mini-batch,
         `old_log_prob` may be left out: the current policy is the old one.
     entropy: [T], of the distribution that predicts each token; needed for the entropy bonus.
+    step: optimizer steps taken before this one, by which the entropy bonus decays.
 
     The end of a metric's key (`_sum`, `_max` or `_min`) says how it is reduced over micro-batches and ranks
     before `summarise`. Sums are float64 and weighted as the loss is. Raises ValueError if the configuration
@@ -62,7 +66,7 @@ def policy_loss(
     trained = count > 0
     old_log_prob = _old_log_prob(log_prob, pack, config)
     weight, measured = importance_weights(old_log_prob, pack, config.importance)
-    total, metrics = _surrogate(torch.where(trained, log_prob - old_log_prob, 0.0), pack, config)
+    total, metrics = _policy_term(torch.where(trained, log_prob - old_log_prob, 0.0), pack, config)
     total = total * weight
     metrics |= {"weight_sum": _sum(count), "unique_tokens_sum": _sum(trained)} | measured
     if config.kl_coefficient:
@@ -77,7 +81,7 @@ def policy_loss(
     if entropy is not None:
         weighted = count * torch.where(trained, entropy, 0.0)
         metrics["entropy_sum"] = _sum(weighted)
-        total = total - config.entropy_coefficient * weighted
+        total = total - config.entropy_coefficient_at(step) * weighted
     elif config.entropy_coefficient:
         raise ValueError(f"entropy_coefficient = {config.entropy_coefficient} needs the tokens' entropy")
     loss = total.sum() / denominator
@@ -106,30 +110,28 @@ def summarise(reduced: Mapping[str, float]) -> dict[str, float]:
     return summary
 
 
-def _surrogate(
+def _policy_term(
     log_ratio: Tensor, pack: Mapping[str, Tensor], config: LearningConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each token's clipped, dual-clipped loss [T], and its metrics.
+    """Each token's loss by `config.loss` [T], and its metrics.
 
-    log_ratio: [T], log(policy / old policy), 0 for an untrained token. The bounds are applied to the
-    logarithm: loss and gradient are the same, and no ratio can overflow.
+    log_ratio: [T], log(policy / old policy), 0 for an untrained token.
     """
+    loss = POLICY_LOSSES[config.loss]
     advantage_pos, advantage_neg, count_pos, count_neg = (
         pack[key].to(log_ratio.dtype) for key in ("advantage_pos", "advantage_neg", "count_pos", "count_neg")
     )
-    low, high = math.log1p(-config.clip_low), math.log1p(config.clip_high)
-    dual = math.log(config.dual_clip)
-    gain = advantage_pos * log_ratio.clamp(max=high).exp() + advantage_neg * log_ratio.clamp(low, dual).exp()
-    trained = count_pos + count_neg > 0
-    value = log_ratio.detach()
-    return -gain, {
-        "clip_high_sum": _sum(count_pos * (value > high)),
-        "clip_low_sum": _sum(count_neg * (value < low)),
-        "dual_clip_sum": _sum(count_neg * (value > dual)),
+    count = count_pos + count_neg
+    trained, own = count > 0, log_ratio.detach()
+    of_level = at_level(own, pack, trained, loss.level)
+    # The value is the level's, the gradient that of the token's own log-prob.
+    tokens = Tokens(of_level + (log_ratio - own), advantage_pos, advantage_neg, count_pos, count_neg)
+    losses, shares = loss.function(tokens, **config.loss_options)
+    return losses, {f"{name}_sum": _sum(values) for name, values in shares.items()} | {
         # KL(old || policy): the old policy sampled the tokens.
-        "old_kl_sum": _sum((count_pos + count_neg) * k3(-value)),
-        "ratio_max": value.where(trained, -math.inf).max().exp(),
-        "ratio_min": value.where(trained, math.inf).min().exp(),
+        "old_kl_sum": _sum(count * k3(-own)),
+        "ratio_max": of_level.where(trained, -math.inf).max().exp(),
+        "ratio_min": of_level.where(trained, math.inf).min().exp(),
     }
 
 

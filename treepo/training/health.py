@@ -192,10 +192,12 @@ def entropy_collapse(history: History, config: RunConfig) -> str | None:
     before, now = entropy
     if now >= _COLLAPSE * before or accuracy[1] >= _SOLVED:
         return None
+    bound = config.learning.loss_options.get("clip_high")
+    clip = "" if bound is None else f"learning.clip_high (now {bound:g}) or "
     return (
         f"the entropy has collapsed from {before:.2g} to {now:.2g} at an accuracy of {accuracy[1]:.2f}: all "
-        f"answers become the same; raise learning.clip_high (now {config.learning.clip_high:g}) or "
-        "learning.entropy_coefficient, or lower trainer.optimizer.learning_rate"
+        f"answers become the same; raise {clip}learning.entropy_coefficient, or lower "
+        "trainer.optimizer.learning_rate"
     )
 
 

@@ -1,5 +1,6 @@
 """`treepo train --resume`: finds the checkpoint to continue from, and refuses if it is not the same run."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,10 @@ FREE = (
     # The way out of a run that diverged; the change is shown.
     "trainer.optimizer.learning_rate",
     "trainer.optimizer.warmup_steps",
+    # They follow the number of steps, which may change.
+    "trainer.optimizer.schedule",
+    "trainer.optimizer.decay_steps",
+    "trainer.optimizer.min_learning_rate",
 )
 _ABSENT = object()
 
@@ -148,4 +153,5 @@ def _is_fixed(key: str) -> bool:
 
 
 def _show(values: Mapping[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else "nothing"
+    """As YAML has it: null, true."""
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "nothing"
