@@ -83,13 +83,13 @@ def test_a_chart_is_read_and_zoomed_by_keyboard(tab: Tab, exported: Path) -> Non
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "End"):
         tab.press(key)
         seen.append(tab.evaluate(CAPTION))
-    assert seen == ["Rewardstep 1", "Rewardstep 2", "Rewardstep 1", "Rewardstep 1"]
+    assert seen == ["step 1", "step 2", "step 1", "step 1"]
     for key in ("+", *["ArrowRight"] * 3):
         tab.press(key)
-    assert tab.evaluate(CAPTION) == "Rewardstep 2"  # the last one that is shown
+    assert tab.evaluate(CAPTION) == "step 2"  # the last one that is shown
     for key in ("Escape", "ArrowRight"):
         tab.press(key)
-    assert tab.evaluate(CAPTION) == "Rewardstep 3"
+    assert tab.evaluate(CAPTION) == "step 3"
 
 
 LINK = "document.querySelector('figcaption button')"
