@@ -73,6 +73,7 @@ def test_a_comparison_shows_both_means_and_their_difference() -> None:
         for verdicts in ([C, W], [C, C])
     )
     console, output = plain_console()
-    show_comparison(console, "one", "two", compare(first, second))
+    show_comparison(console, "one", "two", compare(first, second), "not alike")
+    assert "not alike" in output.getvalue()
     mean = next(line for line in map(str.split, output.getvalue().splitlines()) if "mean" in line)
     assert mean[:6] == ["b", "mean", "1", "50.0", "100.0", "+50.0"]
