@@ -205,7 +205,7 @@ class TreeList {
     ];
     row.append(
       make("div", { className: "line" }, visible(questions[prompt] ?? id)),
-      make("div", { className: "line soft" }, this.bar(columns.verdicts[tree]), facts.filter(Boolean).join(" · ")));
+      make("div", { className: "line soft", title: visible(id) }, this.bar(columns.verdicts[tree]), facts.filter(Boolean).join(" · ")));
     return row;
   }
 

@@ -81,7 +81,7 @@ class TreePage {
     const found = values.filter(([, value]) => value !== null).map(([name, value]) => make("p", {}, visible(`${name}: ${value}`)));
     const below = (node.children ?? []).map((child) =>
       make("button", { onclick: () => this.open(child.data.node) }, `▸ ${outline(child)}`));
-    const hint = make("p", { className: "soft" }, "The less likely a token was, the darker it is. Point at one for its log-prob.");
+    const hint = make("p", { className: "soft" }, "The less likely a token was, the stronger its colour. Point at one for its log-prob.");
     this.text.replaceChildren(hint, ...blocks, ...found, ...below);
     const { source, tree } = this.place;
     const sizes = path.map((one) => (one.parent ? one.data.tokens : answer.prompt_tokens));
