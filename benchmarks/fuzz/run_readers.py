@@ -208,7 +208,7 @@ def evaluation(folder: Path) -> Reader:
 
 def results(folder: Path) -> Reader:
     """results.json of an evaluation that is compared."""
-    from treepo.evaluation.comparison import compare
+    from treepo.evaluation.comparison import compare, different_conditions
     from treepo.evaluation.report.plot import accuracy_plot, curve
     from treepo.evaluation.results import read_results
 
@@ -222,7 +222,8 @@ def results(folder: Path) -> Reader:
     def read(data: bytes) -> object:
         path.write_bytes(data)
         found = read_results(path)
-        return compare(good, found), compare(found, found), accuracy_plot([curve(found, "x")])
+        warning = different_conditions(good, found)
+        return warning, compare(good, found), compare(found, found), accuracy_plot([curve(found, "x")])
 
     words = (b'"mean":', b'"pass@1":', b'"value":', b'"problems":', b'"unique":', b'"width":', b'"metrics":')
     return Reader("results", read, [json.dumps(good).encode()], words)

@@ -45,10 +45,14 @@ def test_tables_show_the_scores_of_the_document() -> None:
         ]
         for name, problems in {"easy": [[C, C], [C, W]], "hard": [[W, W], [C, T]]}.items()
     }
-    results = document(config_of("out", 2, ("easy", "hard")), benchmarks)
+    config = config_of("out", 2, ("easy", "hard"), sampling={"width": 2, "top_p": 0.9, "top_k": 20})
     console, output = plain_console()
-    show_evaluation(console, results, Path("out"))
-    rows = [line.split() for line in output.getvalue().splitlines() if line.strip()]
+    show_evaluation(console, document(config, benchmarks), Path("out"))
+    how, *lines = output.getvalue().splitlines()
+    assert how == (
+        "2 independent samples for each problem · temperature 0.6 · top_p 0.9 · top_k 20 · up to 16384 tokens"
+    )
+    rows = [line.split() for line in lines if line.strip()]
     scores, verdicts = ({row[0]: row[1:] for row in part} for part in (rows[:9], rows[9:]))
     assert scores["easy"][:2] == ["2/2", "75.0"]  # problems, mean@2
     assert scores["hard"][:2] == ["2/2", "50.0"]
@@ -73,6 +77,7 @@ def test_a_comparison_shows_both_means_and_their_difference() -> None:
         for verdicts in ([C, W], [C, C])
     )
     console, output = plain_console()
-    show_comparison(console, "one", "two", compare(first, second))
+    show_comparison(console, "one", "two", compare(first, second), "not alike")
+    assert "not alike" in output.getvalue()
     mean = next(line for line in map(str.split, output.getvalue().splitlines()) if "mean" in line)
     assert mean[:6] == ["b", "mean", "1", "50.0", "100.0", "+50.0"]

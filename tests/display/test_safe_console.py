@@ -99,7 +99,7 @@ def test_names_in_tables_of_an_evaluation_are_text() -> None:
     results["failures"] = {f"{name}:1": "[bold]\x1b]52;c;eA==\x07"}
     for draw in (
         lambda console: show_evaluation(console, results, Path(name)),
-        lambda console: show_comparison(console, name, name, compare(results, results)),
+        lambda console: show_comparison(console, name, name, compare(results, results), name),
     ):
         received = shown(draw)
         assert "[red]\ufffd[2Jx" in received

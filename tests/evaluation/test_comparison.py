@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.evaluations import config_of, document, graded_problem, prompt_of
 from treepo.errors import DataError
-from treepo.evaluation.comparison import compare
+from treepo.evaluation.comparison import compare, different_conditions
 from treepo.evaluation.results import OVERALL, read_results
 from treepo.tree import Verdict
 
@@ -60,6 +60,22 @@ def test_several_benchmarks_are_also_taken_together_by_size() -> None:
     one, two = results({"a": [0], "b": [0, 0, 0]}), results({"a": [4], "b": [0, 0, 0]})
     means = {row.benchmark: row.difference.value for row in compare(one, two) if row.metric == "mean"}
     assert means == {"a": 1.0, "b": 0.0, OVERALL: 0.25}
+
+
+def test_what_makes_scores_measure_something_else_is_named() -> None:
+    one = results({"a": [1]})
+    assert different_conditions(one, one) is None
+    other = json.loads(json.dumps(one))
+    other["settings"]["reward"]["answer"] = "boxed_or_last"
+    other["settings"]["sampling"] |= {"max_response_tokens": 64, "temperature": 0.1}
+    most = one["settings"]["sampling"]["max_response_tokens"]
+    assert different_conditions(one, other) == (
+        "A and B were not evaluated alike: reward.answer is 'boxed' in A and 'boxed_or_last' in B; "
+        f"sampling.max_response_tokens is {most} in A and 64 in B"
+    )
+    del other["settings"]["reward"]["answer"]  # as before there was a choice
+    other["settings"]["sampling"]["max_response_tokens"] = most
+    assert different_conditions(one, other) is None
 
 
 def test_evaluations_without_common_problems_or_with_other_answers_are_refused() -> None:

@@ -8,6 +8,9 @@ import pytest
 
 from tests.evaluation.test_report import MARKUP, hostile_page
 from tests.support.browser import CHROMIUM, Tab, browser
+from tests.support.evaluations import config_of, document, graded_problem, prompt_of, record_of
+from treepo.evaluation.report.page import evaluation_page
+from treepo.tree import Verdict
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,6 +55,24 @@ def test_hostile_texts_are_shown_and_nothing_else(tab: Tab, tmp_path: Path) -> N
     assert tab.evaluate("window.refused ?? []") == []  # its own script and styles are allowed
     assert requests(tab) == [path.as_uri()]
     assert "Page.javascriptDialogOpening" not in tab.names()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_long_names_fit_the_window(tab: Tab, tmp_path: Path, width: int) -> None:
+    name = "a_benchmark_" + "with_a_long_name_" * 4
+    prompt = prompt_of(name, 0)
+    problem = graded_problem(prompt, [Verdict.CORRECT, Verdict.WRONG])
+    results = document(config_of("out", 2, (name, "b")), {name: [(prompt, problem)], "b": []})
+    problems = [(record_of(problem, prompt), problem.tree)]
+    page = evaluation_page(
+        results, lambda: iter(problems), {prompt.id: prompt}, lambda _: "text", "<svg></svg>"
+    )
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    tab.look(width=width)
+    tab.open(path)
+    tab.evaluate(OPEN_ALL)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
 ATTACKS = {

@@ -1,7 +1,7 @@
 """What `top_p`, `top_k` and `min_p` do to a request, and to the log-probs that SGLang returns."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -9,6 +9,9 @@ import torch
 
 from sglang_rollout.sampling_parameters import sampling_parameters
 from treepo.protocols import GenerateRequest
+
+if TYPE_CHECKING:
+    from tests.support.real_engine import RealEngine
 
 CONTEXT = np.array([1, 2], np.int32)
 
@@ -65,3 +68,44 @@ def test_log_probs_are_those_before_tokens_are_left_out() -> None:
     # The same formula in another order of float32 operations.
     torch.testing.assert_close(returned[0], expected, atol=1e-5, rtol=1e-5)
     assert set(drawn.tolist()) == {2, 3}, "token 1 has 0.14 of the likeliest token's probability"
+
+
+def stays(
+    log_probs: torch.Tensor, token: int, top_p: float = 1.0, top_k: int = 128, min_p: float = 0
+) -> bool:
+    """Whether a token is among those that are left. log_probs: [V]. Rounding may move a border by 1e-4."""
+    probs = log_probs.exp()
+    likelier = probs[probs > probs[token]]
+    return bool(
+        len(likelier) < top_k
+        and likelier.sum() <= top_p + 1e-4
+        and probs[token] >= min_p * probs.max() * (1 - 1e-4)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.2}, {"min_p": 0.8}])
+def test_the_engine_draws_from_the_tokens_that_are_left(
+    real_engine: "RealEngine", cut: dict[str, Any]
+) -> None:
+    context, temperature = [5, 6, 7, 8], 0.7
+
+    def draws(**settings: Any) -> list[tuple[torch.Tensor, int]]:
+        """For each token of six answers, all log-probs before it and the token."""
+        found = []
+        for seed in range(6):
+            output = real_engine.generate(context, seed=seed, temperature=temperature, **settings)
+            path = torch.tensor([[*context, *output.tokens]])
+            with torch.no_grad():
+                logits = real_engine.reference(path).logits[0, len(context) - 1 : -1]
+            log_probs = (logits / temperature).log_softmax(-1)
+            own = log_probs[torch.arange(len(output.tokens)), torch.from_numpy(output.tokens).long()]
+            # float32 kernels of two libraries.
+            np.testing.assert_allclose(output.log_probs, own.numpy(), atol=1e-4)
+            found += zip(log_probs, output.tokens.tolist(), strict=True)
+        return found
+
+    left = draws(**cut)
+    assert all(stays(log_probs, token, **cut) for log_probs, token in left)
+    assert any(token != int(log_probs.argmax()) for log_probs, token in left), "it still draws"
+    assert not all(stays(log_probs, token, **cut) for log_probs, token in draws())

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium"),
 ]
 
-CAPTION = "document.querySelector('figcaption').textContent"
+CAPTION = "document.querySelector('figcaption .soft').textContent"
 CHARTS = "[...document.querySelectorAll('#run .chart')].filter((chart) => !chart.hidden).length"
 
 
@@ -83,13 +83,59 @@ def test_a_chart_is_read_and_zoomed_by_keyboard(tab: Tab, exported: Path) -> Non
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "End"):
         tab.press(key)
         seen.append(tab.evaluate(CAPTION))
-    assert seen == ["Rewardstep 1", "Rewardstep 2", "Rewardstep 1", "Rewardstep 1"]
+    assert seen == ["step 1", "step 2", "step 1", "step 1"]
     for key in ("+", *["ArrowRight"] * 3):
         tab.press(key)
-    assert tab.evaluate(CAPTION) == "Rewardstep 2"  # the last one that is shown
+    assert tab.evaluate(CAPTION) == "step 2"  # the last one that is shown
     for key in ("Escape", "ArrowRight"):
         tab.press(key)
-    assert tab.evaluate(CAPTION) == "Rewardstep 3"
+    assert tab.evaluate(CAPTION) == "step 3"
+
+
+LINK = "document.querySelector('figcaption button')"
+
+
+def test_a_step_of_a_curve_leads_to_its_trees(tab: Tab, exported: Path) -> None:
+    tab.look(width=1280)
+    tab.open(exported)
+    tab.until("document.querySelector('#run canvas')")
+    assert tab.evaluate(f"{LINK}.hidden") is True
+    left, top, width, height = tab.evaluate(
+        "(({left, top, width, height}) => [left, top, width, height])"
+        "(document.querySelector('#run .u-over').getBoundingClientRect())"
+    )
+    place = {"x": left + width * 2 / 3 + 2, "y": top + height / 2}
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        tab.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+    assert tab.evaluate(f"{LINK}.textContent") == "trees of step 3"
+    tab.evaluate(f"{LINK}.click()")
+    tab.until("document.querySelector('#trees [role=status]')?.textContent === '1 of 4 trees'")
+    assert tab.evaluate("location.hash") == "#trees/0/step-3"
+    assert tab.evaluate("document.querySelector('#trees [aria-label=Step]').value") == "3"
+    tab.evaluate("document.querySelector('#trees .row').click()")
+    tab.until("document.querySelector('#trees .detail h2')?.checkVisibility()")
+    assert "step 3" in tab.evaluate("document.querySelector('#trees .detail').textContent")
+    assert tab.faults() == []
+
+
+def test_a_run_without_trees_has_no_link_to_them(tab: Tab, tmp_path: Path) -> None:
+    run = write_run_folder(tmp_path / "run")
+    (run / "trees.jsonl").unlink()
+    tab.open(export(run, tmp_path / "page.html"))
+    tab.until("document.querySelector('#run canvas')")
+    tab.evaluate("document.querySelector('.chart [role=img]').focus()")
+    tab.press("ArrowRight")
+    assert tab.evaluate(f"{LINK}.hidden") is True
+
+
+def test_a_metric_says_what_it_means(tab: Tab, exported: Path) -> None:
+    tab.open(exported)
+    tab.until("document.querySelector('#run canvas')")
+    legend = "document.querySelector('.legend button')"
+    assert tab.evaluate(f"{legend}.textContent").startswith("reward")
+    assert (
+        tab.evaluate(f"{legend}.title") == "mean reward of the graded leaves, without terms\nhealthy: rises"
+    )
 
 
 def test_every_control_is_reached_by_tab(tab: Tab, exported: Path) -> None:

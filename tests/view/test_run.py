@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.evaluations import config_of, document, graded_problem, prompt_of
+from tests.support.paths import ROOT
 from tests.support.run_folders import step, write_run_folder
 from treepo.errors import DataError, TreepoError
+from treepo.training.metric_table import METRICS
 from treepo.tree import Verdict
 from treepo.view.log_lines import events, log_entries
 from treepo.view.metrics_table import metrics_table
@@ -30,6 +33,24 @@ def test_metrics_are_columns_and_an_evaluation_is_in_the_row_of_its_step(run: Pa
     assert table["times"] == [1010.0, 1020.0]
     assert table["columns"]["reward"] == [0.1, 0.2]
     assert table["columns"]["heldout/accuracy"] == [0.5, None]
+
+
+def test_known_metrics_have_a_meaning_without_markup(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step(3, **{"leaves": 2.0, "grader/mine": 1.0, "unknown": 1.0})) + "\n")
+    meanings = metrics(run)["meanings"]
+    assert meanings["leaves"] == "leaves of the step's trees\nhealthy: trees × sampling.width"
+    assert meanings["grader/mine"] == "mean of a further number that your reward function returned"
+    assert "unknown" not in meanings
+
+
+def test_every_metric_that_a_chart_names_is_one_of_a_run() -> None:
+    script = (ROOT / "treepo/view/page/run-lines.js").read_text(encoding="utf-8")
+    named = [
+        name for names in re.findall(r"names: \[(.*?)\]", script) for name in re.findall(r'"(.*?)"', names)
+    ]
+    assert len(named) > 10
+    assert [name for name in named if name not in METRICS] == []
 
 
 def test_the_line_that_is_being_written_is_left_out(run: Path) -> None:
@@ -111,7 +132,7 @@ def test_a_folder_without_files_has_empty_answers(tmp_path: Path) -> None:
     assert settings(tmp_path) == {}
     assert log(tmp_path) == {"entries": [], "events": []}
     assert result(tmp_path) == {"summary": {}, "scores": []}
-    assert state(tmp_path) == {"files": "", "status": None}
+    assert state(tmp_path) == {"files": "", "trees": False, "status": None}
 
 
 @pytest.mark.parametrize("source", ["", "1", "-1", "x", "0" * 20, "²"])

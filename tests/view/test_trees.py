@@ -121,7 +121,7 @@ def test_a_tree_with_its_grades_and_what_makes_no_json(tmp_path: Path) -> None:
     ask = asker(run_of(tmp_path / "run", [line, b"nonsense\n"]))
     rows = ask("rows", **{"from": 0, "mark": ""})
     assert rows["columns"]["reward"] == [None, None]  # the sum is not finite
-    assert rows["faults"] == {"1": "not a tree: invalid literal, expected 'null': line 1 column 1 (char 0)"}
+    assert rows["faults"] == {"1": "not a tree: JSON is malformed: invalid character (byte 4)"}
     answer = ask("tree", tree=0)
     assert (answer["id"], answer["answer"], answer["step"], answer["prompt_tokens"]) == ("p", "7", 3, 2)
     assert [segment["parent"] for segment in answer["segments"]] == [0, 1, 1, 0]

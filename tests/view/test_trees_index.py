@@ -118,8 +118,11 @@ def test_what_is_not_a_tree_keeps_its_line_and_has_a_reason(tmp_path: Path) -> N
         b"": "not a tree",
         b"null": "not a tree",
         b"[]": "not a tree",
-        b'"\\ud800"': "surrogate",
-        b"{}": "no 'segments'",
+        b"{}": "missing required field `prompt_id`",
+        b"[" * 100_000: "not a tree",
+        good.replace(b'"p:', b'"\\ud800p:', 1): "surrogate",
+        good.replace(b'"p:', b'"\xffp:', 1): "utf-8",
+        good.replace(b'"tokens":', b'"tokens":7,"x":', 1): "a segment has the tokens 7",
         good[: len(good) // 2]: "not a tree",
         good.replace(b'"parent":-1', b'"parent":7', 1): "segment 0 has parent 7",
         good.replace(b'"parent":-1', b'"parent":-9', 1): "segment 0 has parent -9",
@@ -130,7 +133,7 @@ def test_what_is_not_a_tree_keeps_its_line_and_has_a_reason(tmp_path: Path) -> N
         good.replace(b'"prompt":[', b'"prompt":[99999999999,', 1): "not a tree",
         good.replace(b'"leaves":[', b'"leaves":[{"segment":-1,"reward":1,"verdict":null},', 1): "segment -1",
         good.replace(b'"verdict":', b'"verdict":[],"x":', 1): "not a tree",
-        good.replace(b'"verdict":', b'"verdict":"great","x":', 1): "no 'great'",
+        good.replace(b'"verdict":', b'"verdict":"great","x":', 1): "'great'",
     }
     path = tmp_path / "trees.jsonl"
     path.write_bytes(b"".join(line.rstrip(b"\n") + b"\n" + good for line in bad))

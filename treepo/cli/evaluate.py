@@ -154,13 +154,14 @@ def _compare(folders: list[str], out: Path | None) -> None:
         raise ConfigError(f"--compare: at least two folders are needed, {len(folders)} given")
     from treepo.data.output_folder import write_file
     from treepo.display.comparison import show_comparison
-    from treepo.evaluation.comparison import compare
+    from treepo.evaluation.comparison import compare, different_conditions
     from treepo.evaluation.report.plot import accuracy_plot, curve
     from treepo.evaluation.results import read_results
 
     results = [read_results(Path(folder)) for folder in folders]
     for name, other in zip(folders[1:], results[1:], strict=True):
-        show_comparison(output, folders[0], name, compare(results[0], other))
+        warning = different_conditions(results[0], other)
+        show_comparison(output, folders[0], name, compare(results[0], other), warning)
     if out is not None:
         plot = accuracy_plot([curve(*pair) for pair in zip(results, folders, strict=True)])
         try:

@@ -39,4 +39,4 @@ def rollout(
         with RolloutDisplay(progress_console, f"{config} -> {rollout_config.out}") as display:
             start = partial(engine_session, rollout_config, stop_rule)
             summary = stopper.run(run(rollout_config, inputs, display, start))
-        show_rollout(output, summary, rollout_config.out)
+        show_rollout(output, summary, rollout_config)

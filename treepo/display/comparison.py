@@ -10,9 +10,16 @@ from rich.text import Text
 from treepo.evaluation.comparison import Difference
 
 
-def show_comparison(console: Console, first: str, second: str, differences: Sequence[Difference]) -> None:
-    """Print a table of A = `first` and B = `second`. A difference is bold if its interval excludes 0."""
+def show_comparison(
+    console: Console, first: str, second: str, differences: Sequence[Difference], warning: str | None
+) -> None:
+    """Print a table of A = `first` and B = `second`. A difference is bold if its interval excludes 0.
+
+    warning: that of `different_conditions`.
+    """
     console.print(f"A: {first}\nB: {second}", highlight=False, soft_wrap=True)
+    if warning is not None:
+        console.print(Text(warning, "yellow"), soft_wrap=True)
     title = "Percent, over the problems that both have"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for head in ("", "metric", "problems", "A", "B", "B - A", "95% interval"):

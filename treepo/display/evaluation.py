@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from treepo.config.truncation import sampling_line
 from treepo.data.inputs import EvaluationInputs
 from treepo.data.output_folder import CONFIG, LOG, TREES
 from treepo.display.live import LiveDisplay, show_written, value_table
@@ -85,7 +86,9 @@ class EvaluationDisplay(LiveDisplay):
 
 
 def show_evaluation(console: Console, results: Mapping[str, Any], folder: Path) -> None:
-    """The end of an evaluation: scores with their intervals, cost, files."""
+    """The end of an evaluation: how was sampled, scores with their intervals, cost, files."""
+    line = sampling_line(results["settings"]["sampling"], "problem")
+    console.print(line, highlight=False, soft_wrap=True)
     console.print(_scores(results))
     console.print(_verdicts(results))
     if (line := unanswered(results)) is not None:

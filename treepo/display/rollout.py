@@ -1,12 +1,13 @@
 """Terminal output of `treepo rollout`: a progress bar (a line every tenth outside a terminal), a table."""
 
-from pathlib import Path
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.text import Text
 
+from treepo.config.rollout import RolloutConfig
+from treepo.config.truncation import sampling_line
 from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
 from treepo.display.live import LiveDisplay, show_written, value_table
 from treepo.rollout.sample_file import Summary
@@ -51,8 +52,10 @@ class RolloutDisplay(LiveDisplay):
         self.line_every_tenth(done, self._prompts, f"{done}/{self._prompts} trees  {numbers}")
 
 
-def show_rollout(console: Console, summary: Summary, folder: Path) -> None:
-    """The end of a rollout: its numbers, its cost, its files."""
+def show_rollout(console: Console, summary: Summary, config: RolloutConfig) -> None:
+    """The end of a rollout: how was sampled, its numbers, its cost, its files."""
+    line = sampling_line(config.sampling.model_dump(), "prompt")
+    console.print(line, highlight=False, soft_wrap=True)
     table = value_table("What was sampled")
     table.add_row("trees", f"{summary.trees} of {summary.prompts} prompts")
     table.add_row("leaves", f"{summary.leaves:,}")
@@ -77,4 +80,4 @@ def show_rollout(console: Console, summary: Summary, folder: Path) -> None:
         (CONFIG, "the effective configuration"),
         (LOG, "the log"),
     )
-    show_written(console, folder, files)
+    show_written(console, config.out, files)

@@ -176,4 +176,5 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
         (CONFIG, "the effective configuration"),
         (LOG, "the log"),
     )
-    show_written(console, folder, files)
+    # `logging` may leave some out.
+    show_written(console, folder, [(name, about) for name, about in files if (folder / name).exists()])

@@ -6,11 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from treepo.errors import DataError
+from treepo.errors import DataError, shown
 from treepo.evaluation.metrics import Estimate, estimate
 from treepo.evaluation.results import OVERALL
+from treepo.rewards.extraction import BOXED
 
 METRICS = ("mean", "weighted_mean", "majority")
+_CONDITIONS = {
+    ("reward", "answer"): BOXED,
+    ("reward", "function"): None,
+    ("reward", "url"): None,
+    ("data", "system_prompt"): None,
+    ("data", "chat_template"): True,
+    ("sampling", "width"): None,
+    ("sampling", "max_response_tokens"): None,
+}
+"""By section and key, what decides a score besides the model and how it samples, and the value of a key that
+is not there.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,20 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Differe
                     Difference(name, metric, float(before), float(after), estimate(differences, seed))
                 )
     return rows
+
+
+def different_conditions(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """One line that names the settings for which the scores of A and B do not measure the same; None if all
+    are equal.
+    """
+    differences = []
+    for (section, name), default in _CONDITIONS.items():
+        before, after = (
+            results["settings"].get(section, {}).get(name, default) for results in (first, second)
+        )
+        if before != after:
+            differences.append(f"{section}.{name} is {shown(before)} in A and {shown(after)} in B")
+    return f"A and B were not evaluated alike: {'; '.join(differences)}" if differences else None
 
 
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
@@ -78,6 +78,8 @@ class _Sampling(TypedDict):
 
 
 class _Settings(TypedDict):
+    reward: NotRequired[dict[str, object]]
+    data: NotRequired[dict[str, object]]
     seed: Annotated[int, Field(strict=True, ge=0)]
     sampling: _Sampling
 

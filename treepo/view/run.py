@@ -10,7 +10,7 @@ import orjson
 
 from treepo.config.dotted import by_dotted_key
 from treepo.config.yaml_text import read_mapping
-from treepo.data.output_folder import CONFIG, LOG, SUMMARY
+from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
 from treepo.errors import DataError, one_line
 from treepo.evaluation.results import (
     RESULTS,
@@ -20,6 +20,7 @@ from treepo.evaluation.results import (
     score_rows,
 )
 from treepo.run_status import read_status
+from treepo.training.metric_table import meaning
 from treepo.training.run_folder import METRICS
 from treepo.view.log_lines import events, log_entries
 from treepo.view.metrics_table import metrics_table
@@ -60,22 +61,25 @@ def run_part(sources: Sequence[Source]) -> Part:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """`files`: a text that changes when one of the files does. `status`: None if the run has not written
-    one; else its state, and `fault`: why a run that has not ended does not go on, or "".
+    """`files`: a text that changes when one of the files does. `trees`: whether there is a file of them.
+    `status`: None if the run has not written one; else its state, and `fault`: why a run that has not ended
+    does not go on, or "".
     """
     found = [(folder / name).stat() for name in _CHANGING if (folder / name).exists()]
     files = " ".join(f"{file.st_size}-{file.st_mtime_ns}" for file in found)
+    about = {"files": files, "trees": (folder / TREES).exists()}
     if not (folder / STATUS).exists():
-        return {"files": files, "status": None}
+        return about | {"status": None}
     status = read_status(folder)
     shown = status.model_dump(include={"state", "reason", "step", "steps", "phase"})
     waits = [f"{wait.who} waits for {wait.whom}" for wait in status.waits]
-    return {"files": files, "status": shown | {"fault": status.fault(), "waits": waits}}
+    return about | {"status": shown | {"fault": status.fault(), "waits": waits}}
 
 
 def metrics(folder: Path) -> dict[str, Any]:
-    """What `metrics_table` returns."""
-    return metrics_table(folder / METRICS)
+    """What `metrics_table` returns, and `meanings`: by metric, what it means and what is healthy."""
+    table = metrics_table(folder / METRICS)
+    return table | {"meanings": {name: text for name in table["columns"] if (text := _meaning(name))}}
 
 
 def settings(folder: Path) -> dict[str, str]:
@@ -118,6 +122,11 @@ def _summary(path: Path) -> dict[str, Any]:
         return by_dotted_key(orjson.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not the summary of a run: {one_line(error)}") from None
+
+
+def _meaning(name: str) -> str:
+    text, healthy = meaning(name) or ("", "")
+    return f"{text}\nhealthy: {healthy}".replace("`", "") if healthy else text.replace("`", "")
 
 
 def _text(value: object) -> str:

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
+import msgspec
 import numpy as np
 import orjson
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
@@ -47,6 +48,7 @@ where a tree branches into graded siblings.
 """
 
 _CACHED_BYTES = 2**25  # of lines that an index in the cache saves reading, at least
+_READ_BYTES = 2**20  # at once; a line is longer than the usual buffer
 _PLACE = {verdict: place for place, verdict in enumerate(VERDICTS)}
 _log = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class TreesIndex:
         a newline is left for later. Raises OSError if the file cannot be read.
         """
         try:
-            file = self.path.open("rb")
+            file = self.path.open("rb", buffering=_READ_BYTES)
         except FileNotFoundError:
             self.size = 0
             self._keep(0)
@@ -143,19 +145,13 @@ class TreesIndex:
     def _row(self, line: bytes, number: int) -> tuple[Any, ...]:
         """The columns of ROW after the hash."""
         try:
-            record = orjson.loads(line)
+            record = _RECORD.decode(line)
             summary = _summary(record)
-            return (self._prompt_number(record), *summary)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            prompt = TreePrompt(record.prompt_id, str(record.answer), np.array(record.prompt, np.int32))
+        except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
             self.faults[number] = _reason(error)
             return (NOT_A_TREE, NO_STEP, 0, 0, 0, 0, np.nan, 0.0, (0,) * len(VERDICTS))
-
-    def _prompt_number(self, record: Mapping[str, Any]) -> int:
-        tokens = np.array(record["prompt"], dtype=np.int32)
-        if tokens.ndim != 1:
-            raise ValueError("its prompt is not a list of tokens")
-        prompt = TreePrompt(str(record["prompt_id"]), str(record.get("answer", "")), tokens)
-        return self._add_prompt(prompt)
+        return (self._add_prompt(prompt), *summary)
 
     def _add_prompt(self, prompt: TreePrompt) -> int:
         number = len(self.prompts)
@@ -234,11 +230,38 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "treepo"
 
 
-def _summary(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The columns of ROW from `step` on. Raises what a record of something else makes it raise."""
-    segments, leaves = record["segments"], record["leaves"]
-    parents = [segment["parent"] for segment in segments]
-    lengths = [len(segment["tokens"]) for segment in segments]
+class _Segment(msgspec.Struct):
+    parent: int
+    version: int | list[tuple[int, int]]
+    finish: Finish
+    tokens: msgspec.Raw
+
+
+class _Leaf(msgspec.Struct):
+    segment: int
+    reward: float | None
+    verdict: Verdict | None
+
+
+class _Record(msgspec.Struct):
+    """What a summary needs of a line: most of it, such as the log-probs, is passed over."""
+
+    prompt_id: str
+    prompt: list[int]
+    segments: list[_Segment]
+    leaves: list[_Leaf]
+    step: int = NO_STEP
+    answer: object = ""
+
+
+_RECORD = msgspec.json.Decoder(_Record)
+
+
+def _summary(record: _Record) -> tuple[Any, ...]:
+    """The columns of ROW from `step` on. Raises ValueError if the record is not that of a tree."""
+    segments, leaves = record.segments, record.leaves
+    parents = [segment.parent for segment in segments]
+    lengths = [_length(segment.tokens) for segment in segments]
     depths = [*lengths, 0]  # in tokens; PROMPT is the last place
     for index, parent in enumerate(parents):
         if not PROMPT <= parent < index:
@@ -246,20 +269,28 @@ def _summary(record: Mapping[str, Any]) -> tuple[Any, ...]:
         depths[index] += depths[parent]
     verdicts = [0] * len(VERDICTS)
     for leaf in leaves:
-        verdicts[_PLACE[leaf["verdict"]]] += 1
-        if not 0 <= leaf["segment"] < len(segments):
-            raise ValueError(f"a leaf has segment {leaf['segment']}")
-    reward, disagreement = _rewards(parents, [(leaf["segment"], leaf["reward"]) for leaf in leaves])
+        verdicts[_PLACE[leaf.verdict]] += 1
+        if not 0 <= leaf.segment < len(segments):
+            raise ValueError(f"a leaf has segment {leaf.segment}")
+    reward, disagreement = _rewards(parents, [(leaf.segment, leaf.reward) for leaf in leaves])
     return (
-        _int32(record.get("step", NO_STEP)),
+        _int32(record.step),
         sum(lengths),
-        sum(depths[leaf["segment"]] for leaf in leaves),
-        sum(segment["finish"] == Finish.CUT for segment in segments),
-        _int32(max((_newest(segment["version"]) for segment in segments), default=0)),
+        sum(depths[leaf.segment] for leaf in leaves),
+        sum(segment.finish is Finish.CUT for segment in segments),
+        _int32(max((_newest(segment.version) for segment in segments), default=0)),
         reward,
         disagreement,
         tuple(verdicts),
     )
+
+
+def _length(tokens: msgspec.Raw) -> int:
+    """How many tokens a well-formed array has; `TreesIndex.tree` looks at what they are."""
+    text = bytes(tokens)
+    if text[:1] != b"[":
+        raise ValueError(f"a segment has the tokens {shortened(text.decode())}")
+    return text.count(b",") + 1 if len(text) > 2 else 0
 
 
 def _rewards(parents: Sequence[int], leaves: Sequence[tuple[int, float | None]]) -> tuple[float, float]:
@@ -286,7 +317,7 @@ def _deviation(values: Sequence[float]) -> float:
     return sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
-def _newest(version: int | list[list[int]]) -> int:
+def _newest(version: int | list[tuple[int, int]]) -> int:
     return version if isinstance(version, int) else max(number for number, _ in version)
 
 
@@ -297,4 +328,4 @@ def _int32(number: int) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return f"not a tree: {f'no {error}' if isinstance(error, KeyError) else shortened(str(error))}"
+    return f"not a tree: {shortened(str(error))}"

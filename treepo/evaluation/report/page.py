@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from treepo.config.truncation import sampling_line
 from treepo.data.prompts import Prompt
 from treepo.evaluation.report.plot import STYLE
 from treepo.evaluation.results import (
@@ -90,25 +91,13 @@ def _title(settings: Mapping[str, Any]) -> str:
 
 
 def _subtitle(settings: Mapping[str, Any]) -> str:
-    sampling, reward, extraction = settings["sampling"], settings["reward"], extraction_of(settings)
-    how = "leaves of a tree" if sampling["mode"] == "tree" else "independent samples"
-    return (
-        f"{sampling['width']} {how} for each problem · "
-        f"temperature {sampling['temperature']}{_truncation(sampling)} · "
-        f"up to {sampling['max_response_tokens']} tokens · "
-        + (
-            f"graded by {reward['function'] or reward['url']}"
-            if extraction is None
-            else f"the answer is {described(extraction)}"
-        )
+    reward, extraction = settings["reward"], extraction_of(settings)
+    graded = (
+        f"graded by {reward['function'] or reward['url']}"
+        if extraction is None
+        else f"the answer is {described(extraction)}"
     )
-
-
-def _truncation(sampling: Mapping[str, Any]) -> str:
-    """What leaves tokens out; results of before it was possible do not have the keys."""
-    whole = {"top_p": 1.0, "top_k": None, "min_p": 0.0}
-    given = {key: sampling.get(key, value) for key, value in whole.items()}
-    return "".join(f" · {key} {value}" for key, value in given.items() if value != whole[key])
+    return f"{sampling_line(settings['sampling'], 'problem')} · {graded}"
 
 
 def _scores(results: Mapping[str, Any]) -> str:

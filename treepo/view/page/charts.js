@@ -75,6 +75,28 @@ function axis(options) {
   return { stroke: colour("soft"), font: "11px system-ui", grid: line, ticks: { ...line, size: 4 }, ...options };
 }
 
+// All numbers 1, 2 and 5 times a power of ten from one of them, at or below `least`, to one at or above `most`.
+function roundNumbers(least, most) {
+  const powers = [];
+  for (let power = Math.floor(Math.log10(least)); power <= Math.ceil(Math.log10(most)); power++) powers.push(power);
+  const all = powers.flatMap((power) => [1, 2, 5].map((factor) => Number(`${factor}e${power}`)));
+  return all.slice(all.findLastIndex((one) => one <= least), all.findIndex((one) => one >= most) + 1);
+}
+
+function rangeOfLogarithms(_, least, most) {
+  if (least === null) return [1, 10];
+  const all = roundNumbers(least, most);
+  return all.length > 1 ? [all[0], all.at(-1)] : [least / 2, least * 2];
+}
+
+// Where a logarithmic axis has ticks: at up to eight round numbers, else at powers of ten, every second or third of many.
+function logarithmicTicks(_, __, least, most) {
+  const all = roundNumbers(least, most).filter((one) => one >= least && one <= most);
+  if (all.length <= 8) return all;
+  const powers = all.filter((one) => Number.isInteger(Math.log10(one)));
+  return powers.filter((_, at) => at % Math.ceil(powers.length / 8) === 0);
+}
+
 // The range of the y axis; of equal values, one around them.
 function rangeOfValues(_, least, most) {
   if (least === null) return [0, 1];
@@ -126,25 +148,27 @@ function drawLegend(legend, lines, hidden, x, redraw) {
   };
   const item = ([label, same]) => {
     const key = make("i");
-    const { dash, colour: own } = same[0];
+    const { dash, colour: own, meaning } = same[0];
     const stroke = !dash?.length ? "solid" : dash[0] < 4 ? "dotted" : "dashed";
     key.style.borderTop = `3px ${stroke} ${same.length > 1 ? "currentColor" : own}`;
     const onclick = () => { hidden[hidden.has(label) ? "delete" : "add"](label); redraw(); };
-    return make("button", { onclick, ariaPressed: !hidden.has(label) }, key, label, ...(hidden.has(label) ? [] : same.map(value)));
+    return make("button", { onclick, title: meaning ?? "", ariaPressed: !hidden.has(label) }, key, label, ...(hidden.has(label) ? [] : same.map(value)));
   };
   legend.replaceChildren(...Map.groupBy(lines, (line) => line.label).entries().map(item));
 }
 
-// A chart of what `describe(range)` returns: `lines`, each with label, xs, values, colour and dash; `bars`: whether
-// they are stacked; `marks` on the x axis, whose text is shown under the cursor or, without one, is a tick;
-// `unit` of the x axis, `smoothing` from 0 to 1, and whether the y axis is logarithmic.
+// A chart of what `describe(range)` returns: `lines`, each with label, meaning, xs, values, colour and dash; `bars`:
+// whether they are stacked; `marks` on the x axis, whose text is shown under the cursor or, without one, is a tick;
+// `unit` of the x axis, `smoothing` from 0 to 1, whether the y axis is logarithmic, and `linkAt(x)`: the text and the
+// action of the button that a click at x shows, or null.
 function chart(title, describe) {
   const caption = make("span", { className: "soft" });
+  const link = make("button", { hidden: true });
   const hint = make("div", { className: "hint", hidden: true });
   const ariaLabel = `${title}. Arrow keys move the cursor, + and - zoom, Escape shows everything.`;
   const canvas = make("div", { tabIndex: 0, role: "img", ariaLabel });
   const legend = make("div", { className: "legend" });
-  const head = make("figcaption", {}, make("span", {}, title), caption);
+  const head = make("figcaption", {}, make("span", { title }, title), caption, link);
   const frame = make("figure", { className: "card chart" }, head, canvas, legend, hint);
   const hidden = new Set(); // labels that are switched off
   let plot = null;
@@ -158,6 +182,12 @@ function chart(title, describe) {
     hint.textContent = near.map((mark) => mark.text).join("\n");
   }
 
+  function showLink() {
+    const found = cursorX(plot) === null ? null : describe(range).linkAt(cursorX(plot));
+    link.hidden = !found;
+    if (found) [link.textContent, link.onclick] = found;
+  }
+
   function options(shown, series, log, drawn) {
     const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick, 7)));
     const bars = shown.bars && ((_, __, most) => [0, most * 1.05 || 1]);
@@ -165,17 +195,20 @@ function chart(title, describe) {
     const selected = ({ select, posToVal }) => [posToVal(select.left, "x"), posToVal(select.left + select.width, "x")];
     return {
       width: widthOf(canvas), height: HEIGHT, legend: { show: false }, series: [{}, ...series.map((one) => one.options)],
-      axes: [axis({ size: 28, ...(shown.unit === "step" && { incrs: WHOLE }) }), axis({ size: 54, space: 26, values })],
+      axes: [
+        axis({ size: 28, ...(shown.unit === "step" && { incrs: WHOLE }) }),
+        axis({ size: 54, space: 26, values, ...(log && { splits: logarithmicTicks, filter: (_, ticks) => ticks }) }),
+      ],
       scales: {
         x: { time: false, range: (_, least, most) => range ?? [least - margin(least, most), most + margin(least, most)] },
-        y: log ? { distr: 3 } : { range: bars || rangeOfValues },
+        y: log ? { distr: 3, range: rangeOfLogarithms } : { range: bars || rangeOfValues },
       },
       cursor: {
         sync: { key: CURSOR }, points: { size: 6 }, drag: { x: true, y: false, setScale: false },
         bind: { dblclick: () => () => setRange(null) },
       },
       hooks: {
-        ready: [drawn],
+        ready: [drawn, (self) => self.over.addEventListener("click", showLink)],
         draw: [(self) => drawMarks(self, shown.marks)],
         setCursor: [() => plot && drawCursor(shown)],
         setSelect: [(self) => self.select.width > 2 && setRange(selected(self))],
@@ -205,6 +238,7 @@ function chart(title, describe) {
     if (!KEYS[event.key] || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     KEYS[event.key](plot);
+    showLink();
   });
   new ResizeObserver(() => plot && canvas.clientWidth && plot.setSize({ width: widthOf(canvas), height: HEIGHT })).observe(canvas);
   const own = { frame, draw };

@@ -1,7 +1,7 @@
 "use strict";
 // What the tab "Run" draws: its runs, what is chosen, and the lines and marks of each chart. No element is made here.
 
-const { colour, sources } = window.view;
+const { colour, open, sources } = window.view;
 const { isNumber } = window.view.charts;
 
 const MOST_BARS = 120; // beyond, a bar is the mean of several steps
@@ -22,7 +22,7 @@ const PANELS = [ // a title and the metrics, by name or pattern; log: the y axis
   { title: "Clipped tokens, share", names: ["train/clip_low", "train/clip_high", "train/dual_clip"] },
   { title: "Importance weights", names: ["train/importance", "train/importance_min", "train/importance_max"] },
   { title: "Entropy", names: ["train/entropy"] },
-  { title: "KL", names: ["train/old_kl", "train/kl"] },
+  { title: "KL", names: ["train/old_kl", "train/reference_kl"] },
   { title: "Gradient norm", names: ["train/grad_norm"] },
   { title: "Seconds of a step", names: [PHASES], bars: true },
   { title: "Idle, share of the time", names: ["idle/engines", "idle/trainer"] },
@@ -32,7 +32,7 @@ const PANELS = [ // a title and the metrics, by name or pattern; log: the y axis
 
 const runs = sources.map((source, index) => ({
   ...source, index, shown: true, files: null, status: null, fault: "", settings: {}, result: { summary: {}, scores: [] },
-  table: { steps: [], times: [], columns: {} }, log: { entries: [], events: [] },
+  table: { steps: [], times: [], columns: {}, meanings: {} }, trees: false, log: { entries: [], events: [] },
 }));
 const chosen = { x: "step", smoothing: 0, log: false, events: true, search: "" };
 const trained = () => runs.some((run) => run.table.steps.length);
@@ -81,7 +81,7 @@ function marksOf(run, range) {
 function curves(names) {
   const shown = shownRuns();
   const line = (run, xs, name, place) => ({
-    label: name, xs, values: run.table.columns[name],
+    label: name, meaning: run.table.meanings[name], xs, values: run.table.columns[name],
     colour: shown.length > 1 ? runColour(run) : colour(VERDICTS[name] ?? `curve${place % 8}`),
     dash: shown.length > 1 ? DASHES[place % DASHES.length] : [],
   });
@@ -106,10 +106,19 @@ function phaseBars(run, range) {
   const rest = (at) => Math.max(columns["seconds/step"][at] - names.reduce((sum, name) => sum + (columns[name][at] ?? 0), 0), 0);
   const line = (label, value, place) => ({
     label, xs: bins.map((bin) => mean(bin, (at) => xs[at])), values: bins.map((bin) => mean(bin, value)),
-    colour: colour(`curve${place % 8}`),
+    colour: colour(`curve${place % 8}`), meaning: run.table.meanings[label],
   });
   if (!bins.length) return [];
   return [...names.map((name, place) => line(name, (at) => columns[name][at] ?? 0, place)), line("rest of the step", rest, 7)];
+}
+
+// The button that leads to the trees of the step next to x, of the first run that is shown and has trees.
+function treesAt(x) {
+  const run = shownRuns().find((one) => one.trees && one.table.steps.length);
+  if (!run) return null;
+  const distances = xsOf(run).map((other) => Math.abs(other - x));
+  const step = run.table.steps[distances.indexOf(Math.min(...distances))];
+  return [`trees of step ${step}`, () => open("trees", `${run.index}/step-${step}`)];
 }
 
 // What a chart of a panel draws in a range of the x axis; run: the only one, for bars.
@@ -120,6 +129,7 @@ function describe(panel, run, range) {
     lines: wanted ? lines : [], bars: panel.bars,
     marks: (panel.bars ? [run] : shownRuns()).flatMap((one) => marksOf(one, range)),
     unit: chosen.x === "step" ? "step" : timeUnit()[1], smoothing: chosen.smoothing, log: chosen.log || panel.log,
+    linkAt: treesAt,
   };
 }
 

@@ -77,8 +77,8 @@ function makeControls() {
 async function read(run) {
   const source = { source: run.index };
   try {
-    const { files, status } = await ask("run/state", source);
-    Object.assign(run, { status, fault: "" });
+    const { files, status, trees } = await ask("run/state", source);
+    Object.assign(run, { status, trees, fault: "" });
     if (files === run.files) return false;
     const questions = ["metrics", "settings", "log", "result"].map((name) => ask(`run/${name}`, source));
     const [table, settings, log, result] = await Promise.all(questions);

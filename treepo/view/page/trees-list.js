@@ -96,11 +96,12 @@ class TreeList {
     this.chosen = []; // the trees of the list, in its order
     this.selected = null;
     this.problem = ""; // that keeps the list from being up to date
+    this.awaited = null; // a step to choose once its first tree is read
     const choose = () => this.choose();
     this.source = choice("Source", sources.map(({ name }, at) => [at, name]), () => open("trees", this.source.value));
     this.source.hidden = sources.length < 2;
     this.search = make("input", { type: "search", placeholder: "Search questions", "aria-label": "Search questions, gold answers and ids", oninput: choose });
-    this.step = choice("Step", [], choose);
+    this.step = choice("Step", [], () => { this.awaited = null; choose(); });
     this.step.hidden = true; // until there are steps
     this.filter = choice("Filter", titles(FILTERS), choose);
     this.order = choice("Order", titles(ORDERS), choose);
@@ -137,6 +138,15 @@ class TreeList {
     this.draw();
   }
 
+  // Lists all trees of a step.
+  showStep(step) {
+    this.awaited = step;
+    this.search.value = "";
+    this.filter.value = "all";
+    this.box.scrollTop = 0;
+    this.choose();
+  }
+
   choose() {
     const { trees } = this;
     this.offerSteps();
@@ -161,10 +171,11 @@ class TreeList {
   offerSteps() {
     const steps = [...new Set(this.trees.columns.step)].filter((step) => step >= 0);
     this.step.hidden = !steps.length;
-    if (steps.length + 1 === this.step.length) return;
-    const wanted = this.step.value;
-    this.step.replaceChildren(...choice("", [["", "all steps"], ...steps.map((step) => [step, `step ${step}`])]).children);
-    this.step.value = steps.includes(Number(wanted)) ? wanted : "";
+    const wanted = this.awaited ?? this.step.value;
+    if (steps.length + 1 !== this.step.length)
+      this.step.replaceChildren(...choice("", [["", "all steps"], ...steps.map((step) => [step, `step ${step}`])]).children);
+    this.step.value = wanted !== "" && steps.includes(Number(wanted)) ? wanted : "";
+    if (this.awaited !== null && this.step.value) this.awaited = null;
   }
 
   draw() {
@@ -194,7 +205,7 @@ class TreeList {
     ];
     row.append(
       make("div", { className: "line" }, visible(questions[prompt] ?? id)),
-      make("div", { className: "line soft" }, this.bar(columns.verdicts[tree]), facts.filter(Boolean).join(" · ")));
+      make("div", { className: "line soft", title: visible(id) }, this.bar(columns.verdicts[tree]), facts.filter(Boolean).join(" · ")));
     return row;
   }
 

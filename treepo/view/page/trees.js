@@ -1,6 +1,6 @@
 "use strict";
 // The part "Trees": the list, the drawing of a tree, and the texts on the path down to one of its nodes.
-// The address says what is shown: SOURCE/TREE/NODE. Node 0 is the prompt.
+// The address says what is shown: SOURCE/TREE/NODE, where node 0 is the prompt, or SOURCE/step-STEP.
 
 const { ask, make, open, part, repeat, sources } = window.view;
 const { TreeDrawing, TreeList, count, decimal, describe, mix, outline, visible } = window.view.trees;
@@ -38,8 +38,10 @@ class TreePage {
 
   async show(address) {
     const [source, tree, node] = address.split("/").map((text) => (/^\d{1,15}$/.test(text) ? Number(text) : null));
+    const [, step] = /^\d+\/step-(\d{1,15})$/.exec(address) ?? [];
     const place = (this.place = { source: sources[source] ? source : 0, tree: tree ?? null, node: node ?? 0 });
     this.list.select(place.source, place.tree);
+    if (step) this.list.showStep(Number(step));
     const drawn = `${place.source}/${place.tree}`;
     this.detail.hidden = this.drawn !== drawn;
     this.hint.hidden = place.tree !== null;
@@ -79,7 +81,7 @@ class TreePage {
     const found = values.filter(([, value]) => value !== null).map(([name, value]) => make("p", {}, visible(`${name}: ${value}`)));
     const below = (node.children ?? []).map((child) =>
       make("button", { onclick: () => this.open(child.data.node) }, `▸ ${outline(child)}`));
-    const hint = make("p", { className: "soft" }, "The less likely a token was, the darker it is. Point at one for its log-prob.");
+    const hint = make("p", { className: "soft" }, "The less likely a token was, the stronger its colour. Point at one for its log-prob.");
     this.text.replaceChildren(hint, ...blocks, ...found, ...below);
     const { source, tree } = this.place;
     const sizes = path.map((one) => (one.parent ? one.data.tokens : answer.prompt_tokens));
