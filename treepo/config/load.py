@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -178,15 +178,19 @@ def _place(location: Sequence[str], places: Mapping[str, str]) -> str | None:
 def _keys_of(schema: type[Section], location: Sequence[str]) -> list[str]:
     """The keys allowed in the section of `schema` at `location`."""
     section: type[BaseModel] = schema
-    for name in location:
+    names = iter(location)
+    for name in names:
         if name.isdecimal():  # an item of a list: the list's own key has led to its section
             continue
-        section = _section_of(section.model_fields[name].annotation)
+        annotation = section.model_fields[name].annotation
+        section = _section_of(annotation)
+        if get_origin(annotation) is dict:
+            next(names, None)  # the item's own name
     return list(section.model_fields)
 
 
 def _section_of(annotation: Any) -> type[BaseModel]:
-    """The section that a key holds, by itself or in a list."""
-    (section,) = get_args(annotation) or (annotation,)
+    """The section that a key holds, by itself, in a list, or under a name."""
+    section = (get_args(annotation) or (annotation,))[-1]
     assert issubclass(section, BaseModel)
     return section

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -100,6 +100,7 @@ def _row(
     if inner is not None:
         value = f"[section](#{_anchor(headings[inner])})"
         value = f"list of {value}s" if schema.get("type") == "array" else value
+        value = f"names, each with a {value}" if get_origin(field.annotation) is dict else value
         default = _departures(field.default)
     else:
         value = _value(schema)
@@ -150,7 +151,7 @@ def _limits(schema: Mapping[str, Any]) -> str:
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, by itself or in a list."""
+    """The section that a key holds, by itself, in a list, or under names."""
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 

@@ -1,9 +1,11 @@
 """Computes the metrics of a step. Tokens and lengths count response tokens, prompts excluded."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from treepo.config.heldout import HELDOUT
 from treepo.learning.dynamic_sampling import uninformative
 from treepo.protocols import BatchResult
 from treepo.rewards.shaping import shaped
@@ -58,6 +60,47 @@ def accuracy(trees: Sequence[Tree]) -> float:
     """Share of the graded leaves that are correct; nan if none could be graded."""
     graded = [leaf for tree in trees for leaf in tree.leaves if leaf.verdict and leaf.verdict.graded]
     return sum(leaf.verdict is Verdict.CORRECT for leaf in graded) / len(graded) if graded else float("nan")
+
+
+def heldout_metric(name: str, metric: str) -> str:
+    """The name in metrics.jsonl of a held-out set's number; `name` is the set's."""
+    return f"heldout/{metric}" if name == HELDOUT else f"heldout/{name}/{metric}"
+
+
+def heldout_metrics(name: str, trees: Sequence[Tree]) -> dict[str, float]:
+    """The numbers of the held-out set `name` in one evaluation, by their names in metrics.jsonl."""
+    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
+    numbers = {
+        "accuracy": accuracy(trees),
+        "standard_error": standard_error(trees),
+        "response_tokens": sum(map(Tree.total_tokens, trees)) / len(leaves),
+        "no_answer": sum(leaf.verdict is Verdict.NO_ANSWER for _, leaf in leaves) / len(leaves),
+        "truncated": sum(leaf.stop is Stop.LIMIT for _, leaf in leaves) / len(leaves),
+    }
+    return {heldout_metric(name, metric): value for metric, value in numbers.items()}
+
+
+def standard_error(trees: Sequence[Tree]) -> float:
+    """The standard error of `accuracy` over prompts, whose answers stay together; nan for fewer than two.
+
+    That of a ratio: sqrt(P / (P - 1) sum (c - a n)^2) / sum n, with c of a prompt's n graded leaves correct and
+    an accuracy of a. If all answers are alike, which would make it 0, that of P draws with a share of
+    (correct + 1) / (P + 2).
+    """
+    verdicts = [
+        [leaf.verdict for leaf in tree.leaves if leaf.verdict and leaf.verdict.graded] for tree in trees
+    ]
+    graded_P = np.array([len(one) for one in verdicts if one], float)
+    correct_P = np.array([one.count(Verdict.CORRECT) for one in verdicts if one], float)
+    prompts = len(graded_P)
+    if prompts < 2:
+        return float("nan")
+    share = correct_P.sum() / graded_P.sum()
+    if share in (0, 1):
+        smoothed = (share * prompts + 1) / (prompts + 2)
+        return math.sqrt(smoothed * (1 - smoothed) / prompts)
+    squares = ((correct_P - share * graded_P) ** 2).sum()
+    return math.sqrt(prompts / (prompts - 1) * squares) / float(graded_P.sum())
 
 
 def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
