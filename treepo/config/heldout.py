@@ -1,7 +1,7 @@
-"""Evaluation during a training run: how often, on which held-out sets, sampled how, and what is the best.
+"""Evaluation in a training run: how often, on which held-out sets, how sampled, and which step is the best.
 
-`data.heldout` is one set, named "heldout", with the options of `evaluation`; `evaluation.sets` has further ones,
-each with its own file, columns and options.
+`data.heldout` is one set, named "heldout", with the options of `evaluation`. `evaluation.sets` has further
+ones, each with its own file, columns and options.
 """
 
 import re
@@ -60,12 +60,12 @@ class HeldoutConfig(HeldoutOptions):
     every: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out sets during training; null: only before and after it."""
     sets: dict[str, HeldoutSetConfig] = Field(default={})
-    """Further held-out sets by name, each evaluated whenever `data.heldout` is. The accuracy of the set `math`
-    is the metric `heldout/math/accuracy`."""
+    """Further held-out sets by name, each evaluated whenever `data.heldout` is. The accuracy of the set
+    `math` is the metric `heldout/math/accuracy`."""
     best: str | None = None
-    """Keep the checkpoint with the best accuracy, besides the last ones, and write its model to `best/` at the
-    end: `accuracy` is that of `data.heldout` or of the only set, `math/accuracy` that of the set `math`. Needs
-    `every`; each evaluation then has a checkpoint."""
+    """Keep the checkpoint with the best accuracy besides the newest ones, and write its model to `best/` at
+    the end. `accuracy` is that of `data.heldout` or of the only set, `math/accuracy` that of the set `math`.
+    Needs `every`; each step that is evaluated then has a checkpoint, whatever `checkpoint.every` says."""
 
     @model_validator(mode="before")
     @classmethod

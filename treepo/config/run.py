@@ -167,15 +167,15 @@ class RunConfig(Section):
         evaluation, sets = self.evaluation, self.heldout_sets
         if evaluation.every is not None and not sets:
             raise ValueError(
-                f"evaluation.every = {evaluation.every} with data.heldout = null and no evaluation.sets: there "
-                "is nothing to evaluate on; null is allowed"
+                f"evaluation.every = {evaluation.every} with data.heldout = null and no evaluation.sets: "
+                "there is nothing to evaluate on; null is allowed"
             )
         if evaluation.best is None:
             return self
         if self.checkpoint.every is None:
             raise ValueError(
-                f"evaluation.best = {evaluation.best} with checkpoint.every = null: no checkpoint is written; "
-                "set checkpoint.every"
+                f"evaluation.best = {evaluation.best} with checkpoint.every = null: no checkpoint is "
+                "written; set checkpoint.every"
             )
         name = evaluation.best.rpartition("/")[0]
         if name and name not in sets:

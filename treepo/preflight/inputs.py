@@ -37,7 +37,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
     # Held-out responses are sampled sequentially, so `max_depth` does not bound them.
     responses = [
         config.sampling.max_response_tokens,
-        *(one.max_response_tokens or 1 for one in sets.values()),
+        *(one.max_response_tokens or 0 for one in sets.values()),
     ]
     _check_served(config.model.path, data.max_prompt_tokens, max(responses), config.engine)
     _check_trained(config)

@@ -1,8 +1,8 @@
 """Which step of a run is the best by `evaluation.best`.
 
 It is the first step with the highest accuracy among those that were evaluated and have a checkpoint. So it
-follows from metrics.jsonl and the folders in `checkpoints/`: a run that resumes cuts the former back and finds
-the same step again. `checkpoints/best.json` names it for people and other programs; nothing reads it here.
+follows from metrics.jsonl and the folders in `checkpoints/`: a run that resumes cuts the former back, and
+finds it again. `checkpoints/best.json` names it for people and other programs; a run only writes it.
 """
 
 import json

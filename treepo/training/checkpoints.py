@@ -45,8 +45,8 @@ class Saver(Protocol):
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, one at a time, and removes those that are not kept: neither among the newest
-    nor the best.
+    """Writes a run's checkpoints, one at a time, and removes those that are neither among the newest nor the
+    best.
 
     out: the run folder. steps: total steps of the run. best: which one is; None: the newest alone are kept.
     """
@@ -67,9 +67,7 @@ class Checkpoints:
         self._settling = asyncio.Lock()
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint follows this step: one of every so many, the last, or one that is evaluated and
-        could be the best.
-        """
+        """Whether a checkpoint follows this step, as the last one or as one that may be the best."""
         every = self._config.every
         if every is None:
             return False

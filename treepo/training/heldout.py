@@ -33,7 +33,10 @@ _POLL_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """metrics: of all sets, by their names in metrics.jsonl. trees: of each set, in the order of its prompts."""
+    """What one evaluation has found.
+
+    metrics: of all sets, by their names in metrics.jsonl. trees: of each set, in the order of its prompts.
+    """
 
     metrics: Mapping[str, float]
     trees: Mapping[str, Sequence[FinishedTree]]

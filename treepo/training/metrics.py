@@ -1,7 +1,7 @@
 """Computes the metrics of a step. Tokens and lengths count response tokens, prompts excluded."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -67,6 +67,16 @@ def heldout_metric(name: str, metric: str) -> str:
     return f"heldout/{metric}" if name == HELDOUT else f"heldout/{name}/{metric}"
 
 
+def evaluated_sets(metrics: Iterable[str]) -> list[str]:
+    """The held-out sets that have an accuracy among these metrics, in their order."""
+    names = []
+    for metric in metrics:
+        kind, *between, last = metric.split("/")
+        if kind == "heldout" and last == "accuracy":
+            names.append("/".join(between) or HELDOUT)
+    return names
+
+
 def heldout_metrics(name: str, trees: Sequence[Tree]) -> dict[str, float]:
     """The numbers of the held-out set `name` in one evaluation, by their names in metrics.jsonl."""
     leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
@@ -83,9 +93,9 @@ def heldout_metrics(name: str, trees: Sequence[Tree]) -> dict[str, float]:
 def standard_error(trees: Sequence[Tree]) -> float:
     """The standard error of `accuracy` over prompts, whose answers stay together; nan for fewer than two.
 
-    That of a ratio: sqrt(P / (P - 1) sum (c - a n)^2) / sum n, with c of a prompt's n graded leaves correct and
-    an accuracy of a. If all answers are alike, which would make it 0, that of P draws with a share of
-    (correct + 1) / (P + 2).
+    That of a ratio: sqrt(P / (P - 1) sum (c - a n)^2) / sum n, if c of a prompt's n graded leaves are correct
+    and the accuracy is a. If all leaves are alike, which would make it 0, one prompt more is taken as right
+    and one more as wrong.
     """
     verdicts = [
         [leaf.verdict for leaf in tree.leaves if leaf.verdict and leaf.verdict.graded] for tree in trees

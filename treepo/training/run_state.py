@@ -28,9 +28,9 @@ CONTINUES = "continues after step"
 class RunState:
     """Everything that a run carries from step to step; a checkpoint saves it whole.
 
-    data: fingerprint of the training prompts. accuracy_before: of the first held-out set, before training. schedule: which of them are not trained yet. resampled: trees
-    that a resumed run found too stale. trainer_restarts: after a rank died or hung. sizes: bytes of the
-    growing files, by name, when the state was saved.
+    data: fingerprint of the training prompts. schedule: which of them are not trained yet. resampled: trees
+    that a resumed run found too stale. trainer_restarts: after a rank died or hung. accuracy_before: on the
+    first held-out set, before training. sizes: bytes of the growing files, by name, when the state was saved.
     seconds: total time of the run, before and after interruptions.
     """
 
@@ -80,8 +80,9 @@ class RunState:
     ) -> dict[str, Any]:
         """The content of summary.json.
 
-        dtype: of the model's parameters. accuracy_after: of the first held-out set. best: step and accuracy of
-        the model in `best/`; None without one. log_prob_check: the figures of the check; None if it is off.
+        dtype: of the model's parameters. accuracy_after: on the first held-out set. best: step and accuracy
+        of the model in `best/`; None without one. log_prob_check: the figures of the check; None if it is
+        off.
         """
         return {
             "dtype": dtype,

@@ -136,7 +136,7 @@ class _Run:
         checkpoints = Checkpoints(
             config.out, config.checkpoint, config.steps, trainer, self.folder.disk, best
         )
-        if origin is None and state.accuracy_before is None:
+        if origin is None and self.at_start is None:
             state.accuracy_before = await self._evaluate(heldout, "before", 0, checkpoints, clock)
             self.at_start = await self.folder.sizes()
         loop = TrainingLoop(
