@@ -107,8 +107,8 @@ def marked(out: Path) -> int | None:
 def test_the_best_checkpoint_survives_kills_and_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Random accuracies, intervals and numbers of kept checkpoints. The run dies a few times, at a call of the
-    trainer or anywhere; at the end the newest checkpoints and the best are there, and no other.
+    """Random accuracies, intervals and numbers of kept checkpoints. The run dies a few times, at a call of
+    the trainer or anywhere; at the end the newest checkpoints and the best are there, and no other.
     """
     chosen = random.Random(seed)
     rewards = ChosenRewards({step: chosen.randrange(1, 10) for step in range(STEPS + 1)})

@@ -1,6 +1,7 @@
 """Computes the metrics of a step. Tokens and lengths count response tokens, prompts excluded."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ STEP_PHASES = {
     "weight sync": "seconds/weight_sync",
 }
 """The phases of a step, and the metrics that hold their seconds."""
+
+_ACCURACY = re.compile(r"heldout/(?:([^/]+)/)?accuracy")
 
 
 def step_metrics(
@@ -69,12 +72,8 @@ def heldout_metric(name: str, metric: str) -> str:
 
 def evaluated_sets(metrics: Iterable[str]) -> list[str]:
     """The held-out sets that have an accuracy among these metrics, in their order."""
-    names = []
-    for metric in metrics:
-        kind, *between, last = metric.split("/")
-        if kind == "heldout" and last == "accuracy":
-            names.append("/".join(between) or HELDOUT)
-    return names
+    found = map(_ACCURACY.fullmatch, metrics)
+    return [one[1] or HELDOUT for one in found if one is not None]
 
 
 def heldout_metrics(name: str, trees: Sequence[Tree]) -> dict[str, float]:
