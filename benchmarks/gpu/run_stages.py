@@ -111,7 +111,8 @@ def _train(context: Context, name: str, overrides: dict[str, Any]) -> Figures:
     sys.stderr.write(done.stderr)
     assert done.returncode == 0, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     summary = json.loads((out / "summary.json").read_text())
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "seconds/step" in line]  # the others are evaluations
     assert len(steps) == summary["steps"] == overrides["steps"], (len(steps), summary["steps"])
     last = steps[-1]
     phases = ("sample", "log_probs", "train", "weight_sync")
