@@ -1,7 +1,7 @@
 """Weights & Biases. A row of its history is a step of the run.
 
 Offline, every start of a run writes a folder of its own, whole from the beginning. Online, a run that goes
-back rewinds its W&B run; where the server cannot do that, the steps that are repeated keep their first values.
+back rewinds its W&B run; where the server cannot do that, repeated steps keep their first values.
 """
 
 import json
