@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
@@ -15,6 +15,7 @@ from treepo.errors import one_line, shortened
 from treepo.protocols import BatchResult
 from treepo.rollout.stats import Stats
 from treepo.training.health import Health
+from treepo.training.metrics import evaluated_sets
 from treepo.training.pace import PaceMeter
 from treepo.training.scheduler import ScheduleState
 from treepo.watchdog import Watchdog
@@ -132,6 +133,13 @@ class Watched:
         for warning in self._health.step(step, metrics):
             _log.warning("step %d: %s", step, warning.text)
         self._watchdog.step(step, metrics, self._pace.step(step, metrics), self._health.warnings)
+
+    def known(self, earlier: Iterable[Mapping[str, float | None]]) -> None:
+        """Have the status begin with the last evaluation of before. earlier: the lines of metrics.jsonl."""
+        for record in earlier:
+            if evaluated_sets(record):
+                found = {name: value for name, value in record.items() if value is not None}
+                self._watchdog.evaluated(int(found["step"]), found)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         self._watchdog.evaluated(step, metrics)

@@ -61,6 +61,7 @@ async def train(
         folder = stack.enter_context(RunFolder(config, None if resume is None else state, decode))
         health = Health(config, folder.recorded())
         reporter = Watched(reporter, watchdog, config.steps, health)
+        reporter.known(folder.recorded())
         clock = Clock(state, reporter)
         await stack.enter_async_context(watchdog)
         for report in inputs.reports:
