@@ -125,7 +125,7 @@ def _check_rope(folder: Path, config: Mapping[str, Any]) -> None:
         kind = rope.get("rope_type", rope.get("type", "default"))
         _text(folder, f"{name}.rope_type", kind)
         needed = _LLAMA3 if kind == "llama3" else ()
-        for key in (*needed, "rope_theta", "original_max_position_embeddings"):
+        for key in dict.fromkeys((*needed, "factor", "rope_theta", "original_max_position_embeddings")):
             if key in rope:
                 _number(folder, f"{name}.{key}", rope[key])
             elif key in needed:

@@ -65,6 +65,11 @@ def _check_count(
 ) -> None:
     """Check layers or experts first: a wrong count explains every tensor that is missing or too many."""
     found = {name: int(match[1]) for name in headers if (match := pattern.search(name))}
+    if not found and pattern is _LAYER:
+        raise ModelError(
+            f"{folder}: no tensor is named model.layers.0..., as those of a model alone are; the first is "
+            f"{min(headers)}"
+        )
     most = max(found.values(), default=-1) + 1
     if most != count:
         last = next((name for name, number in found.items() if number == most - 1), "none")

@@ -117,7 +117,8 @@ class SGLangEngine:
     async def health_check(self) -> None:
         """Request one token, and return as soon as SGLang has answered any request: a busy engine is alive.
 
-        Raises EngineError if the engine refuses, and DeadEngineError as soon as it has died.
+        Returns at once while the engine is held or updated: its memory may be offloaded, and a request would
+        end SGLang. Raises EngineError if the engine refuses, and DeadEngineError as soon as it has died.
         """
         await self._bounded_request(self._first_answer(), "a health check")
 
@@ -291,6 +292,8 @@ class SGLangEngine:
 
     async def _first_answer(self) -> None:
         """Return when SGLang has answered a request for one token, or any other request."""
+        if self._gate.is_shut:
+            return
         manager = self._sglang.manager
         before = manager.last_receive_tstamp
         probe = asyncio.ensure_future(self._one_token())

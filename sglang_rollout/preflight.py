@@ -26,6 +26,7 @@ def check_engine(folder: Path, prompt: int, response: int, engine: EngineConfig)
     _check_layers(folder, config)
     positions = _size(config, "max_position_embeddings")
     total = prompt + response
+    _check_full_attention(folder, config, total)
     for limit, name in (
         (positions, f"{folder} has {positions} positions (max_position_embeddings in config.json)"),
         (engine.max_total_tokens, f"engine.max_total_tokens = {engine.max_total_tokens}"),
@@ -71,3 +72,24 @@ def _check_layers(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder}: {name} = {shown(found)} in {CONFIG}; SGLang serves such models with "
                 f"{shown(allowed)} only"
             )
+
+
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+_WINDOW = 4096  # of these families in transformers, if config.json has none
+
+
+def _check_full_attention(folder: Path, config: Mapping[str, Any], total: int) -> None:
+    """SGLang 0.5.16 gives these families full attention and SiLU, whatever their configuration says."""
+    family = config.get("model_type")
+    if family not in _LLAMA_LIKE:
+        return
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise ModelError(f"{folder / CONFIG}: hidden_act = {shown(activation)}; SGLang serves silu only")
+    window = config.get("sliding_window", _WINDOW)
+    slides = family == "mistral" or (family != "llama" and config.get("use_sliding_window") is True)
+    if slides and window is not None and total > window:
+        raise ModelError(
+            f"{folder / CONFIG}: sliding_window = {shown(window)}; SGLang attends to the whole context "
+            f"instead, so data.max_prompt_tokens + the longest response = {total} must be at most "
+            f"{shown(window)}"
+        )

@@ -1,33 +1,44 @@
 """Fixtures that many tests share."""
 
 import asyncio
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import settings
-
-from tests.support.tiny import write_tiny_qwen2
 
 if TYPE_CHECKING:
     from tests.support.real_engine import RealEngine
 
-# The tests' tensors are small, and threads that wait for each other on a busy machine cost minutes. The
-# variable is for processes that tests start; torch has already read it in this one.
+# The tests' tensors are small, and threads that wait for each other on a busy machine cost minutes. torch
+# reads the variable when it is imported. This file does not import it: the process of pytest-xdist that only
+# hands out tests loads the file too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # The same examples in every run, however slow the machine is.
 settings.register_profile("treepo", deadline=None, derandomize=True)
 settings.load_profile("treepo")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector from the modules that the tests import: millions of objects, which stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen2 folder (no tokenizer)."""
+    from tests.support.tiny import write_tiny_qwen2  # here: its imports take seconds
+
     return write_tiny_qwen2(tmp_path_factory.mktemp("tiny"))
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import orjson
 from pydantic import Field, NonNegativeInt, TypeAdapter
 
+from treepo.verdict import Verdict
+
 PROMPT = -1
 
 
@@ -41,21 +43,6 @@ class Stop(StrEnum):
     LIMIT = "limit"  # the response reached max_response_tokens
     DEPTH = "depth"  # the path reached max_depth segments
     REPETITION = "repetition"
-
-
-class Verdict(StrEnum):
-    """A grader's verdict on one response. The last two are masked from training, never counted as wrong."""
-
-    CORRECT = "correct"
-    WRONG = "wrong"
-    NO_ANSWER = "no_answer"
-    TIMEOUT = "timeout"
-    ERROR = "error"
-
-    @property
-    def graded(self) -> bool:
-        """Whether the response has a grade."""
-        return self not in (Verdict.TIMEOUT, Verdict.ERROR)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,9 +82,10 @@ class Tree:
     """One prompt's rollout. Raises ValueError if the parts do not form a tree."""
 
     prompt_id: str
-    prompt: np.ndarray  # int32 [T]
-    segments: tuple[Segment, ...]
-    leaves: tuple[Leaf, ...]
+    # Not shown: a loop of asyncio formats the result of its task when it restores a signal.
+    prompt: np.ndarray = field(repr=False)  # int32 [T]
+    segments: tuple[Segment, ...] = field(repr=False)
+    leaves: tuple[Leaf, ...] = field(repr=False)
 
     def __post_init__(self) -> None:
         has_child = [False] * len(self.segments)

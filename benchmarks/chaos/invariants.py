@@ -51,7 +51,7 @@ def passed_prompts(run: Path, names: Sequence[str]) -> list[str]:
     """The prompts that the newest checkpoint of a run has behind it. names: of the prompts, by row."""
     from treepo.config.load import load_config
     from treepo.config.run import RunConfig
-    from treepo.data.prompts import PromptOrder
+    from treepo.data.prompt_order import PromptOrder
     from treepo.training.checkpoints import newest
 
     config, found = load_config(run / "config.yaml"), newest(run)

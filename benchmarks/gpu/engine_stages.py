@@ -170,6 +170,67 @@ def engine_memory(context: Context) -> Figures:
     }
 
 
+def interruption(context: Context) -> Figures:
+    """Hold the engine while it samples, as oversampling and asynchronous runs do, until some requests have
+    come back unfinished; on a GPU it gives its memory away meanwhile. The rest is requested again.
+    """
+    live = _engine(context)
+    prompts = random_prompts(8, PROMPT_TOKENS, SHAPES[_shape(context)]["vocab_size"])
+    tokens = 128 if context.dry_run else 512
+    start = time.perf_counter()
+    answers = live.call(_sample_with_holds(live.engine, [prompt.tokens for prompt in prompts], tokens))
+    seconds = time.perf_counter() - start
+    unfinished = sum(part.finish == "interrupted" for parts in answers for part in parts)
+    assert unfinished, "no request was interrupted"
+    off: list[np.ndarray] = []
+    for prompt, parts in zip(prompts, answers, strict=True):
+        path = np.concatenate([prompt.tokens, *(part.tokens for part in parts)])
+        computed = live.log_probs(path)[len(prompt.tokens) - 1 :]
+        off.append(np.abs(computed - np.concatenate([part.log_probs for part in parts])))
+    mean = float(np.concatenate(off).mean())
+    assert mean <= MEAN_LIMITS[_DTYPE], f"log-probs of interrupted requests are off by {mean:.2g} on average"
+    return {
+        "headline": (
+            f"{unfinished} interruptions of {len(prompts)} requests in {seconds:.1f} s; the log-probs of "
+            f"their {sum(map(len, off))} tokens are the engine's within {mean:.1e}"
+        ),
+        "interruptions": unfinished,
+        "seconds": seconds,
+        "log_prob_difference": mean,
+    }
+
+
+async def _sample_with_holds(
+    engine: SGLangEngine, prompts: Sequence[np.ndarray], tokens: int
+) -> list[list[GenerateOutput]]:
+    """The outputs of each prompt's requests, which follow one another until it has `tokens` tokens."""
+    answers: list[list[GenerateOutput]] = [[] for _ in prompts]
+
+    async def sample(prompt: np.ndarray, parts: list[GenerateOutput]) -> None:
+        context, left = prompt, tokens
+        while left:
+            request = GenerateRequest(context, len(prompt), left, 1.0, seed=0)
+            parts.append(await engine.generate(request))
+            if parts[-1].finish == "eos":
+                return
+            context = np.concatenate([context, parts[-1].tokens])
+            left -= len(parts[-1].tokens)
+
+    running = asyncio.gather(*map(sample, prompts, answers))
+    for pause in (0.2, 0.4, 0.8, 1.6, 3.2):  # a busy machine may not have decoded a token yet
+        await asyncio.wait((running,), timeout=pause)
+        if running.done() or any(part.finish == "interrupted" for parts in answers for part in parts):
+            break
+        await engine.hold()
+        if _CUDA:
+            await engine.offload()
+            await engine.reload("weights")
+            await engine.reload("cache")
+        engine.release()
+    await running
+    return answers
+
+
 def update_ipc(context: Context) -> Figures:
     """A weight sync through the GPU's memory."""
     return _update_colocated(context, "ipc")

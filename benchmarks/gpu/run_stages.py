@@ -1,4 +1,5 @@
-"""The stages of first_day.py that are whole training runs: the quickstart, and a model of the 0.5B shape.
+"""The stages of first_day.py that are whole training runs: the quickstart as it is, with a lost trainer, and
+asynchronous; and a model of the 0.5B shape.
 
 Imported by grading processes too, so heavy modules are imported where they are used.
 """
@@ -7,16 +8,18 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.stage_process import Context, Figures
+from benchmarks.gpu.stage_process import Context, Figures, SkippedError
 
-QUICKSTART = Path("examples/quickstart.yaml")
+QUICKSTART, QUICKSTART_ASYNC = Path("examples/quickstart.yaml"), Path("examples/quickstart-async.yaml")
 ACCURACY = 0.30, 0.50
 """Of the toy's model; its recipe aims at 0.4."""
+_POLL_SECONDS = 0.1
 
 
 def coin(prompt: str, response: str, answer: str, extra: Mapping[str, object]) -> float:
@@ -48,8 +51,6 @@ def toy(context: Context) -> Figures:
 
 def quickstart(context: Context) -> Figures:
     """`treepo train examples/quickstart.yaml`, with fewer steps."""
-    if not (_toy(context) / "toy.json").exists():
-        toy(context)
     steps = 1 if context.dry_run else min(12, round(3 * context.settings.stretch))
     overrides: dict[str, Any] = {"steps": steps}
     if context.dry_run:
@@ -58,12 +59,13 @@ def quickstart(context: Context) -> Figures:
 
 
 def colocated_run(context: Context) -> Figures:
-    """Three steps of a random model of the 0.5B shape, colocated, with the engine's own choice of memory."""
+    """Three steps of a random model of the 0.5B shape, colocated, with the engine's own choice of memory.
+
+    It oversamples, so trees that are growing pause while the trainer has the GPU.
+    """
     from benchmarks.random_model import SHAPES, write_model
     from treepo.toy.byte_tokenizer import EOS_ID, byte_tokenizer
 
-    if not (_toy(context) / "toy.json").exists():
-        toy(context)
     folder = context.folder("colocated")
     shape = (
         SHAPES["tiny"] | {"vocab_size": 320, "max_position_embeddings": 4096}
@@ -78,6 +80,7 @@ def colocated_run(context: Context) -> Figures:
         "data.heldout": "null",
         "reward.function": f"{__name__}:coin",
         "checkpoint.every": "null",
+        "sampling.oversample": 1.5,
         "engine.max_total_tokens": "null",
         "trainer.optimizer.learning_rate": 1e-6,
     }
@@ -94,8 +97,61 @@ def colocated_run(context: Context) -> Figures:
     return _train(context, "colocated", overrides)
 
 
-def _train(context: Context, name: str, overrides: dict[str, Any]) -> Figures:
-    """Run the command `treepo train` on the quickstart's configuration, with these keys changed too."""
+def lost_trainer(context: Context) -> Figures:
+    """The quickstart with a trainer rank that is killed after the first checkpoint.
+
+    It starts again in the same run, beside the engine on the same GPU, and goes on from there.
+    """
+    overrides: dict[str, Any] = {"steps": 6, "checkpoint.every": 1, "data.heldout": "null"}
+    if context.dry_run:
+        overrides |= {"steps": 3, "data.prompts_per_step": 2}
+    figures = _train(context, "lost_trainer", overrides, meanwhile=_kill_a_rank)
+    restarts, seconds = figures["summary"]["trainer_restarts"], figures["summary"]["phase_seconds"]
+    assert restarts == 1, f"{restarts} restarts of the trainer"
+    figures["headline"] = (
+        f"the trainer was back after {seconds['restart trainer']:.1f} s; {figures['headline']}"
+    )
+    return figures
+
+
+def async_run(context: Context) -> Figures:
+    """The asynchronous quickstart, whose engine and trainer have GPUs of their own. Weights go by NCCL."""
+    import torch
+
+    if torch.cuda.device_count() == 1:
+        raise SkippedError("needs two GPUs")
+    overrides: dict[str, Any] = {"steps": 3, "data.heldout": "null", "weights.transport": "broadcast"}
+    if context.dry_run:
+        overrides |= {"data.prompts_per_step": 2}
+    return _train(context, "async", overrides, QUICKSTART_ASYNC)
+
+
+def _kill_a_rank(run: "subprocess.Popen[bytes]", out: Path) -> None:
+    """Kill a trainer rank of the run as soon as there is a checkpoint."""
+    import psutil
+
+    from benchmarks.chaos.roles import of_role
+    from treepo.training.checkpoints import saved
+
+    while saved(out) is None:
+        if run.poll() is not None:
+            return
+        time.sleep(_POLL_SECONDS)
+    of_role("trainer", psutil.Process(run.pid).children(recursive=True))[0].kill()
+
+
+def _train(
+    context: Context,
+    name: str,
+    overrides: dict[str, Any],
+    config: Path = QUICKSTART,
+    meanwhile: Callable[["subprocess.Popen[bytes]", Path], None] = lambda *_: None,
+) -> Figures:
+    """Run the command `treepo train` on a configuration like the quickstart's, with these keys changed too.
+    meanwhile: called with the run's process and folder once it has started.
+    """
+    if not (_toy(context) / "toy.json").exists():
+        toy(context)
     out = context.folder("runs") / name
     toys = _toy(context)
     usual = {
@@ -105,11 +161,16 @@ def _train(context: Context, name: str, overrides: dict[str, Any]) -> Figures:
         "data.heldout": toys / "heldout.jsonl",
         "engine.attention_backend": context.settings.attention_backend,
     }
-    command = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", str(QUICKSTART)]
+    command = [sys.executable, "-c", "from treepo.cli.main import main; main()", "train", str(config)]
     changes = [f"{key}={value}" for key, value in (usual | overrides).items()]
-    done = subprocess.run([*command, *changes], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    sys.stderr.write(done.stderr)
-    assert done.returncode == 0, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    printed = context.folder("runs") / f"{name}.txt"
+    with printed.open("wb") as output:
+        run = subprocess.Popen([*command, *changes], stdin=subprocess.DEVNULL, stderr=output)
+        meanwhile(run, out)
+        code = run.wait()
+    errors = printed.read_text(errors="replace")
+    sys.stderr.write(errors)
+    assert code == 0, (errors.strip().splitlines() or [f"exit code {code}"])[-1]
     summary = json.loads((out / "summary.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "seconds/step" in line]  # the others are evaluations

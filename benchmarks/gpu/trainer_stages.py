@@ -35,7 +35,9 @@ from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.doctor import trainer_check
 from treepo.doctor.check import Status
 from treepo.learning.packing import Pack
+from treepo.weight_sync.broadcast import BroadcastSender
 
+SECONDS = 60.0
 KEPT_SHARE = 0.25
 """Of the memory before an offload of everything."""
 SAME_STEP = 0.1
@@ -77,6 +79,24 @@ def _collectives(group: dist.ProcessGroup) -> float:
     for result in (total, part, whole):
         assert torch.equal(result, x), "a collective of one rank changed its values"
     return time.perf_counter() - start
+
+
+def broadcast_group(_: Context) -> Figures:
+    """The group of `weights.transport: broadcast`, formed and left twice. NCCL takes one process a GPU, so it
+    has the sender alone.
+    """
+    sender = BroadcastSender(_DEVICE, "127.0.0.1", SECONDS)
+    start = time.perf_counter()
+    for _again in range(2):
+        sender.addresses([])
+        sender.connect()
+        flat = sender.buffer(0, 1 << 20).fill_(7)
+        sender.start(0, flat, ())
+        sender.finish()
+        assert bool((flat == 7).all()), "a broadcast of one rank changed its bytes"
+        sender.close()
+    seconds = time.perf_counter() - start
+    return {"headline": f"formed and left twice in {seconds:.2f} s", "seconds": seconds}
 
 
 def trainer_bf16(_: Context) -> Figures:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
+from treepo.cli.main import app, exit_code_of
 
 QUICKSTART = ROOT / "examples/quickstart.yaml"
 MODULES_TOO_HEAVY = ("torch", "ray", "transformers", "sglang", "megatron")
@@ -15,6 +16,14 @@ MODULES_TOO_HEAVY = ("torch", "ray", "transformers", "sglang", "megatron")
 def _treepo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from treepo.cli.main import main; main()", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _exit_code_here(*arguments: str) -> object:
+    """The exit code of the same command in this process."""
+    try:
+        return exit_code_of(lambda: app(args=arguments))
+    except SystemExit as end:
+        return end.code
 
 
 def test_help_names_the_commands() -> None:
@@ -37,9 +46,6 @@ def test_help_and_configuration_import_nothing_heavy() -> None:
     [
         (("train", "none.yaml"), "none.yaml: No such file"),
         (("trian",), "No such command 'trian'"),
-        (("train",), "Missing argument"),
-        (("toy", "--sed", "1"), "No such option"),
-        (("launch", str(QUICKSTART), "--nodes", "2"), "--nodes 2, but neither Slurm"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -49,3 +55,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train",), "Missing argument"),
+        (("toy", "--sed", "1"), "No such option"),
+        (("launch", str(QUICKSTART), "--nodes", "2"), "--nodes 2, but neither Slurm"),
+    ],
+)
+def test_other_mistakes_are_seen_in_the_same_way(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code_here(*arguments) == 2
+    assert message in capsys.readouterr().err

@@ -21,24 +21,36 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_wait_passively_everywhere() -> None:
-    assert engine_environment(4) == {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive"}
-    assert engine_environment(4).items() <= trainer_environment(4, config()).items()
+    assert engine_environment(4, on_gpus=True) == {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive"}
+    assert (
+        engine_environment(4, on_gpus=True).items() <= trainer_environment(4, config(), on_gpus=True).items()
+    )
 
 
 def test_the_trainers_segments_expand_and_an_engines_do_not() -> None:
-    assert trainer_environment(1, config())["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert not any("ALLOC_CONF" in name for name in engine_environment(1))
+    assert (
+        trainer_environment(1, config(), on_gpus=True)["PYTORCH_CUDA_ALLOC_CONF"]
+        == "expandable_segments:True"
+    )
+    assert not any("ALLOC_CONF" in name for name in engine_environment(1, on_gpus=True))
+
+
+def test_a_cluster_without_gpus_sees_none() -> None:
+    """`treepo launch --gpus 0` on a machine that has some: torch would take them."""
+    for variables in (engine_environment(1, on_gpus=False), trainer_environment(1, config(), on_gpus=False)):
+        assert not variables["CUDA_VISIBLE_DEVICES"]
+    assert "CUDA_VISIBLE_DEVICES" not in engine_environment(1, on_gpus=True), "Ray sets it"
 
 
 @pytest.mark.parametrize(("tensor", "connections"), [(1, None), (2, "1")])
 def test_kernels_queue_with_tensor_parallelism(tensor: int, connections: str | None) -> None:
     run = config(trainer={"parallel": {"tensor": tensor}})
-    assert trainer_environment(1, run).get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
+    assert trainer_environment(1, run, on_gpus=True).get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
 
 
 @pytest.mark.parametrize("transport", ["colocated", "host_broadcast", "disk"])
 def test_a_communicator_of_the_trainer_alone_has_nccls_defaults(transport: str) -> None:
-    variables = trainer_environment(1, config(weights={"transport": transport}))
+    variables = trainer_environment(1, config(weights={"transport": transport}), on_gpus=True)
     assert not any(name.startswith("NCCL") for name in variables)
 
 
@@ -50,7 +62,7 @@ def test_ranks_of_the_engines_communicator_have_sglangs_nccl_settings(
     for name, value in user.items():
         monkeypatch.setenv(name, value)
     run = config(weights={"transport": "broadcast"}, engine={"sglang": arguments})
-    variables = trainer_environment(1, run)
+    variables = trainer_environment(1, run, on_gpus=True)
     ours = {name: value for name, value in variables.items() if name.startswith("NCCL")}
     assert ours == sglangs_nccl_settings(arguments, user)
 
@@ -93,7 +105,7 @@ def test_the_users_settings_win(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     for variable, value in given.items():
         monkeypatch.setenv(variable, value)
     run = config(trainer={"parallel": {"tensor": 2}}, weights={"transport": "broadcast"})
-    assert trainer_environment(1, run) == given
+    assert trainer_environment(1, run, on_gpus=True) == given
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,11 @@ MERGED = "a0: &a0 {k: 1}\n" + "".join(
     [
         ("seed: 2024-13-45", ":6: not YAML: 2024-13-45 is read as a date, which no key takes"),
         ("seed: 2024-02-28", ":6: not YAML: 2024-02-28 is read as a date, which no key takes"),
+        ("seed: 12:30:45", ":6: not YAML: 12:30:45 is read as a number to base 60; write it to base 10"),
+        ("seed: -1:30.5", ":6: not YAML: -1:30.5 is read as a number to base 60"),
+        ("seed: 010", ":6: not YAML: 010 is read as a number to base 8; write it to base 10"),
+        ("seed: 0_17", ":6: not YAML: 0_17 is read as a number to base 8"),
+        ("1:30: 5", ":6: not YAML: 1:30 is read as a number to base 60"),
         ("plan: &p\n  x: *p", ":7: not YAML: *p is a part of itself"),
         ("plan: &p\n  <<: *p", ":7: not YAML: *p is a part of itself"),
         ("plan: [&p [*p]]", ":6: not YAML: *p is a part of itself"),
@@ -59,6 +64,17 @@ def test_a_mistake_is_one_short_line(tmp_path: Path, text: str, message: str) ->
     assert message in said
     assert "\n" not in said
     assert len(said) < len(str(path)) + 400
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [("2024_02_03", "20240203"), ("1e3", "1000.0"), ("[a]", "['a']")]
+)
+def test_a_path_that_is_read_as_something_else_needs_quotes(tmp_path: Path, value: str, found: str) -> None:
+    (tmp_path / "run.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "run.yaml", [f"out={value}"])
+    assert str(error.value).endswith(f"out: should be a path, found {found}; to mean text, put it in quotes")
+    assert str(load_config(tmp_path / "run.yaml", [f"out='{value}'"]).out) == value
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def error_of(path: Path, *, skip: bool = True, **columns: object) -> str:
     [
         json.dumps([USER]),
         json.dumps([USER], indent=2),
+        json.dumps([{"name": "Ann", "id": 5} | USER]),
+        json.dumps(json.dumps([USER])),
         [USER | {"content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "3?"}]}],
         [USER | {"name": None, "tool_calls": None}],
     ],
@@ -69,6 +71,12 @@ def test_text_with_brackets_stays_text(tmp_path: Path, text: str) -> None:
 
 BAD_QUESTIONS = {
     "repr of messages": ("[{'role': 'user', 'content': '?'}]", "it looks like messages but is not JSON"),
+    "repr of an array": (
+        "array([{'content': '?', 'role': 'user'}], dtype=object)",
+        "it looks like messages but is not JSON",
+    ),
+    "text of text, cut": ('"[{\\"role\\": \\"user\\"', "it looks like messages but is not JSON"),
+    "share gpt with an id": ('[{"id": 1, "from": "human", "value": "?"}]', "message 1 is {'id': 1, 'from'"),
     "cut messages": ('[{"role": "user", "content": "', "it looks like messages but is not JSON"),
     "one message as text": (json.dumps(USER), "column 'question' is"),
     "one message": (USER, "column 'question' is {'role': 'user'"),
@@ -382,11 +390,11 @@ def test_a_line_of_any_length_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.M
 def test_a_small_parquet_file_of_a_huge_column_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, path = "x" * (1 << 20), tmp_path / "data.parquet"
+    text, path = "x" * (1 << 18), tmp_path / "data.parquet"
     table = pyarrow.table({"question": [text] * 1000, "answer": ["1"] * 1000})
     pyarrow.parquet.write_table(table, path, compression="zstd")
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 512 << 20)
+    monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 128 << 20)
     config = configure(path)
     with pytest.raises(DataError, match=r"row 1: it and the 1023 rows after it need more than"):
         check_prompts(path, config.columns, config)

@@ -137,8 +137,26 @@ def test_a_broken_config(tmp_path: Path, content: str) -> None:
 
 def test_a_broken_tokenizer(tmp_path: Path) -> None:
     (write_folder(tmp_path) / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match=f"{tmp_path}: its tokenizer cannot be loaded"):
+    with pytest.raises(ModelError, match=f"{tmp_path}/tokenizer.json: not JSON"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "written"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "1"}, "content": ""}, "What is 2 + 34?"),
+        ("pre_tokenizer", None, "Whatis12+34?"),
+        ("decoder", None, "W h a t Ġ i s Ġ 1 2 Ġ + Ġ 3 4 ?"),
+    ],
+)
+def test_a_tokenizer_that_loses_text(tmp_path: Path, key: str, value: object, written: str) -> None:
+    path = write_folder(tmp_path) / "tokenizer.json"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 1}))
+    load_tokenizer(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ModelError, match=r"its tokenizer makes .* its files are broken") as raised:
+        load_tokenizer(tmp_path)
+    assert f"of the text 'What is 12 + 34?', and {written!r} of these" in str(raised.value)
 
 
 def test_no_end_token_anywhere(tmp_path: Path) -> None:

@@ -157,6 +157,24 @@ def test_a_flipped_bit_is_named_and_nothing_is_converted(checkpoint: Path, tmp_p
     assert not (tmp_path / "x").exists()
 
 
+def test_of_a_damaged_checkpoint_the_newest_whole_one_of_its_run_is_named(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    names = [f"step-0000{step}" for step in (1, 2, 3, 4)]
+    for name in names:
+        shutil.copytree(checkpoint, tmp_path / name)
+    for name in names[2:]:
+        (tmp_path / name / "trainer" / ".metadata").write_bytes(b"")
+    said = str(run(tmp_path / names[3], tmp_path / "x").exception)
+    assert said.startswith(f"{tmp_path / names[3]}/trainer/.metadata has 0 bytes, and had ")
+    assert said.endswith(f"; {tmp_path / names[1]} is whole")
+    assert "is whole" not in str(run(tmp_path / names[0], tmp_path / names[0]).exception)  # not its fault
+    for name in names[:2]:
+        shutil.rmtree(tmp_path / name)
+    said = str(run(tmp_path / names[3], tmp_path / "x").exception)
+    assert said.endswith("; no other checkpoint of its run is whole")
+
+
 def test_weights_that_are_not_the_configs_are_named(tmp_path: Path) -> None:
     model, other = write_tiny_qwen2(tmp_path / "model"), write_tiny_qwen2(tmp_path / "other", hidden_size=32)
     shutil.copyfile(model / "model.safetensors", other / "model.safetensors")

@@ -9,7 +9,7 @@ import pytest
 from tests.support.naive_batching import StatedRates
 from tests.support.plan_configs import config, engine
 from treepo.config.run import RunConfig
-from treepo.data.prompts import PromptOrder
+from treepo.data.prompt_order import PromptOrder
 from treepo.planning.simulation.loop import LoopTime, SimulatedGrading, SimulatedTrainer, simulate_loop
 from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually

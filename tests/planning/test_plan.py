@@ -1,6 +1,7 @@
 """`treepo plan`: a run that fits is planned in full, one that does not ends with layouts that do."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from treepo.cli.main import app
 from treepo.config.load import load_config
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
+from treepo.planning import plan as planning
 from treepo.planning.fit import fit
 from treepo.planning.plan import Plan, make_plan, model_folder
 
@@ -24,6 +26,8 @@ SMALL = (  # a step that is sampled quickly
     "sampling.max_depth=8",
     "plan.response_tokens=300",
 )
+SPLIT = ("placement=split", "weights.transport=broadcast")
+AHEAD = (*SPLIT, "loop.mode=async")
 TOO_LARGE = ("trainer.parallel.tensor=1", "trainer.parallel.data=8", "trainer.recompute=none")
 
 
@@ -41,8 +45,23 @@ def silent(work: str) -> None:
     del work
 
 
+@cache
 def planned(*overrides: str) -> Plan:
+    """Each plan is made once: it takes a second, and no test changes it."""
     return make_plan(config_of(*overrides), silent)
+
+
+@pytest.fixture
+def made_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command shows the plans of `planned`."""
+    known = {overrides: config_of(*overrides) for overrides in (SPLIT, AHEAD, TOO_LARGE, ())}
+
+    def find(config: RunConfig, report: object) -> Plan:
+        del report
+        (overrides,) = (overrides for overrides in known if known[overrides] == config)
+        return planned(*overrides)
+
+    monkeypatch.setattr(planning, "make_plan", find)
 
 
 def run(*arguments: str) -> Result:
@@ -61,19 +80,19 @@ def test_a_run_that_fits_is_planned_in_full() -> None:
     assert not plan.proposals
 
 
+@pytest.mark.usefixtures("made_plans")
 def test_an_asynchronous_run_has_devices_of_its_own_for_each_side() -> None:
-    split = ("placement=split", "weights.transport=broadcast")
-    sync, ahead = planned(*split), planned(*split, "loop.mode=async")
+    sync, ahead = planned(*SPLIT), planned(*AHEAD)
     assert sync.step is not None
     assert ahead.step is not None
     assert ahead.fit.footprint.devices == sync.fit.footprint.devices == 16
     assert ahead.step.seconds < sync.step.seconds
     assert ahead.step.engines_idle < sync.step.engines_idle
     assert ahead.step.trainer_idle < sync.step.trainer_idle
-    beside = run(*split, "loop.mode=async")
+    beside = run(*AHEAD)
     assert "loop: asynchronous, at most 16 trees started and not trained" in beside.stdout
     assert "Engines and trainer work side by side: " in beside.stdout
-    assert "Engines and trainer take turns: " in run(*split).stdout
+    assert "Engines and trainer take turns: " in run(*SPLIT).stdout
 
 
 def test_every_proposal_fits_and_is_another_idea() -> None:
@@ -94,6 +113,18 @@ def test_every_proposal_fits_and_is_another_idea() -> None:
 def test_another_transport_is_proposed() -> None:
     plan = planned("weights.transport=broadcast")
     assert plan.proposals[0].overrides == ("weights.transport=colocated",)
+
+
+def test_every_pack_of_a_step_is_on_the_device() -> None:
+    """From the log-probs to the last optimizer step; activations are of one pack at a time."""
+
+    def packs(prompts: int) -> float:
+        config = config_of(f"data.prompts_per_step={prompts}")
+        stage = fit(config, model_folder(config)).trainer[0]
+        return stage.parts["tree packs"] + stage.parts["other tree packs"]
+
+    assert packs(512) == pytest.approx(4 * packs(128))
+    assert packs(128) > 100 * (1 << 10) * 128  # hundreds of bytes for each of thousands of tokens a tree
 
 
 def test_more_processes_of_this_machine_need_more_of_its_memory() -> None:
@@ -130,6 +161,7 @@ def test_the_binding_constraint_is_named(overrides: list[str], problem: str) -> 
     assert "\n" not in found
 
 
+@pytest.mark.usefixtures("made_plans")
 def test_exit_codes_and_the_document() -> None:
     fits, too_large = run("--json"), run("--json", *TOO_LARGE)
     assert (fits.exit_code, too_large.exit_code) == (0, 2)

@@ -74,3 +74,21 @@ def test_a_feature_that_the_trainer_does_not_build_is_sampled_from(folder: Path)
     config(architectures=["Qwen2ForSequenceClassification"])(folder)
     with pytest.raises(TreepoError, match=r"architectures = .*; it must be"):
         run(rollout)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_what_an_engine_would_serve_otherwise_is_refused(
+    folder: Path, family: str, request: pytest.FixtureRequest
+) -> None:
+    if family == "mistral":
+        request.getfixturevalue("mistral")
+    sliding = {"use_sliding_window": True, "max_window_layers": 0} if family == "qwen2" else {}
+    config(sliding_window=288, **sliding)(folder)
+    for command in (rollout, evaluate):
+        run(command)  # 256 and 32 tokens
+        with pytest.raises(TreepoError, match=r"sliding_window = 288; SGLang .* = 289 must be at most 288"):
+            run(command, 257)
+    config(sliding_window=None, use_sliding_window=False, hidden_act="gelu")(folder)
+    for command in (rollout, evaluate):
+        with pytest.raises(TreepoError, match=r'config\.json: hidden_act = "gelu"; SGLang serves silu only'):
+            run(command)

@@ -11,8 +11,9 @@ from tests.support.command import POSITIONS
 from tests.support.preflight_commands import ENGINES, RESPONSE, evaluate, run, train
 from tests.support.tiny import write_tiny_qwen3_moe
 from treepo.config.evaluate import EvalConfig
+from treepo.config.run import RunConfig
 from treepo.errors import DataError, TreepoError
-from treepo.preflight.inputs import read_evaluation_inputs
+from treepo.preflight.inputs import read_evaluation_inputs, read_train_inputs
 
 KEPT_FREE = 6
 FITS = POSITIONS - KEPT_FREE - RESPONSE
@@ -65,3 +66,33 @@ def test_an_extra_column_that_the_endpoint_cannot_be_sent_is_refused(
 
     with pytest.raises(DataError, match=r"problems.jsonl:1: column 'more' does not fit into JSON"):
         run(with_extra)
+
+
+def test_an_error_in_a_mixture_names_the_file_and_its_key(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder.parent / "problems.jsonl").read_text().splitlines()]
+    renamed = [{"question": row["prompt"], "number": 1} for row in rows]
+    (folder.parent / "more.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+
+    def with_more(more: object) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+        data = {"train": ["problems.jsonl", more], "prompts_per_step": 2}
+
+        def read(settings: dict[str, Any], given: dict[str, Any]) -> None:
+            read_train_inputs(RunConfig.model_validate(settings | {"steps": 1, "data": given | data}))
+
+        return read
+
+    for more, said in (
+        ("none.jsonl", r"^data\.train\.1: none\.jsonl: no such file"),
+        ("more.jsonl", r"^data\.train\.1: more\.jsonl:1: .*\(data\.columns names the columns\)"),
+        (
+            {"path": "more.jsonl", "columns": {"prompt": "question"}},
+            r"^data\.train\.1: more\.jsonl:1: .*\(data\.train\.1\.columns names the columns\)",
+        ),
+    ):
+        with pytest.raises(DataError, match=said):
+            run(with_more(more))
+    run(
+        with_more(
+            {"path": "more.jsonl", "columns": {"prompt": "question", "answer": "number", "source": None}}
+        )
+    )

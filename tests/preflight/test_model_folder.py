@@ -119,6 +119,14 @@ FAULTS: dict[str, tuple[Change, str]] = {
         text("chat_template.jinja", POINTER),
         r"chat_template\.jinja: a Git LFS pointer",
     ),
+    "weights are a folder": (
+        both(without("model.safetensors"), lambda f: (f / "model.safetensors").mkdir()),
+        r"model/model\.safetensors: a folder, or a link to a file that is not there; download",
+    ),
+    "weights are a broken link": (
+        both(without("model.safetensors"), lambda f: (f / "model.safetensors").symlink_to("nowhere")),
+        r"model/model\.safetensors: a folder, or a link to a file that is not there",
+    ),
     # The tensors.
     "no output layer": (
         tensors(lambda t: t.pop(LM_HEAD)),
@@ -143,6 +151,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "names without their prefix": (
         tensors(lambda t: t.update({NORM.removeprefix("model."): t.pop(NORM)})),
         r"no file has model\.norm\.weight",
+    ),
+    "names of a wrapper": (
+        tensors(lambda t: [t.update({f"module.{name}": t.pop(name)}) for name in list(t)]),
+        r"model: no tensor is named model\.layers\.0.*; the first is module\.lm_head\.weight",
     ),
     "fewer layers in the config": (
         config(num_hidden_layers=1, layer_types=["full_attention"]),
@@ -226,9 +238,25 @@ FAULTS: dict[str, tuple[Change, str]] = {
         config("generation_config.json", eos_token_id=[1, 512]),
         r"generation_config\.json: eos_token_id = 512, but the embedding has only 512 rows",
     ),
+    "padding beyond the vocabulary": (
+        config(pad_token_id=512),
+        r"model/config\.json: pad_token_id = 512, but the embedding has only 512 rows",
+    ),
+    "code of a number": (
+        config(auto_map={"AutoConfig": 3}),
+        r'model/config\.json: auto_map = \{"AutoConfig": 3\}; it must be an object of names',
+    ),
+    "a factor as text": (
+        config(rope_parameters={"rope_type": "linear", "factor": "2"}),
+        r'model/config\.json: rope_parameters\.factor = "2"; it must be a number above 0',
+    ),
     "generation config of text": (
         text("generation_config.json", '"x"'),
         r"generation_config\.json: a JSON object",
+    ),
+    "a length as text": (
+        config("generation_config.json", max_new_tokens="99"),
+        r'model/generation_config\.json: max_new_tokens = "99"; it must be a number or null',
     ),
     "a cache that nobody knows": (
         config("generation_config.json", cache_implementation="x"),
@@ -239,7 +267,15 @@ FAULTS: dict[str, tuple[Change, str]] = {
         without("tokenizer.json"),
         r"no vocabulary of a tokenizer beside its tokenizer_co",
     ),
-    "a broken tokenizer": (truncated("tokenizer.json"), r"model: its tokenizer cannot be loaded"),
+    "a broken tokenizer": (truncated("tokenizer.json"), r"model/tokenizer\.json: not JSON: "),
+    "a tokenizer without a model": (
+        config("tokenizer.json", model=None),
+        r"model: its tokenizer cannot be loaded: \w+Error: .*; download it again",
+    ),
+    "a tokenizer of another kind": (
+        text("tokenizer_config.json", "[]"),
+        r"model/tokenizer_config\.json: a JSON",
+    ),
     "tokens beyond the embedding": (
         lambda f: add_tokens(f, 300),
         r"model: its tokenizer has token \d+, '<more_\d+>', but the embedding only 512 rows \(vocab",

@@ -66,6 +66,29 @@ e^x | \mathrm{e}^{x}
 y'+y=0 | y^{\prime}+y=0
 20! | 2432902008176640000
 \sqrt{2} | 1.41421356
+0.333333 | \frac{1}{3}
+\frac{1}{3} | 0.333...
+\frac{1}{6} | 0.1666\ldots
+\frac{4}{33} | 0.1212…
+\frac{1}{2} | \sin 30^\circ
+\frac{1}{8} | \cos 20^{\circ} \cos 40^{\circ} \cos(80°)
+2\cos 80^\circ | 2\sin{10}^\circ
+\tan 22.5^\circ | \sqrt{2}-1
+7 | {\bf 7}
+7 | \bf{7}
+7 | \huge\rm 7
+7 | 7 {\rm cm}
+\sqrt{7} | \sqrt{\bf 7}
+7 | \colorbox{yellow}{$7$}
+7 | \fcolorbox{red}{white}{7}
+7 | \framebox{7}
+7 | \textsc{7}
+7 | \approx 7
+7 | = 7。
+7 | 7 \quad \blacksquare
+7 | 7 \tag{2}
+7 | 7\textdegree
+7 \text{ cents} | 7¢
 """
 DIFFERENT = r"""
 10 | 10 \text{ million}
@@ -131,6 +154,15 @@ N=n | N=n+1
 y'+y=0 | y+y=0
 2, 4, \ldots, 2n | 2, 4, 2n
 \infty | -\infty
+\sin 30 | \sin 30^\circ
+\frac{1}{2} | \sin 31^\circ
+\cos 20^\circ | \cos 70^\circ
+\frac{1}{3} | 0.334...
+\frac{1}{3} | 0.33...
+\pi | 3.14...
+7 | \approx 7.3
+7 | {\bf 8}
+5 \text{ cents} | €5
 """
 
 

@@ -57,7 +57,7 @@ def check(grades: dict[str, Grade]) -> None:
 
 def test_a_few_hostile_responses() -> None:
     names = ["tower of nines", "1 MB of opening braces", "deep roots", "lone surrogates", "NUL bytes", "code"]
-    grades = grade_among_neighbours(names, RewardConfig(workers=2, deadline_seconds=2, memory_mb=512))
+    grades = grade_among_neighbours(names, RewardConfig(workers=2, deadline_seconds=4, memory_mb=512))
     check(grades)
     assert grades["tower of nines"].verdict is Verdict.TIMEOUT
     assert grades["1 MB of opening braces"].verdict is Verdict.NO_ANSWER

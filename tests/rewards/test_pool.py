@@ -21,6 +21,8 @@ from treepo.rewards.grade import Grade, GradeItem
 from treepo.rewards.pool import RewardPool
 from treepo.tree import Verdict
 
+OBEY = "tests.support.reward_functions:obey"
+DEADLINE_SECONDS = 3.0
 PATIENCE_SECONDS = 60.0  # the longest wait for an event that must happen, and happens sooner
 
 
@@ -45,10 +47,15 @@ def grades(pool: RewardPool, *responses: str, answer: str = "1") -> list[Grade]:
 
 @pytest.fixture(scope="module")
 def obeying_pool() -> Iterator[RewardPool]:
-    config = RewardConfig(
-        function="tests.support.reward_functions:obey", workers=2, deadline_seconds=1.5, memory_mb=256
-    )
+    config = RewardConfig(function=OBEY, workers=2, deadline_seconds=60, memory_mb=256)
     with RewardPool(config) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def impatient_pool() -> Iterator[RewardPool]:
+    """Its deadline is one that only a stuck process misses: what it must grade takes milliseconds."""
+    with RewardPool(RewardConfig(function=OBEY, workers=2, deadline_seconds=DEADLINE_SECONDS)) as pool:
         yield pool
 
 
@@ -110,26 +117,28 @@ def test_a_response_that_cannot_be_graded_has_no_reward_and_disturbs_no_neighbou
     assert said in (bad.message or "")
 
 
-def test_a_missed_deadline_kills_what_the_function_started(obeying_pool: RewardPool, tmp_path: Path) -> None:
-    before, bad, after = grades(obeying_pool, "reward 0.25", f"spawn {tmp_path / 'pid'}", "reward 0.75")
+def test_a_missed_deadline_kills_what_the_function_started(
+    impatient_pool: RewardPool, tmp_path: Path
+) -> None:
+    before, bad, after = grades(impatient_pool, "reward 0.25", f"spawn {tmp_path / 'pid'}", "reward 0.75")
     assert (before.reward, after.reward) == (0.25, 0.75)
-    name = "reward.function = tests.support.reward_functions:obey"
-    assert bad == Grade(None, Verdict.TIMEOUT, message=f"{name}: not graded within 1.5 s")
+    message = f"reward.function = {OBEY}: not graded within {DEADLINE_SECONDS:g} s"
+    assert bad == Grade(None, Verdict.TIMEOUT, message=message)
     child = int((tmp_path / "pid").read_text())
     wait_until(lambda: not alive(child))
 
 
 @pytest.mark.parametrize("response", ["write_to_pipe huge", "write_to_pipe flood", "signal SIGSTOP"])
 def test_what_never_ends_is_a_timeout_and_disturbs_no_neighbour(
-    obeying_pool: RewardPool, response: str
+    impatient_pool: RewardPool, response: str
 ) -> None:
-    before, bad, after = grades(obeying_pool, "reward 0.25", response, "reward 0.75")
+    before, bad, after = grades(impatient_pool, "reward 0.25", response, "reward 0.75")
     assert (before.reward, after.reward) == (0.25, 0.75)
     assert (bad.reward, bad.verdict) == (None, Verdict.TIMEOUT)
 
 
 def test_a_stopped_keeper_ends_too() -> None:
-    config = RewardConfig(function="tests.support.reward_functions:obey", workers=1, deadline_seconds=1.5)
+    config = RewardConfig(function=OBEY, workers=1, deadline_seconds=DEADLINE_SECONDS)
     with RewardPool(config) as pool:
         asyncio.run(pool.ready())
         (keeper,) = pool.worker_pids()
@@ -142,7 +151,7 @@ def test_a_stopped_keeper_ends_too() -> None:
 def test_a_worker_that_leaks_descriptors_is_replaced() -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     number = min(limit * 2 // 3, 20_000)
-    config = RewardConfig(function="tests.support.reward_functions:obey", workers=1, deadline_seconds=60)
+    config = RewardConfig(function=OBEY, workers=1, deadline_seconds=60)
     with RewardPool(config) as pool:
         result = grades(pool, *[f"leak_descriptors {number}"] * 4)
         assert [grade.reward for grade in result] == [1.0] * 4
@@ -159,7 +168,7 @@ def test_a_worker_that_has_grown_is_replaced_before_it_fails(obeying_pool: Rewar
 
 @pytest.mark.parametrize("killed", ["keeper", "grading process"])
 def test_workers_killed_from_outside_are_replaced_and_lose_no_item(killed: str) -> None:
-    config = RewardConfig(function="tests.support.reward_functions:obey", workers=2, deadline_seconds=30)
+    config = RewardConfig(function=OBEY, workers=2, deadline_seconds=30)
     with RewardPool(config) as pool:
         asyncio.run(pool.ready())
         keepers = pool.worker_pids()
@@ -182,7 +191,7 @@ def test_starting_does_not_count_against_the_deadline() -> None:
 
 
 def test_a_caller_that_stops_waiting_for_the_start_does_not_stop_it() -> None:
-    config = RewardConfig(function="tests.support.reward_functions:obey", workers=1, deadline_seconds=30)
+    config = RewardConfig(function=OBEY, workers=1, deadline_seconds=30)
 
     async def give_up_and_grade(pool: RewardPool) -> list[Grade]:
         waiting = asyncio.create_task(pool.ready())
@@ -209,7 +218,7 @@ def test_own_function_sees_everything_and_its_terms_come_back() -> None:
 def test_traceback_is_shown_once(caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.ERROR),
-        RewardPool(RewardConfig(function="tests.support.reward_functions:obey", workers=1)) as pool,
+        RewardPool(RewardConfig(function=OBEY, workers=1)) as pool,
     ):
         grades(pool, *["raise my mistake"] * 5)
     shown = [record.getMessage() for record in caplog.records if "my mistake" in record.getMessage()]
@@ -236,9 +245,7 @@ def test_a_function_that_cannot_be_loaded_is_a_configuration_error(function: str
 
 
 def test_close_leaves_no_process_and_fails_waiting_callers() -> None:
-    pool = RewardPool(
-        RewardConfig(function="tests.support.reward_functions:obey", workers=2, deadline_seconds=600)
-    )
+    pool = RewardPool(RewardConfig(function=OBEY, workers=2, deadline_seconds=600))
 
     async def close_midway() -> None:
         await pool.ready()
@@ -330,7 +337,7 @@ def test_workers_import_the_package_that_their_parent_runs(tmp_path: Path) -> No
 
 
 def test_what_a_function_prints_stays_out_of_the_parents_output(capfd: pytest.CaptureFixture[str]) -> None:
-    with RewardPool(RewardConfig(function="tests.support.reward_functions:obey", workers=1)) as pool:
+    with RewardPool(RewardConfig(function=OBEY, workers=1)) as pool:
         grades(pool, "print loud")
     output, errors = capfd.readouterr()
     assert "loud" not in output

@@ -1,6 +1,7 @@
 """How many trees the driver admits at once, judging by the trees so far; no prompt waits for ever."""
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,20 +24,26 @@ class CacheCounter(FakeEngine):
     running paths have when all of them have ended, a shared one once.
     """
 
-    running_paths: list[np.ndarray] = field(default_factory=list)
+    running_prompts: Counter[bytes] = field(default_factory=Counter)
+    running_tokens: Counter[bytes] = field(default_factory=Counter)  # each by the path down to it
     prompts: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
-        path = np.concatenate([request.context, self.answer(request).tokens])
-        self.running_paths.append(path)
-        known = [running.tobytes() for running in self.running_paths]
-        self.prompts.append(len({running[: 4 * PROMPT_TOKENS] for running in known}))
-        self.tokens.append(len({running[:end] for running in known for end in range(4, len(running) + 1, 4)}))
+        path = np.concatenate([request.context, self.answer(request).tokens]).tobytes()
+        prompt, tokens = [path[: 4 * PROMPT_TOKENS]], [path[:end] for end in range(4, len(path) + 1, 4)]
+        self.running_prompts.update(prompt)
+        self.running_tokens.update(tokens)
+        self.prompts.append(len(self.running_prompts))
+        self.tokens.append(len(self.running_tokens))
         try:
             return await super().generate(request)
         finally:
-            self.running_paths = [running for running in self.running_paths if running is not path]
+            for running, ended in ((self.running_prompts, prompt), (self.running_tokens, tokens)):
+                running.subtract(ended)
+                for one in ended:
+                    if not running[one]:
+                        del running[one]
 
 
 async def _grow(driver: TreeDriver, step: int) -> list[Tree]:

@@ -204,6 +204,24 @@ def test_a_commit_during_a_hold_lets_nothing_in(real_engine: "RealEngine") -> No
     np.testing.assert_allclose(output.log_probs, expected, atol=TOLERANCE)
 
 
+def test_a_health_check_asks_a_held_engine_for_nothing(real_engine: "RealEngine") -> None:
+    """A check that began before the hold would find the memory of weights and cache offloaded."""
+    engine = real_engine.engine
+    manager = engine._sglang.manager
+
+    async def scenario() -> None:
+        await engine.hold()
+        before = manager.last_receive_tstamp
+        await engine.health_check()
+        await engine.clear_cache()  # waits for what runs
+        assert manager.last_receive_tstamp == before
+        engine.release()
+        await engine.health_check()
+        assert manager.last_receive_tstamp > before
+
+    real_engine.run(scenario())
+
+
 def test_log_probs_are_computed_to_the_end_before_an_engine_is_held(real_engine: "RealEngine") -> None:
     engine = real_engine.engine
 

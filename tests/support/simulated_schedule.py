@@ -3,9 +3,9 @@
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, count
 
-from treepo.data.prompts import PromptOrder
+from treepo.data.prompt_order import MixtureOrder, PromptOrder, TrainingOrder
 from treepo.training.scheduler import Scheduler, ScheduleState
 
 
@@ -23,10 +23,17 @@ class ScheduleRun:
     fails: float = 0.0
     restores: float = 0.0
     slow: float = 0.0  # share of trees that finish only if no other tree is left
+    mixture: tuple[tuple[int, int], ...] = ()  # prompts and weight of each file, if there are several
+
+    def order(self) -> TrainingOrder:
+        if not self.mixture:
+            return PromptOrder(self.prompts, 0)
+        sizes = {f"file{number}": size for number, (size, _) in enumerate(self.mixture)}
+        return MixtureOrder(sizes, [weight for _, weight in self.mixture], 0)
 
     def scheduler(self, version: int = 0, state: ScheduleState | None = None) -> Scheduler:
         return Scheduler(
-            PromptOrder(self.prompts, 0),
+            self.order(),
             batch=self.batch,
             max_staleness=self.max_staleness,
             max_untrained=self.max_untrained,
@@ -53,6 +60,16 @@ def drawn_run(rng: random.Random) -> ScheduleRun:
     )
 
 
+def drawn_mixture(rng: random.Random) -> ScheduleRun:
+    """A run on 2 to 4 files, some of which have just as many prompts as a step may take."""
+    run = drawn_run(rng)
+    weights = [rng.choice([1, 2, rng.randint(1, 20)]) for _ in range(rng.randint(2, 4))]
+    some = MixtureOrder({str(file): 1 for file in range(len(weights))}, weights, 0)
+    sizes = [some.most_turns(file, run.batch) + rng.choice([0, 0, 1, 20]) for file in range(len(weights))]
+    sizes = [max(size, 1) for size in sizes]
+    return replace(run, prompts=sum(sizes), mixture=tuple(zip(sizes, weights, strict=True)))
+
+
 @dataclass
 class Simulation:
     """Plays a run with events in random order, and checks every rule that must hold after each."""
@@ -66,11 +83,12 @@ class Simulation:
     ready: dict[int, int] = field(default_factory=dict)
     begun: set[int] = field(default_factory=set)  # prompts, under this version
     slow: set[int] = field(default_factory=set)
+    started: set[int] = field(default_factory=set)  # positions
     dropped: int = 0  # since the last step took its trees
     inherited: int = 0  # ready trees of the last restore
 
     def __post_init__(self) -> None:
-        self.order = PromptOrder(self.run.prompts, 0)
+        self.order = self.run.order()
         self.scheduler = self.run.scheduler()
 
     def play(self) -> None:
@@ -113,10 +131,12 @@ class Simulation:
     def start(self, training: int) -> None:
         position = self.scheduler.next()
         assert position is not None
+        assert position == self.next_in_turn()
         prompt = self.order.index(position)
         assert prompt not in self.begun
         assert prompt not in map(self.order.index, (*self.growing, *self.ready))
         self.scheduler.start(position)
+        self.started.add(position)
         self.growing[position] = self.version
         self.begun.add(prompt)
         if self.rng.random() < self.run.slow:
@@ -125,6 +145,21 @@ class Simulation:
         assert untrained <= max(self.run.max_untrained, self.inherited)
         left = self.run.steps - self.version - bool(training)
         assert len(self.growing) + len(self.ready) <= left * self.run.batch, "no step is left for it"
+
+    def next_in_turn(self) -> int | None:
+        """The next position to start, from nothing but the set of those that have started."""
+        barred = {*self.begun, *map(self.order.index, (*self.growing, *self.ready))}
+        due: list[tuple[int, int | None]] = []
+        for file, size in enumerate(self.order.sizes):
+            turns = {turn for each, turn in map(self.order.turn, self.started) if each == file}
+            first = next(turn for turn in count() if turn not in turns)
+            later = [self.order.position(file, turn) for turn in range(first, first + size)]
+            free = (
+                each for each in later if each not in self.started and self.order.index(each) not in barred
+            )
+            due.append((self.order.position(file, len(turns)), next(free, None)))
+        limit = min(due)[0] + self.run.max_untrained
+        return next((free for turn, free in sorted(due) if turn <= limit and free is not None), None)
 
     def end(self, position: int) -> None:
         chance, began = self.rng.random(), self.growing.pop(position)
@@ -142,6 +177,9 @@ class Simulation:
     def try_to_take(self) -> Mapping[int, int] | None:
         wanted = self.run.batch - min(max(self.dropped - self.run.max_replaced, 0), self.run.batch)
         more = bool(self.growing) or self.scheduler.next() is not None
+        room = min(self.run.max_untrained, (self.run.steps - self.version) * self.run.batch)
+        if not more and len(self.ready) < room - (self.run.batch - wanted):
+            assert self.next_in_turn() is None
         taken = self.scheduler.take()
         if taken is None:
             assert not can_take(
@@ -177,6 +215,7 @@ class Simulation:
             spare = self.ready[position] + self.run.max_staleness - self.version
             older = sum(began <= self.ready[position] for began in kept.values())
             assert spare < 0 or older >= (spare + 1) * self.run.batch, "its step has room"
+        self.started -= {*self.growing, *(self.ready.keys() - kept.keys())}
         self.growing, self.ready, self.inherited = {}, kept, len(kept)
         assert self.scheduler.growing == 0
 
@@ -186,7 +225,10 @@ class Simulation:
         waiting = [*state.again, *state.ready]
         ended = [*(position for batch in self.batches for position in batch), *self.lost]
         assert sorted([*ended, *waiting]) == list(range(state.cursor))
-        assert state.cursor - min(waiting, default=state.cursor) <= 3 * self.run.prompts, "epochs drift apart"
+        for file, size in enumerate(self.order.sizes):
+            started = [turn for each, turn in map(self.order.turn, self.started) if each == file]
+            left = [turn for each, turn in map(self.order.turn, waiting) if each == file]
+            assert max(started, default=0) - min(left, default=max(started, default=0)) <= 3 * size
 
 
 def can_take(

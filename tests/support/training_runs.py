@@ -14,7 +14,6 @@ import pytest
 from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
 from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
-from treepo.data.prompts import PromptOrder
 from treepo.preflight.inputs import read_train_inputs
 from treepo.protocols import GenerateRequest
 from treepo.rewards.grade import Grade, GradeItem
@@ -198,11 +197,13 @@ def saved_schedule(out: Path) -> ScheduleState:
 def check_every_prompt_was_taken_once(config: RunConfig) -> None:
     """Compare the trees of a finished run with the positions that its last checkpoint has passed."""
     state = saved_schedule(config.out)
-    prompts = len(lines(config.data.train))
-    order = PromptOrder(prompts, config.seed)
+    train = inputs_of(config).train
+    ids, order = [prompt.id for prompt in train], train.order(config.seed)
     waiting = {*state.again, *state.ready, *state.dropped}
-    passed = Counter(order.index(position) for position in range(state.cursor) if position not in waiting)
-    taken = Counter(int(tree.prompt_id.rpartition(":")[2]) for _, tree in trees_of(config.out))
+    passed = Counter(
+        ids[order.index(position)] for position in range(state.cursor) if position not in waiting
+    )
+    taken = Counter(tree.prompt_id for _, tree in trees_of(config.out))
     failed = sum(int(line["rollout/failed_trees"]) for line in steps_of(config.out))
     assert taken <= passed, "a prompt was taken twice"
     assert passed.total() - taken.total() == failed, "a prompt was lost"

@@ -12,7 +12,7 @@ from treepo.learning.mismatch import LogProbMismatch
 from treepo.protocols import BatchResult, WeightCheck
 from treepo.rollout.stats import Stats
 from treepo.training.metric_table import METRICS, meaning, renewed
-from treepo.training.metrics import STEP_PHASES, heldout_metrics, step_metrics
+from treepo.training.metrics import STEP_PHASES, file_metrics, heldout_metrics, step_metrics
 from treepo.training.tree_supply import Batch, FinishedTree, Sampled
 from treepo.tree import Leaf, Tree
 
@@ -31,7 +31,7 @@ def loss_metrics() -> dict[str, float]:
 
 
 def tree_with_terms() -> Tree:
-    tree = random_tree(np.random.default_rng(0))
+    tree = random_tree(np.random.default_rng(0), "a:1")
     leaves = [
         Leaf(leaf.segment, leaf.stop, 1.0, leaf.verdict, {"length": 0.5}, {"steps": 3.0})
         for leaf in tree.leaves
@@ -46,13 +46,16 @@ def written() -> set[str]:
     batch = Batch([finished], [finished.tree], [0], dict.fromkeys(Dropped, 0))
     seconds = dict.fromkeys(STEP_PHASES, 1.0)
     result = BatchResult([update], LogProbMismatch(), {}, WeightCheck(1.0, -0.5, -0.5, 100))
-    return set(step_metrics(batch, Sampled(Stats(), 0.0, 1.0, 0, 0), result, seconds, 4.0, 0))
+    metrics = step_metrics(batch, Sampled(Stats(), 0.0, 1.0, 0, 0), result, seconds, 4.0, 0)
+    return {*metrics, *file_metrics([finished.tree], ["a"])}
 
 
 def test_the_table_has_every_metric_that_a_run_writes_and_no_other() -> None:
-    patterns = {"term/length": "term/*", "grader/steps": "grader/*"}
+    patterns = [name for name in METRICS if name.endswith("*")]
     heldout = {**heldout_metrics("heldout", [tree_with_terms()]), "heldout/best_step": 1}
-    names = {patterns.get(name, name) for name in written()} | {*heldout, "heldout/*"}
+    names = {
+        next((pattern for pattern in patterns if name.startswith(pattern[:-1])), name) for name in written()
+    } | {*heldout, "heldout/*"}
     assert names == set(METRICS)
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.simulated_schedule import ScheduleRun, Simulation, drawn_run
-from treepo.data.prompts import PromptOrder
+from tests.support.simulated_schedule import ScheduleRun, Simulation, drawn_mixture, drawn_run
+from treepo.data.prompt_order import PromptOrder
 from treepo.training.scheduler import Scheduler
 
 
@@ -18,6 +18,47 @@ def test_no_order_of_events_breaks_a_rule(seed: int) -> None:
     simulation = Simulation(drawn_run(rng), rng)
     simulation.play()
     simulation.check_positions()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_order_of_events_breaks_a_rule_for_a_mixture(seed: int) -> None:
+    rng = random.Random(seed)
+    simulation = Simulation(drawn_mixture(rng), rng)
+    simulation.play()
+    simulation.check_positions()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_steps_of_a_mixture_hold_the_files_turns_exactly(seed: int) -> None:
+    """Also where a file has no more prompts than one step takes of it."""
+    rng = random.Random(seed)
+    run = replace(drawn_mixture(rng), max_staleness=0, drops=0.0, fails=0.0, restores=0.0, steps=30)
+    run = replace(run, max_untrained=run.batch)
+    simulation = Simulation(run, rng)
+    simulation.play()
+    order = run.order()
+    for step, taken in enumerate(simulation.batches):
+        turns = range(step * run.batch, (step + 1) * run.batch)
+        files, expected = (Counter(order.turn(each)[0] for each in some) for some in (taken, turns))
+        assert files == expected
+
+
+def test_a_file_whose_prompts_are_all_in_use_is_passed_over_and_catches_up() -> None:
+    """Two files in turn. The trees of the one with 2 prompts grow slowly, and 4 is the lead of the other."""
+    run = ScheduleRun(102, 4, max_staleness=1, max_untrained=8, steps=9, mixture=((2, 1), (100, 1)))
+    order, scheduler = run.order(), run.scheduler()
+    started = list(start_all(scheduler))
+    assert Counter(order.turn(each)[0] for each in started) == {0: 2, 1: 6}
+    slow = [each for each in started if order.turn(each)[0] == 0]
+    for position in set(started) - set(slow):
+        scheduler.finish(position)
+    assert scheduler.take() is not None
+    scheduler.trained()
+    for position in slow:
+        scheduler.finish(position)
+    assert scheduler.take() is not None
+    scheduler.trained()
+    assert [order.turn(each)[0] for each in start_all(scheduler)][:2] == [0, 0]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -3,12 +3,8 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from treepo.display.safe_console import SafeConsole
-
-if TYPE_CHECKING:
-    from treepo.data.prompts import DataReport
 
 output = SafeConsole()
 """Results."""
@@ -19,19 +15,22 @@ progress_console = SafeConsole()
 errors = SafeConsole(stderr=True)
 
 
-def show_data(reports: "Iterable[DataReport]") -> None:
-    """Show the contents of each data file, one line each."""
-    for report in reports:
-        progress_console.print(report.summary(), highlight=False, soft_wrap=True)
+def show_data(lines: Iterable[str]) -> None:
+    """Show what the data files contain."""
+    for line in lines:
+        progress_console.print(line, highlight=False, soft_wrap=True)
 
 
 def check_surroundings(out: Path, *, uses_ray: bool = True) -> None:
-    """Raise TreepoError if another command writes into the folder, or if the Ray cluster that RAY_ADDRESS
-    names does not answer: before the inputs are read, which may take minutes.
+    """Raise TreepoError if another command writes into the folder, if the files in it are not a command's, or
+    if the Ray cluster that RAY_ADDRESS names does not answer: before the inputs are read, which may take
+    minutes.
     """
     from treepo.data.folder_lock import check_free
+    from treepo.data.output_folder import check_own
 
     check_free(out)
+    check_own(out)
     if uses_ray and os.environ.get("RAY_ADDRESS"):  # else Ray need not be imported yet
         from treepo.cluster.ray_address import check_cluster, named_cluster
 

@@ -8,6 +8,7 @@ import typer
 
 from treepo.cli.console import output, progress_console
 from treepo.data.model_config import CONFIG
+from treepo.errors import ModelError
 
 
 def convert(
@@ -21,10 +22,14 @@ def convert(
     from treepo.display.conversion import convert_progress, show_converted
     from treepo.preflight.model_folder import check_present_parts
     from treepo.training.checkpoint_manifest import is_checkpoint
+    from treepo.training.checkpoints import instead_of
 
     if (source / CONFIG).is_file() and not is_checkpoint(source):
         check_present_parts(source)
     started = time.perf_counter()
-    with convert_progress(progress_console) as progress:
-        converted = run(source, target, progress)
+    try:
+        with convert_progress(progress_console) as progress:
+            converted = run(source, target, progress)
+    except ModelError as error:
+        raise ModelError(f"{error}{instead_of(source)}") from error
     show_converted(output, converted, target, time.perf_counter() - started)

@@ -29,7 +29,7 @@ def rollout(
 
         rollout_config = rollout_as_recommended(rollout_config)
         inputs = read_rollout_inputs(rollout_config)
-        show_data([inputs.prompts.report])
+        show_data([inputs.prompts.report.summary()])
         from treepo.cluster.session import engine_session
         from treepo.display.rollout import RolloutDisplay, show_rollout
         from treepo.rollout.sample_file import rollout as run

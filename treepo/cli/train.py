@@ -37,7 +37,7 @@ def train(
         from treepo.preflight.inputs import read_train_inputs
 
         inputs = read_train_inputs(run_config)
-        show_data(inputs.reports)
+        show_data(inputs.summaries(run_config))
         from treepo.training.resume import find_resume
 
         origin = find_resume(run_config, inputs) if resume else None

@@ -14,13 +14,16 @@ from treepo.config.run import RunConfig
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # two names of one setting
 
 
-def engine_environment(threads: int) -> dict[str, str]:
-    """Variables of an engine's actor, which SGLang's processes inherit. threads: CPU threads of a process."""
-    return _of_user(_openmp(threads))
+def engine_environment(threads: int, *, on_gpus: bool) -> dict[str, str]:
+    """Variables of an engine's actor, which SGLang's processes inherit.
+
+    threads: CPU threads of a process. on_gpus: whether the cluster has GPUs.
+    """
+    return _of_user(_openmp(threads)) | _visible(on_gpus)
 
 
-def trainer_environment(threads: int, config: RunConfig) -> dict[str, str]:
-    """Variables of a trainer rank's actor. threads: CPU threads of a process."""
+def trainer_environment(threads: int, config: RunConfig, *, on_gpus: bool) -> dict[str, str]:
+    """Variables of a trainer rank's actor; arguments as above."""
     variables = _openmp(threads)
     if not set(_ALLOCATOR) & set(os.environ):
         # Packs differ in length, and fixed segments fragment. Such memory can be shared with another process
@@ -33,7 +36,7 @@ def trainer_environment(threads: int, config: RunConfig) -> dict[str, str]:
     variables = _of_user(variables) | {name: os.environ[name] for name in _ALLOCATOR if name in os.environ}
     if config.weights.transport == "broadcast":
         variables |= _nccl_of_engines(config.engine.sglang)
-    return variables
+    return variables | _visible(on_gpus)
 
 
 def _nccl_of_engines(sglang: Mapping[str, object]) -> dict[str, str]:
@@ -64,6 +67,13 @@ def _openmp(threads: int) -> dict[str, str]:
         # By default a thread that waits for others spins, and takes the core from a process that has work.
         "OMP_WAIT_POLICY": "passive",
     }
+
+
+def _visible(on_gpus: bool) -> dict[str, str]:
+    """Hides the GPUs of a machine that gives the cluster none (`treepo launch --gpus 0`): Ray leaves them
+    visible to actors that have none. To an actor that has some it shows those.
+    """
+    return {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _of_user(defaults: Mapping[str, str]) -> dict[str, str]:

@@ -82,15 +82,15 @@ async def reserve(config: RunConfig, seconds: float) -> Reservation:
         raise PlacementError(
             f"the cluster has not had room for the run within {seconds:g} s: {_missing(bundles)}"
         ) from None
-    shared = shares_devices(layout, nodes)
+    shared, on_gpus = shares_devices(layout, nodes), any(node.gpus for node in nodes)
     ranks: list[dict[str, Any]] = [{}] * layout.ranks
     engines: list[dict[str, Any]] = [{}] * layout.engines
     rank_nodes = [""] * layout.ranks
     for index, (bundle, node) in enumerate(placed):
         options = {"num_cpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index)}
         rank_threads, engine_threads = _threads(node, placed)
-        of_rank = options | _environment(trainer_environment(rank_threads, config))
-        of_engine = options | _environment(engine_environment(engine_threads))
+        of_rank = options | _environment(trainer_environment(rank_threads, config, on_gpus=on_gpus))
+        of_engine = options | _environment(engine_environment(engine_threads, on_gpus=on_gpus))
         for rank in bundle.ranks:
             ranks[rank] = of_rank | {"num_gpus": 1 if bundle.gpus else 0}
             rank_nodes[rank] = node.id
@@ -154,9 +154,14 @@ def unreserved_engines(config: EngineConfig) -> list[dict[str, Any]]:
 
     Raises PlacementError if the cluster cannot hold them.
     """
-    placed = plan(Layout("split", 0, 1, config.count, config.tensor), cluster_nodes())
+    nodes = cluster_nodes()
+    placed, on_gpus = (
+        plan(Layout("split", 0, 1, config.count, config.tensor), nodes),
+        any(n.gpus for n in nodes),
+    )
     return [
-        {"num_cpus": 1, "num_gpus": bundle.gpus} | _environment(engine_environment(_threads(node, placed)[1]))
+        {"num_cpus": 1, "num_gpus": bundle.gpus}
+        | _environment(engine_environment(_threads(node, placed)[1], on_gpus=on_gpus))
         for bundle, node in placed
     ]
 

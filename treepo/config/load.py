@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from treepo.config.base import Section
+from treepo.config.base import Section, section_in
 from treepo.config.run import RunConfig
 from treepo.config.yaml_text import read_mapping, read_value
 from treepo.errors import ConfigError, shortened, shown
@@ -134,7 +134,8 @@ def _override_value(text: str, place: str) -> Any:
 
 def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], file: str) -> str:
     """One line for pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
-    location = [str(part) for part in fault["loc"] if part != "[key]"]  # pydantic's mark of a mapping's key
+    # pydantic marks a mapping's key by [key], and of several forms of a value the one that was found.
+    location = [str(part) for part in fault["loc"] if not str(part).startswith("[")]
     dotted = shortened(".".join(location))
     place = _place(location, places) or file
     if fault["type"] == "extra_forbidden":
@@ -143,6 +144,9 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
         return f"{place}: {dotted}: required, but not given"
     if fault["type"] == "model_type":
         return f"{place}: {dotted}: should be a section (keys and values), found {shown(fault['input'])}"
+    if fault["type"] == "path_type":
+        hint = "" if fault["input"] is None else "; to mean text, put it in quotes"
+        return f"{place}: {dotted}: should be a path, found {shown(fault['input'])}{hint}"
     message = shortened(fault["msg"].removeprefix("Value error, "), 400).replace(
         "Input should be", "should be"
     )
@@ -183,14 +187,9 @@ def _keys_of(schema: type[Section], location: Sequence[str]) -> list[str]:
         if name.isdecimal():  # an item of a list: the list's own key has led to its section
             continue
         annotation = section.model_fields[name].annotation
-        section = _section_of(annotation)
+        inner = section_in(annotation)
+        assert inner is not None
+        section = inner
         if get_origin(annotation) is dict:
             next(names, None)  # the item's own name
     return list(section.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel]:
-    """The section that a key holds, by itself, in a list, or under a name."""
-    section = (get_args(annotation) or (annotation,))[-1]
-    assert issubclass(section, BaseModel)
-    return section

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
 
-from treepo.config.base import Section
+from treepo.config.base import Section, section_in
 from treepo.config.evaluate import EvalConfig
 from treepo.config.rollout import RolloutConfig
 from treepo.config.run import RunConfig
@@ -55,7 +55,7 @@ def render() -> str:
     """Render the page in Markdown."""
     places = {command: list(_walk(schema, command)) for command, schema in COMMANDS.items()}
     headings: dict[type[BaseModel], str] = {}
-    for section, heading in chain.from_iterable(places.values()):
+    for section, heading in sorted(chain.from_iterable(places.values()), key=_depth):
         headings.setdefault(section, heading)
     parts = [_HEAD]
     for command, sections in places.items():
@@ -68,9 +68,13 @@ def _walk(section: type[BaseModel], command: str, name: str = "") -> Iterator[tu
     """`section` and the sections in it, each with the heading that it would have here."""
     yield section, f"{command}: {name or 'top level'}"
     for key, field in section.model_fields.items():
-        inner = _inner(field.annotation)
+        inner = section_in(field.annotation)
         if inner is not None:
             yield from _walk(inner, command, f"{name}.{key}".lstrip("."))
+
+
+def _depth(place: tuple[type[BaseModel], str]) -> int:
+    return place[1].count(".")
 
 
 def _part(section: type[BaseModel], headings: Mapping[type[BaseModel], str]) -> str:
@@ -96,17 +100,26 @@ def _row(
     section: type[BaseModel], key: str, schema: Mapping[str, Any], headings: Mapping[type[BaseModel], str]
 ) -> str:
     field = section.model_fields[key]
-    inner = _inner(field.annotation)
+    inner = section_in(field.annotation)
     if inner is not None:
-        value = f"[section](#{_anchor(headings[inner])})"
-        value = f"list of {value}s" if schema.get("type") == "array" else value
-        value = f"names, each with a {value}" if get_origin(field.annotation) is dict else value
+        value = _holding(schema, f"[section](#{_anchor(headings[inner])})")
         default = _departures(field.default)
     else:
         value = _value(schema)
         default = "" if field.is_required() else f"`{_default(schema['default'])}`"
     default = "required" if field.is_required() else default
     return f"| `{key}` | {value} | {default} | {_in_cell(one_line(field.description or ''))} |"
+
+
+def _holding(schema: Mapping[str, Any], link: str) -> str:
+    """What a key with a section holds: it, a list of such, such by name, or one of several forms."""
+    if "oneOf" in schema:
+        return " or ".join(_holding(form, link) for form in schema["oneOf"])
+    if schema.get("type") == "array":
+        return f"list of {link}s"
+    if "additionalProperties" in schema:
+        return f"names, each with a {link}"
+    return _value(schema) if schema.get("format") == "path" else link
 
 
 def _default(value: Any) -> str:
@@ -148,12 +161,6 @@ def _limits(schema: Mapping[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema]
     return f" {' and '.join(limits)}" if limits else ""
-
-
-def _inner(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, by itself, in a list, or under names."""
-    candidates = [annotation, *get_args(annotation)]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _same(field: Any, inherited: Any) -> bool:

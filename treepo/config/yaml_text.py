@@ -25,8 +25,8 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without three surprises of YAML 1.1: 1e-6 is a number, `off` is a word, and a date is an
-    error.
+    """Safe YAML without the surprises of YAML 1.1: 1e-6 is a number, `off` is a word, and what it reads as a
+    date, to base 60 (1:30) or to base 8 (010) is an error.
 
     Text that another program cannot take (NUL, half a surrogate pair) and values that do not exist
     (`!!int x`) are errors with a line.
@@ -38,8 +38,8 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if node.tag in _NUMBERS and len(node.value) > _MAX_DIGITS:  # 1:1:1:... takes quadratic time
-            raise _mistake(node, f"a number of more than {_MAX_DIGITS} characters")
+        if node.tag in _NUMBERS:
+            _check_number(node)
         try:
             value = super().construct_object(node, deep=deep)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
@@ -143,6 +143,19 @@ def _check_structure(text: str) -> None:
             raise _mistake(event, f"more than {MAX_DEPTH} levels of sections and lists")
         if values > MAX_VALUES:
             raise _mistake(event, f"more than {MAX_VALUES} values")
+
+
+def _check_number(node: yaml.Node) -> None:
+    """Raise MarkedYAMLError for a number that is not what its writer sees."""
+    text = node.value
+    if len(text) > _MAX_DIGITS:
+        raise _mistake(node, f"a number of more than {_MAX_DIGITS} characters")
+    base = 60 if ":" in text else 8 if re.fullmatch(r"[-+]?0[0-7_]+", text) else 10
+    if base != 10:
+        raise _mistake(
+            node,
+            f"{text} is read as a number to base {base}; write it to base 10, or to mean text, in quotes",
+        )
 
 
 def _mistake(at: yaml.Node | yaml.Event, problem: str) -> ConstructorError:

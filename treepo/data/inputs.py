@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treepo.config.evaluate import BenchmarkConfig
+from treepo.config.run import RunConfig
+from treepo.data.mixture import PromptMixture, TrainingPrompts
 from treepo.data.prompts import DataReport, Prompt, PromptSet
 from treepo.data.tokenizer import Tokenizer
 
@@ -16,9 +18,16 @@ class TrainInputs:
     """heldout: the prompts of each held-out set, by its name. reports: one for each file."""
 
     tokenizer: Tokenizer
-    train: PromptSet
+    train: TrainingPrompts
     heldout: Mapping[str, Sequence[Prompt]]
     reports: Sequence[DataReport] = ()
+
+    def summaries(self, config: RunConfig) -> list[str]:
+        """Lines for the log: each file's contents, and what the run takes from each file of a mixture."""
+        lines = [report.summary() for report in self.reports]
+        if isinstance(self.train, PromptMixture):
+            lines.append(self.train.summary(config.steps, config.data.prompts_per_step))
+        return lines
 
 
 @dataclass(frozen=True, slots=True)

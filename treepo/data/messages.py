@@ -13,13 +13,16 @@ from treepo.data.tokenizer import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "images", "audio", "videos")
-_STRUCTURE = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value|messages|conversations)['"]\s*:""")
+_STRUCTURE = re.compile(
+    r"""\s*"?\s*(?:(?:np\.|numpy\.)?array\(\s*)?\[?\s*\{\s*\\?['"](role|content|from|value|messages|conversations)\\?['"]\s*:"""
+)
+_KEYS = ({"role", "content"}, {"from", "value"})
 _ALLOWED = "allowed: text, or a list of messages with role and content"
 
 
 def messages_of(value: Any, column: str) -> tuple[Message, ...]:
     """Read the messages of a prompt; text is a user's message. Raises BadRow."""
-    if isinstance(value, str) and _STRUCTURE.match(value):
+    if isinstance(value, str) and (_STRUCTURE.match(value) or _are_messages(value)):
         value = _parse(value, column)
     elif isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
@@ -50,8 +53,22 @@ def _parse(text: str, column: str) -> Any:
         raise _bad(
             f"column {column!r} is {show(text)}: it looks like messages but is not JSON; {_ALLOWED}"
         ) from None
+    if isinstance(value, str):
+        return _parse(value, column)  # text of text
     check_value(value, column)  # escapes within the text are characters of it
     return value
+
+
+def _are_messages(text: str) -> bool:
+    """Whether it is JSON text of messages whose first key is one of a program, such as name or id."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, Mapping) and any(keys <= first.keys() for keys in _KEYS)
 
 
 def _message(value: Any, place: str) -> Message:

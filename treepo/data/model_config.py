@@ -94,7 +94,16 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: " + wrong_value("num_hidden_layers", layers, f"at most {MOST_LAYERS}"))
     token_ids(config.get("eos_token_id"), path)
     token_ids(text.get("eos_token_id"), path)
+    _check_auto_map(config.get("auto_map"), path)
     return config
+
+
+def _check_auto_map(found: object, path: Path) -> None:
+    """Raise ModelError for values over which transformers stumbles before it decides to run no code."""
+    if found is not None and not (
+        isinstance(found, dict) and all(isinstance(name, str | list) for name in found.values())
+    ):
+        raise ModelError(f"{path}: " + wrong_value("auto_map", found, "an object of names; or remove it"))
 
 
 def _quantised(found: str) -> str:

@@ -33,14 +33,25 @@ def prepare_folder(folder: Path, config: Section) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = (_PREVIOUS, LOCK)
-        files = [entry for entry in folder.iterdir() if not entry.name.startswith(kept)]
-        if files and folder / CONFIG not in files:
-            raise ConfigError(f"out: {folder} has files in it, but not of a run ({CONFIG} is missing)")
-        set_aside(folder, files)
+        set_aside(folder, check_own(folder))
         write_file(folder / CONFIG, dump_config(config))
     except OSError as error:
         raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
+
+
+def check_own(folder: Path) -> list[Path]:
+    """The files of the command that last wrote to the folder; none if there is no folder.
+
+    Raises ConfigError if the files are not a command's, or cannot be listed.
+    """
+    try:
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"out: {error.filename}: {error.strerror}") from None
+    files = [entry for entry in entries if not entry.name.startswith((_PREVIOUS, LOCK))]
+    if files and folder / CONFIG not in files:
+        raise ConfigError(f"out: {folder} has files in it, but not of a run ({CONFIG} is missing)")
+    return files
 
 
 def set_aside(folder: Path, files: Sequence[Path]) -> None:

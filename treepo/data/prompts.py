@@ -1,4 +1,4 @@
-"""Prompts from data files, and the order in which training takes them.
+"""Prompts from data files.
 
 The configuration names the columns, so a publisher's file is used as it is. A row that cannot be used is an
 error that names file, row and column, or it is skipped and counted by reason. A file may be larger than
@@ -11,7 +11,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import overload
 
@@ -20,11 +19,11 @@ import numpy as np
 from treepo.config.data import ColumnsConfig, PromptsConfig
 from treepo.data.answers import answer_of
 from treepo.data.messages import messages_of, question_of, with_system_prompt
+from treepo.data.prompt_order import PromptOrder, TrainingOrder
 from treepo.data.row_files import open_rows
 from treepo.data.rows import AbsentColumnError, BadRow, Row, RowFile, check_json, show
 from treepo.data.tokenizer import Message, RefusedMessagesError, Tokenizer
 from treepo.errors import DataError
-from treepo.rollout import rng
 
 _READ_AHEAD = 256  # prompts
 _SKIP_HINT = "data.bad_rows: skip leaves such rows out"
@@ -33,7 +32,8 @@ _HINTS = {"no column": "{key} names the columns", "no source": "{key}.source may
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """One row, ready to sample from. id: the file's name and the 0-based row ("train:17").
+    """One row, ready to sample from. id: the file's name, or its name in a mixture, and the 0-based row
+    ("train:17").
 
     text: the model's input, chat template applied. extra: for the user's own reward function. question: the
     last message of the user in it, for people to read.
@@ -97,6 +97,15 @@ class PromptSet(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._places_P)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the prompts and answers, in order."""
+        return self.report.fingerprint
+
+    def order(self, seed: int) -> TrainingOrder:
+        """The order in which training takes the prompts."""
+        return PromptOrder(len(self), seed)
+
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
 
@@ -156,10 +165,12 @@ def load_prompts(
     *,
     key: str = "data.columns",
     extra_as_json: bool = False,
+    name: str | None = None,
 ) -> PromptSet:
     """Open the file's prompts, with the limits, system prompt and treatment of bad rows of `config`.
 
-    Reads and tokenizes every row once to find the usable ones. Raises DataError.
+    name: that the prompts' ids begin with; None: the file's name without its extension. Reads and tokenizes
+    every row once to find the usable ones. Raises DataError.
     """
 
     def to_prompt(row: Row, question: _Question, render: Callable[[Sequence[Message]], str]) -> Prompt:
@@ -183,7 +194,7 @@ def load_prompts(
                 f"data.max_prompt_tokens allows {config.max_prompt_tokens}",
             )
         return Prompt(
-            id=f"{path.stem}:{row.index}",
+            id=f"{path.stem if name is None else name}:{row.index}",
             tokens=tokens,
             text=text,
             answer=question.answer,
@@ -206,29 +217,6 @@ def load_prompts(
         np.frombuffer(places, dtype=np.int64).reshape(-1, 2),
         lambda row: to_prompt(row, _question(row, columns, path.stem), tokenizer.render),
     )
-
-
-class PromptOrder:
-    """The order in which training takes n prompts: epoch after epoch, each a permutation drawn from the seed.
-
-    A position is the number of prompts before it since the start of training.
-    """
-
-    def __init__(self, n: int, seed: int) -> None:
-        self._n, self._seed = n, seed
-        # A tree that is sampled again may be of the epoch before the newest one.
-        self._permutation = lru_cache(maxsize=2)(self._drawn_permutation)
-
-    def __len__(self) -> int:
-        return self._n
-
-    def index(self, position: int) -> int:
-        """Index of the prompt at the position."""
-        epoch, offset = divmod(position, self._n)
-        return int(self._permutation(epoch)[offset])
-
-    def _drawn_permutation(self, epoch: int) -> np.ndarray:
-        return rng.generator("prompt order", self._seed, epoch).permutation(self._n)
 
 
 def _names(columns: ColumnsConfig) -> frozenset[str]:

@@ -50,7 +50,7 @@ def open_rows(path: Path, columns: frozenset[str]) -> RowFile:
 
 def _open_file(path: Path, columns: frozenset[str], groups: Groups) -> RowFile:
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: " + ("neither a file nor a folder" if path.exists() else "no such file"))
     if path.suffix not in _READERS:
         raise DataError(
             f"{path}: its name must end in {' or '.join(_READERS)}, not {path.suffix!r}"
@@ -207,6 +207,11 @@ def _json_object(line: bytes) -> dict[str, Any] | BadRow:
         content = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         return BadRow("not JSON", f"not JSON: {error.msg} at character {error.pos + 1} of the line")
+    except UnicodeDecodeError as error:
+        return BadRow(
+            "not JSON",
+            f"not UTF-8 text: byte {error.start + 1} of the line is {error.object[error.start]:#04x}",
+        )
     except (ValueError, RecursionError) as error:
         return BadRow("not JSON", f"not JSON: {error}")
     if not isinstance(content, dict):

@@ -1,7 +1,7 @@
 """A model folder's tokenizer: prompts to token ids, responses to text, and the tokens that end a sequence."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _VOCABULARIES = (
     ("tekken.json",),
     ("tiktoken.model",),
 )
+_JSON_FILES = ("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _RENDER_SECONDS = 10.0
 _RENDER_BYTES = 1 << 30
 _PROBE = "What is 12 + 34?"
@@ -140,19 +141,34 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         probe = tokenizer(_PROBE)["input_ids"]
+        again = tokenizer.decode(probe, skip_special_tokens=True)
         vocabulary = tokenizer.get_vocab()
     except Exception as error:  # its Rust half raises bare Exceptions, for a broken folder only
-        reason = one_line(error)
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason[:300]}") from error
-    if len(set(probe)) < 2:
+        _check_json(folder)
+        reason = one_line(f"{type(error).__name__}: {error}")[:300]
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason}; download it again") from error
+    if _letters(again) != _letters(_PROBE) or len(again.split()) < len(_PROBE.split()):
         raise ModelError(
-            f"{folder}: its tokenizer makes {list(probe)} of the text {_PROBE!r}; its files are broken"
+            f"{folder}: its tokenizer makes {list(probe)[:20]} of the text {_PROBE!r}, and {again!r} of "
+            "these; its files are broken"
         )
     ends = end_tokens(folder, tokenizer.eos_token_id)
     rows = text_config(config).get("vocab_size", config.get("vocab_size"))
     if isinstance(rows, int):
         _check_embedding(folder, vocabulary, ends, rows)
     return Tokenizer(tokenizer, ends)
+
+
+def _check_json(folder: Path) -> None:
+    """Raise ModelError for the first file of the tokenizer that is not even an object of JSON."""
+    for name in _JSON_FILES:
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+
+
+def _letters(text: str) -> str:
+    """The text as far as a tokenizer must keep it: some drop capitals or add spaces."""
+    return "".join(text.split()).casefold()
 
 
 def _check_embedding(folder: Path, vocabulary: Mapping[str, int], ends: Sequence[int], rows: int) -> None:
@@ -163,14 +179,16 @@ def _check_embedding(folder: Path, vocabulary: Mapping[str, int], ends: Sequence
             f"{folder}: its tokenizer has token {last}, {token!r}, but the embedding only {rows} rows "
             f"(vocab_size = {rows} in {CONFIG}); resize the embedding, or remove the tokens beyond it"
         )
-    if ends[-1] >= rows:
-        places = [name for name in _NAME_ENDS if ends[-1] in _named_ends(folder / name)]
-        raise ModelError(
-            f"{folder / (places or [TOKENIZER_CONFIG])[0]}: eos_token_id = {ends[-1]}, but the embedding has "
-            f"only {rows} rows (vocab_size = {rows} in {CONFIG})"
-        )
+    named = [(name, *special) for name in _NAME_ENDS for special in _special_ids(folder / name)]
+    for name, key, token in (*named, (TOKENIZER_CONFIG, "eos_token_id", ends[-1])):
+        if token >= rows:
+            raise ModelError(
+                f"{folder / name}: {key} = {token}, but the embedding has only {rows} rows (vocab_size = "
+                f"{rows} in {CONFIG})"
+            )
 
 
+_SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 _NAME_ENDS = (GENERATION_CONFIG, CONFIG)
 
 
@@ -191,6 +209,16 @@ def end_tokens(folder: Path, tokenizer_eos: int | None = None) -> tuple[int, ...
             "and the tokenizer"
         )
     return tuple(sorted(found))
+
+
+def _special_ids(path: Path) -> Iterator[tuple[str, int]]:
+    """The keys of special tokens in a JSON file, each with an id that it names."""
+    content = read_json_object(path) if path.is_file() else {}
+    for key in _SPECIAL:
+        found = content.get(key)
+        for token in found if isinstance(found, list) else [found]:
+            if isinstance(token, int):
+                yield key, token
 
 
 def _named_ends(path: Path) -> set[int]:

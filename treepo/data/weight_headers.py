@@ -92,13 +92,17 @@ def _check_one_set(folder: Path, files: list[str], index: Mapping[str, str] | No
         hint = f"; {_some(others)} must be saved as safetensors first" if others else ""
         raise ModelError(f"{folder}: no *.safetensors in the folder{hint}")
     for file in files:
-        if not (folder / file).is_file():
-            assert index is not None  # model.safetensors is present
-            names = [name for name, place in index.items() if place == file]
+        if (folder / file).is_file():
+            continue
+        if index is None:  # its name is there
             raise ModelError(
-                f"{folder}: {INDEX} names {file} for {_some(names)}, but the file is not there; download the "
-                "model again"
+                f"{folder / file}: a folder, or a link to a file that is not there; download the model again"
             )
+        names = [name for name, place in index.items() if place == file]
+        raise ModelError(
+            f"{folder}: {INDEX} names {file} for {_some(names)}, but the file is not there; download the "
+            "model again"
+        )
     others = [name for name in present if name not in files]
     # Without an index SGLang skips consolidated.safetensors, and only if there is no third file.
     if index is not None or others == ["consolidated.safetensors"]:
@@ -122,7 +126,9 @@ def _read_headers(folder: Path, file: str) -> dict[str, TensorHeader]:
                 if not _BUFFERS.search(name)
             }
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file: {one_line(error)}") from None
+        raise ModelError(
+            f"{path}: not a readable safetensors file: {one_line(error)}; download it again"
+        ) from None
 
 
 def _check_index(folder: Path, index: Mapping[str, str], headers: Mapping[str, TensorHeader]) -> None:

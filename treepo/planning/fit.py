@@ -14,7 +14,7 @@ from treepo.planning.hardware import GIB, Device, device
 from treepo.planning.memory.engine import EngineMemory, engine_memory
 from treepo.planning.memory.host import node_memory
 from treepo.planning.memory.parts import Memory
-from treepo.planning.memory.trainer import kept_while_sampling, trainer_memory
+from treepo.planning.memory.trainer import kept_while_sampling, packs_of_step, trainer_memory
 from treepo.planning.nodes import Footprint, footprint, shares_devices, transport_problem
 
 RUNTIME = 2 * GIB
@@ -81,7 +81,8 @@ def fit(config: RunConfig, folder: Path) -> Fit:
     engine = engine_memory(config, folder, hardware.memory - runtime - kept)
     host = node_memory(config, folder, trainer[:-1], engine)
     if on_gpus:
-        trainer = _with_runtime(trainer, engine, shared)
+        packs = packs_of_step(config, folder, engine.expected_tree)
+        trainer = _with_runtime(trainer, engine, packs, shared)
         limits = _gpu_limits(config, hardware, trainer, host)
     else:
         limits = _cpu_limits(config, hardware, trainer, engine, host)
@@ -102,10 +103,12 @@ def fit(config: RunConfig, folder: Path) -> Fit:
     )
 
 
-def _with_runtime(trainer: Sequence[Memory], engine: EngineMemory, shared: bool) -> list[Memory]:
-    """Adds what a GPU holds beside the trainer's tensors.
+def _with_runtime(
+    trainer: Sequence[Memory], engine: EngineMemory, packs: float, shared: bool
+) -> list[Memory]:
+    """Adds what a GPU holds beside the tensors of the trainer's largest micro-batches.
 
-    The engines reload their weights before a sync, and their KV cache after it.
+    The engines reload their weights before a sync, and their KV cache after it. packs: bytes of a step's.
     """
     runtime, reloaded = {"CUDA and NCCL": (RUNTIME, "")}, {}
     if shared:
@@ -113,7 +116,14 @@ def _with_runtime(trainer: Sequence[Memory], engine: EngineMemory, shared: bool)
         runtime["engine's CUDA graphs"] = engine.graphs, ""
         reloaded["engine's weights"] = engine.memory.parts["weights"], ""
     *stages, syncing = trainer
-    return [*(stage.plus(runtime) for stage in stages), syncing.plus(runtime | reloaded)]
+    waiting = [max(0.0, packs - stage.parts["tree packs"]) for stage in stages]
+    return [
+        *(
+            stage.plus({"other tree packs": (size, "the step's others"), **runtime})
+            for stage, size in zip(stages, waiting, strict=True)
+        ),
+        syncing.plus(runtime | reloaded),
+    ]
 
 
 def _gpu_limits(config: RunConfig, hardware: Device, trainer: Sequence[Memory], host: Memory) -> list[Limit]:

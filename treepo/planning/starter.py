@@ -198,7 +198,7 @@ model:
   path: {_quoted(config.model.path)}
 
 data:
-  train: {_quoted(problems.path)}
+  train: {_quoted(problems.path)} # or a list of files with weights: docs/rewards.md
   columns: {json.dumps(problems.columns)} # which columns are prompt and answer; {{}} are those of TreePO_data
   # heldout: FILE # problems for accuracy before and after
   prompts_per_step: {data.prompts_per_step}

@@ -22,6 +22,7 @@ from treepo.data.tokenizer import Tokenizer, load_tokenizer
 from treepo.errors import ConfigError
 from treepo.preflight.loggers import check_loggers
 from treepo.preflight.model_folder import check_files, check_served_folder
+from treepo.preflight.train_files import check_train_files, load_train_files
 
 
 def read_train_inputs(config: RunConfig) -> TrainInputs:
@@ -30,7 +31,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
     sets = {_columns_key(name): one for name, one in config.heldout_sets.items()}
     check_loggers(config)
     check_files(config.model.path)
-    check_prompts(data.train, data.columns, data, extra_as_json=as_json)
+    check_train_files(config)
     for key, one in sets.items():
         check_prompts(one.path, one.columns, data, key=key, extra_as_json=as_json)
     check_served_folder(config.model.path, trained=True)
@@ -42,12 +43,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
     _check_served(config.model.path, data.max_prompt_tokens, max(responses), config.engine)
     _check_trained(config)
     tokenizer = load_tokenizer(config.model.path)
-    train = load_prompts(data.train, data.columns, tokenizer, data, extra_as_json=as_json)
-    reports = [train.report]
-    if len(train) < data.prompts_per_step:
-        raise ConfigError(
-            f"data.prompts_per_step = {data.prompts_per_step}, but {data.train} has {len(train)} usable rows"
-        )
+    train, reports = load_train_files(config, tokenizer)
     heldout: dict[str, Sequence[Prompt]] = {}
     for (key, one), name in zip(sets.items(), config.heldout_sets, strict=True):
         prompts = load_prompts(one.path, one.columns, tokenizer, data, key=key, extra_as_json=as_json)

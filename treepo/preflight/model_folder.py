@@ -19,6 +19,11 @@ from treepo.data.tokenizer import TOKENIZER_CONFIG, check_vocabulary_files, has_
 from treepo.data.weight_headers import has_weights, read_weight_headers
 from treepo.errors import ModelError, one_line
 
+_GENERATION_NUMBERS = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "bos_token_id", "pad_token_id"),
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams"),
+)
+
 
 def check_files(folder: Path) -> None:
     """The quick part of the check of a folder to serve: its files, without torch and transformers."""
@@ -89,7 +94,12 @@ def check_generation_config(folder: Path) -> None:
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return
-    token_ids(read_json_object(path).get("eos_token_id"), path)
+    content = read_json_object(path)
+    token_ids(content.get("eos_token_id"), path)
+    for key in _GENERATION_NUMBERS:
+        found = content.get(key)
+        if found is not None and (isinstance(found, bool) or not isinstance(found, (int, float))):
+            raise ModelError(f"{path}: {wrong_value(key, found, 'a number or null')}")
     from transformers import GenerationConfig
 
     try:

@@ -72,6 +72,8 @@ def _equal(gold: Any, other: Any) -> bool:
     if not (gold.has(Float) or other.has(Float)):
         return not (gold.is_Rational and other.is_Rational) and _close(gold, other, _EXACT)
     parts = _TWO_DECIMALS if _terminates(gold) and _terminates(other) else _DECIMAL_AND_EXACT
+    if gold.has(Float) and not other.has(Float):
+        gold, other = other, gold  # relative to the exact one
     return _close(_rational(gold), _rational(other), parts)
 
 

@@ -15,17 +15,20 @@ from treepo.rewards.answer_units import split_unit
 
 _SPACES = re.compile(
     r"(?<!\\)\\[,;:> ]|\\(?:(?:thin|med|thick|en)space|nobreakspace|q?quad)(?![a-zA-Z])"
-    r"|\\[hm]space\*?\{[^{}]*\}|~|\s"
+    r"|\\[hmv]space\*?\{[^{}]*\}|~|\s"
 )
 _NO_SPACES = re.compile(r"\\!|[\u200b-\u200d\u2060\ufeff]|\\(?:allowbreak|nobreak|relax)(?![a-zA-Z])")
 _SIZES = re.compile(
     r"\\(?:left|right)\."
-    r"|\\(?:left|right|middle|[bB]ig{1,2}[lrm]?|(?:display|text|script)style|limits|[lL]arge)(?![a-zA-Z])"
+    r"|\\(?:left|right|middle|[bB]ig{1,2}[lrm]?|limits|strut|mathstrut"
+    r"|(?:display|text|script|scriptscript)style"
+    r"|tiny|(?:script|footnote|normal)size|small|large|Large|LARGE|huge|Huge)(?![a-zA-Z])"
 )
 _DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
-_COLOUR = re.compile(r"\\(?:text|math)?color\s*(?:\[\w+\])?\s*\{[^{}]*\}")
+_COLOUR = re.compile(r"\\(?:(?:text|math)?color\s*(?:\[\w+\])?|colorbox|fcolorbox\s*\{[^{}]*\})\s*\{[^{}]*\}")
+_FONT = re.compile(r"((?<![\w}\]^])\{\s*)?\\(?:(rm|sc)|bf|it|sf|tt|sl|em)(?![a-zA-Z])\s*(\{)?")
 _STYLED = re.compile(
-    r"\\(?P<words>text(?:rm|normal|bf|it|sf|tt|up|md)?|mathrm|mbox|emph|operatorname)\s*\{"
+    r"\\(?P<words>text(?:rm|normal|bf|it|sf|tt|up|md|sc|sl)?|mathrm|[mh]box|framebox|emph|operatorname)\s*\{"
     r"|\\(?:mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|bm|pmb|underline|ensuremath|mathord)\s*\{"
 )
 _MARKDOWN = re.compile(r"(\*\*|__|\*|`)(.+)\1", re.DOTALL)
@@ -48,7 +51,7 @@ _WORDS = {
     r"\\infin|\\infinity": r"\\infty",
     r"\\(?:l|c|d)?dots[cbmio]?|\\textellipsis": r"\\ldots",
     r"\\percent": r"\\%",
-    r"\\degree": r"^{\\circ}",
+    r"\\(?:text)?degree": r"^{\\circ}",
     r"\\(?:pounds|textsterling)": "£",
     r"\\(?:euro|texteuro)": "€",
     r"\\textdollar": r"\\$",
@@ -77,6 +80,7 @@ _UNICODE = {
         "°º˚": r"^{\circ}",
         "′": "'",
         "…": r"\ldots ",
+        "。": ".",
         "⟨": "(",
         "⟩": ")",
         "\u2126": r"\Omega ",
@@ -97,11 +101,17 @@ _REPEATING = re.compile(
     r"(?<![\d.])(\d{0,50})\.(\d{0,50})"
     r"(?:\\(?:overline|bar|dot) ?(?:\{ ?(\d{1,50}) ?\}|(\d))|\((\d{1,50})\))(?![\d(\\])"
 )
+# 0.1666..., but not 3.14...: three times one digit, or two times several.
+_GOES_ON = re.compile(r"(?<![\d.])(\d{0,50}\.\d{0,50}?)(?:(\d)\2\2|(\d{2,20}?)\3) ?\\ldots(?! ?[\w,])")
 _SPACED_THOUSANDS = re.compile(r"(?<![\w.,/^ }])(?<![\w.,/^}] )(\d{1,3})((?: \d{3})+)(?![ \w/]|,\d)(\.\d+)?")
 _BRACED_COMMA = re.compile(r"(?<=\d)\{, ?\}(?=\d{3}(?!\d))")
 _THOUSANDS = re.compile(r"(?:[^=,(\[{]*= ?)?[-+]?\d{1,3}(?:,\d{3})+(?!\d)(?!\s*,)")
 _POINTLESS = re.compile(r"(?<=\d)\.(?![\d.])")  # 7. and 1./3: LaTeX's grammar refuses the whole text for it
-_LAST_MARK = re.compile(r"(?:\\\\|(?<!\\)[.,;:])\s*$")
+_FIRST_MARK = re.compile(r"^(?:=|\\approx(?![a-zA-Z])|\\therefore(?![a-zA-Z])) *(?=.)")
+_LAST_MARK = re.compile(
+    r"(?:\\\\|(?<!\\)[.,;:]|\\(?:tag|label) ?\{[^{}]*\}"
+    r"|(?<=.)\\(?:nonumber|notag|qed|blacksquare|square|checkmark)(?![a-zA-Z]))\s*$"
+)
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+) ?[eE] ?([+-]? ?\d+)(?![\w.^{])")
 _TIMES = re.compile(r"(?<=\d) ?(?:[xX*]|\\times) ?(?=10 ?\^)")
 _AND_OR = re.compile(r",? ?(?:\\text\{ ?(?:and|or) ?\}|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])) ?")
@@ -111,6 +121,7 @@ _PERCENT = re.compile(
 _UNIT_FRACTION = re.compile(r"\\frac ?\{ ?(\\text\{[^{}]*\}) ?\} ?\{ ?(\\text\{[^{}]*\}) ?\}")
 _PRIME = re.compile(r"(?<=[A-Za-z])'+")  # math-verify drops it, and y' would be y
 _DEGREE = re.compile(r"(?<=[\d})]) ?\{?\}?\^ ?\{? ?\\circ ?\}?")
+_ANGLE = re.compile(r"(\d{1,50})(?:\.(\d{1,50}))? ?(?:\{\}|(\}))? ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z]))")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 
 
@@ -142,6 +153,7 @@ def _plain(text: str) -> str:
     """Without colour, bold, sizes and kinds of spaces; one name for each symbol."""
     text = _ascii(text)
     text = _SIZES.sub("", _NO_SPACES.sub("", _DELIMITERS.sub("", text)))
+    text = _FONT.sub(_as_command, text)
     text = _unwrap(_SPACES.sub(" ", _COLOUR.sub("", text)).strip())
     if (bold := _MARKDOWN.fullmatch(text)) and bold[1] not in bold[2]:
         text = bold[2]
@@ -151,14 +163,22 @@ def _plain(text: str) -> str:
     text = _UNIT_FRACTION.sub(r"\1/\2", re.sub(r"\.{3,}", r"\\ldots", text).replace("{:}", ":"))
     text = _PRIME.sub(lambda found: rf"^{{{r'\prime' * len(found[0])}}}", text)
     text = re.sub(r"\\\{ *\\\}", r"\\emptyset", text.replace("**", "^"))
-    if not _TRIGONOMETRIC.search(text):
+    if _TRIGONOMETRIC.search(text):
+        text = _ANGLE.sub(_radians, text)
+    else:
         text = _DEGREE.sub(r"\\text{degree}", text)
         text = re.sub(r"\\text\{degree\}(?! *(?:$|[A-Za-z\\]))", "", text)  # within a list: no unit to keep
     text = _PERCENT.sub(r"\\%", text)
     text = _AND_OR.sub(",", text)
-    while (shorter := _LAST_MARK.sub("", text).strip()) != text:
+    while (shorter := _LAST_MARK.sub("", _FIRST_MARK.sub("", text)).strip()) != text:
         text = shorter
     return re.sub(r" {2,}", " ", text)
+
+
+def _as_command(font: re.Match[str]) -> str:
+    r"""`\mathbf{` for `{\bf ` and `\bf{`; nothing for a font that holds to the end of the answer."""
+    command = r"\mathrm{" if font[2] else r"\mathbf{"
+    return command * ((font[1] is not None) + (font[3] is not None))
 
 
 def _ascii(text: str) -> str:
@@ -229,7 +249,7 @@ def _numbers(text: str) -> str:
     text = _SHORT_FRACTION.sub(
         lambda found: rf"\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}", text
     )
-    text = _REPEATING.sub(_repeating, text)
+    text = _REPEATING.sub(_repeating, _GOES_ON.sub(_period, text))
     text = _SCIENTIFIC.sub(lambda found: rf"{found[1]} \times 10^{{{found[2].replace(' ', '')}}}", text)
     text = _TIMES.sub(r" \\times ", text)
     text = _BRACED_COMMA.sub(",", text)
@@ -247,6 +267,16 @@ def _mixed(found: re.Match[str]) -> str:
     if not 0 < above < below or ("+" in found[0] and found.start()):
         return found[0]
     return rf"\frac{{{whole * below + above}}}{{{below}}}"
+
+
+def _period(found: re.Match[str]) -> str:
+    return rf"{found[1]}\overline{{{found[2] or found[3]}}}"
+
+
+def _radians(degrees: re.Match[str]) -> str:
+    """An angle whose sign of degrees math-verify would drop, in radians."""
+    value = Fraction(f"{degrees[1]}.{degrees[2] or 0}") / 180
+    return rf"\frac{{{value.numerator}\pi}}{{{value.denominator}}}{degrees[3] or ''}"
 
 
 def _repeating(found: re.Match[str]) -> str:

@@ -34,7 +34,7 @@ _NAMES = {
     "am": "a.m. A.M. AM a.m",
     "pm": "p.m. P.M. PM p.m",
     "$": "dollar USD",
-    "cent": "cents",
+    "cent": "cents ¢",
     "€": "euro EUR",
     "£": "GBP",
     "ohm": r"\Omega",
@@ -71,7 +71,7 @@ _TEXT_TAIL = re.compile(
 _PLAIN_TAIL = re.compile(r"(?<=[\d})])(?P<tail>(?: ?[A-Za-z][A-Za-z.]*+(?:\^\{?[23]\}?)?+(?: ?/)?+)++)$")
 _SINGLE = frozenset("mgshLNJWVKCF")
 _CURRENCY = re.compile(
-    r"^(?P<sign>[-+]?) ?(?P<unit>\\?\$|€|£|¥|₹) ?(?=[\d.\\])|(?<=\d) ?(?P<after>\\?\$|€|£|¥|₹)$"
+    r"^(?P<sign>[-+]?) ?(?P<unit>\\?\$|€|£|¥|₹) ?(?=[\d.\\])|(?<=\d) ?(?P<after>\\?\$|€|£|¥|₹|¢)$"
 )
 _ORDINAL = re.compile(r"(?<=\d)(?:\^ ?\{? ?)?(?:\\text\{ ?(?:st|nd|rd|th) ?\}|(?:st|nd|rd|th)\b) ?\}?$")
 _BASE = re.compile(r"(?<![\w.}])([0-9A-Z]+)_ ?\{? ?(\d+) ?\}?$")
@@ -82,7 +82,8 @@ def split_unit(text: str) -> tuple[str, str | None]:
     text = _ORDINAL.sub("", text)
     if (found := _CURRENCY.search(text)) is not None:
         rest = (found["sign"] or "") + text[: found.start()] + text[found.end() :]
-        return split_unit(rest)[0], (found["unit"] or found["after"]).removeprefix("\\")
+        unit = (found["unit"] or found["after"]).removeprefix("\\")
+        return split_unit(rest)[0], _CANONICAL.get(unit, unit)
     if (found := _BASE.fullmatch(text)) is not None:
         return found[1], f"base {found[2]}"
     found = _TEXT_TAIL.search(text)

@@ -17,7 +17,7 @@ from typing import Any
 
 from treepo.errors import one_line
 from treepo.rewards.grade import Grade, GradeItem
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 RewardFunction = Callable[[str, str, str, Mapping[str, object]], object]
 _ALLOWED = "a number, or a dict with a number under `reward`"

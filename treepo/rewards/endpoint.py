@@ -24,7 +24,7 @@ from treepo.config.reward import RewardConfig
 from treepo.errors import ConfigError, one_line, shortened
 from treepo.rewards.custom import BadGradeError, grade_of
 from treepo.rewards.grade import Grade, GradeItem
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 _log = logging.getLogger(__name__)
 _AUTHORIZATION = "TREEPO_REWARD_AUTHORIZATION"  # not in the configuration, which is in the run's files

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from treepo.errors import RewardError
 from treepo.rewards.grade import Grade
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 LEAST_FAILED = 8  # fewer failures do not stop a run, whatever their share
 

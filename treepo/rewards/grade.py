@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 PIPE_CLOSED = 97
 """Exit code of a grading process whose reward function has closed the pipe."""

@@ -30,7 +30,7 @@ from treepo.rewards.answer_text import AnswerText, read_answer
 from treepo.rewards.answer_units import without_letter_unit
 from treepo.rewards.extraction import BOXED, extract
 from treepo.rewards.grade import Grade, GradeItem
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 # math-verify has no parameter for this. Its own comparison drops everything below 1e-15: 1/2**64 and 1/2**63
 # are both 0 to it, alone, in a set, a tuple or an equation.

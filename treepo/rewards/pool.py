@@ -21,7 +21,7 @@ from treepo.config.reward import RewardConfig
 from treepo.errors import ConfigError, RewardError
 from treepo.rewards.grade import Grade, GradeItem, Rewards
 from treepo.rewards.process import Worker, WorkerDied
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 _log = logging.getLogger(__name__)
 _START_ATTEMPTS = 3

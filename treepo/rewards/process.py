@@ -21,7 +21,7 @@ import psutil
 from treepo.config.reward import RewardConfig
 from treepo.errors import one_line
 from treepo.rewards.grade import PIPE_CLOSED, Grade, GradeItem, Ready, Reply, Request
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 START_SECONDS = 120.0
 _MOST_BYTES = 2**26  # of a message from a grading process

@@ -11,7 +11,7 @@ from treepo.rewards.extraction import BOXED
 from treepo.rewards.grade import GradeItem
 from treepo.rewards.pool import RewardPool
 from treepo.rollout.boxed import last_boxed
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 NO_VOTE = -1
 """The class of a response that casts no vote."""

@@ -19,7 +19,7 @@ from treepo.rewards.confinement import RefusedError, confine
 from treepo.rewards.custom import BadGradeError, call, load_function, printable
 from treepo.rewards.grade import PIPE_CLOSED, Grade, GradeItem, Ready, Reply, Request
 from treepo.stack_dumps import heed_requests
-from treepo.tree import Verdict
+from treepo.verdict import Verdict
 
 Grader = Callable[[GradeItem], Grade]
 _MONITOR = 3  # a tool id of sys.monitoring that is not reserved for any kind of tool

@@ -6,8 +6,10 @@ streams.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 
 def key(*names: int | str) -> int:
@@ -18,7 +20,20 @@ def key(*names: int | str) -> int:
 
 def generator(*names: int | str) -> np.random.Generator:
     """The random stream that belongs to `names`."""
-    return np.random.Generator(np.random.Philox(key=key(*names)))
+    state: Any = _Key(key(*names))  # numpy takes any ISeedSequence, but its annotation names one of them
+    return np.random.Generator(np.random.Philox(state))
+
+
+class _Key(ISeedSequence):
+    """The key of a Philox. `Philox(key=...)` also asks the system for a seed, which takes twice as long."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        assert n_words == 2
+        assert dtype is np.uint64
+        return np.array([self._value & (1 << 64) - 1, self._value >> 64], dtype=np.uint64)
 
 
 def seed(*names: int | str) -> int:

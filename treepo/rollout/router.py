@@ -81,7 +81,8 @@ class Router:
         self._tokens = 0  # of all trees so far, a shared token once
         self._leaves = 0  # that have ended in them
         self._finished: deque[np.ndarray] = deque(maxlen=REMEMBERED_TREES)
-        self._expected = self._first_expectation()
+        self._expected: list[int] = []  # tokens that a tree will hold, by its leaves to come
+        self._expect(self._first_expectation())
 
     def engine_with_room(self, prompt_tokens: int) -> RoutedEngine | None:
         """The engine with the least load that has room for a new tree; None if all are full."""
@@ -90,7 +91,7 @@ class Router:
 
     def expected_tree_tokens(self, prompt_tokens: int) -> int:
         """Tokens that a new tree is expected to hold: the average of the most that earlier trees held."""
-        return prompt_tokens + int(self._expected[self._width])
+        return prompt_tokens + self._expected[self._width]
 
     def admit(self, tree: GrowingTree, engine: RoutedEngine) -> LiveTree:
         """Admit a new tree to `engine`."""
@@ -153,7 +154,7 @@ class Router:
         return tokens * np.arange(self._width + 1) / self._width
 
     def _expect(self, expected: np.ndarray) -> None:
-        self._expected = expected
+        self._expected = expected.astype(np.int64).tolist()
         for engine in self.engines:
             for live in engine.trees:
                 self._update_expected_tokens(live)
@@ -163,7 +164,7 @@ class Router:
         self._update_expected_tokens(live)
 
     def _update_expected_tokens(self, live: LiveTree) -> None:
-        response = max(int(self._expected[live.leaves]), live.above)
+        response = max(self._expected[live.leaves], live.above)
         expected = len(live.tree.prompt.tokens) + response
         live.home.expected_tokens += expected - live.expected_tokens
         live.expected_tokens = expected

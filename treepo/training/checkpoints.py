@@ -235,6 +235,23 @@ def _state_of(folder: Path, contents: bool) -> RunState:
         raise ModelError(f"{folder / MANIFEST}: run: {error}") from None
 
 
+def instead_of(folder: Path) -> str:
+    """What can be used in the place of a damaged checkpoint of a run; empty if the folder is none."""
+    if NAME.fullmatch(folder.name) is None or not folder.is_dir() or _is_whole(folder):
+        return ""
+    others = (other for _, other in reversed(_all(folder.parent)) if other.name != folder.name)
+    whole = next((other for other in others if _is_whole(other)), None)
+    return "; no other checkpoint of its run is whole" if whole is None else f"; {whole} is whole"
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verified_manifest(folder)
+    except ModelError:
+        return False
+    return True
+
+
 def saved(out: Path) -> tuple[int, Path] | None:
     """Step and folder of the last checkpoint of the run in folder `out`, unread; None if there is none."""
     checkpoints = _with_manifest(out / CHECKPOINTS)

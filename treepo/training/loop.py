@@ -12,7 +12,7 @@ from treepo.config.run import RunConfig
 from treepo.protocols import BatchResult, Trainer, TrainingEnginePool
 from treepo.training.checkpoints import Checkpoints
 from treepo.training.heldout import Evaluation, PeriodicEvaluation
-from treepo.training.metrics import step_metrics
+from treepo.training.metrics import file_metrics, step_metrics
 from treepo.training.mini_batches import mini_batches
 from treepo.training.ready_trees import ready_trees_lines
 from treepo.training.run_folder import RunFolder
@@ -67,6 +67,8 @@ class TrainingLoop:
         self.state.step_done(step, sampled.stats, result)
         seconds = self.clock.take_step_seconds()
         metrics = step_metrics(batch, sampled, result, *seconds, self.state.trainer_restarts)
+        names = [file.label for file in self.config.data.mixture]
+        metrics |= file_metrics([finished.tree for finished in batch.sampled], names)
         self.folder.write_metrics(step, metrics)
         self.reporter.step(step, metrics)
 

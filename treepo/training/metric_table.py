@@ -35,6 +35,9 @@ METRICS: Mapping[str, tuple[str, str]] = {
         "the step with the highest accuracy so far, whose checkpoint is kept (`evaluation.best`)",
         "one of the last",
     ),
+    "reward_of/*": ("`reward` of one file of a mixture; absent in a step without its prompts", "rises"),
+    "accuracy_of/*": ("`accuracy` of one file of a mixture; absent likewise", "rises"),
+    "prompts_of/*": ("share of the step's prompts that are of one file of a mixture", "near its weight"),
     "verdict/correct": ("share of the leaves that are correct", "rises"),
     "verdict/wrong": ("share of the leaves that are wrong", "falls"),
     "verdict/no_answer": (

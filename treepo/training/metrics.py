@@ -112,17 +112,22 @@ def standard_error(trees: Sequence[Tree]) -> float:
     return math.sqrt(prompts / (prompts - 1) * squares) / float(graded_P.sum())
 
 
+def mean_reward(trees: Sequence[Tree]) -> float:
+    """Mean reward of the graded leaves, without terms; nan if none could be graded."""
+    rewards = [leaf.reward for tree in trees for leaf in tree.leaves if leaf.reward is not None]
+    return float(np.mean(rewards)) if rewards else float("nan")
+
+
 def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
     """Rewards, verdicts, stops, lengths, and how much the trees share."""
     leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
-    rewards = [leaf.reward for _, leaf in leaves if leaf.reward is not None]
     unique, total = sum(map(Tree.unique_tokens, trees)), sum(map(Tree.total_tokens, trees))
     shares = {f"stop/{stop}": sum(leaf.stop is stop for _, leaf in leaves) / len(leaves) for stop in Stop}
     for verdict in Verdict:
         shares[f"verdict/{verdict}"] = sum(leaf.verdict is verdict for _, leaf in leaves) / len(leaves)
     ungraded = sum(leaf.verdict is None or not leaf.verdict.graded for _, leaf in leaves)
     return {
-        "reward": float(np.mean(rewards)) if rewards else float("nan"),
+        "reward": mean_reward(trees),
         "accuracy": accuracy(trees),
         "leaves": len(leaves),
         "leaves_ungraded": ungraded,
@@ -135,6 +140,20 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         **shares,
         **reward_metrics([leaf for _, leaf in leaves]),
     }
+
+
+def file_metrics(trees: Sequence[Tree], names: Sequence[str]) -> dict[str, float]:
+    """Of each file of a mixture: its share of the trees and, if it has any, their rewards and accuracy."""
+    metrics: dict[str, float] = {}
+    by_name: dict[str, list[Tree]] = {name: [] for name in names}
+    for tree in trees if names else ():
+        by_name[tree.prompt_id.rpartition(":")[0]].append(tree)
+    for name, own in by_name.items():
+        metrics[f"prompts_of/{name}"] = len(own) / len(trees)
+        if own:
+            metrics[f"reward_of/{name}"] = mean_reward(own)
+            metrics[f"accuracy_of/{name}"] = accuracy(own)
+    return metrics
 
 
 def reward_metrics(leaves: Sequence[Leaf]) -> dict[str, float]:

@@ -1,10 +1,11 @@
 """`treepo train --resume`: finds the checkpoint to continue from, and refuses if it is not the same run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treepo.config.dotted import by_dotted_key
 from treepo.config.load import load_config
 from treepo.config.run import RunConfig
 from treepo.data.inputs import TrainInputs
@@ -73,10 +74,10 @@ def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True
             f"--resume: {config.out / CONFIG} has {'; '.join(refused)}; these keys cannot change "
             "during a run (another `out` begins a new one)"
         )
-    if state.data != inputs.train.report.fingerprint:
+    names = ", ".join(str(file.path) for file in config.data.mixture) or str(config.data.train)
+    if state.data != inputs.train.fingerprint:
         raise ConfigError(
-            f"--resume: the prompts or answers in {config.data.train} have changed since {checkpoint} "
-            "was written"
+            f"--resume: the prompts or answers in {names} have changed since {checkpoint} was written"
         )
     if state.steps_done > config.steps or (
         state.steps_done == config.steps and (config.out / SUMMARY).is_file()
@@ -125,7 +126,7 @@ def _resume(out: Path, checkpoint: Path, state: RunState, changes: tuple[str, ..
 
 def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
     """Describe each changed key: "steps = 3, now 5". `out` may differ, because a run folder can be moved."""
-    before, now = (dict(_flat(each.model_dump(mode="json"))) for each in (saved, config))
+    before, now = (by_dotted_key(each.model_dump(mode="json")) for each in (saved, config))
     keys = [key for key in before | now if key != "out" and before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}
 
@@ -140,14 +141,6 @@ def _check_sizes(out: Path, state: RunState) -> None:
                 f"--resume: {path} has {found} bytes, but had {size} after step {state.steps_done}: "
                 "it was changed"
             )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _is_fixed(key: str) -> bool:

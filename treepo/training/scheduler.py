@@ -10,10 +10,15 @@ have no room for all whose last step it is. If trees are trained at the step aft
 left over, this is the synchronous loop.
 
 A failed or dropped tree is not sampled again: another position replaces it. A position waits while its prompt
-has another untrained tree; none a whole epoch after it starts meanwhile, so that epochs do not drift apart.
+has another untrained tree. Later ones of its file start meanwhile, none a whole epoch after it, so that
+epochs do not drift apart.
+
+The files of a mixture start as many trees as the order gives them turns, whichever of their positions these
+are. If none of a file's prompts may start, the others go on without it by at most `max_untrained` positions,
+and it catches up as soon as it can.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar, Self
@@ -21,7 +26,7 @@ from typing import ClassVar, Self
 from pydantic import ConfigDict
 
 from treepo.config.run import RunConfig
-from treepo.data.prompts import PromptOrder
+from treepo.data.prompt_order import TrainingOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,9 @@ class ScheduleState:
 class Scheduler:
     """Schedules the trees of one run.
 
-    order: the training order, of at least `batch` prompts. A prompt has one untrained tree at a time, and
-    begins one under each version: another would draw the same random numbers. batch: trees of one step.
+    order: the training order, of at least `batch` prompts; of a mixture, each file has at least as many as it
+    has turns among `batch` positions. A prompt has one untrained tree at a time, and begins one under each
+    version: another would draw the same random numbers. batch: trees of one step.
     max_untrained: most trees that are started and not trained, at any time; from batch to
     batch x (max_staleness + 1). max_replaced: most dropped trees that others replace in one step; every
     further one makes the step's batch smaller. steps: of the run.
@@ -67,7 +73,7 @@ class Scheduler:
 
     def __init__(
         self,
-        order: PromptOrder,
+        order: TrainingOrder,
         *,
         batch: int,
         max_staleness: int,
@@ -94,7 +100,7 @@ class Scheduler:
         self._restore(dict(zip(state.ready, state.began, strict=True)))
 
     @classmethod
-    def of_run(cls, config: RunConfig, order: PromptOrder, version: int, state: ScheduleState) -> Self:
+    def of_run(cls, config: RunConfig, order: TrainingOrder, version: int, state: ScheduleState) -> Self:
         """The scheduler of a training run that begins, or continues after step `version`."""
         batch = config.data.prompts_per_step
         return cls(
@@ -127,10 +133,15 @@ class Scheduler:
         """The position to start next; None until a tree ends or a step is taken or trained."""
         if len(self._busy) >= self._room():
             return None
-        barred = self._busy | self._begun
-        first = self._again[0] if self._again else self._cursor
-        positions = chain(self._again, range(self._cursor, first + len(self._order)))
-        return next((each for each in positions if self._order.index(each) not in barred), None)
+        order, waiting = self._order, self._waiting()
+        started = [order.turns_before(file, self._cursor) - len(each) for file, each in enumerate(waiting)]
+        due = sorted((order.position(file, turn), file) for file, turn in enumerate(started))
+        for position, file in due:
+            if position > due[0][0] + self._max_untrained:
+                break
+            if (found := self._free(file, waiting[file])) is not None:
+                return found
+        return None
 
     def start(self, position: int) -> None:
         """Start the tree at the position that `next` returned."""
@@ -198,6 +209,24 @@ class Scheduler:
             [self._ready[position] for position in ready],
             sorted(self._dropped),
         )
+
+    def _waiting(self) -> list[list[int]]:
+        """For each file, ascending, its positions below the cursor that are to be started."""
+        waiting: list[list[int]] = [[] for _ in self._order.sizes]
+        for position in self._again:
+            waiting[self._order.turn(position)[0]].append(position)
+        return waiting
+
+    def _free(self, file: int, waiting: Sequence[int]) -> int | None:
+        """The first position of a file whose prompt may begin a tree, less than an epoch after the first that
+        waits.
+        """
+        order, next_turn = self._order, self._order.turns_before(file, self._cursor)
+        limit = (order.turn(waiting[0])[1] if waiting else next_turn) + order.sizes[file]
+        earlier = (each for each in waiting if order.turn(each)[1] < limit)
+        later = (order.position(file, turn) for turn in range(next_turn, limit))
+        barred = self._busy | self._begun
+        return next((each for each in chain(earlier, later) if order.index(each) not in barred), None)
 
     def _unreplaced(self) -> int:
         """Dropped trees of this step that no other tree replaces."""

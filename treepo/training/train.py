@@ -16,7 +16,6 @@ from typing import Any
 from treepo.config.run import RunConfig
 from treepo.data.daemon_thread import in_thread
 from treepo.data.inputs import TrainInputs
-from treepo.data.prompts import PromptOrder
 from treepo.errors import LostTrainerError, TrainerError
 from treepo.protocols import Trainer, TrainingEnginePool
 from treepo.rewards.grade import Rewards
@@ -54,7 +53,7 @@ async def train(
     Everything that was started is ended, also after an error. Raises TrainerError if the trainer was lost
     more than `trainer.max_restarts` times.
     """
-    state = RunState(inputs.train.report.fingerprint) if resume is None else resume.state
+    state = RunState(inputs.train.fingerprint) if resume is None else resume.state
     watchdog = Watchdog(config.out, config.engine.stall_seconds, config.steps)
     async with AsyncExitStack() as stack:
         decode = inputs.tokenizer.decode
@@ -64,8 +63,8 @@ async def train(
         reporter.known(folder.recorded())
         clock = Clock(state, reporter)
         await stack.enter_async_context(watchdog)
-        for report in inputs.reports:
-            _log.info(report.summary())
+        for line in inputs.summaries(config):
+            _log.info(line)
         if resume is not None:
             _log.info("%s %d", CONTINUES, state.steps_done)
         with clock.phase("start engine and trainer", announce=True):
@@ -195,7 +194,7 @@ class _Run:
     def _supply(self, state: RunState, origin: Resume | None) -> TreeSupply:
         """The supply of trees that begins as the state says."""
         config, inputs, engines = self.config, self.inputs, self.engines
-        order = PromptOrder(len(inputs.train), config.seed)
+        order = inputs.train.order(config.seed)
         scheduler = Scheduler.of_run(config, order, state.steps_done, state.schedule)
         if scheduler.resampled:
             state.resampled += scheduler.resampled

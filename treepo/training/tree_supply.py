@@ -11,7 +11,9 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from treepo.config.run import RunConfig
-from treepo.data.prompts import Prompt, PromptOrder, PromptSet
+from treepo.data.mixture import TrainingPrompts
+from treepo.data.prompt_order import TrainingOrder
+from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.learning.dynamic_sampling import Dropped, uninformative
 from treepo.protocols import EnginePool
@@ -73,8 +75,8 @@ class TreeSupply:
     def __init__(
         self,
         config: RunConfig,
-        prompts: PromptSet,
-        order: PromptOrder,
+        prompts: TrainingPrompts,
+        order: TrainingOrder,
         scheduler: Scheduler,
         driver: TreeDriver,
         grader: TreeGrader,

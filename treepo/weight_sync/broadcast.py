@@ -6,7 +6,9 @@ The group consists of the sending rank and every rank of every engine, and is ke
 is outside torch's default process group, so it does not interfere with the groups of trainer and engines.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
@@ -19,6 +21,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[repor
 
 from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.wire import Bucket, Manifest, Remark, Stripes
+
+_BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +142,40 @@ def _group(store: Store, name: str, rank: int, size: int, seconds: float, device
     prefixed = PrefixStore(name, store)
     if device.type == "cpu":
         return dist.ProcessGroupGloo(prefixed, rank, size, timeout)
+    _meet(prefixed, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(prefixed, rank, size, options)
+    with _blocking_wait():
+        group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
+    # NCCL connects in the first collective, and waits there for all ranks. The sender begins a bucket before
+    # the receivers learn of it, so they connect here.
+    one = torch.zeros(1, dtype=torch.uint8, device=device)
+    group.broadcast([one], dist.BroadcastOptions()).wait(timeout)
+    return group
+
+
+def _meet(store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    """Wait until every rank is here: while NCCL connects, it waits for a rank without a deadline."""
+    store.set(f"here-{rank}", "1")
+    store.wait([f"here-{other}" for other in range(size)], timeout)
+
+
+@contextmanager
+def _blocking_wait() -> Iterator[None]:
+    """Groups that are made in the body have no watchdog, and waiting for their work raises its errors.
+
+    By default torch's watchdog ends the process a minute after a collective has failed: the sending rank and
+    all engines, when one engine has died.
+    """
+    before = os.environ.get(_BLOCKING_WAIT)
+    os.environ[_BLOCKING_WAIT] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_BLOCKING_WAIT, None)
+        else:
+            os.environ[_BLOCKING_WAIT] = before
 
 
 def _leave(group: Any) -> None:

@@ -68,6 +68,15 @@ def offloaded_bytes(config: RunConfig, folder: Path) -> float:
     return max(stage.subtotal(offloaded(config)) for stage in stages)
 
 
+def packs_of_step(config: RunConfig, folder: Path, tree_tokens: float) -> float:
+    """All packs of a replica's trees, which are on the device from a step's log-probs to its last optimizer
+    step (`megatron_bridge.trainer`). tree_tokens: expected of one tree.
+    """
+    batch = largest_micro_batch(config, planned_architecture(folder))
+    trees = config.data.prompts_per_step / config.trainer.parallel.data
+    return trees * tree_tokens / batch.tokens * activations.pack(batch)
+
+
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
     """One training checkpoint: weights and optimizer state, with the vocabulary's padding."""
     architecture = planned_architecture(folder)

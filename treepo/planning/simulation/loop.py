@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from treepo.config.run import RunConfig
-from treepo.data.prompts import Prompt, PromptOrder, PromptSet
+from treepo.data.prompt_order import PromptOrder
+from treepo.data.prompts import Prompt, PromptSet
 from treepo.planning.memory.engine import EngineMemory
 from treepo.planning.simulation.lengths import InstantEngine
 from treepo.planning.simulation.rates import Rates
