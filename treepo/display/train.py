@@ -171,7 +171,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
         table.add_row(phase, f"{seconds:.1f} s")
     table.add_row("all", f"{summary['seconds']:.1f} s", style="bold")
     console.print(table)
-    best = ((f"{BEST}/", "the best model, another one"),) if summary["best"] is not None else ()
+    best = ((f"{BEST}/", "the model of the best step, likewise"),) if summary["best"] is not None else ()
     evaluations = ((HELDOUT_TREES, "the same of every evaluation"),)
     files = (
         (f"{CHECKPOINT}/", "the trained model, a Hugging Face folder"),
