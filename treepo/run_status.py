@@ -39,6 +39,13 @@ class WarningStatus(BaseModel):
     text: str
 
 
+class EvaluationStatus(BaseModel):
+    """What the last evaluation found, after a step; 0: before training."""
+
+    step: int
+    metrics: dict[str, float | None]
+
+
 class RunStatus(BaseModel):
     """The content of status.json. Times are in seconds since 1970."""
 
@@ -53,6 +60,7 @@ class RunStatus(BaseModel):
     waits: list[WaitStatus]
     engines: dict[str, str]
     metrics: dict[str, float | None]
+    evaluation: EvaluationStatus | None = None
     pace: PaceStatus | None = None
     warnings: list[WarningStatus] = []
     pid: int

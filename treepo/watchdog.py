@@ -4,8 +4,8 @@ SIGUSR1 makes it write where every process is (`treepo.stack_dumps`).
 A wait that lasts is named long before any library's own timeout. It is named again after twice as long, and
 so on. Whatever waits says so with one line, `with waiting(...)`; the watchdog of the command finds it.
 
-    status.json    state, step, phase, waits, engines, the last step's numbers, pace, health warnings,
-                   process, time of writing
+    status.json    state, step, phase, waits, engines, the last step's numbers, those of the last evaluation,
+                   pace, health warnings, process, time of writing
 """
 
 import asyncio
@@ -172,6 +172,7 @@ class Watchdog:
         self.engines: Sequence[Engine] = ()
         self._folder, self._patience, self._steps = folder, patience, steps
         self._step, self._metrics = 0, {}
+        self._evaluation: tuple[int, Mapping[str, float]] | None = None
         self._pace: Any = None
         self._warnings: Sequence[Any] = ()
         self._phase, self._phase_since = "start", time.time()
@@ -212,6 +213,10 @@ class Watchdog:
         self._step, self._metrics = step, metrics
         self._pace, self._warnings = pace, warnings
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation after a step is finished."""
+        self._evaluation = step, metrics
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(min(TICK_SECONDS, self._patience / 4))
@@ -244,9 +249,10 @@ class Watchdog:
                 if whom
             ][:_SHOWN_WAITS],
             "engines": {engine.name: engine.status for engine in self.engines},
-            "metrics": {
-                name: value if math.isfinite(value) else None for name, value in self._metrics.items()
-            },
+            "metrics": _finite(self._metrics),
+            "evaluation": None
+            if self._evaluation is None
+            else {"step": self._evaluation[0], "metrics": _finite(self._evaluation[1])},
             "pace": None if self._pace is None else asdict(self._pace),
             "warnings": [asdict(warning) for warning in self._warnings],
             "pid": os.getpid(),
@@ -276,6 +282,11 @@ class Watchdog:
             if self._writable:
                 _log.info("%s: %s; the run goes on without it", error.filename, error.strerror)
             self._writable = False
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """With null for what JSON has no number for."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _reason(error: BaseException) -> str:

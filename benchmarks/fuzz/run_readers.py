@@ -148,7 +148,7 @@ def checkpoint(folder: Path) -> Reader:
 def metrics(folder: Path) -> Reader:
     """metrics.jsonl of a run that resumes, and TensorBoard's record of it."""
     from treepo.training.event_file import scalars_event
-    from treepo.training.run_folder import _read_metrics
+    from treepo.training.run_folder import read_metrics
 
     path = folder / "metrics.jsonl"
     seeds = (
@@ -158,7 +158,7 @@ def metrics(folder: Path) -> Reader:
 
     def read(data: bytes) -> object:
         path.write_bytes(data)
-        for record in _read_metrics(path):
+        for record in read_metrics(path):
             values = {name: value for name, value in record.items() if name not in ("step", "time")}
             step, seconds = record["step"], record["time"]
             assert isinstance(step, int)

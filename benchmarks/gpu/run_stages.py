@@ -172,7 +172,8 @@ def _train(
     sys.stderr.write(errors)
     assert code == 0, (errors.strip().splitlines() or [f"exit code {code}"])[-1]
     summary = json.loads((out / "summary.json").read_text())
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "seconds/step" in line]  # the others are evaluations
     assert len(steps) == summary["steps"] == overrides["steps"], (len(steps), summary["steps"])
     last = steps[-1]
     phases = ("sample", "log_probs", "train", "weight_sync")

@@ -334,7 +334,8 @@ def learning_curve(run: Path) -> str:
 
 def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """The metrics of every step, and the summary."""
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "seconds/step" in line]  # the others are evaluations
     return steps, json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 

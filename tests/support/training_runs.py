@@ -40,8 +40,8 @@ class Seen:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
         self.steps.append(step)
 
-    def evaluated(self, step: int, accuracy: float) -> None:
-        self.accuracies[step] = accuracy
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.accuracies[step] = metrics["heldout/accuracy"]
         self._events.append(f"evaluated {step}")
 
 
@@ -161,8 +161,8 @@ _inputs: dict[str, TrainInputs] = {}
 
 
 def inputs_of(config: RunConfig) -> TrainInputs:
-    """The inputs of a run, read once for each section `data`."""
-    key = config.data.model_dump_json()
+    """The inputs of a run, read once for each choice of data."""
+    key = config.data.model_dump_json() + config.evaluation.model_dump_json()
     if key not in _inputs:
         _inputs[key] = read_train_inputs(config)
     return _inputs[key]

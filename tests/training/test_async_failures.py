@@ -156,4 +156,4 @@ def test_an_evaluation_that_no_engine_answers_is_given_up(
     engine.stalls = stalls
     run.train()
     assert run.seen.steps == [1, 2, 3, 4, 5, 6]
-    assert list(run.seen.accuracies) == [4]
+    assert list(run.seen.accuracies) == [0, 4, 6]

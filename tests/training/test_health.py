@@ -1,6 +1,5 @@
 """Health rules: each warns of its trouble, once, and of no other; a healthy run has no warning."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.paths import ROOT
-from tests.support.training_runs import LengthRewards, Run, config_of, use_rewards
+from tests.support.training_runs import LengthRewards, Run, config_of, steps_of, use_rewards
 from treepo.config.run import RunConfig
 from treepo.rewards.grade import Grade, GradeItem
 from treepo.run_status import read_status
@@ -157,7 +156,7 @@ def test_a_run_says_it_in_the_log_and_in_its_status(
     assert len(said) == 1
     assert said[0].startswith("step 5: ")
     assert said[0] in (config.out / "log.txt").read_text()
-    assert json.loads((config.out / "metrics.jsonl").read_text().splitlines()[-1])["trees/informative"] == 0.0
+    assert steps_of(config.out)[-1]["trees/informative"] == 0.0
 
 
 def test_the_pace_leaves_out_the_first_step_and_follows_the_newest() -> None:

@@ -89,7 +89,8 @@ def history(run: Run, summary: dict[str, Any]) -> list[Any]:
         for line in lines(out / "metrics.jsonl")
     ]
     told = {name: summary[name] for name in summary if not any(word in name for word in TIMED)}
-    return [metrics, (out / "trees.jsonl").read_bytes(), told, run.trainer.weights, run.engine.weights]
+    trees = [(out / name).read_bytes() for name in ("trees.jsonl", "heldout_trees.jsonl")]
+    return [metrics, trees, told, run.trainer.weights, run.engine.weights]
 
 
 @pytest.mark.parametrize(("every", "stride"), [(1, 5), (2, 1), (None, 5)])
@@ -183,7 +184,7 @@ def test_an_asynchronous_run_trains_every_prompt_once(
         evaluated = [
             line["step"] for line in lines(config.out / "metrics.jsonl") if "heldout/accuracy" in line
         ]
-        assert evaluated == [2, 4]
+        assert evaluated == [0, 2, 4, 5]
         taken = [step for step, _ in trees_of(config.out)]
         assert taken == sorted(taken)
         assert len(taken) == 4 * STEPS

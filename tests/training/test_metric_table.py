@@ -12,7 +12,7 @@ from treepo.learning.mismatch import LogProbMismatch
 from treepo.protocols import BatchResult, WeightCheck
 from treepo.rollout.stats import Stats
 from treepo.training.metric_table import METRICS, meaning, renewed
-from treepo.training.metrics import STEP_PHASES, file_metrics, step_metrics
+from treepo.training.metrics import STEP_PHASES, file_metrics, heldout_metrics, step_metrics
 from treepo.training.tree_supply import Batch, FinishedTree, Sampled
 from treepo.tree import Leaf, Tree
 
@@ -52,15 +52,17 @@ def written() -> set[str]:
 
 def test_the_table_has_every_metric_that_a_run_writes_and_no_other() -> None:
     patterns = [name for name in METRICS if name.endswith("*")]
+    heldout = {**heldout_metrics("heldout", [tree_with_terms()]), "heldout/best_step": 1}
     names = {
         next((pattern for pattern in patterns if name.startswith(pattern[:-1])), name) for name in written()
-    } | {"heldout/accuracy"}
+    } | {*heldout, "heldout/*"}
     assert names == set(METRICS)
 
 
 def test_a_metric_of_your_own_has_the_meaning_of_its_kind() -> None:
     assert meaning("term/length") == METRICS["term/*"]
     assert meaning("reward") == METRICS["reward"]
+    assert meaning("heldout/math/accuracy") == METRICS["heldout/*"]
     assert meaning("something") is None
 
 

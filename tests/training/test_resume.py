@@ -53,7 +53,7 @@ def state_after(step: int, sizes: dict[str, int] | None = None) -> RunState:
 
 def inputs(data: str = DATA) -> TrainInputs:
     report = DataReport(Path("train.jsonl"), fingerprint=data)
-    return TrainInputs(None, PromptSet(report, None, np.empty((0, 2)), None), ())  # type: ignore[arg-type]  # nothing is read
+    return TrainInputs(None, PromptSet(report, None, np.empty((0, 2)), None), {})  # type: ignore[arg-type]  # nothing is read
 
 
 @pytest.fixture
@@ -421,7 +421,7 @@ class Silent:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def evaluated(self, step: int, accuracy: float) -> None: ...
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def recovered(self, event: str) -> None: ...
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from treepo.errors import DataError
-from treepo.training.run_folder import _read_metrics
+from treepo.training.run_folder import read_metrics
 from treepo.training.run_state import RunState
 
 
@@ -26,7 +26,7 @@ def test_numbers_that_no_run_writes_are_one_line(line: bytes, tmp_path: Path) ->
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "time": 1, "reward": null}\n' + line + b"\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: not") as caught:
-        list(_read_metrics(path))
+        list(read_metrics(path))
     assert "\n" not in str(caught.value)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_trainer import FakeTrainer
-from tests.support.training_runs import LengthRewards, Run, Seen, config_of, lines, use_rewards
+from tests.support.training_runs import LengthRewards, Run, Seen, config_of, lines, steps_of, use_rewards
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError, LogProbCheckError, RewardError
 from treepo.tree import Verdict, from_json
@@ -27,13 +27,14 @@ def test_every_step_samples_learns_and_serves_the_next_version(folder: Path, tmp
     summary, events, seen = run(config)
     steps = [["hold", "train 2", f"sync {step}", "release"] for step in (1, 2, 3)]
     check = ["hold", "release"]
-    assert events == [*check, *steps[0], *steps[1], *steps[2], "export checkpoint", "end"]
+    evaluated = ["evaluated 0", *steps[0], *steps[1], *steps[2], "evaluated 3"]
+    assert events == [*check, *evaluated, "export checkpoint", "end"]
     assert seen.steps == [1, 2, 3]
 
     trees = [from_json(line) for line in (config.out / "trees.jsonl").read_bytes().splitlines()]
     versions = [{*chain.from_iterable(segment.versions for segment in tree.segments)} for tree in trees]
     assert versions == [{step} for step in (0, 1, 2) for _ in range(4)]
-    metrics = lines(config.out / "metrics.jsonl")
+    metrics = steps_of(config.out)
     assert [line["logprob_difference_mean"] for line in metrics] == [0.5] * 3
     assert [line["logprob_difference_max"] for line in metrics] == [1.5] * 3
     assert all(line["seconds/train"] == 5.0 for line in metrics)
@@ -61,7 +62,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder: Path, tmp_pat
     assert seen.steps == [3, 4, 5]
     assert "evaluate before" not in seen.phases
     assert (config.out / "trees.jsonl").read_bytes() == (tmp_path / "straight" / "trees.jsonl").read_bytes()
-    assert [line["step"] for line in lines(config.out / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines(config.out / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 5]
     timed = ("seconds", "phase_seconds")
     assert {key: value for key, value in summary.items() if key not in timed} == {
         key: value for key, value in straight.items() if key not in timed
@@ -77,7 +78,7 @@ def test_dynamic_sampling_takes_each_prompt_once_a_step(folder: Path, tmp_path: 
     run(config)
     sampled = [(line["step"], line["prompt_id"]) for line in lines(config.out / "trees.jsonl")]
     assert len(set(sampled)) == len(sampled)
-    dropped = {line["step"]: line["dropped/equal"] for line in lines(config.out / "metrics.jsonl")}
+    dropped = {line["step"]: line["dropped/equal"] for line in steps_of(config.out)}
     assert sum(dropped.values()) > 0, "else nothing is replaced"
     for step, number in dropped.items():
         kept = sum(of_step == step for of_step, _ in sampled) - number

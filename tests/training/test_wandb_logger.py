@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from treepo.training.loggers.logger import LoggedRun
+from treepo.training.loggers.logger import NO_STEP, LoggedRun
 
 OPTIONS = {"project": None, "entity": None, "name": None, "group": None, "tags": [], "mode": None}
 
@@ -96,14 +96,14 @@ def take(logger: Any, *steps: int, reward: float = 0.0) -> None:
 def test_a_resumed_run_goes_on_with_the_same_wandb_run(tmp_path: Path, cloud: Cloud) -> None:
     said: list[str] = []
     first = logger_of(tmp_path, said)
-    assert first.begin(0) == 0
-    take(first, 1, 2, 3)
+    assert first.begin(0) == NO_STEP
+    take(first, 0, 1, 2, 3)
     second = logger_of(tmp_path, said)
     assert second.begin(3) == 3
     take(second, 4)
     second.end("finished")
     ((name, rows),) = cloud.runs.items()
-    assert sorted(rows) == [1, 2, 3, 4]
+    assert sorted(rows) == [0, 1, 2, 3, 4]
     link = {"id": name, "project": "treepo", "entity": None, "url": "https://w/x"}
     assert json.loads((tmp_path / "wandb.json").read_bytes()) == link
     assert not said
@@ -142,13 +142,13 @@ def test_without_the_server_a_run_is_logged_offline_and_later_completed(tmp_path
     said: list[str] = []
     cloud.down = True
     logger = logger_of(tmp_path, said)
-    assert logger.begin(3) == 0, "an offline run has no step yet, so all are logged"
+    assert logger.begin(3) == NO_STEP, "an offline run has no step yet, so all are logged"
     assert said == [
         "no route; the run is logged offline, and `wandb sync wandb/offline-run-1` uploads it",
     ]
     cloud.down = False
     later = logger_of(tmp_path, said)
-    assert later.begin(5) == 0
+    assert later.begin(5) == NO_STEP
     assert list(cloud.runs) == [cloud.inits[0]["id"]]
 
 

@@ -284,3 +284,15 @@ def test_an_exported_page_answers_what_its_script_asks(
             2,
             2,
         ]
+
+
+def test_an_evaluations_trees_of_a_run_are_not_trained(model: Path, tmp_path: Path) -> None:
+    line = to_json(tree_of([-1, 0, 0], [0.0, 1.0]), step=1, set="math", answer="2")
+    run = run_of(tmp_path / "run", [line], model={"path": str(model)}, learning={})
+    (run / "heldout_trees.jsonl").write_bytes(line)
+    untrained = []
+    for path in (run, run / "heldout_trees.jsonl"):
+        ask = asker(path)
+        ask("rows", **{"from": 0})
+        untrained.append(ask("tree", tree=0)["untrained"])
+    assert untrained == [None, "the tree is an evaluation's, which no step has trained"]

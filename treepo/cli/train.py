@@ -32,6 +32,7 @@ def train(
     run_config = load_config(config, overrides or [])
     with stoppable(lambda: left(run_config.out)) as stopper:
         check_surroundings(run_config.out)
+        from treepo.display.status import show_conclusion
         from treepo.display.train import TrainDisplay, show_resume, show_summary
         from treepo.preflight.inputs import read_train_inputs
 
@@ -44,6 +45,7 @@ def train(
             show_resume(progress_console, origin, run_config.out)
         from treepo.cluster.session import training_session
         from treepo.rollout.stopping import StopRule
+        from treepo.training.conclusion import conclusion_of
         from treepo.training.train import train as run
 
         stop_rule = StopRule(run_config.sampling, inputs.tokenizer.decode)
@@ -53,6 +55,7 @@ def train(
             start = partial(training_session, run_config, stop_rule)
             summary = stopper.run(run(run_config, inputs, display, start, origin))
         show_summary(output, summary, run_config.out)
+        show_conclusion(output, conclusion_of(run_config.out))
 
 
 def left(out: Path) -> str:

@@ -2,7 +2,7 @@
 
 The defaults are the paper's protocol: 16 samples at temperature 0.6, prompts of at most 2048 tokens,
 responses of at most 16384. The held-out evaluation inside a training run has its own small section,
-`treepo.config.run.HeldoutConfig`.
+`treepo.config.heldout.HeldoutConfig`.
 """
 
 import json
@@ -192,7 +192,7 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _min_p_is_possible(self) -> Self:
-        check_reproducible(self.sampling, self.engine)
+        check_reproducible(self.sampling.min_p, self.engine)
         return self
 
 

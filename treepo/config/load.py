@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -182,10 +182,14 @@ def _place(location: Sequence[str], places: Mapping[str, str]) -> str | None:
 def _keys_of(schema: type[Section], location: Sequence[str]) -> list[str]:
     """The keys allowed in the section of `schema` at `location`."""
     section: type[BaseModel] = schema
-    for name in location:
+    names = iter(location)
+    for name in names:
         if name.isdecimal():  # an item of a list: the list's own key has led to its section
             continue
-        inner = section_in(section.model_fields[name].annotation)
+        annotation = section.model_fields[name].annotation
+        inner = section_in(annotation)
         assert inner is not None
         section = inner
+        if get_origin(annotation) is dict:
+            next(names, None)  # the item's own name
     return list(section.model_fields)

@@ -112,11 +112,13 @@ def _row(
 
 
 def _holding(schema: Mapping[str, Any], link: str) -> str:
-    """What a key with a section holds: it, a list of such, or one of several forms."""
+    """What a key with a section holds: it, a list of such, such by name, or one of several forms."""
     if "oneOf" in schema:
         return " or ".join(_holding(form, link) for form in schema["oneOf"])
     if schema.get("type") == "array":
         return f"list of {link}s"
+    if "additionalProperties" in schema:
+        return f"names, each with a {link}"
     return _value(schema) if schema.get("format") == "path" else link
 
 

@@ -31,5 +31,5 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _min_p_is_possible(self) -> Self:
-        check_reproducible(self.sampling, self.engine)
+        check_reproducible(self.sampling.min_p, self.engine)
         return self

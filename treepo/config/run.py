@@ -1,14 +1,15 @@
 """The schema of the YAML file that configures a training run."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from treepo.config.base import PathField, Section
+from treepo.config.base import PathField, Section, unknown_name
 from treepo.config.checkpoint import CheckpointConfig
-from treepo.config.data import DataConfig
+from treepo.config.data import ColumnsConfig, DataConfig
 from treepo.config.engine import EngineConfig
+from treepo.config.heldout import HELDOUT, HeldoutConfig, HeldoutOptions, HeldoutSetConfig
 from treepo.config.learning import LearningConfig
 from treepo.config.log_prob_check import LogProbCheckConfig
 from treepo.config.loggers import LoggerName, MlflowConfig, WandbConfig
@@ -17,7 +18,7 @@ from treepo.config.plan import PlanConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
 from treepo.config.trainer import TrainerConfig
-from treepo.config.truncation import whole_distribution
+from treepo.config.truncation import check_reproducible, whole_distribution
 from treepo.config.weights import WeightsConfig
 from treepo.errors import ConfigError
 
@@ -39,17 +40,6 @@ class ModelConfig(Section):
                 "bfloat16 on GPUs, are allowed"
             )
         return self
-
-
-class HeldoutConfig(Section):
-    every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations on the held-out prompts during training; null: only before and after it."""
-    samples: int = Field(default=1, ge=1)
-    """Sequential samples of each held-out prompt."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature."""
-    max_problems: int | None = Field(default=None, ge=1)
-    """Use only the first N held-out problems; all by default."""
 
 
 class RunConfig(Section):
@@ -83,7 +73,7 @@ class RunConfig(Section):
     weights: WeightsConfig = WeightsConfig()
     """How the trainer's weights reach the engines."""
     evaluation: HeldoutConfig = HeldoutConfig()
-    """Held-out accuracy before, during and after training."""
+    """Accuracy on held-out sets before, during and after training."""
     log_prob_check: LogProbCheckConfig = LogProbCheckConfig()
     """The check, before the first step, that trainer and engines agree."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -107,6 +97,22 @@ class RunConfig(Section):
         """The most paths that one engine samples at once."""
         trees = math.ceil(self.max_untrained / self.engine.count)
         return min(trees, self.sampling.max_live_trees or trees) * self.sampling.width
+
+    @property
+    def heldout_sets(self) -> dict[str, HeldoutSetConfig]:
+        """The held-out sets by name, `data.heldout` first."""
+        if self.data.heldout is None:
+            return self.evaluation.sets
+        options = {key: getattr(self.evaluation, key) for key in HeldoutOptions.model_fields}
+        one = HeldoutSetConfig(path=self.data.heldout, columns=self.data.heldout_columns, **options)
+        return {HELDOUT: one} | self.evaluation.sets
+
+    @property
+    def best_set(self) -> str | None:
+        """The set by whose accuracy `evaluation.best` keeps a checkpoint; None if it keeps none."""
+        if self.evaluation.best is None:
+            return None
+        return self.evaluation.best.rpartition("/")[0] or next(iter(self.heldout_sets))
 
     @property
     def max_untrained(self) -> int:
@@ -136,13 +142,55 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_of_sets(cls, value: Any) -> Any:
+        """A set without columns has those of `data.heldout`."""
+        match value:
+            case {"data": dict(data), "evaluation": {"sets": dict(sets)} as evaluation}:
+                columns = data.get("heldout_columns", data.get("columns"))
+            case _:
+                return value
+        if columns is None:
+            return value
+        try:
+            ColumnsConfig.model_validate(columns)
+        except ValidationError:
+            return value  # a mistake in them is reported once
+        filled = {
+            name: {"columns": columns} | one if isinstance(one, dict) else one for name, one in sets.items()
+        }
+        return value | {"evaluation": evaluation | {"sets": filled}}
+
     @model_validator(mode="after")
     def _heldout_is_there(self) -> Self:
-        if self.evaluation.every is not None and self.data.heldout is None:
+        evaluation, sets = self.evaluation, self.heldout_sets
+        if evaluation.every is not None and not sets:
             raise ValueError(
-                f"evaluation.every = {self.evaluation.every} with data.heldout = null: there is nothing to "
-                "evaluate on; null is allowed"
+                f"evaluation.every = {evaluation.every} with data.heldout = null and no evaluation.sets: "
+                "there is nothing to evaluate on; null is allowed"
             )
+        if evaluation.best is None:
+            return self
+        if self.checkpoint.every is None:
+            raise ValueError(
+                f"evaluation.best = {evaluation.best} with checkpoint.every = null: no checkpoint is "
+                "written; set checkpoint.every"
+            )
+        name = evaluation.best.rpartition("/")[0]
+        if name and name not in sets:
+            raise ValueError(f"evaluation.best = {evaluation.best}: {unknown_name(name, sets)}")
+        if not name and HELDOUT not in sets and len(sets) > 1:
+            allowed = ", ".join(f"{each}/accuracy" for each in sets)
+            raise ValueError(
+                f"evaluation.best = {evaluation.best} with {len(sets)} sets: one of {allowed} is allowed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heldout_can_be_sampled(self) -> Self:
+        for options in (self.evaluation, *self.evaluation.sets.values()):
+            check_reproducible(options.min_p, self.engine, "evaluation")
         return self
 
     @model_validator(mode="after")

@@ -51,10 +51,10 @@ def whole_distribution(sampling: SamplingConfig) -> SamplingConfig:
     return sampling
 
 
-def check_reproducible(sampling: SamplingConfig, engine: EngineConfig) -> None:
-    """Raise ValueError for a combination that would end SGLang's process."""
-    if sampling.min_p and engine.sglang.get("enable_deterministic_inference"):
+def check_reproducible(min_p: float, engine: EngineConfig, section: str = "sampling") -> None:
+    """Raise ValueError for a combination that would end SGLang's process. section: that of `min_p`."""
+    if min_p and engine.sglang.get("enable_deterministic_inference"):
         raise ValueError(
-            f"sampling.min_p = {sampling.min_p:g} with engine.sglang.enable_deterministic_inference: SGLang "
+            f"{section}.min_p = {min_p:g} with engine.sglang.enable_deterministic_inference: SGLang "
             "has no min_p for draws by seed; 0 is allowed, and top_p and top_k are"
         )

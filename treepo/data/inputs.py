@@ -3,7 +3,7 @@
 `treepo.preflight.inputs` reads and checks them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treepo.config.evaluate import BenchmarkConfig
@@ -15,11 +15,11 @@ from treepo.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TrainInputs:
-    """heldout: empty if the configuration names no file. reports: one for each file."""
+    """heldout: the prompts of each held-out set, by its name. reports: one for each file."""
 
     tokenizer: Tokenizer
     train: TrainingPrompts
-    heldout: Sequence[Prompt]
+    heldout: Mapping[str, Sequence[Prompt]]
     reports: Sequence[DataReport] = ()
 
     def summaries(self, config: RunConfig) -> list[str]:

@@ -19,6 +19,8 @@ from treepo.data.folder_lock import LOCK
 from treepo.errors import ConfigError, PrintableFormatter
 
 CONFIG, TREES, SUMMARY, LOG = "config.yaml", "trees.jsonl", "summary.json", "log.txt"
+HELDOUT_TREES = "heldout_trees.jsonl"
+"""The trees of a run's evaluations, which no step has trained."""
 _PREVIOUS = "previous-"
 _PART = ".part"  # the suffix of a file that is being written
 _MOST_LOG = 2**22  # bytes of the log that may wait for the disk

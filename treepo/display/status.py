@@ -1,20 +1,20 @@
 """The terminal output of `treepo status`."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from treepo.display.heldout import accuracies
 from treepo.display.live import duration
-from treepo.run_status import PaceStatus, RunStatus
+from treepo.run_status import EvaluationStatus, PaceStatus, RunStatus
 
 _SHOWN_METRICS = {
     "reward": "reward",
     "accuracy": "accuracy",
-    "heldout/accuracy": "held-out accuracy",
     "response_tokens": "tokens of an answer",
     "total_over_unique": "sharing ratio",
     "logprob_difference_mean": "log-prob difference",
@@ -24,31 +24,51 @@ _SHOWN_METRICS = {
 }
 
 
-def show_status(console: Console, folder: Path, status: RunStatus) -> None:
-    """Show the state of a run, its step and phase, and everything that waits."""
+def show_status(console: Console, folder: Path, status: RunStatus, conclusion: Sequence[str] = ()) -> None:
+    """Show the state of a run, its step and phase, and everything that waits. conclusion: of a finished run;
+    it has the first health warning.
+    """
     table = Table(title=f"{folder}/", title_justify="left", show_header=False, pad_edge=False)
-    table.add_row("state", _state(status))
-    if status.reason:
-        table.add_row("reason", status.reason)
-    table.add_row("process", f"{status.pid} on {status.host}")
-    table.add_row("last sign of life", _ago(status.age()))
-    if status.steps is not None:
-        table.add_row("steps done", f"{status.step} of {status.steps}")
-    if status.pace is not None:
-        table.add_row("a step", _step(status.pace))
-        if status.state == "running":
-            table.add_row("time left", f"about {duration(status.pace.left_seconds)}")
-    if status.state == "running":
-        table.add_row("phase", f"{status.phase}, begun {_ago(time.time() - status.phase_since)}")
-        for wait in status.waits:
-            table.add_row("waits", f"{wait.who}, {duration(wait.seconds)}, for {wait.whom}")
-        for name, state in status.engines.items():
-            table.add_row(name, state)
-    for name, value in _last_numbers(status):
-        table.add_row(f"last {name}", f"{value:.3g}")
+    for name, value in _rows(status):
+        table.add_row(name, value)
     console.print(table, highlight=False, soft_wrap=True)
-    for warning in status.warnings:
+    for warning in status.warnings[bool(conclusion) :]:
         console.print(f"warning after step {warning.step}: {warning.text}", markup=False, soft_wrap=True)
+    show_conclusion(console, conclusion)
+
+
+def show_conclusion(console: Console, conclusion: Iterable[str]) -> None:
+    """Show whether a finished run learned, and what to look at."""
+    for line in conclusion:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rows(status: RunStatus) -> Iterator[tuple[str, Text | str]]:
+    yield "state", _state(status)
+    if status.reason:
+        yield "reason", status.reason
+    yield "process", f"{status.pid} on {status.host}"
+    yield "last sign of life", _ago(status.age())
+    if status.steps is not None:
+        yield "steps done", f"{status.step} of {status.steps}"
+    if status.pace is not None:
+        yield "a step", _step(status.pace)
+    if status.state == "running":
+        yield from _now(status)
+    for name, value in _last_numbers(status):
+        yield f"last {name}", f"{value:.3g}"
+    if status.evaluation is not None:
+        yield from _evaluation(status.evaluation)
+
+
+def _now(status: RunStatus) -> Iterator[tuple[str, str]]:
+    """What a run that has not ended does."""
+    if status.pace is not None:
+        yield "time left", f"about {duration(status.pace.left_seconds)}"
+    yield "phase", f"{status.phase}, begun {_ago(time.time() - status.phase_since)}"
+    for wait in status.waits:
+        yield "waits", f"{wait.who}, {duration(wait.seconds)}, for {wait.whom}"
+    yield from status.engines.items()
 
 
 def _state(status: RunStatus) -> Text:
@@ -61,6 +81,14 @@ def _last_numbers(status: RunStatus) -> Iterator[tuple[str, float]]:
     for metric, name in _SHOWN_METRICS.items():
         if (value := status.metrics.get(metric)) is not None:
             yield name, value
+
+
+def _evaluation(found: EvaluationStatus) -> Iterator[tuple[str, str]]:
+    when = f"after step {found.step}" if found.step else "before training"
+    for text in accuracies(found.metrics):
+        yield f"held-out accuracy {when}", text
+    if (best := found.metrics.get("heldout/best_step")) is not None:
+        yield "best step so far", f"{best:.0f}"
 
 
 def _step(pace: PaceStatus) -> str:

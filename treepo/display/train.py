@@ -11,14 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.table import Table
 from rich.text import Text
 
-from treepo.data.output_folder import CONFIG, LOG, SUMMARY, TREES
+from treepo.data.output_folder import CONFIG, HELDOUT_TREES, LOG, SUMMARY, TREES
+from treepo.display.heldout import accuracies
 from treepo.display.live import LiveDisplay, duration, is_live, live_progress, show_written, value_table
 from treepo.toy.make import ToyReport
 from treepo.training.checkpoints import CHECKPOINTS
 from treepo.training.metrics import STEP_PHASES
 from treepo.training.pace import PaceMeter
 from treepo.training.resume import Resume
-from treepo.training.run_folder import CHECKPOINT, METRICS, TENSORBOARD
+from treepo.training.run_folder import BEST, CHECKPOINT, METRICS, TENSORBOARD
 
 _PACE_SECONDS = 600.0  # between two lines about the time left, if there is no live status
 
@@ -124,8 +125,10 @@ class TrainDisplay(LiveDisplay):
             self._paced = time.perf_counter()
             self.line(f"{pace.step_seconds:.1f} s a step{left}")
 
-    def evaluated(self, step: int, accuracy: float) -> None:
-        self.line(f"held-out accuracy after step {step}: {accuracy:.3f}")
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        when = f"after step {step}" if step else "before training"
+        best = ", the best so far" if metrics.get("heldout/best_step") == step else ""
+        self.line(f"held-out accuracy {when}: {', '.join(accuracies(metrics))}{best}")
 
     def _row(self, step: str, *values: str, style: str | None = None) -> None:
         widths = (max(8, len(name) + 1) for name, _ in self._columns)
@@ -151,9 +154,11 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     """Show the result of a run: accuracy, cost, files."""
     table = value_table("What the run came to")
     table.add_row("data type of the model", summary["dtype"])
-    if summary["accuracy_before"] is not None:
-        table.add_row("held-out accuracy before", f"{summary['accuracy_before']:.3f}")
-        table.add_row("held-out accuracy after", Text(f"{summary['accuracy_after']:.3f}", "bold"))
+    for when, style in (("before", ""), ("after", "bold")):
+        if (accuracy := summary[f"accuracy_{when}"]) is not None:
+            table.add_row(f"held-out accuracy {when}", Text(f"{accuracy:.3f}", style))
+    if summary["best"] is not None:
+        table.add_row(f"the best, after step {summary['best']['step']}", f"{summary['best']['accuracy']:.3f}")
     decoded, sequential = summary["decoded_tokens"], summary["sequential_tokens"]
     table.add_row("tokens decoded in training", f"{decoded:,}")
     table.add_row("the same leaves one by one", f"{sequential:,}  ({sequential / decoded:.2f}x)")
@@ -166,10 +171,14 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
         table.add_row(phase, f"{seconds:.1f} s")
     table.add_row("all", f"{summary['seconds']:.1f} s", style="bold")
     console.print(table)
+    best = ((f"{BEST}/", "the model of the best step, likewise"),) if summary["best"] is not None else ()
+    evaluations = ((HELDOUT_TREES, "the same of every evaluation"),)
     files = (
         (f"{CHECKPOINT}/", "the trained model, a Hugging Face folder"),
+        *best,
         (f"{CHECKPOINTS}/", "what `treepo train --resume` continues from"),
         (TREES, "every tree: segments, log-probs, versions, rewards"),
+        *(evaluations if (folder / HELDOUT_TREES).exists() else ()),
         (METRICS, "every step's numbers"),
         (f"{TENSORBOARD}/", f"the same: tensorboard --logdir {folder / TENSORBOARD}"),
         (SUMMARY, "this summary"),

@@ -15,8 +15,6 @@ from functools import cached_property
 
 import numpy as np
 
-from treepo.config.run import RunConfig
-from treepo.config.sampling import SamplingConfig
 from treepo.rewards.voting import NO_VOTE
 from treepo.rollout import rng
 from treepo.tree import Stop, Verdict
@@ -26,19 +24,6 @@ RESAMPLES = 1000
 _LEVEL = 0.95  # of the intervals
 _RESAMPLES_AT_ONCE = 100  # divides RESAMPLES; all at once would take gigabytes for a large benchmark
 _TRUNCATED = (Stop.LIMIT, Stop.DEPTH)
-
-
-def evaluation_sampling(config: RunConfig) -> SamplingConfig:
-    """The sampling of a training run's held-out evaluation: the run's lengths and stops, but independent
-    samples at `evaluation.temperature`.
-    """
-    return config.sampling.model_copy(
-        update={
-            "mode": "sequential",
-            "width": config.evaluation.samples,
-            "temperature": config.evaluation.temperature,
-        }
-    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from treepo.config.engine import EngineConfig
 from treepo.config.evaluate import BenchmarkConfig, EvalConfig
+from treepo.config.heldout import HELDOUT
 from treepo.config.rollout import RolloutConfig
 from treepo.config.run import RunConfig
 from treepo.data.fingerprint import model_fingerprint
@@ -25,35 +26,29 @@ from treepo.preflight.train_files import check_train_files, load_train_files
 
 
 def read_train_inputs(config: RunConfig) -> TrainInputs:
-    """Read a training run's tokenizer, training prompts and held-out prompts."""
+    """Read a training run's tokenizer, training prompts and held-out sets."""
     data, as_json = config.data, config.reward.url is not None
+    sets = {_columns_key(name): one for name, one in config.heldout_sets.items()}
     check_loggers(config)
     check_files(config.model.path)
     check_train_files(config)
-    if data.heldout is not None:
-        check_prompts(
-            data.heldout, data.heldout_columns, data, key="data.heldout_columns", extra_as_json=as_json
-        )
+    for key, one in sets.items():
+        check_prompts(one.path, one.columns, data, key=key, extra_as_json=as_json)
     check_served_folder(config.model.path, trained=True)
     # Held-out responses are sampled sequentially, so `max_depth` does not bound them.
-    _check_served(
-        config.model.path, data.max_prompt_tokens, config.sampling.max_response_tokens, config.engine
-    )
+    responses = [
+        config.sampling.max_response_tokens,
+        *(one.max_response_tokens or 0 for one in sets.values()),
+    ]
+    _check_served(config.model.path, data.max_prompt_tokens, max(responses), config.engine)
     _check_trained(config)
     tokenizer = load_tokenizer(config.model.path)
     train, reports = load_train_files(config, tokenizer)
-    heldout: Sequence[Prompt] = ()
-    if data.heldout is not None:
-        prompts = load_prompts(
-            data.heldout,
-            data.heldout_columns,
-            tokenizer,
-            data,
-            key="data.heldout_columns",
-            extra_as_json=as_json,
-        )
+    heldout: dict[str, Sequence[Prompt]] = {}
+    for (key, one), name in zip(sets.items(), config.heldout_sets, strict=True):
+        prompts = load_prompts(one.path, one.columns, tokenizer, data, key=key, extra_as_json=as_json)
         reports.append(prompts.report)
-        heldout = list(prompts[: config.evaluation.max_problems])
+        heldout[name] = list(prompts[: one.max_problems])
     return TrainInputs(tokenizer, train, heldout, reports)
 
 
@@ -104,6 +99,11 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
         tokenizer.hugging_face.chat_template = None
     benchmarks = tuple(_benchmark(config, benchmark, tokenizer) for benchmark in data.benchmarks)
     return EvaluationInputs(tokenizer, benchmarks, model, kv_tokens)
+
+
+def _columns_key(name: str) -> str:
+    """The configuration's key of a held-out set's columns."""
+    return "data.heldout_columns" if name == HELDOUT else f"evaluation.sets.{name}.columns"
 
 
 def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine: EngineConfig) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.data.daemon_thread import in_thread
 from treepo.errors import ModelError
+from treepo.training.best_step import BestStep
 from treepo.training.checkpoint_manifest import (
     MANIFEST,
     NAME,
@@ -44,17 +45,61 @@ class Saver(Protocol):
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, one at a time. out: the run folder. steps: total steps of the run."""
+    """Writes a run's checkpoints, one at a time, and removes those that are neither among the newest nor the
+    best.
 
-    def __init__(self, out: Path, config: CheckpointConfig, steps: int, saver: Saver, disk: DiskWait) -> None:
+    out: the run folder. steps: total steps of the run. best: which one is; None: the newest alone are kept.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: CheckpointConfig,
+        steps: int,
+        saver: Saver,
+        disk: DiskWait,
+        best: BestStep | None = None,
+    ) -> None:
         self._folder = out.resolve() / CHECKPOINTS
         self._config, self._steps, self._saver, self._disk = config, steps, saver, disk
+        self._best = best
         self._begun: tuple[_Begun, asyncio.Task[None]] | None = None
+        self._settling = asyncio.Lock()
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint follows this step."""
+        """Whether a checkpoint follows this step, as the last one or as one that may be the best."""
         every = self._config.every
-        return every is not None and (step % every == 0 or step == self._steps)
+        if every is None:
+            return False
+        return step % every == 0 or step == self._steps or (self._best is not None and self._best.due(step))
+
+    async def mark_best(self) -> None:
+        """Mark the best of the complete checkpoints, if it is of interest."""
+        async with self._settling:
+            await in_thread(self._mark_best)
+
+    async def settle(self) -> None:
+        """Mark the best of the complete checkpoints, and remove those that are not kept."""
+        async with self._settling:
+            await in_thread(self._settle)
+
+    async def evaluated(self, step: int, metrics: Mapping[str, float]) -> int | None:
+        """Note what an evaluation of the weights after `step` has found. Returns the best step so far; None
+        without one.
+        """
+        if self._best is None:
+            return None
+        self._best.evaluated(step, metrics)
+        await self.mark_best()
+        begun = () if self._begun is None else (self._begun[0].run["steps_done"],)
+        return self._best.of({*begun, *(each for each, _ in _with_manifest(self._folder))})
+
+    async def best(self) -> tuple[int, float, Path] | None:
+        """Step, accuracy and folder of the best checkpoint that is whole; None if there is none.
+
+        A damaged one is passed over with a warning.
+        """
+        return None if self._best is None else await in_thread(self._whole_best)
 
     async def begin(self, state: RunState, ready_trees: bytes = b"") -> None:
         """Begin a checkpoint, which is completed as soon as it is written; sampling may go on meanwhile.
@@ -90,7 +135,7 @@ class Checkpoints:
             with suppress(TimeoutError):
                 await asyncio.wait_for(begun.awaited.wait(), _POLL_SECONDS)
         await self._disk.until_done(lambda: self._complete(begun), str(begun.folder))
-        await in_thread(self._remove_older)
+        await self.settle()
 
     async def _save(self, begun: "_Begun") -> None:
         begun.writing = False
@@ -105,15 +150,42 @@ class Checkpoints:
         begun.writing = False
         await self._saver.finish_save()
 
-    def _remove_older(self) -> None:
+    def _mark_best(self) -> int | None:
+        """Returns the best step. A mark that cannot be written is a warning, and is tried again later."""
+        if self._best is None:
+            return None
+        step = self._best.of(each for each, _ in _with_manifest(self._folder))
+        try:
+            self._best.mark(self._folder, step)
+        except OSError as error:
+            _log.warning("the best checkpoint is not marked: %s: %s", error.filename, error.strerror)
+        return step
+
+    def _settle(self) -> None:
         """One that cannot be removed is a warning, and is tried again after the next checkpoint."""
+        best = self._mark_best()
         if self._config.keep is None:
             return
-        for _, folder in _with_manifest(self._folder)[: -self._config.keep]:
+        for step, folder in _with_manifest(self._folder)[: -self._config.keep]:
+            if step == best:
+                continue
             try:
                 _remove(folder)
             except OSError as error:
                 _log.warning("%s cannot be removed: %s: %s", folder, error.filename, error.strerror)
+
+    def _whole_best(self) -> tuple[int, float, Path] | None:
+        assert self._best is not None
+        folders = dict(_with_manifest(self._folder))
+        while (step := self._best.of(folders)) is not None:
+            folder = folders.pop(step)
+            try:
+                verified_manifest(folder)
+            except ModelError as error:
+                _log.warning("%s; %s, the best checkpoint, is passed over", error, folder.name)
+            else:
+                return step, self._best.accuracy(step), folder
+        return None
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from treepo.config.run import RunConfig
 from treepo.protocols import BatchResult, Trainer, TrainingEnginePool
 from treepo.training.checkpoints import Checkpoints
-from treepo.training.heldout import PeriodicEvaluation
+from treepo.training.heldout import Evaluation, PeriodicEvaluation
 from treepo.training.metrics import file_metrics, step_metrics
 from treepo.training.mini_batches import mini_batches
 from treepo.training.ready_trees import ready_trees_lines
@@ -41,6 +41,7 @@ class TrainingLoop:
     async def run(self) -> None:
         """Take the steps that are left."""
         self.clock.take_step_seconds()
+        await self.checkpoints.mark_best()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.supply.running(self.engines))
             stack.push_async_callback(self.evaluation.cancel)
@@ -120,7 +121,19 @@ class TrainingLoop:
     async def _finish_evaluation(self) -> None:
         if self.evaluation.running:
             with self.clock.phase("evaluate"):
-                step, accuracy = await self.evaluation.finish()
-            if accuracy is not None:
-                self.folder.write_metrics(step, {"heldout/accuracy": accuracy})
-                self.reporter.evaluated(step, accuracy)
+                step, evaluation = await self.evaluation.finish()
+            if evaluation is not None:
+                await record_evaluation(step, evaluation, self.checkpoints, self.folder, self.reporter)
+
+
+async def record_evaluation(
+    step: int, evaluation: Evaluation, checkpoints: Checkpoints, folder: RunFolder, reporter: Reporter
+) -> None:
+    """Write and show what an evaluation after a step has found; step 0: before training."""
+    metrics = dict(evaluation.metrics)
+    best = await checkpoints.evaluated(step, metrics)
+    if best is not None:
+        metrics["heldout/best_step"] = best
+    await folder.write_evaluation(evaluation.trees, step)
+    folder.write_metrics(step, metrics)
+    reporter.evaluated(step, metrics)

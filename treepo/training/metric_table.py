@@ -19,7 +19,22 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "term/*": ("mean of a term of the reward, weight included", ""),
     "grader/*": ("mean of a further number that your reward function returned", ""),
     "accuracy": ("share of the graded leaves that are correct; long answers have more leaves", "rises"),
-    "heldout/accuracy": ("accuracy on the held-out prompts after this step", "rises"),
+    "heldout/accuracy": (
+        "accuracy on the held-out prompts after this step; step 0: before training",
+        "rises by more than two standard errors",
+    ),
+    "heldout/standard_error": ("standard error of `heldout/accuracy` over prompts", "below 0.02"),
+    "heldout/response_tokens": ("mean tokens of a response to a held-out prompt", "steady"),
+    "heldout/no_answer": ("share of the responses to held-out prompts without an answer", "below 0.1"),
+    "heldout/truncated": ("share of these responses cut off at their most tokens", "below 0.1"),
+    "heldout/*": (
+        "the same five numbers of each set in `evaluation.sets`: `heldout/NAME/accuracy` and so on",
+        "",
+    ),
+    "heldout/best_step": (
+        "the step with the highest accuracy so far, whose checkpoint is kept (`evaluation.best`)",
+        "one of the last",
+    ),
     "reward_of/*": ("`reward` of one file of a mixture; absent in a step without its prompts", "rises"),
     "accuracy_of/*": ("`accuracy` of one file of a mixture; absent likewise", "rises"),
     "prompts_of/*": ("share of the step's prompts that are of one file of a mixture", "near its weight"),

@@ -1,9 +1,12 @@
 """Computes the metrics of a step. Tokens and lengths count response tokens, prompts excluded."""
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from treepo.config.heldout import HELDOUT
 from treepo.learning.dynamic_sampling import uninformative
 from treepo.protocols import BatchResult
 from treepo.rewards.shaping import shaped
@@ -17,6 +20,8 @@ STEP_PHASES = {
     "weight sync": "seconds/weight_sync",
 }
 """The phases of a step, and the metrics that hold their seconds."""
+
+_ACCURACY = re.compile(r"heldout/(?:([^/]+)/)?accuracy")
 
 
 def step_metrics(
@@ -58,6 +63,53 @@ def accuracy(trees: Sequence[Tree]) -> float:
     """Share of the graded leaves that are correct; nan if none could be graded."""
     graded = [leaf for tree in trees for leaf in tree.leaves if leaf.verdict and leaf.verdict.graded]
     return sum(leaf.verdict is Verdict.CORRECT for leaf in graded) / len(graded) if graded else float("nan")
+
+
+def heldout_metric(name: str, metric: str) -> str:
+    """The name in metrics.jsonl of a held-out set's number; `name` is the set's."""
+    return f"heldout/{metric}" if name == HELDOUT else f"heldout/{name}/{metric}"
+
+
+def evaluated_sets(metrics: Iterable[str]) -> list[str]:
+    """The held-out sets that have an accuracy among these metrics, in their order."""
+    found = map(_ACCURACY.fullmatch, metrics)
+    return [one[1] or HELDOUT for one in found if one is not None]
+
+
+def heldout_metrics(name: str, trees: Sequence[Tree]) -> dict[str, float]:
+    """The numbers of the held-out set `name` in one evaluation, by their names in metrics.jsonl."""
+    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
+    numbers = {
+        "accuracy": accuracy(trees),
+        "standard_error": standard_error(trees),
+        "response_tokens": sum(map(Tree.total_tokens, trees)) / len(leaves),
+        "no_answer": sum(leaf.verdict is Verdict.NO_ANSWER for _, leaf in leaves) / len(leaves),
+        "truncated": sum(leaf.stop is Stop.LIMIT for _, leaf in leaves) / len(leaves),
+    }
+    return {heldout_metric(name, metric): value for metric, value in numbers.items()}
+
+
+def standard_error(trees: Sequence[Tree]) -> float:
+    """The standard error of `accuracy` over prompts, whose answers stay together; nan for fewer than two.
+
+    That of a ratio: sqrt(P / (P - 1) sum (c - a n)^2) / sum n, if c of a prompt's n graded leaves are correct
+    and the accuracy is a. If all leaves are alike, which would make it 0, one prompt more is taken as right
+    and one more as wrong.
+    """
+    verdicts = [
+        [leaf.verdict for leaf in tree.leaves if leaf.verdict and leaf.verdict.graded] for tree in trees
+    ]
+    graded_P = np.array([len(one) for one in verdicts if one], float)
+    correct_P = np.array([one.count(Verdict.CORRECT) for one in verdicts if one], float)
+    prompts = len(graded_P)
+    if prompts < 2:
+        return float("nan")
+    share = correct_P.sum() / graded_P.sum()
+    if share in (0, 1):
+        smoothed = (share * prompts + 1) / (prompts + 2)
+        return math.sqrt(smoothed * (1 - smoothed) / prompts)
+    squares = ((correct_P - share * graded_P) ** 2).sum()
+    return math.sqrt(prompts / (prompts - 1) * squares) / float(graded_P.sum())
 
 
 def mean_reward(trees: Sequence[Tree]) -> float:

@@ -1,12 +1,14 @@
 """The files of a training run.
 
     config.yaml      the effective configuration, overrides applied
-    metrics.jsonl    one line for each step, and one for each evaluation during training
+    metrics.jsonl    one line for each step, and one for each evaluation
     trees.jsonl      one tree a line (treepo.tree.to_json), with its step and the prompt's gold answer
+    heldout_trees.jsonl  the same of each evaluation, with the name of its set, if there are held-out sets
     tensorboard/     the numbers of metrics.jsonl, if `logging` names it
     wandb.json       the W&B run that has them too, mlflow.json the MLflow run
     checkpoints/     training checkpoints, from which --resume continues (treepo.training.checkpoints)
     checkpoint/      a Hugging Face folder of the trained model
+    best/            one of the best model, if `evaluation.best` is set
     summary.json     the result of the run
     log.txt          the log
 
@@ -16,12 +18,13 @@ that resumes from a checkpoint first truncates its files to their sizes at that 
 tree appears twice.
 """
 
+import asyncio
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +39,7 @@ from treepo.data.daemon_thread import in_thread
 from treepo.data.folder_lock import locked
 from treepo.data.output_folder import (
     CONFIG,
+    HELDOUT_TREES,
     LOG,
     SUMMARY,
     TREES,
@@ -50,9 +54,11 @@ from treepo.training.disk_wait import DiskWait
 from treepo.training.event_file import event_file_name, first_event, scalars_event
 from treepo.training.loggers.run_loggers import Decode, RunLoggers
 from treepo.training.run_state import RunState
+from treepo.training.tree_supply import FinishedTree
 from treepo.tree import Tree, to_json
 
-METRICS, CHECKPOINT, TENSORBOARD = "metrics.jsonl", "checkpoint", "tensorboard"
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+CHECKPOINT, BEST = "checkpoint", "best"
 _SLOW_SECONDS = 30.0  # that lines may wait before the run does
 _MOST_EVENTS = 2**26  # bytes for TensorBoard that may wait
 
@@ -70,6 +76,7 @@ class RunFolder:
     ) -> None:
         self.path = config.out
         self.checkpoint = config.out / CHECKPOINT
+        self.best = config.out / BEST
         self.disk = DiskWait(config.disk_seconds)
         self._config, self._state = config, state
         self._loggers = RunLoggers(config, METRICS, decode)
@@ -109,22 +116,23 @@ class RunFolder:
         self._stack.__exit__(kind, error, traceback)
 
     def _open_files(self) -> None:
-        self._metrics = BufferedFile(self.path / METRICS)
-        self._trees = BufferedFile(self.path / TREES)
+        names = (METRICS, TREES, *([HELDOUT_TREES] if self._config.heldout_sets else []))
+        self._growing = {name: BufferedFile(self.path / name) for name in names}
+        self._metrics, self._trees = self._growing[METRICS], self._growing[TREES]
         self._events: BufferedFile | None = None
         if TENSORBOARD in self._config.logging:
             events = self.path / TENSORBOARD / event_file_name()
             self._events = BufferedFile(events, limit=_MOST_EVENTS, durable=False)
             self._events.add(first_event())
-        for file in (self._metrics, self._trees):
+        for file in self._growing.values():
             file.open()
         step = 0
-        for record in _read_metrics(self.path / METRICS):
+        for record in read_metrics(self.path / METRICS):
             self._plot(record)
             step = record["step"]
         self._metrics_size = self._metrics.size
         self._loggers.begin(step, self._metrics_size)
-        needed, wait_seconds = (self._metrics, self._trees), self._config.disk_seconds
+        needed, wait_seconds = tuple(self._growing.values()), self._config.disk_seconds
         others = () if self._events is None else (self._events,)
         self._writer = self._files.enter_context(BackgroundWriter(needed, others, wait_seconds))
         self._writer.wake()
@@ -142,8 +150,8 @@ class RunFolder:
         self._writer.wake()
 
     def recorded(self) -> Iterator[dict[str, float | None]]:
-        """What metrics.jsonl held when this command began, in its order."""
-        return _read_metrics(self.path / METRICS)
+        """What metrics.jsonl holds on the disk, in its order."""
+        return read_metrics(self.path / METRICS)
 
     def _plot(self, record: Mapping[str, Any]) -> None:
         if self._events is None:
@@ -157,18 +165,27 @@ class RunFolder:
         self._loggers.tree(tree, step, answer)
         self._writer.wake()
 
+    async def write_evaluation(self, trees: Mapping[str, Sequence[FinishedTree]], step: int) -> None:
+        """Write the graded trees of each held-out set, by its name. Others run between two of them."""
+        for name, finished_trees in trees.items():
+            for finished in finished_trees:
+                line = to_json(finished.tree, step=step, set=name, answer=finished.answer)
+                self._growing[HELDOUT_TREES].add(line)
+                self._writer.wake()
+                await asyncio.sleep(0)
+
     async def keeps_up(self) -> None:
         """Return at once if the disk takes what is written; else wait until it does. Raises DiskError."""
         late = time.monotonic() - _SLOW_SECONDS
-        for file in (self._metrics, self._trees):
+        for file in self._growing.values():
             if file.failure is not None or (file.waiting and file.waiting_since < late):
                 await self.sizes()
                 return
 
     async def sizes(self) -> dict[str, int]:
         """Wait until all lines are on the disk, and return the files' sizes in bytes. Raises DiskError."""
-        await self.disk.until_written([self._metrics, self._trees])
-        return {METRICS: self._metrics.size, TREES: self._trees.size}
+        await self.disk.until_written(list(self._growing.values()))
+        return {name: file.size for name, file in self._growing.items()}
 
     async def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write the result of a finished run, after all its lines. Raises DiskError."""
@@ -178,20 +195,24 @@ class RunFolder:
         await self.disk.until_done(lambda: in_thread(lambda: write_file(path, text)), str(path))
 
     def _truncate(self, state: RunState) -> None:
-        """Truncate the files to their sizes at `state`, and set aside a finished run's model and summary.
+        """Truncate the files to their sizes at `state`, and set aside a finished run's models and summary.
 
         Raises OSError, and can be called again then.
         """
         folder = self.path
         discard_leftovers(folder, state.steps_done)
-        set_aside(folder, [folder / name for name in (CHECKPOINT, SUMMARY) if (folder / name).exists()])
-        for name, size in state.sizes.items():
+        results = (CHECKPOINT, BEST, SUMMARY)
+        set_aside(folder, [folder / name for name in results if (folder / name).exists()])
+        sizes = dict(state.sizes)
+        if (folder / HELDOUT_TREES).exists():
+            sizes.setdefault(HELDOUT_TREES, 0)  # a checkpoint of an earlier version does not name it
+        for name, size in sizes.items():
             os.truncate(folder / name, size)
         shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # written again from the metrics
         write_file(folder / CONFIG, dump_config(self._config))
 
 
-def _read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The records of metrics.jsonl. Raises DataError for a line that no run has written."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         yield metrics_record(line, f"{path}:{number}")

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
@@ -15,6 +15,7 @@ from treepo.errors import one_line, shortened
 from treepo.protocols import BatchResult
 from treepo.rollout.stats import Stats
 from treepo.training.health import Health
+from treepo.training.metrics import evaluated_sets
 from treepo.training.pace import PaceMeter
 from treepo.training.scheduler import ScheduleState
 from treepo.watchdog import Watchdog
@@ -29,8 +30,8 @@ class RunState:
     """Everything that a run carries from step to step; a checkpoint saves it whole.
 
     data: fingerprint of the training prompts. schedule: which of them are not trained yet. resampled: trees
-    that a resumed run found too stale. trainer_restarts: after a rank died or hung. sizes: bytes of the
-    growing files, by name, when the state was saved.
+    that a resumed run found too stale. trainer_restarts: after a rank died or hung. accuracy_before: on the
+    first held-out set, before training. sizes: bytes of the growing files, by name, when the state was saved.
     seconds: total time of the run, before and after interruptions.
     """
 
@@ -72,16 +73,23 @@ class RunState:
             self.max_logprob_difference = max(self.max_logprob_difference, result.mismatch.largest)
 
     def summary(
-        self, dtype: str, accuracy_after: float | None, log_prob_check: Mapping[str, float] | None
+        self,
+        dtype: str,
+        accuracy_after: float | None,
+        best: Mapping[str, float] | None,
+        log_prob_check: Mapping[str, float] | None,
     ) -> dict[str, Any]:
         """The content of summary.json.
 
-        dtype: of the model's parameters. log_prob_check: the figures of the check; None if it is off.
+        dtype: of the model's parameters. accuracy_after: on the first held-out set. best: step and accuracy
+        of the model in `best/`; None without one. log_prob_check: the figures of the check; None if it is
+        off.
         """
         return {
             "dtype": dtype,
             "accuracy_before": self.accuracy_before,
             "accuracy_after": accuracy_after,
+            "best": best,
             "seconds": self.seconds,
             "steps": self.steps_done,
             "decoded_tokens": self.decoded_tokens,
@@ -103,8 +111,10 @@ class Reporter(Protocol):
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""
 
-    def evaluated(self, step: int, accuracy: float) -> None:
-        """Show the held-out accuracy after a step."""
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show what an evaluation after a step has found, by the names in metrics.jsonl; step 0: before
+        training.
+        """
 
 
 class Watched:
@@ -113,7 +123,6 @@ class Watched:
     def __init__(self, reporter: Reporter, watchdog: Watchdog, steps: int, health: Health) -> None:
         self._reporter, self._watchdog, self._health = reporter, watchdog, health
         self._pace = PaceMeter(steps)
-        self.evaluated = reporter.evaluated
 
     def phase(self, name: str, announce: bool = False) -> None:
         self._watchdog.phase(name)
@@ -124,6 +133,17 @@ class Watched:
         for warning in self._health.step(step, metrics):
             _log.warning("step %d: %s", step, warning.text)
         self._watchdog.step(step, metrics, self._pace.step(step, metrics), self._health.warnings)
+
+    def known(self, earlier: Iterable[Mapping[str, float | None]]) -> None:
+        """Have the status begin with the last evaluation of before. earlier: the lines of metrics.jsonl."""
+        for record in earlier:
+            if evaluated_sets(record):
+                found = {name: value for name, value in record.items() if value is not None}
+                self._watchdog.evaluated(int(found["step"]), found)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._watchdog.evaluated(step, metrics)
+        self._reporter.evaluated(step, metrics)
 
 
 class Clock:

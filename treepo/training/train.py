@@ -6,9 +6,11 @@ process, as a resumed run does, and attempts the rest again with the same engine
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from treepo.config.run import RunConfig
@@ -19,11 +21,13 @@ from treepo.protocols import Trainer, TrainingEnginePool
 from treepo.rewards.grade import Rewards
 from treepo.rewards.pool import open_rewards
 from treepo.rollout.driver import TreeDriver
+from treepo.training.best_step import BestStep
 from treepo.training.checkpoints import Checkpoints
 from treepo.training.health import Health
 from treepo.training.heldout import Heldout, PeriodicEvaluation
 from treepo.training.log_prob_check import check_log_probs
-from treepo.training.loop import TrainingLoop
+from treepo.training.loop import TrainingLoop, record_evaluation
+from treepo.training.metrics import heldout_metric
 from treepo.training.resume import Resume, last_checkpoint, restore
 from treepo.training.run_folder import METRICS, TREES, RunFolder
 from treepo.training.run_state import CONTINUES, Clock, Reporter, RunState, Watched
@@ -56,6 +60,7 @@ async def train(
         folder = stack.enter_context(RunFolder(config, None if resume is None else state, decode))
         health = Health(config, folder.recorded())
         reporter = Watched(reporter, watchdog, config.steps, health)
+        reporter.known(folder.recorded())
         clock = Clock(state, reporter)
         await stack.enter_async_context(watchdog)
         for line in inputs.summaries(config):
@@ -79,6 +84,7 @@ class _Run:
     """What all attempts of a run share.
 
     check: the figures of the log-prob check, once it has passed. restarts: of the trainer in this process.
+    at_start: the sizes of the growing files before the first step, once they are known.
     """
 
     config: RunConfig
@@ -90,6 +96,7 @@ class _Run:
     trainer: Trainer
     check: Mapping[str, float] | None = None
     restarts: int = 0
+    at_start: Mapping[str, int] | None = None
 
     async def finish(self, state: RunState, clock: Clock, origin: Resume | None) -> dict[str, Any]:
         """Attempt the rest of the run until it is done; returns the summary.
@@ -125,15 +132,20 @@ class _Run:
                 self.check = await check_log_probs(
                     config, self.inputs.train, decode, engines.engines, trainer, engines.training
                 )
-        if origin is None and state.accuracy_before is None:
-            state.accuracy_before = await _evaluate(heldout, "evaluate before", clock)
+        best = None if config.evaluation.best is None else BestStep(config, self.folder.recorded())
+        checkpoints = Checkpoints(
+            config.out, config.checkpoint, config.steps, trainer, self.folder.disk, best
+        )
+        if origin is None and self.at_start is None:
+            state.accuracy_before = await self._evaluate(heldout, "before", 0, checkpoints, clock)
+            self.at_start = await self.folder.sizes()
         loop = TrainingLoop(
             config=config,
             engines=engines,
             trainer=trainer,
             supply=self._supply(state, origin),
             evaluation=PeriodicEvaluation(config, heldout),
-            checkpoints=Checkpoints(config.out, config.checkpoint, config.steps, trainer, self.folder.disk),
+            checkpoints=checkpoints,
             guard=StepGuard(config),
             folder=self.folder,
             state=state,
@@ -141,11 +153,43 @@ class _Run:
             reporter=self.reporter,
         )
         await loop.run()
-        accuracy_after = await _evaluate(heldout, "evaluate after", clock)
+        accuracy_after = await self._evaluate(heldout, "after", config.steps, checkpoints, clock)
         with clock.phase("write model"):
-            path = self.folder.checkpoint.resolve()
-            await self.folder.disk.until_done(lambda: trainer.export(path), str(path))
-        return state.summary(trainer.dtype, accuracy_after, self.check)
+            await checkpoints.settle()
+            await self._export(self.folder.checkpoint)
+            exported = await self._export_best(checkpoints)
+        return state.summary(trainer.dtype, accuracy_after, exported, self.check)
+
+    async def _evaluate(
+        self, heldout: Heldout, when: str, step: int, checkpoints: Checkpoints, clock: Clock
+    ) -> float | None:
+        """Evaluate the served weights before or after training. Returns the accuracy on the first held-out
+        set; None if there is none, or if no answer to it could be graded.
+        """
+        if heldout.empty:
+            return None
+        with clock.phase(f"evaluate {when}", announce=True):
+            evaluation = await heldout.evaluate(f"evaluate {when}")
+        await record_evaluation(step, evaluation, checkpoints, self.folder, self.reporter)
+        first = next(iter(evaluation.trees))
+        accuracy = evaluation.metrics[heldout_metric(first, "accuracy")]
+        return accuracy if math.isfinite(accuracy) else None
+
+    async def _export(self, folder: Path) -> None:
+        path = folder.resolve()
+        await self.folder.disk.until_done(lambda: self.trainer.export(path), str(path))
+
+    async def _export_best(self, checkpoints: Checkpoints) -> Mapping[str, float] | None:
+        """Write the model of the best checkpoint. Returns its step and accuracy; None without one."""
+        best = await checkpoints.best()
+        if best is None:
+            return None
+        step, accuracy, folder = best
+        if step != self.config.steps:  # whose weights the trainer has
+            async with self.engines.training():
+                await self.trainer.load(folder)
+        await self._export(self.folder.best)
+        return {"step": step, "accuracy": accuracy}
 
     def _supply(self, state: RunState, origin: Resume | None) -> TreeSupply:
         """The supply of trees that begins as the state says."""
@@ -175,7 +219,7 @@ class _Run:
             used_up = f"trainer.max_restarts = {most}: all restarts are used up"
             raise TrainerError(f"{lost}; {used_up}{goes_on}") from lost
         self.restarts += 1
-        earlier = _state_at_start(state) if origin is None else origin.state
+        earlier = self._state_at_start(state) if origin is None else origin.state
         earlier.trainer_restarts = state.trainer_restarts + 1
         earlier.seconds, earlier.phase_seconds = state.seconds, state.phase_seconds  # they have passed
         whence = "from the start" if origin is None else f"after step {earlier.steps_done}"
@@ -186,18 +230,20 @@ class _Run:
         await asyncio.sleep(min(_BACK_OFF_SECONDS * 2 ** (self.restarts - 1), _LONGEST_BACK_OFF_SECONDS))
         return earlier, clock, origin
 
+    def _state_at_start(self, state: RunState) -> RunState:
+        """The state of a run that has taken no step, whose growing files have the evaluation before training
+        at most.
+        """
+        if self.at_start is not None:
+            return RunState(state.data, accuracy_before=state.accuracy_before, sizes=dict(self.at_start))
+        return RunState(state.data, sizes={METRICS: 0, TREES: 0})
+
     async def _restart_trainer(self, state: RunState, origin: Resume | None) -> None:
         """Start the trainer again, and give it and the engines the weights of `state`."""
         async with self.engines.restarted_trainer():
             if origin is not None:
                 await self.trainer.load(origin.checkpoint.resolve())
             await self.engines.sync_weights(state.steps_done)
-
-
-def _state_at_start(state: RunState) -> RunState:
-    """The state of a run that has taken no step, whose growing files are empty."""
-    sizes = {METRICS: 0, TREES: 0}
-    return RunState(state.data, accuracy_before=state.accuracy_before, sizes=sizes)
 
 
 def _lost_trainer(error: LostTrainerError | BaseExceptionGroup) -> LostTrainerError:
@@ -213,11 +259,3 @@ def _lost_trainer(error: LostTrainerError | BaseExceptionGroup) -> LostTrainerEr
             error = error.exceptions[0]
     assert isinstance(error, LostTrainerError)
     return error
-
-
-async def _evaluate(heldout: Heldout, phase: str, clock: Clock) -> float | None:
-    """Return the accuracy of the served weights on the held-out prompts; None if there are none."""
-    if not heldout.prompts:
-        return None
-    with clock.phase(phase, announce=True):
-        return await heldout.accuracy(phase)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from treepo.data.output_folder import HELDOUT_TREES
 from treepo.learning.estimators import Batch
 from treepo.learning.forest import Forest
 from treepo.tree import PROMPT, Tree
@@ -65,6 +66,8 @@ class SourceTrees:
         self.lock = Lock()
         self._index = TreesIndex(source.trees)
         learning, self._model_folders = read_config(source.folder)
+        if source.trees.name == HELDOUT_TREES:
+            learning = "the tree is an evaluation's, which no step has trained"
         self._weights = StepWeights(self._index, learning)
         self._frozen = False
         self._token_texts: TokenTexts | None = None

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+NO_STEP = -1
+"""The last step of a server that has none: an evaluation before training is of step 0."""
 State = Literal["finished", "failed", "stopped"]
 """How a run ended; `stopped`: by a signal, or because its process is gone."""
 
@@ -32,7 +34,8 @@ class Logger(Protocol):
     def begin(self, step: int) -> int:
         """Begin the run, or go on with it after `step`, whatever was logged before.
 
-        Returns the last step that the server has, at most `step`; the steps from there follow again.
+        Returns the last step that the server has, at most `step`, or NO_STEP; the steps from there follow
+        again.
         """
         ...
 

@@ -16,7 +16,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from treepo.data.output_folder import write_file
-from treepo.training.loggers.logger import LoggedRun, State, Tell, flat
+from treepo.training.loggers.logger import NO_STEP, LoggedRun, State, Tell, flat
 
 LINK = "mlflow.json"
 _EVERY_STEP_HAS = "leaves"  # a metric
@@ -42,7 +42,7 @@ class MlflowLogger:
         self._id = self._id or self._read_id() or self._create()
         self._client.update_run(self._id, status="RUNNING")
         history = self._client.get_metric_history(self._id, _EVERY_STEP_HAS)
-        return min(max((metric.step for metric in history), default=0), step)
+        return min(max((metric.step for metric in history), default=NO_STEP), step)
 
     def config(self) -> None:
         there = self._client.get_run(self._id).data.params  # which cannot change

@@ -1,7 +1,7 @@
 """Weights & Biases. A row of its history is a step of the run.
 
-Offline, every start of a run writes a folder of its own, whole from step 1. Online, a run that goes back
-rewinds its W&B run; where the server cannot do that, the steps that are repeated keep their first values.
+Offline, every start of a run writes a folder of its own, whole from the beginning. Online, a run that goes
+back rewinds its W&B run; where the server cannot do that, repeated steps keep their first values.
 """
 
 import json
@@ -16,7 +16,7 @@ from wandb.errors import Error
 
 from treepo.data.output_folder import write_file
 from treepo.errors import one_line, shortened
-from treepo.training.loggers.logger import LoggedRun, State, Tell, flat
+from treepo.training.loggers.logger import NO_STEP, LoggedRun, State, Tell, flat
 
 LINK = "wandb.json"
 _EXIT_CODES: dict[State, int] = {"finished": 0, "failed": 1, "stopped": 130}
@@ -28,7 +28,7 @@ class WandbLogger:
     def __init__(self, run: LoggedRun, tell: Tell) -> None:
         self._logged, self._tell = run, tell
         self._run: Any = None
-        self._kept = 0  # steps up to here cannot be logged again
+        self._kept = NO_STEP  # steps up to here cannot be logged again
         self._id = self._read_id()
 
     def begin(self, step: int) -> int:
@@ -36,7 +36,7 @@ class WandbLogger:
             self._run.finish()
         self._run = self._started()
         last = self._last_step()
-        self._kept = 0
+        self._kept = NO_STEP
         if last > step:
             self._rewind(step, last)
         self._write_link()
@@ -82,8 +82,8 @@ class WandbLogger:
             return run
 
     def _last_step(self) -> int:
-        """The last step that the server has; 0 if none, or if the run is offline."""
-        return max(self._run.starting_step - 1, 0)
+        """The last step that the server has; NO_STEP if none, or if the run is offline."""
+        return self._run.starting_step - 1
 
     def _rewind(self, step: int, last: int) -> None:
         self._run.finish()

@@ -13,9 +13,9 @@ const VERDICTS = { // their colours
 const PHASES = /^seconds\/(?!step$)/;
 const PANELS = [ // a title and the metrics, by name or pattern; log: the y axis is always logarithmic
   { title: "Reward", names: ["reward", "reward_with_terms"] },
-  { title: "Accuracy", names: ["accuracy", /^heldout\//] },
+  { title: "Accuracy", names: ["accuracy", /^heldout\/(.+\/)?accuracy$/] },
   { title: "Answers by verdict, share", names: [/^verdict\//] },
-  { title: "Tokens of an answer", names: ["response_tokens"] },
+  { title: "Tokens of an answer", names: ["response_tokens", /^heldout\/(.+\/)?response_tokens$/] },
   { title: "Tokens of all answers / tokens decoded", names: ["total_over_unique"] },
   { title: "Why answers end, share", names: [/^stop\//] },
   { title: "Log-prob difference of engine and trainer", names: ["logprob_difference_mean", "logprob_difference_max"], log: true },
