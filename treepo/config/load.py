@@ -30,6 +30,8 @@ REPLACED_KEYS = {
 """Old dotted keys, and what is written instead in the same section."""
 
 _PASSWORD = re.compile(r"://[^/\s]*@")  # of a URL, with its user
+_MARKS = ("[key]", "[list]", "[path]")
+"""What pydantic adds to a place: a mapping's key, and which form of a value was found."""
 _MAX_FAULTS = 20  # that are spelled out
 _MAX_EXTENDS = 16  # files, one extending the next
 
@@ -134,8 +136,10 @@ def _override_value(text: str, place: str) -> Any:
 
 def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, str], file: str) -> str:
     """One line for pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
-    # pydantic marks a mapping's key by [key], and of several forms of a value the one that was found.
-    location = [str(part) for part in fault["loc"] if not str(part).startswith("[")]
+    *above, last = map(str, fault["loc"] or ("",))
+    location = [part for part in above if part not in _MARKS]
+    if last and (last not in _MARKS or fault["type"] == "extra_forbidden"):  # the latter is the user's key
+        location.append(last)
     dotted = shortened(".".join(location))
     place = _place(location, places) or file
     if fault["type"] == "extra_forbidden":
