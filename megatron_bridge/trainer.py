@@ -122,9 +122,9 @@ class MegatronTrainer:
         """Take one optimizer step for each mini-batch: this replica's packs, and the denominator.
 
         First the log-probs of all trained tokens are computed under the current weights, and under the
-        reference weights if there are any; they and the attention plans stay on the device until the last
-        step. At the end the new weights are measured on the last mini-batch that changed them. Returns the
-        same on every rank.
+        reference weights if the loss has a KL term; they and the attention plans stay on the device until
+        the last step. At the end the new weights are measured on the last mini-batch that changed them.
+        Returns the same on every rank.
         """
         start = time.perf_counter()
         with on_device():
@@ -132,7 +132,7 @@ class MegatronTrainer:
             batches = [[self._schedule.prepare(pack, _trained(pack)) for pack in part] for part in packs]
             every = list(chain.from_iterable(batches))
             self._attach("old_log_prob", every, temperature)
-            if self._reference is not None:
+            if self._reference is not None and self._learning.kl_in == "loss":
                 with self._reference.in_place():
                     self._attach("reference_log_prob", every, temperature)
             mismatch = log_prob_mismatch(list(chain.from_iterable(packs)), every)

@@ -182,6 +182,12 @@ class Trainer(Protocol):
         """
         ...
 
+    async def reference_log_probs(
+        self, packs: Sequence[Sequence[Pack]], temperature: float
+    ) -> list[list[np.ndarray]]:
+        """As `log_probs`, under the weights that training began with; needs `learning.kl_coefficient`."""
+        ...
+
     async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
         """Take one optimizer step for each mini-batch.
 

@@ -135,6 +135,13 @@ def test_kl_and_entropy_by_hand() -> None:
         assert loss.item() == pytest.approx(0.1 * expected - 0.2 * (2 + 3 * 0.4) / 4)
 
 
+def test_a_divergence_in_the_rewards_is_no_term_of_the_loss() -> None:
+    plain, penalised = (Scene(8, options) for options in ({}, {"kl_coefficient": 0.3, "kl_in": "reward"}))
+    losses = [scene.loss(scene.packs(pack_trees, 1000, 1)) for scene in (plain, penalised)]
+    assert losses[0][0].item() == losses[1][0].item()
+    assert "reference_kl" not in losses[1][1]
+
+
 def test_the_entropy_bonus_decays_with_the_optimizer_steps() -> None:
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     pack = {"advantage_pos": zero, "advantage_neg": zero, "count_pos": one, "count_neg": zero,

@@ -66,6 +66,14 @@ class FakeTrainer:
         with self.call("log_probs"):
             return [[pack.rollout_log_prob for pack in replica] for replica in packs]
 
+    async def reference_log_probs(
+        self, packs: Sequence[Sequence[Pack]], temperature: float
+    ) -> list[list[np.ndarray]]:
+        """Half a nat below the engine's."""
+        del temperature
+        with self.call("reference_log_probs"):
+            return [[pack.rollout_log_prob - np.float32(0.5) for pack in replica] for replica in packs]
+
     async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
         del temperature
         with self.call("train_batch"):

@@ -70,6 +70,19 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder: Path, tmp_pat
     assert summary["phase_seconds"]["train"] == straight["phase_seconds"]["train"] == 25.0
 
 
+def test_the_kl_divergence_may_count_in_the_rewards(folder: Path, tmp_path: Path) -> None:
+    """Half a nat a token; the files keep the grader's rewards."""
+    learning = {"kl_coefficient": 0.1, "kl_in": "reward", "kl_estimator": "k1"}
+    config = config_of(folder, tmp_path / "run", steps=2, learning=learning)
+    run(config)
+    assert [line["train/reference_kl"] for line in steps_of(config.out)] == pytest.approx([0.5, 0.5])
+    plain = config_of(folder, tmp_path / "plain", steps=2)
+    run(plain)
+    assert all("train/reference_kl" not in line for line in steps_of(plain.out))
+    first = [(config.out if one else plain.out) / "trees.jsonl" for one in (True, False)]
+    assert len({path.read_bytes() for path in first}) == 1
+
+
 def test_dynamic_sampling_takes_each_prompt_once_a_step(folder: Path, tmp_path: Path) -> None:
     learning = {"dynamic_sampling": True, "max_refills": 3}
     config = config_of(folder, tmp_path / "run", steps=3, learning=learning)

@@ -7,7 +7,7 @@ call raises LostTrainerError until `restart`.
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -98,7 +98,21 @@ class TrainerGroup:
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         """Compute each token's log-prob given its path, for every replica's packs: float32 [T]."""
-        results = await self._call_by_replica("log_probs", packs, temperature)
+        return await self._log_probs("log_probs", packs, temperature)
+
+    async def reference_log_probs(
+        self, packs: Sequence[Sequence[Pack]], temperature: float
+    ) -> list[list[np.ndarray]]:
+        """As `log_probs`, under the weights that training began with."""
+        return await self._log_probs("reference_log_probs", packs, temperature)
+
+    async def _log_probs(
+        self,
+        method: Literal["log_probs", "reference_log_probs"],
+        packs: Sequence[Sequence[Pack]],
+        temperature: float,
+    ) -> list[list[np.ndarray]]:
+        results = await self._call_by_replica(method, packs, temperature)
         return [results[replica * self._tensor] for replica in range(self._replicas)]
 
     async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:

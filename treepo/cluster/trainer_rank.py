@@ -25,7 +25,8 @@ CONCURRENCY = {"beat": 1}
 """Ray's concurrency groups of the actor; without a group of their own, methods share one more thread."""
 
 Method = (
-    Literal["warm_up", "log_probs", "train_batch", "offload", "reload", "release_cache", "manifest"]
+    Literal["warm_up", "log_probs", "reference_log_probs", "train_batch", "offload", "reload"]
+    | Literal["release_cache", "manifest"]
     | Literal["save", "save_written", "finish_save", "load", "export"]
 )
 """The methods of `megatron_bridge.trainer.MegatronTrainer` that `TrainerRank.call` reaches."""

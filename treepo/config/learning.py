@@ -93,6 +93,9 @@ class LearningConfig(Section):
     """How the loss corrects for the difference between trainer and engines, staleness included."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the reference model; 0 loads no reference."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where it counts: as a term of the `loss`, or subtracted from the `reward` before advantages are
+    estimated, summed over a leaf's response."""
     kl_estimator: Annotated[str, Registered(KL_ESTIMATORS)] = "k3"
     """How that divergence is estimated from one sampled token (treepo.learning.kl)."""
     entropy_coefficient: float = Field(default=0.0, ge=0)
@@ -133,6 +136,12 @@ class LearningConfig(Section):
         if self.entropy_decay_steps is None:
             return self.entropy_coefficient
         return self.entropy_coefficient * max(0.0, 1 - step / self.entropy_decay_steps)
+
+    @model_validator(mode="after")
+    def _kl_has_a_weight(self) -> Self:
+        if self.kl_in == "reward" and not self.kl_coefficient:
+            raise ValueError("kl_in = reward with kl_coefficient = 0: there is nothing to subtract")
+        return self
 
     @model_validator(mode="after")
     def _a_bonus_decays(self) -> Self:

@@ -69,7 +69,7 @@ def policy_loss(
     total, metrics = _policy_term(torch.where(trained, log_prob - old_log_prob, 0.0), pack, config)
     total = total * weight
     metrics |= {"weight_sum": _sum(count), "unique_tokens_sum": _sum(trained)} | measured
-    if config.kl_coefficient:
+    if config.kl_coefficient and config.kl_in == "loss":
         if "reference_log_prob" not in pack:
             raise ValueError(
                 f"kl_coefficient = {config.kl_coefficient} needs reference_log_prob in each pack"

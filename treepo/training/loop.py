@@ -6,12 +6,13 @@ sample the trees of later steps while the trainer learns. Everything else is the
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treepo.config.run import RunConfig
 from treepo.protocols import BatchResult, Trainer, TrainingEnginePool
 from treepo.training.checkpoints import Checkpoints
 from treepo.training.heldout import Evaluation, PeriodicEvaluation
+from treepo.training.kl_reward import with_kl_in_rewards
 from treepo.training.metrics import file_metrics, step_metrics
 from treepo.training.mini_batches import mini_batches
 from treepo.training.ready_trees import ready_trees_lines
@@ -83,9 +84,15 @@ class TrainingLoop:
                 paused.enter_context(self.supply.paused())
             async with self.engines.training():
                 with self.clock.phase("log-probs"):
+                    kl = None
+                    if self.config.learning.kl_in == "reward":
+                        trees, kl = await with_kl_in_rewards(trees, self.trainer, self.config)
                     parts = mini_batches(trees, self.config)
                 self.clock.show("log-probs, train")
                 result = await self.trainer.train_batch(parts, self.config.sampling.temperature)
+                if kl is not None:
+                    updates = [{**update, "reference_kl": kl} for update in result.updates]
+                    result = replace(result, updates=updates)
                 self.clock.count("log-probs", result.seconds["log_probs"])
                 self.clock.count("train", result.seconds["train"])
                 self.guard.check(step, trees, result)
