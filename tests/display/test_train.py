@@ -9,6 +9,8 @@ from treepo.display.train import show_summary
 SUMMARY = {
     "dtype": "float32",
     "accuracy_before": None,
+    "accuracy_after": None,
+    "best": None,
     "decoded_tokens": 10,
     "sequential_tokens": 20,
     "log_prob_check": None,

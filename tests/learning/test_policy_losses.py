@@ -1,8 +1,10 @@
 """Policy losses: packed equals trajectory by trajectory, and each is what its paper prints."""
 
 import math
+import re
 from collections.abc import Callable
 from itertools import chain, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ from torch import Tensor
 
 from tests.support.loss_scene import Scene, relative_difference
 from tests.support.small_trees import config_of, tree_of
+from treepo.learning import policy_losses
 from treepo.learning.advantage import estimate
 from treepo.learning.loss import policy_loss
 from treepo.learning.packing import Pack, pack_flat, pack_trees
-from treepo.learning.policy_losses import POLICY_LOSSES, Tokens, register
+from treepo.learning.policy_losses import POLICY_LOSSES, Tokens
 from treepo.tree import Tree
+
+ALGORITHM = Path(__file__).parents[2] / "docs" / "algorithm.md"
 
 # Bounds so near that every branch is taken; `null` where the loss does not read them.
 BOUNDS = {
@@ -205,24 +210,24 @@ def test_options_that_cannot_hold_are_refused(options: dict[str, object], messag
         config_of(**options)
 
 
-def test_a_loss_is_added_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treepo.learning.policy_losses.POLICY_LOSSES", registry := dict(POLICY_LOSSES))
-    for module in ("treepo.learning.loss", "tests.support.loss_scene", "treepo.config.learning"):
-        monkeypatch.setattr(f"{module}.POLICY_LOSSES", registry)
-
-    @register(level="token")
-    def reinforce(tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
-        return -(tokens.advantage_pos + tokens.advantage_neg) * tokens.log_ratio, {}
-
-    assert "reinforce" in registry
-    trees = [tree_of([-1, 0, 0], [1.0, 0.0], lengths=[2, 3, 1])]
-    config = config_of(importance={"mode": "none"}).model_copy(update={"loss": "reinforce"})
-    (packs,) = pack_trees(trees, estimate(trees, config), 100, 1)
-    columns = {key: torch.from_numpy(column) for key, column in packs[0].columns().items()}
-    log_prob = torch.full((len(packs[0]),), -1.0, dtype=torch.float64, requires_grad=True)
-    loss, _ = policy_loss(log_prob, columns, config, 1.0)
-    (gradient,) = torch.autograd.grad(loss, log_prob)
-    np.testing.assert_allclose(gradient, -(packs[0].advantage_pos + packs[0].advantage_neg), rtol=1e-6)
+def test_a_loss_is_added_as_documented() -> None:
+    section = ALGORITHM.read_text().partition("### Adding a loss\n")[2]
+    example = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+    before = set(POLICY_LOSSES)
+    exec(example, vars(policy_losses) | {"Tensor": Tensor})
+    (name,) = POLICY_LOSSES.keys() - before
+    try:
+        trees = [tree_of([-1, 0, 0], [1.0, 0.0], lengths=[2, 3, 1])]
+        config = config_of(loss=name, importance={"mode": "none"})
+        (packs,) = pack_trees(trees, estimate(trees, config), 100, 1)
+        columns = {key: torch.from_numpy(column) for key, column in packs[0].columns().items()}
+        log_prob = torch.full((len(packs[0]),), -1.0, dtype=torch.float64, requires_grad=True)
+        loss, _ = policy_loss(log_prob, columns, config, 1.0)
+        (gradient,) = torch.autograd.grad(loss, log_prob)
+        expected = -(packs[0].advantage_pos + packs[0].advantage_neg)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-12)
+    finally:
+        del POLICY_LOSSES[name]
 
 
 def test_the_parity_tests_have_tokens_that_leaves_pull_both_ways() -> None:

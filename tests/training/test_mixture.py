@@ -142,7 +142,7 @@ def test_a_file_with_too_few_prompts_is_refused(files: Path, tmp_path: Path) -> 
     [
         ([{"path": "large.jsonl"}, {"path": "small.jsonl", "weight": 2}], "weight = 3.0, now 2.0"),
         ([{"path": "small.jsonl", "weight": 3}, {"path": "large.jsonl"}], "data.train.0.path = "),
-        ("large.jsonl", "data.train = nothing, now '"),
+        ("large.jsonl", 'data.train = nothing, now "'),
     ],
 )
 def test_another_mixture_is_refused_on_resume(files: Path, tmp_path: Path, changed: Any, line: str) -> None:
