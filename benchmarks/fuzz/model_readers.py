@@ -127,9 +127,9 @@ def tokenizer(folder: Path) -> Reader:
 def gguf(folder: Path) -> Reader:
     """A GGUF file's header, and the config and tokenizer made of it."""
     from megatron_bridge.gguf_model import open_gguf
-    from tests.support.gguf_files import write_gguf, write_model
+    from tests.support.gguf_files import Q8_0, write_gguf, write_model
 
-    made = write_gguf(folder / "seed.gguf", "llama", write_model(folder / "seed", "llama"))
+    made = write_gguf(folder / "seed.gguf", "llama", write_model(folder / "seed", "llama"), Q8_0)
     whole = made.read_bytes()
     words = (
         b"llama.rope.freq_base",

@@ -29,17 +29,16 @@ TOKENS = [
     *_SPECIAL,
     *sorted(ByteLevel.alphabet()),
     *(merge.replace(" ", "") for merge in MERGES),
-    "[PAD]",
     "<user>",
+    "[PAD]",
 ]
-TYPES = (
-    [3] * len(_SPECIAL) + [1] * (len(TOKENS) - len(_SPECIAL) - 2) + [5, 4]
-)  # control, normal, unused, user's
+_NORMAL = len(TOKENS) - len(_SPECIAL) - 2
+TYPES = [3] * len(_SPECIAL) + [1] * _NORMAL + [4, 5]  # control, normal, user's, unused
 
 _SIZES: dict[str, Any] = {
     "vocab_size": len(TOKENS),
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -49,11 +48,11 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 MODELS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_SIZES, head_dim=16, rms_norm_eps=1e-5),
+    "llama": LlamaConfig(**_SIZES, head_dim=8, rms_norm_eps=1e-5),
     "qwen2": Qwen2Config(**_SIZES),
-    "qwen3": Qwen3Config(**_SIZES, head_dim=32),
+    "qwen3": Qwen3Config(**_SIZES, head_dim=16),
     "qwen3moe": Qwen3MoeConfig(
-        **{**_SIZES, "head_dim": 32},  # its signature does not name it
+        **{**_SIZES, "head_dim": 16},  # its signature does not name it
         moe_intermediate_size=32,
         num_experts=3,
         num_experts_per_tok=2,
@@ -78,7 +77,7 @@ _NAMES = (  # Hugging Face's and GGUF's, in this order
     ("mlp.", "ffn_"),
     ("_proj.", "."),
 )
-F32 = GGMLQuantizationType.F32
+F32, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
 
 
 def write_model(folder: Path, architecture: str, **changes: Any) -> dict[str, torch.Tensor]:
