@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_a_step_trains_every_matrix(folder: Path) -> None:
 
 
 def test_the_exported_folder_generates_in_transformers(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder / "run" / "checkpoint", dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "run" / "checkpoint", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "checkpoint")
     messages = [{"role": "user", "content": "What is 2 + 2?"}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "2 + 2 ="
