@@ -55,10 +55,10 @@ class GgufHeader:
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read the header. Raises ModelError if the file is no GGUF file, is cut off or contradicts itself."""
     try:
+        if path.stat().st_size == 0:  # which cannot be mapped
+            raise ModelError(f"{path}: an empty file; a GGUF file is needed")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Cursor(path, content).header()
-    except ValueError:  # an empty file cannot be mapped
-        raise ModelError(f"{path}: an empty file; a GGUF file is needed") from None
     except OSError as error:
         raise ModelError(f"{path}: it cannot be read: {error.strerror}") from None
 
@@ -107,7 +107,7 @@ class _Cursor:
             raise self._error(
                 f"the tensor {name} has quantisation {kind}, which gguf does not know"
             ) from None
-        if not shape or shape[-1] % block:
+        if not shape or 0 in shape or shape[-1] % block:
             raise self._error(f"the tensor {name} has shape {list(shape)}, in blocks of {block} {named.name}")
         size = math.prod(shape) // block * block_bytes
         if first + offset + size > len(self._content):

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_bridge.architecture import Architecture, read_architecture, tensor_shapes
-from megatron_bridge.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from megatron_bridge.gguf_tokenizer import gguf_tokenizer
+from megatron_bridge.gguf_header import GgufHeader, GgufTensor, Value, read_gguf_header
+from megatron_bridge.gguf_tokenizer import gguf_tokenizer, token_id
 from treepo.data.model_config import CONFIG, GENERATION_CONFIG
 from treepo.errors import ModelError
 
@@ -170,7 +170,7 @@ def _config(path: Path, header: GgufHeader) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "dtype": "float32",
         **({"norm_topk_prob": True, "decoder_sparse_step": 1} if model_type == "qwen3_moe" else {}),
-        **_token_ids(metadata),
+        **_token_ids(path, metadata),
     }
 
 
@@ -192,11 +192,9 @@ def _check_rest(
             raise ModelError(f"{path}: {architecture}.{key} = {value!r}; only {expected[key]!r} is supported")
 
 
-def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _token_ids(path: Path, metadata: Mapping[str, Value]) -> dict[str, Any]:
     """BOS, padding, and every token that ends a sequence: of the text, and of a turn."""
-    bos, padding, *ends = (
-        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", "eos", "eot", "eom")
-    )
+    bos, padding, *ends = (token_id(path, metadata, name) for name in ("bos", "padding", "eos", "eot", "eom"))
     named = sorted({end for end in ends if end is not None})
     eos = named[0] if len(named) == 1 else named or None
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": padding}

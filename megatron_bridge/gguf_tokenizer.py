@@ -63,6 +63,8 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Value], max_tokens: int) -
             f"{path}: {len(tokens)} tokens, but {len(types)} values of tokenizer.ggml.token_type"
         )
     vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
+    if lost := sorted({*pre_tokenizers.ByteLevel.alphabet()} - vocabulary.keys()):
+        raise ModelError(f"{path}: {len(lost)} of the 256 bytes have no token, the first is {lost[0]!r}")
     tokenizer = Tokenizer(BPE(vocabulary, read.merges(vocabulary), ignore_merges=split.whole_words))
     tokenizer.normalizer = normalizers.NFC() if split.composed else None  # type: ignore[assignment]  # its stub lacks None
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split.steps())  # type: ignore[assignment]  # as above
@@ -70,24 +72,36 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Value], max_tokens: int) -
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [token for token, of in zip(tokens, types, strict=True) if of == kind]
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
-    named = {f"{short}_token": read.token(long, tokens) for short, long in _NAMED.items()}
-    bos = named["bos_token"]
-    if metadata.get("tokenizer.ggml.add_bos_token", split.starts) and bos is not None:
+    ids = {name: token_id(path, metadata, key) for name, key in _NAMED.items()}
+    named = {name: tokens[number] for name, number in ids.items() if number is not None}
+    first = ids["bos_token"]
+    if metadata.get("tokenizer.ggml.add_bos_token", split.starts) and first is not None:
+        bos = tokens[first]
         tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]  # as above
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, first)]
         )
     if metadata.get("tokenizer.ggml.add_eos_token"):
         raise ModelError(f"{path}: tokenizer.ggml.add_eos_token = true; prompts would end before the answer")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=read.template(),
         model_max_length=max_tokens,
         clean_up_tokenization_spaces=False,
-        **{name: token for name, token in named.items() if token is not None},
+        **named,
     )
 
 
-_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' and GGUF's names
+_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""transformers' and GGUF's names of special tokens."""
+
+
+def token_id(path: Path, metadata: Mapping[str, Value], name: str) -> int | None:
+    """The number of the special token `name`, such as "eos"; None if the file names none."""
+    found, tokens = metadata.get(f"tokenizer.ggml.{name}_token_id"), metadata.get("tokenizer.ggml.tokens")
+    many = len(tokens) if isinstance(tokens, list) else 0
+    if found is not None and (type(found) is not int or not 0 <= found < many):
+        raise ModelError(f"{path}: tokenizer.ggml.{name}_token_id = {found!r}; the file has {many} tokens")
+    return found
 
 
 class _Reader:
@@ -117,15 +131,11 @@ class _Reader:
             raise ModelError(f"{self._path}: tokenizer.ggml.{name} must be a list of whole numbers")
         return found  # type: ignore[return-value]  # as above
 
-    def token(self, name: str, tokens: list[str]) -> str | None:
-        found = self._metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if found is None:
-            return None
-        if type(found) is not int or not 0 <= found < len(tokens):
-            raise ModelError(
-                f"{self._path}: tokenizer.ggml.{name}_token_id = {found!r}; the file has {len(tokens)} tokens"
-            )
-        return tokens[found]
+    def template(self) -> str | None:
+        found = self._metadata.get("tokenizer.chat_template")
+        if found is not None and not isinstance(found, str):
+            raise ModelError(f"{self._path}: tokenizer.chat_template must be a text")
+        return found
 
     def merges(self, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
         merges = []

@@ -178,7 +178,7 @@ def test_all_ends_and_the_chat_template_are_kept(tmp_path: Path) -> None:
             "tokenizer.ggml.pre = 'tekken' is not supported; gpt-2, smollm",
         ),
         ({}, ("tokenizer.ggml.pre",), "tokenizer.ggml.pre = None is not supported"),
-        ({}, ("tokenizer.ggml.tokens",), "tokenizer.ggml.tokens must be a list of texts"),
+        ({}, ("tokenizer.ggml.tokens",), "bos_token_id = 0; the file has 0 tokens"),
         ({"tokenizer.ggml.token_type": [1, 2]}, (), "tokens, but 2 values of tokenizer.ggml.token_type"),
         (
             {"tokenizer.ggml.merges": ["x yz"]},
@@ -186,6 +186,9 @@ def test_all_ends_and_the_chat_template_are_kept(tmp_path: Path) -> None:
             r"tokenizer.ggml.merges\[0\] = 'x yz' is no merge of tokens",
         ),
         ({"tokenizer.ggml.bos_token_id": 9999}, (), "bos_token_id = 9999; the file has"),
+        ({"tokenizer.ggml.eot_token_id": "end"}, (), "eot_token_id = 'end'; the file has"),
+        ({"tokenizer.chat_template": 3}, (), "tokenizer.chat_template must be a text"),
+        ({"tokenizer.ggml.tokens": ["x"] * len(TOKENS)}, (), "255 of the 256 bytes have no token"),
         ({"tokenizer.ggml.add_eos_token": True}, (), "add_eos_token = true"),
     ],
 )
