@@ -63,8 +63,6 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Value], max_tokens: int) -
             f"{path}: {len(tokens)} tokens, but {len(types)} values of tokenizer.ggml.token_type"
         )
     vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
-    if lost := sorted({*pre_tokenizers.ByteLevel.alphabet()} - vocabulary.keys()):
-        raise ModelError(f"{path}: {len(lost)} of the 256 bytes have no token, the first is {lost[0]!r}")
     tokenizer = Tokenizer(BPE(vocabulary, read.merges(vocabulary), ignore_merges=split.whole_words))
     tokenizer.normalizer = normalizers.NFC() if split.composed else None  # type: ignore[assignment]  # its stub lacks None
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split.steps())  # type: ignore[assignment]  # as above

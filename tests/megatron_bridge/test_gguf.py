@@ -188,7 +188,6 @@ def test_all_ends_and_the_chat_template_are_kept(tmp_path: Path) -> None:
         ({"tokenizer.ggml.bos_token_id": 9999}, (), "bos_token_id = 9999; the file has"),
         ({"tokenizer.ggml.eot_token_id": "end"}, (), "eot_token_id = 'end'; the file has"),
         ({"tokenizer.chat_template": 3}, (), "tokenizer.chat_template must be a text"),
-        ({"tokenizer.ggml.tokens": ["x"] * len(TOKENS)}, (), "255 of the 256 bytes have no token"),
         ({"tokenizer.ggml.add_eos_token": True}, (), "add_eos_token = true"),
     ],
 )
