@@ -1,7 +1,7 @@
-"""Converts training checkpoints to Hugging Face folders and back, in one process and bounded memory.
+"""Converts training checkpoints to Hugging Face folders and back, and GGUF files to such folders.
 
-Memory holds the tensors of one parameter, and one file while it is written: `hf_folder.SHARD_BYTES`, which
-safetensors holds twice, or `distributed_checkpoint.FILE_BYTES`.
+In one process and bounded memory: it holds the tensors of one parameter, and one file while it is written,
+`hf_folder.SHARD_BYTES`, which safetensors holds twice, or `distributed_checkpoint.FILE_BYTES`.
 """
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
@@ -9,6 +9,7 @@ import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything o
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from megatron_bridge.distributed_checkpoint import (
     checkpoint_tensors,
     write_distributed_checkpoint,
 )
+from megatron_bridge.gguf_model import open_gguf
 from megatron_bridge.hf_folder import (
     SHARD_BYTES,
     SafetensorsReader,
@@ -30,6 +32,7 @@ from megatron_bridge.hf_folder import (
 from megatron_bridge.hf_tensors import check_tensors
 from megatron_bridge.hf_weight_map import Rule
 from treepo.data.model_config import CONFIG
+from treepo.data.tokenizer import load_tokenizer
 from treepo.data.weight_headers import has_weights
 from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
@@ -59,7 +62,7 @@ class Converted:
 
 
 def convert(source: Path, target: Path, progress: Progress = silent) -> Converted:
-    """Convert a training checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
+    """Convert a checkpoint or a GGUF file to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
 
     Raises ModelError if `source` is neither or `target` exists, CheckpointError if `target` cannot be
     written.
@@ -67,6 +70,8 @@ def convert(source: Path, target: Path, progress: Progress = silent) -> Converte
     if target.exists():
         raise ModelError(f"{target} exists: nothing is overwritten")
     try:
+        if source.is_file():
+            return from_gguf(source, target, progress)
         if is_checkpoint(source):
             return to_hugging_face(source, target, progress)
         return to_checkpoint(source, target, progress)
@@ -101,6 +106,25 @@ def to_hugging_face(
 
     write_hf_folder(tensors(), source / HUGGING_FACE, target, shard_bytes)
     return Converted("Hugging Face folder", count, parameters, manifest.dtype)
+
+
+def from_gguf(source: Path, target: Path, progress: Progress = silent) -> Converted:
+    """Write the model of a GGUF file as a Hugging Face folder, in float32."""
+    count = parameters = 0
+    with TemporaryDirectory(prefix="treepo-convert-") as described:
+        model = open_gguf(source, Path(described))
+        load_tokenizer(Path(described))
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            nonlocal count, parameters
+            for named in model.tensors():
+                yield named
+                count += 1
+                parameters += named[1].numel()
+                progress(count, model.tensor_count)
+
+        write_hf_folder(tensors(), Path(described), target)
+    return Converted("Hugging Face folder", count, parameters, "float32")
 
 
 def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Converted:
@@ -139,7 +163,7 @@ def to_checkpoint(source: Path, target: Path, progress: Progress = silent) -> Co
 
 def _check_hugging_face(source: Path) -> None:
     if not source.is_dir():
-        raise ModelError(f"{source}: no such folder")
+        raise ModelError(f"{source}: no such file or folder")
     if (source / CONFIG).is_file() or has_weights(source):
         return
     if checkpoints := sorted(source.glob("checkpoints/step-*"), key=lambda path: (len(path.name), path.name)):

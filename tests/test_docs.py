@@ -156,10 +156,13 @@ def test_the_tree_figure_is_current() -> None:
     assert (DOCS / "figures" / "tree.svg").read_text(encoding="utf-8") == drawn, message
 
 
-def test_the_pages_quote_the_run_that_the_figures_show() -> None:
-    label = ElementTree.parse(DOCS / "figures" / "learning.svg").getroot().get("aria-label") or ""
+@pytest.mark.parametrize(
+    ("figure", "name"), [("learning.svg", "quickstart.md"), ("smollm2.svg", "smollm2.md")]
+)
+def test_the_pages_quote_the_run_that_the_figures_show(figure: str, name: str) -> None:
+    label = ElementTree.parse(DOCS / "figures" / figure).getroot().get("aria-label") or ""
     (accuracies,) = re.findall(r"from [\d.]+ to [\d.]+", label)
-    for page in (ROOT / "README.md", DOCS / "quickstart.md"):
+    for page in (ROOT / "README.md", DOCS / name):
         assert accuracies in page.read_text(encoding="utf-8"), page
 
 

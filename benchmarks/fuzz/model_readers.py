@@ -122,3 +122,26 @@ def tokenizer(folder: Path) -> Reader:
             return load_tokenizer(model).end_tokens
 
     return Reader("tokenizer", read, seeds, words, share=0.05)
+
+
+def gguf(folder: Path) -> Reader:
+    """A GGUF file's header, and the config and tokenizer made of it."""
+    from megatron_bridge.gguf_model import open_gguf
+    from tests.support.gguf_files import Q8_0, write_gguf, write_model
+
+    made = write_gguf(folder / "seed.gguf", "llama", write_model(folder / "seed", "llama"), Q8_0)
+    whole = made.read_bytes()
+    words = (
+        b"llama.rope.freq_base",
+        b"tokenizer.ggml.pre",
+        b"general.alignment",
+        b"\xff" * 8,
+        b"\x09\x00\x00\x00",
+    )
+
+    def read(data: bytes) -> object:
+        with emptied(folder / "described") as described:
+            (folder / "m.gguf").write_bytes(data)
+            return open_gguf(folder / "m.gguf", described).tensor_count
+
+    return Reader("gguf", read, [whole], words, share=0.05)

@@ -14,7 +14,7 @@ READERS: Mapping[str, tuple[str, str]] = {
     for module, names in {
         "text_readers": ("config", "overrides", "schedulers", "messages", "chat_template"),
         "data_readers": ("json_lines", "parquet"),
-        "model_readers": ("model_config", "weights", "tokenizer"),
+        "model_readers": ("model_config", "weights", "tokenizer", "gguf"),
         "run_readers": (
             "trees",
             "viewed_trees",

@@ -1,8 +1,8 @@
-"""Draw the documentation's figures: `python docs/figures/make.py [RUN]`.
+"""Draw the documentation's figures: `python docs/figures/make.py [RUN [SMOLLM2_RUN]]`.
 
 Without RUN only `tree.svg` and `asynchrony.svg` are written. RUN is the folder of a finished quickstart:
-`terminal.svg` shows what that run printed, and `learning.svg` its accuracy step by step. Both are drawn from
-the run's own files.
+`terminal.svg` shows what that run printed, and `learning.svg` its accuracy step by step. SMOLLM2_RUN is that
+of a finished `examples/smollm2/train.yaml`, for `smollm2.svg`. All three are drawn from the runs' own files.
 
 Every figure has its own background and loads nothing from a server, so it reads in light and dark themes, on
 GitHub and on the site.
@@ -25,6 +25,7 @@ from treepo.display.train import TrainDisplay, show_summary
 
 FIGURES = Path(__file__).parent
 EXAMPLE = "examples/quickstart.yaml"
+TITLES = ("Accuracy on the quickstart’s sums", "Accuracy of SmolLM2-135M-Instruct on sums")
 STYLE = """<style>
 text { font: 13px system-ui, "Segoe UI", "DejaVu Sans", Verdana, sans-serif; fill: #1f2933 }
 .card { fill: #ffffff; stroke: #d5dbe1 }
@@ -297,7 +298,7 @@ def terminal(run: Path) -> str:
     return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)  # they would be fetched from a server
 
 
-def learning_curve(run: Path) -> str:
+def learning_curve(run: Path, title: str) -> str:
     """Accuracy of each step's answers, and on held-out problems before and after."""
     steps, summary = read_run(run)
     left, right, top, bottom = 62, 676, 62, 250
@@ -307,7 +308,7 @@ def learning_curve(run: Path) -> str:
         return left + (right - left) * step / last, bottom - (bottom - top) * accuracy
 
     points = [at(metrics["step"] - 1, metrics["accuracy"]) for metrics in steps]
-    parts = [text(left, 34, "Accuracy on the quickstart’s sums", "big")]
+    parts = [text(left, 34, title, "big")]
     for tenths in range(0, 11, 2):
         _, y = at(0, tenths / 10)
         parts.append(f'<path class="grid" d="M{left} {y:g} H{right}"/>')
@@ -340,10 +341,12 @@ def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
 
 
 def main(folders: list[str]) -> None:
-    """Write the figures. folders: at most one, of the run to draw."""
+    """Write the figures. folders: of the runs to draw, the quickstart's first."""
     figures = {"tree": tree_figure(), "asynchrony": asynchrony_figure()}
-    for folder in folders:
-        figures |= {"terminal": terminal(Path(folder)), "learning": learning_curve(Path(folder))}
+    for name, title, folder in zip(("learning", "smollm2"), TITLES, map(Path, folders), strict=False):
+        figures[name] = learning_curve(folder, title)
+        if name == "learning":
+            figures["terminal"] = terminal(folder)
     for name, drawn in figures.items():
         (FIGURES / f"{name}.svg").write_text(drawn, encoding="utf-8")
 

@@ -128,7 +128,7 @@ def test_what_cannot_be_converted_is_named(checkpoint: Path, tmp_path: Path) -> 
     run_folder = tmp_path / "run"
     shutil.copytree(checkpoint, run_folder / "checkpoints" / "step-00007")
     for source, target, message in (
-        (tmp_path / "nothing", tmp_path / "x", "nothing: no such folder"),
+        (tmp_path / "nothing", tmp_path / "x", "nothing: no such file or folder"),
         (tmp_path, tmp_path / "x", "neither a training checkpoint"),
         (checkpoint, checkpoint, "exists: nothing is overwritten"),
         (run_folder, tmp_path / "x", "is a run folder; its newest checkpoint is .*step-00007"),

@@ -1,4 +1,4 @@
-"""`treepo convert`: converts training checkpoints to Hugging Face folders and back."""
+"""`treepo convert`: converts training checkpoints and GGUF files to Hugging Face folders, and those back."""
 
 import time
 from pathlib import Path
@@ -13,11 +13,12 @@ from treepo.errors import ModelError
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A training checkpoint, or a Hugging Face folder.")
+        Path,
+        typer.Argument(metavar="SOURCE", help="A training checkpoint, a Hugging Face folder or a GGUF file."),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write, of the other kind.")],
 ) -> None:
-    """Convert a training checkpoint to a Hugging Face folder, or the other way round."""
+    """Convert a training checkpoint or a GGUF file to a Hugging Face folder, or a folder to a checkpoint."""
     from megatron_bridge.convert import convert as run
     from treepo.display.conversion import convert_progress, show_converted
     from treepo.preflight.model_folder import check_present_parts
