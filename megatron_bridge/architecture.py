@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from megatron_bridge.config_values import check_values
 from megatron_bridge.hf_weight_map import FAMILIES, OUTPUT, Family, Rule, expand
+from megatron_bridge.lacking_parts import lacking_part
 from megatron_bridge.rotary import ROPE_TYPES, inverse_frequency
 from megatron_bridge.tensor_surgery import Dimensions
 from treepo.config.trainer import ParallelConfig
@@ -66,17 +67,21 @@ def read_architecture(folder: Path) -> Architecture:
     """
     written = read_model_config(folder)
     if written["model_type"] not in FAMILIES:
+        lacking = lacking_part(written)
+        why = f" (the trainer has no {lacking})" if lacking else ""
         raise UntrainableError(
-            f"{folder / CONFIG}: model_type = {shown(written['model_type'])} is not supported; "
+            f"{folder / CONFIG}: model_type = {shown(written['model_type'])} is not supported{why}; "
             f"{', '.join(FAMILIES)} are"
         )
     check_values(folder, written)
     config = load_hf_config(folder)
-    _check_features(folder, config)
+    # Not the config's: transformers calls a Mistral with `layer_types` a Ministral.
+    family = FAMILIES[written["model_type"]]
+    _check_features(folder, config, family)
     sparse_layers = _sparse_layers(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Architecture(
-        model_type=config.model_type,
+        model_type=written["model_type"],
         dimensions=Dimensions(
             config.num_hidden_layers,
             config.num_key_value_heads,
@@ -92,7 +97,7 @@ def read_architecture(folder: Path) -> Architecture:
         max_positions=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
         frequency=inverse_frequency(config.rope_parameters, head_dim),
-        experts=_experts(folder, config) if sparse_layers else None,
+        experts=_experts(folder, config, family) if sparse_layers else None,
         attention_bias=getattr(config, "attention_bias", False),
     )
 
@@ -139,7 +144,7 @@ def _sparse_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     )
 
 
-def _experts(folder: Path, config: PreTrainedConfig) -> Experts:
+def _experts(folder: Path, config: PreTrainedConfig, family: Family) -> Experts:
     if config.num_experts_per_tok == 1 and config.norm_topk_prob:
         raise UntrainableError(
             f"{folder / CONFIG}: num_experts_per_tok = 1 with norm_topk_prob = true is not supported: the "
@@ -149,11 +154,11 @@ def _experts(folder: Path, config: PreTrainedConfig) -> Experts:
         config.moe_intermediate_size,
         config.num_experts_per_tok,
         config.norm_topk_prob,
-        config.shared_expert_intermediate_size if FAMILIES[config.model_type].shared_expert else 0,
+        config.shared_expert_intermediate_size if family.shared_expert else 0,
     )
 
 
-def _check_features(folder: Path, config: PreTrainedConfig) -> None:
+def _check_features(folder: Path, config: PreTrainedConfig, family: Family) -> None:
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
@@ -161,7 +166,7 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
             f"{folder / CONFIG}: rope_type = {shown(kind)} is not supported; {', '.join(ROPE_TYPES)} are"
         )
     for name, value in _FEATURES.items():
-        if name == "attention_bias" and FAMILIES[config.model_type].optional_bias:
+        if name == "attention_bias" and family.optional_bias:
             continue
         found = rope.get(name, getattr(config, name, value))
         if found != value:
@@ -170,8 +175,8 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
             )
     if window := getattr(config, "sliding_window", None):
         raise UntrainableError(
-            f"{folder / CONFIG}: sliding_window = {shown(window)}; only null is supported: the trainer attends "
-            "to the whole context"
+            f"{folder / CONFIG}: sliding_window = {shown(window)}; only null is supported, because the "
+            "trainer attends to the whole context"
         )
     if getattr(config, "num_experts", 0) and not hasattr(type(config)(), "num_experts"):
         raise UntrainableError(

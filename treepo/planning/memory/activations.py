@@ -189,7 +189,11 @@ def _mlp(batch: MicroBatch, sparse: bool) -> float:
     experts = batch.architecture.experts
     assert experts is not None
     router = 4 * batch.own_tokens * batch.architecture.dimensions.experts * FLOAT32
-    return kept + router + batch.stream * experts.per_token + 6 * _inner(batch, sparse=True)
+    kept += router + batch.stream * experts.per_token + 6 * _inner(batch, sparse=True)
+    if experts.shared:  # as a dense MLP, and its output, which the gate scales
+        shared = batch.tokens * experts.shared * batch.element / batch.tensor
+        kept += (5 if batch.eager else 3) * shared + batch.stream
+    return kept
 
 
 def _inner(batch: MicroBatch, sparse: bool) -> float:

@@ -3,7 +3,8 @@
 Heads and the rows of every MLP and expert are divided among the ranks. Key-value heads are divided until each
 rank has one, and replicated from there on. The vocabulary is padded to a multiple of 64 and divided; norms
 and routers are whole on every rank. SGLang's Qwen2-MoE and Qwen3-MoE have no dense layers; here they are
-counted as the model's configuration says. SGLang's rotary tables (float32, positions x head size) count as runtime memory.
+counted as the model's configuration says. SGLang's rotary tables (float32, positions x head size) count as
+runtime memory.
 """
 
 from dataclasses import dataclass
