@@ -43,7 +43,7 @@ def test_a_mistral_that_lists_its_layers_is_a_mistral(tiny_model: Path, tmp_path
     edited(tiny_model, tmp_path, **layers, layer_types=["full_attention"] * 2)
     assert read_architecture(tmp_path).model_type == "mistral"
     edited(tiny_model, tmp_path, **layers, layer_types=["full_attention", "sliding_attention"])
-    with pytest.raises(ModelError, match="layer_types has .sliding_attention.; only full_attention"):
+    with pytest.raises(ModelError, match=r"layer_types has .sliding_attention.; only full_attention"):
         read_architecture(tmp_path)
 
 

@@ -106,7 +106,8 @@ def test_shards_of_random_layouts_are_the_model_of_transformers(
 ) -> None:
     """Ranks together hold each parameter once.
 
-    By design not: norms, routers, the shared expert's gate and output biases, the last stage's copy of tied embeddings, the vocabulary's padding.
+    By design not: norms, routers, gates, output biases, the last stage's copy of tied embeddings, the
+    vocabulary's padding.
     """
     architecture = read_architecture(write_config(kind, tied, tmp_path))
     expected = counted_by_transformers(tmp_path)

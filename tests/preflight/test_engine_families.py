@@ -19,7 +19,7 @@ def test_an_engines_family_is_sampled_from_and_not_trained() -> None:
     for command in (train, convert, plan):
         with pytest.raises(
             TreepoError,
-            match=r'config\.json: model_type = "olmo2" is not supported \(the trainer has no norms after .*\); qwen2',
+            match=r'model_type = "olmo2" is not supported \(the trainer has no norms after .*\); qwen2',
         ):
             run(command)
 
