@@ -109,9 +109,9 @@ def add_seeds(info: Any, _class: type, batch: Any, _vocab_size: int) -> None:
 
 
 def add_shared_expert(hidden: Tensor, gate: Tensor, shared: Tensor, output: Tensor) -> None:
-    """In place of SGLang's Triton kernel: add `shared`, times the sigmoid of its gate, to `output` [T, hidden].
+    """Add `shared`, times the sigmoid of its gate, to `output`; SGLang's own is a Triton kernel.
 
-    hidden, shared: [T, hidden]; gate: [hidden].
+    hidden, shared, output: [T, hidden]; gate: [hidden].
     """
     output.addcmul_((hidden @ gate).sigmoid()[:, None], shared)
 
