@@ -5,8 +5,9 @@ The shared engine of the other tests serves Qwen2; each of these starts its own.
 """
 
 import asyncio
+import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def write(name: str, folder: Path) -> Path:
     """Every layer of a mixture has experts: SGLang knows no other models. Logits of about one unit, as in
     `real_engine.write_model`.
     """
-    config = type(CONFIGS[name])(**(CONFIGS[name].to_dict() | {"initializer_range": 0.1}))
+    config: Any = copy.deepcopy(CONFIGS[name])
+    config.initializer_range = 0.1
     if hasattr(config, "mlp_only_layers"):
         config.mlp_only_layers = []
     torch.manual_seed(3)

@@ -36,8 +36,8 @@ def write_tiny_qwen2(folder: Path, seed: int = 0, **overrides: Any) -> Path:
 
 def write_tiny_qwen3_moe(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """A Qwen3-MoE whose second layer is dense; `overrides` are Qwen3MoeConfig's."""
-    config = Qwen3MoeConfig(**(_MIXTURE | {"head_dim": 12} | overrides), dtype="float32")
-    return _write(Qwen3MoeForCausalLM, config, folder, seed)
+    settings: dict[str, Any] = {**_MIXTURE, "head_dim": 12, **overrides}
+    return _write(Qwen3MoeForCausalLM, Qwen3MoeConfig(**settings, dtype="float32"), folder, seed)
 
 
 def write_tiny_qwen2_moe(folder: Path, seed: int = 0, **overrides: Any) -> Path:
