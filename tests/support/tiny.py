@@ -42,10 +42,8 @@ def write_tiny_qwen3_moe(folder: Path, seed: int = 0, **overrides: Any) -> Path:
 
 def write_tiny_qwen2_moe(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """A Qwen2-MoE with a shared expert, whose second layer is dense; `overrides` are Qwen2MoeConfig's."""
-    settings = _MIXTURE | {"shared_expert_intermediate_size": 40}
-    return _write(
-        Qwen2MoeForCausalLM, Qwen2MoeConfig(**(settings | overrides), dtype="float32"), folder, seed
-    )
+    settings: dict[str, Any] = {**_MIXTURE, "shared_expert_intermediate_size": 40, **overrides}
+    return _write(Qwen2MoeForCausalLM, Qwen2MoeConfig(**settings, dtype="float32"), folder, seed)
 
 
 _MIXTURE: dict[str, Any] = {
