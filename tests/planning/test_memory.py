@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_bridge.architecture import read_architecture
 from tests.support import megatron_ranks
@@ -56,7 +49,6 @@ MODELS: dict[str, PreTrainedConfig] = {
     "qwen2-tied": Qwen2Config(**{**SIZES, "tie_word_embeddings": True}),
     "qwen3": Qwen3Config(**SIZES, head_dim=64),
     "qwen3_moe": Qwen3MoeConfig(**(SIZES | EXPERTS)),
-    "qwen2_moe": Qwen2MoeConfig(**(SIZES | EXPERTS), shared_expert_intermediate_size=512),
 }
 
 
@@ -79,13 +71,11 @@ SETTINGS = {
     "one rank, chunks of logits": Setting("qwen2", {}, "full", chunk_bytes=1 << 20),
     "one rank, experts": Setting("qwen3_moe", {}),
     "one rank, experts, full": Setting("qwen3_moe", {}, "full"),
-    "one rank, shared expert": Setting("qwen2_moe", {}),
     "tensor 2": Setting("qwen2", {"tensor": 2}, saves=True),
     "tensor 2, selective": Setting("qwen3", {"tensor": 2}, "selective"),
     "tensor 2, full, bfloat16": Setting("qwen2", {"tensor": 2}, "full", "bfloat16"),
     "tensor 2, sequence whole": Setting("qwen2", {"tensor": 2, "sequence": False}),
     "tensor 2, expert 2": Setting("qwen3_moe", {"tensor": 2, "expert": 2}),
-    "tensor 2, shared expert": Setting("qwen2_moe", {"tensor": 2}),
     "pipeline 2": Setting("qwen2", {"pipeline": 2}, dtype="bfloat16"),
     "pipeline 2, full": Setting("qwen2-tied", {"pipeline": 2}, "full"),
     "pipeline 2, interleaved": Setting("qwen3", {"pipeline": 2, "virtual_pipeline": 2}),
