@@ -3,7 +3,8 @@
 Derived operation by operation from what the layers of `megatron_bridge` save. The CPU's side (plain torch
 norms, gathered keys) agrees with real ranks (tests/planning/test_memory.py). CUDA's side (fused norms,
 FlexAttention) agrees with one H200 (tests/planning/test_trainer.py), where recomputation, experts and
-parallelism were not measured, nor a shared expert anywhere. Transformer Engine's layers keep the same inputs and outputs of matrices.
+parallelism were not measured, nor a shared expert anywhere. Transformer Engine's layers keep the same inputs
+and outputs of matrices.
 """
 
 from dataclasses import dataclass
