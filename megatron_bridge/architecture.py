@@ -1,5 +1,6 @@
 """Reads the architecture of a Hugging Face model, and checks that the trainer and a layout support it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from megatron_bridge.config_values import check_values
 from megatron_bridge.hf_weight_map import FAMILIES, OUTPUT, Family, Rule, expand
+from megatron_bridge.lacking_parts import lacking_part
 from megatron_bridge.rotary import ROPE_TYPES, inverse_frequency
 from megatron_bridge.tensor_surgery import Dimensions
 from treepo.config.trainer import ParallelConfig
@@ -23,6 +25,7 @@ class Experts:
     intermediate: int
     per_token: int
     normalised: bool  # the probabilities of a token's experts are scaled to sum to 1
+    shared: int = 0  # rows of the shared expert, if the family has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +42,12 @@ class Architecture:
     tied: bool
     frequency: Tensor  # float32 [head_dim / 2], rotary radians per position
     experts: Experts | None = None
+    attention_bias: bool = False  # in families that have it as an option
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.model_type]
+        family = FAMILIES[self.model_type]
+        return family.with_attention_bias() if self.attention_bias else family
 
     def weight_rules(self) -> list[Rule]:
         """The family's table with every layer and expert filled in; tied embeddings have no output layer."""
@@ -62,17 +67,21 @@ def read_architecture(folder: Path) -> Architecture:
     """
     written = read_model_config(folder)
     if written["model_type"] not in FAMILIES:
+        lacking = lacking_part(written)
+        why = f" (the trainer has no {lacking})" if lacking else ""
         raise UntrainableError(
-            f"{folder / CONFIG}: model_type = {shown(written['model_type'])} is not supported; "
+            f"{folder / CONFIG}: model_type = {shown(written['model_type'])} is not supported{why}; "
             f"{', '.join(FAMILIES)} are"
         )
     check_values(folder, written)
     config = load_hf_config(folder)
-    _check_features(folder, config)
+    # Not the config's: transformers calls a Mistral with `layer_types` a Ministral.
+    family = FAMILIES[written["model_type"]]
+    _check_features(folder, config, family)
     sparse_layers = _sparse_layers(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Architecture(
-        model_type=config.model_type,
+        model_type=written["model_type"],
         dimensions=Dimensions(
             config.num_hidden_layers,
             config.num_key_value_heads,
@@ -88,7 +97,8 @@ def read_architecture(folder: Path) -> Architecture:
         max_positions=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
         frequency=inverse_frequency(config.rope_parameters, head_dim),
-        experts=_experts(folder, config) if sparse_layers else None,
+        experts=_experts(folder, config, family) if sparse_layers else None,
+        attention_bias=getattr(config, "attention_bias", False),
     )
 
 
@@ -96,7 +106,8 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's Hugging Face tensors as in transformers."""
     dimensions, hidden = architecture.dimensions, architecture.hidden
     queries, keys = architecture.heads * dimensions.head_dim, dimensions.groups * dimensions.head_dim
-    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate": dimensions.experts}
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
+    rows |= {"gate": dimensions.experts, "shared_expert_gate": 1}
     rows |= dict.fromkeys(("embed_tokens", "lm_head"), dimensions.vocabulary)
     norms = {"q_norm": dimensions.head_dim, "k_norm": dimensions.head_dim}
 
@@ -104,14 +115,22 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         *path, module, kind = name.split(".")
         if "norm" in module:
             return (norms.get(module, hidden),)
-        of_expert = architecture.experts is not None and "experts" in path
-        inner = architecture.experts.intermediate if of_expert else architecture.intermediate  # type: ignore[union-attr]  # checked above
+        inner = _inner(architecture, path)
+        if kind == "bias":
+            return (rows[module],)
         if module in ("o_proj", "down_proj"):
             return (hidden, queries if module == "o_proj" else inner)
-        out = rows.get(module, inner)
-        return (out,) if kind == "bias" else (out, hidden)
+        return (rows.get(module, inner), hidden)
 
     return {name: shape(name) for rule in architecture.weight_rules() for name in rule.tensors}
+
+
+def _inner(architecture: Architecture, path: Sequence[str]) -> int:
+    """Rows of the MLP that a tensor's name is in: a layer's own, an expert's or the shared expert's."""
+    experts = architecture.experts
+    if experts is not None and "experts" in path:
+        return experts.intermediate
+    return experts.shared if experts is not None and "shared_expert" in path else architecture.intermediate
 
 
 def _sparse_layers(config: PreTrainedConfig) -> tuple[int, ...]:
@@ -125,16 +144,21 @@ def _sparse_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     )
 
 
-def _experts(folder: Path, config: PreTrainedConfig) -> Experts:
+def _experts(folder: Path, config: PreTrainedConfig, family: Family) -> Experts:
     if config.num_experts_per_tok == 1 and config.norm_topk_prob:
         raise UntrainableError(
             f"{folder / CONFIG}: num_experts_per_tok = 1 with norm_topk_prob = true is not supported: the "
             "one probability is always 1, so the router would learn nothing"
         )
-    return Experts(config.moe_intermediate_size, config.num_experts_per_tok, config.norm_topk_prob)
+    return Experts(
+        config.moe_intermediate_size,
+        config.num_experts_per_tok,
+        config.norm_topk_prob,
+        config.shared_expert_intermediate_size if family.shared_expert else 0,
+    )
 
 
-def _check_features(folder: Path, config: PreTrainedConfig) -> None:
+def _check_features(folder: Path, config: PreTrainedConfig, family: Family) -> None:
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
@@ -142,11 +166,18 @@ def _check_features(folder: Path, config: PreTrainedConfig) -> None:
             f"{folder / CONFIG}: rope_type = {shown(kind)} is not supported; {', '.join(ROPE_TYPES)} are"
         )
     for name, value in _FEATURES.items():
+        if name == "attention_bias" and family.optional_bias:
+            continue
         found = rope.get(name, getattr(config, name, value))
         if found != value:
             raise UntrainableError(
                 f"{folder / CONFIG}: {name} = {shown(found)}; only {shown(value)} is supported"
             )
+    if window := getattr(config, "sliding_window", None):
+        raise UntrainableError(
+            f"{folder / CONFIG}: sliding_window = {shown(window)}; only null is supported, because the "
+            "trainer attends to the whole context"
+        )
     if getattr(config, "num_experts", 0) and not hasattr(type(config)(), "num_experts"):
         raise UntrainableError(
             f"{folder / CONFIG}: num_experts = {shown(config.num_experts)}; {config.model_type} has none"
@@ -162,12 +193,14 @@ _FEATURES = {
     "hidden_act": "silu",
     "use_sliding_window": False,
     "attention_bias": False,
+    "qkv_bias": True,
     "mlp_bias": False,
     "attention_dropout": 0.0,
     # The rest are in config.json where a model differs from its family, and SGLang heeds them.
     "partial_rotary_factor": 1.0,
     "rope_is_neox_style": True,
     "dual_chunk_attention_config": None,
+    "bias": False,
 }
 
 
@@ -186,6 +219,9 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
         parts.append(
             ("trainer.parallel.tensor", parallel.tensor, "rows of the MLP", architecture.intermediate)
         )
+    if architecture.experts is not None and architecture.experts.shared:
+        shared = architecture.experts.shared
+        parts.append(("trainer.parallel.tensor", parallel.tensor, "rows of the shared expert", shared))
     if dimensions.experts:
         parts.append(("trainer.parallel.expert", parallel.expert, "experts", dimensions.experts))
     for name, ranks, what, size in parts:
@@ -214,7 +250,10 @@ def check_transformer_impl(transformer_impl: str) -> None:
 def check_same_model(folder: Path, model: Path) -> None:
     """Raise ModelError unless `folder` and `model` have the same architecture."""
     ours, theirs = read_architecture(model), read_architecture(folder)
-    for name in ("model_type", "dimensions", "hidden", "intermediate", "heads", "tied", "experts"):
+    for name in (
+        *("model_type", "dimensions", "hidden", "intermediate", "heads", "tied", "experts"),
+        "attention_bias",
+    ):
         expected, found = getattr(ours, name), getattr(theirs, name)
         if expected != found:
             raise ModelError(f"{folder}: not the model of {model}: {name} is {found}, not {expected}")

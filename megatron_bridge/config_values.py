@@ -80,6 +80,7 @@ _RULES: Mapping[str, Rule] = {
     "head_dim": _whole(1, 1 << 12, null=True),
     "max_position_embeddings": _whole(1, 1 << 30),
     "moe_intermediate_size": _whole(1, 1 << 22),
+    "shared_expert_intermediate_size": _whole(1, 1 << 22),
     "num_experts": _whole(0, 1 << 12),
     "num_local_experts": _whole(0, 1 << 12),  # as transformers 5 writes it
     "num_experts_per_tok": _whole(1, 1 << 12),
@@ -93,6 +94,7 @@ _RULES: Mapping[str, Rule] = {
     "tie_word_embeddings": _truth,
     "use_sliding_window": _truth,
     "attention_bias": _truth,
+    "qkv_bias": _truth,
     "mlp_bias": _truth,
     "norm_topk_prob": _truth,
 }

@@ -93,7 +93,9 @@ def _sizes(name: str, architecture: Architecture) -> str:
         sizes["num_experts"] = dimensions.experts
     elif ".experts." in name and architecture.experts is not None:
         sizes["moe_intermediate_size"] = architecture.experts.intermediate
-    elif ".mlp." in name:
+    elif ".shared_expert." in name and architecture.experts is not None:
+        sizes["shared_expert_intermediate_size"] = architecture.experts.shared
+    elif ".mlp." in name and module != "shared_expert_gate":
         sizes["intermediate_size"] = architecture.intermediate
     if ".self_attn." in name:
         sizes["head_dim"] = dimensions.head_dim

@@ -1,7 +1,8 @@
 """Maps Hugging Face tensor names to Megatron-Core parameters: one table for each model family.
 
 A rule pairs one Megatron-Core parameter with the Hugging Face tensors that it holds and with the surgery that
-turns one into the other (`tensor_surgery`). To add a family, add its table to FAMILIES.
+turns one into the other (`tensor_surgery`). A family is a decoder with gated MLPs and the parts that it adds
+to one; to add a family, name its parts in FAMILIES.
 """
 
 import re
@@ -36,43 +37,8 @@ class Rule:
     layers: Layers = Layers.EVERY
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A model family: its table, in the order of its Hugging Face tensors, and its attention's options."""
-
-    rules: tuple[Rule, ...]
-    qkv_bias: bool = False
-    qk_norm: bool = False
-
-
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 MEGATRON, HUGGING_FACE = "decoder.layers.{layer}.", "model.layers.{layer}."
-
-
-def _decoder(attention: tuple[Rule, ...] = (), mlp: tuple[Rule, ...] = ()) -> tuple[Rule, ...]:
-    """The table of a pre-norm decoder with gated MLPs; `attention` and `mlp` are a family's further rules."""
-    return (
-        Rule(EMBEDDING, ("model.embed_tokens.weight",), VOCABULARY, Layers.NONE),
-        Rule(MEGATRON + "input_layernorm.weight", (HUGGING_FACE + "input_layernorm.weight",), WHOLE),
-        Rule(
-            MEGATRON + "self_attention.linear_qkv.weight",
-            tuple(HUGGING_FACE + f"self_attn.{name}_proj.weight" for name in "qkv"),
-            QKV,
-        ),
-        *attention,
-        Rule(
-            MEGATRON + "self_attention.linear_proj.weight",
-            (HUGGING_FACE + "self_attn.o_proj.weight",),
-            COLUMNS,
-        ),
-        Rule(
-            MEGATRON + "pre_mlp_layernorm.weight", (HUGGING_FACE + "post_attention_layernorm.weight",), WHOLE
-        ),
-        *_mlp("mlp.", "mlp.", Layers.DENSE),
-        *mlp,
-        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE, Layers.NONE),
-        Rule(OUTPUT, ("lm_head.weight",), VOCABULARY, Layers.NONE),
-    )
 
 
 def _mlp(megatron: str, hugging_face: str, layers: Layers) -> tuple[Rule, Rule]:
@@ -84,11 +50,15 @@ def _mlp(megatron: str, hugging_face: str, layers: Layers) -> tuple[Rule, Rule]:
     )
 
 
-_QKV_BIAS = Rule(
-    MEGATRON + "self_attention.linear_qkv.bias",
-    tuple(HUGGING_FACE + f"self_attn.{name}_proj.bias" for name in "qkv"),
-    QKV,
-)
+def _attention(module: str, names: str, kind: str, surgery: Surgery) -> Rule:
+    """The rule of one parameter of the attention: `module`'s `kind`, made of the projections `names`."""
+    return Rule(
+        MEGATRON + f"self_attention.{module}.{kind}",
+        tuple(HUGGING_FACE + f"self_attn.{name}_proj.{kind}" for name in names),
+        surgery,
+    )
+
+
 _QK_NORM = tuple(
     Rule(
         MEGATRON + f"self_attention.{name}_layernorm.weight",
@@ -101,12 +71,70 @@ _EXPERTS = (
     Rule(MEGATRON + "mlp.router.weight", (HUGGING_FACE + "mlp.gate.weight",), WHOLE, Layers.SPARSE),
     *_mlp("mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}.", Layers.SPARSE),
 )
+_SHARED_EXPERT = (
+    *_mlp("mlp.shared_experts.", "mlp.shared_expert.", Layers.SPARSE),
+    Rule(
+        MEGATRON + "mlp.shared_experts.gate_weight",
+        (HUGGING_FACE + "mlp.shared_expert_gate.weight",),
+        WHOLE,
+        Layers.SPARSE,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A pre-norm decoder with rotary attention and gated MLPs, and the parts that a model family adds to it.
+
+    qkv_bias, output_bias: biases of the attention's input and output projections. qk_norm: norms of each
+    head's queries and keys. experts: in place of the MLP of some layers. shared_expert: an expert for every
+    token beside them, times the sigmoid of a gate. optional_bias: `attention_bias` in config.json adds both
+    biases.
+    """
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    experts: bool = False
+    shared_expert: bool = False
+    optional_bias: bool = False
+
+    def with_attention_bias(self) -> "Family":
+        """The family's models with `attention_bias`."""
+        assert self.optional_bias
+        return replace(self, qkv_bias=True, output_bias=True)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The table, in the order of the Hugging Face tensors."""
+        return (
+            Rule(EMBEDDING, ("model.embed_tokens.weight",), VOCABULARY, Layers.NONE),
+            Rule(MEGATRON + "input_layernorm.weight", (HUGGING_FACE + "input_layernorm.weight",), WHOLE),
+            _attention("linear_qkv", "qkv", "weight", QKV),
+            *([_attention("linear_qkv", "qkv", "bias", QKV)] if self.qkv_bias else ()),
+            *(_QK_NORM if self.qk_norm else ()),
+            _attention("linear_proj", "o", "weight", COLUMNS),
+            *([_attention("linear_proj", "o", "bias", WHOLE)] if self.output_bias else ()),
+            Rule(
+                MEGATRON + "pre_mlp_layernorm.weight",
+                (HUGGING_FACE + "post_attention_layernorm.weight",),
+                WHOLE,
+            ),
+            *_mlp("mlp.", "mlp.", Layers.DENSE),
+            *(_EXPERTS if self.experts else ()),
+            *(_SHARED_EXPERT if self.shared_expert else ()),
+            Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE, Layers.NONE),
+            Rule(OUTPUT, ("lm_head.weight",), VOCABULARY, Layers.NONE),
+        )
+
 
 FAMILIES = {  # the keys are config.json's `model_type`
-    "qwen2": Family(_decoder((_QKV_BIAS,)), qkv_bias=True),
-    "qwen3": Family(_decoder(_QK_NORM), qk_norm=True),
-    "qwen3_moe": Family(_decoder(_QK_NORM, _EXPERTS), qk_norm=True),
-    "llama": Family(_decoder()),
+    "qwen2": Family(qkv_bias=True),
+    "qwen2_moe": Family(qkv_bias=True, experts=True, shared_expert=True),
+    "qwen3": Family(qk_norm=True, optional_bias=True),
+    "qwen3_moe": Family(qk_norm=True, experts=True, optional_bias=True),
+    "llama": Family(optional_bias=True),
+    "mistral": Family(),
 }
 
 

@@ -5,6 +5,8 @@ run: no build of Transformer Engine was available.
 """
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
@@ -16,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.attention import AttentionPlan, attend
@@ -92,9 +95,20 @@ def layer_spec(architecture: Architecture, layer: int, transformer_engine: bool)
     parts = spec.submodules
     attention = parts.self_attention.submodules  # type: ignore[union-attr]  # a spec's parts are typed as object
     attention.core_attention = TreeAttention
+    if architecture.family.output_bias:
+        attention.linear_proj = _with_bias(attention.linear_proj)
     if transformer_engine:
         return spec
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm  # type: ignore[union-attr]  # likewise
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
+
+
+def _with_bias(projection: Callable[..., Module]) -> Callable[..., Module]:
+    """The output projection with a bias. Megatron-Core's own option adds biases to the MLP too."""
+
+    def build(*sizes: int, **options: Any) -> Module:
+        return projection(*sizes, **(options | {"bias": True}))
+
+    return build

@@ -140,6 +140,8 @@ def _experts_config(
         "num_moe_experts": dimensions.experts,
         "moe_layer_freq": [int(layer in dimensions.sparse_layers) for layer in range(dimensions.layers)],
         "moe_ffn_hidden_size": experts.intermediate,
+        "moe_shared_expert_intermediate_size": experts.shared or None,
+        "moe_shared_expert_gate": experts.shared > 0,
         "moe_grouped_gemm": transformer_engine,
         "moe_router_topk": experts.per_token,
         # Softmax over the chosen logits equals softmax over all of them, scaled to sum to 1.

@@ -39,7 +39,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
         from sglang.srt.layers.sampler import register_sampler_backend
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        from sglang_rollout.cpu.replacements import CpuAttention, SeededSampler, add_seeds
+        from sglang_rollout.cpu.replacements import (
+            CpuAttention,
+            SeededSampler,
+            add_seeds,
+            add_shared_expert,
+        )
 
         register_attention_backend("torch_native")(CpuAttention)
         register_sampler_backend("pytorch", SeededSampler)
@@ -50,6 +55,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
         )
         HookRegistry.register(
             "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__", gloo_only, HookType.BEFORE
+        )
+        HookRegistry.register(
+            "sglang.kernels.ops.layernorm.elementwise.fused_gate_sigmoid_mul_add",
+            add_shared_expert,
+            HookType.REPLACE,
         )
         HookRegistry.apply_hooks()  # SGLang may have made its own call already; applied hooks stay
 

@@ -1,4 +1,4 @@
-"""The classes that replace SGLang's own on the CPU platform: attention, sampler, KV allocator.
+"""What replaces SGLang's own on the CPU platform: attention, sampler, shared experts, KV allocator.
 
 They subclass SGLang's, so this module can be imported only after SGLang has loaded; `platform` registers
 them. The arithmetic is in `padded_attention` and `seeded_draw`, without SGLang.
@@ -106,6 +106,14 @@ def add_seeds(info: Any, _class: type, batch: Any, _vocab_size: int) -> None:
     """Hook after `SamplingBatchInfo.from_schedule_batch`, which keeps seeds in deterministic mode only."""
     seeds = [request.sampling_params.sampling_seed or 0 for request in batch.reqs]
     info.sampling_seed = torch.tensor(seeds, dtype=torch.int64)
+
+
+def add_shared_expert(hidden: Tensor, gate: Tensor, shared: Tensor, output: Tensor) -> None:
+    """Add `shared`, times the sigmoid of its gate, to `output`; SGLang's own is a Triton kernel.
+
+    hidden, shared, output: [T, hidden]; gate: [hidden].
+    """
+    output.addcmul_((hidden @ gate).sigmoid()[:, None], shared)
 
 
 class TokenAllocator(TokenToKVPoolAllocator):

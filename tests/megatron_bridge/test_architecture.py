@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from transformers import Qwen3MoeConfig
+from transformers import CONFIG_MAPPING, Qwen2MoeConfig, Qwen3MoeConfig
 
-from megatron_bridge.architecture import Experts, check_layout, check_transformer_impl, read_architecture
+from megatron_bridge.architecture import (
+    Experts,
+    UntrainableError,
+    check_layout,
+    check_transformer_impl,
+    read_architecture,
+)
+from megatron_bridge.hf_weight_map import FAMILIES
+from megatron_bridge.lacking_parts import REFUSED
 from treepo.config.trainer import ParallelConfig
 from treepo.errors import ConfigError, ModelError
 
@@ -28,17 +36,64 @@ def test_sizes(tiny_model: Path) -> None:
     assert not architecture.tied
 
 
+def test_a_mistral_that_lists_its_layers_is_a_mistral(tiny_model: Path, tmp_path: Path) -> None:
+    """Transformers calls it a Ministral; with full attention they are the same."""
+    layers: dict[str, Any] = {"model_type": "mistral", "sliding_window": None}
+    edited(tiny_model, tmp_path, **layers, layer_types=["full_attention"] * 2)
+    assert read_architecture(tmp_path).model_type == "mistral"
+    edited(tiny_model, tmp_path, **layers, layer_types=["full_attention", "sliding_attention"])
+    with pytest.raises(ModelError, match=r"layer_types has .sliding_attention.; only full_attention"):
+        read_architecture(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"model_type": "gpt2"}, "model_type = .gpt2. is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"attention_bias": True}, "attention_bias = true; only false is supported"),  # Qwen2 has its own
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window = 8; only null is supported"),
+        ({"model_type": "mistral", "sliding_window": None, "attention_bias": True}, "attention_bias = true"),
+        ({"model_type": "llama", "bias": True}, "bias = true; only false"),
         ({"hidden_act": "gelu"}, "hidden_act"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(tiny_model: Path, tmp_path: Path, changes, named: str) -> None:
     with pytest.raises(ModelError, match=named):
         read_architecture(edited(tiny_model, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "lacking"),
+    [
+        ({"model_type": "deepseek_v3"}, "multi-head latent attention"),
+        ({"model_type": "gpt_oss"}, "sliding windows and attention sinks"),
+        ({"model_type": "qwen3_next"}, "linear attention"),
+        ({"model_type": "gemma2"}, "sliding windows and norms after attention and MLP"),
+        ({"model_type": "granite"}, "multipliers"),
+        ({"model_type": "glm4"}, "interleaved rotary positions of a part of each head"),
+        # Families that no list has, by a key of theirs.
+        ({"model_type": "new", "kv_lora_rank": 512}, "multi-head latent attention"),
+        ({"model_type": "qwen2_vl", "vision_config": {"depth": 2}}, "part for images"),
+    ],
+)
+def test_a_refused_family_is_told_what_is_missing(
+    tiny_model: Path, tmp_path: Path, config: dict[str, Any], lacking: str
+) -> None:
+    said = (
+        rf"model_type = .{config['model_type']}. is not supported \(the trainer has no {lacking}.*\); qwen2,"
+    )
+    with pytest.raises(UntrainableError, match=said) as raised:
+        read_architecture(edited(tiny_model, tmp_path, **config))
+    assert "\n" not in str(raised.value)
+
+
+def test_lists_of_refused_families_have_no_misspelt_and_no_supported_name() -> None:
+    of_sglang = {"kimi_k2", "kimi_linear", "minicpm3"}
+    listed = [name for names in REFUSED.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= set(CONFIG_MAPPING.keys()) | of_sglang
+    assert not FAMILIES.keys() & set(listed)
 
 
 def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
@@ -98,6 +153,19 @@ def test_experts_are_read(moe_folder: Path) -> None:
 def test_experts_that_cannot_be_divided(moe_folder: Path, layout: dict[str, Any], arithmetic: str) -> None:
     with pytest.raises(ConfigError, match=arithmetic):
         check_layout(read_architecture(moe_folder), ParallelConfig(**layout))
+
+
+def test_a_shared_expert_is_divided(tmp_path: Path) -> None:
+    Qwen2MoeConfig(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, shared_expert_intermediate_size=30
+    ).save_pretrained(tmp_path)
+    architecture = read_architecture(tmp_path)
+    assert architecture.experts == Experts(intermediate=1408, per_token=4, normalised=False, shared=30)
+    with pytest.raises(ConfigError, match="divide the model's 30 rows of the shared expert"):
+        check_layout(architecture, ParallelConfig(tensor=4))
+    edited(tmp_path, tmp_path, qkv_bias=False)
+    with pytest.raises(ModelError, match="qkv_bias = false; only true is supported"):
+        read_architecture(tmp_path)
 
 
 def test_one_normalised_expert_a_token_is_refused(moe_folder: Path, tmp_path: Path) -> None:

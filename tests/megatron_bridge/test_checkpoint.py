@@ -15,7 +15,7 @@ from megatron_bridge.convert import to_checkpoint, to_hugging_face
 from tests.support import checkpoint_ranks, megatron_ranks
 from tests.support.checkpoint_ranks import Case, Result
 from tests.support.random_trees import random_tree
-from tests.support.tiny import write_tiny_qwen2, write_tiny_qwen3_moe
+from tests.support.tiny import write_tiny_qwen2, write_tiny_qwen2_moe, write_tiny_qwen3_moe
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import OptimizerConfig, ParallelConfig
 from treepo.errors import ModelError
@@ -36,7 +36,7 @@ LAYOUTS = {
 }
 # Layouts add a few hundred float32 terms in different orders: a few 1e-6 of a loss or weight near 1.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-MODELS = ("dense", "dense, bfloat16", "experts")
+MODELS = ("dense", "dense, bfloat16", "experts", "shared expert")
 ONE, INTERLEAVED, SPREAD = LAYOUTS
 # (model, the layout that saves, the layout that loads)
 EXACT = [
@@ -44,6 +44,7 @@ EXACT = [
 ]
 OTHER = [("dense", saving, loading) for saving in LAYOUTS for loading in LAYOUTS if saving != loading]
 OTHER += [("experts", SPREAD, ONE), ("experts", SPREAD, INTERLEAVED), ("experts", ONE, SPREAD)]
+OTHER += [("shared expert", SPREAD, ONE)]
 MASTERS = [("dense, bfloat16", SPREAD, ONE), ("dense, bfloat16", ONE, SPREAD)]
 JOURNEYS = [*EXACT, *OTHER, *MASTERS]
 
@@ -55,12 +56,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cases(root: Path) -> dict[str, Case]:
-    """Four steps of a dense model with tied embeddings, of which the last pipeline stage has a copy, and of a
-    model with experts.
+    """Four steps of a dense model with tied embeddings, of which the last pipeline stage has a copy, and of
+    models with experts, one of them with a shared expert.
     """
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 4}
     dense = write_tiny_qwen2(root / "dense", tie_word_embeddings=True, **sizes)
     experts = write_tiny_qwen3_moe(root / "experts", **sizes)
+    shared = write_tiny_qwen2_moe(root / "shared expert", **sizes)
     rng = np.random.default_rng(5)
     trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(4)]
     longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
@@ -73,6 +75,7 @@ def cases(root: Path) -> dict[str, Case]:
         "dense": case,
         "dense, bfloat16": replace(case, dtype="bfloat16"),
         "experts": replace(case, model=experts, experts=True),
+        "shared expert": replace(case, model=shared, experts=True),
     }
 
 

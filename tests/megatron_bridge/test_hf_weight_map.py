@@ -10,14 +10,16 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
-from megatron_bridge.architecture import read_architecture
-from megatron_bridge.hf_weight_map import FAMILIES, expand, global_name
+from megatron_bridge.architecture import read_architecture, tensor_shapes
+from megatron_bridge.hf_weight_map import FAMILIES, global_name
 
 SIZES: dict[str, Any] = {
     "vocab_size": 37,  # not divisible by any number of ranks below
@@ -38,17 +40,34 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         mlp_only_layers=[1],
     ),
     "llama": LlamaConfig(**SIZES, head_dim=6),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SIZES,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+        num_experts=3,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+    ),
+    "mistral": MistralConfig(**SIZES, head_dim=10, sliding_window=None),
+    "llama, biased": LlamaConfig(**SIZES, attention_bias=True),
+    "qwen3, biased": Qwen3Config(**SIZES, head_dim=10, attention_bias=True),
 }
 
 
+def test_every_family_has_a_config_here() -> None:
+    assert {config.model_type for config in CONFIGS.values()} == FAMILIES.keys()
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_survives_the_round_trip_bit_for_bit(family: str, ranks: int, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tensor_survives_the_round_trip_bit_for_bit(name: str, ranks: int, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    dimensions = read_architecture(tmp_path).dimensions
+    architecture = read_architecture(tmp_path)
+    dimensions = architecture.dimensions
+    assert tensor_shapes(architecture) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     back: dict[str, Tensor] = {}
-    for rule in expand(FAMILIES[family].rules, dimensions):
+    for rule in architecture.weight_rules():
         shards = rule.surgery.split([tensors[name] for name in rule.tensors], ranks, dimensions)
         assert len(shards) == ranks
         assert len({shard.shape for shard in shards}) == 1

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -50,6 +51,8 @@ KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, SIZES),
     "qwen3": (Qwen3Config, SIZES | {"head_dim": 12}),
     "llama": (LlamaConfig, SIZES | {"head_dim": 10}),
+    "llama, biased": (LlamaConfig, SIZES | {"attention_bias": True}),
+    "qwen2_moe": (Qwen2MoeConfig, SIZES | EXPERTS | {"shared_expert_intermediate_size": 40}),
     "qwen3_moe": (Qwen3MoeConfig, SIZES | EXPERTS),
 }
 DIVISORS = {
@@ -103,14 +106,15 @@ def test_shards_of_random_layouts_are_the_model_of_transformers(
 ) -> None:
     """Ranks together hold each parameter once.
 
-    By design not: norms and router, the last stage's copy of tied embeddings, the vocabulary's padding.
+    By design not: norms, routers, gates, output biases, the last stage's copy of tied embeddings, the
+    vocabulary's padding.
     """
     architecture = read_architecture(write_config(kind, tied, tmp_path))
     expected = counted_by_transformers(tmp_path)
     assert tensor_shapes(architecture) == expected
     rng = random.Random(f"{kind}{tied}")
     for _ in range(3):
-        parallel = random_layout(rng, kind == "qwen3_moe")
+        parallel = random_layout(rng, architecture.experts is not None)
         shards = layout_shards(architecture, parallel)
         assert [shard.stage for shard in shards] == list(range(parallel.pipeline))
         total = sum(map(prod, expected.values()))
@@ -121,7 +125,7 @@ def test_shards_of_random_layouts_are_the_model_of_transformers(
             (parallel.tensor - 1) * each.elements
             for shard in shards
             for each in shard.parameters
-            if "norm" in each.name or "router" in each.name
+            if any(part in each.name for part in ("norm", "router", "linear_proj.bias", "gate_weight"))
         )
         held = sum(
             parallel.tensor * shard.elements(expert=False) + parallel.expert * shard.elements(expert=True)

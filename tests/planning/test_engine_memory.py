@@ -20,7 +20,7 @@ def hugging_face_values(folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["qwen2", "moe"])
+@pytest.mark.parametrize("family", ["qwen2", "moe", "shared_expert"])
 def test_one_engine_rank_has_the_whole_model(family: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(family)
     architecture = read_architecture(folder)

@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -39,6 +40,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     # Every token goes to all experts, whatever the router says.
     "qwen3_moe": Qwen3MoeConfig(**(SIZES | EXPERTS)),
+    "qwen2_moe": Qwen2MoeConfig(**(SIZES | EXPERTS), shared_expert_intermediate_size=40),
 }
 TOKENS = 40
 

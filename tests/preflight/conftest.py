@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from tests.support.command import write_model_and_problems
 from tests.support.model_folders import SMALL, without
@@ -26,8 +26,15 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def mistral(folder: Path) -> Path:
+def olmo2(folder: Path) -> Path:
     """A family that the trainer does not know."""
+    without("model.safetensors")(folder)
+    Olmo2ForCausalLM(Olmo2Config(**SMALL, max_position_embeddings=1024)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def mistral(folder: Path) -> Path:
     without("model.safetensors")(folder)
     model = MistralForCausalLM(MistralConfig(**SMALL, max_position_embeddings=1024, sliding_window=None))
     model.save_pretrained(folder)

@@ -12,13 +12,14 @@ from treepo.errors import TreepoError
 LM_HEAD, UP = "lm_head.weight", "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.mark.usefixtures("mistral")
+@pytest.mark.usefixtures("olmo2")
 def test_an_engines_family_is_sampled_from_and_not_trained() -> None:
     for command in (rollout, evaluate):
         run(command)
     for command in (train, convert, plan):
         with pytest.raises(
-            TreepoError, match=r'model/config\.json: model_type = "mistral" is not supported; qwen2'
+            TreepoError,
+            match=r'model_type = "olmo2" is not supported \(the trainer has no norms after .*\); qwen2',
         ):
             run(command)
 
@@ -28,16 +29,16 @@ def test_an_engines_family_is_sampled_from_and_not_trained() -> None:
     [
         (
             tensors(lambda t: t.pop(LM_HEAD)),
-            r"model: no file has lm_head\.weight, which MistralForCausalLM needs",
+            r"model: no file has lm_head\.weight, which Olmo2ForCausalLM needs",
         ),
         (tensors(lambda t: t.pop(UP)), r"no file has model\.layers\.1\.mlp\.up_proj\.weight"),
         (
             tensors(lambda t: t.update({"v_head.weight": torch.zeros(1)})),
-            r"it has v_head\.weight, which no Mistral",
+            r"it has v_head\.weight, which no Olmo2",
         ),
         (
             config(num_hidden_layers=1),
-            r"it has model\.layers\.1\..*, which no MistralForCausalLM with this config",
+            r"it has model\.layers\.1\..*, which no Olmo2ForCausalLM with this config",
         ),
         (config(vocab_size=1024), r"has shape \[512, 32\], but \[1024, 32\] by config\.json"),
         (
@@ -49,8 +50,8 @@ def test_an_engines_family_is_sampled_from_and_not_trained() -> None:
         (config(eos_token_id="</s>"), r'config\.json: eos_token_id = "</s>"; it must be'),
     ],
 )
-def test_an_engines_family_is_checked_too(mistral: Path, change: Change, said: str) -> None:
-    change(mistral)
+def test_an_engines_family_is_checked_too(olmo2: Path, change: Change, said: str) -> None:
+    change(olmo2)
     for command in (rollout, evaluate):
         with pytest.raises(TreepoError, match=said) as raised:
             run(command)
@@ -88,6 +89,8 @@ def test_what_an_engine_would_serve_otherwise_is_refused(
         run(command)  # 256 and 32 tokens
         with pytest.raises(TreepoError, match=r"sliding_window = 288; SGLang .* = 289 must be at most 288"):
             run(command, 257)
+    with pytest.raises(TreepoError, match=r"sliding_window = (true; only false|288; only null) is supported"):
+        run(train)
     config(sliding_window=None, use_sliding_window=False, hidden_act="gelu")(folder)
     for command in (rollout, evaluate):
         with pytest.raises(TreepoError, match=r'config\.json: hidden_act = "gelu"; SGLang serves silu only'):

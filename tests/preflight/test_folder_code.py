@@ -68,9 +68,9 @@ def test_code_of_the_folder_is_never_run_and_nobody_is_asked(
     assert "[y/N]" not in "".join(capsys.readouterr())
 
 
-def test_a_class_of_its_own_in_an_engines_family(mistral: Path) -> None:
-    text("own.py", CODE)(mistral)
-    config(architectures=["OwnForCausalLM"], auto_map=OWN)(mistral)
+def test_a_class_of_its_own_in_an_engines_family(olmo2: Path) -> None:
+    text("own.py", CODE)(olmo2)
+    config(architectures=["OwnForCausalLM"], auto_map=OWN)(olmo2)
     for command in (rollout, evaluate):
         with pytest.raises(
             TreepoError, match=r"OwnForCausalLM.* is no class of transformers; .* is never run"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sglang_rollout.engine import SGLangEngine
 from tests.support.tiny import write_tiny_qwen2
@@ -40,7 +40,7 @@ class RealEngine:
 
     engine: SGLangEngine
     folder: Path
-    reference: Qwen2ForCausalLM
+    reference: PreTrainedModel
     stop_rule: SwitchableRule
     loop: asyncio.AbstractEventLoop
 
@@ -73,7 +73,7 @@ def request(context: Sequence[int] | np.ndarray, **settings: Any) -> GenerateReq
     return GenerateRequest(context=np.asarray(context, dtype=np.int32), **(defaults | settings))
 
 
-def perturbed(model: Qwen2ForCausalLM, scale: float = 0.05) -> dict[str, torch.Tensor]:
+def perturbed(model: PreTrainedModel, scale: float = 0.05) -> dict[str, torch.Tensor]:
     """All tensors of a model with a little noise added."""
     return {name: tensor + scale * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
 
@@ -118,5 +118,5 @@ def start(folder: Path, loop: asyncio.AbstractEventLoop, **settings: Any) -> Rea
     rule = SwitchableRule()
     config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
     engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule)
-    reference = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return RealEngine(engine, folder, reference, rule, loop)

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from treepo.config.trainer import ParallelConfig
 
@@ -52,6 +60,28 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         norm_topk_prob=False,
         decoder_sparse_step=2,
     ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **DEEP,
+        tie_word_embeddings=False,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=40,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+    ),
+    "mistral": MistralConfig(**SIZES, head_dim=20, sliding_window=None, tie_word_embeddings=False),
+    "qwen3, biased": Qwen3Config(**SIZES, head_dim=20, attention_bias=True, tie_word_embeddings=False),
+    "qwen3_moe, biased": Qwen3MoeConfig(
+        **{**SIZES, "head_dim": 20},
+        attention_bias=True,
+        tie_word_embeddings=False,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    ),
+    "llama, biased": LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True),
 }
 LAYOUTS = {
     "tensor 2": ParallelConfig(tensor=2),
@@ -69,18 +99,18 @@ LAYOUTS = {
 }
 # Every layout with models that exercise it, every model at several layouts.
 MODELS = {
-    "tensor 2": ["qwen2", "qwen2-tied", "qwen3", "qwen3_moe"],
-    "tensor 2, sequence whole": ["qwen3", "llama"],
-    "tensor 2, expert 2": ["qwen3_moe"],
+    "tensor 2": ["qwen2", "qwen2-tied", "qwen3", "qwen3_moe", "qwen2_moe", "mistral", "qwen3, biased"],
+    "tensor 2, sequence whole": ["qwen3", "llama", "llama, biased"],
+    "tensor 2, expert 2": ["qwen3_moe", "qwen2_moe", "qwen3_moe, biased"],
     "pipeline 2": ["qwen2", "qwen2-tied"],
-    "pipeline 2, interleaved": ["llama", "qwen3_moe"],
+    "pipeline 2, interleaved": ["llama", "qwen3_moe", "qwen2_moe"],
     "data 2": ["qwen2", "qwen3"],
-    "data 2, expert 2": ["qwen3_moe", "qwen3_moe, unscaled"],
-    "tensor 4": ["llama"],
-    "tensor 2, pipeline 2": ["qwen2", "qwen2-tied", "qwen3"],
-    "tensor 2, pipeline 2, interleaved": ["llama"],
-    "tensor 2, data 2": ["qwen3"],
-    "pipeline 2, data 2, expert 2": ["qwen3_moe"],
+    "data 2, expert 2": ["qwen3_moe", "qwen3_moe, unscaled", "qwen2_moe"],
+    "tensor 4": ["llama", "qwen2_moe"],
+    "tensor 2, pipeline 2": ["qwen2", "qwen2-tied", "qwen3", "mistral", "llama, biased"],
+    "tensor 2, pipeline 2, interleaved": ["llama", "qwen2_moe"],
+    "tensor 2, data 2": ["qwen3", "qwen3, biased"],
+    "pipeline 2, data 2, expert 2": ["qwen3_moe", "qwen2_moe"],
 }
 PAIRS = [(layout, model) for layout, models in MODELS.items() for model in models]
 RECOMPUTE = {"tensor 2, expert 2": "selective", "pipeline 2, data 2, expert 2": "full"}

@@ -3,7 +3,8 @@
 Derived operation by operation from what the layers of `megatron_bridge` save. The CPU's side (plain torch
 norms, gathered keys) agrees with real ranks (tests/planning/test_memory.py). CUDA's side (fused norms,
 FlexAttention) agrees with one H200 (tests/planning/test_trainer.py), where recomputation, experts and
-parallelism were not measured. Transformer Engine's layers keep the same inputs and outputs of matrices.
+parallelism were not measured, nor a shared expert anywhere. Transformer Engine's layers keep the same inputs
+and outputs of matrices.
 """
 
 from dataclasses import dataclass
@@ -189,7 +190,11 @@ def _mlp(batch: MicroBatch, sparse: bool) -> float:
     experts = batch.architecture.experts
     assert experts is not None
     router = 4 * batch.own_tokens * batch.architecture.dimensions.experts * FLOAT32
-    return kept + router + batch.stream * experts.per_token + 6 * _inner(batch, sparse=True)
+    kept += router + batch.stream * experts.per_token + 6 * _inner(batch, sparse=True)
+    if experts.shared:  # as a dense MLP, and its output, which the gate scales
+        shared = batch.tokens * experts.shared * batch.element / batch.tensor
+        kept += (5 if batch.eager else 3) * shared + batch.stream
+    return kept
 
 
 def _inner(batch: MicroBatch, sparse: bool) -> float:

@@ -2,8 +2,9 @@
 
 Heads and the rows of every MLP and expert are divided among the ranks. Key-value heads are divided until each
 rank has one, and replicated from there on. The vocabulary is padded to a multiple of 64 and divided; norms
-and routers are whole on every rank. SGLang's Qwen3-MoE has no dense layers; here they are counted as the
-model's configuration says. SGLang's rotary tables (float32, positions x head size) count as runtime memory.
+and routers are whole on every rank. SGLang's Qwen2-MoE and Qwen3-MoE have no dense layers; here they are
+counted as the model's configuration says. SGLang's rotary tables (float32, positions x head size) count as
+runtime memory.
 """
 
 from dataclasses import dataclass
@@ -46,15 +47,19 @@ def engine_shard(architecture: Architecture, tensor: int) -> EngineShard:
         attention += 2 * size
     sparse = len(dimensions.sparse_layers)
     dense = (dimensions.layers - sparse) * 3 * hidden * (architecture.intermediate // tensor)
-    experts = router = 0
+    if family.output_bias:
+        attention += hidden
+    experts = router = shared = 0
     if architecture.experts is not None:
         router = sparse * hidden * dimensions.experts
+        if architecture.experts.shared:  # and its gate, which is whole on every rank
+            shared = sparse * hidden * (3 * architecture.experts.shared // tensor + 1)
         experts = sparse * dimensions.experts * 3 * hidden * (architecture.experts.intermediate // tensor)
     rows = _padded_vocabulary(dimensions.vocabulary, tensor) // tensor
     return EngineShard(
         embedding=rows * hidden,
         output=0 if architecture.tied else rows * hidden,
-        layers=dimensions.layers * attention + dense + router + hidden,
+        layers=dimensions.layers * attention + dense + shared + router + hidden,
         experts=experts,
         kv_values=2 * dimensions.layers * groups,
     )
@@ -75,6 +80,7 @@ def _check(architecture: Architecture, tensor: int) -> None:
         divided.append(("rows of the MLP", architecture.intermediate))
     if architecture.experts is not None:
         divided.append(("rows of an expert", architecture.experts.intermediate))
+        divided.append(("rows of the shared expert", architecture.experts.shared))
     for what, size in divided:
         if size % tensor:
             raise ConfigError(

@@ -16,7 +16,7 @@ def forward_flops(architecture: Architecture, tokens: float, pairs: float) -> fl
 def _layers_flops(architecture: Architecture) -> float:
     """One token in the matrices of all layers, without attention's scores and sums.
 
-    Only the experts that a token is sent to count.
+    Only the experts that a token is sent to and the shared one count.
     """
     dimensions, hidden = architecture.dimensions, architecture.hidden
     sparse = len(dimensions.sparse_layers)
@@ -27,6 +27,8 @@ def _layers_flops(architecture: Architecture) -> float:
     if architecture.experts is not None:
         chosen = 3 * hidden * architecture.experts.intermediate * architecture.experts.per_token
         total += sparse * (chosen + hidden * dimensions.experts)
+        if architecture.experts.shared:  # and its gate
+            total += sparse * hidden * (3 * architecture.experts.shared + 1)
     return 2.0 * total
 
 
