@@ -150,9 +150,7 @@ def start(command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run: its configuration names a function of this module, and its engines and ranks
-    run at the priority of everything else, which Ray would lower: on a busy machine they would starve.
-    """
+    """The environment of a run, whose configuration names a function of this module."""
     set_by_torch = "TORCHINDUCTOR_CACHE_DIR"  # in this process, which imports it
     ours = {name: value for name, value in os.environ.items() if name != set_by_torch}
-    return ours | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
+    return ours | {"PYTHONPATH": str(ROOT)}

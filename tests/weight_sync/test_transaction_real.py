@@ -153,6 +153,8 @@ async def _scenario(folder: Path) -> None:
         trainer = TrainerGroup(config, reservation.ranks)
         await asyncio.gather(pool.ready(), trainer.ready())
         engines = [engine.process for engine in pool.engines]
+        for rank in trainer._ranks:  # Ray would make its workers give way to every other process
+            assert psutil.Process(await rank.pid.remote()).nice() == psutil.Process().nice()
         for version, transport in enumerate(TRANSPORTS, start=1):
             await use_transport(trainer, transport)
             old = await chain_log_probs(trainer, TOKENS)

@@ -31,9 +31,10 @@ _ABOVE_WORKERS = 20_000  # Ray's default for its workers is 10002 to 19999
 _FOLDER = "r"  # short, because of the paths of the sockets below it
 SOCKET_ROOM = len(f"/{_FOLDER}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 """Bytes that the paths of Ray's sockets need below the folder that has `ray_folder`."""
-SILENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_event_stats": "0"}
-"""Environment of a Ray that sends no reports, and does not write a table of its own timings to its logs every
-minute. A user's settings go first.
+RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_event_stats": "0", "RAY_worker_niceness": "0"}
+"""Environment of a Ray that sends no reports, does not write a table of its own timings to its logs every
+minute, and does not make engines and trainer give way to every other process, graders included (its niceness
+of workers is 15). A user's settings go first.
 """
 _LINES = 5  # of Ray's output that an error shows
 _NOISE = re.compile(r"\[0x[0-9a-f]+\]|\*\*\* StackTrace|-{5}|Remaining processes will be killed")
@@ -151,7 +152,7 @@ async def _started(folder: Path, address: str, options: Sequence[str], secrets: 
     """A node whose files are in the folder, which is TMPDIR of its processes too."""
     agent, autoscaler, dashboard = free_ports(3)
     ports = {"AUTOSCALER_METRIC_PORT": str(autoscaler), "DASHBOARD_METRIC_PORT": str(dashboard)}
-    environment = {**SILENT, **os.environ, **secrets, **ports}
+    environment = {**RAY_SETTINGS, **os.environ, **secrets, **ports}
     if ip_address(address).is_loopback:
         # Ray replaces a loopback address, except on systems on which it knows no clusters.
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -19,7 +19,7 @@ from treepo.cluster.nodes import cluster_nodes
 from treepo.cluster.ray_address import check_cluster, named_cluster
 from treepo.cluster.ray_engine import EngineLauncher, RayEngine, ServingConfig
 from treepo.cluster.ray_logs import kept_after_failure
-from treepo.cluster.ray_node import SILENT, SOCKET_ROOM, new_token, ray_folder
+from treepo.cluster.ray_node import RAY_SETTINGS, SOCKET_ROOM, new_token, ray_folder
 from treepo.cluster.ray_watch import keeping_signal_handlers, shut_down_ray, while_ray_lives
 from treepo.cluster.reservation import Reservation, reserve, unreserved_engines
 from treepo.cluster.trainer_group import TrainerGroup
@@ -119,7 +119,7 @@ def ray_session(actors: int, out: Path | None = None) -> Iterator[None]:
     out: the folder that keeps Ray's logs if the body fails. Raises ClusterError if Ray does not start, or the
     named cluster does not answer.
     """
-    for name, value in SILENT.items():
+    for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     # Compiled Python modules halve the start of every worker, and Ray passes this environment to them.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
