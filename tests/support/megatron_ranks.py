@@ -30,7 +30,7 @@ from treepo.learning.soundness import WeightCheck
 from treepo.protocols import BatchResult, was_taken
 from treepo.weight_sync.wire import TensorInfo
 
-DEADLINE = 600  # seconds until some rank of a group must have ended
+DEADLINE = 1800  # seconds until some rank of a group must have ended
 
 # With these Adam's step is the learning rate times the gradient. Plain Adam divides by the gradient's size,
 # which turns rounding noise in a gradient of almost 0 into a full step.
