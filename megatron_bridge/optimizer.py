@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -52,13 +53,16 @@ def trainable(
 
 
 class LearningRate:
-    """Megatron-Core's learning rate schedule, which depends on the number of optimizer steps alone."""
+    """Megatron-Core's learning rate schedule, which depends on the number of optimizer steps alone.
+
+    It gets no parameter groups: they have rates of their own, which a checkpoint brings back from its run.
+    """
 
     def __init__(self, optimizer: MegatronOptimizer, config: TrainerConfig) -> None:
         self._optimizer, self._weight_decay = optimizer, config.optimizer.weight_decay
         rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
         self._schedule = OptimizerParamScheduler(
-            optimizer,
+            SimpleNamespace(param_groups=[]),  # type: ignore[reportArgumentType]  # all that it reads
             init_lr=0.0,
             max_lr=rate,
             min_lr=config.optimizer.min_learning_rate,
@@ -72,10 +76,7 @@ class LearningRate:
         )
 
     def set(self, taken: int) -> float:
-        """Set and return the learning rate of the optimizer step after `taken` others.
-
-        A checkpoint's parameter groups remember the rates of their run, so none is read from them.
-        """
+        """Set and return the learning rate of the optimizer step after `taken` others."""
         self._schedule.num_steps = taken + 1
         rate = self._schedule.get_lr({})
         for group in self._optimizer.param_groups:

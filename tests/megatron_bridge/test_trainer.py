@@ -106,6 +106,7 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Result]:
         replace(qwen2, name="not offloaded, bfloat16", dtype="bfloat16"),
         replace(qwen2, name="warm-up", steps=[[batch.packed]] * 5, optimizer=WARM_UP),
         replace(qwen2, name="cosine", steps=[[batch.packed]] * 5, optimizer=COSINE),
+        replace(qwen2, name="linear", steps=[[batch.packed]] * 3, optimizer=LINEAR),
         replace(qwen2, name="bfloat16", dtype="bfloat16", steps=[[batch.packed]] * 12, optimizer=SMALL_STEPS),
     ]
     return megatron_ranks.run(cases, tmp_path_factory.mktemp("ranks") / "one")
@@ -121,6 +122,7 @@ MASKED_BATCH = LearningConfig(
     kl_coefficient=0.1, importance=ImportanceConfig(mode="mask", level="segment", low=0.1, high=2.0)
 )
 WARM_UP = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
+LINEAR = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="linear", decay_steps=2)
 COSINE = OptimizerConfig(
     learning_rate=1e-3, warmup_steps=1, schedule="cosine", decay_steps=4, min_learning_rate=1e-4
 )
@@ -411,6 +413,9 @@ def test_learning_rate_rises_linearly_and_stays(one_rank) -> None:
     # Half a cosine from 1e-3 to 1e-4 over the three steps after the warm-up.
     rates = [metrics["learning_rate"] for metrics in one_rank["cosine"].metrics]
     assert rates == pytest.approx([1e-3, 7.75e-4, 3.25e-4, 1e-4, 1e-4])
+    # Without a warm-up it falls from the first step on.
+    rates = [metrics["learning_rate"] for metrics in one_rank["linear"].metrics]
+    assert rates == pytest.approx([5e-4, 0, 0])
 
 
 def test_the_loss_falls(one_rank) -> None:

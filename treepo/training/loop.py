@@ -84,10 +84,10 @@ class TrainingLoop:
                 paused.enter_context(self.supply.paused())
             async with self.engines.training():
                 with self.clock.phase("log-probs"):
-                    kl = None
+                    trained, kl = trees, None
                     if self.config.learning.kl_in == "reward":
-                        trees, kl = await with_kl_in_rewards(trees, self.trainer, self.config)
-                    parts = mini_batches(trees, self.config)
+                        trained, kl = await with_kl_in_rewards(trees, self.trainer, self.config)
+                    parts = mini_batches(trained, self.config)
                 self.clock.show("log-probs, train")
                 result = await self.trainer.train_batch(parts, self.config.sampling.temperature)
                 if kl is not None:
