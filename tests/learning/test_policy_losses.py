@@ -23,7 +23,7 @@ from treepo.tree import Tree
 
 ALGORITHM = Path(__file__).parents[2] / "docs" / "algorithm.md"
 
-# Bounds so near that every branch is taken; `null` where the loss does not read them.
+# Tight bounds, so that the tests take every branch of a loss.
 BOUNDS = {
     "ppo": {},
     "gspo": {"dual_clip": 1.5, "packing": "flat"},
