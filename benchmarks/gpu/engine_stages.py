@@ -180,7 +180,7 @@ def interruption(context: Context) -> Figures:
     start = time.perf_counter()
     answers = live.call(_sample_with_holds(live.engine, [prompt.tokens for prompt in prompts], tokens))
     seconds = time.perf_counter() - start
-    unfinished = sum(part.finish == "interrupted" for parts in answers for part in parts)
+    unfinished = _interruptions(answers)
     assert unfinished, "no request was interrupted"
     off: list[np.ndarray] = []
     for prompt, parts in zip(prompts, answers, strict=True):
@@ -200,6 +200,11 @@ def interruption(context: Context) -> Figures:
     }
 
 
+def _interruptions(answers: Sequence[Sequence[GenerateOutput]]) -> int:
+    """How many requests came back with a part of their tokens."""
+    return sum(part.finish == "interrupted" and len(part.tokens) > 0 for parts in answers for part in parts)
+
+
 async def _sample_with_holds(
     engine: SGLangEngine, prompts: Sequence[np.ndarray], tokens: int
 ) -> list[list[GenerateOutput]]:
@@ -217,9 +222,10 @@ async def _sample_with_holds(
             left -= len(parts[-1].tokens)
 
     running = asyncio.gather(*map(sample, prompts, answers))
-    for pause in (0.2, 0.4, 0.8, 1.6, 3.2):  # a busy machine may not have decoded a token yet
+    pauses = (0.01 * 2**doublings for doublings in range(10))
+    for pause in pauses:  # a fast machine is done within 0.2 s, a busy one has not decoded a token by then
         await asyncio.wait((running,), timeout=pause)
-        if running.done() or any(part.finish == "interrupted" for parts in answers for part in parts):
+        if running.done() or _interruptions(answers):
             break
         await engine.hold()
         if _CUDA:
