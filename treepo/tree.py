@@ -51,7 +51,7 @@ class Segment:
 
     tokens: int32 [T], T >= 1. log_probs: float32 [T], under the policy that sampled the token, temperature
     applied. versions: int32 [T], the committed weight version of that policy. It changes within a segment
-    where a weight update interrupted the decoding.
+    where a weight update interrupted the decoding. routes: of the tokens, if the engine returned them.
     """
 
     parent: int
@@ -59,6 +59,7 @@ class Segment:
     log_probs: np.ndarray
     versions: np.ndarray
     finish: Finish
+    routes: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Tree:
     prompt: np.ndarray = field(repr=False)  # int32 [T]
     segments: tuple[Segment, ...] = field(repr=False)
     leaves: tuple[Leaf, ...] = field(repr=False)
+    prompt_routes: np.ndarray | None = field(default=None, repr=False)  # of the prompt's tokens
 
     def __post_init__(self) -> None:
         has_child = [False] * len(self.segments)

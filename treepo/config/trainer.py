@@ -107,6 +107,10 @@ class TrainerConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: none, those inside attention (`selective`), or all
     of a layer but its input (`full`)."""
+    routing_replay: Literal["none", "trainer", "rollout"] = "none"
+    """Which experts a mixture's training passes use for a token: the trainer's own choice of each pass
+    (`none`), its choice before the step's updates (`trainer`), or the engine's while it sampled (`rollout`,
+    as R3). Replayed experts are weighted by the current router, which learns as without replay."""
     transformer_impl: Literal["auto", "te", "local"] = "auto"
     """Layers of Transformer Engine (`te`) or of Megatron-Core alone (`local`). `auto` uses Transformer
     Engine's on CUDA if it is installed."""

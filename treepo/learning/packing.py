@@ -51,6 +51,7 @@ class Pack:
     leaf_weight: float  # summed weight of the leaves whose last token is trained here
     old_log_prob: np.ndarray | None = None  # float32 [T], the trainer's before this step's updates
     reference_log_prob: np.ndarray | None = None  # float32 [T], the reference model's
+    route: np.ndarray | None = None  # uint8 or uint16 [T, layers, k], see treepo.routes
 
     def __len__(self) -> int:
         return len(self.token)
