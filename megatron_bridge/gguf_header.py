@@ -30,6 +30,7 @@ _SCALARS = dict(
     zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True)
 )  # numbers of types, struct's letters
 _STRING, _ARRAY = 8, 9
+_LONGEST_NAME = 1 << 16  # a key's by the format; a tensor's has at most 64 bytes
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = 32
 
@@ -78,7 +79,7 @@ class _Cursor:
         tensors, keys = self._count(24), self._count(13)  # a tensor or a key has at least so many bytes
         metadata: dict[str, Value] = {}
         for _ in range(keys):
-            name = self._string("a key")
+            name = self._name("a key")
             if name in metadata:
                 raise self._error(f"the key {name} is there twice")
             metadata[name] = self._value(name, self._scalar("I"))
@@ -87,7 +88,7 @@ class _Cursor:
     def _tensors(self, count: int, metadata: Mapping[str, Value]) -> dict[str, GgufTensor]:
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
-            name = self._string("a tensor's name")
+            name = self._name("a tensor's name")
             dimensions = self._scalar("I")
             if name in found or dimensions > _MOST_DIMENSIONS:
                 raise self._error(f"the tensor {name} is there twice or has {dimensions} dimensions")
@@ -142,6 +143,14 @@ class _Cursor:
         (value,) = struct.unpack("<" + letter, self._take(struct.calcsize("<" + letter)))
         # 1e-5 is written as the nearest float32; its shortest decimal is what was meant.
         return float(str(np.float32(value))) if letter == "f" else value  # type: ignore[return-value]  # a bool or float where the key has one
+
+    def _name(self, what: str) -> str:
+        """A text that can stand in a line of an error."""
+        name = self._string(what)
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            shown = f"{name[:40]!r}{'...' if len(name) > 40 else ''}"
+            raise self._error(f"{what} is {shown}; at most {_LONGEST_NAME} printable characters are read")
+        return name
 
     def _string(self, what: str) -> str:
         text = self._take(self._count(1))

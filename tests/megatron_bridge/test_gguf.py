@@ -229,6 +229,21 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, content: bytes, mess
     refused(tmp_path / "m.gguf", message)
 
 
+@pytest.mark.parametrize(
+    ("name", "broken", "message"),
+    [
+        (b"general.architecture", b"general.architectur\n", r"a key is 'general.architectur\\n'"),
+        (b"output_norm.weight", b"output\nnorm.weight", r"a tensor's name is 'output\\nnorm.weight'"),
+    ],
+)
+def test_a_name_that_breaks_the_line_is_shown_escaped(
+    tmp_path: Path, name: bytes, broken: bytes, message: str
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "llama", write_model(tmp_path / "model", "llama"))
+    path.write_bytes(path.read_bytes().replace(name, broken))
+    refused(path, message)
+
+
 def test_a_file_that_is_cut_off_anywhere_is_one_line(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "m.gguf", "llama", write_model(tmp_path / "model", "llama")).read_bytes()
     for size in [*range(1, 400, 7), *range(400, len(whole), len(whole) // 40), len(whole) - 40]:
