@@ -75,6 +75,8 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
         (MINIMAL, ["sampling.widht=3"], "did you mean 'width'?"),
         (MINIMAL, ["[]seed=3"], "[]seed: unknown key; did you mean 'seed'?"),
         (MINIMAL, ["data.[list]=3"], "data.[list]: unknown key; allowed: "),
+        (MINIMAL + '"": 3\n', [], "'': unknown key; allowed: "),
+        (MINIMAL + 'reward: {"": 3}\n', [], "reward.'': unknown key; allowed: "),
         (MINIMAL + "actor: {}\n", [], "run.yaml:6: actor: unknown key; it is now called 'trainer'"),
         (
             MINIMAL + "learning:\n  importance_cap: 2.0\n",
