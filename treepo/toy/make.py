@@ -82,7 +82,7 @@ def _make(
 
     tokenizer = byte_tokenizer(warmstart.MAX_CONTEXT)
     # On a GPU the warm start takes seconds; on a CPU one to two minutes.
-    model = warmstart.new_model(seed)
+    model = warmstart.new_model(seed, recipe.experts)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     with warmstart.one_thread():
         warmstart.warm_start(model, tokenizer, recipe, seed, frozenset(heldout), progress)

@@ -1,16 +1,19 @@
 """The sizes and rates of the toy, tuned together for a `ToyReport.sampled_accuracy` of about 0.4."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Sizes of the data, and the schedule of the warm start."""
+    """Sizes of the data and of the model, and the schedule of the warm start."""
 
     train_problems: int = 2048
     heldout_problems: int = 256
     measured_samples: int = 4
     """Responses to each held-out problem in the measured accuracy; its standard error is about 0.02."""
+
+    experts: int = 0
+    """Experts in each layer, of which each token has two; 0 for a dense model."""
 
     steps: int = 350
     careful_steps: int = 210
@@ -28,3 +31,4 @@ class Recipe:
 
 
 RECIPE = Recipe()
+MIXTURE = replace(RECIPE, experts=8)
