@@ -25,6 +25,11 @@ class Recipe:
     muon_lr: float = 0.006
     adam_lr: float = 0.003
 
+    @property
+    def family(self) -> str:
+        """The model's family, for people."""
+        return f"Qwen3-MoE, 2 of {self.experts} experts a token" if self.experts else "Qwen2"
+
     def rate(self, step: int) -> float:
         """The factor on the learning rates at `step`, counted from 0."""
         return min((step + 1) / self.warmup_steps, (self.steps - step) / (self.steps - self.warmup_steps))

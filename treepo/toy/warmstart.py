@@ -24,6 +24,7 @@ from treepo.toy.problems import Problem
 from treepo.toy.recipe import Recipe
 
 _IGNORE = -100  # the label of a token that is not trained
+_BALANCE = 0.01  # weight of the routers' imbalance; without it three experts of eight get all tokens
 MAX_CONTEXT = 4096
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -175,8 +176,28 @@ def _batch(
 
 
 def _loss(model: Model, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the labels. Causal attention does not see padding, which is on the right."""
-    hidden = model.model(tokens[:, :-1], use_cache=False).last_hidden_state
+    """Mean cross entropy of the labels, and for a mixture the routers' imbalance.
+
+    Causal attention does not see padding, which is on the right.
+    """
+    mixture = isinstance(model, Qwen3MoeForCausalLM)
+    outputs = model.model(tokens[:, :-1], use_cache=False, **({"output_router_logits": True} if mixture else {}))
     targets = labels[:, 1:]
     chosen = targets != _IGNORE
-    return functional.cross_entropy(model.lm_head(hidden[chosen]), targets[chosen])
+    loss = functional.cross_entropy(model.lm_head(outputs.last_hidden_state[chosen]), targets[chosen])
+    if mixture:
+        experts = model.config.num_experts_per_tok
+        used = [logits[chosen.flatten()] for logits in outputs.router_logits]
+        loss = loss + _BALANCE * sum(_imbalance(logits, experts) for logits in used) / len(used)
+    return loss
+
+
+def _imbalance(logits: torch.Tensor, chosen: int) -> torch.Tensor:
+    """Measure how unevenly a router uses its experts: 1 for even use, more otherwise.
+
+    Equation 4 of Switch Transformers (https://arxiv.org/abs/2101.03961). logits: [T, experts]; chosen:
+    experts of one token.
+    """
+    tokens, experts = logits.shape
+    picked = logits.topk(chosen).indices.flatten().bincount(minlength=experts) / (tokens * chosen)
+    return experts * (picked * logits.softmax(-1).mean(0)).sum()
