@@ -18,7 +18,8 @@ from treepo.config.trainer import ParallelConfig
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not nvidia_bridge.FOLDER.is_dir(), reason="megatron-bridge is not installed; `make oracle` installs it"
+        not nvidia_bridge.FOLDER.is_dir(),
+        reason="megatron-bridge is not there: run `make oracle`",
     ),
 ]
 
@@ -27,8 +28,12 @@ NAMES = ["qwen2", "qwen3", "qwen3_moe", "llama", "mistral"]
 
 
 def write(name: str, folder: Path) -> Path:
+    """Every layer of a mixture has experts: the oracle maps no others."""
+    config: Any = copy.deepcopy(CONFIGS[name])
+    if hasattr(config, "mlp_only_layers"):
+        config.mlp_only_layers = []
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))  # norms and biases are constant at first

@@ -21,7 +21,6 @@ from torch import Tensor
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import ParallelConfig, TrainerConfig
 
-VERSION = "0.6.2"
 FOLDER = Path(sys.prefix) / "oracle"  # of `make oracle`
 
 BRIDGES = {  # by `model_type`: the module within `megatron.bridge.models`, and its class

@@ -14,7 +14,8 @@ def toy(
         typer.Option(help="Folder to write to.", show_default="runs/toy, or runs/toy-moe with --moe"),
     ] = None,
     moe: Annotated[
-        bool, typer.Option("--moe", help="A mixture of experts (Qwen3-MoE) in place of a dense model (Qwen2).")
+        bool,
+        typer.Option("--moe", help="A mixture of experts (Qwen3-MoE), not a dense model (Qwen2)."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the data and the model.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Make it again even if it exists.")] = False,

@@ -82,7 +82,7 @@ def _make(
         (out / f"{split}.jsonl").write_bytes(b"".join(lines))
 
     tokenizer = byte_tokenizer(warmstart.MAX_CONTEXT)
-    # On a GPU the warm start takes seconds; on a CPU one to two minutes.
+    # On a GPU the warm start takes seconds; on a CPU one to four minutes.
     model = warmstart.new_model(seed, recipe.experts)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     with warmstart.one_thread():

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+EXPERTS_PER_TOKEN = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -13,7 +15,7 @@ class Recipe:
     """Responses to each held-out problem in the measured accuracy; its standard error is about 0.02."""
 
     experts: int = 0
-    """Experts in each layer, of which each token has two; 0 for a dense model."""
+    """Experts in each layer; 0 for a dense model."""
 
     steps: int = 350
     careful_steps: int = 210
@@ -28,7 +30,9 @@ class Recipe:
     @property
     def family(self) -> str:
         """The model's family, for people."""
-        return f"Qwen3-MoE, 2 of {self.experts} experts a token" if self.experts else "Qwen2"
+        if not self.experts:
+            return "Qwen2"
+        return f"Qwen3-MoE, {EXPERTS_PER_TOKEN} of {self.experts} experts a token"
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates at `step`, counted from 0."""
@@ -36,4 +40,6 @@ class Recipe:
 
 
 RECIPE = Recipe()
+"""The dense toy, of a million parameters."""
 MIXTURE = replace(RECIPE, experts=8)
+"""The toy mixture, of two million."""

@@ -21,7 +21,7 @@ from treepo.toy import problems
 from treepo.toy.byte_tokenizer import EOS, EOS_ID, PAD_ID, VOCABULARY
 from treepo.toy.muon import Muon
 from treepo.toy.problems import Problem
-from treepo.toy.recipe import Recipe
+from treepo.toy.recipe import EXPERTS_PER_TOKEN, Recipe
 
 _IGNORE = -100  # the label of a token that is not trained
 _BALANCE = 0.01  # weight of the routers' imbalance; without it three experts of eight get all tokens
@@ -47,8 +47,7 @@ type Model = Qwen2ForCausalLM | Qwen3MoeForCausalLM
 def new_model(seed: int, experts: int = 0) -> Model:
     """Make a random model with two layers, since depth costs an engine most.
 
-    experts: in each layer, two for each token, in a Qwen3-MoE of two million parameters (8 experts); 0 for a
-    Qwen2 of one million.
+    experts: in each layer of a Qwen3-MoE; 0 for a Qwen2.
     """
     config = _mixture(experts) if experts else Qwen2Config(**_SIZES)
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +60,7 @@ def _mixture(experts: int) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
         **sizes,  # its signature does not name head_dim
         num_experts=experts,
-        num_experts_per_tok=2,
+        num_experts_per_tok=EXPERTS_PER_TOKEN,
         moe_intermediate_size=192,
         norm_topk_prob=True,
     )
@@ -181,23 +180,24 @@ def _loss(model: Model, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     Causal attention does not see padding, which is on the right.
     """
     mixture = isinstance(model, Qwen3MoeForCausalLM)
-    outputs = model.model(tokens[:, :-1], use_cache=False, **({"output_router_logits": True} if mixture else {}))
+    routers = {"output_router_logits": True} if mixture else {}
+    outputs = model.model(tokens[:, :-1], use_cache=False, **routers)
     targets = labels[:, 1:]
     chosen = targets != _IGNORE
     loss = functional.cross_entropy(model.lm_head(outputs.last_hidden_state[chosen]), targets[chosen])
     if mixture:
-        experts = model.config.num_experts_per_tok
-        used = [logits[chosen.flatten()] for logits in outputs.router_logits]
-        loss = loss + _BALANCE * sum(_imbalance(logits, experts) for logits in used) / len(used)
+        uneven = [imbalance(logits[chosen.flatten()]) for logits in outputs.router_logits]
+        loss = loss + _BALANCE * torch.stack(uneven).mean()
     return loss
 
 
-def _imbalance(logits: torch.Tensor, chosen: int) -> torch.Tensor:
+def imbalance(logits: torch.Tensor) -> torch.Tensor:
     """Measure how unevenly a router uses its experts: 1 for even use, more otherwise.
 
-    Equation 4 of Switch Transformers (https://arxiv.org/abs/2101.03961). logits: [T, experts]; chosen:
-    experts of one token.
+    Equation 4 of Switch Transformers (https://arxiv.org/abs/2101.03961), with `EXPERTS_PER_TOKEN` experts a
+    token. logits: [T, experts].
     """
     tokens, experts = logits.shape
-    picked = logits.topk(chosen).indices.flatten().bincount(minlength=experts) / (tokens * chosen)
-    return experts * (picked * logits.softmax(-1).mean(0)).sum()
+    picked = logits.topk(EXPERTS_PER_TOKEN).indices.flatten().bincount(minlength=experts)
+    share = picked / (tokens * EXPERTS_PER_TOKEN)
+    return experts * (share * logits.softmax(-1).mean(0)).sum()
