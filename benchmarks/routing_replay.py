@@ -21,7 +21,10 @@ import orjson
 
 CONFIG = "examples/quickstart-moe.yaml"
 SETTINGS = ("none", "rollout")  # of trainer.routing_replay
-MEASURED = ("logprob_difference_mean", "logprob_difference_max", "train/importance_max", "accuracy")
+MEASURED = (
+    *("logprob_difference_mean", "logprob_difference_max", "train/importance_max", "accuracy"),
+    "routing/own_choice_differs",  # with replay alone
+)
 _COMMAND = "from treepo.cli.main import main; main()"
 
 
@@ -40,7 +43,7 @@ def lines(settings: Sequence[str], overrides: Sequence[str]) -> Iterator[dict[st
     means: dict[str, dict[str, float]] = {}
     for setting in settings:
         steps, summary = run([f"trainer.routing_replay={setting}", *overrides])
-        measured = [{name: value for name, value in step.items() if _is_measured(name)} for step in steps]
+        measured = [{name: value for name, value in step.items() if name in MEASURED} for step in steps]
         for number, values in enumerate(measured, start=1):
             yield {"benchmark": "routing_replay", "setting": setting, "step": number, **values}
         means[setting] = {
@@ -59,11 +62,6 @@ def run(overrides: Sequence[str]) -> tuple[list[dict[str, float]], dict[str, Any
         metrics = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
         summary = orjson.loads((out / "summary.json").read_bytes())
     return [step for step in metrics if "seconds/step" in step], summary  # the others are evaluations
-
-
-def _is_measured(name: str) -> bool:
-    """The metric of replayed routes is there with replay alone."""
-    return name in MEASURED or "own_choice" in name
 
 
 def _mean(values: Iterator[float]) -> float:
