@@ -74,7 +74,7 @@ def compare(model: Path, layout: ParallelConfig, rank: int, store: Any, _: Path)
     trainer = MegatronTrainer(
         model, "float32", TrainerConfig(parallel=layout), LearningConfig(), rank, layout.ranks, store
     )
-    chunks = [replica.module for replica in trainer._model]
+    chunks: list[Any] = [replica.module for replica in trainer._model]
     registry = load_registry(read_architecture(model).model_type)
     tensors = load_file(model / "model.safetensors")
     owners = {
