@@ -3,13 +3,12 @@
     python -m benchmarks.routing_replay            # in the repository's root, after `treepo toy --moe`
 
 Engine and trainer compute in bfloat16 with kernels of their own, so their hidden states differ in the last
-bits, and a router whose second and third expert are close chooses another one. In float32 the toy's routers
-hardly ever differ on a CPU. One JSON line a step of each setting, and at the end one of the means over the
-steps. `docs/figures/make.py` draws the lines.
+bits, and a router whose second and third expert are close chooses another one: on this toy, in one of 200
+(token, layer) pairs. One JSON line a step of each setting, and at the end one of the means over the steps.
+`docs/figures/make.py` draws the lines. Ten minutes on two busy cores.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -58,7 +57,7 @@ def run(overrides: Sequence[str]) -> tuple[list[dict[str, float]], dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-c", _COMMAND, "train", CONFIG, f"out={out}", *overrides]
-        subprocess.run(command, env=os.environ, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         metrics = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
         summary = orjson.loads((out / "summary.json").read_bytes())
     return [step for step in metrics if "seconds/step" in step], summary  # the others are evaluations
