@@ -38,7 +38,9 @@ def test_a_line_a_step_then_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
     assert last["means"] == {
         "none": {"mean logprob_difference_mean": 4.0, "mean accuracy": 0.5, **accuracies},
         "rollout": {
-            **{"mean logprob_difference_mean": 1.0, "mean accuracy": 0.5},
-            **{"mean routing/own_choice_differs": 0.125, **accuracies},
+            "mean logprob_difference_mean": 1.0,
+            "mean accuracy": 0.5,
+            "mean routing/own_choice_differs": 0.125,
+            **accuracies,
         },
     }
