@@ -1,4 +1,4 @@
-"""transformers' mixtures with routers that take the experts that each token is given: the naive routing replay."""
+"""transformers' mixtures with routers that take the experts that a token is given: naive routing replay."""
 
 from pathlib import Path
 from typing import Any
