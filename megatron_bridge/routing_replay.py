@@ -28,7 +28,7 @@ from treepo.routes import dtype_for, no_route
 
 @dataclass(slots=True, eq=False)
 class Routes:
-    """Routes of the T tokens of a micro-batch that this rank's routers see, in the rank's layers with experts.
+    """Routes of a micro-batch in this rank's layers with experts, of the T tokens that their routers see.
 
     experts: uint8 or uint16 [layers, T, k]. known: of each layer, whether its routes are set; the first pass
     through another layer records its router's choice. real: bool [T], false on padding, for which no route is

@@ -76,7 +76,7 @@ class MegatronTrainer:
         self._config, self._learning, self._folder = config, learning, folder
         self._architecture = read_architecture(folder)
         check_layout(self._architecture, config.parallel)
-        check_routing_replay(self._architecture, config.routing_replay)
+        check_routing_replay(folder, self._architecture, config.routing_replay)
         self._dtype = getattr(torch, dtype)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._step = 0

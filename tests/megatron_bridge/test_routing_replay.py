@@ -1,4 +1,4 @@
-"""Routing replay at real Megatron-Core ranks: against forced experts of transformers, and against one rank."""
+"""Routing replay at real Megatron-Core ranks, against transformers with forced experts and one rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
