@@ -97,10 +97,12 @@ class RoutingReplay:
         layer.register_forward_pre_hook(hand, with_kwargs=True)
 
     def arrays(self, pack: Pack) -> dict[str, np.ndarray]:
-        """The part of a padded pack that `routes` needs on the device. Raises ValueError if the pack's routes
-        are not of this model.
+        """The part of a padded pack that `routes` needs on the device; none of a pack without a tree. Raises
+        ValueError if the pack's routes are not of this model.
         """
-        if not self._layers or (self._mode == "rollout" and pack.route is None):
+        blank = (pack.tree < 0).all()
+        assert self._mode == "trainer" or blank or pack.route is not None, "the engines returned no routes"
+        if blank or not self._layers:
             return {}
         mine = self._own_tokens(len(pack))
         if self._mode == "trainer":

@@ -82,18 +82,18 @@ class Schedule:
         number = math.ceil(count / group) * group
         return [*packs, *[blank_pack()] * (number - len(packs))]
 
-    def prepare(self, pack: Pack, wanted: np.ndarray) -> MicroBatch:
+    def prepare(self, pack: Pack, wanted: np.ndarray, *, replay: bool = True) -> MicroBatch:
         """Move a pack to the device and plan its attention. wanted: bool [T], the tokens whose log-probs are
-        computed.
+        computed. replay: whether its routers replay routes, if this trainer's do.
         """
         pack = padded(pack, len(pack) + -len(pack) % self._multiple)
         columns = {name: getattr(pack, name) for name in _COLUMNS if getattr(pack, name) is not None}
-        replayed = {} if self._replay is None else self._replay.arrays(pack)
+        routing = self._replay if replay else None
+        replayed = {} if routing is None else routing.arrays(pack)
         tensors = to_device(columns | {"wanted": np.flatnonzero(wanted)} | replayed, self._device)
         plan = plan_attention(tensors.pop("exit"), tensors.pop("position"), self._frequency, self._dtype)
-        if self._replay is not None:
-            routes = self._replay.routes({name: tensors.pop(name) for name in replayed})
-            plan = replace(plan, routes=routes)
+        if routing is not None:
+            plan = replace(plan, routes=routing.routes({name: tensors.pop(name) for name in replayed}))
         return MicroBatch(plan=plan, wanted=tensors.pop("wanted"), pack=tensors)
 
     def run(

@@ -8,7 +8,6 @@ import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything o
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -104,20 +103,7 @@ class MegatronTrainer:
 
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
         """Compute float32 [T] for each of this replica's packs, 0 if `source` is -1; on every rank."""
-        lengths = [len(pack) for pack in packs]
-        with on_device():
-            filled = self._schedule.filled_up(packs)
-            batches = (self._schedule.prepare(pack, pack.source >= 0) for pack in filled)
-            results = self._log_probs(batches, len(filled), temperature)
-            if not packs:
-                return []
-            flat = torch.empty(sum(lengths), device=self._device)
-            if parallel_state.is_pipeline_last_stage():
-                # Blank packs and padding are left out.
-                parts = [result[:tokens] for result, tokens in zip(results, lengths, strict=False)]
-                torch.cat(parts, out=flat)
-            dist.broadcast(flat, parallel_state.get_pipeline_model_parallel_last_rank(), self._groups.pp)
-        return np.split(flat.cpu().numpy(), np.cumsum(lengths[:-1]))
+        return self._log_probs_of(packs, temperature, replay=True)
 
     def reference_log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
         """As `log_probs`, under the weights that training began with, whose routers choose the experts; needs
@@ -125,7 +111,7 @@ class MegatronTrainer:
         """
         assert self._reference is not None, "the trainer was built without a reference"
         with self._reference.in_place():
-            return self.log_probs([replace(pack, route=None) for pack in packs], temperature)
+            return self._log_probs_of(packs, temperature, replay=False)
 
     def train_batch(
         self, mini_batches: Sequence[tuple[Sequence[Pack], float]], temperature: float
@@ -146,8 +132,8 @@ class MegatronTrainer:
             differs = self._own_choice_differs(every, "rollout")
             if self._reference is not None and self._learning.kl_in == "loss":
                 with self._reference.in_place():
-                    plain = [batch.without_routes() for batch in every]
-                    self._attach("reference_log_prob", plain, temperature)
+                    own_choice = [batch.without_routes() for batch in every]
+                    self._attach("reference_log_prob", own_choice, temperature)
             mismatch = log_prob_mismatch(list(chain.from_iterable(packs)), every)
             computed = time.perf_counter()
             updates = [
@@ -266,6 +252,23 @@ class MegatronTrainer:
         """Leave the process groups; afterwards the process may make another trainer."""
         self._checkpointer.close()
         leave_groups()
+
+    def _log_probs_of(self, packs: Sequence[Pack], temperature: float, replay: bool) -> list[np.ndarray]:
+        """`log_probs`. replay: whether routers take the routes of the packs, if these are replayed."""
+        lengths = [len(pack) for pack in packs]
+        with on_device():
+            filled = self._schedule.filled_up(packs)
+            batches = (self._schedule.prepare(pack, pack.source >= 0, replay=replay) for pack in filled)
+            results = self._log_probs(batches, len(filled), temperature)
+            if not packs:
+                return []
+            flat = torch.empty(sum(lengths), device=self._device)
+            if parallel_state.is_pipeline_last_stage():
+                # Blank packs and padding are left out.
+                parts = [result[:tokens] for result, tokens in zip(results, lengths, strict=False)]
+                torch.cat(parts, out=flat)
+            dist.broadcast(flat, parallel_state.get_pipeline_model_parallel_last_rank(), self._groups.pp)
+        return np.split(flat.cpu().numpy(), np.cumsum(lengths[:-1]))
 
     def _log_probs(self, batches: Iterable[MicroBatch], number: int, temperature: float) -> list[Tensor]:
         """Float32 [T] for each micro-batch, 0 on tokens that are not wanted; only on the last stage."""

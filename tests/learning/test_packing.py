@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import chain, combinations
 
 import numpy as np
@@ -270,31 +270,28 @@ def test_padding_has_no_route_and_a_head_has_those_of_its_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("second", "found"),
     [
-        (
-            lambda tree: replace(tree, prompt_routes=None),
-            "the prompt of p0 has routes of 3 layers with 2 experts each (uint8), but the prompt of p1 has "
-            "no routes",
-        ),
-        (
-            lambda tree: replace(tree, segments=(replace(tree.segments[0], routes=None), *tree.segments[1:])),
-            "but segment 0 of p1 has no routes",
-        ),
-        (
-            lambda tree: with_routes(tree, lambda _, tokens: np.zeros((tokens, 3, 2), np.uint16)),
-            "but the prompt of p1 has routes of 3 layers with 2 experts each (uint16)",
-        ),
-        (
-            lambda tree: with_routes(tree, lambda _, tokens: np.zeros((tokens, 4, 2), np.uint8)),
-            "but the prompt of p1 has routes of 4 layers with 2 experts each (uint8)",
-        ),
+        (None, "no routes"),
+        ((3, 2, np.uint16), "routes of 3 layers with 2 experts each (uint16)"),
+        ((4, 2, np.uint8), "routes of 4 layers with 2 experts each (uint8)"),
+        ((3, 1, np.uint8), "routes of 3 layers with 1 experts each (uint8)"),
     ],
 )
-def test_trees_have_routes_of_one_model_or_none_has(spoil: Callable[[Tree], Tree], message: str) -> None:
-    (first, second, *others), advantages = next(routed_batches())
-    with pytest.raises(ValueError, match=re.escape(message)):
-        pack_trees([first, spoil(second), *others], advantages, 10_000, 1)
+def test_trees_have_routes_of_one_model_or_none_has(second: tuple | None, found: str) -> None:
+    trees, advantages = next(batches())
+    kinds = [(3, 2, np.uint8), second, (3, 2, np.uint8), (3, 2, np.uint8)]
+
+    def routed(tree: Tree, kind: tuple | None) -> Tree:
+        if kind is None:
+            return tree
+        return with_routes(tree, lambda _, tokens: np.zeros((tokens, *kind[:2]), kind[2]))
+
+    routed_trees = [routed(tree, kind) for tree, kind in zip(trees, kinds, strict=True)]
+    first = "routes of 3 layers with 2 experts each (uint8)"
+    message = f"the tree of prompt p0 has {first}, but that of p1 has {found}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pack_trees(routed_trees, advantages, 10_000, 1)
 
 
 def packed_tokens(tree: Tree, budget: int) -> int:

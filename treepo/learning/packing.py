@@ -15,7 +15,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -266,23 +266,17 @@ def _fill(pieces: list[_Piece], max_tokens: int) -> list[list[_Piece]]:
 def _routes(trees: Sequence[Tree]) -> list[np.ndarray]:
     """The routes of each node, none if no tree has any.
 
-    Raises ValueError if only some nodes have, or if they are not of one model.
+    Raises ValueError if only some trees have, or if they are not of one model.
     """
-    found = [
-        routes
-        for tree in trees
-        for routes in (tree.prompt_routes, *(segment.routes for segment in tree.segments))
-    ]
-    kinds = [_kind(routes) for routes in found]
-    if len(set(kinds)) > 1:
-        odd = next(index for index, kind in enumerate(kinds) if kind != kinds[0])
-        names = [
-            f"{node} of {tree.prompt_id}"
-            for tree in trees
-            for node in ("the prompt", *(f"segment {index}" for index in range(len(tree.segments))))
-        ]
-        raise ValueError(f"{names[0]} has {kinds[0]}, but {names[odd]} has {kinds[odd]}")
-    return [routes for routes in found if routes is not None]
+    kinds = [_kind(tree.prompt_routes) for tree in trees]
+    for tree, kind in zip(trees, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"the tree of prompt {trees[0].prompt_id} has {kinds[0]}, but that of {tree.prompt_id} has "
+                f"{kind}"
+            )
+    nodes = ((tree.prompt_routes, *(segment.routes for segment in tree.segments)) for tree in trees)
+    return [routes for routes in chain.from_iterable(nodes) if routes is not None]
 
 
 def _kind(routes: np.ndarray | None) -> str:

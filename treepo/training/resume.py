@@ -66,7 +66,8 @@ class Resume:
 def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True) -> Resume | None:
     """Find where the run in `config.out` continues; None if it has no checkpoint.
 
-    contents: as in `newest`. Raises ConfigError if the run is finished, or if it would not be the same run.
+    contents: as in `newest`. Raises ConfigError if the run is finished, would not be the same run, or has
+    ready trees without the routes that it replays.
     """
     found = newest(config.out, contents=contents)
     if found is None:
@@ -91,7 +92,9 @@ def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True
             f"--resume: the run in {config.out} is complete after {state.steps_done} steps, "
             f"and steps = {config.steps}"
         )
-    return _resume(config.out, checkpoint, state, tuple(changes.values()))
+    resume = _resume(config.out, checkpoint, state, tuple(changes.values()))
+    _check_routes(config, resume)
+    return resume
 
 
 def last_checkpoint(out: Path) -> Resume | None:
@@ -134,6 +137,18 @@ def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
     before, now = (by_dotted_key(each.model_dump(mode="json")) for each in (saved, config))
     keys = [key for key in before | now if key != "out" and before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}
+
+
+def _check_routes(config: RunConfig, resume: Resume) -> None:
+    """Raise ConfigError if routes are to be replayed, and ready trees were sampled without."""
+    without = [
+        position for position, finished in resume.ready_trees.items() if finished.tree.prompt_routes is None
+    ]
+    if config.trainer.routing_replay == "rollout" and without:
+        raise ConfigError(
+            f"--resume: trainer.routing_replay = rollout, but {len(without)} trees that wait for a step were "
+            f"sampled without routes ({resume.checkpoint / READY_TREES}); none and trainer are allowed"
+        )
 
 
 def _check_sizes(out: Path, state: RunState) -> None:
