@@ -22,7 +22,7 @@ class ForcedExperts:
     def __init__(self, folder: Path) -> None:
         self.network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         # The padding token would have no gradient, and the trees use it.
-        self.network.get_input_embeddings().padding_idx = None
+        self.network.get_input_embeddings().padding_idx = None  # type: ignore[assignment]  # typed as a module
         self.given: np.ndarray | None = None
         self.chosen: dict[int, Tensor] = {}
         for number, layer in enumerate(self.network.model.layers):

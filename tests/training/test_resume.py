@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from treepo.errors import CheckpointError, ConfigError, DataError, DiskError, Mo
 from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.training.checkpoints import Checkpoints, discard_leftovers, newest
 from treepo.training.disk_wait import DiskWait
+from treepo.training.ready_trees import ready_trees_lines
 from treepo.training.resume import find_resume, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, RunState
 from treepo.training.scheduler import ScheduleState
+from treepo.training.tree_supply import FinishedTree
 from treepo.tree import from_json
 
 DATA = "fingerprint of the data"
@@ -261,6 +263,39 @@ def test_layout_engines_and_learning_rate_may_change(config: RunConfig) -> None:
         "trainer.optimizer.decay_steps = null, now 30",
         "engine.count = 1, now 3",
     )
+
+
+def test_routing_replay_may_change_unless_trees_that_wait_lack_routes(config: RunConfig) -> None:
+    checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeTrainer(), DISK)
+
+    def saved(step: int, *waiting: int) -> None:
+        schedule = ScheduleState(cursor=4 * step, again=[], ready=list(waiting), began=[0] * len(waiting))
+        trees = {number: FinishedTree(random_tree(np.random.default_rng(0)), "1") for number in waiting}
+
+        async def scenario() -> None:
+            await checkpoints.begin(replace(state_after(step), schedule=schedule), ready_trees_lines(trees))
+            await checkpoints.finish()
+
+        asyncio.run(scenario())
+
+    with RunFolder(config) as folder:
+        write_steps(folder, range(1, 2))
+    rollout, trainer = (
+        config.model_copy(
+            update={"trainer": config.trainer.model_copy(update={"routing_replay": routing_replay})}
+        )
+        for routing_replay in ("rollout", "trainer")
+    )
+    saved(1)
+    for changed, value in ((rollout, "rollout"), (trainer, "trainer")):
+        resume = find_resume(changed, inputs())
+        assert resume is not None
+        assert resume.changes == (f'trainer.routing_replay = "none", now "{value}"',)
+    saved(2, 3, 5)
+    assert find_resume(trainer, inputs()) is not None
+    line = "trainer.routing_replay = rollout, but 2 trees that wait for a step were sampled without routes"
+    with pytest.raises(ConfigError, match=line):
+        find_resume(rollout, inputs())
 
 
 def test_other_data_is_refused(config: RunConfig) -> None:
