@@ -157,6 +157,8 @@ def _rank(rank: int, lives: list[Life], layout: ParallelConfig, folder: Path, po
 
 
 def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Result:
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+
     from megatron_bridge import log_prob
     from megatron_bridge.trainer import MegatronTrainer
 
@@ -173,6 +175,7 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
         routing_replay=case.routing_replay,  # type: ignore[arg-type]  # likewise
     )
     trainer = MegatronTrainer(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
+    assert not RouterReplay.global_router_replay_instances  # they would outlive the trainer
     # Ranks count tensor parallelism fastest, then data, then pipeline.
     replica = rank // layout.tensor % layout.data
 
