@@ -8,7 +8,7 @@ from itertools import chain, combinations
 import numpy as np
 import pytest
 
-from tests.support.random_trees import random_routes, with_routes
+from tests.support.routed_trees import random_routes, with_given_routes
 from tests.support.small_trees import config_of, random_batch, relabelled, tree_of, without_ungraded
 from treepo.learning.advantage import Advantages, estimate
 from treepo.learning.forest import Forest
@@ -226,7 +226,7 @@ def routed_batches() -> Iterator[tuple[list[Tree], Advantages]]:
         def routes(_: int, tokens: int, experts: int = experts) -> np.ndarray:
             return random_routes(rng, tokens, 3, experts, 2, missing=0.1)
 
-        routed = [with_routes(tree, routes) for tree in trees]
+        routed = [with_given_routes(tree, routes) for tree in trees]
         yield routed, estimate(routed, config_of())
 
 
@@ -285,7 +285,7 @@ def test_trees_have_routes_of_one_model_or_none_has(second: tuple | None, found:
     def routed(tree: Tree, kind: tuple | None) -> Tree:
         if kind is None:
             return tree
-        return with_routes(tree, lambda _, tokens: np.zeros((tokens, *kind[:2]), kind[2]))
+        return with_given_routes(tree, lambda _, tokens: np.zeros((tokens, *kind[:2]), kind[2]))
 
     routed_trees = [routed(tree, kind) for tree, kind in zip(trees, kinds, strict=True)]
     first = "routes of 3 layers with 2 experts each (uint8)"

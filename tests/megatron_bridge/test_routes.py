@@ -16,7 +16,7 @@ from transformers import Qwen3MoeConfig
 from megatron_bridge.architecture import Architecture, read_architecture
 from megatron_bridge.attention import AttentionPlan, plan_attention
 from megatron_bridge.routing_replay import Routes, RoutingReplay
-from tests.support.random_trees import random_routes
+from tests.support.routed_trees import random_routes
 from tests.support.small_trees import tree_of
 from treepo.config.learning import LearningConfig
 from treepo.learning.advantage import estimate

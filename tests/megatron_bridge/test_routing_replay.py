@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.support import megatron_ranks
 from tests.support.forced_experts import ForcedExperts
 from tests.support.megatron_ranks import BatchCase, Case, Result
-from tests.support.random_trees import random_routes, random_tree, with_routes
+from tests.support.random_trees import random_tree
+from tests.support.routed_trees import random_routes, with_given_routes
 from tests.support.trainer_checks import (
     CLOSE,
     TEMPERATURE,
@@ -93,7 +94,7 @@ def batches(models: dict[str, Path]) -> dict[str, Batch]:
 
     def drawn(experts: int, missing: float) -> Batch:
         return batch_of([
-            with_routes(
+            with_given_routes(
                 tree, lambda _, tokens: random_routes(rng, tokens, LAYERS, experts, PER_TOKEN, missing)
             )
             for tree in trees

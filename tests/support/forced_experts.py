@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from tests.support.random_trees import with_routes
+from tests.support.routed_trees import with_given_routes
 from treepo.routes import dtype_for, no_route
 from treepo.tree import PROMPT, Tree
 
@@ -76,7 +76,7 @@ class ForcedExperts:
             for layer, chosen in self.chosen.items():
                 of_path[:, layer] = chosen.numpy()
             routes |= zip(path, np.split(of_path, np.cumsum(lengths[:-1])), strict=True)
-        return with_routes(tree, lambda segment, _: routes[segment])
+        return with_given_routes(tree, lambda segment, _: routes[segment])
 
 
 def _paths(tree: Tree) -> list[list[int]]:
