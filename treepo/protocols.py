@@ -141,13 +141,17 @@ class BatchResult:
 
     updates: metrics of each optimizer step, in order; those whose `grad_norm` is not finite changed nothing.
     mismatch: of the whole batch, before the first optimizer step. seconds: time of the phases `log_probs` and
-    `train`. weights: of the trainer afterwards; None if no optimizer step was taken.
+    `train`. weights: of the trainer afterwards; None if no optimizer step was taken. own_choice_differs: the
+    share of (token, layer) pairs with a replayed route whose router would have chosen another set of experts:
+    before the first optimizer step with `trainer.routing_replay: rollout`, while training with `trainer`;
+    None without replay.
     """
 
     updates: Sequence[Mapping[str, float]]
     mismatch: LogProbMismatch
     seconds: Mapping[str, float]
     weights: WeightCheck | None = None
+    own_choice_differs: float | None = None
 
     @property
     def taken(self) -> list[Mapping[str, float]]:

@@ -33,6 +33,10 @@ SUSPECTS = (
     "tokenizer's), fused kernels (engine.attention_backend), dtype (model.dtype on one side only), "
     "stale weights (the engine serves other weights than the trainer has)"
 )
+OF_MIXTURES = (
+    "; of a mixture also routing (rounding makes one side choose other experts; trainer.routing_replay = "
+    "rollout gives the trainer the engine's)"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +103,10 @@ async def check_log_probs(
     for engine, trees, packs, log_probs in zip(engines, forests, packed, computed, strict=True):
         comparison = _compare(trees, packs, log_probs)
         if not comparison.within(*limits):
-            raise LogProbCheckError(_disagreement(comparison, engine.name, sampling.temperature, *limits))
+            suspects = SUSPECTS + (OF_MIXTURES if config.trainer.routing_replay != "rollout" else "")
+            raise LogProbCheckError(
+                _disagreement(comparison, engine.name, sampling.temperature, *limits, suspects)
+            )
         figures["mean"] = max(figures["mean"], comparison.mean)
         figures["max"] = max(figures["max"], comparison.largest)
         figures["tokens"] += comparison.tokens
@@ -178,7 +185,12 @@ def _compare(
 
 
 def _disagreement(
-    comparison: Comparison, engine: str, temperature: float, mean_limit: float, max_limit: float
+    comparison: Comparison,
+    engine: str,
+    temperature: float,
+    mean_limit: float,
+    max_limit: float,
+    suspects: str,
 ) -> str:
     """The error, in one line."""
     return (
@@ -187,5 +199,5 @@ def _disagreement(
         f"(log_prob_check.mean_limit is {mean_limit:g}) and by up to {comparison.largest:.2g} "
         f"(log_prob_check.max_limit is {max_limit:g}), at prompt {comparison.prompt_id}, response token "
         f"{comparison.token} (engine {comparison.engine:.4f}, trainer {comparison.trainer:.4f}). "
-        f"The usual suspects: {SUSPECTS}. log_prob_check.enabled=false trains anyway"
+        f"The usual suspects: {suspects}. log_prob_check.enabled=false trains anyway"
     )

@@ -213,7 +213,7 @@ class _Run:
         Raises TrainerError if `trainer.max_restarts` are used up.
         """
         most = self.config.trainer.max_restarts
-        origin = await in_thread(lambda: last_checkpoint(self.config.out))
+        origin = await in_thread(lambda: last_checkpoint(self.config))
         if self.restarts == most:
             goes_on = "" if origin is None else f"; --resume continues after step {origin.state.steps_done}"
             used_up = f"trainer.max_restarts = {most}: all restarts are used up"
