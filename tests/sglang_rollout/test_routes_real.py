@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,7 +73,7 @@ class Recorder:
 
 
 def computed(real: "RealEngine", path: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """transformers' choice for each token: sorted experts [T, layers, k], and whether it is a clear one."""
+    """The choice of transformers: sorted experts [T, layers, k], and whether it is clear [T, layers]."""
     import torch
 
     with torch.no_grad():

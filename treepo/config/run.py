@@ -205,8 +205,8 @@ class RunConfig(Section):
     def _there_are_routes(self) -> Self:
         if self.save_routes and not self.samples_routes:
             raise ValueError(
-                f"save_routes = true with trainer.routing_replay = {self.trainer.routing_replay}: there are no "
-                "routes to save; rollout is allowed, or save_routes = false"
+                f"save_routes = true with trainer.routing_replay = {self.trainer.routing_replay}: trees have "
+                "no routes then; rollout is allowed, or save_routes = false"
             )
         return self
 
