@@ -45,6 +45,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RealEngine"]:
         mlp_only_layers=[],  # SGLang knows no mixture with dense layers
         moe_intermediate_size=32,
         initializer_range=0.12,
+        eos_token_id=list(range(1, 8)),
     )
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
         patch.setenv("SGLANG_TEST_RETRACT", "1")
@@ -96,7 +97,7 @@ def assert_computed(real: "RealEngine", path: np.ndarray, first: int, routes: np
 
 async def grow(recorder: Recorder, prompts: int, *, disturb: bool) -> list[Tree]:
     rng = np.random.default_rng(0)
-    tokens = [rng.integers(4, 128, 40 + index).astype(np.int32) for index in range(prompts)]
+    tokens = [rng.integers(8, 128, 40 + index).astype(np.int32) for index in range(prompts)]
     config = sampling(
         segment_tokens=16,
         max_response_tokens=80,
