@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -123,8 +123,16 @@ async def grow(recorder: Recorder, prompts: int, *, disturb: bool) -> list[Tree]
     return trees
 
 
-def test_trees_have_the_routes_of_their_paths(mixture: "RealEngine") -> None:
-    recorder = Recorder(mixture)
+def test_trees_have_the_routes_of_their_paths(mixture: "RealEngine", monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, retractions = Recorder(mixture), []
+    generation = mixture.engine._generation
+    read = generation._read_routes
+
+    def note(request: GenerateRequest, answer: dict[str, Any], length: int) -> np.ndarray | None:
+        retractions.append(answer["meta_info"]["num_retractions"])
+        return read(request, answer, length)
+
+    monkeypatch.setattr(generation, "_read_routes", note)
     mixture.stop_rule.holds = lambda response: bool(response[-1] % 3 == 0)
     trees = mixture.run(grow(recorder, 4, disturb=True))
     assert len(trees) == 4
@@ -140,6 +148,7 @@ def test_trees_have_the_routes_of_their_paths(mixture: "RealEngine") -> None:
             compared += assert_computed(mixture, path, 0, routes[:-1])
             choices += (len(path) - 1) * LAYERS
     assert compared > 0.95 * choices
+    assert max(retractions) > 0
     finishes = {output.finish for _, output in recorder.answers}
     assert "interrupted" in finishes
     assert any(
