@@ -3,9 +3,11 @@ of cached, interrupted, stopped and retracted requests.
 """
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,13 +161,29 @@ def test_trees_have_the_routes_of_their_paths(mixture: "RealEngine", monkeypatch
     assert any(segment.finish == "cut" for tree in trees for segment in tree.segments)
 
 
-def test_each_piece_has_the_routes_of_its_version(mixture: "RealEngine") -> None:
-    from tests.support.real_engine import perturbed, request, update
+def with_noise(folder: Path, changed: Path) -> "dict[str, torch.Tensor]":
+    """Write a model folder with other weights; returns them under the names of the files."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, changed)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: each + 0.05 * torch.randn_like(each) for name, each in weights.items()}
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def test_each_piece_has_the_routes_of_its_version(mixture: "RealEngine", tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.real_engine import request, update
 
     engine, before = mixture.engine, mixture.engine.version
     mixture.stop_rule.holds = lambda _: False
-    old: dict[str, torch.Tensor] = {key: each.clone() for key, each in mixture.reference.state_dict().items()}
-    weights = {before: old, before + 1: perturbed(mixture.reference, 0.1)}
+    weights = with_noise(mixture.folder, tmp_path / "changed")
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "changed", dtype=torch.float32)
+    models = {before: mixture.reference, before + 1: changed}
     context = np.arange(20, 50)
 
     async def pieces(seed: int) -> list[tuple[GenerateRequest, GenerateOutput]]:
@@ -187,13 +205,13 @@ def test_each_piece_has_the_routes_of_its_version(mixture: "RealEngine") -> None
         while not engine._requests._running:
             await asyncio.sleep(0)
         await asyncio.sleep(0.5)
-        await update(engine, weights[before + 1])
+        await update(engine, weights)
         return await asyncio.gather(*running)
 
     paths = mixture.run(scenario())
     assert any(parts[-1][1].version > parts[0][1].version for parts in paths)
     for asked, output in (each for parts in paths for each in parts):
-        mixture.reference.load_state_dict(weights[output.version])
+        mixture.reference = models[output.version]
         assert output.routes is not None
         assert asked.routes_from is not None
         path = np.concatenate([asked.context, output.tokens])
