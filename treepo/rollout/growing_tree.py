@@ -97,8 +97,8 @@ class GrowingTree:
     def _routes_from(self, path: PathRequest) -> int | None:
         """The first context token whose route `path` asks for next.
 
-        It is the last one, which no earlier request has read, whatever is cached. The tree's first request
-        asks for the whole prompt's.
+        It is the last one, which the request that sampled it did not read; of cached tokens the tree has the
+        routes already. The tree's first request asks for the whole prompt's.
         """
         if not self._routes:
             return None
