@@ -29,6 +29,7 @@ class GenerateRequest:
         engine's stop rule holds for the response so far (prompt excluded).
     seed: used by engines that sample reproducibly, ignored by others.
     top_p, top_k, min_p: leave unlikely tokens out (docs/sampling.md); the defaults leave out none.
+    routes_from: the first token of `context` whose route is returned; None: no routes are returned.
     """
 
     context: np.ndarray
@@ -40,6 +41,7 @@ class GenerateRequest:
     top_p: float = 1.0
     top_k: int | None = None
     min_p: float = 0.0
+    routes_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +55,9 @@ class GenerateOutput:
     because a weight sync began or the pool held its requests: the rest is another request.
     cached_tokens: number of context tokens that were in the prefix cache and not computed on behalf of this
     request.
+    routes: of the context from `routes_from` on, then of `tokens` but the last, which nothing has read yet
+    (`treepo.routes`); None if none were asked for. Those of `tokens` are the choices of the computation that
+    sampled them; those of cached context tokens, of the computation that filled the cache.
     """
 
     tokens: np.ndarray
@@ -60,6 +65,7 @@ class GenerateOutput:
     version: int
     finish: Literal["eos", "length", "interrupted"]
     cached_tokens: int
+    routes: np.ndarray | None = None
 
 
 class Sampler(Protocol):
