@@ -8,7 +8,7 @@ makes every later step learn from wrong ratios, which looks like a bad hyper-par
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -89,9 +89,12 @@ async def check_log_probs(
     """
     sampling = short_sampling(config.sampling)
     fixed = prompts[: config.log_prob_check.prompts]
-    forests = await asyncio.gather(
-        *(_sample(TreeDriver([engine], sampling, decode, config.seed), fixed, engine) for engine in engines)
-    )
+
+    def sampled(engine: Engine) -> Awaitable[list[Tree]]:
+        driver = TreeDriver([engine], sampling, decode, config.seed, routes=config.samples_routes)
+        return _sample(driver, fixed, engine)
+
+    forests = await asyncio.gather(*map(sampled, engines))
     packed = [
         _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)
         for trees in forests
