@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ class PolicyTrainer:
 
 
 def config_of(
-    dtype: str = "float32", replicas: int = 1, *, routing_replay: str = "none", **log_prob_check: object
+    dtype: str = "float32", replicas: int = 1, routing_replay: str = "none", **log_prob_check: Any
 ) -> RunConfig:
     return RunConfig.model_validate({
         "out": "run",
@@ -250,9 +251,9 @@ def test_limits_are_those_of_the_configuration() -> None:
     engine, trainer = PolicyEngine(policy), PolicyTrainer(rounded(policy))
     figures = check([engine], trainer, config_of("bfloat16"))
     for key, name in (("mean_limit", "mean"), ("max_limit", "max")):
-        assert check([engine], trainer, config_of("bfloat16", 1, **{key: figures[name]})) == figures
+        assert check([engine], trainer, config_of("bfloat16", **{key: figures[name]})) == figures
         with pytest.raises(LogProbCheckError, match=key):
-            check([engine], trainer, config_of("bfloat16", 1, **{key: 0.99 * figures[name]}))
+            check([engine], trainer, config_of("bfloat16", **{key: 0.99 * figures[name]}))
     assert LogProbCheckConfig(mean_limit=0.1).limits("float32") == (
         0.1,
         LogProbCheckConfig().limits("float32")[1],

@@ -130,8 +130,8 @@ def test_three_steps_end_to_end(folder: Path, output: str, undisturbed: Path) ->
 
 
 def test_a_mixture_trains_and_the_engine_gets_its_experts(folder: Path, tmp_path: Path) -> None:
-    """The toy mixture, not trained yet; its trainer replays the engine's experts. In the second step the engine
-    serves what the first one learned.
+    """The toy mixture, not trained yet; its trainer replays the engine's experts. In the second step the
+    engine serves what the first one learned.
     """
     toy = make_toy(tmp_path, recipe=UNTRAINED_MIXTURE)
     overrides = (
