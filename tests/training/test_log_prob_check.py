@@ -104,7 +104,7 @@ class PolicyTrainer:
 
 
 def config_of(
-    dtype: str = "float32", replicas: int = 1, routing_replay: str = "none", **log_prob_check: Any
+    dtype: str = "float32", replicas: int = 1, routing_replay: str = "none", /, **log_prob_check: Any
 ) -> RunConfig:
     return RunConfig.model_validate({
         "out": "run",
@@ -154,7 +154,7 @@ def rounded(policy: TinyPolicy) -> TinyPolicy:
 def test_equal_ones_agree(replicas: int) -> None:
     policy = TinyPolicy()
     engines = [PolicyEngine(policy), PolicyEngine(policy, name="engine 1")]
-    figures = check(engines, PolicyTrainer(policy), config_of(replicas=replicas))
+    figures = check(engines, PolicyTrainer(policy), config_of("float32", replicas))
     # The same float64 numbers in another order, of about 3, rounded to float32 on both sides.
     assert figures["mean"] <= figures["max"] < 1e-6
     # A shared segment and two below it for each of four prompts on each engine.
@@ -164,7 +164,7 @@ def test_equal_ones_agree(replicas: int) -> None:
 def test_the_trainer_gets_the_routes_that_it_replays() -> None:
     policy = TinyPolicy()
     trainer = PolicyTrainer(policy)
-    check([PolicyEngine(policy)], trainer, config_of(routing_replay="rollout"))
+    check([PolicyEngine(policy)], trainer, config_of("float32", 1, "rollout"))
     assert trainer.packs
     for pack in trainer.packs:
         assert pack.route is not None
@@ -173,7 +173,7 @@ def test_the_trainer_gets_the_routes_that_it_replays() -> None:
             expected = routes_of(pack.token[path], 0)[-1]
             is_last = pack.exit[index] == index + 1
             np.testing.assert_array_equal(pack.route[index], 255 if is_last else expected)
-    check([PolicyEngine(policy)], trainer, config_of(routing_replay="trainer"))
+    check([PolicyEngine(policy)], trainer, config_of("float32", 1, "trainer"))
     assert all(pack.route is None for pack in trainer.packs)
 
 
@@ -181,7 +181,7 @@ def test_the_trainer_gets_the_routes_that_it_replays() -> None:
 def test_routing_is_a_suspect_unless_it_is_replayed(routing_replay: str, is_suspect: bool) -> None:
     engine, trainer = PolicyEngine(TinyPolicy()), PolicyTrainer(TinyPolicy(seed=1))
     with pytest.raises(LogProbCheckError) as error:
-        check([engine], trainer, config_of(routing_replay=routing_replay))
+        check([engine], trainer, config_of("float32", 1, routing_replay))
     assert ("trainer.routing_replay" in str(error.value)) == is_suspect
 
 
