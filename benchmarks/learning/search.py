@@ -13,7 +13,7 @@ first lines can still be completed, most first halves cannot. The response is gr
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,12 +30,12 @@ _LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Reach `target` from `start` with each of `numbers` once. `signs`: one way."""
+    """Reach `target` from `start` with each of `numbers` once. `signs`: one way, not part of the problem."""
 
     start: int
     numbers: tuple[int, ...]
     target: int
-    signs: tuple[int, ...]
+    signs: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def text(self) -> str:
@@ -101,7 +101,7 @@ def reward(prompt: str, response: str, answer: str, extra: Mapping[str, object])
     start, numbers = extra["start"], extra["numbers"]
     assert isinstance(start, int)
     assert isinstance(numbers, list)
-    return float(is_correct(Problem(start, tuple(numbers), int(answer), ()), response))
+    return float(is_correct(Problem(start, tuple(numbers), int(answer)), response))
 
 
 def rows(drawn: list[Problem], split: str) -> Iterator[dict[str, object]]:

@@ -81,9 +81,7 @@ def _make[P: Problem](
     from treepo.toy.byte_tokenizer import byte_tokenizer
 
     draws = rng.generator("toy", seed, "problems")
-    drawn = problems.draw_problems(
-        draws, recipe.train_problems + recipe.heldout_problems, task.draw_problem
-    )
+    drawn = problems.draw_problems(draws, recipe.train_problems + recipe.heldout_problems, task.draw_problem)
     train, heldout = drawn[: recipe.train_problems], drawn[recipe.train_problems :]
     out.mkdir(parents=True, exist_ok=True)
     for split, chosen in (("train", train), ("heldout", heldout)):
