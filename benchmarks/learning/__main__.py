@@ -1,4 +1,4 @@
-"""Accuracy for each decoded token: train small models with several ways of sampling and learning, and compare.
+"""Accuracy for each decoded token: train small models with several ways of sampling and learning.
 
     OMP_NUM_THREADS=1 python -m benchmarks.learning                 # all that is missing, then the summary
     OMP_NUM_THREADS=1 python -m benchmarks.learning --only sums/treepo search/grpo --seeds 1 2
@@ -6,8 +6,8 @@
 
 Results are added to benchmarks/results/learning.jsonl run by run; runs that it has are passed over, so a
 benchmark that was interrupted goes on. Each line is one evaluation of one run: on 256 held-out problems,
-sequentially, after `decoded_tokens` in training. `arms` says what is equal between the arms, `summary` what is
-made of the lines. The starts are made once, in --starts.
+sequentially, after `decoded_tokens` in training. `arms` says what is equal between the arms, `summary` what
+it makes of the lines. The starts are made once, in --starts.
 """
 
 import argparse
@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="TASK/ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--summary", action="store_true", help="train nothing")
-    parser.add_argument(
-        "--reach", type=float, help="accuracy of tokens_to; default: the baseline's at its end"
-    )
+    parser.add_argument("--reach", type=float, help="accuracy of tokens_to; default: the baseline's")
     parser.add_argument("--starts", type=Path, default=Path("runs/learning"), help="folder of the models")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

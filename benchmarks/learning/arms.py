@@ -3,8 +3,8 @@
 **Equal tokens.** Every step of every arm decodes about `BUDGET` tokens. Both tasks' answers have one length
 each, so the size of a tree follows from the sampling configuration alone: `tokens_a_tree` grows a few by the
 driver, on an engine that writes answers of that length. A step has as many prompts as make up the budget, to
-within half a tree (1 to 3%). With `refills`, trees that are dropped count too. The budget holds on average, not
-step by step; results are compared along the tokens that were in fact decoded.
+within half a tree (1 to 3%). With `refills`, trees that are dropped count too. The budget holds on average,
+not step by step; results are compared along the tokens that were in fact decoded.
 
 **Equal steps.** All arms take the same number of optimizer steps, one a training step, with the same loss and
 learning rate.
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout.driver import TreeDriver
+from treepo.toy.recipe import Recipe
+from treepo.toy.task import Task
 from treepo.tree import Tree
 
 CONFIG = "examples/quickstart.yaml"
@@ -43,9 +45,10 @@ BASE = (
 
 @dataclass(frozen=True, slots=True)
 class TaskSettings:
-    """A task. response_tokens: of a whole answer, its end token included; budget: decoded tokens of a step."""
+    """A task. response_tokens: of an answer, its end token included. budget: decoded tokens of a step."""
 
-    module: ModuleType
+    module: Task[Any]
+    starting: Recipe
     response_tokens: int
     budget: int
     overrides: Sequence[str]
@@ -54,12 +57,14 @@ class TaskSettings:
 TASKS: Mapping[str, TaskSettings] = {
     "sums": TaskSettings(
         sums,
+        sums.STARTING,
         response_tokens=75,
         budget=16 * WIDTH * 75,
         overrides=("sampling.max_depth=10", "sampling.max_response_tokens=80"),
     ),
     "search": TaskSettings(
         search,
+        search.STARTING,
         response_tokens=41,
         budget=32 * WIDTH * 41,
         overrides=(

@@ -23,7 +23,7 @@ class Point:
     """An evaluation after `step` optimizer steps.
 
     decoded_tokens, trained_tokens (prompts too; a shared one once), seconds: of training so far, evaluations
-    left out. accuracy: of independent answers to the held-out problems, with its standard error over problems.
+    left out. accuracy: of independent answers to held-out problems, with its standard error over problems.
     mixed: share of the trees whose rewards differ, mean over the steps so far; null before training.
     """
 
@@ -42,7 +42,7 @@ class Point:
 def run(task: str, arm: str, seed: int, starts: Path, more: Sequence[str] = ()) -> list[Point]:
     """Train once, and return its evaluations. more: further overrides."""
     settings = TASKS[task]
-    start = make_toy(starts / task, recipe=settings.module.STARTING, task=settings.module)
+    start = make_toy(starts / task, recipe=settings.starting, task=settings.module)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         files = (f"model.path={start.model}", f"data.train={start.train}", f"data.heldout={start.heldout}")
@@ -62,6 +62,7 @@ def points(task: str, arm: str, seed: int, lines: Sequence[Mapping[str, Any]]) -
         if "seconds/step" in line:
             steps.append(line)
         if "heldout/accuracy" in line:
+            mixed = [step["trees/informative"] for step in steps]
             yield Point(
                 task=task,
                 arm=arm,
@@ -72,7 +73,5 @@ def points(task: str, arm: str, seed: int, lines: Sequence[Mapping[str, Any]]) -
                 seconds=round(sum(step[phase] for step in steps for phase in _PHASES), 2),
                 accuracy=round(line["heldout/accuracy"], 5),
                 standard_error=round(line["heldout/standard_error"], 5),
-                mixed=round(sum(step["trees/informative"] for step in steps) / len(steps), 4)
-                if steps
-                else None,
+                mixed=round(sum(mixed) / len(mixed), 4) if mixed else None,
             )

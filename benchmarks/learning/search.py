@@ -22,7 +22,7 @@ from treepo.toy.recipe import RECIPE
 
 NUMBERS = 5
 SLIP = 0.2
-"""Chance, at each number, that a demonstration takes a sign at random instead of one that still leads there."""
+"""Chance, at each number, that a demonstration takes a sign at random, not one that still leads there."""
 
 STARTING = replace(RECIPE, steps=500, careful_steps=350)
 _LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
@@ -96,7 +96,7 @@ def is_correct(problem: Problem, response: str) -> bool:
     return total == problem.target and taken == Counter(problem.numbers)
 
 
-def reward(prompt: str, response: str, answer: str, extra: Mapping[str, object]) -> float:
+def reward(_prompt: str, response: str, answer: str, extra: Mapping[str, object]) -> float:
     """1 for a right response, 0 for any other. extra: the row's start and numbers; answer: the target."""
     start, numbers = extra["start"], extra["numbers"]
     assert isinstance(start, int)

@@ -24,8 +24,8 @@ def summary(points: Sequence[Point], reached: float | None = None) -> Iterator[d
 
     accuracy: after the last step. tokens_a_step, trained_tokens_a_step, seconds_a_step, mixed: means over the
     run. tokens_to, seconds_to: decoded tokens and seconds until the mean curve reaches the accuracy `target`:
-    `reached`, or the baseline's after its last step; null: it does not. tokens_over_baseline: those tokens over
-    the baseline's of its whole run, null without a baseline.
+    `reached`, or the baseline's after its last step; null: it does not. tokens_over_baseline: those tokens
+    over the baseline's of its whole run.
     """
     by_task: dict[str, dict[str, dict[int, list[Point]]]] = {}
     for point in points:
@@ -46,7 +46,7 @@ def _line(runs: Runs, baseline: Runs | None, reached: float | None) -> dict[str,
         "tokens_a_step": round(float(np.mean([end.decoded_tokens for end in ends])) / steps),
         "trained_tokens_a_step": round(float(np.mean([end.trained_tokens for end in ends])) / steps),
         "seconds_a_step": round(float(np.mean([end.seconds for end in ends])) / steps, 2),
-        "mixed": round(float(np.mean([end.mixed for end in ends])), 3),
+        "mixed": round(float(np.mean([end.mixed for end in ends if end.mixed is not None])), 3),
     }
     if target is not None:
         line["target"] = round(target, 4)
@@ -85,12 +85,10 @@ def _ratio(runs: Runs, baseline: Runs, reached: float | None, seeds: Sequence[Se
 def _ratio_and_interval(runs: Runs, baseline: Runs, reached: float | None) -> dict[str, Any]:
     """The ratio and the ends of its interval; null: the accuracy is not reached."""
     draws = np.random.default_rng(0)
-    resampled = [
-        _ratio(
-            runs, baseline, reached, [draws.choice(list(one), len(one)).tolist() for one in (runs, baseline)]
-        )
-        for _ in range(_RESAMPLES)
-    ]
+    resampled: list[float] = []
+    for _ in range(_RESAMPLES):
+        seeds = [draws.choice(list(one), len(one)).tolist() for one in (runs, baseline)]
+        resampled.append(_ratio(runs, baseline, reached, seeds))
     low, high = np.quantile(resampled, (0.025, 0.975), method="nearest")
     return {
         "ratio": _finite(_ratio(runs, baseline, reached, (None, None)), 3),

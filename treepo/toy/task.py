@@ -22,8 +22,10 @@ class Problem(Hashable, Protocol):
 class Task[P: Problem](Protocol):
     """A module with these functions."""
 
-    __name__: str
-    __file__: str | None
+    @property
+    def __name__(self) -> str: ...
+    @property
+    def __file__(self) -> str | None: ...
 
     @staticmethod
     def draw_problem(rng: np.random.Generator) -> P:
