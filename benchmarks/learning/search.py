@@ -1,19 +1,19 @@
 """Reach a number: add or subtract every given number, in an order of one's own, so that the target comes out.
 
-    prompt     36 with 7, with 5, with 9 makes 33
+    prompt     36 with 7, with 5, with 2 makes 50
     response   36+7=43
                43-5=38
-               38-9=29      wrong: 36+7-5-9 is not 33, but 36-7-5+9 is
+               38+2=40      wrong: 36+7-5+2 is not 50, but 36+7+5+2 is
 
-Which signs reach the target is only known at the end, and an early sign leaves few of the later ones: most
-first lines can still be completed, most first halves cannot. The response is graded by evaluating its lines:
-`reward` is this task's reward function, in the product's grading processes.
+Which signs reach the target is only known at the end. Going towards it at every number reaches it in a third of
+the problems; in the others an early number must lead away from it. The response is graded by evaluating its
+lines: `reward` is this task's reward function, which the product calls in its grading processes.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,60 +21,48 @@ from treepo.toy.problems import HIGH, LOW
 from treepo.toy.recipe import RECIPE
 
 NUMBERS = 5
-SLIP = 0.2
+TARGET = 50
+"""One for all problems: a model of two layers learns to compare with it in a few minutes."""
+SLIP = 0.15
 """Chance, at each number, that a demonstration takes a sign at random, not one that still leads there."""
 
-STARTING = replace(RECIPE, steps=500, careful_steps=350)
+STARTING = replace(RECIPE, steps=400, careful_steps=300)
 _LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Reach `target` from `start` with each of `numbers` once. `signs`: one way, not part of the problem."""
+    """Reach `target` from `start` with each of `numbers` once."""
 
     start: int
     numbers: tuple[int, ...]
     target: int
-    signs: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def text(self) -> str:
         return f"{self.start}{','.join(f' with {number}' for number in self.numbers)} makes {self.target}"
 
     def solution(self) -> str:
-        return _lines(self.start, self.numbers, self.signs)
+        return _lines(self, np.zeros(len(self.numbers), int))
 
 
 def draw_problem(rng: np.random.Generator) -> Problem:
     """Draw a problem that can be solved by totals of two digits."""
     while True:
-        start = int(rng.integers(LOW, HIGH + 1))
         numbers = rng.integers(1, 10, NUMBERS)
-        signs = rng.choice((-1, 1), NUMBERS)
-        totals = start + np.cumsum(numbers * signs)
+        totals = TARGET - np.cumsum(numbers * rng.choice((-1, 1), NUMBERS))  # from the last to the first
         if totals.min() >= LOW and totals.max() <= HIGH:
-            return Problem(start, tuple(numbers.tolist()), int(totals[-1]), tuple(signs.tolist()))
+            return Problem(int(totals[-1]), tuple(numbers[::-1].tolist()), TARGET)
 
 
 def demonstrate(problem: Problem, rng: np.random.Generator) -> str:
-    """Draw one demonstration. It takes signs from which the target can be reached, except by a slip; once it
-    cannot, it takes any.
-    """
-    signs: list[int] = []
-    total = problem.start
-    for index, number in enumerate(problem.numbers):
-        allowed = [sign for sign in (-1, 1) if LOW <= total + sign * number <= HIGH]
-        rest = problem.numbers[index + 1 :]
-        leading = [sign for sign in allowed if problem.target in reachable(total + sign * number, rest)]
-        choices = allowed if rng.random() < SLIP or not leading else leading
-        signs.append(int(rng.choice(choices)))
-        total += signs[-1] * number
-    return _lines(problem.start, problem.numbers, signs)
+    """Draw one demonstration, which slips now and then."""
+    return _lines(problem, rng.choice((-1, 1), NUMBERS) * (rng.random(NUMBERS) < SLIP))
 
 
 def reachable(total: int, numbers: Sequence[int]) -> frozenset[int]:
     """The totals that adding or subtracting all `numbers` in turn can end in, by totals of two digits."""
-    ends = {total}
+    ends = {total} if LOW <= total <= HIGH else set[int]()
     for number in numbers:
         ends = {end + change for end in ends for change in (-number, number) if LOW <= end + change <= HIGH}
     return frozenset(ends)
@@ -121,9 +109,18 @@ def rows(drawn: list[Problem], split: str) -> Iterator[dict[str, object]]:
         }
 
 
-def _lines(start: int, numbers: Sequence[int], signs: Sequence[int]) -> str:
-    lines, total = [], start
-    for number, sign in zip(numbers, signs, strict=True):
-        lines.append(f"{total}{sign * number:+d}={total + sign * number}\n")
-        total += sign * number
+def _lines(problem: Problem, slips: np.ndarray) -> str:
+    """Write a response. slips: -1 or 1 where it takes this sign, 0 where it takes one that leads there: away
+    from the target only if that cannot be reached from the other side.
+    """
+    lines, total, target = [], problem.start, problem.target
+    for index, number in enumerate(problem.numbers):
+        rest = problem.numbers[index + 1 :]
+        towards = number if total < target else -number
+        away = target in reachable(total - towards, rest) - reachable(total + towards, rest)
+        change = -towards if away else towards
+        if LOW <= total + slips[index] * number <= HIGH:
+            change = int(slips[index]) * number or change
+        lines.append(f"{total}{change:+d}={total + change}\n")
+        total += change
     return "".join(lines)

@@ -7,9 +7,9 @@ r"""Long sums with slips: the quickstart's problems with `STEPS` steps.
                ...
                \boxed{...}
 
-A solver that slips at a step goes on from the wrong total. Its answer is wrong, unless another slip happens to
-undo the first. The chance of a slip is the same at every step: most wrong answers are right for a while, and a
-tree that goes on from there may still be right. In segments of 8 tokens a response fills 10, one a step.
+A solver that slips at a step goes on from the wrong total. Its answer is wrong, unless another slip happens
+to undo the first. The chance of a slip is the same at every step: most wrong answers are right for a while,
+and a tree that goes on from there may still be right. A response fills 10 segments of 8 tokens, one a step.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ SLIP = 0.12
 SLIP_RADIUS = 3
 """A slip is off by at most this much, and never by 0."""
 
-STARTING = replace(RECIPE, steps=500, careful_steps=350)
+STARTING = replace(RECIPE, steps=320, careful_steps=200)
 is_correct = problems.is_correct
 
 

@@ -1,8 +1,10 @@
 """Draw the documentation's figures: `python docs/figures/make.py [RUN [SMOLLM2_RUN]]`.
 
-Without RUN only `tree.svg` and `asynchrony.svg` are written. RUN is the folder of a finished quickstart:
+Without RUN only `tree.svg`, `asynchrony.svg` and, if benchmarks/results/learning.jsonl is there, `arms.svg`
+are written. RUN is the folder of a finished quickstart:
 `terminal.svg` shows what that run printed, and `learning.svg` its accuracy step by step. SMOLLM2_RUN is that
-of a finished `examples/smollm2/train.yaml`, for `smollm2.svg`. All three are drawn from the runs' own files.
+of a finished `examples/smollm2/train.yaml`, for `smollm2.svg`. All three are drawn from the runs' own
+files, and `arms.svg` from the benchmark's.
 
 Every figure has its own background and loads nothing from a server, so it reads in light and dark themes, on
 GitHub and on the site.
@@ -10,11 +12,13 @@ GitHub and on the site.
 
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -25,6 +29,7 @@ from treepo.display.train import TrainDisplay, show_summary
 
 FIGURES = Path(__file__).parent
 EXAMPLE = "examples/quickstart.yaml"
+ARM_RESULTS = Path("benchmarks/results/learning.jsonl")
 TITLES = ("Accuracy on the quickstart’s sums", "Accuracy of SmolLM2-135M-Instruct on sums")
 STYLE = """<style>
 text { font: 13px system-ui, "Segoe UI", "DejaVu Sans", Verdana, sans-serif; fill: #1f2933 }
@@ -333,6 +338,69 @@ def learning_curve(run: Path, title: str) -> str:
     return svg(740, 308, f"Held-out accuracy goes from {accuracies} in {last} steps", parts)
 
 
+# The learning benchmark
+
+PANELS = {"sums": "Long sums", "search": "Reaching a number"}
+ARM_COLOURS = (
+    *("#5b6875", "#0f766e", "#c2410c", "#7c3aed", "#2563eb", "#ca8a04", "#db2777", "#65a30d", "#0891b2"),
+    *("#9f1239", "#a16207", "#4338ca"),
+)  # readable on light and dark cards
+_PANEL, _MARGIN, _TOP, _BOTTOM = 420, 56, 66, 300
+
+
+def arms_figure(results: Path) -> str:
+    """Held-out accuracy along decoded tokens, a panel for each task: means over the seeds of each arm."""
+    points = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    arms = list(dict.fromkeys(point["arm"] for point in points))
+    parts = [text(_MARGIN, 30, "Held-out accuracy along decoded tokens, mean over seeds", "big")]
+    for number, (task, title) in enumerate(PANELS.items()):
+        own = [point for point in points if point["task"] == task]
+        if own:
+            parts += arms_panel(own, arms, title, _MARGIN + number * _PANEL)
+    for number, arm in enumerate(arms):
+        x, y = _MARGIN + number % 6 * 136, _BOTTOM + 66 + number // 6 * 22
+        parts.append(f'<path d="M{x} {y - 4} h22" stroke="{ARM_COLOURS[number]}" stroke-width="3"/>')
+        parts.append(text(x + 28, y, arm, "small"))
+    height = _BOTTOM + 84 + (len(arms) - 1) // 6 * 22
+    return svg(_MARGIN + _PANEL * len(PANELS), height, "Held-out accuracy along decoded tokens", parts)
+
+
+def arms_panel(points: list[dict[str, Any]], arms: list[str], title: str, left: float) -> list[str]:
+    """One task's curves, its axes from 0 to the most tokens, and over the accuracies in tenths."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for arm in arms:
+        steps = sorted({point["step"] for point in points if point["arm"] == arm})
+        own = [[p for p in points if p["arm"] == arm and p["step"] == step] for step in steps]
+        curves[arm] = [
+            (mean([p["decoded_tokens"] for p in each]), mean([p["accuracy"] for p in each])) for each in own
+        ]
+    drawn = [at for curve in curves.values() for at in curve]
+    most = max(tokens for tokens, _ in drawn)
+    low = math.floor(10 * min(accuracy for _, accuracy in drawn))
+    high = max(math.ceil(10 * max(accuracy for _, accuracy in drawn)), low + 1)
+    right = left + _PANEL - 60
+
+    def place(tokens: float, accuracy: float) -> tuple[float, float]:
+        share = (10 * accuracy - low) / (high - low)
+        return left + (right - left) * tokens / most, _BOTTOM - (_BOTTOM - _TOP - 14) * share
+
+    parts = [text(left, _TOP - 8, title, "bold")]
+    for tenths in range(low, high + 1):
+        _, y = place(0, tenths / 10)
+        parts.append(f'<path class="grid" d="M{left:g} {y:g} H{right:g}"/>')
+        parts.append(text(left - 8, y + 4, f"{tenths / 10:.1f}", "small soft", "end"))
+    for quarter in range(5):
+        x, _ = place(most * quarter / 4, 0)
+        parts.append(text(x, _BOTTOM + 18, f"{most * quarter / 4000:.0f}", "small soft", "middle"))
+    parts.append(text((left + right) / 2, _BOTTOM + 38, "thousand decoded tokens", "soft", "middle"))
+    for arm, curve in curves.items():
+        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*at) for at in curve))
+        if curve:
+            colour = ARM_COLOURS[arms.index(arm)]
+            parts.append(f'<path fill="none" stroke="{colour}" stroke-width="2" d="M{path}"/>')
+    return parts
+
+
 def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """The metrics of every step, and the summary."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -343,6 +411,8 @@ def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
 def main(folders: list[str]) -> None:
     """Write the figures. folders: of the runs to draw, the quickstart's first."""
     figures = {"tree": tree_figure(), "asynchrony": asynchrony_figure()}
+    if ARM_RESULTS.exists():
+        figures["arms"] = arms_figure(ARM_RESULTS)
     for name, title, folder in zip(("learning", "smollm2"), TITLES, map(Path, folders), strict=False):
         figures[name] = learning_curve(folder, title)
         if name == "learning":

@@ -28,21 +28,21 @@ class Task[P: Problem](Protocol):
     def __file__(self) -> str | None: ...
 
     @staticmethod
-    def draw_problem(rng: np.random.Generator) -> P:
+    def draw_problem(rng: np.random.Generator, /) -> P:
         """Draw a problem."""
         ...
 
     @staticmethod
-    def demonstrate(problem: P, rng: np.random.Generator) -> str:
+    def demonstrate(problem: P, rng: np.random.Generator, /) -> str:
         """Draw a response to learn from, which may be wrong."""
         ...
 
     @staticmethod
-    def is_correct(problem: P, response: str) -> bool:
+    def is_correct(problem: P, response: str, /) -> bool:
         """Whether a response is right."""
         ...
 
     @staticmethod
-    def rows(problems: list[P], split: str) -> Iterator[dict[str, object]]:
+    def rows(problems: list[P], split: str, /) -> Iterator[dict[str, object]]:
         """The problems as rows of a file in the columns of m-a-p/TreePO_data."""
         ...
