@@ -5,8 +5,8 @@
                43-5=38
                38+2=40      wrong: 36+7-5+2 is not 50, but 36+7+5+2 is
 
-Which signs reach the target is only known at the end. Going towards it at every number reaches it in a third of
-the problems; in the others an early number must lead away from it. The response is graded by evaluating its
+Which signs reach the target is only known at the end. Going towards it at every number reaches it in a third
+of the problems; in the others some number must lead away from it. The response is graded by evaluating its
 lines: `reward` is this task's reward function, which the product calls in its grading processes.
 """
 
