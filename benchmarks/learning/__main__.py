@@ -5,9 +5,10 @@
     python -m benchmarks.learning --summary                         # of the results as they are
 
 Results are added to benchmarks/results/learning.jsonl run by run; runs that it has are passed over, so a
-benchmark that was interrupted goes on. Each line is one evaluation of one run: on 256 held-out problems,
-sequentially, after `decoded_tokens` in training. `arms` says what is equal between the arms, `summary` what
-it makes of the lines. The starts are made once, in --starts.
+benchmark that was interrupted goes on. A run keeps about one core busy: on two, start it twice with different
+seeds. Each line is one evaluation of one run: on held-out problems, sequentially, after `decoded_tokens` in
+training. `arms` says what is equal between the arms, `summary` what it makes of the lines. The starts are made
+once, in --starts.
 """
 
 import argparse
@@ -37,12 +38,11 @@ def main() -> None:
     parser.add_argument("--starts", type=Path, default=Path("runs/learning"), help="folder of the models")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    done = {(point.task, point.arm, point.seed) for point in read(options.out)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in [] if options.summary else options.seeds:
         for name in options.only:
             task, arm = name.split("/")
-            if (task, arm, seed) in done:
+            if any((one.task, one.arm, one.seed) == (task, arm, seed) for one in read(options.out)):
                 continue
             points = run(task, arm, seed, options.starts)
             with options.out.open("ab") as out:

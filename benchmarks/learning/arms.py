@@ -31,7 +31,7 @@ from treepo.tree import Tree
 
 CONFIG = "examples/quickstart.yaml"
 WIDTH = 8
-STEPS = 16
+STEPS = 12
 BASE = (
     f"steps={STEPS}",
     f"sampling.width={WIDTH}",
@@ -59,14 +59,14 @@ TASKS: Mapping[str, TaskSettings] = {
         sums,
         sums.STARTING,
         response_tokens=75,
-        budget=16 * WIDTH * 75,
+        budget=12 * WIDTH * 75,
         overrides=("sampling.max_depth=10", "sampling.max_response_tokens=80"),
     ),
     "search": TaskSettings(
         search,
         search.STARTING,
         response_tokens=41,
-        budget=32 * WIDTH * 41,
+        budget=16 * WIDTH * 41,
         overrides=(
             "sampling.max_depth=6",
             "sampling.max_response_tokens=48",
