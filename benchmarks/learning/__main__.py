@@ -7,8 +7,8 @@
 Results are added to benchmarks/results/learning.jsonl run by run; runs that it has are passed over, so a
 benchmark that was interrupted goes on. A run keeps about one core busy: on two, start it twice with different
 seeds. Each line is one evaluation of one run: on held-out problems, sequentially, after `decoded_tokens` in
-training. `arms` says what is equal between the arms, `summary` what it makes of the lines. The starts are made
-once, in --starts.
+training. `arms` says what is equal between the arms, `summary` what it makes of the lines. The starts are
+made once, in --starts.
 """
 
 import argparse
