@@ -71,6 +71,7 @@ TASKS: Mapping[str, TaskSettings] = {
             "sampling.max_depth=6",
             "sampling.max_response_tokens=48",
             "reward.function=benchmarks.learning.search:reward",
+            "data.columns.extra=extra_info",
         ),
     ),
 }

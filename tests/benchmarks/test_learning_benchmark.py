@@ -1,9 +1,11 @@
 """benchmarks/learning without its runs: the tasks, that arms decode equally many tokens, and the summary."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +16,10 @@ from benchmarks.learning.run import Point, points
 from benchmarks.learning.summary import crossing, summary
 from tests.support.paths import ROOT
 from treepo.config.load import load_config
+from treepo.data.prompts import load_prompts
 from treepo.rewards.custom import call, load_function
 from treepo.rewards.grade import GradeItem
+from treepo.toy.byte_tokenizer import byte_tokenizer
 from treepo.toy.problems import draw_problems
 from treepo.toy.task import Task
 from treepo.verdict import Verdict
@@ -98,12 +102,16 @@ def test_the_search_is_graded_by_evaluating_its_lines(response: str, right: bool
     assert search.is_correct(PROBLEM, response) is right
 
 
-def test_the_search_is_graded_through_a_reward_function() -> None:
+def test_a_row_of_the_search_is_graded_as_training_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"".join(orjson.dumps(row) for row in search.rows([PROBLEM], "train")))
+    data = load_config(Path(CONFIG), [*overrides("search", BASELINE), f"data.train={path}"]).data
+    (prompt,) = load_prompts(path, data.columns, byte_tokenizer(4096), data)
     function = load_function("benchmarks.learning.search:reward")
-    (row,) = search.rows([PROBLEM], "train")
     for response, verdict in (("36-7=29\n29-5=24\n24+9=33\n", Verdict.CORRECT), ("36\n", Verdict.WRONG)):
-        item = GradeItem(prompt="", response=response, answer="33", extra=row["extra_info"])  # pyright: ignore[reportArgumentType, reportCallIssue]
-        assert call(function, item).verdict is verdict
+        assert (
+            call(function, GradeItem(prompt.text, response, prompt.answer, prompt.extra)).verdict is verdict
+        )
 
 
 @given(st.integers(10, 99), st.lists(st.integers(1, 9), max_size=5))
