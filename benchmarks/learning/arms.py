@@ -65,11 +65,11 @@ TASKS: Mapping[str, TaskSettings] = {
     "search": TaskSettings(
         search,
         search.STARTING,
-        response_tokens=41,
-        budget=16 * WIDTH * 41,
+        response_tokens=33,
+        budget=24 * WIDTH * 33,
         overrides=(
-            "sampling.max_depth=6",
-            "sampling.max_response_tokens=48",
+            "sampling.max_depth=5",
+            "sampling.max_response_tokens=40",
             "reward.function=benchmarks.learning.search:reward",
             "data.columns.extra=extra_info",
         ),

@@ -5,8 +5,8 @@
                43-5=38
                38+2=40      wrong: 36+7-5+2 is not 50, but 36+7+5+2 is
 
-Which signs reach the target is only known at the end. Going towards it at every number reaches it in a third
-of the problems; in the others some number must lead away from it. The response is graded by evaluating its
+Which signs reach the target is only known at the end. Going towards it at every number reaches it in two of
+five problems; in the others some number must lead away from it. The response is graded by evaluating its
 lines: `reward` is this task's reward function, which the product calls in its grading processes.
 """
 
@@ -20,13 +20,13 @@ import numpy as np
 from treepo.toy.problems import HIGH, LOW
 from treepo.toy.recipe import RECIPE
 
-NUMBERS = 5
+NUMBERS = 4
 TARGET = 50
 """One for all problems: a model of two layers learns to compare with it in a few minutes."""
-SLIP = 0.15
+SLIP = 0.3
 """Chance, at each number, that a demonstration takes a sign at random, not one that still leads there."""
 
-STARTING = replace(RECIPE, steps=400, careful_steps=300)
+STARTING = replace(RECIPE, steps=450, careful_steps=370)
 _LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 
 

@@ -109,9 +109,8 @@ def test_a_row_of_the_search_is_graded_as_training_reads_it(tmp_path: Path) -> N
     (prompt,) = load_prompts(path, data.columns, byte_tokenizer(4096), data)
     function = load_function("benchmarks.learning.search:reward")
     for response, verdict in (("36-7=29\n29-5=24\n24+9=33\n", Verdict.CORRECT), ("36\n", Verdict.WRONG)):
-        assert (
-            call(function, GradeItem(prompt.text, response, prompt.answer, prompt.extra)).verdict is verdict
-        )
+        item = GradeItem(response, prompt.answer, prompt=prompt.text, extra=prompt.extra)
+        assert call(function, item).verdict is verdict
 
 
 @given(st.integers(10, 99), st.lists(st.integers(1, 9), max_size=5))
