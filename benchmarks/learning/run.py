@@ -22,7 +22,7 @@ _PHASES = ("seconds/sample", "seconds/log_probs", "seconds/train", "seconds/weig
 class Point:
     """An evaluation after `step` optimizer steps.
 
-    decoded_tokens, trained_tokens (prompts too; a shared one once), seconds: of training so far, evaluations
+    decoded_tokens, trained_tokens (of responses, a shared one once), seconds: of training so far, evaluations
     left out. accuracy: of independent answers to held-out problems, with its standard error over problems.
     mixed: share of the trees whose rewards differ, mean over the steps so far; null before training.
     """
