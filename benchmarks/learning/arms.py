@@ -3,8 +3,9 @@
 **Equal tokens.** Every step of every arm decodes about `BUDGET` tokens. Both tasks' answers have one length
 each, so the size of a tree follows from the sampling configuration alone: `tokens_a_tree` grows a few by the
 driver, on an engine that writes answers of that length. A step has as many prompts as make up the budget, to
-within half a tree (1 to 3%). With `refills`, trees that are dropped count too. The budget holds on average,
-not step by step; results are compared along the tokens that were in fact decoded.
+within half a tree (1 to 3%). Where rewards decide how large trees become, or which are dropped, `more` is
+measured: change it until the summary's `tokens_a_step` agree. The budget holds on average, not step by step;
+results are compared along the tokens that were in fact decoded.
 
 **Equal steps.** All arms take the same number of optimizer steps, one a training step, with the same loss and
 learning rate.
@@ -79,10 +80,10 @@ TASKS: Mapping[str, TaskSettings] = {
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Overrides of the base. refills: trees that are decoded for each one trained."""
+    """Overrides of the base. more: tokens decoded for each tree that is trained, over `tokens_a_tree`."""
 
     overrides: Sequence[str] = ()
-    refills: float = 1.0
+    more: float = 1.0
 
 
 _GRPO = "learning.estimator=grpo"
@@ -91,7 +92,7 @@ _DYNAMIC = "learning.dynamic_sampling=true"
 BASELINE = "grpo"
 ARMS: Mapping[str, Arm] = {
     BASELINE: Arm(_SEQUENTIAL),
-    "grpo-dynamic": Arm((*_SEQUENTIAL, _DYNAMIC), refills=1.2),
+    "grpo-dynamic": Arm((*_SEQUENTIAL, _DYNAMIC), more=1.2),
     "treepo": Arm(),
     "treepo-segment": Arm(("learning.estimator=treepo_segment",)),
     "tree-grpo": Arm((_GRPO,)),
@@ -102,7 +103,7 @@ ARMS: Mapping[str, Arm] = {
 def overrides(task: str, arm: str) -> list[str]:
     """All overrides of CONFIG for an arm on a task, the number of prompts included."""
     chosen = [*BASE, *TASKS[task].overrides, *ARMS[arm].overrides]
-    tokens = tokens_a_tree(task, arm) * ARMS[arm].refills
+    tokens = tokens_a_tree(task, arm) * ARMS[arm].more
     return [*chosen, f"data.prompts_per_step={round(TASKS[task].budget / tokens)}"]
 
 

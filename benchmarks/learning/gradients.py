@@ -13,7 +13,8 @@ mean over tokens of advantage x log-prob. One JSON line an arm:
 - cosine: of one repeat's gradient with the reference, mean over repeats.
 - cosine_of_mean: of their mean with it; below 1 by the noise that is left, and by the arm's bias.
 
-Arms that differ only in what `treepo rollout` does not do, such as dynamic sampling, are alike here.
+`treepo rollout` drops no tree, so dynamic sampling changes nothing here. It grades nothing either: arms whose
+trees read rewards while they grow are refused.
 """
 
 import argparse

@@ -129,7 +129,7 @@ def test_an_arm_decodes_the_budget(task: str, arm: str) -> None:
     chosen = overrides(task, arm)
     load_config(ROOT / CONFIG, chosen)
     prompts = int(chosen[-1].removeprefix("data.prompts_per_step="))
-    decoded = prompts * tokens_a_tree(task, arm) * ARMS[arm].refills
+    decoded = prompts * tokens_a_tree(task, arm) * ARMS[arm].more
     assert decoded == pytest.approx(TASKS[task].budget, rel=0.03)
 
 
