@@ -13,7 +13,7 @@ learning rate.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,12 @@ TASKS: Mapping[str, TaskSettings] = {
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Overrides of the base. more: tokens decoded for each tree that is trained, over `tokens_a_tree`."""
+    """Overrides of the base. more: by task, decoded tokens for each tree that is trained, over those of
+    `tokens_a_tree`; 1 if it is not there.
+    """
 
     overrides: Sequence[str] = ()
-    more: float = 1.0
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
 _GRPO = "learning.estimator=grpo"
@@ -92,7 +94,7 @@ _DYNAMIC = "learning.dynamic_sampling=true"
 BASELINE = "grpo"
 ARMS: Mapping[str, Arm] = {
     BASELINE: Arm(_SEQUENTIAL),
-    "grpo-dynamic": Arm((*_SEQUENTIAL, _DYNAMIC), more=1.2),
+    "grpo-dynamic": Arm((*_SEQUENTIAL, _DYNAMIC), more={"sums": 1.03, "search": 1.15}),
     "treepo": Arm(),
     "treepo-segment": Arm(("learning.estimator=treepo_segment",)),
     "tree-grpo": Arm((_GRPO,)),
@@ -103,7 +105,7 @@ ARMS: Mapping[str, Arm] = {
 def overrides(task: str, arm: str) -> list[str]:
     """All overrides of CONFIG for an arm on a task, the number of prompts included."""
     chosen = [*BASE, *TASKS[task].overrides, *ARMS[arm].overrides]
-    tokens = tokens_a_tree(task, arm) * ARMS[arm].more
+    tokens = tokens_a_tree(task, arm) * ARMS[arm].more.get(task, 1.0)
     return [*chosen, f"data.prompts_per_step={round(TASKS[task].budget / tokens)}"]
 
 

@@ -129,8 +129,9 @@ def test_an_arm_decodes_the_budget(task: str, arm: str) -> None:
     chosen = overrides(task, arm)
     load_config(ROOT / CONFIG, chosen)
     prompts = int(chosen[-1].removeprefix("data.prompts_per_step="))
-    decoded = prompts * tokens_a_tree(task, arm) * ARMS[arm].more
-    assert decoded == pytest.approx(TASKS[task].budget, rel=0.03)
+    tree = tokens_a_tree(task, arm) * ARMS[arm].more.get(task, 1.0)
+    assert abs(prompts * tree - TASKS[task].budget) <= tree / 2
+    assert prompts * tree == pytest.approx(TASKS[task].budget, rel=0.035)
 
 
 def test_a_sequential_tree_decodes_all_tokens_of_its_answers() -> None:
