@@ -49,7 +49,7 @@ def _line(runs: Runs, baseline: Runs | None, reached: float | None) -> dict[str,
         "mixed": round(float(np.mean([end.mixed for end in ends if end.mixed is not None])), 3),
     }
     if target is not None:
-        line["target"] = round(target, 4)
+        line["target"] = round(float(target), 4)
         for name, along in (("tokens_to", "decoded_tokens"), ("seconds_to", "seconds")):
             line[name] = _finite(crossing(*_curve(runs, along), target))
     if baseline is not None:

@@ -161,7 +161,7 @@ def test_the_summary_compares_tokens_at_the_baselines_last_accuracy() -> None:
         *points("sums", "fast", 2, lines(100, [0.2, 0.6, 0.8])),
         *points("sums", "slow", 1, lines(80, [0.2, 0.3, 0.4])),
     ]
-    baseline, fast, slow = summary(runs)
+    baseline, fast, slow = (orjson.loads(orjson.dumps(line)) for line in summary(runs))
     assert baseline["target"] == fast["target"] == 0.6
     assert (baseline["tokens_to"], fast["tokens_to"], slow["tokens_to"]) == (200, 100, None)
     assert baseline["tokens_over_baseline"]["ratio"] == 1
