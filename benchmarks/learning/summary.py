@@ -83,18 +83,17 @@ def _ratio(runs: Runs, baseline: Runs, reached: float | None, seeds: Sequence[Se
 
 
 def _ratio_and_interval(runs: Runs, baseline: Runs, reached: float | None) -> dict[str, Any]:
-    """The ratio and the ends of its interval; null: the accuracy is not reached."""
+    """The ratio and the ends of its interval; null: the accuracy is not reached, or there is one seed."""
+    ratio = _finite(_ratio(runs, baseline, reached, (None, None)), 3)
+    if min(len(runs), len(baseline)) == 1:
+        return {"ratio": ratio, "low": None, "high": None}
     draws = np.random.default_rng(0)
     resampled: list[float] = []
     for _ in range(_RESAMPLES):
         seeds = [draws.choice(list(one), len(one)).tolist() for one in (runs, baseline)]
         resampled.append(_ratio(runs, baseline, reached, seeds))
     low, high = np.quantile(resampled, (0.025, 0.975), method="nearest")
-    return {
-        "ratio": _finite(_ratio(runs, baseline, reached, (None, None)), 3),
-        "low": _finite(low, 3),
-        "high": _finite(high, 3),
-    }
+    return {"ratio": ratio, "low": _finite(low, 3), "high": _finite(high, 3)}
 
 
 def _mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
