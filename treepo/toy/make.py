@@ -50,8 +50,8 @@ def make_toy[P: Problem](
 ) -> ToyReport:
     """Make the toy in the folder `out`, or return the one that is there unless `force` is set.
 
-    progress: called with (step, steps, loss) after each step of the warm start. Raises ConfigError if `out`
-    is a file.
+    progress: called with (step, steps, loss) after each step of the warm start. task: another task than the
+    toy's, made in the same way. Raises ConfigError if `out` is a file.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: it is a file; the toy needs the path of a folder, new or existing")

@@ -1,4 +1,4 @@
-"""The supervised warm start: train a small Qwen2 to solve the toy problems, carefully or carelessly.
+"""The supervised warm start: train a small Qwen2 to solve the problems of a task, carefully or carelessly.
 
 At first it sees careful solutions only, which teach arithmetic fastest, then the mixture that
 the task's `demonstrate` draws, which teaches it to give up. The loss is on the solution, not on the prompt.
