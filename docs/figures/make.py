@@ -1,10 +1,10 @@
 """Draw the documentation's figures: `python docs/figures/make.py [RUN [SMOLLM2_RUN]]`.
 
-Without RUN only `tree.svg`, `asynchrony.svg` and, if benchmarks/results/learning.jsonl is there, `arms.svg`
-are written. RUN is the folder of a finished quickstart:
+Without RUN only `tree.svg` and `asynchrony.svg` are written. RUN is the folder of a finished quickstart:
 `terminal.svg` shows what that run printed, and `learning.svg` its accuracy step by step. SMOLLM2_RUN is that
-of a finished `examples/smollm2/train.yaml`, for `smollm2.svg`. All three are drawn from the runs' own
-files, and `arms.svg` from the benchmark's.
+of a finished `examples/smollm2/train.yaml`, for `smollm2.svg`. All three are drawn from the runs' own files.
+
+`arms.svg` is drawn from benchmarks/results/learning.jsonl, if it is there (`python -m benchmarks.learning`).
 
 Every figure has its own background and loads nothing from a server, so it reads in light and dark themes, on
 GitHub and on the site.
@@ -338,6 +338,13 @@ def learning_curve(run: Path, title: str) -> str:
     return svg(740, 308, f"Held-out accuracy goes from {accuracies} in {last} steps", parts)
 
 
+def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """The metrics of every step, and the summary."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "seconds/step" in line]  # the others are evaluations
+    return steps, json.loads((run / "summary.json").read_text(encoding="utf-8"))
+
+
 # The learning benchmark
 
 PANELS = {"sums": "Long sums", "search": "Reaching a number"}
@@ -399,13 +406,6 @@ def arms_panel(points: list[dict[str, Any]], arms: list[str], title: str, left: 
             colour = ARM_COLOURS[arms.index(arm)]
             parts.append(f'<path fill="none" stroke="{colour}" stroke-width="2" d="M{path}"/>')
     return parts
-
-
-def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """The metrics of every step, and the summary."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if "seconds/step" in line]  # the others are evaluations
-    return steps, json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 
 def main(folders: list[str]) -> None:
