@@ -114,6 +114,11 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
             "min_learning_rate = 0.001 is above learning_rate = 1e-06",
         ),
         (MINIMAL, ["learning.entropy_decay_steps=9"], "with entropy_coefficient = 0: there is no bonus to"),
+        (
+            MINIMAL,
+            ["save_routes=true", "trainer.routing_replay=trainer"],
+            "save_routes = true with trainer.routing_replay = trainer: trees have no routes then; rollout is",
+        ),
         ("steps: 3\n", [], "model: required, but not given"),
         ("- a\n", [], "expected a mapping of keys, found list"),
         ("a: [1,\n", [], "not YAML"),

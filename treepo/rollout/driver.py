@@ -56,7 +56,8 @@ class TreeDriver:
     decode: token ids to text, for the stop rules. kv_tokens: tokens in the KV cache, one number for all
     engines or one for each. It bounds the trees that live on an engine, so that their prefixes are not
     evicted. None: unbounded. `sampling.max_live_trees` bounds them by number instead. One driver serves all
-    steps: it learns from finished trees how large trees become.
+    steps: it learns from finished trees how large trees become. routes: whether the engines are asked for the
+    routes of a tree's tokens.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class TreeDriver:
         decode: Callable[[np.ndarray], str],
         seed: int,
         kv_tokens: int | Sequence[int] | None = None,
+        *,
+        routes: bool = False,
     ) -> None:
         if not engines:
             raise ValueError("a driver needs at least one engine")
@@ -74,6 +77,7 @@ class TreeDriver:
         self._sampling = sampling
         self._rule = StopRule(sampling, decode)
         self._seed = seed
+        self._routes = routes
         self._router = Router(
             engines, sampling, [kv_tokens] * len(engines) if isinstance(kv_tokens, int) else kv_tokens
         )
@@ -90,7 +94,8 @@ class TreeDriver:
         """Admit the prompt's tree to an engine, which must have room; `grow` must follow."""
         engine = self._router.engine_with_room(len(prompt.tokens))
         assert engine is not None
-        return self._router.admit(GrowingTree(prompt, self._sampling, self._rule, self._seed, step), engine)
+        tree = GrowingTree(prompt, self._sampling, self._rule, self._seed, step, routes=self._routes)
+        return self._router.admit(tree, engine)
 
     async def grow(self, live: LiveTree) -> Tree | FailedTree:
         """Grow an admitted tree. If a request of it keeps failing, the result is a FailedTree."""

@@ -26,6 +26,7 @@ from treepo.rollout import branching, fallback, rng
 from treepo.rollout.boxed import BoxScan
 from treepo.rollout.path import Node, PathRequest
 from treepo.rollout.stopping import StopRule
+from treepo.routes import has_route, no_route, routes_of_piece
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree
 
 
@@ -44,10 +45,20 @@ class GrowingTree:
 
     All randomness is keyed by (seed, step, prompt id) and a place in the tree. path_requests: the current
     round; empty when the tree is complete. branchings: paths that got more than one child. fallbacks: rounds
-    that continued finished leaves because no path was active.
+    that continued finished leaves because no path was active. routes: whether the tree has the routes of its
+    tokens.
     """
 
-    def __init__(self, prompt: Prompt, config: SamplingConfig, rule: StopRule, seed: int, step: int) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        config: SamplingConfig,
+        rule: StopRule,
+        seed: int,
+        step: int,
+        *,
+        routes: bool = False,
+    ) -> None:
         self.prompt = prompt
         self.branchings = 0
         self.fallbacks = 0
@@ -59,6 +70,8 @@ class GrowingTree:
         self._leaves: list[tuple[Node, Stop]] = []
         self._requested = 0
         self._round = 0
+        self._routes = routes
+        self._prompt_routes: np.ndarray | None = None
         if config.mode == "sequential":
             children = config.width
         else:
@@ -78,7 +91,22 @@ class GrowingTree:
             top_p=self._config.top_p,
             top_k=self._config.top_k,
             min_p=self._config.min_p,
+            routes_from=self._routes_from(path),
         )
+
+    def _routes_from(self, path: PathRequest) -> int | None:
+        """The first context token whose route `path` asks for next.
+
+        It is the last one, which the request that sampled it did not read; of cached tokens the tree has the
+        routes already. The tree's first request asks for the whole prompt's.
+        """
+        if not self._routes:
+            return None
+        return 0 if self._is_first(path) else len(path.context) - 1
+
+    def _is_first(self, path: PathRequest) -> bool:
+        """Whether `path` sends the tree's first request next."""
+        return path.number == 0 and not path.new_nodes
 
     def receive(self, path: PathRequest, output: GenerateOutput) -> int:
         """Add an engine's tokens to `path`, up to the first segment boundary at which the path ends.
@@ -94,6 +122,7 @@ class GrowingTree:
                 f"the engine returned {total} tokens with {len(output.log_probs)} log-probs, finish "
                 f"{output.finish}; {wanted} tokens were requested"
             )
+        routes = self._take_routes(path, output)
         base, prompt_tokens = len(path.context), len(self.prompt.tokens)
         context = np.concatenate([path.context, output.tokens])
         taken = 0
@@ -102,11 +131,37 @@ class GrowingTree:
             piece = slice(taken, min(taken + segment_end - path.length, total))
             taken = piece.stop
             eos = output.finish == "eos" and taken == total
-            node = path.add(output, piece, Finish.EOS if eos else Finish.LENGTH, self._rule)
+            of_piece = None if routes is None else routes_of_piece(routes, piece)
+            node = path.add(output, piece, Finish.EOS if eos else Finish.LENGTH, self._rule, of_piece)
             if eos or node.end == segment_end:
                 path.stop = self._rule.classify(context[prompt_tokens : base + taken], node.box, eos)
+        if path.stop is not None and path.last_node is not None and path.last_node.routes is not None:
+            # The engine may have read it, or not: that depends on where its stop rule looks.
+            path.last_node.routes[-1] = no_route(path.last_node.routes.dtype)
         path.context = context[: base + taken]
         return taken
+
+    def _take_routes(self, path: PathRequest, output: GenerateOutput) -> np.ndarray | None:
+        """Keep the routes of context tokens that an output brings.
+
+        Returns the routes of the context's last token and of all the output's tokens but the last; None
+        without routes. Raises EngineError for routes that do not fit the request.
+        """
+        first, routes = self._routes_from(path), output.routes
+        if first is None:
+            return None
+        wanted = len(path.context) - first + len(output.tokens) - 1
+        if routes is None or len(routes) != wanted:
+            found = "no routes" if routes is None else f"the routes of {len(routes)} tokens"
+            raise EngineError(f"the engine returned {found}; those of {wanted} were requested")
+        if self._is_first(path):
+            self._prompt_routes = routes[: len(path.context)].copy()
+        routes = routes[len(path.context) - 1 - first :]
+        if not path.new_nodes:
+            path.route_above = routes[0].copy()
+        elif path.last_node is not None and path.last_node.routes is not None:
+            path.last_node.routes[-1] = routes[0]
+        return routes
 
     def advance(self) -> None:
         """End the round, whose path requests must be complete: classify, then branch or fall back."""
@@ -115,6 +170,7 @@ class GrowingTree:
         for path in self.path_requests:
             assert path.complete
             assert path.last_node is not None
+            self._route_above(path)
             self._nodes += path.new_nodes
             if path.stop is None:
                 active.append(path.last_node)
@@ -125,6 +181,16 @@ class GrowingTree:
             self.path_requests = self._branch(active, len(self._leaves) - finished_before)
         else:
             self.path_requests = self._fall_back()
+
+    def _route_above(self, path: PathRequest) -> None:
+        """Give the token above the path's new nodes the route that the path read, if it has none yet.
+
+        So the first child in the order of path requests decides, whichever was answered first.
+        """
+        above = path.new_nodes[0].parent
+        if above is not None and above.routes is not None and not has_route(above.routes[-1]):
+            assert path.route_above is not None
+            above.routes[-1] = path.route_above
 
     def held(self) -> list[tuple[int, int]]:
         """Compute what a prefix cache had to hold during this round, which must be complete.
@@ -168,10 +234,12 @@ class GrowingTree:
                     log_probs=node.log_probs,
                     versions=node.versions,
                     finish=node.finish,
+                    routes=node.routes,
                 )
                 for node in nodes
             ),
             leaves=tuple(Leaf(segment=index_of[id(node)], stop=stop) for node, stop in self._leaves),
+            prompt_routes=self._prompt_routes,
         )
 
     def _depth_first(self) -> list[Node]:
@@ -246,6 +314,8 @@ class GrowingTree:
         )
         node.parent, node.tokens = upper, node.tokens[keep:]
         node.log_probs, node.versions = node.log_probs[keep:], node.versions[keep:]
+        if node.routes is not None:  # the cut's last token has one: the rest of the segment read it
+            upper.routes, node.routes = node.routes[:keep], node.routes[keep:]
         self._nodes.append(upper)
         return upper
 

@@ -200,7 +200,14 @@ class _Run:
             state.resampled += scheduler.resampled
             _log.warning("%d finished trees are too stale now and are sampled again", scheduler.resampled)
         tokenizer, sampling = inputs.tokenizer, config.sampling
-        driver = TreeDriver(engines.engines, sampling, tokenizer.decode, config.seed, engines.kv_tokens)
+        driver = TreeDriver(
+            engines.engines,
+            sampling,
+            tokenizer.decode,
+            config.seed,
+            engines.kv_tokens,
+            routes=config.samples_routes,
+        )
         grader = TreeGrader(config.reward, tokenizer, self.rewards, sampling.max_response_tokens)
         finished = {} if origin is None else origin.ready_trees
         return TreeSupply(config, inputs.train, order, scheduler, driver, grader, finished)
@@ -213,7 +220,7 @@ class _Run:
         Raises TrainerError if `trainer.max_restarts` are used up.
         """
         most = self.config.trainer.max_restarts
-        origin = await in_thread(lambda: last_checkpoint(self.config.out))
+        origin = await in_thread(lambda: last_checkpoint(self.config))
         if self.restarts == most:
             goes_on = "" if origin is None else f"; --resume continues after step {origin.state.steps_done}"
             used_up = f"trainer.max_restarts = {most}: all restarts are used up"
