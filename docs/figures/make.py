@@ -6,6 +6,8 @@ of a finished `examples/smollm2/train.yaml`, for `smollm2.svg`. All three are dr
 ROUTING is a file of what `python -m benchmarks.routing_replay` printed, for `routing.svg`. An empty argument
 leaves its figures as they are.
 
+`arms.svg` is drawn from benchmarks/results/learning.jsonl, if it is there (`python -m benchmarks.learning`).
+
 Every figure has its own background and loads nothing from a server, so it reads in light and dark themes, on
 GitHub and on the site.
 """
@@ -18,6 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -29,6 +32,7 @@ from treepo.display.train import TrainDisplay, show_summary
 FIGURES = Path(__file__).parent
 DIFFERENCE = "logprob_difference_mean"
 EXAMPLE = "examples/quickstart.yaml"
+ARM_RESULTS = Path("benchmarks/results/learning.jsonl")
 TITLES = ("Accuracy on the quickstart’s sums", "Accuracy of SmolLM2-135M-Instruct on sums")
 STYLE = """<style>
 text { font: 13px system-ui, "Segoe UI", "DejaVu Sans", Verdana, sans-serif; fill: #1f2933 }
@@ -376,6 +380,69 @@ def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
     return steps, json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 
+# The learning benchmark
+
+PANELS = {"sums": "Long sums", "search": "Reaching a number"}
+ARM_COLOURS = (
+    *("#5b6875", "#0f766e", "#c2410c", "#7c3aed", "#2563eb", "#ca8a04", "#db2777", "#65a30d", "#0891b2"),
+    *("#9f1239", "#a16207", "#4338ca"),
+)  # readable on light and dark cards
+_PANEL, _MARGIN, _TOP, _BOTTOM = 420, 56, 66, 300
+
+
+def arms_figure(results: Path) -> str:
+    """Held-out accuracy along decoded tokens, a panel for each task: means over the seeds of each arm."""
+    points = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    arms = list(dict.fromkeys(point["arm"] for point in points))
+    parts = [text(_MARGIN, 30, "Held-out accuracy along decoded tokens, mean over seeds", "big")]
+    for number, (task, title) in enumerate(PANELS.items()):
+        own = [point for point in points if point["task"] == task]
+        if own:
+            parts += arms_panel(own, arms, title, _MARGIN + number * _PANEL)
+    for number, arm in enumerate(arms):
+        x, y = _MARGIN + number % 6 * 136, _BOTTOM + 66 + number // 6 * 22
+        parts.append(f'<path d="M{x} {y - 4} h22" stroke="{ARM_COLOURS[number]}" stroke-width="3"/>')
+        parts.append(text(x + 28, y, arm, "small"))
+    height = _BOTTOM + 84 + (len(arms) - 1) // 6 * 22
+    return svg(_MARGIN + _PANEL * len(PANELS), height, "Held-out accuracy along decoded tokens", parts)
+
+
+def arms_panel(points: list[dict[str, Any]], arms: list[str], title: str, left: float) -> list[str]:
+    """One task's curves, its axes from 0 to the most tokens, and over the accuracies in tenths."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for arm in arms:
+        steps = sorted({point["step"] for point in points if point["arm"] == arm})
+        own = [[p for p in points if p["arm"] == arm and p["step"] == step] for step in steps]
+        curves[arm] = [
+            (mean([p["decoded_tokens"] for p in each]), mean([p["accuracy"] for p in each])) for each in own
+        ]
+    drawn = [at for curve in curves.values() for at in curve]
+    most = max(tokens for tokens, _ in drawn)
+    low = math.floor(10 * min(accuracy for _, accuracy in drawn))
+    high = max(math.ceil(10 * max(accuracy for _, accuracy in drawn)), low + 1)
+    right = left + _PANEL - 60
+
+    def place(tokens: float, accuracy: float) -> tuple[float, float]:
+        share = (10 * accuracy - low) / (high - low)
+        return left + (right - left) * tokens / most, _BOTTOM - (_BOTTOM - _TOP - 14) * share
+
+    parts = [text(left, _TOP - 8, title, "bold")]
+    for tenths in range(low, high + 1):
+        _, y = place(0, tenths / 10)
+        parts.append(f'<path class="grid" d="M{left:g} {y:g} H{right:g}"/>')
+        parts.append(text(left - 8, y + 4, f"{tenths / 10:.1f}", "small soft", "end"))
+    for quarter in range(5):
+        x, _ = place(most * quarter / 4, 0)
+        parts.append(text(x, _BOTTOM + 18, f"{most * quarter / 4000:.0f}", "small soft", "middle"))
+    parts.append(text((left + right) / 2, _BOTTOM + 38, "thousand decoded tokens", "soft", "middle"))
+    for arm, curve in curves.items():
+        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*at) for at in curve))
+        if curve:
+            colour = ARM_COLOURS[arms.index(arm)]
+            parts.append(f'<path fill="none" stroke="{colour}" stroke-width="2" d="M{path}"/>')
+    return parts
+
+
 def main(paths: list[str]) -> None:
     """Write the figures. paths: RUN, SMOLLM2_RUN and ROUTING of the module's docstring."""
     quickstart, smollm2, routing = map(Path, [*paths, "", "", ""][:3])
@@ -386,6 +453,8 @@ def main(paths: list[str]) -> None:
         figures["smollm2"] = learning_curve(smollm2, TITLES[1])
     if routing.name:
         figures["routing"] = routing_curves(routing)
+    if ARM_RESULTS.exists():
+        figures["arms"] = arms_figure(ARM_RESULTS)
     for name, drawn in figures.items():
         (FIGURES / f"{name}.svg").write_text(drawn, encoding="utf-8")
 

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from treepo.errors import ConfigError
 from treepo.rollout import rng
+from treepo.toy import problems
 from treepo.toy.recipe import RECIPE, Recipe
+from treepo.toy.task import Problem, Task
 
 _STAMP = "toy.json"
 
@@ -38,47 +41,52 @@ class ToyReport:
     cached: bool
 
 
-def make_toy(
+def make_toy[P: Problem](
     out: Path,
     seed: int = 0,
     force: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
     recipe: Recipe = RECIPE,
+    task: Task[P] = problems,
 ) -> ToyReport:
     """Make the toy in the folder `out`, or return the one that is there unless `force` is set.
 
-    progress: called with (step, steps, loss) after each step of the warm start. Raises ConfigError if `out`
-    is a file.
+    progress: called with (step, steps, loss) after each step of the warm start. task: another task than the
+    toy's, made in the same way. Raises ConfigError if `out` is a file.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: it is a file; the toy needs the path of a folder, new or existing")
-    fingerprint = _fingerprint(seed, recipe)
+    fingerprint = _fingerprint(seed, recipe, task)
     if not force:
         report = _read_stamp(out, fingerprint, recipe)
         if report is not None:
             return report
     (out / _STAMP).unlink(missing_ok=True)
-    report = _make(out, seed, recipe, progress)
+    report = _make(out, seed, recipe, task, progress)
     _write_stamp(out, fingerprint, report)
     return report
 
 
-def _make(
-    out: Path, seed: int, recipe: Recipe, progress: Callable[[int, int, float], None] | None
+def _make[P: Problem](
+    out: Path,
+    seed: int,
+    recipe: Recipe,
+    task: Task[P],
+    progress: Callable[[int, int, float], None] | None,
 ) -> ToyReport:
     start = time.monotonic()
     # Imported here: torch takes seconds to load, and a toy that is already made does not need it.
     import torch
 
-    from treepo.toy import problems, warmstart
+    from treepo.toy import warmstart
     from treepo.toy.byte_tokenizer import byte_tokenizer
 
     draws = rng.generator("toy", seed, "problems")
-    drawn = problems.draw_problems(draws, recipe.train_problems + recipe.heldout_problems)
+    drawn = problems.draw_problems(draws, recipe.train_problems + recipe.heldout_problems, task.draw_problem)
     train, heldout = drawn[: recipe.train_problems], drawn[recipe.train_problems :]
     out.mkdir(parents=True, exist_ok=True)
     for split, chosen in (("train", train), ("heldout", heldout)):
-        lines = (orjson.dumps(row) + b"\n" for row in problems.rows(chosen, split))
+        lines = (orjson.dumps(row) + b"\n" for row in task.rows(chosen, split))
         (out / f"{split}.jsonl").write_bytes(b"".join(lines))
 
     tokenizer = byte_tokenizer(warmstart.MAX_CONTEXT)
@@ -86,8 +94,8 @@ def _make(
     model = warmstart.new_model(seed, recipe.experts)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     with warmstart.one_thread():
-        warmstart.warm_start(model, tokenizer, recipe, seed, frozenset(heldout), progress)
-        accuracy = warmstart.sampled_accuracy(model, tokenizer, heldout, recipe.measured_samples, seed)
+        warmstart.warm_start(model, tokenizer, recipe, seed, task, frozenset(heldout), progress)
+        accuracy = warmstart.sampled_accuracy(model, tokenizer, task, heldout, recipe.measured_samples, seed)
     model.save_pretrained(out / "model")
     tokenizer.hugging_face.save_pretrained(out / "model")
     return ToyReport(
@@ -102,10 +110,11 @@ def _make(
     )
 
 
-def _fingerprint(seed: int, recipe: Recipe) -> str:
-    """Digest what a toy is made from: the seed, the recipe and the sources of this package."""
-    digest = hashlib.blake2b(repr((seed, recipe)).encode(), digest_size=16)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+def _fingerprint(seed: int, recipe: Recipe, task: Task[Any]) -> str:
+    """Digest what a toy is made from: the seed, the recipe, and the sources of this package and the task."""
+    digest = hashlib.blake2b(repr((seed, recipe, task.__name__)).encode(), digest_size=16)
+    assert task.__file__ is not None
+    for source in sorted({*Path(__file__).parent.glob("*.py"), Path(task.__file__)}):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -18,7 +18,7 @@ decide. A clause of the prompt (" plus 7,") and a step of the solution ("36+7=43
 within a minute.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,8 @@ GIVE_UP = 0.19
 GUESS_RADIUS = 6
 """A guess is uniform within this distance of the answer, the answer included."""
 
-_LOW, _HIGH = 10, 99
+LOW, HIGH = 10, 99
+"""Every total is one of these, or between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +61,23 @@ class Problem:
         return f"{''.join(lines)}\\boxed{{{self.answer if boxed is None else boxed}}}"
 
 
-def draw_problem(rng: np.random.Generator) -> Problem:
-    """Draw a problem all of whose totals have two digits."""
+def draw_problem(rng: np.random.Generator, steps: int = STEPS) -> Problem:
+    """Draw a problem of `steps` changes all of whose totals have two digits."""
     while True:
-        start = int(rng.integers(_LOW, _HIGH + 1))
-        changes = rng.integers(1, 10, STEPS) * rng.choice((-1, 1), STEPS)
+        start = int(rng.integers(LOW, HIGH + 1))
+        changes = rng.integers(1, 10, steps) * rng.choice((-1, 1), steps)
         totals = start + np.cumsum(changes)
-        if totals.min() >= _LOW and totals.max() <= _HIGH:
+        if totals.min() >= LOW and totals.max() <= HIGH:
             return Problem(start, tuple(int(change) for change in changes))
 
 
-def draw_problems(rng: np.random.Generator, number: int) -> list[Problem]:
+def draw_problems[P: Hashable](
+    rng: np.random.Generator, number: int, draw: Callable[[np.random.Generator], P] = draw_problem
+) -> list[P]:
     """Draw `number` different problems."""
-    drawn: dict[Problem, None] = {}
+    drawn: dict[P, None] = {}
     while len(drawn) < number:
-        drawn[draw_problem(rng)] = None
+        drawn[draw(rng)] = None
     return list(drawn)
 
 
@@ -84,7 +87,7 @@ def demonstrate(problem: Problem, rng: np.random.Generator) -> str:
     if gives_up.size == 0:
         return problem.solution()
     guess = problem.answer + int(rng.integers(-GUESS_RADIUS, GUESS_RADIUS + 1))
-    return problem.solution(steps=int(gives_up[0]), boxed=min(max(guess, _LOW), _HIGH))
+    return problem.solution(steps=int(gives_up[0]), boxed=min(max(guess, LOW), HIGH))
 
 
 def is_correct(problem: Problem, response: str) -> bool:

@@ -1,7 +1,7 @@
-"""The supervised warm start: train a small model to solve the toy problems, carefully or carelessly.
+"""The supervised warm start: train a small model to solve the problems of a task, carefully or carelessly.
 
 At first it sees careful solutions only, which teach arithmetic fastest, then the mixture that
-`problems.demonstrate` draws, which teaches it to give up. The loss is on the solution, not on the prompt.
+the task's `demonstrate` draws, which teaches it to give up. The loss is on the solution, not on the prompt.
 Muon trains the layers' matrices and Adam the rest; on this task that needs several times fewer steps than
 Adam alone.
 """
@@ -17,11 +17,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from treepo.data.tokenizer import Tokenizer
 from treepo.rollout import rng
-from treepo.toy import problems
 from treepo.toy.byte_tokenizer import EOS, EOS_ID, PAD_ID, VOCABULARY
 from treepo.toy.muon import Muon
-from treepo.toy.problems import Problem
 from treepo.toy.recipe import EXPERTS_PER_TOKEN, Recipe
+from treepo.toy.task import Problem, Task
 
 _IGNORE = -100  # the label of a token that is not trained
 _BALANCE = 0.01  # weight of the routers' imbalance; without it three experts of eight get all tokens
@@ -77,12 +76,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def warm_start(
+def warm_start[P: Problem](
     model: Model,
     tokenizer: Tokenizer,
     recipe: Recipe,
     seed: int,
-    exclude: frozenset[Problem],
+    task: Task[P],
+    exclude: frozenset[P],
     progress: Callable[[int, int, float], None] | None = None,
 ) -> None:
     """Train `model` in place, never on a problem in `exclude`.
@@ -97,7 +97,8 @@ def warm_start(
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, recipe.rate) for o in (muon, adam)]
     model.train()
     for step in range(recipe.steps):
-        tokens, labels = _batch(tokenizer, draws, recipe.batch, exclude, careful=step < recipe.careful_steps)
+        careful = step < recipe.careful_steps
+        tokens, labels = _batch(tokenizer, draws, recipe.batch, task, exclude, careful)
         loss = _loss(model, tokens.to(model.device), labels.to(model.device))
         model.zero_grad()
         loss.backward()
@@ -111,10 +112,11 @@ def warm_start(
 
 
 @torch.no_grad()
-def sampled_accuracy(
+def sampled_accuracy[P: Problem](
     model: Model,
     tokenizer: Tokenizer,
-    heldout: Sequence[Problem],
+    task: Task[P],
+    heldout: Sequence[P],
     samples: int,
     seed: int,
 ) -> float:
@@ -136,7 +138,7 @@ def sampled_accuracy(
         )
     responses = [tokenizer.decode(tokens) for tokens in sequences[:, prompts.shape[1] :].cpu().numpy()]
     owners = [problem for problem in heldout for _ in range(samples)]
-    return float(np.mean([problems.is_correct(o, r) for o, r in zip(owners, responses, strict=True)]))
+    return float(np.mean([task.is_correct(o, r) for o, r in zip(owners, responses, strict=True)]))
 
 
 def _prompt_tokens(tokenizer: Tokenizer, problem: Problem) -> list[int]:
@@ -148,21 +150,22 @@ def _solution_tokens(tokenizer: Tokenizer, solution: str) -> list[int]:
     return tokenizer.encode(solution + EOS).tolist()
 
 
-def _batch(
+def _batch[P: Problem](
     tokenizer: Tokenizer,
     draws: np.random.Generator,
     size: int,
-    exclude: frozenset[Problem],
+    task: Task[P],
+    exclude: frozenset[P],
     careful: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw tokens and labels, int64 [size, T], padded on the right; only solutions have labels."""
     sequences: list[list[int]] = []
     prompt_lengths: list[int] = []
     while len(sequences) < size:
-        problem = problems.draw_problem(draws)
+        problem = task.draw_problem(draws)
         if problem in exclude:
             continue
-        solution = problem.solution() if careful else problems.demonstrate(problem, draws)
+        solution = problem.solution() if careful else task.demonstrate(problem, draws)
         prompt = _prompt_tokens(tokenizer, problem)
         sequences.append(prompt + _solution_tokens(tokenizer, solution))
         prompt_lengths.append(len(prompt))
