@@ -159,3 +159,40 @@ def test_a_token_cap_limits_the_initial_branching_of_a_range_only() -> None:
     assert branching.initial_children(config(initial_branching=8, **cap), rng) == 8
     free = {branching.initial_children(config(initial_branching="2-8"), rng) for _ in range(200)}
     assert free == set(range(2, 9))
+
+
+@given(
+    log_probs=st.lists(st.floats(-30, 0, width=16), min_size=1, max_size=30),
+    window=st.integers(1, 9),
+)
+def test_surprise_is_the_window_with_the_lowest_mean_log_prob(log_probs: list[float], window: int) -> None:
+    at = branching.place(
+        config(branch={"at": "surprise", "window_tokens": window}), np.array(log_probs, np.float32)
+    )
+    size = min(window, len(log_probs))
+    sums = [math.fsum(log_probs[start : start + size]) for start in range(len(log_probs) - size + 1)]
+    # Sums of numbers with 11 bits are exact in float64, so the first of equal windows is the same one.
+    assert at == sums.index(min(sums))
+
+
+def test_paths_branch_at_their_end_by_default() -> None:
+    assert branching.place(config(), np.array([-1, -9, -1], np.float32)) == 3
+    assert branching.may_branch(config(), 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        (
+            {"branch": {"from_depth": 4}, "max_depth": 4},
+            "branch.from_depth = 4 with max_depth = 4: no path would branch; less than 4 is allowed",
+        ),
+        (
+            {"branch": {"window_tokens": 2}},
+            "window_tokens = 2 does nothing with at = end; surprise is allowed",
+        ),
+    ],
+)
+def test_places_that_cannot_work_are_refused(values: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        config(**values)

@@ -17,7 +17,7 @@ from tests.support.fake_engine import FakeEngine, decode, prompt_tokens
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.rollout.growing_tree import GrowingTree
-from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS, PLACES
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
 
@@ -35,6 +35,7 @@ class Path:
     log_probs: list[float] = field(default_factory=list)
     bounds: list[int] = field(default_factory=list)
     stop: str = ""
+    branched: bool = False
 
     def cut(self, length: int) -> "Path":
         bounds = [bound for bound in self.bounds if bound < length] + [length] * (length > 0)
@@ -160,6 +161,37 @@ def cut_of(leaf: Path, config: SamplingConfig, rng: random.Random) -> int:
     return max([b for b in leaf.bounds if b <= cut], default=0) if rule.aligned else cut
 
 
+def branch_place(path: Path, config: SamplingConfig) -> int:
+    """Tokens of a path's response that its further children share with it."""
+    if config.branch.at == "end":
+        return len(path.tokens)
+    start = path.bounds[-2] if len(path.bounds) > 1 else 0
+    size = min(config.branch.window_tokens, len(path.tokens) - start)
+    windows = range(start, len(path.tokens) - size + 1)
+    return min(windows, key=lambda at: sum(path.log_probs[at : at + size]))
+
+
+def branches(
+    active: list[Path], finished_now: int, leaves: list[Path], config: SamplingConfig, rng: random.Random
+) -> list[Path]:
+    """The paths of the next step."""
+    deep = [p for p in active if math.ceil(len(p.tokens) / config.segment_tokens) >= config.branch.from_depth]
+    n, queue = len(deep), [path for path in active if path not in deep]
+    if not deep:
+        return queue
+    rest = max(bound_of(leaves, active, config) - len(leaves) - len(queue), 0)
+    wanted = factor(config, rng) if config.budget == "tokens" else factor(config, rng) * (n + finished_now)
+    if config.mode == "sequential":
+        wanted = n
+    for path, share in zip(deep, divide(max(min(rest, wanted), n), deep, config), strict=True):
+        place = branch_place(path, config)
+        if share > 1 and 0 < place < len(path.tokens):
+            path.bounds = sorted({*path.bounds, place})
+        queue += [path] + [path.cut(place)] * (share - 1)
+        path.branched = share > 1
+    return queue
+
+
 def bound_of(leaves: list[Path], active: list[Path], config: SamplingConfig) -> int:
     if config.tree_response_tokens is None:
         return config.width
@@ -203,16 +235,11 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
             seen["unique tokens"] += len(child.tokens) - len(path.tokens)
             child.stop = why_it_ends(child, config)
             (leaves if child.stop else active).append(child)
-        n, f, queue = len(active), len(leaves) - before, []
         if active:
-            rest = max(bound_of(leaves, active, config) - len(leaves), 0)
-            wanted = factor(config, rng) if config.budget == "tokens" else factor(config, rng) * (n + f)
-            if config.mode == "sequential":
-                wanted = n
-            for path, share in zip(active, divide(max(min(rest, wanted), n), active, config), strict=True):
-                queue += [path] * share
-                seen["branchings"] += share > 1
+            queue = branches(active, len(leaves) - before, leaves, config, rng)
+            seen["branchings"] += sum(path.branched for path in active)
             continue
+        queue = []
         rest = bound_of(leaves, [], config) - len(leaves)
         if rest > 0 and config.fallback.cut != "none":
             seen["fallbacks"] += 1
@@ -220,7 +247,7 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
     for leaf in leaves:
         seen["leaves"] += 1
         seen["total tokens"] += len(leaf.tokens)
-        seen["depth"] += math.ceil(len(leaf.tokens) / config.segment_tokens)
+        seen["segments"] += math.ceil(len(leaf.tokens) / config.segment_tokens)
         seen[leaf.stop] += 1
     return seen
 
@@ -242,7 +269,9 @@ def summary(tree: GrowingTree, config: SamplingConfig) -> Counter[str]:
     seen["total tokens"] = whole.total_tokens()
     seen["branchings"], seen["fallbacks"] = tree.branchings, tree.fallbacks
     seen["leaves"] = len(whole.leaves)
-    seen["depth"] = sum(math.ceil(len(whole.response(leaf)) / config.segment_tokens) for leaf in whole.leaves)
+    seen["segments"] = sum(
+        math.ceil(len(whole.response(leaf)) / config.segment_tokens) for leaf in whole.leaves
+    )
     return seen
 
 
@@ -276,6 +305,13 @@ POLICIES: dict[str, dict[str, Any]] = {
         }
         for policy in ("low_sum", "high_sum", "low_mean", "high_mean", "low_last", "high_last")
     },
+    "late": {"branch": {"from_depth": 3}},
+    "late, branching 3": {"branch": {"from_depth": 2}, "branching": 3, "initial_branching": 3},
+    "surprise": {"branch": {"at": "surprise"}},
+    "late surprise in windows": {
+        "branch": {"at": "surprise", "window_tokens": 3, "from_depth": 2},
+        "allocation": {"policy": "low_last"},
+    },
     "boxed with eos": {"stops": {"boxed": "with_eos", "repetition": {"check": "off"}}},
     "boxed off": {"stops": {"boxed": "off", "repetition": {"check": "off"}}},
     "repetition first": {"stops": {"repetition": {**LOOPING, "check": "first"}}},
@@ -304,6 +340,7 @@ def test_every_registered_policy_is_simulated() -> None:
     configs = [SamplingConfig(**{**SMALL, **policy}) for policy in POLICIES.values()]
     assert {config.budget for config in configs} == set(BUDGETS)
     assert {config.allocation.policy for config in configs} == set(ALLOCATIONS)
+    assert {config.branch.at for config in configs} == set(PLACES)
     assert {config.fallback.order for config in configs} == set(ORDERS)
     assert {config.fallback.cut for config in configs} == {*CUTS, "none"}
 

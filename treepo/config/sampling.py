@@ -1,7 +1,7 @@
 """How trees are sampled: the parameters of the paper's section 3 and the policies of its official code.
 
 docs/sampling.md explains every policy; docs/from_treepo.md maps the official recipe's options to these keys.
-The names of budgets, allocations, leaf orders and cut rules come from `treepo.rollout.policies`.
+The names of budgets, allocations, places, leaf orders and cut rules come from `treepo.rollout.policies`.
 """
 
 import re
@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticKnownError
 
 from treepo.config.base import Section
-from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS, PLACES
 
 
 def bounds(value: int | str) -> tuple[int, int]:
@@ -52,6 +52,7 @@ def _one_of(names: Iterable[str]) -> tuple[BeforeValidator, WithJsonSchema]:
 
 BudgetName = Annotated[str, *_one_of(BUDGETS)]
 AllocationName = Annotated[str, *_one_of(ALLOCATIONS)]
+PlaceName = Annotated[str, *_one_of(PLACES)]
 OrderName = Annotated[str, *_one_of(ORDERS)]
 CutName = Annotated[str, *_one_of([*CUTS, "none"])]
 
@@ -83,6 +84,28 @@ class AllocationConfig(Section):
         if self.schedule == "constant" and any(value is not None for value in given.values()):
             extra = ", ".join(f"{name} = {value}" for name, value in given.items() if value is not None)
             raise ValueError(f"{extra} does nothing with schedule = constant; sinusoidal is allowed")
+        return self
+
+
+class BranchConfig(Section):
+    """Where the active paths of a tree branch."""
+
+    from_depth: int = Field(default=1, ge=1)
+    """Segments that a path must have before it branches."""
+    at: PlaceName = Field(
+        default="end",
+        description="Where the further children of a path begin, in its last segment; one child always goes "
+        f"on at the end. {PLACES.describe()}",
+    )
+    window_tokens: int = Field(default=1, ge=1)
+    """Tokens of `surprise` whose mean log-prob is compared."""
+
+    @model_validator(mode="after")
+    def _window_is_used(self) -> Self:
+        if self.window_tokens != 1 and self.at != "surprise":
+            raise ValueError(
+                f"window_tokens = {self.window_tokens} does nothing with at = {self.at}; surprise is allowed"
+            )
         return self
 
 
@@ -153,7 +176,8 @@ class SamplingConfig(Section):
     mode: Literal["tree", "sequential"] = "tree"
     """`tree`, or `sequential`: `width` independent samples of each prompt by the same code, as a baseline."""
     segment_tokens: int = Field(default=512, ge=1)
-    """Most tokens in one segment; paths stop and branch only at segment boundaries."""
+    """Most tokens in one segment; paths stop only at segment boundaries, and branch only there
+    unless `branch.at` says otherwise."""
     max_depth: int = Field(default=14, ge=1)
     """Most segments on one path; `sequential` mode ignores it."""
     width: int = Field(default=16, ge=1)
@@ -193,6 +217,8 @@ class SamplingConfig(Section):
     """Leaves that a tree gets even after `tree_response_tokens` are used up."""
     allocation: AllocationConfig = AllocationConfig()
     """How the budget is divided among the paths."""
+    branch: BranchConfig = BranchConfig()
+    """Where paths branch."""
     stops: StopsConfig = StopsConfig()
     """When a path ends."""
     fallback: FallbackConfig = FallbackConfig()
@@ -260,6 +286,15 @@ class SamplingConfig(Section):
         if self.mode == "tree" and highest > self.width:
             raise ValueError(
                 f"initial_branching = {self.initial_branching} is more than width = {self.width}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branches_below_max_depth(self) -> Self:
+        if self.mode == "tree" and 1 < self.branch.from_depth >= self.max_depth:
+            raise ValueError(
+                f"branch.from_depth = {self.branch.from_depth} with max_depth = {self.max_depth}: no path "
+                f"would branch; less than {self.max_depth} is allowed"
             )
         return self
 

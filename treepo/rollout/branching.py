@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from treepo.config.sampling import AllocationConfig, SamplingConfig, bounds
-from treepo.rollout.policies import ALLOCATIONS, BUDGETS, ActivePaths
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, PLACES, ActivePaths
 
 
 def initial_children(config: SamplingConfig, rng: np.random.Generator) -> int:
@@ -49,6 +49,19 @@ def leaf_bound(config: SamplingConfig, finished: Sequence[int], active: Sequence
     lengths, further = (active, config.segment_tokens) if active else (finished, 0)
     affordable = int(left // (sum(lengths) / len(lengths) + further))
     return min(max(len(finished) + affordable, config.min_width), config.width)
+
+
+def may_branch(config: SamplingConfig, tokens: int) -> bool:
+    """Whether a path of `tokens` response tokens has the segments that `branch.from_depth` asks for."""
+    return -(-tokens // config.segment_tokens) >= config.branch.from_depth
+
+
+def place(config: SamplingConfig, last_segment: np.ndarray) -> int:
+    """How many tokens of a path's last segment stay above the path's further children.
+
+    last_segment: the segment's log-probs, float32 [T].
+    """
+    return PLACES[config.branch.at](last_segment, config.branch.window_tokens)
 
 
 def step_budget(

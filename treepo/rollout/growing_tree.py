@@ -191,14 +191,32 @@ class GrowingTree:
 
     def _branch(self, active: list[Node], finished_now: int) -> list[PathRequest]:
         config = self._config
+        deep = [node for node in active if branching.may_branch(config, node.end)]
+        if not deep:
+            return self._request_below(active, [1] * len(active))
         bound = branching.leaf_bound(
             config, [node.end for node, _ in self._leaves], [node.end for node in active]
         )
+        bound -= len(active) - len(deep)
         factor = branching.branching_factor(config, self._generator("branch"))
-        budget = branching.step_budget(config, factor, bound, len(active), finished_now, len(self._leaves))
-        children = branching.allocate(config, budget, active, Node.response_log_probs, self._step)
-        self.branchings += sum(count > 1 for count in children)
-        return self._request_below(active, children)
+        budget = branching.step_budget(config, factor, bound, len(deep), finished_now, len(self._leaves))
+        shares = branching.allocate(config, budget, deep, Node.response_log_probs, self._step)
+        children_of = dict(zip(deep, shares, strict=True))
+        self.branchings += sum(count > 1 for count in shares)
+        last_nodes: list[Node | None] = []
+        children: list[int] = []
+        for node in active:
+            for last_node, count in self._places(node, children_of.get(node, 1)):
+                last_nodes.append(last_node)
+                children.append(count)
+        return self._request_below(last_nodes, children)
+
+    def _places(self, node: Node, children: int) -> list[tuple[Node | None, int]]:
+        """Where a path's children begin, and how many there: if not all at its end, one goes on there."""
+        kept = branching.place(self._config, node.log_probs)
+        if children == 1 or kept == len(node.tokens):
+            return [(node, children)]
+        return [(node, 1), (self._cut(node, node.end - len(node.tokens) + kept), children - 1)]
 
     def _fall_back(self) -> list[PathRequest]:
         """Continue finished leaves from a cut, a few times each, until the tree has requested its width."""

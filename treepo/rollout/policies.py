@@ -1,4 +1,4 @@
-"""The registered sampling policies: budgets, allocations, leaf orders and cut rules.
+"""The registered sampling policies: budgets, allocations, places, leaf orders and cut rules.
 
 A policy is one short pure function. Its name is the value of a configuration key and its meaning is that
 key's documentation, so a new policy touches this file and its test. `treepo.config.sampling` checks itself
@@ -129,6 +129,28 @@ for _name, (_statistic, _words) in _STATISTICS.items():
         ALLOCATIONS.register(f"{_favoured}_{_name}", f"favours a {_favoured} {_words}")(
             _softmax_allocation(_sign, _statistic)
         )
+
+
+Place = Callable[[np.ndarray, int], int]
+"""How many tokens of a path's last segment stay above its further children, from the segment's log-probs
+(float32 [T]) and the size of a window in tokens."""
+
+PLACES = Registry[Place]()
+
+
+@PLACES.register("end", "at its end")
+def _at_end(log_probs: np.ndarray, _window: int) -> int:
+    return len(log_probs)
+
+
+@PLACES.register("surprise", "before the `window_tokens` tokens of it that are least likely together")
+def _at_surprise(log_probs: np.ndarray, window: int) -> int:
+    """-log p of a sampled token is an unbiased estimate of the entropy of the distribution it is from; the
+    mean over a window estimates that of its places.
+    """
+    size = min(window, len(log_probs))
+    sums = np.cumsum(np.concatenate([[0.0], log_probs.astype(np.float64)]))
+    return int(np.argmin(sums[size:] - sums[:-size]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
