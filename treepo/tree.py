@@ -32,7 +32,7 @@ class Finish(StrEnum):
 
     LENGTH = "length"  # it has the requested length; the path may go on below it
     EOS = "eos"  # its last token ends the sequence
-    CUT = "cut"  # a fallback cut it here; its first child holds the rest of its tokens
+    CUT = "cut"  # a fallback or a branching cut it here; its first child holds the rest of its tokens
 
 
 class Stop(StrEnum):
@@ -78,6 +78,24 @@ class Leaf:
     texts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a tree went on after all its paths had ended: below a cut of a finished answer, or at the prompt.
+
+    parent: the segment above the cut, or PROMPT. segments: the children of `parent` that were sampled then.
+    leaf: the segment of the leaf that was cut; None if the tree started again at the prompt. leaves: that the
+    tree had before, the first of `Tree.leaves`. right, graded: of those below `parent`, how many were right,
+    and how many were graded; None if the sampling policies read no rewards.
+    """
+
+    parent: int
+    segments: tuple[int, ...]
+    leaf: int | None
+    leaves: int
+    right: int | None = None
+    graded: int | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Tree:
     """One prompt's rollout. Raises ValueError if the parts do not form a tree."""
@@ -88,6 +106,7 @@ class Tree:
     segments: tuple[Segment, ...] = field(repr=False)
     leaves: tuple[Leaf, ...] = field(repr=False)
     prompt_routes: np.ndarray | None = field(default=None, repr=False)  # of the prompt's tokens
+    cuts: tuple[Cut, ...] = field(default=(), repr=False)  # in the order of sampling
 
     def __post_init__(self) -> None:
         has_child = [False] * len(self.segments)
@@ -104,6 +123,15 @@ class Tree:
         childless = [index for index, parent in enumerate(has_child) if not parent]
         if sorted(leaf.segment for leaf in self.leaves) != childless:
             raise ValueError(f"tree {self.prompt_id}: its leaves are not exactly its childless segments")
+        added: set[int] = set()
+        for cut in self.cuts:
+            fits = cut.leaf is None or cut.leaf in childless
+            for segment in cut.segments:
+                fits &= 0 <= segment < len(self.segments) and self.segments[segment].parent == cut.parent
+                fits &= segment not in added
+                added.add(segment)
+            if not fits:
+                raise ValueError(f"tree {self.prompt_id}: it has no such cut: {cut}")
 
     def path(self, segment: int) -> list[int]:
         """List segment indices from the prompt's child down to `segment`, both included."""
@@ -159,6 +187,15 @@ class _LeafRecord(TypedDict):
     texts: NotRequired[dict[str, object]]
 
 
+class _CutRecord(TypedDict):
+    parent: int
+    segments: list[int]
+    leaf: int | None
+    leaves: NonNegativeInt
+    right: int | None
+    graded: int | None
+
+
 class _Record(TypedDict):
     """A line of JSON, without extra keys."""
 
@@ -166,6 +203,7 @@ class _Record(TypedDict):
     prompt: list[int]
     segments: list[_SegmentRecord]
     leaves: list[_LeafRecord]
+    cuts: NotRequired[list[_CutRecord]]
 
 
 _RECORD = TypeAdapter(_Record)
@@ -204,6 +242,8 @@ def to_json(tree: Tree, **extra: object) -> bytes:
             for leaf in tree.leaves
         ],
     }
+    if tree.cuts:
+        record["cuts"] = tree.cuts
     return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
@@ -238,6 +278,7 @@ def from_json(line: bytes | str) -> Tree:
             )
             for leaf in record["leaves"]
         ),
+        cuts=tuple(Cut(**{**cut, "segments": tuple(cut["segments"])}) for cut in record.get("cuts", [])),
     )
 
 

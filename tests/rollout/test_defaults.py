@@ -1,8 +1,12 @@
-"""Trees of the policies of the paper and its official code stay as they are, bit for bit."""
+"""Trees of the policies of the paper and its official code stay as they are, bit for bit.
+
+The record of their fallback cuts is newer.
+"""
 
 import asyncio
 import hashlib
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -40,7 +44,7 @@ async def lines(policy: str) -> bytes:
     driver = TreeDriver([engine], config, decode, seed=7)
     async with aclosing(driver.sample(prompts, step=3)) as results:
         trees = [tree async for tree in results if isinstance(tree, Tree)]
-    return b"".join(sorted(map(to_json, trees)))
+    return b"".join(sorted(to_json(replace(tree, cuts=())) for tree in trees))
 
 
 @pytest.mark.parametrize("policy", DIGESTS)

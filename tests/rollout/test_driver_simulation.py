@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support.fake_engine import FakeEngine, decode, prompt_tokens
+from tests.support.fake_grader import FakeGrader, right
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.rollout.growing_tree import GrowingTree
@@ -133,6 +134,8 @@ def leaf_order(leaves: list[Path], config: SamplingConfig, rng: random.Random) -
             return gumbel_order([priority[leaf.stop] for leaf in leaves], rng)
         case "longer":
             return gumbel_order([len(leaf.tokens) for leaf in leaves], rng)
+        case "wrong":
+            everyone = [i for i in everyone if not right(np.array(leaves[i].tokens))]
         case "boxed_or_eos":
             everyone = [i for i in everyone if leaves[i].stop in ("boxed", "eos")]
         case "boxed_long":
@@ -142,7 +145,18 @@ def leaf_order(leaves: list[Path], config: SamplingConfig, rng: random.Random) -
     return everyone
 
 
-def cut_of(leaf: Path, config: SamplingConfig, rng: random.Random) -> int:
+def pivot(leaf: Path, leaves: list[Path], rng: random.Random) -> int:
+    places, weights = [], []
+    for place in leaf.bounds[:-1]:
+        below = [
+            right(np.array(each.tokens)) for each in leaves if each.tokens[:place] == leaf.tokens[:place]
+        ]
+        places.append(place)
+        weights.append(place * (sum(below) + 1) / (len(below) + 2))
+    return rng.choices(places, weights)[0] if places else 0
+
+
+def cut_of(leaf: Path, leaves: list[Path], config: SamplingConfig, rng: random.Random) -> int:
     rule, length = config.fallback, len(leaf.tokens)
     window = rule.window_tokens or config.segment_tokens
     if length < (rule.window_tokens or 0) or rule.cut == "from_start":
@@ -150,6 +164,8 @@ def cut_of(leaf: Path, config: SamplingConfig, rng: random.Random) -> int:
     if rule.cut == "random":
         windows = math.ceil(length / window)
         cut = (windows - rng.randint(1, min(windows, rule.max_windows or windows))) * window
+    elif rule.cut == "pivot":
+        cut = pivot(leaf, leaves, rng)
     elif rule.cut == "min_log_prob":
         cut = leaf.log_probs.index(min(leaf.log_probs))
     else:
@@ -212,7 +228,7 @@ def factor(config: SamplingConfig, rng: random.Random) -> int:
 def continuations(leaves: list[Path], rest: int, config: SamplingConfig, rng: random.Random) -> list[Path]:
     queue: list[Path] = []
     for index in leaf_order(leaves, config, rng) or [-1]:
-        start = Path() if index < 0 else leaves[index].cut(cut_of(leaves[index], config, rng))
+        start = Path() if index < 0 else leaves[index].cut(cut_of(leaves[index], leaves, config, rng))
         queue += [start] * min(rest - len(queue), factor(config, rng))
         if config.fallback.cut == "from_start":
             break
@@ -246,6 +262,7 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
             queue = continuations(leaves, rest, config, rng)
     for leaf in leaves:
         seen["leaves"] += 1
+        seen["right"] += right(np.array(leaf.tokens))
         seen["total tokens"] += len(leaf.tokens)
         seen["segments"] += math.ceil(len(leaf.tokens) / config.segment_tokens)
         seen[leaf.stop] += 1
@@ -258,6 +275,8 @@ def grow(config: SamplingConfig, rule: StopRule, engine: FakeEngine, index: int)
         for path in tree.path_requests:
             while not path.complete:
                 tree.receive(path, engine.answer(tree.generate_request(path)))
+            if path.stop is not None:
+                tree.grade(path, FakeGrader().verdict(path.context[len(tree.prompt.tokens) :]))
         tree.advance()
     return tree
 
@@ -269,6 +288,7 @@ def summary(tree: GrowingTree, config: SamplingConfig) -> Counter[str]:
     seen["total tokens"] = whole.total_tokens()
     seen["branchings"], seen["fallbacks"] = tree.branchings, tree.fallbacks
     seen["leaves"] = len(whole.leaves)
+    seen["right"] = sum(right(whole.response(leaf)) for leaf in whole.leaves)
     seen["segments"] = sum(
         math.ceil(len(whole.response(leaf)) / config.segment_tokens) for leaf in whole.leaves
     )
@@ -319,12 +339,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "limit before depth": {"max_response_tokens": 20},
     **{
         f"order {order}": {"fallback": {"order": order}}
-        for order in ("finished_strict", "finished", "random", "longer")
+        for order in ("finished_strict", "finished", "random", "longer", "wrong")
     },
     "order boxed_long": {"fallback": {"order": "boxed_long", "min_windows": 2}},
     **{
         f"cut {cut}": {"fallback": {"cut": cut, "block_tokens": 4}}
-        for cut in ("min_log_prob", "block", "inverse_block", "from_start", "none")
+        for cut in ("min_log_prob", "block", "inverse_block", "from_start", "none", "pivot")
     },
     **{
         f"cut {cut}, unaligned": {"fallback": {"cut": cut, "block_tokens": 4, "aligned": False}}
@@ -332,6 +352,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     },
     "cut random, unaligned": {"fallback": {"window_tokens": 4, "aligned": False}},
     "cut random, last windows": {"fallback": {"max_windows": 2}},
+    "pivots": {"fallback": {"order": "wrong", "cut": "pivot"}, "initial_branching": 3, "width": 14},
     "sequential": {"mode": "sequential"},
 }
 

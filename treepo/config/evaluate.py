@@ -16,7 +16,7 @@ from treepo.config.base import PathField, Section
 from treepo.config.data import ColumnsConfig, PromptsConfig, shipped_columns
 from treepo.config.engine import EngineConfig
 from treepo.config.reward import RewardConfig
-from treepo.config.sampling import RepetitionConfig, SamplingConfig, StopsConfig, without_oversample
+from treepo.config.sampling import RepetitionConfig, SamplingConfig, StopsConfig, untrained
 from treepo.config.truncation import check_reproducible
 
 
@@ -183,7 +183,7 @@ class EvalConfig(Section):
     """The model to evaluate."""
     data: BenchmarksConfig
     """The benchmarks, and which of their rows are used."""
-    sampling: Annotated[EvalSamplingConfig, AfterValidator(without_oversample)] = EvalSamplingConfig()
+    sampling: Annotated[EvalSamplingConfig, AfterValidator(untrained)] = EvalSamplingConfig()
     """How responses are sampled; a schedule stays at its first step."""
     reward: RewardConfig = RewardConfig()
     """Grading."""

@@ -171,6 +171,20 @@ class FallbackConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pivots_are_aligned(self) -> Self:
+        if self.cut == "pivot" and not self.aligned:
+            raise ValueError(
+                "aligned = false does nothing with cut = pivot, which cuts at segment boundaries"
+            )
+        return self
+
+    def read_rewards(self) -> dict[str, str]:
+        """The keys whose policies read rewards, with these."""
+        registries = {"order": ORDERS, "cut": CUTS}
+        chosen = {key: getattr(self, key) for key in registries}
+        return {key: name for key, name in chosen.items() if name in registries[key].reads_rewards}
+
 
 class SamplingConfig(Section):
     mode: Literal["tree", "sequential"] = "tree"
@@ -232,6 +246,18 @@ class SamplingConfig(Section):
     """Attempts at one request before its tree is given up."""
     retry_seconds: float = Field(default=1.0, ge=0)
     """Wait before the second attempt; it doubles before each further one."""
+
+    @property
+    def reads_rewards(self) -> list[str]:
+        """The settings, as `key = value`, by which a tree decides from the rewards of its leaves."""
+        if self.mode == "sequential" or self.fallback.cut == "none":
+            return []
+        return [f"fallback.{key} = {value}" for key, value in self.fallback.read_rewards().items()]
+
+    def without_rewards(self) -> Self:
+        """The same with default policies in place of those that read rewards, for estimates without any."""
+        defaults = {key: getattr(FallbackConfig(), key) for key in self.fallback.read_rewards()}
+        return self.model_copy(update={"fallback": self.fallback.model_copy(update=defaults)})
 
     @property
     def longest_response(self) -> int:
@@ -309,8 +335,13 @@ class SamplingConfig(Section):
         return self
 
 
-def without_oversample[S: SamplingConfig](sampling: S) -> S:
+def untrained[S: SamplingConfig](sampling: S) -> S:
     """Validate the sampling of a command that trains nothing."""
+    if sampling.reads_rewards:
+        raise ValueError(
+            f"{', '.join(sampling.reads_rewards)}: only treepo train grades answers while their tree grows; "
+            "choose policies that read no rewards"
+        )
     if sampling.oversample != 1:
         raise ValueError(
             f"oversample = {sampling.oversample:g}: every prompt is sampled once, and only training starts "

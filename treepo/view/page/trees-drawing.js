@@ -71,7 +71,7 @@ function describe(node, answer) {
   if (data.reward !== null) facts.push(`${leaf ? "" : "mean "}reward ${decimal(data.reward)}`);
   if (data.weights) facts.push(`A+\u00a0${decimal(data.weights[0], 3)}, A−\u00a0${decimal(data.weights[1], 3)}`);
   if (leaf) facts.push(leaf.verdict?.replace("_", " ") ?? "not graded", `ended by ${leaf.stop}`);
-  if (data.finish === "cut") facts.push("ended by a fallback cut");
+  if (data.finish === "cut") facts.push("ended by a cut");
   return facts.join(" · ");
 }
 
