@@ -126,7 +126,7 @@ def test_responses_that_are_graded_while_their_tree_grows_are_not_graded_again(
     use_rewards(monkeypatch, rewards)
     sampling = {"fallback": {"order": "wrong", "cut": "pivot"}, "width": 16}
     config = config_of(folder, tmp_path / "run", steps=4, sampling=sampling, **ALONE, **changes)
-    Run(config, engine=slow_engine()).train()
+    Run(config, engine=NamedEngine(end=0.3, pace=3, shuffle=0)).train()
     trees = [tree for _, tree in trees_of(config.out)]
     assert sum(cut.graded is not None for tree in trees for cut in tree.cuts) > 4
     for tree in trees:
