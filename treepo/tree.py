@@ -107,6 +107,7 @@ class Tree:
     leaves: tuple[Leaf, ...] = field(repr=False)
     prompt_routes: np.ndarray | None = field(default=None, repr=False)  # of the prompt's tokens
     cuts: tuple[Cut, ...] = field(default=(), repr=False)  # in the order of sampling
+    agreed: bool = False  # whether it has its least number of leaves because their rewards were equal
 
     def __post_init__(self) -> None:
         has_child = [False] * len(self.segments)
@@ -204,6 +205,7 @@ class _Record(TypedDict):
     segments: list[_SegmentRecord]
     leaves: list[_LeafRecord]
     cuts: NotRequired[list[_CutRecord]]
+    agreed: NotRequired[bool]
 
 
 _RECORD = TypeAdapter(_Record)
@@ -244,6 +246,8 @@ def to_json(tree: Tree, **extra: object) -> bytes:
     }
     if tree.cuts:
         record["cuts"] = tree.cuts
+    if tree.agreed:
+        record["agreed"] = True
     return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
@@ -279,6 +283,7 @@ def from_json(line: bytes | str) -> Tree:
             for leaf in record["leaves"]
         ),
         cuts=tuple(Cut(**{**cut, "segments": tuple(cut["segments"])}) for cut in record.get("cuts", [])),
+        agreed=record.get("agreed", False),
     )
 
 

@@ -100,11 +100,11 @@ def test_the_temperature_follows_half_a_sine() -> None:
 
 def test_a_token_cap_allows_as_many_leaves_as_the_rest_of_it_pays_for() -> None:
     capped = config(cap="response_tokens", tree_response_tokens=100, min_width=2, width=8)
-    assert branching.leaf_bound(capped, [20, 20], [12, 12]) == 2 + 60 // (12 + 8)
-    assert branching.leaf_bound(capped, [20, 20], []) == 2 + 60 // 20
-    assert branching.leaf_bound(capped, [150], [8]) == 2  # nothing is left, but min_width is 2
-    assert branching.leaf_bound(capped, [1], []) == 8
-    assert branching.leaf_bound(config(), [10**6] * 3, [8]) == 16
+    assert branching.leaf_bound(capped, 8, [20, 20], [12, 12]) == 2 + 60 // (12 + 8)
+    assert branching.leaf_bound(capped, 8, [20, 20], []) == 2 + 60 // 20
+    assert branching.leaf_bound(capped, 8, [150], [8]) == 2  # nothing is left, but min_width is 2
+    assert branching.leaf_bound(capped, 8, [1], []) == 8
+    assert branching.leaf_bound(config(), 16, [10**6] * 3, [8]) == 16
 
 
 def test_ranges_are_drawn_from_both_ends_included() -> None:

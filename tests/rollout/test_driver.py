@@ -55,7 +55,7 @@ def test_every_tree_of_every_policy(policy: str) -> None:
     trees, driver = grow(config, [FakeEngine(end=0.04, box=0.02, letters=letters)], count=12)
     rule = StopRule(config, decode)
     for tree in trees.values():
-        assert len(tree.leaves) <= config.width
+        assert len(tree.leaves) <= config.most_leaves
         if config.cap == "trajectories" and config.fallback.cut != "none":
             assert len(tree.leaves) == config.width
         for leaf in tree.leaves:

@@ -210,14 +210,14 @@ def branches(
 
 def bound_of(leaves: list[Path], active: list[Path], config: SamplingConfig) -> int:
     if config.tree_response_tokens is None:
-        return config.width
+        return config.most_leaves
     left = max(0, config.tree_response_tokens - sum(len(leaf.tokens) for leaf in leaves))
     one = (
         sum(len(path.tokens) for path in active) / len(active) + config.segment_tokens
         if active
         else sum(len(leaf.tokens) for leaf in leaves) / len(leaves)
     )
-    return min(config.width, max(config.min_width, len(leaves) + math.floor(left / one)))
+    return min(config.most_leaves, max(config.min_width, len(leaves) + math.floor(left / one)))
 
 
 def factor(config: SamplingConfig, rng: random.Random) -> int:
@@ -242,8 +242,8 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
     if config.tree_response_tokens is not None and isinstance(config.initial_branching, str):
         first = min(first, config.tree_response_tokens // config.segment_tokens)
     if config.tokens_per_step is not None:
-        first = min(config.width, factor(config, rng))
-    queue = [Path()] * (config.width if config.mode == "sequential" else first)
+        first = min(config.most_leaves, factor(config, rng))
+    queue = [Path()] * (config.most_leaves if config.mode == "sequential" else first)
     while queue:
         active, before = [], len(leaves)
         for path in queue:

@@ -139,7 +139,7 @@ class EvalSamplingConfig(SamplingConfig):
     """`sequential`: `width` independent samples of each problem. `tree`: the `width` leaves of a tree."""
     max_depth: int = Field(default=32, ge=1)
     """Maximum segments of a path; ignored in `sequential` mode."""
-    width: int = Field(default=16, ge=1)
+    width: int = Field(default=16, ge=1)  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
     """Responses to each problem."""
     max_response_tokens: int = Field(default=16384, ge=1)
     """Maximum tokens of a response."""
@@ -150,7 +150,7 @@ class EvalSamplingConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _greedy_once(self) -> Self:
-        if self.temperature == 0 and self.width > 1:
+        if self.temperature == 0 and self.most_leaves > 1:
             raise ValueError(
                 f"temperature = 0 gives the same response every time, but width = {self.width} asks for "
                 "several; set width = 1"

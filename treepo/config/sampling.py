@@ -194,8 +194,9 @@ class SamplingConfig(Section):
     unless `branch.at` says otherwise."""
     max_depth: int = Field(default=14, ge=1)
     """Most segments on one path; `sequential` mode ignores it."""
-    width: int = Field(default=16, ge=1)
-    """Leaves (trajectories) per prompt."""
+    width: NumberOrRange = 16
+    """Leaves (trajectories) per prompt. From a range, a tree stops at the lower number if the rewards of its
+    leaves are all equal, and otherwise goes on to the higher one; training only."""
     branching: NumberOrRange = 2
     """Children of an active path at each step, by the budget; also the continuations of one fallback cut."""
     initial_branching: NumberOrRange = 2
@@ -248,16 +249,28 @@ class SamplingConfig(Section):
     """Wait before the second attempt; it doubles before each further one."""
 
     @property
+    def least_leaves(self) -> int:
+        """Leaves at which a tree may stop because they agree."""
+        return bounds(self.width)[0]
+
+    @property
+    def most_leaves(self) -> int:
+        """The most leaves of one tree."""
+        return bounds(self.width)[1]
+
+    @property
     def reads_rewards(self) -> list[str]:
         """The settings, as `key = value`, by which a tree decides from the rewards of its leaves."""
+        chosen = [f"width = {self.width}"] if self.least_leaves < self.most_leaves else []
         if self.mode == "sequential" or self.fallback.cut == "none":
-            return []
-        return [f"fallback.{key} = {value}" for key, value in self.fallback.read_rewards().items()]
+            return chosen
+        return chosen + [f"fallback.{key} = {value}" for key, value in self.fallback.read_rewards().items()]
 
     def without_rewards(self) -> Self:
         """The same with default policies in place of those that read rewards, for estimates without any."""
         defaults = {key: getattr(FallbackConfig(), key) for key in self.fallback.read_rewards()}
-        return self.model_copy(update={"fallback": self.fallback.model_copy(update=defaults)})
+        fallback = self.fallback.model_copy(update=defaults)
+        return self.model_copy(update={"fallback": fallback, "width": self.most_leaves})
 
     @property
     def longest_response(self) -> int:
@@ -298,7 +311,12 @@ class SamplingConfig(Section):
             raise ValueError(
                 f"tree_response_tokens = {total} is less than segment_tokens = {self.segment_tokens}"
             )
-        if self.min_width > self.width:
+        if total is not None and self.least_leaves < self.most_leaves:
+            raise ValueError(
+                f"width = {self.width} with cap = {self.cap}: a token cap and the rewards would both bound "
+                "the leaves; a number, or cap = trajectories, is allowed"
+            )
+        if self.min_width > self.most_leaves:
             raise ValueError(f"min_width = {self.min_width} is more than width = {self.width}")
         if total is None and self.min_width > 1:
             raise ValueError(
@@ -309,9 +327,20 @@ class SamplingConfig(Section):
     @model_validator(mode="after")
     def _initial_branching_fits(self) -> Self:
         highest = bounds(self.initial_branching)[1]
-        if self.mode == "tree" and highest > self.width:
+        if self.mode == "tree" and highest > self.least_leaves:
             raise ValueError(
                 f"initial_branching = {self.initial_branching} is more than width = {self.width}"
+                + (f" allows, {self.least_leaves}" if self.least_leaves < self.most_leaves else "")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_go_on(self) -> Self:
+        ranged = self.least_leaves < self.most_leaves
+        if ranged and self.mode == "tree" and self.fallback.cut == "none":
+            raise ValueError(
+                f"width = {self.width} with fallback.cut = none: a tree goes on by falling back; a number, "
+                "or another cut, is allowed"
             )
         return self
 

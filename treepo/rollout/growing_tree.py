@@ -77,8 +77,10 @@ class GrowingTree:
         self._cut_of: dict[int, _GrowingCut] = {}  # by the number of a path request
         self._requested = 0
         self._round = 0
+        self._width = config.least_leaves  # leaves that the tree wants
+        self._agreed = False
         if config.mode == "sequential":
-            children = config.width
+            children = self._width
         else:
             children = branching.initial_children(config, self._generator("initial"))
         self.path_requests = self._request_below([None], [children])
@@ -131,7 +133,9 @@ class GrowingTree:
         """Whether `advance` reads the grades of all leaves. The round must be complete."""
         if not self._config.reads_rewards or any(path.stop is None for path in self.path_requests):
             return False
-        return len(self._leaves) + len(self.path_requests) < self._config.width
+        if len(self._leaves) + len(self.path_requests) < self._width:
+            return bool(self._config.fallback.read_rewards())
+        return self._width < self._config.most_leaves
 
     def grade(self, path: PathRequest, grade: Grade) -> None:
         """Set the grade of the response of a path that has ended."""
@@ -164,7 +168,18 @@ class GrowingTree:
         if active:
             self.path_requests = self._branch(active, len(self._leaves) - finished_before)
         else:
+            self._widen()
             self.path_requests = self._fall_back()
+
+    def _widen(self) -> None:
+        """If the tree has its least number of leaves, and they do not agree, it wants its most."""
+        config = self._config
+        if len(self._leaves) < self._width or self._width == config.most_leaves:
+            return
+        rewards = [grade.reward for grade in self._grades.values() if grade.reward is not None]
+        self._agreed = len(rewards) > 1 and min(rewards) == max(rewards)
+        if not self._agreed:
+            self._width = config.most_leaves
 
     def held(self) -> list[tuple[int, int]]:
         """Compute what a prefix cache had to hold during this round, which must be complete.
@@ -178,7 +193,7 @@ class GrowingTree:
             key=itemgetter(0),
         )
         ended = sum(path.stop is not None for path in self.path_requests)
-        leaves = self._config.width - len(self._leaves) - ended
+        leaves = self._config.most_leaves - len(self._leaves) - ended
         seen: set[int] = set()
         above = 0
         held: list[tuple[int, int]] = []
@@ -223,6 +238,7 @@ class GrowingTree:
                 )
                 for cut in self._cuts
             ),
+            agreed=self._agreed,
         )
 
     def _depth_first(self) -> list[Node]:
@@ -246,7 +262,7 @@ class GrowingTree:
         if not deep:
             return self._request_below(active, [1] * len(active))
         bound = branching.leaf_bound(
-            config, [node.end for node, _ in self._leaves], [node.end for node in active]
+            config, self._width, [node.end for node, _ in self._leaves], [node.end for node in active]
         )
         bound -= len(active) - len(deep)
         factor = branching.branching_factor(config, self._generator("branch"))
@@ -272,7 +288,10 @@ class GrowingTree:
     def _fall_back(self) -> list[PathRequest]:
         """Continue finished leaves from a cut, a few times each, until the tree has requested its width."""
         config, leaves = self._config, self._leaves
-        remaining = branching.leaf_bound(config, [node.end for node, _ in leaves], []) - len(leaves)
+        remaining = branching.leaf_bound(config, self._width, [node.end for node, _ in leaves], [])
+        remaining -= len(leaves)
+        if remaining > 0 and config.mode == "sequential":
+            return self._request_below([None], [remaining])
         if remaining <= 0 or config.fallback.cut == "none":
             return []
         self.fallbacks += 1
@@ -360,7 +379,7 @@ class GrowingTree:
 
     def _request_below(self, last_nodes: Sequence[Node | None], children: Sequence[int]) -> list[PathRequest]:
         """Path requests for the children of each node; None is the prompt."""
-        saturated = len(self._leaves) + sum(children) >= self._config.width
+        saturated = len(self._leaves) + sum(children) >= self._width
         requests: list[PathRequest] = []
         for node, count in zip(last_nodes, children, strict=True):
             above = [ancestor.tokens for ancestor in node.path()] if node else []

@@ -80,9 +80,9 @@ class Router:
                 zip(engines, kv_tokens or [None] * len(engines), strict=True)
             )
         ]
-        self._width = sampling.width
+        self._width = sampling.most_leaves
         self._max_live_trees = sampling.max_live_trees
-        self._largest_tree = sampling.longest_response * sampling.width
+        self._largest_tree = sampling.longest_response * sampling.most_leaves
         self._tokens = 0  # of all trees so far, a shared token once
         self._leaves = 0  # that have ended in them
         self._finished: deque[np.ndarray] = deque(maxlen=REMEMBERED_TREES)
