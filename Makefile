@@ -2,10 +2,11 @@
 # make quickstart   a toy model and data, trained with TreePO on this machine
 # make test         lint, types, import rules, all tests
 # make test-fast    the same without the tests marked slow
+# make oracle       NVIDIA's megatron-bridge for one of the slow tests, which is skipped without it
 # make docs         the documentation as a site, in site/; a broken link or anchor is an error
 
 .DELETE_ON_ERROR:
-.PHONY: setup quickstart test test-fast check docs clean
+.PHONY: setup quickstart test test-fast check oracle docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +35,10 @@ test: test-fast
 
 test-fast: check
 	$(BIN)/pytest -m "not slow" -n 3 --dist worksteal
+
+# It would install another PyTorch, so it comes without its dependencies and outside of site-packages.
+oracle: setup
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oracle megatron-bridge==0.6.2
 
 # NO_MKDOCS_2_WARNING silences the theme's announcement of its end of life.
 docs: setup

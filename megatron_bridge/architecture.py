@@ -238,6 +238,15 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
         )
 
 
+def check_routing_replay(folder: Path, architecture: Architecture, routing_replay: str) -> None:
+    """Raise ConfigError if `trainer.routing_replay` replays the experts of a model that has none."""
+    if routing_replay != "none" and architecture.experts is None:
+        raise ConfigError(
+            f"trainer.routing_replay = {routing_replay}, but the model of {folder / CONFIG} has no experts; "
+            "none is allowed"
+        )
+
+
 def check_transformer_impl(transformer_impl: str) -> None:
     """Raise ConfigError if `te` is configured and Transformer Engine is not installed."""
     if transformer_impl == "te" and find_spec("transformer_engine") is None:

@@ -21,6 +21,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_bridge.fusion import compiled
 from megatron_bridge.rotary import cos_sin, rotate, rotated
+from megatron_bridge.routing_replay import Routes
 
 CPU_BLOCK = 64  # queries in a block on CPU; 32 and 128 are as fast on short segments
 CUDA_BLOCK = 128  # FlexAttention's own
@@ -49,11 +50,14 @@ class GatherPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """What the core attention of every layer needs for a micro-batch of T tokens."""
+    """What the core attention of every layer needs for a micro-batch of T tokens, and the experts that its
+    router is given.
+    """
 
     cos: Tensor  # float32 [T, 1, head_dim / 2]
     sin: Tensor
     mask: GatherPlan | BlockMask
+    routes: Routes | None = None
 
 
 def plan_attention(

@@ -148,6 +148,7 @@ def _experts_config(
         "moe_router_pre_softmax": not experts.normalised,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",  # rounding should not choose the experts
+        "moe_enable_routing_replay": trainer.routing_replay != "none",
         "expert_model_parallel_size": trainer.parallel.expert,
         "expert_tensor_parallel_size": 1,
     }

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.attention import CUDA_BLOCK, AttentionPlan, plan_attention
+from megatron_bridge.routing_replay import RoutingReplay
 from treepo.config.trainer import ParallelConfig
 from treepo.learning.packing import Pack, blank_pack, padded
 
@@ -35,13 +36,20 @@ class MicroBatch:
     plan: AttentionPlan
     wanted: Tensor
 
+    def without_routes(self) -> "MicroBatch":
+        """The same tensors for a pass in which routers choose the experts, and nothing is recorded."""
+        return replace(self, plan=replace(self.plan, routes=None))
+
 
 Forward = Callable[[MicroBatch, DistributedDataParallel], Tensor]
 """Returns the last stage's outputs for a micro-batch, and the hidden states of any other stage."""
 
 
 class Schedule:
-    """Runs packs through this rank's model `chunks`, forwards and, in training, backwards."""
+    """Runs packs through this rank's model `chunks`, forwards and, in training, backwards.
+
+    replay: of their routers; None if they always choose.
+    """
 
     def __init__(
         self,
@@ -50,8 +58,9 @@ class Schedule:
         parallel: ParallelConfig,
         dtype: torch.dtype,
         device: torch.device,
+        replay: RoutingReplay | None = None,
     ) -> None:
-        self._chunks, self._parallel = chunks, parallel
+        self._chunks, self._parallel, self._replay = chunks, parallel, replay
         self._frequency, self._dtype, self._device = architecture.frequency.to(device), dtype, device
         # Tensor-parallel ranks hold equal numbers of tokens. FlexAttention computes whole blocks.
         sequence = parallel.tensor if parallel.sequence_parallel else 1
@@ -73,14 +82,18 @@ class Schedule:
         number = math.ceil(count / group) * group
         return [*packs, *[blank_pack()] * (number - len(packs))]
 
-    def prepare(self, pack: Pack, wanted: np.ndarray) -> MicroBatch:
+    def prepare(self, pack: Pack, wanted: np.ndarray, *, replay: bool = True) -> MicroBatch:
         """Move a pack to the device and plan its attention. wanted: bool [T], the tokens whose log-probs are
-        computed.
+        computed. replay: whether its routers replay routes, if this trainer's do.
         """
         pack = padded(pack, len(pack) + -len(pack) % self._multiple)
         columns = {name: getattr(pack, name) for name in _COLUMNS if getattr(pack, name) is not None}
-        tensors = to_device(columns | {"wanted": np.flatnonzero(wanted)}, self._device)
+        routing = self._replay if replay else None
+        replayed = {} if routing is None else routing.arrays(pack)
+        tensors = to_device(columns | {"wanted": np.flatnonzero(wanted)} | replayed, self._device)
         plan = plan_attention(tensors.pop("exit"), tensors.pop("position"), self._frequency, self._dtype)
+        if routing is not None:
+            plan = replace(plan, routes=routing.routes({name: tensors.pop(name) for name in replayed}))
         return MicroBatch(plan=plan, wanted=tensors.pop("wanted"), pack=tensors)
 
     def run(
@@ -130,15 +143,23 @@ def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
     ends = np.cumsum([array.nbytes for _, array in by_size]).tolist()
     staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     for (_, array), end in zip(by_size, ends, strict=True):
-        staging.numpy()[end - array.nbytes : end] = np.ascontiguousarray(array).view(np.uint8)
+        staging.numpy()[end - array.nbytes : end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     moved = staging.to(device, non_blocking=True)
     return {
-        name: moved[end - array.nbytes : end].view(_TORCH_TYPES[array.dtype.str])
+        name: moved[end - array.nbytes : end].view(_TORCH_TYPES[array.dtype.str]).view(array.shape)
         for (name, array), end in zip(by_size, ends, strict=True)
     }
 
 
-_TORCH_TYPES = {"<f8": torch.float64, "<f4": torch.float32, "<i8": torch.int64, "<i4": torch.int32}
+_TORCH_TYPES = {
+    "<f8": torch.float64,
+    "<f4": torch.float32,
+    "<i8": torch.int64,
+    "<i4": torch.int32,
+    "<u2": torch.uint16,
+    "|u1": torch.uint8,
+    "|b1": torch.bool,
+}
 
 
 def _for_each(readers: int, batches: Iterator[MicroBatch]) -> list[Iterator[MicroBatch]]:

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from megatron_bridge import optimizer, progress
-from megatron_bridge.architecture import check_layout, read_architecture
+from megatron_bridge.architecture import check_layout, check_routing_replay, read_architecture
 from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.host_memory import DeviceMemory
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.model import build_model
 from megatron_bridge.process_groups import form_groups, leave_groups
 from megatron_bridge.reference import ReferenceWeights
+from megatron_bridge.routing_replay import RoutingReplay, own_choice_differs
 from megatron_bridge.runtime import on_device
 from megatron_bridge.schedule import MicroBatch, Schedule
 from megatron_bridge.step_metrics import log_prob_mismatch, own_loss, reduced
@@ -74,6 +75,7 @@ class MegatronTrainer:
         self._config, self._learning, self._folder = config, learning, folder
         self._architecture = read_architecture(folder)
         check_layout(self._architecture, config.parallel)
+        check_routing_replay(folder, self._architecture, config.routing_replay)
         self._dtype = getattr(torch, dtype)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._step = 0
@@ -83,6 +85,10 @@ class MegatronTrainer:
             chunks = build_model(self._architecture, self._dtype, config)
             chunks = [chunk.to(self._device, self._dtype) for chunk in chunks]
             load_weights(folder, chunks, self._architecture)
+            replay = None
+            if config.routing_replay != "none":
+                sequence_parallel = config.parallel.sequence_parallel
+                replay = RoutingReplay(chunks, self._architecture, config.routing_replay, sequence_parallel)
             self._model, self._optimizer = optimizer.trainable(chunks, config, self._dtype)
             self._learning_rate = optimizer.LearningRate(self._optimizer, config)
             self._exporter = WeightExporter(chunks, self._architecture, self._dtype, self._device)
@@ -91,30 +97,21 @@ class MegatronTrainer:
             self._checkpointer = Checkpointer(
                 self._model, self._optimizer, folder, config.parallel.model_dump()
             )
-        self._schedule = Schedule(self._model, self._architecture, config.parallel, self._dtype, self._device)
+        self._schedule = Schedule(
+            self._model, self._architecture, config.parallel, self._dtype, self._device, replay
+        )
 
     def log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
         """Compute float32 [T] for each of this replica's packs, 0 if `source` is -1; on every rank."""
-        lengths = [len(pack) for pack in packs]
-        with on_device():
-            filled = self._schedule.filled_up(packs)
-            batches = (self._schedule.prepare(pack, pack.source >= 0) for pack in filled)
-            results = self._log_probs(batches, len(filled), temperature)
-            if not packs:
-                return []
-            flat = torch.empty(sum(lengths), device=self._device)
-            if parallel_state.is_pipeline_last_stage():
-                # Blank packs and padding are left out.
-                parts = [result[:tokens] for result, tokens in zip(results, lengths, strict=False)]
-                torch.cat(parts, out=flat)
-            dist.broadcast(flat, parallel_state.get_pipeline_model_parallel_last_rank(), self._groups.pp)
-        return np.split(flat.cpu().numpy(), np.cumsum(lengths[:-1]))
+        return self._log_probs_of(packs, temperature, replay=True)
 
     def reference_log_probs(self, packs: Sequence[Pack], temperature: float) -> list[np.ndarray]:
-        """As `log_probs`, under the weights that training began with; needs a `kl_coefficient` above 0."""
+        """As `log_probs`, under the weights that training began with, whose routers choose the experts; needs
+        a `kl_coefficient` above 0.
+        """
         assert self._reference is not None, "the trainer was built without a reference"
         with self._reference.in_place():
-            return self.log_probs(packs, temperature)
+            return self._log_probs_of(packs, temperature, replay=False)
 
     def train_batch(
         self, mini_batches: Sequence[tuple[Sequence[Pack], float]], temperature: float
@@ -122,9 +119,9 @@ class MegatronTrainer:
         """Take one optimizer step for each mini-batch: this replica's packs, and the denominator.
 
         First the log-probs of all trained tokens are computed under the current weights, and under the
-        reference weights if the loss has a KL term; they and the attention plans stay on the device until
-        the last step. At the end the new weights are measured on the last mini-batch that changed them.
-        Returns the same on every rank.
+        reference weights if the loss has a KL term; they, the attention plans and the routes stay on the
+        device until the last step. At the end the new weights are measured on the last mini-batch that
+        changed them. Returns the same on every rank.
         """
         start = time.perf_counter()
         with on_device():
@@ -132,21 +129,25 @@ class MegatronTrainer:
             batches = [[self._schedule.prepare(pack, _trained(pack)) for pack in part] for part in packs]
             every = list(chain.from_iterable(batches))
             self._attach("old_log_prob", every, temperature)
+            differs = self._own_choice_differs(every, "rollout")
             if self._reference is not None and self._learning.kl_in == "loss":
                 with self._reference.in_place():
-                    self._attach("reference_log_prob", every, temperature)
+                    own_choice = [batch.without_routes() for batch in every]
+                    self._attach("reference_log_prob", own_choice, temperature)
             mismatch = log_prob_mismatch(list(chain.from_iterable(packs)), every)
             computed = time.perf_counter()
             updates = [
                 self._update(part, len(part), temperature, denominator)
                 for part, (_, denominator) in zip(batches, mini_batches, strict=True)
             ]
+            if differs is None:
+                differs = self._own_choice_differs(every, "trainer")
             taken = [index for index, update in enumerate(updates) if was_taken(update)]
             weights = None
             if taken:
                 weights = self._weight_check(mini_batches[taken[-1]][0], batches[taken[-1]], temperature)
         seconds = {"log_probs": computed - start, "train": time.perf_counter() - computed}
-        return BatchResult(updates, mismatch, seconds, weights)
+        return BatchResult(updates, mismatch, seconds, weights, differs)
 
     def train_step(self, packs: Sequence[Pack], temperature: float, denominator: float) -> dict[str, float]:
         """Take one optimizer step on this replica's packs, which carry their old log-probs; replicas may have
@@ -252,6 +253,23 @@ class MegatronTrainer:
         self._checkpointer.close()
         leave_groups()
 
+    def _log_probs_of(self, packs: Sequence[Pack], temperature: float, replay: bool) -> list[np.ndarray]:
+        """`log_probs`. replay: whether routers take the routes of the packs, if these are replayed."""
+        lengths = [len(pack) for pack in packs]
+        with on_device():
+            filled = self._schedule.filled_up(packs)
+            batches = (self._schedule.prepare(pack, pack.source >= 0, replay=replay) for pack in filled)
+            results = self._log_probs(batches, len(filled), temperature)
+            if not packs:
+                return []
+            flat = torch.empty(sum(lengths), device=self._device)
+            if parallel_state.is_pipeline_last_stage():
+                # Blank packs and padding are left out.
+                parts = [result[:tokens] for result, tokens in zip(results, lengths, strict=False)]
+                torch.cat(parts, out=flat)
+            dist.broadcast(flat, parallel_state.get_pipeline_model_parallel_last_rank(), self._groups.pp)
+        return np.split(flat.cpu().numpy(), np.cumsum(lengths[:-1]))
+
     def _log_probs(self, batches: Iterable[MicroBatch], number: int, temperature: float) -> list[Tensor]:
         """Float32 [T] for each micro-batch, 0 on tokens that are not wanted; only on the last stage."""
         with torch.no_grad():
@@ -269,6 +287,12 @@ class MegatronTrainer:
         if parallel_state.is_pipeline_last_stage():
             for batch, value in zip(batches, values, strict=True):
                 batch.pack[field] = value
+
+    def _own_choice_differs(self, batches: Sequence[MicroBatch], mode: str) -> float | None:
+        """`own_choice_differs` of the last pass, if `trainer.routing_replay` is `mode`."""
+        if self._config.routing_replay != mode:
+            return None
+        return own_choice_differs((batch.plan.routes for batch in batches), self._device)
 
     def _update(
         self, batches: Iterable[MicroBatch], number: int, temperature: float, denominator: float

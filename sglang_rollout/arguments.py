@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from sglang_rollout.routes import experts_of
 from sglang_rollout.weight_loader import LOADER
 from treepo.config.engine import EngineConfig
 from treepo.errors import ConfigError
@@ -43,6 +44,7 @@ _OWN_KEYS = {
     "log_level": "engine.log_level",
     "enable_memory_saver": "placement",
     "enable_weights_cpu_backup": "placement",
+    "enable_return_routed_experts": "trainer.routing_replay",
 }
 _FIXED = {
     "device": "an engine runs on the GPUs that it is given, or on the CPU",
@@ -75,11 +77,12 @@ def sglang_arguments(
     *,
     shares_device: bool = False,
     paths_at_once: int | None = None,
+    routes: bool = False,
 ) -> dict[str, Any]:
     """The arguments of one engine; everything else is SGLang's default.
 
     shares_device: whether other work needs the device's memory at times. paths_at_once: the most paths that
-    the engine samples at once; None if unknown.
+    the engine samples at once; None if unknown. routes: whether it returns routes.
     """
     arguments: dict[str, Any] = {
         "model_path": str(model),
@@ -97,6 +100,8 @@ def sglang_arguments(
         "custom_weight_loader": [LOADER],
         "log_level": config.log_level,
     }
+    if routes:
+        arguments["enable_return_routed_experts"] = True
     if threading.current_thread() is threading.main_thread():
         arguments["custom_sigquit_handler"] = _child_failed
     if shares_device:
@@ -116,7 +121,7 @@ def _of_gpu(model: Path, paths_at_once: int | None) -> dict[str, Any]:
     # By nvidia-smi: torch would open a context, which takes GPU memory, in a process that computes nothing.
     memory = get_nvgpu_memory_capacity() * 2**20
     arguments: dict[str, Any] = {"cuda_graph_max_bs_decode": decode_graph_size(paths_at_once, memory)}
-    if has_experts(json.loads((model / "config.json").read_text())):
+    if experts_of(json.loads((model / "config.json").read_text())) > 1:
         # SGLang's own choice on Blackwell permutes the experts' weights after loading them, and an update
         # would be written over the permuted ones. Triton's kernels take them as they are.
         arguments["moe_runner_backend"] = "triton"
@@ -146,12 +151,6 @@ def decode_graph_size(paths_at_once: int | None, memory: float) -> int:
     """
     most = min(_MOST_IN_GRAPH, int(memory / _GRAPH_SHARE) // (GRAPH_MIB << 20))
     return max(most if paths_at_once is None else min(paths_at_once, most), 1)
-
-
-def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is of a mixture of experts."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any((config.get(name) or 0) > 1 for name in names)
 
 
 def check_sglang_arguments(engine: EngineConfig) -> None:

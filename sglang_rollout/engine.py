@@ -23,6 +23,7 @@ from sglang_rollout.prefix_reader import PrefixReader
 from sglang_rollout.processes import SGLangProcesses
 from sglang_rollout.request_gate import RequestGate
 from sglang_rollout.requests import SGLangRequests
+from sglang_rollout.routes import RouteFormat
 from sglang_rollout.weight_loader import End, Join, Load
 from sglang_rollout.weight_update import WeightUpdate, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
@@ -42,7 +43,8 @@ class SGLangEngine:
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16"). stop_rule:
     called at the boundaries of `GenerateRequest.check_every`. shares_device: whether other work needs the
     device's memory at times (`offload`). paths_at_once: the most paths that it samples at once; None if
-    unknown. Raises EngineError or ModelError if SGLang does not start on the folder.
+    unknown. routes: whether requests may ask for routes. Raises EngineError or ModelError if SGLang does not
+    start on the folder, ModelError too if it shall return the routes of a model without experts.
     """
 
     def __init__(
@@ -55,15 +57,23 @@ class SGLangEngine:
         stop_rule: StopRule | None = None,
         shares_device: bool = False,
         paths_at_once: int | None = None,
+        routes: bool = False,
     ) -> None:
         self.name = f"SGLang on {model}"
         self._config = config
         self._shapes = checkpoint_shapes(model)
+        self._routes = RouteFormat.of(model) if routes else None
         self._sglang = SGLangProcesses(
-            model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
+            model,
+            dtype,
+            config,
+            seed,
+            shares_device=shares_device,
+            paths_at_once=paths_at_once,
+            routes=routes,
         )
         self._requests = SGLangRequests(self._sglang)
-        self._generation = Generation(self._requests, stop_rule, all_end_tokens(model))
+        self._generation = Generation(self._requests, stop_rule, all_end_tokens(model), self._routes)
         self._prefixes = PrefixReader(self._read_prefix)
         self._gate = RequestGate()
         self._version = 0
@@ -255,6 +265,8 @@ class SGLangEngine:
         """Raise EngineError for a request that cannot be served."""
         if request.check_every and not self._generation.checks:
             raise EngineError("check_every needs an engine with a stop rule")
+        if request.routes_from is not None and self._routes is None:
+            raise EngineError("routes_from needs an engine that was started to return routes")
         if len(request.context) + request.max_tokens > self._sglang.longest:
             raise EngineError(
                 f"{request.max_tokens} tokens were requested after a context of {len(request.context)}; "
@@ -263,7 +275,7 @@ class SGLangEngine:
             )
 
     async def _sample(self, request: GenerateRequest) -> GenerateOutput | None:
-        """Sample; None if the request was interrupted before its first token."""
+        """Sample; None if it was interrupted without a result."""
         computed = await self._prefixes.read(request.context)
         if self._gate.is_shut:  # SGLang does not have the request yet, so nothing has interrupted it
             return None

@@ -56,6 +56,7 @@ class ServerEngine:
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         """Sample, at most up to the request's next boundary. Raises EngineError."""
+        assert request.routes_from is None, "only training asks for routes"
         wanted = request.max_tokens
         if self._boundaries and request.check_every:
             wanted = min(wanted, request.check_every)

@@ -50,9 +50,16 @@ class SGLangProcesses:
         *,
         shares_device: bool,
         paths_at_once: int | None,
+        routes: bool = False,
     ) -> None:
         arguments = sglang_arguments(
-            model, dtype, config, seed, shares_device=shares_device, paths_at_once=paths_at_once
+            model,
+            dtype,
+            config,
+            seed,
+            shares_device=shares_device,
+            paths_at_once=paths_at_once,
+            routes=routes,
         )
         self._output = ChildOutput()
         self._folder = TemporaryFolder(_SOCKET_ROOM)

@@ -29,6 +29,15 @@ class SGLangRequests:
             self._interrupted |= self._running
             self._sglang.manager._dispatch_to_scheduler(AbortReq(rid=_INTERRUPTIBLE))
 
+    def end(self, answer: dict[str, Any]) -> None:
+        """End the interruptible request of an answer after the decoding step that it is in.
+
+        Its last answer follows, as if it had been interrupted, or the usual one if it ends by itself first.
+        """
+        name = answer["meta_info"]["id"]
+        self._interrupted.add(name)
+        self._sglang.manager.abort_request(name)
+
     async def log_probs(self, tokens: np.ndarray, version: int) -> np.ndarray:
         """Log-probs of all tokens but the first, given those before them, at temperature 1: float32 [T-1]."""
         async with aclosing(self.answers(tokens, {"max_new_tokens": 0}, version, of_context=True)) as answers:
@@ -56,13 +65,14 @@ class SGLangRequests:
         of_context: bool = False,
         log_probs: bool = True,
         interruptible: bool = False,
+        routes_from: int | None = None,
     ) -> AsyncGenerator[dict[str, Any]]:
         """SGLang's answers to one request, each with all tokens so far. Closing it early ends the request.
 
         The last answer of a request that was interrupted has a finish reason of type "abort", and perhaps no
         token. context: int32 [T]. version: of the weights, part of the radix-cache key. of_context: whether
-        log-probs of the context's tokens are computed too. Raises EngineError if SGLang refuses the request
-        or ends it by itself.
+        log-probs of the context's tokens are computed too. routes_from: as in `GenerateRequest`; the last
+        answer has them. Raises EngineError if SGLang refuses the request or ends it by itself.
         """
         from fastapi import HTTPException
         from sglang.srt.managers.io_struct import GenerateReqInput
@@ -78,6 +88,8 @@ class SGLangRequests:
             logprob_start_len=0 if of_context else -1,
             stream=stream,
             extra_key=f"v{version}",
+            return_routed_experts=routes_from is not None,
+            routed_experts_start_len=routes_from or 0,
         )
         finish = None
         cached = 0

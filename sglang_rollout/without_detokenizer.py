@@ -8,6 +8,8 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.server_args import PortArgs, ServerArgs
 
+from sglang_rollout.route_record import run_scheduler
+
 
 class EngineWithoutDetokenizer(Engine):
     """Does not start the detokenizer's process: with `skip_tokenizer_init`, SGLang sends nothing to it, and
@@ -16,6 +18,8 @@ class EngineWithoutDetokenizer(Engine):
     If a start fails, the sockets that it opened are closed here. Otherwise the garbage collector may finalize
     their context first, which then waits for them for ever.
     """
+
+    run_scheduler_process_func = staticmethod(run_scheduler)
 
     def __init__(self, **arguments: Any) -> None:
         self._manager: Any = None

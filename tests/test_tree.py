@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.random_trees import random_tree
+from tests.support.random_trees import random_tree, with_routes
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict, from_json, to_json
 
 
@@ -135,3 +135,92 @@ def test_versions_that_do_not_fit_the_tokens_are_refused(version: Any) -> None:
     record["segments"][0]["version"] = version
     with pytest.raises((ValueError, OverflowError)):
         from_json(orjson.dumps(record))
+
+
+def _routed(segment: np.ndarray | None, prompt: np.ndarray | None, *tokens: int) -> Tree:
+    """A tree of one segment with these tokens."""
+    segments = (replace(_segment(PROMPT, *tokens), routes=segment),)
+    return Tree("p", np.array([7], np.int32), segments, (Leaf(0, Stop.EOS),), prompt)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("seed", range(5))
+def test_routes_survive_json_if_they_are_asked_for(seed: int, dtype: type[np.unsignedinteger]) -> None:
+    rng = np.random.default_rng(seed)
+    plain = random_tree(rng)
+    tree = with_routes(plain, rng, dtype)
+    assert to_json(tree) == to_json(plain)
+    line = to_json(tree, routes=True)
+    back = from_json(line)
+    assert to_json(back, routes=True) == line
+    np.testing.assert_array_equal(back.prompt_routes, tree.prompt_routes, strict=True)
+    for ours, theirs in zip(tree.segments, back.segments, strict=True):
+        np.testing.assert_array_equal(ours.routes, theirs.routes, strict=True)
+    assert to_json(plain, routes=True) == to_json(plain)
+
+
+def test_routes_are_readable() -> None:
+    routes = np.array([[[1, 2], [259, 65535]]], np.uint16)
+    record = orjson.loads(to_json(_routed(routes, routes, 5), routes=True))
+    assert record["segments"][0]["routes"] == {
+        "dtype": "uint16",
+        "shape": [1, 2, 2],
+        "base64": "AQACAAMB//8=",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("base64", "AQACAAMB//8"),
+        ("base64", "AQACAAMB//8=AA=="),
+        ("base64", "AQAC AAMB//8="),
+        ("base64", "AQACAAMB__8="),
+        ("base64", "AQACAAMB"),
+        ("base64", "é"),
+        ("base64", 7),
+        ("base64", None),
+        ("dtype", "uint8"),
+        ("dtype", "int16"),
+        ("dtype", "object"),
+        ("dtype", None),
+        ("shape", [2, 1, 2]),
+        ("shape", [1, 2, 3]),
+        ("shape", [1, 2, 2, 1]),
+        ("shape", [4]),
+        ("shape", [-1, -2, 2]),
+        ("shape", [0, 2, 2]),
+        ("shape", [1, 2, 2**62]),
+        ("shape", [1.0, 2, 2]),
+        ("shape", [True, 2, 2]),
+        ("shape", "1,2,2"),
+    ],
+)
+@pytest.mark.parametrize("of_prompt", [False, True])
+def test_routes_that_are_none_are_refused(key: str, value: Any, of_prompt: bool) -> None:
+    routes = np.array([[[1, 2], [259, 65535]]], np.uint16)
+    record = orjson.loads(to_json(_routed(routes, routes, 5), routes=True))
+    (record["prompt_routes"] if of_prompt else record["segments"][0]["routes"])[key] = value
+    with pytest.raises((ValueError, OverflowError)):
+        from_json(orjson.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "segment", "message"),
+    [
+        (None, np.zeros((2, 3, 2), np.uint8), "segment 0 has only some tokens with routes"),
+        (np.zeros((1, 3, 2), np.uint8), None, "segment 0 has only some tokens with routes"),
+        (np.zeros((1, 3, 2), np.uint8), np.zeros((1, 3, 2), np.uint8), "2 tokens and the routes of 1"),
+        (np.zeros((2, 3, 2), np.uint8), np.zeros((2, 3, 2), np.uint8), "the prompt has 1 tokens and the rou"),
+        (np.zeros((1, 3, 2), np.uint8), np.zeros((2, 3, 2), np.uint16), "routes of uint16 .*others of uint8"),
+        (np.zeros((1, 3, 2), np.uint8), np.zeros((2, 2, 3), np.uint8), "routes of uint8 .2, 3., and others"),
+        (np.zeros((1, 3, 2), np.int64), np.zeros((2, 3, 2), np.int64), "routes of type int64"),
+        (np.zeros((1, 6), np.uint8), np.zeros((2, 6), np.uint8), "type uint8 and shape .1, 6."),
+        (np.zeros((1, 0, 2), np.uint8), np.zeros((2, 0, 2), np.uint8), "type uint8 and shape .1, 0, 2."),
+    ],
+)
+def test_routes_that_do_not_fit_are_refused(
+    prompt: np.ndarray | None, segment: np.ndarray | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _routed(segment, prompt, 1, 2)

@@ -29,6 +29,7 @@ class GenerateRequest:
         engine's stop rule holds for the response so far (prompt excluded).
     seed: used by engines that sample reproducibly, ignored by others.
     top_p, top_k, min_p: leave unlikely tokens out (docs/sampling.md); the defaults leave out none.
+    routes_from: the first token of `context` whose route is returned; None: no routes are returned.
     """
 
     context: np.ndarray
@@ -40,6 +41,7 @@ class GenerateRequest:
     top_p: float = 1.0
     top_k: int | None = None
     min_p: float = 0.0
+    routes_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +55,9 @@ class GenerateOutput:
     because a weight sync began or the pool held its requests: the rest is another request.
     cached_tokens: number of context tokens that were in the prefix cache and not computed on behalf of this
     request.
+    routes: of the context from `routes_from` on, then of `tokens` but the last, which nothing has read yet
+    (`treepo.routes`); None if none were asked for. Those of `tokens` are the choices of the computation that
+    sampled them; those of cached context tokens, of the computation that filled the cache.
     """
 
     tokens: np.ndarray
@@ -60,6 +65,7 @@ class GenerateOutput:
     version: int
     finish: Literal["eos", "length", "interrupted"]
     cached_tokens: int
+    routes: np.ndarray | None = None
 
 
 class Sampler(Protocol):
@@ -141,13 +147,17 @@ class BatchResult:
 
     updates: metrics of each optimizer step, in order; those whose `grad_norm` is not finite changed nothing.
     mismatch: of the whole batch, before the first optimizer step. seconds: time of the phases `log_probs` and
-    `train`. weights: of the trainer afterwards; None if no optimizer step was taken.
+    `train`. weights: of the trainer afterwards; None if no optimizer step was taken. own_choice_differs: the
+    share of (token, layer) pairs with a replayed route whose router would have chosen another set of experts:
+    before the first optimizer step with `trainer.routing_replay: rollout`, while training with `trainer`;
+    None without replay.
     """
 
     updates: Sequence[Mapping[str, float]]
     mismatch: LogProbMismatch
     seconds: Mapping[str, float]
     weights: WeightCheck | None = None
+    own_choice_differs: float | None = None
 
     @property
     def taken(self) -> list[Mapping[str, float]]:

@@ -22,6 +22,7 @@ import numpy as np
 import orjson
 from pydantic import Field, NonNegativeInt, TypeAdapter
 
+from treepo.routes import RoutesRecord, fault_of_routes, from_record, to_record
 from treepo.verdict import Verdict
 
 PROMPT = -1
@@ -51,7 +52,8 @@ class Segment:
 
     tokens: int32 [T], T >= 1. log_probs: float32 [T], under the policy that sampled the token, temperature
     applied. versions: int32 [T], the committed weight version of that policy. It changes within a segment
-    where a weight update interrupted the decoding. routes: of the tokens, if the engine returned them.
+    where a weight update interrupted the decoding. routes: of the tokens (`treepo.routes`), if the engine
+    returned them; the last token of a leaf's segment has none.
     """
 
     parent: int
@@ -98,14 +100,17 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tree:
-    """One prompt's rollout. Raises ValueError if the parts do not form a tree."""
+    """One prompt's rollout. Raises ValueError if the parts do not form a tree.
+
+    prompt_routes: of the prompt's tokens. All tokens have routes, or None.
+    """
 
     prompt_id: str
     # Not shown: a loop of asyncio formats the result of its task when it restores a signal.
     prompt: np.ndarray = field(repr=False)  # int32 [T]
     segments: tuple[Segment, ...] = field(repr=False)
     leaves: tuple[Leaf, ...] = field(repr=False)
-    prompt_routes: np.ndarray | None = field(default=None, repr=False)  # of the prompt's tokens
+    prompt_routes: np.ndarray | None = field(default=None, repr=False)
     cuts: tuple[Cut, ...] = field(default=(), repr=False)  # in the order of sampling
     agreed: bool = False  # whether it has its least number of leaves because their rewards were equal
 
@@ -133,6 +138,14 @@ class Tree:
                 added.add(segment)
             if not fits:
                 raise ValueError(f"tree {self.prompt_id}: it has no such cut: {cut}")
+        self._check_routes()
+
+    def _check_routes(self) -> None:
+        parts = [("the prompt", self.prompt, self.prompt_routes)]
+        parts += [(f"segment {index}", each.tokens, each.routes) for index, each in enumerate(self.segments)]
+        for name, tokens, routes in parts:
+            if fault := fault_of_routes(routes, len(tokens), self.prompt_routes):
+                raise ValueError(f"tree {self.prompt_id}: {name} has {fault}")
 
     def path(self, segment: int) -> list[int]:
         """List segment indices from the prompt's child down to `segment`, both included."""
@@ -176,6 +189,7 @@ class _SegmentRecord(TypedDict):
     finish: str
     tokens: list[int]
     log_probs: list[float]
+    routes: NotRequired[RoutesRecord]
 
 
 class _LeafRecord(TypedDict):
@@ -206,16 +220,18 @@ class _Record(TypedDict):
     leaves: list[_LeafRecord]
     cuts: NotRequired[list[_CutRecord]]
     agreed: NotRequired[bool]
+    prompt_routes: NotRequired[RoutesRecord]
 
 
 _RECORD = TypeAdapter(_Record)
 
 
-def to_json(tree: Tree, **extra: object) -> bytes:
+def to_json(tree: Tree, *, routes: bool = False, **extra: object) -> bytes:
     """Write the tree, and `extra` keys, as one line of JSON with its newline.
 
     Each float has the fewest digits that read back as the same float32. A segment's version is a number, or
-    runs if it changes: `[[3, 40], [4, 24]]` is version 3 for 40 tokens, then version 4 for 24.
+    runs if it changes: `[[3, 40], [4, 24]]` is version 3 for 40 tokens, then version 4 for 24. routes:
+    whether a tree's routes are written too, if it has them (`treepo.routes.RoutesRecord`); they are long.
     """
     record = {
         "prompt_id": tree.prompt_id,
@@ -228,6 +244,7 @@ def to_json(tree: Tree, **extra: object) -> bytes:
                 "finish": segment.finish,
                 "tokens": segment.tokens,
                 "log_probs": segment.log_probs,
+                **_routes("routes", segment.routes, routes),
             }
             for segment in tree.segments
         ],
@@ -243,6 +260,7 @@ def to_json(tree: Tree, **extra: object) -> bytes:
             }
             for leaf in tree.leaves
         ],
+        **_routes("prompt_routes", tree.prompt_routes, routes),
     }
     if tree.cuts:
         record["cuts"] = tree.cuts
@@ -252,7 +270,9 @@ def to_json(tree: Tree, **extra: object) -> bytes:
 
 
 def from_json(line: bytes | str) -> Tree:
-    """Read a line that `to_json` wrote; extra keys are ignored, and a leaf may lack values by name.
+    """Read a line that `to_json` wrote, with or without routes.
+
+    Extra keys are ignored, and a leaf may lack values by name.
 
     Raises ValueError or OverflowError for any other line.
     """
@@ -267,6 +287,7 @@ def from_json(line: bytes | str) -> Tree:
                 log_probs=_log_probs(segment["log_probs"]),
                 versions=_versions(segment["version"], len(segment["tokens"])),
                 finish=Finish(segment["finish"]),
+                routes=_read_routes(segment, "routes"),
             )
             for segment in record["segments"]
         ),
@@ -284,7 +305,17 @@ def from_json(line: bytes | str) -> Tree:
         ),
         cuts=tuple(Cut(**{**cut, "segments": tuple(cut["segments"])}) for cut in record.get("cuts", [])),
         agreed=record.get("agreed", False),
+        prompt_routes=_read_routes(record, "prompt_routes"),
     )
+
+
+def _routes(key: str, routes: np.ndarray | None, written: bool) -> dict[str, RoutesRecord]:
+    """The routes under their key; nothing if there are none or they are not written."""
+    return {} if routes is None or not written else {key: to_record(routes)}
+
+
+def _read_routes(record: Mapping[str, Any], key: str) -> np.ndarray | None:
+    return from_record(record[key]) if key in record else None
 
 
 def _log_probs(values: list[float]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.fuzz.loop import BadError, Reader
 from benchmarks.fuzz.readers import MARK, emptied, joined, write_files
 from tests.support.evaluations import config_of, document, graded_problem, prompt_of
-from tests.support.random_trees import random_tree
+from tests.support.random_trees import random_tree, with_routes
 from tests.support.run_folders import write_run_folder
 from treepo.errors import DataError, ModelError
 from treepo.tree import Tree, Verdict, from_json, to_json
@@ -29,6 +29,9 @@ _TREE_WORDS = (
     b'"reward":1e400',
     b"-0.0",
     b'"segment":',
+    b'"dtype":"uint16"',
+    b'"shape":[1,3,2]',
+    b'"base64":"/////w=="',
 )
 
 
@@ -38,7 +41,12 @@ def trees(folder: Path) -> Reader:
 
     path = folder / "trees.jsonl"
     draws = np.random.default_rng(0)
-    seeds = [to_json(random_tree(draws, max_depth=depth), position=depth, answer="7") for depth in (1, 2, 3)]
+    plain = [random_tree(draws, max_depth=depth) for depth in (1, 2, 3)]
+    routed = [with_routes(tree, draws) for tree in plain[:2]]
+    seeds = [
+        to_json(tree, routes=True, position=position, answer="7")
+        for position, tree in enumerate([*plain, *routed])
+    ]
 
     def read(data: bytes) -> object:
         path.write_bytes(data)
@@ -80,8 +88,8 @@ def viewed_trees(folder: Path) -> Reader:
 
 def _check_again(tree: Tree) -> Tree:
     """What is accepted can be used: written, and read as the same."""
-    written = to_json(tree)
-    if to_json(from_json(written)) != written:
+    written = to_json(tree, routes=True)
+    if to_json(from_json(written), routes=True) != written:
         raise BadError("a tree that is written and read is another")
     for leaf in tree.leaves:
         tree.response(leaf)

@@ -1,8 +1,10 @@
-"""Draw the documentation's figures: `python docs/figures/make.py [RUN [SMOLLM2_RUN]]`.
+"""Draw the documentation's figures: `python docs/figures/make.py [RUN [SMOLLM2_RUN [ROUTING]]]`.
 
 Without RUN only `tree.svg` and `asynchrony.svg` are written. RUN is the folder of a finished quickstart:
 `terminal.svg` shows what that run printed, and `learning.svg` its accuracy step by step. SMOLLM2_RUN is that
 of a finished `examples/smollm2/train.yaml`, for `smollm2.svg`. All three are drawn from the runs' own files.
+ROUTING is a file of what `python -m benchmarks.routing_replay` printed, for `routing.svg`. An empty argument
+leaves its figures as they are.
 
 Every figure has its own background and loads nothing from a server, so it reads in light and dark themes, on
 GitHub and on the site.
@@ -10,6 +12,7 @@ GitHub and on the site.
 
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +27,7 @@ from rich.terminal_theme import MONOKAI
 from treepo.display.train import TrainDisplay, show_summary
 
 FIGURES = Path(__file__).parent
+DIFFERENCE = "logprob_difference_mean"
 EXAMPLE = "examples/quickstart.yaml"
 TITLES = ("Accuracy on the quickstart’s sums", "Accuracy of SmolLM2-135M-Instruct on sums")
 STYLE = """<style>
@@ -333,6 +337,38 @@ def learning_curve(run: Path, title: str) -> str:
     return svg(740, 308, f"Held-out accuracy goes from {accuracies} in {last} steps", parts)
 
 
+def routing_curves(file: Path) -> str:
+    """Mean log-prob difference of each step, without and with routing replay."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "step" in line]
+    left, right, top, bottom = 72, 676, 62, 250
+    last = max(line["step"] for line in steps)
+    unit = 10.0 ** math.floor(math.log10(max(line[DIFFERENCE] for line in steps)))
+    highest = math.ceil(max(line[DIFFERENCE] for line in steps) / unit) * unit
+
+    def at(step: float, difference: float) -> tuple[float, float]:
+        x = left + (right - left) * (step - 1) / (last - 1)
+        return x, bottom - (bottom - top) * difference / highest
+
+    parts = [text(left, 34, "Log-probs of engine and trainer, a mixture in bfloat16", "big")]
+    for fifths in range(6):
+        _, y = at(1, highest * fifths / 5)
+        parts.append(f'<path class="grid" d="M{left} {y:g} H{right}"/>')
+        parts.append(text(left - 10, y + 4, f"{1000 * highest * fifths / 5:.2g}", "small soft", "end"))
+    parts += [
+        text(at(step, 0)[0], bottom + 20, str(step), "small soft", "middle") for step in range(1, last + 1)
+    ]
+    parts.append(text((left + right) / 2, bottom + 42, "step", "soft", "middle"))
+    for row, (setting, style) in enumerate((("none", "heldout"), ("rollout", "curve"))):
+        points = [at(line["step"], line[DIFFERENCE]) for line in steps if line["setting"] == setting]
+        parts.append(f'<path class="{style}" d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in points)}"/>')
+        y = 76 + 26 * row
+        parts.append(f'<path class="{style}" d="M450 {y} h26"/>')
+        parts.append(text(486, y + 4, f"trainer.routing_replay: {setting}", "small"))
+    parts.append(text(left, 52, "mean difference, thousandths of a nat", "small soft"))
+    return svg(740, 308, "The log-prob difference of every step without and with routing replay", parts)
+
+
 def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """The metrics of every step, and the summary."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -340,13 +376,16 @@ def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
     return steps, json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 
-def main(folders: list[str]) -> None:
-    """Write the figures. folders: of the runs to draw, the quickstart's first."""
+def main(paths: list[str]) -> None:
+    """Write the figures. paths: RUN, SMOLLM2_RUN and ROUTING of the module's docstring."""
+    quickstart, smollm2, routing = map(Path, [*paths, "", "", ""][:3])
     figures = {"tree": tree_figure(), "asynchrony": asynchrony_figure()}
-    for name, title, folder in zip(("learning", "smollm2"), TITLES, map(Path, folders), strict=False):
-        figures[name] = learning_curve(folder, title)
-        if name == "learning":
-            figures["terminal"] = terminal(folder)
+    if quickstart.name:
+        figures |= {"learning": learning_curve(quickstart, TITLES[0]), "terminal": terminal(quickstart)}
+    if smollm2.name:
+        figures["smollm2"] = learning_curve(smollm2, TITLES[1])
+    if routing.name:
+        figures["routing"] = routing_curves(routing)
     for name, drawn in figures.items():
         (FIGURES / f"{name}.svg").write_text(drawn, encoding="utf-8")
 

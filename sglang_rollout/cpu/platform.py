@@ -44,6 +44,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
             SeededSampler,
             add_seeds,
             add_shared_expert,
+            make_host_cache,
         )
 
         register_attention_backend("torch_native")(CpuAttention)
@@ -60,6 +61,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
             "sglang.kernels.ops.layernorm.elementwise.fused_gate_sigmoid_mul_add",
             add_shared_expert,
             HookType.REPLACE,
+        )
+        HookRegistry.register(
+            "sglang.srt.state_capturer.base.BaseHostCache.__init__", make_host_cache, HookType.REPLACE
         )
         HookRegistry.apply_hooks()  # SGLang may have made its own call already; applied hooks stay
 

@@ -1,4 +1,4 @@
-"""What replaces SGLang's own on the CPU platform: attention, sampler, shared experts, KV allocator.
+"""What replaces SGLang's own on the CPU platform: attention, sampler, experts, KV allocator.
 
 They subclass SGLang's, so this module can be imported only after SGLang has loaded; `platform` registers
 them. The arithmetic is in `padded_attention` and `seeded_draw`, without SGLang.
@@ -114,6 +114,13 @@ def add_shared_expert(hidden: Tensor, gate: Tensor, shared: Tensor, output: Tens
     hidden, shared, output: [T, hidden]; gate: [hidden].
     """
     output.addcmul_((hidden @ gate).sigmoid()[:, None], shared)
+
+
+def make_host_cache(cache: Any, num_tokens: int, num_layers: int, topk_size: int, name: str) -> None:
+    """The record of experts for each KV slot: SGLang's own pins its memory for copies from a GPU."""
+    cache.buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)
+    cache.num_tokens, cache.num_layers, cache.topk_size = num_tokens, num_layers, topk_size
+    cache.name = name
 
 
 class TokenAllocator(TokenToKVPoolAllocator):

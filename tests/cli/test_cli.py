@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.paths import ROOT
 from treepo.cli.main import app, exit_code_of
+from treepo.toy.make import ToyReport
+from treepo.toy.recipe import Recipe
 
 QUICKSTART = ROOT / "examples/quickstart.yaml"
 MODULES_TOO_HEAVY = ("torch", "ray", "transformers", "sglang", "megatron")
@@ -70,3 +72,31 @@ def test_other_mistakes_are_seen_in_the_same_way(
 ) -> None:
     assert _exit_code_here(*arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "experts"),
+    [
+        ((), "runs/toy", 0),
+        (("--moe",), "runs/toy-moe", 8),
+        (("--moe", "--out", "elsewhere"), "elsewhere", 8),
+    ],
+)
+def test_toy_makes_a_mixture_if_asked(
+    arguments: tuple[str, ...],
+    folder: str,
+    experts: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made: list[tuple[Path, Recipe]] = []
+
+    def make(out: Path, *, recipe: Recipe, **_: object) -> ToyReport:
+        made.append((out, recipe))
+        return ToyReport(out / "model", out / "train", out / "heldout", recipe.family, 1, 0.4, 1.0, False)
+
+    monkeypatch.setattr("treepo.toy.make.make_toy", make)
+    assert _exit_code_here("toy", *arguments) == 0
+    [(out, recipe)] = made
+    assert (out, recipe.experts) == (Path(folder), experts)
+    assert recipe.family.split(",")[0] in capsys.readouterr().out

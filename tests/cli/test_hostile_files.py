@@ -21,6 +21,7 @@ from treepo.config.run import RunConfig
 from treepo.data.folder_lock import locked
 from treepo.evaluation.folder import EvaluationFolder, SessionCost
 from treepo.toy.make import _read_stamp
+from treepo.toy.recipe import RECIPE
 from treepo.training.resume import find_resume
 from treepo.training.run_folder import RunFolder
 from treepo.tree import Verdict
@@ -160,7 +161,7 @@ def compare(folder: Path) -> None:
 
 
 def read_toy(folder: Path) -> None:
-    _read_stamp(folder, "fingerprint")
+    _read_stamp(folder, "fingerprint", RECIPE)
 
 
 @pytest.fixture(scope="module")

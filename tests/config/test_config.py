@@ -75,6 +75,8 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
         (MINIMAL, ["sampling.widht=3"], "did you mean 'width'?"),
         (MINIMAL, ["[]seed=3"], "[]seed: unknown key; did you mean 'seed'?"),
         (MINIMAL, ["data.[list]=3"], "data.[list]: unknown key; allowed: "),
+        (MINIMAL + '"": 3\n', [], "'': unknown key; allowed: "),
+        (MINIMAL + 'reward: {"": 3}\n', [], "reward.'': unknown key; allowed: "),
         (MINIMAL + "actor: {}\n", [], "run.yaml:6: actor: unknown key; it is now called 'trainer'"),
         (
             MINIMAL + "learning:\n  importance_cap: 2.0\n",
@@ -116,6 +118,11 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
             "min_learning_rate = 0.001 is above learning_rate = 1e-06",
         ),
         (MINIMAL, ["learning.entropy_decay_steps=9"], "with entropy_coefficient = 0: there is no bonus to"),
+        (
+            MINIMAL,
+            ["save_routes=true", "trainer.routing_replay=trainer"],
+            "save_routes = true with trainer.routing_replay = trainer: trees have no routes then; rollout is",
+        ),
         ("steps: 3\n", [], "model: required, but not given"),
         ("- a\n", [], "expected a mapping of keys, found list"),
         ("a: [1,\n", [], "not YAML"),

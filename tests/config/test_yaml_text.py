@@ -39,6 +39,8 @@ MERGED = "a0: &a0 {k: 1}\n" + "".join(
         ("seed: 0x" + "f" * 5000, ":6: not YAML: a number of more than 4300 characters"),
         ("seed: !!int abc", ":6: not YAML: 'abc' cannot be read as int"),
         ("seed: !!float x", ":6: not YAML: 'x' cannot be read as float"),
+        ("seed: !!int [1]", ":6: not YAML: expected a scalar node, but found sequence"),
+        ("seed: !!float {a: 1}", ":6: not YAML: expected a scalar node, but found mapping"),
         ("seed: !!bool x", ":6: not YAML: 'x' cannot be read as bool"),
         ("seed: !!timestamp x", ":6: not YAML: x is read as a date"),
         ("seed: !!binary é", ":6: not YAML: "),

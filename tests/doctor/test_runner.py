@@ -205,7 +205,7 @@ def test_the_doctor_of_this_machine() -> None:
     document = json.loads(result.stdout)
     outcomes = {entry["name"]: entry for entry in document["checks"]}
     assert list(outcomes) == [check.name for check in CHECKS]
-    for name in ("python", "packages", "loopback", "gloo", "engine", "trainer"):
+    for name in ("python", "packages", "loopback", "gloo", "engine", "trainer", "routing"):
         assert outcomes[name]["status"] == "pass", outcomes[name]
     assert result.returncode == (1 if document["fail"] else 0)
     assert not any(entry["output"] for entry in document["checks"]), "a check crashed or hung"

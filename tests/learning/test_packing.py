@@ -1,5 +1,6 @@
 """Packs: no token is lost or trained twice, and every token sees exactly its own path."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import chain, combinations
@@ -7,6 +8,7 @@ from itertools import chain, combinations
 import numpy as np
 import pytest
 
+from tests.support.routed_trees import random_routes, with_given_routes
 from tests.support.small_trees import config_of, random_batch, relabelled, tree_of, without_ungraded
 from treepo.learning.advantage import Advantages, estimate
 from treepo.learning.forest import Forest
@@ -19,6 +21,7 @@ from treepo.learning.packing import (
     padded,
     split_mini_batches,
 )
+from treepo.routes import no_route
 from treepo.tree import PROMPT, Tree
 
 Packer = Callable[..., list[list[Pack]]]
@@ -213,6 +216,82 @@ def test_padding_trains_nothing_and_sees_only_itself(packer: Packer) -> None:
         assert not (long.count_pos + long.count_neg)[padding].any()
         assert (long.exit[: len(short)] <= len(short)).all()
         assert long.leaf_weight == short.leaf_weight
+
+
+def routed_batches() -> Iterator[tuple[list[Tree], Advantages]]:
+    """`batches` with random routes, in uint8 and in uint16."""
+    rng = np.random.default_rng(3)
+    for experts, (trees, _) in zip((8, 300, 8, 300), batches(), strict=True):
+
+        def routes(_: int, tokens: int, experts: int = experts) -> np.ndarray:
+            return random_routes(rng, tokens, 3, experts, 2, missing=0.1)
+
+        routed = [with_given_routes(tree, routes) for tree in trees]
+        yield routed, estimate(routed, config_of())
+
+
+@PACKERS
+def test_a_token_has_the_route_of_its_node_in_every_pack(packer: Packer) -> None:
+    """Also where it is context, or occurs in several trajectories."""
+    for trees, advantages in routed_batches():
+        for budget in budgets(trees):
+            for pack in chain.from_iterable(packer(trees, advantages, budget, 2)):
+                assert pack.route is not None
+                for route, number, segment, offset in zip(
+                    pack.route, pack.tree, pack.segment, pack.offset, strict=True
+                ):
+                    tree = trees[number]
+                    of_node = tree.prompt_routes if segment == PROMPT else tree.segments[segment].routes
+                    assert of_node is not None
+                    assert route.dtype == of_node.dtype
+                    np.testing.assert_array_equal(route, of_node[offset])
+
+
+def test_routes_change_nothing_else_of_a_pack() -> None:
+    for (routed, advantages), (plain, _) in zip(routed_batches(), batches(), strict=True):
+        for packer in (pack_trees, pack_flat):
+            ours, others = (chain(*packer(batch, advantages, longest(plain), 2)) for batch in (routed, plain))
+            for one, other in zip(ours, others, strict=True):
+                assert one.columns().keys() - other.columns().keys() == {"route"}
+                for name, column in other.columns().items():
+                    np.testing.assert_array_equal(getattr(one, name), column)
+
+
+def test_padding_has_no_route_and_a_head_has_those_of_its_tokens() -> None:
+    for trees, advantages in routed_batches():
+        for pack in chain.from_iterable(pack_trees(trees, advantages, longest(trees), 1)):
+            long, part = padded(pack, len(pack) + 5), head(pack, 3)
+            assert pack.route is not None
+            assert long.route is not None
+            assert long.route.dtype == pack.route.dtype
+            assert (long.route[len(pack) :] == no_route(pack.route.dtype)).all()
+            np.testing.assert_array_equal(long.route[: len(pack)], pack.route)
+            np.testing.assert_array_equal(part.route, pack.route[: len(part)])
+
+
+@pytest.mark.parametrize(
+    ("second", "found"),
+    [
+        (None, "no routes"),
+        ((3, 2, np.uint16), "routes of 3 layers with 2 experts each (uint16)"),
+        ((4, 2, np.uint8), "routes of 4 layers with 2 experts each (uint8)"),
+        ((3, 1, np.uint8), "routes of 3 layers with 1 experts each (uint8)"),
+    ],
+)
+def test_trees_have_routes_of_one_model_or_none_has(second: tuple | None, found: str) -> None:
+    trees, advantages = next(batches())
+    kinds = [(3, 2, np.uint8), second, (3, 2, np.uint8), (3, 2, np.uint8)]
+
+    def routed(tree: Tree, kind: tuple | None) -> Tree:
+        if kind is None:
+            return tree
+        return with_given_routes(tree, lambda _, tokens: np.zeros((tokens, *kind[:2]), kind[2]))
+
+    routed_trees = [routed(tree, kind) for tree, kind in zip(trees, kinds, strict=True)]
+    first = "routes of 3 layers with 2 experts each (uint8)"
+    message = f"the tree of prompt p0 has {first}, but that of p1 has {found}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pack_trees(routed_trees, advantages, 10_000, 1)
 
 
 def packed_tokens(tree: Tree, budget: int) -> int:

@@ -13,6 +13,7 @@ from megatron_bridge.architecture import (
     Experts,
     UntrainableError,
     check_layout,
+    check_routing_replay,
     check_transformer_impl,
     read_architecture,
 )
@@ -134,6 +135,19 @@ def moe_folder(tmp_path: Path) -> Path:
     )
     config.save_pretrained(tmp_path)
     return tmp_path
+
+
+def test_only_a_model_with_experts_has_routes_to_replay(moe_folder: Path, tiny_model: Path) -> None:
+    dense, mixture = read_architecture(tiny_model), read_architecture(moe_folder)
+    check_routing_replay(tiny_model, dense, "none")
+    for mode in ("trainer", "rollout"):
+        check_routing_replay(moe_folder, mixture, mode)
+        with pytest.raises(ConfigError) as raised:
+            check_routing_replay(tiny_model, dense, mode)
+        assert str(raised.value) == (
+            f"trainer.routing_replay = {mode}, but the model of {tiny_model / 'config.json'} has no experts; "
+            "none is allowed"
+        )
 
 
 def test_experts_are_read(moe_folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Real Megatron-Core ranks: against transformers, packed against flat, every layout against one rank."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,17 @@ from transformers import AutoModelForCausalLM
 from tests.support import megatron_ranks
 from tests.support.megatron_ranks import BatchCase, Case, Result
 from tests.support.random_trees import random_tree
+from tests.support.trainer_checks import (
+    CLOSE,
+    TEMPERATURE,
+    assert_same_step,
+    assert_step_of,
+    assert_the_same_bits,
+    saved_gradients,
+    trajectory_loss,
+    with_old_log_prob,
+    write_model,
+)
 from tests.support.trainer_layouts import (
     BATCHES,
     CONFIGS,
@@ -31,10 +42,6 @@ from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, pad
 from treepo.tree import PROMPT, Tree
 
 pytestmark = pytest.mark.slow
-
-TEMPERATURE = 0.8
-# Logits of some units in float32, summed in another order: a few 1e-6.
-CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -63,26 +70,10 @@ def batch() -> Batch:
     return Batch(trees, packed, flat, denominator)
 
 
-def with_old_log_prob(pack: Pack) -> Pack:
-    """Old log-probs that depend on the token of the tree only, so that they are the same in any packing."""
-    old = -4.5 + np.sin(7.0 * pack.token + pack.position)
-    near = np.where(pack.version >= 0, old - 0.1 * np.cos(pack.position), 0.0)
-    return replace(pack, old_log_prob=old.astype(np.float32), rollout_log_prob=near.astype(np.float32))
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random model of each architecture, with norms and biases away from their initial values."""
     root = tmp_path_factory.mktemp("models")
-    for name, config in CONFIGS.items():
-        torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        model.save_pretrained(root / name)
-        (root / name / "tokenizer_config.json").write_text("{}")
-    return {name: root / name for name in CONFIGS}
+    return {name: write_model(name, root / name) for name in CONFIGS}
 
 
 @pytest.fixture(scope="module")
@@ -259,16 +250,6 @@ def assert_log_probs(packs: Sequence[Pack], log_probs: Sequence[np.ndarray], mod
         np.testing.assert_allclose(values, expected, **CLOSE)
 
 
-def assert_same_step(ours: Result, reference: Result) -> None:
-    for step, other in zip(ours.metrics, reference.metrics, strict=True):
-        assert step.keys() == other.keys()
-        for key in step.keys() - {"unique_tokens"}:
-            assert step[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
-    assert ours.final.keys() == reference.final.keys()
-    for name, tensor in reference.final.items():
-        torch.testing.assert_close(ours.final[name], tensor, **CLOSE, msg=name)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_probs_are_those_of_transformers(name: str, one_rank, models, batch) -> None:
     assert_log_probs(batch.packed, one_rank[name].before[0], models[name], batch.trees)
@@ -321,13 +302,6 @@ def test_every_layout_masks_the_same_segments(layout: str, parallel, one_rank) -
     assert_same_step(parallel[f"{layout}: masked"], one_rank["masked"])
 
 
-def assert_the_same_bits(ours: Result, reference: Result) -> None:
-    assert ours.metrics == reference.metrics
-    assert ours.final.keys() == reference.final.keys()
-    for name, tensor in reference.final.items():
-        assert torch.equal(ours.final[name], tensor), name
-
-
 @pytest.mark.parametrize("what", OFFLOADS)
 def test_offloading_changes_no_bit(what: str, one_rank) -> None:
     """Nor does a checkpoint that is written and loaded while everything is away."""
@@ -364,38 +338,8 @@ def test_gradient_is_that_of_transformers(name: str, one_rank, models, batch) ->
         total.backward()
     gradients = dict(saved_gradients(network))
     assert gradients.keys() == one_rank[name].final.keys()
-    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
     result = one_rank[f"{name}, one step"]
-    assert result.metrics[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
-    for tensor, gradient in gradients.items():
-        clipped = gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
-        step = clipped / (clipped.abs() + 1.0)  # Adam with betas of 0 and an epsilon of 1
-        torch.testing.assert_close(result.final[tensor], result.initial[tensor] - step, **CLOSE, msg=tensor)
-
-
-SAVED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-def saved_gradients(network) -> Iterator[tuple[str, torch.Tensor]]:
-    """By the names that the tensors are saved under: transformers' experts are fused while they compute."""
-    for name, parameter in network.named_parameters():
-        layer, fused, part = name.partition("experts.")
-        if not fused:
-            yield name, parameter.grad
-            continue
-        names = SAVED[part]
-        for expert, gradient in enumerate(parameter.grad):
-            for saved, tensor in zip(names, gradient.chunk(len(names)), strict=True):
-                yield f"{layer}experts.{expert}.{saved}.weight", tensor
-
-
-def trajectory_loss(network, pack: Pack, tokens: slice, denominator: float) -> torch.Tensor:
-    """The loss of one sequence of a flat pack."""
-    fields = {name: torch.from_numpy(column[tokens]) for name, column in pack.columns().items()}
-    token = fields["token"].long()
-    log_p = (network(token[None]).logits[0] / TEMPERATURE).log_softmax(-1)
-    log_prob = torch.cat([torch.zeros(1), log_p[:-1].gather(1, token[1:, None])[:, 0]])
-    return loss.policy_loss(log_prob, fields, LearningConfig(), denominator)[0]
+    assert_step_of(gradients, result)
 
 
 @pytest.mark.parametrize("variant", ["full", "selective"])

@@ -10,18 +10,23 @@ from megatron_bridge.architecture import check_layout, read_architecture
 from tests.support.paths import ROOT
 from treepo.config.load import load_config
 from treepo.planning.fit import fit
+from treepo.toy.recipe import MIXTURE, RECIPE
 from treepo.toy.warmstart import new_model
 
 EXAMPLES = ROOT / "examples"
 ARCHITECTURES = EXAMPLES / "architectures"
 
+TOYS = {"toy": RECIPE, "toy-moe": MIXTURE}
 PARAMETERS = {  # safetensors' count on the models' pages; the toy's own
     "Llama-3.1-70B": 70_553_706_496,
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen2.5-32B": 32_763_876_352,
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-30B-A3B": 30_532_122_624,
-    "toy": sum(parameter.numel() for parameter in new_model(seed=0).parameters()),
+    **{
+        name: sum(parameter.numel() for parameter in new_model(0, recipe.experts).parameters())
+        for name, recipe in TOYS.items()
+    },
 }
 
 
@@ -39,6 +44,7 @@ def test_parameters_are_those_of_the_published_model(name: str) -> None:
 # Paths in a configuration are relative to the working directory; the examples assume the repository's.
 PLANNED = [
     EXAMPLES / "quickstart.yaml",
+    EXAMPLES / "quickstart-moe.yaml",
     *(path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.parent.name in ("paper", "models")),
 ]
 
@@ -55,9 +61,10 @@ def test_the_examples_divide_their_models_and_fit_their_devices(path: Path) -> N
         assert fitted.footprint.devices == fitted.footprint.nodes * config.plan.devices_per_node
 
 
-def test_the_toys_shape_is_what_treepo_toy_makes() -> None:
-    made = new_model(seed=0).config.to_dict()
-    written = AutoConfig.from_pretrained(ARCHITECTURES / "toy").to_dict()
-    assert {
-        key: written[key] for key in ("hidden_size", "rope_parameters", "eos_token_id", "vocab_size")
-    } == {key: made[key] for key in ("hidden_size", "rope_parameters", "eos_token_id", "vocab_size")}
+@pytest.mark.parametrize("name", TOYS)
+def test_the_toys_shape_is_what_treepo_toy_makes(name: str) -> None:
+    made = new_model(0, TOYS[name].experts).config.to_dict()
+    written = AutoConfig.from_pretrained(ARCHITECTURES / name).to_dict()
+    keys = ("hidden_size", "rope_parameters", "eos_token_id", "vocab_size")
+    assert {key: written[key] for key in keys} == {key: made[key] for key in keys}
+    assert written.get("num_experts_per_tok") == made.get("num_experts_per_tok")

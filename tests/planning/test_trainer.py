@@ -9,7 +9,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
 from megatron_bridge.architecture import read_architecture
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
-from treepo.planning.fit import fit
+from treepo.planning.fit import Fit, fit
 from treepo.planning.hardware import GIB
 from treepo.planning.memory.host import trainer_node
 from treepo.planning.memory.parts import Memory
@@ -186,6 +186,43 @@ def test_experts_are_sharded_over_the_ranks_that_hold_the_same(tmp_path: Path) -
     assert together.parts["weights"] - apart.parts["weights"] == pytest.approx(2 * experts * 7 / 8, rel=1e-3)
     # A rank has the optimizer state of an eighth of the experts either way.
     assert together.parts["optimizer"] == pytest.approx(apart.parts["optimizer"], rel=1e-3)
+
+
+def test_routes_are_counted_where_they_are_kept(tmp_path: Path) -> None:
+    """Six of eight layers have experts, of which a token has 8 of 300: two bytes each."""
+    Qwen3MoeConfig(
+        hidden_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_experts=300,
+        num_experts_per_tok=8,
+        moe_intermediate_size=64,
+        mlp_only_layers=[0, 1],
+    ).save_pretrained(tmp_path)
+
+    def fitted(replay: str, packing: str = "tree") -> Fit:
+        parallel = {"tensor": 2, "pipeline": 2, "data": 2}
+        trainer = {"parallel": parallel, "max_tokens_per_pack": 16384, "routing_replay": replay}
+        return fit(config_of(trainer, learning={"packing": packing}, plan={"device": "h100"}), tmp_path)
+
+    none, trainer, rollout, flat = (
+        fitted("none"), fitted("trainer"), fitted("rollout"), fitted("rollout", "flat")
+    )  # fmt: skip
+    for stage, (layers, in_flight) in enumerate(((2, 2), (4, 2))):
+        before, *after = (plan.trainer[stage].parts["tree packs"] for plan in (none, trainer, rollout))
+        assert after == [pytest.approx(before + in_flight * 16384 / 2 * layers * 8 * 2)] * 2
+    all_of_step = [
+        plan.trainer[0].subtotal(("tree packs", "other tree packs")) for plan in (none, trainer)
+    ]  # at most three layers with experts a stage
+    tokens = 32 * none.engine.expected_tree
+    assert all_of_step[1] - all_of_step[0] == pytest.approx(tokens / 2 * 3 * 8 * 2)
+    assert "engines' routes" not in {**none.host.parts, **trainer.host.parts}
+    assert rollout.host.parts["engines' routes"] == rollout.engine.kv_tokens * 8 * 8 * 4
+    # Trees, packs, and Ray's copy of these; all layers.
+    routes = "routes of trees and packs"
+    assert rollout.host.parts[routes] == 3 * 64 * rollout.engine.expected_tree * 8 * 8 * 2
+    assert flat.host.parts[routes] > rollout.host.parts[routes]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,15 @@ def log_probs_of(tokens: np.ndarray) -> np.ndarray:
     return -((prefix * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(40)).astype(np.float32) / np.float32(2**23)
 
 
+def routes_of(tokens: np.ndarray, reader: int) -> np.ndarray:
+    """Routes of a request that reads the tokens: uint8 [T, 2, 3], of the prefix and of the request.
+
+    In a real engine they depend on the request through its version, and through rounding.
+    """
+    prefix = -log_probs_of(tokens).astype(np.float64)[:, None] * 2**23 + 7919 * reader
+    return (prefix * [1, 3, 7, 11, 13, 17] % 251).astype(np.uint8).reshape(-1, 2, 3)
+
+
 def prompt_tokens(index: int, length: int = 5) -> np.ndarray:
     """A prompt of its own for each index."""
     return np.random.default_rng(index).integers(2, VOCABULARY, size=length, dtype=np.int32)
@@ -109,6 +118,7 @@ class FakeEngine:
             version=self.version,
             finish="eos" if tokens[-1] == EOS else "interrupted" if interrupted else "length",
             cached_tokens=self._cached(request.context, context) if self.caches else 0,
+            routes=self._routes(request, context),
         )
         self.version += interrupted
         return output
@@ -131,6 +141,12 @@ class FakeEngine:
             if number == self.pause_after:
                 return boundary
         return len(tokens)
+
+    def _routes(self, request: GenerateRequest, whole: np.ndarray) -> np.ndarray | None:
+        if request.routes_from is None:
+            return None
+        reader = request.seed % 10_000 + 10_000 * self.version
+        return routes_of(whole[:-1], reader)[request.routes_from :]
 
     def _cached(self, context: np.ndarray, whole: np.ndarray) -> int:
         """Length of the longest prefix of the context, without its last token, that was computed before."""

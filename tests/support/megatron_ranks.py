@@ -58,6 +58,7 @@ class Case:
     optimizer: OptimizerConfig = LINEAR
     learning: LearningConfig = field(default_factory=LearningConfig)
     chunk_bytes: int = 1 << 29
+    routing_replay: str = "none"
     spoilt: Sequence[Sequence[Pack]] = ()
     offload: Literal["none", "optimizer", "all"] | None = None
 
@@ -90,6 +91,8 @@ class BatchCase:
     layout: ParallelConfig
     learning: LearningConfig
     by_hand: bool
+    recompute: str = "none"
+    routing_replay: str = "none"
 
 
 def run(cases: Sequence[Case | BatchCase], folder: Path) -> dict[str, Any]:
@@ -154,6 +157,8 @@ def _rank(rank: int, lives: list[Life], layout: ParallelConfig, folder: Path, po
 
 
 def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Result:
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+
     from megatron_bridge import log_prob
     from megatron_bridge.trainer import MegatronTrainer
 
@@ -167,8 +172,10 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
         optimizer=case.optimizer,
         recompute=case.recompute,  # type: ignore[arg-type]  # one of its literals
         offload=case.offload or "none",
+        routing_replay=case.routing_replay,  # type: ignore[arg-type]  # likewise
     )
     trainer = MegatronTrainer(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
+    assert not RouterReplay.global_router_replay_instances  # they would outlive the trainer
     # Ranks count tensor parallelism fastest, then data, then pipeline.
     replica = rank // layout.tensor % layout.data
 
@@ -226,7 +233,12 @@ def _learn(
     del folder
     layout, temperature = case.layout, 0.8
     replica = rank // layout.tensor % layout.data
-    config = TrainerConfig(parallel=layout, optimizer=LINEAR)
+    config = TrainerConfig(
+        parallel=layout,
+        optimizer=LINEAR,
+        recompute=case.recompute,  # type: ignore[arg-type]  # one of its literals
+        routing_replay=case.routing_replay,  # type: ignore[arg-type]  # likewise
+    )
     trainer = MegatronTrainer(case.model, "float32", config, case.learning, rank, layout.ranks, store)
     shares = [(packs[replica], denominator) for packs, denominator in case.mini_batches]
     if not case.by_hand:

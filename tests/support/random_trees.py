@@ -2,9 +2,26 @@
 that change at any token.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
+from treepo.routes import no_route
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
+
+
+def with_routes(tree: Tree, rng: np.random.Generator, dtype: type[np.unsignedinteger] = np.uint8) -> Tree:
+    """The tree with random routes among 200 or 300 experts: 2 of them in each of 3 layers."""
+
+    def draw(tokens: int) -> np.ndarray:
+        return rng.integers(0, 200 if dtype is np.uint8 else 300, (tokens, 3, 2)).astype(dtype)
+
+    segments = [replace(segment, routes=draw(len(segment.tokens))) for segment in tree.segments]
+    for leaf in tree.leaves:
+        routes = segments[leaf.segment].routes
+        assert routes is not None
+        routes[-1] = no_route(dtype)
+    return replace(tree, segments=tuple(segments), prompt_routes=draw(len(tree.prompt)))
 
 
 def random_tree(

@@ -112,11 +112,13 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, loop: asyncio.AbstractEventLoop, **settings: Any) -> RealEngine:
-    """settings: keys of `EngineConfig`."""
+def start(
+    folder: Path, loop: asyncio.AbstractEventLoop, *, routes: bool = False, **settings: Any
+) -> RealEngine:
+    """settings: keys of `EngineConfig`. routes: whether requests may ask for routes."""
     os.environ["SGLANG_RECORD_STEP_TIME"] = "1"  # tests/planning/test_simulation_real.py counts steps by it
     rule = SwitchableRule()
     config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
-    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule)
+    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule, routes=routes)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return RealEngine(engine, folder, reference, rule, loop)

@@ -21,8 +21,9 @@ from treepo.data.tokenizer import Tokenizer, load_tokenizer
 from treepo.errors import ConfigError
 from treepo.toy.byte_tokenizer import EOS_ID, PAD_ID, VOCABULARY, byte_tokenizer
 from treepo.toy.make import ToyReport, make_toy
-from treepo.toy.muon import orthogonalize
-from treepo.toy.recipe import RECIPE
+from treepo.toy.muon import Muon, orthogonalize
+from treepo.toy.recipe import EXPERTS_PER_TOKEN, MIXTURE, RECIPE
+from treepo.toy.warmstart import imbalance, new_model
 
 # A toy that has learned nothing yet, in about a second.
 SHORT = replace(
@@ -35,6 +36,7 @@ SHORT = replace(
     warmup_steps=1,
     batch=2,
 )
+SHORT_MIXTURE = replace(SHORT, experts=MIXTURE.experts)
 
 
 _BYTES = byte_tokenizer(4096)
@@ -149,6 +151,31 @@ def test_the_callers_random_state_is_left_alone(making: tuple[ToyReport, bool]) 
     assert making[1]
 
 
+def test_a_mixture_trains_every_expert(made: ToyReport, copy: Path) -> None:
+    """The folder of a dense toy becomes the mixture's, with the same problems."""
+    mixture = make_toy(copy, recipe=SHORT_MIXTURE)
+    assert (mixture.cached, mixture.family) == (False, "Qwen3-MoE, 2 of 8 experts a token")
+    assert mixture.train.read_bytes() == made.train.read_bytes()
+    assert make_toy(copy, recipe=SHORT_MIXTURE) == replace(mixture, cached=True)
+    model = AutoModelForCausalLM.from_pretrained(mixture.model)
+    assert (model.config.model_type, model.dtype) == ("qwen3_moe", torch.float32)
+    assert 1_500_000 <= mixture.parameters <= 2_500_000
+    assert sum(parameter.numel() for parameter in model.parameters()) == mixture.parameters
+    start = new_model(0, MIXTURE.experts)
+    for name, parameter in model.named_parameters():
+        moved = (parameter != start.get_parameter(name)).flatten(1 if parameter.ndim == 3 else 0)
+        assert moved.any(-1).all(), name
+
+
+def test_imbalance_is_1_for_even_use_and_grows() -> None:
+    experts = 8
+    even = 5 * torch.eye(experts).roll(1, 1) + 9 * torch.eye(experts)
+    assert imbalance(even).item() == pytest.approx(1)  # each expert is first once and second once
+    collapsed = torch.zeros(20, experts)
+    collapsed[:, :EXPERTS_PER_TOKEN] = 30.0
+    assert imbalance(collapsed).item() == pytest.approx(experts / EXPERTS_PER_TOKEN)
+
+
 @given(st.text())
 def test_any_text_passes_through_the_tokenizer(text: str) -> None:
     composed = unicodedata.normalize("NFC", text)
@@ -190,6 +217,20 @@ def test_muon_keeps_directions_and_evens_out_their_sizes(shape: tuple[int, int])
     # Five iterations of these coefficients bring anything above 1/100 of the norm to between 0.6 and 1.3.
     assert sizes.min() > 0.6
     assert sizes.max() < 1.3
+
+
+def test_muon_takes_a_stack_of_matrices_as_each_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn((3, 6, 4), generator=generator))
+    alone = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    together, apart = Muon([stack], lr=0.1), Muon(alone, lr=0.1)
+    for _ in range(2):
+        stack.grad = torch.randn((3, 6, 4), generator=generator)
+        for matrix, gradient in zip(alone, stack.grad, strict=True):
+            matrix.grad = gradient.clone()
+        together.step()
+        apart.step()
+    assert all(torch.equal(one, other) for one, other in zip(stack, alone, strict=True))
 
 
 @pytest.mark.slow

@@ -108,13 +108,18 @@ def saved_with_ready_trees(folder: Path, out: Path, **changes: Any) -> RunConfig
     return config
 
 
-def test_finished_trees_come_back_as_they_were(folder: Path, tmp_path: Path) -> None:
-    config = saved_with_ready_trees(folder, tmp_path / "run")
+@pytest.mark.parametrize("routes", [False, True])
+def test_finished_trees_come_back_as_they_were(folder: Path, tmp_path: Path, routes: bool) -> None:
+    replay = "rollout" if routes else "none"
+    config = saved_with_ready_trees(
+        folder, tmp_path / "run", save_routes=routes, trainer={"routing_replay": replay}
+    )
     found = newest(config.out)
     assert found is not None
     content = (found[0] / "ready_trees.jsonl").read_bytes()
     trees = read_ready_trees(found[0] / "ready_trees.jsonl")
     assert ready_trees_lines(trees) == content
+    assert (b'"prompt_routes":{"dtype":"uint8"' in content) == routes
     assert list(trees) == found[1].schedule.ready
     for position, began in zip(found[1].schedule.ready, found[1].schedule.began, strict=True):
         assert versions_of(trees[position].tree)[0] >= began

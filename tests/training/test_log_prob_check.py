@@ -4,13 +4,15 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.fake_engine import routes_of
 from tests.support.tiny_policy import VOCABULARY, TinyPolicy
 from treepo.config.log_prob_check import LogProbCheckConfig
 from treepo.config.run import RunConfig
@@ -62,6 +64,7 @@ class PolicyEngine:
             version=0,
             finish="length",
             cached_tokens=len(request.context) - 1,
+            routes=None if request.routes_from is None else routes_of(tokens[:-1], 0)[request.routes_from :],
         )
 
 
@@ -73,6 +76,7 @@ class PolicyTrainer:
     padding: int = 0
     dtype: str = "float32"
     has_device: bool = False
+    packs: list[Pack] = field(default_factory=list)  # of the last call
 
     @asynccontextmanager
     async def training(self) -> AsyncIterator[None]:
@@ -83,11 +87,14 @@ class PolicyTrainer:
 
     async def log_probs(self, packs: Sequence[Sequence[Pack]], temperature: float) -> list[list[np.ndarray]]:
         assert self.has_device
+        self.packs = list(chain.from_iterable(packs))
         return [[self._log_probs(pack, temperature) for pack in replica] for replica in packs]
 
     @torch.no_grad()
     def _log_probs(self, pack: Pack, temperature: float) -> np.ndarray:
-        columns = {name: torch.tensor(column).long() for name, column in pack.columns().items()}
+        columns = {
+            name: torch.tensor(column).long() for name, column in pack.columns().items() if column.ndim == 1
+        }
         logits = self.policy(columns["token"], columns["position"], columns["exit"])
         logits = torch.nn.functional.pad(logits, (0, self.padding)) / temperature
         log_probs = logits.log_softmax(-1)[columns["source"]]
@@ -95,7 +102,9 @@ class PolicyTrainer:
         return torch.where(columns["source"] >= 0, chosen, 0.0).numpy().astype(np.float32)
 
 
-def config_of(dtype: str = "float32", replicas: int = 1, **log_prob_check: object) -> RunConfig:
+def config_of(
+    dtype: str = "float32", replicas: int = 1, *, routing_replay: str = "none", **log_prob_check: object
+) -> RunConfig:
     return RunConfig.model_validate({
         "out": "run",
         "steps": 1,
@@ -108,7 +117,11 @@ def config_of(dtype: str = "float32", replicas: int = 1, **log_prob_check: objec
             "stops": {"boxed": "off"},
             "retry_seconds": 0.0,
         },
-        "trainer": {"max_tokens_per_pack": 72, "parallel": {"data": replicas}},
+        "trainer": {
+            "max_tokens_per_pack": 72,
+            "parallel": {"data": replicas},
+            "routing_replay": routing_replay,
+        },
         "log_prob_check": log_prob_check,
     })  # fmt: skip
 
@@ -145,6 +158,30 @@ def test_equal_ones_agree(replicas: int) -> None:
     assert figures["mean"] <= figures["max"] < 1e-6
     # A shared segment and two below it for each of four prompts on each engine.
     assert figures["tokens"] == 2 * 4 * 3 * 8
+
+
+def test_the_trainer_gets_the_routes_that_it_replays() -> None:
+    policy = TinyPolicy()
+    trainer = PolicyTrainer(policy)
+    check([PolicyEngine(policy)], trainer, config_of(routing_replay="rollout"))
+    assert trainer.packs
+    for pack in trainer.packs:
+        assert pack.route is not None
+        for index in np.flatnonzero(pack.source >= 0):
+            path = [above for above in range(index + 1) if pack.exit[above] > index]
+            expected = routes_of(pack.token[path], 0)[-1]
+            is_last = pack.exit[index] == index + 1
+            np.testing.assert_array_equal(pack.route[index], 255 if is_last else expected)
+    check([PolicyEngine(policy)], trainer, config_of(routing_replay="trainer"))
+    assert all(pack.route is None for pack in trainer.packs)
+
+
+@pytest.mark.parametrize(("routing_replay", "is_suspect"), [("none", True), ("rollout", False)])
+def test_routing_is_a_suspect_unless_it_is_replayed(routing_replay: str, is_suspect: bool) -> None:
+    engine, trainer = PolicyEngine(TinyPolicy()), PolicyTrainer(TinyPolicy(seed=1))
+    with pytest.raises(LogProbCheckError) as error:
+        check([engine], trainer, config_of(routing_replay=routing_replay))
+    assert ("trainer.routing_replay" in str(error.value)) == is_suspect
 
 
 def shifted_row(logits: Tensor) -> Tensor:

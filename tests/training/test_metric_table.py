@@ -45,7 +45,7 @@ def written() -> set[str]:
     finished = FinishedTree(tree_with_terms(), "1")
     batch = Batch([finished], [finished.tree], [0], dict.fromkeys(Dropped, 0))
     seconds = dict.fromkeys(STEP_PHASES, 1.0)
-    result = BatchResult([update], LogProbMismatch(), {}, WeightCheck(1.0, -0.5, -0.5, 100))
+    result = BatchResult([update], LogProbMismatch(), {}, WeightCheck(1.0, -0.5, -0.5, 100), 0.1)
     metrics = step_metrics(batch, Sampled(Stats(), 0.0, 1.0, 0, 0), result, seconds, 4.0, 0)
     return {*metrics, *file_metrics([finished.tree], ["a"])}
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from tests.support.checkpoint_damage import as_earlier_version, damages, flip_bit
 from tests.support.fake_trainer import FakePool, FakeTrainer, NamedEngine
 from tests.support.random_trees import random_tree
+from tests.support.routed_trees import with_given_routes
 from treepo.config.checkpoint import CheckpointConfig
 from treepo.config.load import load_config
 from treepo.config.run import RunConfig
@@ -21,13 +22,16 @@ from treepo.data.folder_lock import locked
 from treepo.data.inputs import TrainInputs
 from treepo.data.prompts import DataReport, PromptSet
 from treepo.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError
+from treepo.training import resume as resume_module
 from treepo.training.checkpoint_manifest import CheckpointManifest
 from treepo.training.checkpoints import Checkpoints, discard_leftovers, newest
 from treepo.training.disk_wait import DiskWait
-from treepo.training.resume import find_resume, restore
+from treepo.training.ready_trees import ready_trees_lines
+from treepo.training.resume import find_resume, last_checkpoint, restore
 from treepo.training.run_folder import RunFolder
 from treepo.training.run_state import Clock, RunState
 from treepo.training.scheduler import ScheduleState
+from treepo.training.tree_supply import FinishedTree
 from treepo.tree import from_json
 
 DATA = "fingerprint of the data"
@@ -261,6 +265,61 @@ def test_layout_engines_and_learning_rate_may_change(config: RunConfig) -> None:
         "trainer.optimizer.decay_steps = null, now 30",
         "engine.count = 1, now 3",
     )
+
+
+def test_routing_replay_may_change_unless_trees_that_wait_lack_routes(config: RunConfig) -> None:
+    checkpoints = Checkpoints(config.out, config.checkpoint, config.steps, FakeTrainer(), DISK)
+
+    def saved(step: int, *waiting: int) -> None:
+        schedule = ScheduleState(cursor=4 * step, again=[], ready=list(waiting), began=[0] * len(waiting))
+        trees = {number: FinishedTree(random_tree(np.random.default_rng(0)), "1") for number in waiting}
+
+        async def scenario() -> None:
+            await checkpoints.begin(replace(state_after(step), schedule=schedule), ready_trees_lines(trees))
+            await checkpoints.finish()
+
+        asyncio.run(scenario())
+
+    with RunFolder(config) as folder:
+        write_steps(folder, range(1, 2))
+    rollout, trainer = (
+        config.model_copy(
+            update={"trainer": config.trainer.model_copy(update={"routing_replay": routing_replay})}
+        )
+        for routing_replay in ("rollout", "trainer")
+    )
+    saved(1)
+    for changed, value in ((rollout, "rollout"), (trainer, "trainer")):
+        resume = find_resume(changed, inputs())
+        assert resume is not None
+        assert resume.changes == (f'trainer.routing_replay = "none", now "{value}"',)
+    saved(2, 3, 5)
+    assert find_resume(trainer, inputs()) is not None
+    line = "trainer.routing_replay = rollout, but 2 trees that wait for a step were sampled without routes"
+    with pytest.raises(ConfigError, match=line):
+        find_resume(rollout, inputs())
+
+
+def test_routes_of_waiting_trees_are_dropped_unless_they_are_replayed(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trees that are sampled from now on have none, and a batch has routes in all trees or in none."""
+    write_run(config, steps=2, saved=1)
+    tree = random_tree(np.random.default_rng(0))
+    routed = with_given_routes(tree, lambda _, tokens: np.zeros((tokens, 2, 1), np.uint8))
+    waiting = replace(state_after(1), schedule=ScheduleState(4, again=[], ready=[3], began=[0]))
+    monkeypatch.setattr(resume_module, "read_ready_trees", lambda _: {3: FinishedTree(routed, "1")})
+    monkeypatch.setattr(resume_module, "newest", lambda *_, **__: (config.out, waiting))
+    for routing_replay in ("none", "trainer", "rollout"):
+        trainer = config.trainer.model_copy(update={"routing_replay": routing_replay})
+        resume = find_resume(config.model_copy(update={"trainer": trainer}), inputs())
+        again = last_checkpoint(config.model_copy(update={"trainer": trainer}))
+        for each in (resume, again):
+            assert each is not None
+            found = each.ready_trees[3].tree
+            has_routes = [found.prompt_routes is not None]
+            has_routes += [segment.routes is not None for segment in found.segments]
+            assert has_routes == [routing_replay == "rollout"] * (len(tree.segments) + 1)
 
 
 def test_other_data_is_refused(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,21 @@ from tests.support.command import (
     write_model_and_problems,
 )
 from treepo.run_status import read_status
+from treepo.toy.make import make_toy
+from treepo.toy.recipe import MIXTURE
 from treepo.tree import from_json
 
 STEPS = 3
+UNTRAINED_MIXTURE = replace(
+    MIXTURE,
+    train_problems=1,
+    heldout_problems=1,
+    measured_samples=1,
+    steps=2,
+    careful_steps=1,
+    warmup_steps=1,
+    batch=1,
+)
 pytestmark = pytest.mark.slow
 
 
@@ -114,6 +127,34 @@ def test_three_steps_end_to_end(folder: Path, output: str, undisturbed: Path) ->
     assert "3/3" in output
     assert "\x1b" not in output, "plain lines outside a terminal"
     _assert_checkpoint_generates(run / "checkpoint", differs_from=folder / "model")
+
+
+def test_a_mixture_trains_and_the_engine_gets_its_experts(folder: Path, tmp_path: Path) -> None:
+    """The toy mixture, not trained yet; its trainer replays the engine's experts. In the second step the engine
+    serves what the first one learned.
+    """
+    toy = make_toy(tmp_path, recipe=UNTRAINED_MIXTURE)
+    overrides = (
+        f"model.path={toy.model}",
+        "out=mixture",
+        "steps=2",
+        "checkpoint.every=null",
+        "trainer.routing_replay=rollout",
+    )
+    process = start(folder, "train", "run.yaml", *overrides)
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    metrics = _lines(folder / "mixture" / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert all(line["logprob_difference_max"] < 1e-4 for line in metrics)  # as above
+    # In float32 the trainer's routers choose as the engine's did, but for experts that are equally good.
+    assert all(line["routing/own_choice_differs"] < 0.01 for line in metrics)
+    before, after = (
+        load_file(model / "model.safetensors") for model in (toy.model, folder / "mixture" / "checkpoint")
+    )
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert {name for name in before if "gate.weight" in name or "experts" in name} <= set(moved)
 
 
 def _assert_checkpoint_generates(checkpoint: Path, differs_from: Path) -> None:

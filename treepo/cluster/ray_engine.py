@@ -95,7 +95,7 @@ class EngineLauncher:
     """Implements `treepo.cluster.engine_pool.Launcher` with actors.
 
     shares_devices: whether the trainer uses the same devices. paths_at_once: the most paths that one engine
-    samples at once; None if unknown.
+    samples at once; None if unknown. routes: whether requests may ask for routes.
     """
 
     config: ServingConfig
@@ -103,6 +103,7 @@ class EngineLauncher:
     devices: EngineDevices
     shares_devices: bool
     paths_at_once: int | None = None
+    routes: bool = False
 
     def __call__(self, index: int) -> "RayEngine":
         config = self.config
@@ -116,6 +117,7 @@ class EngineLauncher:
             stop_rule=self.stop_rule,
             shares_device=self.shares_devices,
             paths_at_once=self.paths_at_once,
+            routes=self.routes,
         )
         return RayEngine(f"engine {index}", actor, config.engine.tensor)
 

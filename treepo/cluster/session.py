@@ -80,7 +80,9 @@ async def training_session(
             may_move=not shared and config.weights.transport != "colocated",
             seconds=config.engine.rejoin_seconds,
         )
-        launcher = EngineLauncher(config, stop_rule, devices, shared, config.paths_at_once)
+        launcher = EngineLauncher(
+            config, stop_rule, devices, shared, config.paths_at_once, config.samples_routes
+        )
         goes_on = config.loop.mode == "async"
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared, sampling_goes_on=goes_on)
         try:

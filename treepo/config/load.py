@@ -138,9 +138,9 @@ def _explain(fault: Mapping[str, Any], schema: type[Section], places: dict[str, 
     """One line for pydantic's `fault`: place, dotted key, what is wrong, what is allowed."""
     *above, last = map(str, fault["loc"] or ("",))
     location = [part for part in above if part not in _MARKS]
-    if last and (last not in _MARKS or fault["type"] == "extra_forbidden"):  # the latter is the user's key
+    if fault["type"] == "extra_forbidden" or (last and last not in _MARKS):  # the former is the user's key
         location.append(last)
-    dotted = shortened(".".join(location))
+    dotted = shortened(".".join(part or "''" for part in location))
     place = _place(location, places) or file
     if fault["type"] == "extra_forbidden":
         return f"{place}: {dotted}: unknown key; {_suggestion(schema, location)}"

@@ -78,6 +78,9 @@ class RunConfig(Section):
     """The check, before the first step, that trainer and engines agree."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Training checkpoints, from which an interrupted run continues."""
+    save_routes: bool = False
+    """Whether trees.jsonl has the routes of `trainer.routing_replay: rollout` too: the experts of every token
+    in base64, about 500 bytes a token for a model of 48 layers with 8 experts each."""
     disk_seconds: float = Field(default=600.0, ge=0)
     """How long the run waits for its folder when it cannot be written (full, read-only, not there). What it
     has to write stays in memory; after that time the run ends and can be resumed."""
@@ -97,6 +100,11 @@ class RunConfig(Section):
         """The most paths that one engine samples at once."""
         trees = math.ceil(self.max_untrained / self.engine.count)
         return min(trees, self.sampling.max_live_trees or trees) * self.sampling.most_leaves
+
+    @property
+    def samples_routes(self) -> bool:
+        """Whether the engines return the routes of training trees."""
+        return self.trainer.routing_replay == "rollout"
 
     @property
     def heldout_sets(self) -> dict[str, HeldoutSetConfig]:
@@ -191,6 +199,15 @@ class RunConfig(Section):
     def _heldout_can_be_sampled(self) -> Self:
         for options in (self.evaluation, *self.evaluation.sets.values()):
             check_reproducible(options.min_p, self.engine, "evaluation")
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_routes(self) -> Self:
+        if self.save_routes and not self.samples_routes:
+            raise ValueError(
+                f"save_routes = true with trainer.routing_replay = {self.trainer.routing_replay}: trees have "
+                "no routes then; rollout is allowed, or save_routes = false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if node.tag in _NUMBERS:
+        if node.tag in _NUMBERS and isinstance(node, yaml.ScalarNode):
             _check_number(node)
         try:
             value = super().construct_object(node, deep=deep)
@@ -145,7 +145,7 @@ def _check_structure(text: str) -> None:
             raise _mistake(event, f"more than {MAX_VALUES} values")
 
 
-def _check_number(node: yaml.Node) -> None:
+def _check_number(node: yaml.ScalarNode) -> None:
     """Raise MarkedYAMLError for a number that is not what its writer sees."""
     text = node.value
     if len(text) > _MAX_DIGITS:

@@ -75,7 +75,7 @@ def toy_progress(console: Console) -> Iterator[Callable[[int, int, float], None]
 def show_toy(console: Console, report: ToyReport) -> None:
     """Show the toy: model, problems, accuracy."""
     table = Table(title="The toy", title_justify="left", show_header=False, pad_edge=False)
-    table.add_row("model", f"{report.model}/  ({report.parameters / 1e6:.1f}M parameters, Qwen2)")
+    table.add_row("model", f"{report.model}/  ({report.parameters / 1e6:.1f}M parameters, {report.family})")
     table.add_row("problems", f"{report.train}, {report.heldout}")
     table.add_row("held-out accuracy, sampled", f"{report.sampled_accuracy:.3f}")
     table.add_row(

@@ -60,6 +60,7 @@ CHECKS = (
     ),
     Check("engine", "treepo.doctor.engine_check:engine", 600, _READ_OUTPUT, slow=True),
     Check("trainer", "treepo.doctor.trainer_check:trainer", 300, _READ_OUTPUT, slow=True),
+    Check("routing", "treepo.doctor.routing_check:routing", 300, _READ_OUTPUT, slow=True),
 )
 
 

@@ -16,12 +16,17 @@ _OLD, _NEW = 0, 1  # seeds
 
 # Between two implementations' values of one log-prob, about -5.6. Observed on a CPU: 1e-6, and 0.005 in
 # bfloat16, which rounds a logit to 1/256 of itself. Log-probs of the two seeds differ by 1.
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 def native_dtype() -> str:
     """bfloat16 on GPUs, whose kernels are not made for float32; float32 on CPUs."""
     return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def random_tokens() -> np.ndarray:
+    """A sequence to compute log-probs of: int32 [T]."""
+    return np.random.default_rng(0).integers(0, 256, 48).astype(np.int32)
 
 
 class Toy:
@@ -33,9 +38,9 @@ class Toy:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.dtype = dtype
-        self.tolerance = _TOLERANCE[dtype]
+        self.tolerance = TOLERANCE[dtype]
         self.folder = folder
-        self.tokens = np.random.default_rng(0).integers(0, 256, 48).astype(np.int32)
+        self.tokens = random_tokens()
         new_model(_OLD).save_pretrained(folder)
 
     def new_weights(self) -> dict[str, Tensor]:

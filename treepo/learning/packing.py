@@ -15,13 +15,14 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
 from treepo.learning.advantage import Advantages
 from treepo.learning.forest import Forest, Levels
 from treepo.learning.splitting import split_trees
+from treepo.routes import no_route
 from treepo.tree import PROMPT, Tree
 
 
@@ -51,18 +52,19 @@ class Pack:
     leaf_weight: float  # summed weight of the leaves whose last token is trained here
     old_log_prob: np.ndarray | None = None  # float32 [T], the trainer's before this step's updates
     reference_log_prob: np.ndarray | None = None  # float32 [T], the reference model's
-    route: np.ndarray | None = None  # uint8 or uint16 [T, layers, k], see treepo.routes
+    route: np.ndarray | None = None  # uint8 or uint16 [T, layers, k] (treepo.routes), if the trees have
 
     def __len__(self) -> int:
         return len(self.token)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The fields of shape [T] that are set, by name."""
+        """The fields with one value or row a token that are set, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
-PADDING = {"tree": -1, "segment": PROMPT, "version": -1, "source": -1}  # all other columns are padded with 0
+# All other columns are padded with 0, and routes with no route.
+PADDING = {"tree": -1, "segment": PROMPT, "version": -1, "source": -1}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +97,8 @@ def pack_trees(
     `max_tokens` tokens.
 
     Replicas get about equally many tokens, repeated context included. `advantages` are those of `trees`.
-    Raises ValueError if a trajectory is longer than a pack or a prompt is empty.
+    Raises ValueError if a trajectory is longer than a pack, a prompt is empty, or only some of the trees have
+    routes.
     """
     forest = _checked_forest(trees, advantages, max_tokens)
     weight_N = node_weights(advantages)
@@ -138,8 +141,13 @@ def node_weights(advantages: Advantages) -> np.ndarray:
 
 def padded(pack: Pack, length: int) -> Pack:
     """Extend `pack` to `length` with untrained tokens, each of which sees only itself."""
+    filling = PADDING if pack.route is None else PADDING | {"route": no_route(pack.route.dtype)}
     columns = {
-        name: np.pad(column, (0, length - len(pack)), constant_values=PADDING.get(name, 0))
+        name: np.pad(
+            column,
+            [(0, length - len(pack)), *[(0, 0)] * (column.ndim - 1)],
+            constant_values=filling.get(name, 0),
+        )
         for name, column in pack.columns().items()
     }
     columns["exit"][len(pack) :] = np.arange(len(pack), length) + 1
@@ -255,6 +263,28 @@ def _fill(pieces: list[_Piece], max_tokens: int) -> list[list[_Piece]]:
     return packs
 
 
+def _routes(trees: Sequence[Tree]) -> list[np.ndarray]:
+    """The routes of each node, none if no tree has any.
+
+    Raises ValueError if only some trees have, or if they are not of one model.
+    """
+    kinds = [_kind(tree.prompt_routes) for tree in trees]
+    for tree, kind in zip(trees, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"the tree of prompt {trees[0].prompt_id} has {kinds[0]}, but that of {tree.prompt_id} has "
+                f"{kind}"
+            )
+    nodes = ((tree.prompt_routes, *(segment.routes for segment in tree.segments)) for tree in trees)
+    return [routes for routes in chain.from_iterable(nodes) if routes is not None]
+
+
+def _kind(routes: np.ndarray | None) -> str:
+    if routes is None:
+        return "no routes"
+    return f"routes of {routes.shape[1]} layers with {routes.shape[2]} experts each ({routes.dtype})"
+
+
 class _Columns:
     """Writes the token columns of many packs at a time."""
 
@@ -264,6 +294,7 @@ class _Columns:
         self._tokens: list[np.ndarray] = []
         self._log_probs: list[np.ndarray] = []
         self._versions: list[np.ndarray] = []
+        self._routes = _routes(trees)
         for tree in trees:
             self._tokens.append(tree.prompt)
             self._log_probs.append(np.zeros(len(tree.prompt), dtype=np.float32))
@@ -313,7 +344,8 @@ class _Columns:
         source = index - spread(pack_start_R + 1)
         source[start_R] = np.where(above_R >= 0, end_R[above_R] - 1 - pack_start_R, -1)
         nodes = node_R.tolist()
-        return {
+        routes = {"route": np.concatenate([self._routes[node] for node in nodes])} if self._routes else {}
+        return routes | {
             "token": np.concatenate([self._tokens[node] for node in nodes], dtype=np.int32),
             "position": offset + spread(self._above_N[node_R]),
             "exit": spread(exit_R - pack_start_R),

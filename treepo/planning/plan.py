@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bridge.architecture import check_routing_replay
 from treepo.config.run import RunConfig
 from treepo.errors import ConfigError
 from treepo.planning.architecture import planned_architecture
@@ -56,6 +57,7 @@ def make_plan(config: RunConfig, report: Callable[[str], None]) -> Plan:
     """Plans within a minute. report: told the work in progress. Raises ConfigError or ModelError."""
     folder = model_folder(config)
     check_present_parts(folder)
+    check_routing_replay(folder, planned_architecture(folder), config.trainer.routing_replay)
     report("build the model without memory")
     fitted = fit(config, folder)
     sampling = step = None

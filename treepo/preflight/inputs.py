@@ -115,10 +115,17 @@ def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine
 
 
 def _check_trained(config: RunConfig) -> None:
-    """Check that the trainer can divide the model among its ranks."""
-    from megatron_bridge.architecture import check_layout, check_transformer_impl, read_architecture
+    """Check that the trainer can divide the model among its ranks, and replay its routes."""
+    from megatron_bridge.architecture import (
+        check_layout,
+        check_routing_replay,
+        check_transformer_impl,
+        read_architecture,
+    )
 
-    check_layout(read_architecture(config.model.path), config.trainer.parallel)
+    architecture = read_architecture(config.model.path)
+    check_layout(architecture, config.trainer.parallel)
+    check_routing_replay(config.model.path, architecture, config.trainer.routing_replay)
     check_transformer_impl(config.trainer.transformer_impl)
 
 

@@ -66,7 +66,8 @@ class TreeDriver:
     engines or one for each. It bounds the trees that live on an engine, so that their prefixes are not
     evicted. None: unbounded. `sampling.max_live_trees` bounds them by number instead. One driver serves all
     steps: it learns from finished trees how large trees become. grade: called for each response if the
-    policies read rewards, and otherwise never; those policies need it.
+    policies read rewards, and otherwise never; those policies need it. routes: whether the engines are asked
+    for the routes of a tree's tokens.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class TreeDriver:
         seed: int,
         kv_tokens: int | Sequence[int] | None = None,
         grade: GradeResponse | None = None,
+        *,
+        routes: bool = False,
     ) -> None:
         if not engines:
             raise ValueError("a driver needs at least one engine")
@@ -90,6 +93,7 @@ class TreeDriver:
         self._rule = StopRule(sampling, decode)
         self._seed = seed
         self._grade = grade if sampling.reads_rewards else None
+        self._routes = routes
         self._router = Router(
             engines, sampling, [kv_tokens] * len(engines) if isinstance(kv_tokens, int) else kv_tokens
         )
@@ -106,7 +110,8 @@ class TreeDriver:
         """Admit the prompt's tree to an engine, which must have room; `grow` must follow."""
         engine = self._router.engine_with_room(len(prompt.tokens))
         assert engine is not None
-        return self._router.admit(GrowingTree(prompt, self._sampling, self._rule, self._seed, step), engine)
+        tree = GrowingTree(prompt, self._sampling, self._rule, self._seed, step, routes=self._routes)
+        return self._router.admit(tree, engine)
 
     async def grow(self, live: LiveTree) -> Tree | FailedTree:
         """Grow an admitted tree. If a request of it keeps failing, the result is a FailedTree.

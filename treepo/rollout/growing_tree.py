@@ -29,6 +29,7 @@ from treepo.rollout import branching, fallback, rng
 from treepo.rollout.boxed import BoxScan
 from treepo.rollout.path import Node, PathRequest
 from treepo.rollout.stopping import StopRule
+from treepo.routes import has_route, no_route, routes_of_piece
 from treepo.tree import PROMPT, Cut, Finish, Leaf, Segment, Stop, Tree
 from treepo.verdict import Verdict
 
@@ -59,10 +60,20 @@ class GrowingTree:
 
     All randomness is keyed by (seed, step, prompt id) and a place in the tree. path_requests: the current
     round; empty when the tree is complete. branchings: paths that got more than one child. fallbacks: rounds
-    that continued finished leaves because no path was active.
+    that continued finished leaves because no path was active. routes: whether the tree has the routes of its
+    tokens.
     """
 
-    def __init__(self, prompt: Prompt, config: SamplingConfig, rule: StopRule, seed: int, step: int) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        config: SamplingConfig,
+        rule: StopRule,
+        seed: int,
+        step: int,
+        *,
+        routes: bool = False,
+    ) -> None:
         self.prompt = prompt
         self.branchings = 0
         self.fallbacks = 0
@@ -79,6 +90,8 @@ class GrowingTree:
         self._round = 0
         self._width = config.least_leaves  # leaves that the tree wants
         self._agreed = False
+        self._routes = routes
+        self._prompt_routes: np.ndarray | None = None
         if config.mode == "sequential":
             children = self._width
         else:
@@ -98,7 +111,22 @@ class GrowingTree:
             top_p=self._config.top_p,
             top_k=self._config.top_k,
             min_p=self._config.min_p,
+            routes_from=self._routes_from(path),
         )
+
+    def _routes_from(self, path: PathRequest) -> int | None:
+        """The first context token whose route `path` asks for next.
+
+        It is the last one, which the request that sampled it did not read; of cached tokens the tree has the
+        routes already. The tree's first request asks for the whole prompt's.
+        """
+        if not self._routes:
+            return None
+        return 0 if self._is_first(path) else len(path.context) - 1
+
+    def _is_first(self, path: PathRequest) -> bool:
+        """Whether `path` sends the tree's first request next."""
+        return path.number == 0 and not path.new_nodes
 
     def receive(self, path: PathRequest, output: GenerateOutput) -> int:
         """Add an engine's tokens to `path`, up to the first segment boundary at which the path ends.
@@ -114,6 +142,7 @@ class GrowingTree:
                 f"the engine returned {total} tokens with {len(output.log_probs)} log-probs, finish "
                 f"{output.finish}; {wanted} tokens were requested"
             )
+        routes = self._take_routes(path, output)
         base, prompt_tokens = len(path.context), len(self.prompt.tokens)
         context = np.concatenate([path.context, output.tokens])
         taken = 0
@@ -122,9 +151,13 @@ class GrowingTree:
             piece = slice(taken, min(taken + segment_end - path.length, total))
             taken = piece.stop
             eos = output.finish == "eos" and taken == total
-            node = path.add(output, piece, Finish.EOS if eos else Finish.LENGTH, self._rule)
+            of_piece = None if routes is None else routes_of_piece(routes, piece)
+            node = path.add(output, piece, Finish.EOS if eos else Finish.LENGTH, self._rule, of_piece)
             if eos or node.end == segment_end:
                 path.stop = self._rule.classify(context[prompt_tokens : base + taken], node.box, eos)
+        if path.stop is not None and path.last_node is not None and path.last_node.routes is not None:
+            # The engine may have read it, or not: that depends on where its stop rule looks.
+            path.last_node.routes[-1] = no_route(path.last_node.routes.dtype)
         path.context = context[: base + taken]
         return taken
 
@@ -147,6 +180,28 @@ class GrowingTree:
         """The grades of the complete tree's leaves, in their order; None if the policies read no rewards."""
         return [self._grades[node] for node, _ in self._leaves] if self._config.reads_rewards else None
 
+    def _take_routes(self, path: PathRequest, output: GenerateOutput) -> np.ndarray | None:
+        """Keep the routes of context tokens that an output brings.
+
+        Returns the routes of the context's last token and of all the output's tokens but the last; None
+        without routes. Raises EngineError for routes that do not fit the request.
+        """
+        first, routes = self._routes_from(path), output.routes
+        if first is None:
+            return None
+        wanted = len(path.context) - first + len(output.tokens) - 1
+        if routes is None or len(routes) != wanted:
+            found = "no routes" if routes is None else f"the routes of {len(routes)} tokens"
+            raise EngineError(f"the engine returned {found}; those of {wanted} were requested")
+        if self._is_first(path):
+            self._prompt_routes = routes[: len(path.context)].copy()
+        routes = routes[len(path.context) - 1 - first :]
+        if not path.new_nodes:
+            path.route_above = routes[0].copy()
+        elif path.last_node is not None and path.last_node.routes is not None:
+            path.last_node.routes[-1] = routes[0]
+        return routes
+
     def advance(self) -> None:
         """End the round, whose path requests must be complete: classify, then branch or fall back.
 
@@ -157,6 +212,7 @@ class GrowingTree:
         for path in self.path_requests:
             assert path.complete
             assert path.last_node is not None
+            self._route_above(path)
             self._nodes += path.new_nodes
             if (cut := self._cut_of.pop(path.number, None)) is not None:
                 cut.nodes.append(path.new_nodes[0])
@@ -180,6 +236,16 @@ class GrowingTree:
         self._agreed = len(rewards) > 1 and min(rewards) == max(rewards)
         if not self._agreed:
             self._width = config.most_leaves
+
+    def _route_above(self, path: PathRequest) -> None:
+        """Give the token above the path's new nodes the route that the path read, if it has none yet.
+
+        So the first child in the order of path requests decides, whichever was answered first.
+        """
+        above = path.new_nodes[0].parent
+        if above is not None and above.routes is not None and not has_route(above.routes[-1]):
+            assert path.route_above is not None
+            above.routes[-1] = path.route_above
 
     def held(self) -> list[tuple[int, int]]:
         """Compute what a prefix cache had to hold during this round, which must be complete.
@@ -223,6 +289,7 @@ class GrowingTree:
                     log_probs=node.log_probs,
                     versions=node.versions,
                     finish=node.finish,
+                    routes=node.routes,
                 )
                 for node in nodes
             ),
@@ -239,6 +306,7 @@ class GrowingTree:
                 for cut in self._cuts
             ),
             agreed=self._agreed,
+            prompt_routes=self._prompt_routes,
         )
 
     def _depth_first(self) -> list[Node]:
@@ -372,6 +440,8 @@ class GrowingTree:
         )
         node.parent, node.tokens = upper, node.tokens[keep:]
         node.log_probs, node.versions = node.log_probs[keep:], node.versions[keep:]
+        if node.routes is not None:  # the cut's last token has one: the rest of the segment read it
+            upper.routes, node.routes = node.routes[:keep], node.routes[keep:]
         self._nodes.append(upper)
         for each in self._cuts:
             each.nodes = [upper if one is node else one for one in each.nodes]

@@ -19,8 +19,8 @@ from treepo.tree import Finish, Stop
 class Node:
     """A segment of a growing tree.
 
-    tokens, log_probs, versions: as in `treepo.tree.Segment`. end: length in tokens of the response that ends
-    here. box: the search for a box in that response.
+    tokens, log_probs, versions, routes: as in `treepo.tree.Segment`. end: length in tokens of the response
+    that ends here. box: the search for a box in that response.
     """
 
     parent: "Node | None"
@@ -30,6 +30,7 @@ class Node:
     finish: Finish
     end: int
     box: BoxScan
+    routes: np.ndarray | None = None
 
     def path(self) -> "list[Node]":
         """The nodes from the prompt's child down to this one, both included."""
@@ -51,7 +52,8 @@ class PathRequest:
     number: unique in the tree, in the order of creation. context: int32 [T], prompt and response so far.
     first_length, target_length: response tokens at which the path request began, and at which it is complete.
     last_node: the path's last node, None at the prompt. new_nodes: nodes that this round added. stop: why the
-    path ended; None while it goes on.
+    path ended; None while it goes on. route_above: of the last token above the new nodes, as this path
+    request read it; None without routes.
     """
 
     number: int
@@ -62,6 +64,7 @@ class PathRequest:
     last_node: Node | None
     new_nodes: list[Node] = field(default_factory=list)
     stop: Stop | None = None
+    route_above: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -92,9 +95,20 @@ class PathRequest:
         """
         return (self.segment_end if self.within_segment else self.target_length) - self.length
 
-    def add(self, output: GenerateOutput, piece: slice, finish: Finish, rule: StopRule) -> Node:
-        """Add a piece of an output, at most to the end of the segment; returns the last node."""
-        tokens, log_probs = output.tokens[piece], output.log_probs[piece]
+    def add(
+        self,
+        output: GenerateOutput,
+        piece: slice,
+        finish: Finish,
+        rule: StopRule,
+        routes: np.ndarray | None = None,
+    ) -> Node:
+        """Add a piece of an output, at most to the end of the segment; returns the last node.
+
+        routes: of the piece's tokens. Arrays are copied: Ray's store keeps an answer, with the routes of all
+        its tokens, as long as a part of it is used.
+        """
+        tokens, log_probs = output.tokens[piece].copy(), output.log_probs[piece].copy()
         versions = np.full(len(tokens), output.version, dtype=np.int32)
         end, node = self.length + len(tokens), self.last_node
         box = rule.scan(node.box if node else BoxScan(), tokens)
@@ -102,8 +116,10 @@ class PathRequest:
             node.tokens = np.concatenate([node.tokens, tokens])
             node.log_probs = np.concatenate([node.log_probs, log_probs])
             node.versions = np.concatenate([node.versions, versions])
+            if node.routes is not None and routes is not None:
+                node.routes = np.concatenate([node.routes, routes])
             node.finish, node.end, node.box = finish, end, box
             return node
-        self.last_node = Node(node, tokens, log_probs, versions, finish, end, box)
+        self.last_node = Node(node, tokens, log_probs, versions, finish, end, box, routes)
         self.new_nodes.append(self.last_node)
         return self.last_node

@@ -1,6 +1,6 @@
 """Make the toy: a folder of small problems, and a small model that solves about two in five of them.
 
-    out/model           a Hugging Face folder (Qwen2, float32) with a byte-level tokenizer
+    out/model           a Hugging Face folder (Qwen2 or Qwen3-MoE, float32) with a byte-level tokenizer
     out/train.jsonl     problems in the columns of m-a-p/TreePO_data
     out/heldout.jsonl   further problems, which neither the warm start nor train.jsonl contains
     out/toy.json        written last: the fingerprint of the toy's recipe and code, and the report
@@ -31,6 +31,7 @@ class ToyReport:
     model: Path
     train: Path
     heldout: Path
+    family: str  # the model's, for people
     parameters: int
     sampled_accuracy: float  # at temperature 1, on the held-out problems
     seconds: float
@@ -53,7 +54,7 @@ def make_toy(
         raise ConfigError(f"{out}: it is a file; the toy needs the path of a folder, new or existing")
     fingerprint = _fingerprint(seed, recipe)
     if not force:
-        report = _read_stamp(out, fingerprint)
+        report = _read_stamp(out, fingerprint, recipe)
         if report is not None:
             return report
     (out / _STAMP).unlink(missing_ok=True)
@@ -81,8 +82,8 @@ def _make(
         (out / f"{split}.jsonl").write_bytes(b"".join(lines))
 
     tokenizer = byte_tokenizer(warmstart.MAX_CONTEXT)
-    # On a GPU the warm start takes seconds; on a CPU one to two minutes.
-    model = warmstart.new_model(seed)
+    # On a GPU the warm start takes seconds; on a CPU one to four minutes.
+    model = warmstart.new_model(seed, recipe.experts)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     with warmstart.one_thread():
         warmstart.warm_start(model, tokenizer, recipe, seed, frozenset(heldout), progress)
@@ -93,6 +94,7 @@ def _make(
         model=out / "model",
         train=out / "train.jsonl",
         heldout=out / "heldout.jsonl",
+        family=recipe.family,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         sampled_accuracy=accuracy,
         seconds=time.monotonic() - start,
@@ -128,7 +130,7 @@ def _write_stamp(out: Path, fingerprint: str, report: ToyReport) -> None:
     partial.replace(out / _STAMP)
 
 
-def _read_stamp(out: Path, fingerprint: str) -> ToyReport | None:
+def _read_stamp(out: Path, fingerprint: str, recipe: Recipe) -> ToyReport | None:
     """Read the report of the toy in `out`; None if it is incomplete or was made from anything else."""
     if not (out / _STAMP).is_file():
         return None
@@ -138,6 +140,7 @@ def _read_stamp(out: Path, fingerprint: str) -> ToyReport | None:
             model=out / "model",
             train=out / "train.jsonl",
             heldout=out / "heldout.jsonl",
+            family=recipe.family,
             parameters=int(content["parameters"]),
             sampled_accuracy=float(content["sampled_accuracy"]),
             seconds=float(content["seconds"]),

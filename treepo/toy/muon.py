@@ -26,7 +26,10 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized Nesterov momentum, with steps of the size of Adam's at the same rate."""
+    """Orthogonalized Nesterov momentum, with steps of the size of Adam's at the same rate.
+
+    A parameter is a matrix, or a stack of them [experts, rows, columns].
+    """
 
     def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float) -> None:
         super().__init__(matrices, {"lr": lr})
@@ -34,9 +37,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # takes no closure
         for group in self.param_groups:
-            for matrix in group["params"]:
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 1 - _MOMENTUM)
-                direction = orthogonalize(matrix.grad.lerp(momentum, _MOMENTUM))
-                # The entries of an orthogonal matrix are about 1/sqrt(larger side), those of Adam's step 0.2.
-                matrix.add_(direction, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 1 - _MOMENTUM)
+                gradient = parameter.grad.lerp(momentum, _MOMENTUM)
+                for matrix, change in zip(_matrices(parameter), _matrices(gradient), strict=True):
+                    # The entries of an orthogonal matrix are about 1/sqrt(larger side), those of Adam's step
+                    # 0.2.
+                    scale = 0.2 * max(matrix.shape) ** 0.5
+                    matrix.add_(orthogonalize(change), alpha=-scale * group["lr"])
+
+
+def _matrices(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The matrix, or those of the experts that one parameter holds."""
+    return (parameter,) if parameter.ndim == 2 else parameter.unbind()

@@ -1,4 +1,4 @@
-"""The supervised warm start: train a small Qwen2 to solve the toy problems, carefully or carelessly.
+"""The supervised warm start: train a small model to solve the toy problems, carefully or carelessly.
 
 At first it sees careful solutions only, which teach arithmetic fastest, then the mixture that
 `problems.demonstrate` draws, which teaches it to give up. The loss is on the solution, not on the prompt.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from treepo.data.tokenizer import Tokenizer
 from treepo.rollout import rng
@@ -21,31 +21,49 @@ from treepo.toy import problems
 from treepo.toy.byte_tokenizer import EOS, EOS_ID, PAD_ID, VOCABULARY
 from treepo.toy.muon import Muon
 from treepo.toy.problems import Problem
-from treepo.toy.recipe import Recipe
+from treepo.toy.recipe import EXPERTS_PER_TOKEN, Recipe
 
 _IGNORE = -100  # the label of a token that is not trained
+_BALANCE = 0.01  # weight of the routers' imbalance; without it three experts of eight get all tokens
 MAX_CONTEXT = 4096
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 192,
+    "intermediate_size": 640,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_CONTEXT,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
+    "dtype": "float32",
+}
+
+type Model = Qwen2ForCausalLM | Qwen3MoeForCausalLM
 
 
-def new_model(seed: int) -> Qwen2ForCausalLM:
-    """Make a random model of about a million parameters: two layers, since depth costs an engine most."""
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=640,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_CONTEXT,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
-        dtype="float32",
-    )
+def new_model(seed: int, experts: int = 0) -> Model:
+    """Make a random model with two layers, since depth costs an engine most.
+
+    experts: in each layer of a Qwen3-MoE; 0 for a Qwen2.
+    """
+    config = _mixture(experts) if experts else Qwen2Config(**_SIZES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed("toy", seed, "model"))
-        return Qwen2ForCausalLM(config)
+        return Qwen2ForCausalLM(config) if isinstance(config, Qwen2Config) else Qwen3MoeForCausalLM(config)
+
+
+def _mixture(experts: int) -> Qwen3MoeConfig:
+    sizes = _SIZES | {"head_dim": _SIZES["hidden_size"] // _SIZES["num_attention_heads"]}
+    return Qwen3MoeConfig(
+        **sizes,  # its signature does not name head_dim
+        num_experts=experts,
+        num_experts_per_tok=EXPERTS_PER_TOKEN,
+        moe_intermediate_size=192,
+        norm_topk_prob=True,
+    )
 
 
 @contextmanager
@@ -60,7 +78,7 @@ def one_thread() -> Iterator[None]:
 
 
 def warm_start(
-    model: Qwen2ForCausalLM,
+    model: Model,
     tokenizer: Tokenizer,
     recipe: Recipe,
     seed: int,
@@ -72,7 +90,7 @@ def warm_start(
     progress: called with (step, steps, loss) after each step.
     """
     draws = rng.generator("toy", seed, "demonstrations")
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     muon = Muon(matrices, lr=recipe.muon_lr)
     adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -94,7 +112,7 @@ def warm_start(
 
 @torch.no_grad()
 def sampled_accuracy(
-    model: Qwen2ForCausalLM,
+    model: Model,
     tokenizer: Tokenizer,
     heldout: Sequence[Problem],
     samples: int,
@@ -156,9 +174,30 @@ def _batch(
     return tokens, labels
 
 
-def _loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the labels. Causal attention does not see padding, which is on the right."""
-    hidden = model.model(tokens[:, :-1], use_cache=False).last_hidden_state
+def _loss(model: Model, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the labels, and for a mixture the routers' imbalance.
+
+    Causal attention does not see padding, which is on the right.
+    """
+    mixture = isinstance(model, Qwen3MoeForCausalLM)
+    routers = {"output_router_logits": True} if mixture else {}
+    outputs = model.model(tokens[:, :-1], use_cache=False, **routers)
     targets = labels[:, 1:]
     chosen = targets != _IGNORE
-    return functional.cross_entropy(model.lm_head(hidden[chosen]), targets[chosen])
+    loss = functional.cross_entropy(model.lm_head(outputs.last_hidden_state[chosen]), targets[chosen])
+    if mixture:
+        uneven = [imbalance(logits[chosen.flatten()]) for logits in outputs.router_logits]
+        loss = loss + _BALANCE * torch.stack(uneven).mean()
+    return loss
+
+
+def imbalance(logits: torch.Tensor) -> torch.Tensor:
+    """Measure how unevenly a router uses its experts: 1 for even use, more otherwise.
+
+    Equation 4 of Switch Transformers (https://arxiv.org/abs/2101.03961), with `EXPERTS_PER_TOKEN` experts a
+    token. logits: [T, experts].
+    """
+    tokens, experts = logits.shape
+    picked = logits.topk(EXPERTS_PER_TOKEN).indices.flatten().bincount(minlength=experts)
+    share = picked / (tokens * EXPERTS_PER_TOKEN)
+    return experts * (share * logits.softmax(-1).mean(0)).sum()

@@ -8,7 +8,7 @@ makes every later step learn from wrong ratios, which looks like a bad hyper-par
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +32,10 @@ SUSPECTS = (
     "the temperature (not the same on both sides), vocabulary padding (columns beyond the "
     "tokenizer's), fused kernels (engine.attention_backend), dtype (model.dtype on one side only), "
     "stale weights (the engine serves other weights than the trainer has)"
+)
+OF_MIXTURES = (
+    "; of a mixture also routing (rounding makes one side choose other experts; trainer.routing_replay = "
+    "rollout gives the trainer the engine's)"
 )
 
 _log = logging.getLogger(__name__)
@@ -85,9 +89,12 @@ async def check_log_probs(
     """
     sampling = short_sampling(config.sampling)
     fixed = prompts[: config.log_prob_check.prompts]
-    forests = await asyncio.gather(
-        *(_sample(TreeDriver([engine], sampling, decode, config.seed), fixed, engine) for engine in engines)
-    )
+
+    def sampled(engine: Engine) -> Awaitable[list[Tree]]:
+        driver = TreeDriver([engine], sampling, decode, config.seed, routes=config.samples_routes)
+        return _sample(driver, fixed, engine)
+
+    forests = await asyncio.gather(*map(sampled, engines))
     packed = [
         _pack_all(trees, config.trainer.max_tokens_per_pack, config.trainer.parallel.data)
         for trees in forests
@@ -99,7 +106,10 @@ async def check_log_probs(
     for engine, trees, packs, log_probs in zip(engines, forests, packed, computed, strict=True):
         comparison = _compare(trees, packs, log_probs)
         if not comparison.within(*limits):
-            raise LogProbCheckError(_disagreement(comparison, engine.name, sampling.temperature, *limits))
+            suspects = SUSPECTS + (OF_MIXTURES if config.trainer.routing_replay != "rollout" else "")
+            raise LogProbCheckError(
+                _disagreement(comparison, engine.name, sampling.temperature, *limits, suspects)
+            )
         figures["mean"] = max(figures["mean"], comparison.mean)
         figures["max"] = max(figures["max"], comparison.largest)
         figures["tokens"] += comparison.tokens
@@ -178,7 +188,12 @@ def _compare(
 
 
 def _disagreement(
-    comparison: Comparison, engine: str, temperature: float, mean_limit: float, max_limit: float
+    comparison: Comparison,
+    engine: str,
+    temperature: float,
+    mean_limit: float,
+    max_limit: float,
+    suspects: str,
 ) -> str:
     """The error, in one line."""
     return (
@@ -187,5 +202,5 @@ def _disagreement(
         f"(log_prob_check.mean_limit is {mean_limit:g}) and by up to {comparison.largest:.2g} "
         f"(log_prob_check.max_limit is {max_limit:g}), at prompt {comparison.prompt_id}, response token "
         f"{comparison.token} (engine {comparison.engine:.4f}, trainer {comparison.trainer:.4f}). "
-        f"The usual suspects: {SUSPECTS}. log_prob_check.enabled=false trains anyway"
+        f"The usual suspects: {suspects}. log_prob_check.enabled=false trains anyway"
     )

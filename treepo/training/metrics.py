@@ -53,6 +53,7 @@ def step_metrics(
             "train/optimizer_steps": len(result.taken),
             "train/skipped_steps": result.skipped,
         }
+        | routing_metrics(result)
         | update_metrics(result.taken)
         | {metric: seconds[phase] for phase, metric in STEP_PHASES.items()}
         | {"seconds/step": wall_seconds, "trainer_restarts": trainer_restarts}
@@ -185,6 +186,12 @@ def rollout_metrics(sampled: Sampled) -> dict[str, float]:
         "rollout/branchings": stats.branchings,
         "rollout/fallbacks": stats.fallbacks,
     }
+
+
+def routing_metrics(result: BatchResult) -> dict[str, float]:
+    """How often routers would have chosen other experts than were replayed; empty without replay."""
+    differs = result.own_choice_differs
+    return {} if differs is None else {"routing/own_choice_differs": differs}
 
 
 def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

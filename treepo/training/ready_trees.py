@@ -1,4 +1,7 @@
-"""The file in a checkpoint with the finished trees that no step has taken or counted: one tree a line."""
+"""The file in a checkpoint with the finished trees that no step has taken or counted: one tree a line.
+
+It has their routes: without them a resumed run would train other experts.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +16,7 @@ from treepo.tree import from_json, to_json
 def ready_trees_lines(trees: Mapping[int, FinishedTree]) -> bytes:
     """The content of the file. trees: by the positions of their prompts in the training order."""
     return b"".join(
-        to_json(finished.tree, position=position, answer=finished.answer)
+        to_json(finished.tree, routes=True, position=position, answer=finished.answer)
         for position, finished in sorted(trees.items())
     )
 

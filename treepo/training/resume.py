@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from treepo.training.checkpoints import newest
 from treepo.training.ready_trees import read_ready_trees
 from treepo.training.run_state import RunState
 from treepo.training.tree_supply import FinishedTree
+from treepo.tree import Tree
 
 # Sections and keys that determine the run's numbers, except FREE. All others may change: layout, engines,
 # number of steps, and when trees start (`loop`).
@@ -66,7 +67,8 @@ class Resume:
 def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True) -> Resume | None:
     """Find where the run in `config.out` continues; None if it has no checkpoint.
 
-    contents: as in `newest`. Raises ConfigError if the run is finished, or if it would not be the same run.
+    contents: as in `newest`. Raises ConfigError if the run is finished, would not be the same run, or has
+    ready trees without the routes that it replays.
     """
     found = newest(config.out, contents=contents)
     if found is None:
@@ -91,13 +93,13 @@ def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True
             f"--resume: the run in {config.out} is complete after {state.steps_done} steps, "
             f"and steps = {config.steps}"
         )
-    return _resume(config.out, checkpoint, state, tuple(changes.values()))
+    return _with_routes_of(config, _resume(config.out, checkpoint, state, tuple(changes.values())))
 
 
-def last_checkpoint(out: Path) -> Resume | None:
+def last_checkpoint(config: RunConfig) -> Resume | None:
     """Find the checkpoint from which a run continues in this process; None if there is none."""
-    found = newest(out)
-    return None if found is None else _resume(out, *found, changes=())
+    found = newest(config.out)
+    return None if found is None else _with_routes_of(config, _resume(config.out, *found, changes=()))
 
 
 async def restore(resume: Resume, engines: TrainingEnginePool, trainer: Trainer) -> None:
@@ -134,6 +136,31 @@ def differences(saved: RunConfig, config: RunConfig) -> dict[str, str]:
     before, now = (by_dotted_key(each.model_dump(mode="json")) for each in (saved, config))
     keys = [key for key in before | now if key != "out" and before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return {key: f"{key} = {_show(before, key)}, now {_show(now, key)}" for key in keys}
+
+
+def _with_routes_of(config: RunConfig, resume: Resume) -> Resume:
+    """The ready trees with routes if routes are replayed, otherwise without, as the trees to come.
+
+    Raises ConfigError if routes are to be replayed, and ready trees were sampled without.
+    """
+    if config.trainer.routing_replay != "rollout":
+        trees = {
+            position: replace(finished, tree=_without_routes(finished.tree))
+            for position, finished in resume.ready_trees.items()
+        }
+        return replace(resume, ready_trees=trees)
+    lacking = sum(finished.tree.prompt_routes is None for finished in resume.ready_trees.values())
+    if lacking:
+        raise ConfigError(
+            f"--resume: trainer.routing_replay = rollout, but {lacking} trees that wait for a step were "
+            f"sampled without routes ({resume.checkpoint / READY_TREES}); none and trainer are allowed"
+        )
+    return resume
+
+
+def _without_routes(tree: Tree) -> Tree:
+    segments = tuple(replace(segment, routes=None) for segment in tree.segments)
+    return replace(tree, segments=segments, prompt_routes=None)
 
 
 def _check_sizes(out: Path, state: RunState) -> None:

@@ -161,7 +161,7 @@ class RunFolder:
 
     def write_tree(self, tree: Tree, step: int, answer: str) -> None:
         """Write one graded tree."""
-        self._trees.add(to_json(tree, step=step, answer=answer))
+        self._trees.add(to_json(tree, routes=self._config.save_routes, step=step, answer=answer))
         self._loggers.tree(tree, step, answer)
         self._writer.wake()
 

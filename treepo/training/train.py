@@ -208,6 +208,7 @@ class _Run:
             config.seed,
             engines.kv_tokens,
             grader.grade_response,
+            routes=config.samples_routes,
         )
         finished = {} if origin is None else origin.ready_trees
         return TreeSupply(config, inputs.train, order, scheduler, driver, grader, finished)
@@ -220,7 +221,7 @@ class _Run:
         Raises TrainerError if `trainer.max_restarts` are used up.
         """
         most = self.config.trainer.max_restarts
-        origin = await in_thread(lambda: last_checkpoint(self.config.out))
+        origin = await in_thread(lambda: last_checkpoint(self.config))
         if self.restarts == most:
             goes_on = "" if origin is None else f"; --resume continues after step {origin.state.steps_done}"
             used_up = f"trainer.max_restarts = {most}: all restarts are used up"

@@ -12,6 +12,7 @@ from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import GIB
 from treepo.planning.memory.engine import EngineMemory
 from treepo.planning.memory.parts import Memory
+from treepo.planning.memory.routes import on_host
 from treepo.planning.memory.trainer import offloaded
 from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
 from treepo.planning.nodes import ranks_per_node, shares_devices
@@ -34,6 +35,7 @@ def node_memory(config: RunConfig, folder: Path, trainer: Sequence[Memory], engi
     if shares_devices(config):
         offloaded = count * engine.memory.parts["weights"]
         engines["engines' offloaded weights"] = offloaded, "while the trainer computes"
+    engines |= on_host(config, folder, engine, count)
     reward = config.reward
     others = {
         "reward workers": (

@@ -25,7 +25,7 @@ from megatron_bridge.tensor_surgery import padded_vocabulary
 from treepo.config.run import RunConfig
 from treepo.config.trainer import ParallelConfig
 from treepo.planning.architecture import planned_architecture
-from treepo.planning.memory import activations
+from treepo.planning.memory import activations, routes
 from treepo.planning.memory.activations import MicroBatch
 from treepo.planning.memory.parts import FLOAT32, Memory, Parts, element_bytes
 from treepo.planning.memory.weight_sync import sync_memory
@@ -74,7 +74,9 @@ def packs_of_step(config: RunConfig, folder: Path, tree_tokens: float) -> float:
     """
     batch = largest_micro_batch(config, planned_architecture(folder))
     trees = config.data.prompts_per_step / config.trainer.parallel.data
-    return trees * tree_tokens / batch.tokens * activations.pack(batch)
+    sparse = len(batch.architecture.dimensions.sparse_layers)
+    pack = activations.pack(batch) + routes.on_device(batch, ceil(sparse / config.trainer.parallel.pipeline))
+    return trees * tree_tokens / batch.tokens * pack
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
@@ -142,8 +144,9 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
             ),
             # Packs that only some of its chunks have had too, and on the last stage the one before.
             "tree packs": (
-                (ceil(in_flight) + last_of_several) * activations.pack(batch),
-                "fields, rotary angles, block mask",
+                (ceil(in_flight) + last_of_several) * _pack(batch, shard),
+                "fields, rotary angles, block mask"
+                + (", routes" if config.trainer.routing_replay != "none" else ""),
             ),
         },
     )
@@ -170,6 +173,12 @@ def _layers(shard: Shard) -> set[int]:
     """A stage's layers, numbered over the whole model."""
     names = (each.name.split(".") for each in shard.parameters)
     return {int(name[2]) for name in names if name[:2] == ["decoder", "layers"]}
+
+
+def _pack(batch: MicroBatch, shard: Shard) -> float:
+    """A micro-batch's fields, plan and routes."""
+    sparse = _layers(shard) & set(batch.architecture.dimensions.sparse_layers)
+    return activations.pack(batch) + routes.on_device(batch, len(sparse))
 
 
 def _kept(batch: MicroBatch, shard: Shard, parallel: ParallelConfig) -> float:
