@@ -33,7 +33,7 @@ class Finish(StrEnum):
 
     LENGTH = "length"  # it has the requested length; the path may go on below it
     EOS = "eos"  # its last token ends the sequence
-    CUT = "cut"  # a fallback cut it here; its first child holds the rest of its tokens
+    CUT = "cut"  # a fallback or a branching cut it here; its first child holds the rest of its tokens
 
 
 class Stop(StrEnum):
@@ -80,6 +80,24 @@ class Leaf:
     texts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a tree went on after all its paths had ended: below a cut of a finished answer, or at the prompt.
+
+    parent: the segment above the cut, or PROMPT. segments: the children of `parent` that were sampled then.
+    leaf: the segment of the leaf that was cut; None if the tree started again at the prompt. leaves: that the
+    tree had before, the first of `Tree.leaves`. right, graded: of those below `parent`, how many were right,
+    and how many were graded; None if the sampling policies read no rewards.
+    """
+
+    parent: int
+    segments: tuple[int, ...]
+    leaf: int | None
+    leaves: int
+    right: int | None = None
+    graded: int | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Tree:
     """One prompt's rollout. Raises ValueError if the parts do not form a tree.
@@ -93,6 +111,8 @@ class Tree:
     segments: tuple[Segment, ...] = field(repr=False)
     leaves: tuple[Leaf, ...] = field(repr=False)
     prompt_routes: np.ndarray | None = field(default=None, repr=False)
+    cuts: tuple[Cut, ...] = field(default=(), repr=False)  # in the order of sampling
+    agreed: bool = False  # whether it has its least number of leaves because their rewards were equal
 
     def __post_init__(self) -> None:
         has_child = [False] * len(self.segments)
@@ -109,6 +129,15 @@ class Tree:
         childless = [index for index, parent in enumerate(has_child) if not parent]
         if sorted(leaf.segment for leaf in self.leaves) != childless:
             raise ValueError(f"tree {self.prompt_id}: its leaves are not exactly its childless segments")
+        added: set[int] = set()
+        for cut in self.cuts:
+            fits = cut.leaf is None or cut.leaf in childless
+            for segment in cut.segments:
+                fits &= 0 <= segment < len(self.segments) and self.segments[segment].parent == cut.parent
+                fits &= segment not in added
+                added.add(segment)
+            if not fits:
+                raise ValueError(f"tree {self.prompt_id}: it has no such cut: {cut}")
         self._check_routes()
 
     def _check_routes(self) -> None:
@@ -173,6 +202,15 @@ class _LeafRecord(TypedDict):
     texts: NotRequired[dict[str, object]]
 
 
+class _CutRecord(TypedDict):
+    parent: int
+    segments: list[int]
+    leaf: int | None
+    leaves: NonNegativeInt
+    right: int | None
+    graded: int | None
+
+
 class _Record(TypedDict):
     """A line of JSON, without extra keys."""
 
@@ -180,6 +218,8 @@ class _Record(TypedDict):
     prompt: list[int]
     segments: list[_SegmentRecord]
     leaves: list[_LeafRecord]
+    cuts: NotRequired[list[_CutRecord]]
+    agreed: NotRequired[bool]
     prompt_routes: NotRequired[RoutesRecord]
 
 
@@ -222,6 +262,10 @@ def to_json(tree: Tree, *, routes: bool = False, **extra: object) -> bytes:
         ],
         **_routes("prompt_routes", tree.prompt_routes, routes),
     }
+    if tree.cuts:
+        record["cuts"] = tree.cuts
+    if tree.agreed:
+        record["agreed"] = True
     return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
@@ -259,6 +303,8 @@ def from_json(line: bytes | str) -> Tree:
             )
             for leaf in record["leaves"]
         ),
+        cuts=tuple(Cut(**{**cut, "segments": tuple(cut["segments"])}) for cut in record.get("cuts", [])),
+        agreed=record.get("agreed", False),
         prompt_routes=_read_routes(record, "prompt_routes"),
     )
 

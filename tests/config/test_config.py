@@ -91,7 +91,11 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
             "reward.terms.lenght: should be one of format_boxed, ",
         ),
         (MINIMAL, ["data.columns=gsm9k"], "data.columns: should be one of aime24, amc23, gsm8k, "),
-        (MINIMAL + "sampling:\n  width: four\n", [], "run.yaml:7: sampling.width: should be a valid integer"),
+        (
+            MINIMAL + "sampling:\n  max_depth: four\n",
+            [],
+            "run.yaml:7: sampling.max_depth: should be a valid integer",
+        ),
         (MINIMAL + "steps: 4\n", [], "run.yaml:6: steps: given twice, first at"),
         (MINIMAL, ["model=3"], "model: should be a section (keys and values), found 3"),
         (MINIMAL, ["model.dtype=fp8"], "should be 'auto', 'float32' or 'bfloat16', found 'fp8'"),

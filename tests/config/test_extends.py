@@ -71,11 +71,15 @@ def test_lists_and_empty_mappings_replace(write: Write) -> None:
     [
         (BASE + "smpling: {}\n", "", "base.yaml:7: smpling: unknown key; did you mean 'sampling'?"),
         (BASE, "smpling: {}\n", "top.yaml:2: smpling: unknown key; did you mean 'sampling'?"),
-        (BASE + "sampling:\n  width: four\n", "steps: 4\n", "base.yaml:8: sampling.width: should be a valid"),
         (
-            BASE + "sampling: {width: four}\n",
-            "sampling: {width: 4.5}\n",
-            "top.yaml:2: sampling.width: should",
+            BASE + "sampling:\n  max_depth: four\n",
+            "steps: 4\n",
+            "base.yaml:8: sampling.max_depth: should be a valid",
+        ),
+        (
+            BASE + "sampling: {max_depth: four}\n",
+            "sampling: {max_depth: 4.5}\n",
+            "top.yaml:2: sampling.max_depth: should",
         ),
         # The upper file replaces the section as a whole, so no line of the lower file is named.
         (BASE + "sampling:\n  width: 4\n", "sampling: 3\n", "top.yaml:2: sampling: should be a section"),

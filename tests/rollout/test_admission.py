@@ -59,7 +59,7 @@ def _driver(engine: CacheCounter) -> TreeDriver:
 def test_trees_that_turn_out_small_make_room_for_others() -> None:
     engine = CacheCounter(end=0.1, shuffle=1)
     asyncio.run(_grow(_driver(engine), step=1))
-    assert max(engine.prompts[: SAMPLING.width // 4]) <= 2
+    assert max(engine.prompts[: SAMPLING.most_leaves // 4]) <= 2
     assert max(engine.prompts) > 2
     assert max(engine.tokens) <= KV_TOKENS
 

@@ -100,11 +100,11 @@ def test_the_temperature_follows_half_a_sine() -> None:
 
 def test_a_token_cap_allows_as_many_leaves_as_the_rest_of_it_pays_for() -> None:
     capped = config(cap="response_tokens", tree_response_tokens=100, min_width=2, width=8)
-    assert branching.leaf_bound(capped, [20, 20], [12, 12]) == 2 + 60 // (12 + 8)
-    assert branching.leaf_bound(capped, [20, 20], []) == 2 + 60 // 20
-    assert branching.leaf_bound(capped, [150], [8]) == 2  # nothing is left, but min_width is 2
-    assert branching.leaf_bound(capped, [1], []) == 8
-    assert branching.leaf_bound(config(), [10**6] * 3, [8]) == 16
+    assert branching.leaf_bound(capped, 8, [20, 20], [12, 12]) == 2 + 60 // (12 + 8)
+    assert branching.leaf_bound(capped, 8, [20, 20], []) == 2 + 60 // 20
+    assert branching.leaf_bound(capped, 8, [150], [8]) == 2  # nothing is left, but min_width is 2
+    assert branching.leaf_bound(capped, 8, [1], []) == 8
+    assert branching.leaf_bound(config(), 16, [10**6] * 3, [8]) == 16
 
 
 def test_ranges_are_drawn_from_both_ends_included() -> None:
@@ -159,3 +159,40 @@ def test_a_token_cap_limits_the_initial_branching_of_a_range_only() -> None:
     assert branching.initial_children(config(initial_branching=8, **cap), rng) == 8
     free = {branching.initial_children(config(initial_branching="2-8"), rng) for _ in range(200)}
     assert free == set(range(2, 9))
+
+
+@given(
+    log_probs=st.lists(st.floats(-30, 0, width=16), min_size=1, max_size=30),
+    window=st.integers(1, 9),
+)
+def test_surprise_is_the_window_with_the_lowest_mean_log_prob(log_probs: list[float], window: int) -> None:
+    at = branching.place(
+        config(branch={"at": "surprise", "window_tokens": window}), np.array(log_probs, np.float32)
+    )
+    size = min(window, len(log_probs))
+    sums = [math.fsum(log_probs[start : start + size]) for start in range(len(log_probs) - size + 1)]
+    # Sums of numbers with 11 bits are exact in float64, so the first of equal windows is the same one.
+    assert at == sums.index(min(sums))
+
+
+def test_paths_branch_at_their_end_by_default() -> None:
+    assert branching.place(config(), np.array([-1, -9, -1], np.float32)) == 3
+    assert branching.may_branch(config(), 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        (
+            {"branch": {"from_depth": 4}, "max_depth": 4},
+            "branch.from_depth = 4 with max_depth = 4: no path would branch; less than 4 is allowed",
+        ),
+        (
+            {"branch": {"window_tokens": 2}},
+            "window_tokens = 2 does nothing with at = end; surprise is allowed",
+        ),
+    ],
+)
+def test_places_that_cannot_work_are_refused(values: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        config(**values)

@@ -55,7 +55,7 @@ def test_every_tree_of_every_policy(policy: str) -> None:
     trees, driver = grow(config, [FakeEngine(end=0.04, box=0.02, letters=letters)], count=12)
     rule = StopRule(config, decode)
     for tree in trees.values():
-        assert len(tree.leaves) <= config.width
+        assert len(tree.leaves) <= config.most_leaves
         if config.cap == "trajectories" and config.fallback.cut != "none":
             assert len(tree.leaves) == config.width
         for leaf in tree.leaves:
@@ -90,6 +90,32 @@ def test_unaligned_cuts_do_split_segments() -> None:
                 rest = parents.index(index)
                 assert len(segment.tokens) + len(tree.segments[rest].tokens) <= 8
     assert cuts > 5
+
+
+def test_late_paths_do_not_branch_above_their_depth() -> None:
+    trees, _ = grow(sampling(branch={"from_depth": 3}, fallback={"cut": "none"}), [FakeEngine(end=0.01)])
+    branched = 0
+    for tree in trees.values():
+        parents = Counter(segment.parent for segment in tree.segments)
+        assert parents.pop(PROMPT) == 2
+        for index, children in parents.items():
+            branched += children > 1
+            assert children == 1 or len(tree.path(index)) >= 3
+    assert branched > 20
+
+
+def test_further_children_begin_before_the_least_likely_token() -> None:
+    config = sampling(branch={"at": "surprise"}, fallback={"cut": "none"})
+    trees, _ = grow(config, [FakeEngine(end=0.01)])
+    cuts = 0
+    for tree in trees.values():
+        parents = [segment.parent for segment in tree.segments]
+        for index, segment in enumerate(tree.segments):
+            if segment.finish is Finish.CUT:
+                cuts += 1
+                lower = tree.segments[parents.index(index)]
+                assert lower.log_probs[0] == min(*segment.log_probs, *lower.log_probs)
+    assert cuts > 20
 
 
 @pytest.mark.parametrize("policy", POLICIES)

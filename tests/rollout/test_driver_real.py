@@ -54,7 +54,7 @@ def test_every_segment_was_sampled_after_the_tokens_that_the_tree_shows(
     config = sampling(**POLICIES[policy])
     trees, stats = grow(real_engine, config, count=2)
     for tree in trees:
-        assert len(tree.leaves) <= config.width
+        assert len(tree.leaves) <= config.most_leaves
         for leaf in tree.leaves:
             whole = np.concatenate([tree.prompt, tree.response(leaf)])
             computed = real_engine.run(real_engine.engine.log_probs(whole))[len(tree.prompt) - 1 :]

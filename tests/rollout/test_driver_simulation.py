@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from tests.support.fake_engine import FakeEngine, decode, prompt_tokens
+from tests.support.fake_grader import FakeGrader, right
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.rollout.growing_tree import GrowingTree
-from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS, PLACES
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
 
@@ -35,6 +36,7 @@ class Path:
     log_probs: list[float] = field(default_factory=list)
     bounds: list[int] = field(default_factory=list)
     stop: str = ""
+    branched: bool = False
 
     def cut(self, length: int) -> "Path":
         bounds = [bound for bound in self.bounds if bound < length] + [length] * (length > 0)
@@ -132,6 +134,8 @@ def leaf_order(leaves: list[Path], config: SamplingConfig, rng: random.Random) -
             return gumbel_order([priority[leaf.stop] for leaf in leaves], rng)
         case "longer":
             return gumbel_order([len(leaf.tokens) for leaf in leaves], rng)
+        case "wrong":
+            everyone = [i for i in everyone if not right(np.array(leaves[i].tokens))]
         case "boxed_or_eos":
             everyone = [i for i in everyone if leaves[i].stop in ("boxed", "eos")]
         case "boxed_long":
@@ -141,7 +145,18 @@ def leaf_order(leaves: list[Path], config: SamplingConfig, rng: random.Random) -
     return everyone
 
 
-def cut_of(leaf: Path, config: SamplingConfig, rng: random.Random) -> int:
+def pivot(leaf: Path, leaves: list[Path], rng: random.Random) -> int:
+    places, weights = [], []
+    for place in leaf.bounds[:-1]:
+        below = [
+            right(np.array(each.tokens)) for each in leaves if each.tokens[:place] == leaf.tokens[:place]
+        ]
+        places.append(place)
+        weights.append(place * (sum(below) + 1) / (len(below) + 2))
+    return rng.choices(places, weights)[0] if places else 0
+
+
+def cut_of(leaf: Path, leaves: list[Path], config: SamplingConfig, rng: random.Random) -> int:
     rule, length = config.fallback, len(leaf.tokens)
     window = rule.window_tokens or config.segment_tokens
     if length < (rule.window_tokens or 0) or rule.cut == "from_start":
@@ -149,6 +164,8 @@ def cut_of(leaf: Path, config: SamplingConfig, rng: random.Random) -> int:
     if rule.cut == "random":
         windows = math.ceil(length / window)
         cut = (windows - rng.randint(1, min(windows, rule.max_windows or windows))) * window
+    elif rule.cut == "pivot":
+        cut = pivot(leaf, leaves, rng)
     elif rule.cut == "min_log_prob":
         cut = leaf.log_probs.index(min(leaf.log_probs))
     else:
@@ -160,16 +177,47 @@ def cut_of(leaf: Path, config: SamplingConfig, rng: random.Random) -> int:
     return max([b for b in leaf.bounds if b <= cut], default=0) if rule.aligned else cut
 
 
+def branch_place(path: Path, config: SamplingConfig) -> int:
+    """Tokens of a path's response that its further children share with it."""
+    if config.branch.at == "end":
+        return len(path.tokens)
+    start = path.bounds[-2] if len(path.bounds) > 1 else 0
+    size = min(config.branch.window_tokens, len(path.tokens) - start)
+    windows = range(start, len(path.tokens) - size + 1)
+    return min(windows, key=lambda at: sum(path.log_probs[at : at + size]))
+
+
+def branches(
+    active: list[Path], finished_now: int, leaves: list[Path], config: SamplingConfig, rng: random.Random
+) -> list[Path]:
+    """The paths of the next step."""
+    deep = [p for p in active if math.ceil(len(p.tokens) / config.segment_tokens) >= config.branch.from_depth]
+    n, queue = len(deep), [path for path in active if path not in deep]
+    if not deep:
+        return queue
+    rest = max(bound_of(leaves, active, config) - len(leaves) - len(queue), 0)
+    wanted = factor(config, rng) if config.budget == "tokens" else factor(config, rng) * (n + finished_now)
+    if config.mode == "sequential":
+        wanted = n
+    for path, share in zip(deep, divide(max(min(rest, wanted), n), deep, config), strict=True):
+        place = branch_place(path, config)
+        if share > 1 and 0 < place < len(path.tokens):
+            path.bounds = sorted({*path.bounds, place})
+        queue += [path] + [path.cut(place)] * (share - 1)
+        path.branched = share > 1
+    return queue
+
+
 def bound_of(leaves: list[Path], active: list[Path], config: SamplingConfig) -> int:
     if config.tree_response_tokens is None:
-        return config.width
+        return config.most_leaves
     left = max(0, config.tree_response_tokens - sum(len(leaf.tokens) for leaf in leaves))
     one = (
         sum(len(path.tokens) for path in active) / len(active) + config.segment_tokens
         if active
         else sum(len(leaf.tokens) for leaf in leaves) / len(leaves)
     )
-    return min(config.width, max(config.min_width, len(leaves) + math.floor(left / one)))
+    return min(config.most_leaves, max(config.min_width, len(leaves) + math.floor(left / one)))
 
 
 def factor(config: SamplingConfig, rng: random.Random) -> int:
@@ -180,7 +228,7 @@ def factor(config: SamplingConfig, rng: random.Random) -> int:
 def continuations(leaves: list[Path], rest: int, config: SamplingConfig, rng: random.Random) -> list[Path]:
     queue: list[Path] = []
     for index in leaf_order(leaves, config, rng) or [-1]:
-        start = Path() if index < 0 else leaves[index].cut(cut_of(leaves[index], config, rng))
+        start = Path() if index < 0 else leaves[index].cut(cut_of(leaves[index], leaves, config, rng))
         queue += [start] * min(rest - len(queue), factor(config, rng))
         if config.fallback.cut == "from_start":
             break
@@ -194,8 +242,8 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
     if config.tree_response_tokens is not None and isinstance(config.initial_branching, str):
         first = min(first, config.tree_response_tokens // config.segment_tokens)
     if config.tokens_per_step is not None:
-        first = min(config.width, factor(config, rng))
-    queue = [Path()] * (config.width if config.mode == "sequential" else first)
+        first = min(config.most_leaves, factor(config, rng))
+    queue = [Path()] * (config.most_leaves if config.mode == "sequential" else first)
     while queue:
         active, before = [], len(leaves)
         for path in queue:
@@ -203,24 +251,20 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
             seen["unique tokens"] += len(child.tokens) - len(path.tokens)
             child.stop = why_it_ends(child, config)
             (leaves if child.stop else active).append(child)
-        n, f, queue = len(active), len(leaves) - before, []
         if active:
-            rest = max(bound_of(leaves, active, config) - len(leaves), 0)
-            wanted = factor(config, rng) if config.budget == "tokens" else factor(config, rng) * (n + f)
-            if config.mode == "sequential":
-                wanted = n
-            for path, share in zip(active, divide(max(min(rest, wanted), n), active, config), strict=True):
-                queue += [path] * share
-                seen["branchings"] += share > 1
+            queue = branches(active, len(leaves) - before, leaves, config, rng)
+            seen["branchings"] += sum(path.branched for path in active)
             continue
+        queue = []
         rest = bound_of(leaves, [], config) - len(leaves)
         if rest > 0 and config.fallback.cut != "none":
             seen["fallbacks"] += 1
             queue = continuations(leaves, rest, config, rng)
     for leaf in leaves:
         seen["leaves"] += 1
+        seen["right"] += right(np.array(leaf.tokens))
         seen["total tokens"] += len(leaf.tokens)
-        seen["depth"] += math.ceil(len(leaf.tokens) / config.segment_tokens)
+        seen["segments"] += math.ceil(len(leaf.tokens) / config.segment_tokens)
         seen[leaf.stop] += 1
     return seen
 
@@ -231,6 +275,8 @@ def grow(config: SamplingConfig, rule: StopRule, engine: FakeEngine, index: int)
         for path in tree.path_requests:
             while not path.complete:
                 tree.receive(path, engine.answer(tree.generate_request(path)))
+            if path.stop is not None:
+                tree.grade(path, FakeGrader().verdict(path.context[len(tree.prompt.tokens) :]))
         tree.advance()
     return tree
 
@@ -242,7 +288,10 @@ def summary(tree: GrowingTree, config: SamplingConfig) -> Counter[str]:
     seen["total tokens"] = whole.total_tokens()
     seen["branchings"], seen["fallbacks"] = tree.branchings, tree.fallbacks
     seen["leaves"] = len(whole.leaves)
-    seen["depth"] = sum(math.ceil(len(whole.response(leaf)) / config.segment_tokens) for leaf in whole.leaves)
+    seen["right"] = sum(right(whole.response(leaf)) for leaf in whole.leaves)
+    seen["segments"] = sum(
+        math.ceil(len(whole.response(leaf)) / config.segment_tokens) for leaf in whole.leaves
+    )
     return seen
 
 
@@ -276,6 +325,13 @@ POLICIES: dict[str, dict[str, Any]] = {
         }
         for policy in ("low_sum", "high_sum", "low_mean", "high_mean", "low_last", "high_last")
     },
+    "late": {"branch": {"from_depth": 3}},
+    "late, branching 3": {"branch": {"from_depth": 2}, "branching": 3, "initial_branching": 3},
+    "surprise": {"branch": {"at": "surprise"}},
+    "late surprise in windows": {
+        "branch": {"at": "surprise", "window_tokens": 3, "from_depth": 2},
+        "allocation": {"policy": "low_last"},
+    },
     "boxed with eos": {"stops": {"boxed": "with_eos", "repetition": {"check": "off"}}},
     "boxed off": {"stops": {"boxed": "off", "repetition": {"check": "off"}}},
     "repetition first": {"stops": {"repetition": {**LOOPING, "check": "first"}}},
@@ -283,12 +339,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "limit before depth": {"max_response_tokens": 20},
     **{
         f"order {order}": {"fallback": {"order": order}}
-        for order in ("finished_strict", "finished", "random", "longer")
+        for order in ("finished_strict", "finished", "random", "longer", "wrong")
     },
     "order boxed_long": {"fallback": {"order": "boxed_long", "min_windows": 2}},
     **{
         f"cut {cut}": {"fallback": {"cut": cut, "block_tokens": 4}}
-        for cut in ("min_log_prob", "block", "inverse_block", "from_start", "none")
+        for cut in ("min_log_prob", "block", "inverse_block", "from_start", "none", "pivot")
     },
     **{
         f"cut {cut}, unaligned": {"fallback": {"cut": cut, "block_tokens": 4, "aligned": False}}
@@ -296,6 +352,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     },
     "cut random, unaligned": {"fallback": {"window_tokens": 4, "aligned": False}},
     "cut random, last windows": {"fallback": {"max_windows": 2}},
+    "pivots": {"fallback": {"order": "wrong", "cut": "pivot"}, "initial_branching": 3, "width": 14},
     "sequential": {"mode": "sequential"},
 }
 
@@ -304,6 +361,7 @@ def test_every_registered_policy_is_simulated() -> None:
     configs = [SamplingConfig(**{**SMALL, **policy}) for policy in POLICIES.values()]
     assert {config.budget for config in configs} == set(BUDGETS)
     assert {config.allocation.policy for config in configs} == set(ALLOCATIONS)
+    assert {config.branch.at for config in configs} == set(PLACES)
     assert {config.fallback.order for config in configs} == set(ORDERS)
     assert {config.fallback.cut for config in configs} == {*CUTS, "none"}
 

@@ -105,6 +105,38 @@ def test_every_token_is_of_a_version_that_is_allowed(
     check_every_prompt_was_taken_once(config)
 
 
+class CountingRewards(LengthRewards):
+    """Counts responses, and the most that were graded in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graded = self.most_at_once = 0
+
+    async def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
+        self.graded += len(items)
+        self.most_at_once = max(self.most_at_once, len(items))
+        return await super().grade(items)
+
+
+@pytest.mark.parametrize("changes", [{}, ASYNC], ids=["sync", "async"])
+def test_responses_that_are_graded_while_their_tree_grows_are_not_graded_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    rewards = CountingRewards()
+    use_rewards(monkeypatch, rewards)
+    sampling = {"fallback": {"order": "wrong", "cut": "pivot"}, "width": 16}
+    config = config_of(folder, tmp_path / "run", steps=4, sampling=sampling, **ALONE, **changes)
+    Run(config, engine=NamedEngine(end=0.3, pace=3, shuffle=0)).train()
+    trees = [tree for _, tree in trees_of(config.out)]
+    assert sum(cut.graded is not None for tree in trees for cut in tree.cuts) > 4
+    for tree in trees:
+        assert all(leaf.reward == float(leaf.verdict is Verdict.CORRECT) for leaf in tree.leaves)
+    leaves = sum(len(tree.leaves) for tree in trees)
+    # Asynchronous sampling runs ahead: trees of steps that do not come were graded too.
+    assert rewards.graded == leaves if not changes else rewards.graded >= leaves
+    assert rewards.most_at_once == 1
+
+
 def check_tree(tree: Tree) -> None:
     """Each token was sampled after exactly the tokens above it; versions only rise along a path."""
     for leaf in tree.leaves:

@@ -19,7 +19,7 @@ from treepo.errors import DataError
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
 from treepo.toy.byte_tokenizer import byte_tokenizer
-from treepo.tree import PROMPT, Segment, Tree, to_json
+from treepo.tree import PROMPT, Cut, Segment, Tree, to_json
 from treepo.view import trees as module
 from treepo.view.part import json_text
 from treepo.view.sources import find_sources
@@ -113,6 +113,23 @@ def test_rows_come_in_pieces_and_begin_again_after_a_cut(
     for start, mark in ((7, answers[-1]["mark"]), (8, grown["mark"]), (99, "x")):
         anew = ask("rows", **{"from": start, "mark": mark})
         assert (anew["start"], anew["columns"]["step"]) == (0, [0, 1, 2])
+
+
+def test_segments_say_which_cut_added_them(tmp_path: Path) -> None:
+    tree = tree_of([-1, 0, 0, -1], [0.0, 0.0, 0.0])
+    cuts = (Cut(0, (2,), leaf=1, leaves=1, right=0, graded=1), Cut(PROMPT, (3,), leaf=None, leaves=2))
+    lines = [to_json(dataclasses.replace(tree, cuts=cuts)), to_json(dataclasses.replace(tree, agreed=True))]
+    ask = asker(run_of(tmp_path / "run", lines))
+    ask("rows", **{"from": 0, "mark": ""})
+    answer = ask("tree", tree=0)
+    assert [segment["cut"] for segment in answer["segments"]] == [
+        None,
+        None,
+        {"leaf": 2, "right": 0, "graded": 1},
+        {"leaf": None, "right": None, "graded": None},
+    ]
+    assert answer["agreed"] is False
+    assert ask("tree", tree=1)["agreed"] is True
 
 
 def test_a_tree_with_its_grades_and_what_makes_no_json(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from treepo.config.base import PathField, Section
 from treepo.config.data import ColumnsConfig, PromptsConfig, shipped_columns
 from treepo.config.engine import EngineConfig
 from treepo.config.reward import RewardConfig
-from treepo.config.sampling import RepetitionConfig, SamplingConfig, StopsConfig, without_oversample
+from treepo.config.sampling import RepetitionConfig, SamplingConfig, StopsConfig, untrained
 from treepo.config.truncation import check_reproducible
 
 
@@ -139,7 +139,7 @@ class EvalSamplingConfig(SamplingConfig):
     """`sequential`: `width` independent samples of each problem. `tree`: the `width` leaves of a tree."""
     max_depth: int = Field(default=32, ge=1)
     """Maximum segments of a path; ignored in `sequential` mode."""
-    width: int = Field(default=16, ge=1)
+    width: int = Field(default=16, ge=1)  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
     """Responses to each problem."""
     max_response_tokens: int = Field(default=16384, ge=1)
     """Maximum tokens of a response."""
@@ -150,7 +150,7 @@ class EvalSamplingConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _greedy_once(self) -> Self:
-        if self.temperature == 0 and self.width > 1:
+        if self.temperature == 0 and self.most_leaves > 1:
             raise ValueError(
                 f"temperature = 0 gives the same response every time, but width = {self.width} asks for "
                 "several; set width = 1"
@@ -183,7 +183,7 @@ class EvalConfig(Section):
     """The model to evaluate."""
     data: BenchmarksConfig
     """The benchmarks, and which of their rows are used."""
-    sampling: Annotated[EvalSamplingConfig, AfterValidator(without_oversample)] = EvalSamplingConfig()
+    sampling: Annotated[EvalSamplingConfig, AfterValidator(untrained)] = EvalSamplingConfig()
     """How responses are sampled; a schedule stays at its first step."""
     reward: RewardConfig = RewardConfig()
     """Grading."""

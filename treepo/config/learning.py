@@ -65,6 +65,9 @@ class LearningConfig(Section):
     discount."""
     leaf_weights: Literal["none", "inverse_branching"] = "none"
     """A leaf's weight in baselines and loss: 1, or the product of 1 / children along its path."""
+    cut_baselines: bool = False
+    """Whether leaves that a fallback cut added are compared with the leaves of the same cut alone, and teach
+    nothing above the cut. Leaf weights are then those within a cut, too."""
     advantage_clip: float | None = Field(default=None, gt=0)
     """Advantages are clipped to [-advantage_clip, advantage_clip] after whitening; null: not at all."""
     loss: Annotated[str, Registered(POLICY_LOSSES)] = "ppo"

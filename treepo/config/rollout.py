@@ -8,7 +8,7 @@ from treepo.config.base import PathField, Section
 from treepo.config.data import RolloutDataConfig
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
-from treepo.config.sampling import SamplingConfig, without_oversample
+from treepo.config.sampling import SamplingConfig, untrained
 from treepo.config.truncation import check_reproducible
 
 
@@ -24,7 +24,7 @@ class RolloutConfig(Section):
     """The model that samples; its dtype is the engine's."""
     data: RolloutDataConfig
     """Prompts."""
-    sampling: Annotated[SamplingConfig, AfterValidator(without_oversample)] = SamplingConfig()
+    sampling: Annotated[SamplingConfig, AfterValidator(untrained)] = SamplingConfig()
     """How trees are sampled; schedules stay at their first step."""
     engine: EngineConfig = EngineConfig()
     """The engines that sample."""

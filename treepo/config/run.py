@@ -99,7 +99,7 @@ class RunConfig(Section):
     def paths_at_once(self) -> int:
         """The most paths that one engine samples at once."""
         trees = math.ceil(self.max_untrained / self.engine.count)
-        return min(trees, self.sampling.max_live_trees or trees) * self.sampling.width
+        return min(trees, self.sampling.max_live_trees or trees) * self.sampling.most_leaves
 
     @property
     def samples_routes(self) -> bool:

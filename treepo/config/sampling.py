@@ -1,7 +1,7 @@
 """How trees are sampled: the parameters of the paper's section 3 and the policies of its official code.
 
 docs/sampling.md explains every policy; docs/from_treepo.md maps the official recipe's options to these keys.
-The names of budgets, allocations, leaf orders and cut rules come from `treepo.rollout.policies`.
+The names of budgets, allocations, places, leaf orders and cut rules come from `treepo.rollout.policies`.
 """
 
 import re
@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticKnownError
 
 from treepo.config.base import Section
-from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, CUTS, ORDERS, PLACES
 
 
 def bounds(value: int | str) -> tuple[int, int]:
@@ -52,6 +52,7 @@ def _one_of(names: Iterable[str]) -> tuple[BeforeValidator, WithJsonSchema]:
 
 BudgetName = Annotated[str, *_one_of(BUDGETS)]
 AllocationName = Annotated[str, *_one_of(ALLOCATIONS)]
+PlaceName = Annotated[str, *_one_of(PLACES)]
 OrderName = Annotated[str, *_one_of(ORDERS)]
 CutName = Annotated[str, *_one_of([*CUTS, "none"])]
 
@@ -83,6 +84,28 @@ class AllocationConfig(Section):
         if self.schedule == "constant" and any(value is not None for value in given.values()):
             extra = ", ".join(f"{name} = {value}" for name, value in given.items() if value is not None)
             raise ValueError(f"{extra} does nothing with schedule = constant; sinusoidal is allowed")
+        return self
+
+
+class BranchConfig(Section):
+    """Where the active paths of a tree branch."""
+
+    from_depth: int = Field(default=1, ge=1)
+    """Segments that a path must have before it branches."""
+    at: PlaceName = Field(
+        default="end",
+        description="Where the further children of a path begin, in its last segment; one child always goes "
+        f"on at the end. {PLACES.describe()}",
+    )
+    window_tokens: int = Field(default=1, ge=1)
+    """Tokens of `surprise` whose mean log-prob is compared."""
+
+    @model_validator(mode="after")
+    def _window_is_used(self) -> Self:
+        if self.window_tokens != 1 and self.at != "surprise":
+            raise ValueError(
+                f"window_tokens = {self.window_tokens} does nothing with at = {self.at}; surprise is allowed"
+            )
         return self
 
 
@@ -148,16 +171,32 @@ class FallbackConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pivots_are_aligned(self) -> Self:
+        if self.cut == "pivot" and not self.aligned:
+            raise ValueError(
+                "aligned = false does nothing with cut = pivot, which cuts at segment boundaries"
+            )
+        return self
+
+    def read_rewards(self) -> dict[str, str]:
+        """The keys whose policies read rewards, with these."""
+        registries = {"order": ORDERS, "cut": CUTS}
+        chosen = {key: getattr(self, key) for key in registries}
+        return {key: name for key, name in chosen.items() if name in registries[key].reads_rewards}
+
 
 class SamplingConfig(Section):
     mode: Literal["tree", "sequential"] = "tree"
     """`tree`, or `sequential`: `width` independent samples of each prompt by the same code, as a baseline."""
     segment_tokens: int = Field(default=512, ge=1)
-    """Most tokens in one segment; paths stop and branch only at segment boundaries."""
+    """Most tokens in one segment; paths stop only at segment boundaries, and branch only there
+    unless `branch.at` says otherwise."""
     max_depth: int = Field(default=14, ge=1)
     """Most segments on one path; `sequential` mode ignores it."""
-    width: int = Field(default=16, ge=1)
-    """Leaves (trajectories) per prompt."""
+    width: NumberOrRange = 16
+    """Leaves (trajectories) per prompt. From a range, a tree stops at the lower number if the rewards of its
+    leaves are all equal, and otherwise goes on to the higher one; training only."""
     branching: NumberOrRange = 2
     """Children of an active path at each step, by the budget; also the continuations of one fallback cut."""
     initial_branching: NumberOrRange = 2
@@ -193,6 +232,8 @@ class SamplingConfig(Section):
     """Leaves that a tree gets even after `tree_response_tokens` are used up."""
     allocation: AllocationConfig = AllocationConfig()
     """How the budget is divided among the paths."""
+    branch: BranchConfig = BranchConfig()
+    """Where paths branch."""
     stops: StopsConfig = StopsConfig()
     """When a path ends."""
     fallback: FallbackConfig = FallbackConfig()
@@ -206,6 +247,30 @@ class SamplingConfig(Section):
     """Attempts at one request before its tree is given up."""
     retry_seconds: float = Field(default=1.0, ge=0)
     """Wait before the second attempt; it doubles before each further one."""
+
+    @property
+    def least_leaves(self) -> int:
+        """Leaves at which a tree may stop because they agree."""
+        return bounds(self.width)[0]
+
+    @property
+    def most_leaves(self) -> int:
+        """The most leaves of one tree."""
+        return bounds(self.width)[1]
+
+    @property
+    def reads_rewards(self) -> list[str]:
+        """The settings, as `key = value`, by which a tree decides from the rewards of its leaves."""
+        chosen = [f"width = {self.width}"] if self.least_leaves < self.most_leaves else []
+        if self.mode == "sequential" or self.fallback.cut == "none":
+            return chosen
+        return chosen + [f"fallback.{key} = {value}" for key, value in self.fallback.read_rewards().items()]
+
+    def without_rewards(self) -> Self:
+        """The same with default policies in place of those that read rewards, for estimates without any."""
+        defaults = {key: getattr(FallbackConfig(), key) for key in self.fallback.read_rewards()}
+        fallback = self.fallback.model_copy(update=defaults)
+        return self.model_copy(update={"fallback": fallback, "width": self.most_leaves})
 
     @property
     def longest_response(self) -> int:
@@ -246,7 +311,12 @@ class SamplingConfig(Section):
             raise ValueError(
                 f"tree_response_tokens = {total} is less than segment_tokens = {self.segment_tokens}"
             )
-        if self.min_width > self.width:
+        if total is not None and self.least_leaves < self.most_leaves:
+            raise ValueError(
+                f"width = {self.width} with cap = {self.cap}: a token cap and the rewards would both bound "
+                "the leaves; a number, or cap = trajectories, is allowed"
+            )
+        if self.min_width > self.most_leaves:
             raise ValueError(f"min_width = {self.min_width} is more than width = {self.width}")
         if total is None and self.min_width > 1:
             raise ValueError(
@@ -257,9 +327,29 @@ class SamplingConfig(Section):
     @model_validator(mode="after")
     def _initial_branching_fits(self) -> Self:
         highest = bounds(self.initial_branching)[1]
-        if self.mode == "tree" and highest > self.width:
+        if self.mode == "tree" and highest > self.least_leaves:
             raise ValueError(
                 f"initial_branching = {self.initial_branching} is more than width = {self.width}"
+                + (f" allows, {self.least_leaves}" if self.least_leaves < self.most_leaves else "")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_go_on(self) -> Self:
+        ranged = self.least_leaves < self.most_leaves
+        if ranged and self.mode == "tree" and self.fallback.cut == "none":
+            raise ValueError(
+                f"width = {self.width} with fallback.cut = none: a tree goes on by falling back; a number, "
+                "or another cut, is allowed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branches_below_max_depth(self) -> Self:
+        if self.mode == "tree" and 1 < self.branch.from_depth >= self.max_depth:
+            raise ValueError(
+                f"branch.from_depth = {self.branch.from_depth} with max_depth = {self.max_depth}: no path "
+                f"would branch; less than {self.max_depth} is allowed"
             )
         return self
 
@@ -274,8 +364,13 @@ class SamplingConfig(Section):
         return self
 
 
-def without_oversample[S: SamplingConfig](sampling: S) -> S:
+def untrained[S: SamplingConfig](sampling: S) -> S:
     """Validate the sampling of a command that trains nothing."""
+    if sampling.reads_rewards:
+        raise ValueError(
+            f"{', '.join(sampling.reads_rewards)}: only treepo train grades answers while their tree grows; "
+            "choose policies that read no rewards"
+        )
     if sampling.oversample != 1:
         raise ValueError(
             f"oversample = {sampling.oversample:g}: every prompt is sampled once, and only training starts "

@@ -12,17 +12,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from treepo.config.sampling import AllocationConfig, SamplingConfig, bounds
-from treepo.rollout.policies import ALLOCATIONS, BUDGETS, ActivePaths
+from treepo.rollout.policies import ALLOCATIONS, BUDGETS, PLACES, ActivePaths
 
 
 def initial_children(config: SamplingConfig, rng: np.random.Generator) -> int:
-    """Children of the prompt at the first step, at most `width`.
+    """Children of the prompt at the first step, at most the least leaves of a tree.
 
     Under a token cap, a number drawn from a range is at most the segments that the cap pays for. A fixed
     number is not limited. Both are the official rules.
     """
     if config.tokens_per_step is not None:
-        return min(config.tokens_per_step // config.segment_tokens, config.width)
+        return min(config.tokens_per_step // config.segment_tokens, config.least_leaves)
     children = _draw(config.initial_branching, rng)
     if config.tree_response_tokens is not None and isinstance(config.initial_branching, str):
         children = min(children, config.tree_response_tokens // config.segment_tokens)
@@ -36,19 +36,32 @@ def branching_factor(config: SamplingConfig, rng: np.random.Generator) -> int:
     return _draw(config.branching, rng)
 
 
-def leaf_bound(config: SamplingConfig, finished: Sequence[int], active: Sequence[int]) -> int:
-    """Most leaves that the tree may have in the end, between min_width and width.
+def leaf_bound(config: SamplingConfig, width: int, finished: Sequence[int], active: Sequence[int]) -> int:
+    """Most leaves that the tree may have in the end, between min_width and `width`.
 
     finished, active: lengths in tokens of the responses so far. Under a token cap, the tokens that are left
     are divided by the expected length of a response: the mean of the active ones after one more segment, or
     of the finished ones if no path is active.
     """
     if config.tree_response_tokens is None:
-        return config.width
+        return width
     left = max(config.tree_response_tokens - sum(finished), 0)
     lengths, further = (active, config.segment_tokens) if active else (finished, 0)
     affordable = int(left // (sum(lengths) / len(lengths) + further))
-    return min(max(len(finished) + affordable, config.min_width), config.width)
+    return min(max(len(finished) + affordable, config.min_width), width)
+
+
+def may_branch(config: SamplingConfig, tokens: int) -> bool:
+    """Whether a path of `tokens` response tokens has the segments that `branch.from_depth` asks for."""
+    return -(-tokens // config.segment_tokens) >= config.branch.from_depth
+
+
+def place(config: SamplingConfig, last_segment: np.ndarray) -> int:
+    """How many tokens of a path's last segment stay above the path's further children.
+
+    last_segment: the segment's log-probs, float32 [T].
+    """
+    return PLACES[config.branch.at](last_segment, config.branch.window_tokens)
 
 
 def step_budget(

@@ -4,13 +4,17 @@ Each tree is a task of its own; `growing_tree` has its rules. It stays on the en
 and moves only if that engine keeps failing its requests. A new tree goes to the engine with the fewest leaves
 to come, and to an engine that fails its requests only if no other has room. The content of a tree depends on
 (seed, step, prompt id) and on the engine's answers, never on the order of the answers.
+
+If policies read rewards, each response is graded in the background as soon as its path has ended. A tree
+waits for its grades when it falls back, and no other tree does.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +22,7 @@ from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import DeadEngineError, EngineError
 from treepo.protocols import Sampler
+from treepo.rewards.grade import Grade
 from treepo.rollout.growing_tree import GrowingTree
 from treepo.rollout.idle_clock import IdleClock
 from treepo.rollout.path import PathRequest
@@ -50,14 +55,19 @@ class PendingRequest:
     seconds: float
 
 
+GradeResponse = Callable[[Prompt, np.ndarray], Coroutine[Any, Any, Grade]]
+"""Grades one response to a prompt, int32 [T]."""
+
+
 class TreeDriver:
     """Samples trees (or, in `sequential` mode, independent responses) for prompts.
 
     decode: token ids to text, for the stop rules. kv_tokens: tokens in the KV cache, one number for all
     engines or one for each. It bounds the trees that live on an engine, so that their prefixes are not
     evicted. None: unbounded. `sampling.max_live_trees` bounds them by number instead. One driver serves all
-    steps: it learns from finished trees how large trees become. routes: whether the engines are asked for the
-    routes of a tree's tokens.
+    steps: it learns from finished trees how large trees become. grade: called for each response if the
+    policies read rewards, and otherwise never; those policies need it. routes: whether the engines are asked
+    for the routes of a tree's tokens.
     """
 
     def __init__(
@@ -67,16 +77,22 @@ class TreeDriver:
         decode: Callable[[np.ndarray], str],
         seed: int,
         kv_tokens: int | Sequence[int] | None = None,
+        grade: GradeResponse | None = None,
         *,
         routes: bool = False,
     ) -> None:
         if not engines:
             raise ValueError("a driver needs at least one engine")
+        if sampling.reads_rewards and grade is None:
+            raise ValueError(
+                f"{', '.join(sampling.reads_rewards)}: a driver needs a grader for these policies"
+            )
         self.stats = Stats()
         self.idle = IdleClock(len(engines))
         self._sampling = sampling
         self._rule = StopRule(sampling, decode)
         self._seed = seed
+        self._grade = grade if sampling.reads_rewards else None
         self._routes = routes
         self._router = Router(
             engines, sampling, [kv_tokens] * len(engines) if isinstance(kv_tokens, int) else kv_tokens
@@ -98,7 +114,17 @@ class TreeDriver:
         return self._router.admit(tree, engine)
 
     async def grow(self, live: LiveTree) -> Tree | FailedTree:
-        """Grow an admitted tree. If a request of it keeps failing, the result is a FailedTree."""
+        """Grow an admitted tree. If a request of it keeps failing, the result is a FailedTree.
+
+        Raises what the grader raises.
+        """
+        try:
+            return await self._grow(live)
+        finally:
+            for grading in live.grading.values():
+                grading.cancel()
+
+    async def _grow(self, live: LiveTree) -> Tree | FailedTree:
         tree, failure = live.tree, None
         try:
             while tree.path_requests and failure is None:
@@ -110,6 +136,8 @@ class TreeDriver:
                     failure = errors.exceptions[0]
                 else:
                     self._router.round_ended(live)
+                    if tree.wants_grades:
+                        await _take_grades(live)
                     tree.advance()
         finally:
             self._router.remove(live)
@@ -119,6 +147,7 @@ class TreeDriver:
             _log.warning("prompt %s: tree given up: %s", tree.prompt.id, failure)
             return FailedTree(tree.prompt.id, str(failure))
         self._router.tree_finished(live)
+        await _take_grades(live)
         finished = tree.finished()
         self.stats.count_tree(finished, tree.branchings, tree.fallbacks)
         return finished
@@ -182,6 +211,10 @@ class TreeDriver:
         if path.stop is not None:
             self._router.leaf_ended(live)
             self._room.set()
+            if self._grade is not None:
+                prompt = live.tree.prompt
+                response = path.context[len(prompt.tokens) :]
+                live.grading[path] = asyncio.create_task(self._grade(prompt, response))
 
     async def _generate(self, live: LiveTree, path: PathRequest) -> None:
         """Send one request for `path`, and retry it if it fails.
@@ -216,3 +249,11 @@ class TreeDriver:
             finally:
                 del self._pending[path]
                 self.idle.end(home.index)
+
+
+async def _take_grades(live: LiveTree) -> None:
+    """Wait for the grades of the tree's responses, and give them to the tree."""
+    grades = await asyncio.gather(*live.grading.values())
+    for path, grade in zip(live.grading, grades, strict=True):
+        live.tree.grade(path, grade)
+    live.grading.clear()

@@ -28,7 +28,7 @@ def cut_point(candidate: Candidate, config: SamplingConfig, rng: np.random.Gener
     sizes, shortest = _sizes(config), config.fallback.window_tokens
     if shortest is not None and len(candidate.log_probs) < shortest:
         return 0
-    cut = CUTS[config.fallback.cut](candidate.log_probs, sizes, rng)
+    cut = CUTS[config.fallback.cut](candidate, sizes, rng)
     cut = min(cut, (config.max_depth - 1) * config.segment_tokens)
     if config.fallback.aligned:
         cut = max((boundary for boundary in candidate.boundaries if boundary <= cut), default=0)

@@ -13,7 +13,9 @@ Depth counts the segments of `segment_tokens` that a response fills, the last on
 pieces of a segment that a fallback cut has split count as one.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import numpy as np
@@ -22,12 +24,14 @@ from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
+from treepo.rewards.grade import Grade
 from treepo.rollout import branching, fallback, rng
 from treepo.rollout.boxed import BoxScan
 from treepo.rollout.path import Node, PathRequest
 from treepo.rollout.stopping import StopRule
 from treepo.routes import has_route, no_route, routes_of_piece
-from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree
+from treepo.tree import PROMPT, Cut, Finish, Leaf, Segment, Stop, Tree
+from treepo.verdict import Verdict
 
 
 def _unseen_tokens(node: Node | None, seen: set[int]) -> int:
@@ -38,6 +42,17 @@ def _unseen_tokens(node: Node | None, seen: set[int]) -> int:
         tokens += len(node.tokens)
         node = node.parent
     return tokens
+
+
+@dataclass(slots=True, eq=False)
+class _GrowingCut:
+    """A `treepo.tree.Cut` of nodes. nodes: those that were sampled below `parent` then."""
+
+    parent: Node | None
+    leaf: Node | None
+    leaves: int
+    counts: tuple[int, int] | tuple[None, None]
+    nodes: list[Node] = field(default_factory=list)
 
 
 class GrowingTree:
@@ -68,12 +83,17 @@ class GrowingTree:
         self._names = (seed, step, prompt.id)
         self._nodes: list[Node] = []
         self._leaves: list[tuple[Node, Stop]] = []
+        self._grades: dict[Node, Grade] = {}
+        self._cuts: list[_GrowingCut] = []
+        self._cut_of: dict[int, _GrowingCut] = {}  # by the number of a path request
         self._requested = 0
         self._round = 0
+        self._width = config.least_leaves  # leaves that the tree wants
+        self._agreed = False
         self._routes = routes
         self._prompt_routes: np.ndarray | None = None
         if config.mode == "sequential":
-            children = config.width
+            children = self._width
         else:
             children = branching.initial_children(config, self._generator("initial"))
         self.path_requests = self._request_below([None], [children])
@@ -141,6 +161,25 @@ class GrowingTree:
         path.context = context[: base + taken]
         return taken
 
+    @property
+    def wants_grades(self) -> bool:
+        """Whether `advance` reads the grades of all leaves. The round must be complete."""
+        if not self._config.reads_rewards or any(path.stop is None for path in self.path_requests):
+            return False
+        if len(self._leaves) + len(self.path_requests) < self._width:
+            return bool(self._config.fallback.read_rewards())
+        return self._width < self._config.most_leaves
+
+    def grade(self, path: PathRequest, grade: Grade) -> None:
+        """Set the grade of the response of a path that has ended."""
+        assert path.last_node is not None
+        self._grades[path.last_node] = grade
+
+    @property
+    def grades(self) -> list[Grade] | None:
+        """The grades of the complete tree's leaves, in their order; None if the policies read no rewards."""
+        return [self._grades[node] for node, _ in self._leaves] if self._config.reads_rewards else None
+
     def _take_routes(self, path: PathRequest, output: GenerateOutput) -> np.ndarray | None:
         """Keep the routes of context tokens that an output brings.
 
@@ -164,7 +203,10 @@ class GrowingTree:
         return routes
 
     def advance(self) -> None:
-        """End the round, whose path requests must be complete: classify, then branch or fall back."""
+        """End the round, whose path requests must be complete: classify, then branch or fall back.
+
+        If the tree `wants_grades`, every leaf must have one.
+        """
         active: list[Node] = []
         finished_before = len(self._leaves)
         for path in self.path_requests:
@@ -172,6 +214,8 @@ class GrowingTree:
             assert path.last_node is not None
             self._route_above(path)
             self._nodes += path.new_nodes
+            if (cut := self._cut_of.pop(path.number, None)) is not None:
+                cut.nodes.append(path.new_nodes[0])
             if path.stop is None:
                 active.append(path.last_node)
             else:
@@ -180,7 +224,18 @@ class GrowingTree:
         if active:
             self.path_requests = self._branch(active, len(self._leaves) - finished_before)
         else:
+            self._widen()
             self.path_requests = self._fall_back()
+
+    def _widen(self) -> None:
+        """If the tree has its least number of leaves, and they do not agree, it wants its most."""
+        config = self._config
+        if len(self._leaves) < self._width or self._width == config.most_leaves:
+            return
+        rewards = [grade.reward for grade in self._grades.values() if grade.reward is not None]
+        self._agreed = len(rewards) > 1 and min(rewards) == max(rewards)
+        if not self._agreed:
+            self._width = config.most_leaves
 
     def _route_above(self, path: PathRequest) -> None:
         """Give the token above the path's new nodes the route that the path read, if it has none yet.
@@ -204,7 +259,7 @@ class GrowingTree:
             key=itemgetter(0),
         )
         ended = sum(path.stop is not None for path in self.path_requests)
-        leaves = self._config.width - len(self._leaves) - ended
+        leaves = self._config.most_leaves - len(self._leaves) - ended
         seen: set[int] = set()
         above = 0
         held: list[tuple[int, int]] = []
@@ -239,6 +294,18 @@ class GrowingTree:
                 for node in nodes
             ),
             leaves=tuple(Leaf(segment=index_of[id(node)], stop=stop) for node, stop in self._leaves),
+            cuts=tuple(
+                Cut(
+                    parent=PROMPT if cut.parent is None else index_of[id(cut.parent)],
+                    segments=tuple(index_of[id(node)] for node in cut.nodes),
+                    leaf=None if cut.leaf is None else index_of[id(cut.leaf)],
+                    leaves=cut.leaves,
+                    right=cut.counts[0],
+                    graded=cut.counts[1],
+                )
+                for cut in self._cuts
+            ),
+            agreed=self._agreed,
             prompt_routes=self._prompt_routes,
         )
 
@@ -259,40 +326,99 @@ class GrowingTree:
 
     def _branch(self, active: list[Node], finished_now: int) -> list[PathRequest]:
         config = self._config
+        deep = [node for node in active if branching.may_branch(config, node.end)]
+        if not deep:
+            return self._request_below(active, [1] * len(active))
         bound = branching.leaf_bound(
-            config, [node.end for node, _ in self._leaves], [node.end for node in active]
+            config, self._width, [node.end for node, _ in self._leaves], [node.end for node in active]
         )
+        bound -= len(active) - len(deep)
         factor = branching.branching_factor(config, self._generator("branch"))
-        budget = branching.step_budget(config, factor, bound, len(active), finished_now, len(self._leaves))
-        children = branching.allocate(config, budget, active, Node.response_log_probs, self._step)
-        self.branchings += sum(count > 1 for count in children)
-        return self._request_below(active, children)
+        budget = branching.step_budget(config, factor, bound, len(deep), finished_now, len(self._leaves))
+        shares = branching.allocate(config, budget, deep, Node.response_log_probs, self._step)
+        children_of = dict(zip(deep, shares, strict=True))
+        self.branchings += sum(count > 1 for count in shares)
+        last_nodes: list[Node | None] = []
+        children: list[int] = []
+        for node in active:
+            for last_node, count in self._places(node, children_of.get(node, 1)):
+                last_nodes.append(last_node)
+                children.append(count)
+        return self._request_below(last_nodes, children)
+
+    def _places(self, node: Node, children: int) -> list[tuple[Node | None, int]]:
+        """Where a path's children begin, and how many there: if not all at its end, one goes on there."""
+        kept = branching.place(self._config, node.log_probs)
+        if children == 1 or kept == len(node.tokens):
+            return [(node, children)]
+        return [(node, 1), (self._cut(node, node.end - len(node.tokens) + kept), children - 1)]
 
     def _fall_back(self) -> list[PathRequest]:
         """Continue finished leaves from a cut, a few times each, until the tree has requested its width."""
         config, leaves = self._config, self._leaves
-        remaining = branching.leaf_bound(config, [node.end for node, _ in leaves], []) - len(leaves)
+        remaining = branching.leaf_bound(config, self._width, [node.end for node, _ in leaves], [])
+        remaining -= len(leaves)
+        if remaining > 0 and config.mode == "sequential":
+            return self._request_below([None], [remaining])
         if remaining <= 0 or config.fallback.cut == "none":
             return []
         self.fallbacks += 1
         generator = self._generator("fallback")
-        candidates = [
-            fallback.Candidate(stop, node.response_log_probs(), [above.end for above in node.path()])
-            for node, stop in leaves
-        ]
+        candidates = self._candidates()
         last_nodes: list[Node | None] = []
         children: list[int] = []
         chosen = fallback.order(candidates, config, generator)
         if config.fallback.cut == "from_start":
             chosen = chosen[:1]
         for index in chosen or [None]:
+            leaf = None if index is None else leaves[index][0]
             cut = 0 if index is None else fallback.cut_point(candidates[index], config, generator)
-            last_nodes.append(None if index is None else self._cut(leaves[index][0], cut))
+            last_nodes.append(None if leaf is None else self._cut(leaf, cut))
             children.append(min(branching.branching_factor(config, generator), remaining))
+            first = self._requested + sum(children[:-1])
+            self._record_cut(last_nodes[-1], leaf, range(first, first + children[-1]))
             remaining -= children[-1]
             if remaining == 0:
                 break
         return self._request_below(last_nodes, children)
+
+    def _record_cut(self, parent: Node | None, leaf: Node | None, numbers: range) -> None:
+        """numbers: of the path requests below `parent`."""
+        cut = _GrowingCut(parent, leaf, len(self._leaves), self._counts_below(parent))
+        self._cuts.append(cut)
+        self._cut_of.update(dict.fromkeys(numbers, cut))
+
+    def _candidates(self) -> list[fallback.Candidate]:
+        """The leaves, for a fallback."""
+        right: Counter[Node] = Counter()
+        graded: Counter[Node] = Counter()
+        for leaf, verdict in self._graded_leaves():
+            graded.update(leaf.path())
+            right.update(leaf.path() if verdict is Verdict.CORRECT else [])
+        verdicts = dict(self._graded_leaves())
+        return [
+            fallback.Candidate(
+                stop,
+                node.response_log_probs(),
+                [above.end for above in node.path()],
+                right=verdicts[node] is Verdict.CORRECT if node in verdicts else None,
+                below=[(right[above], graded[above]) for above in node.path()],
+            )
+            for node, stop in self._leaves
+        ]
+
+    def _graded_leaves(self) -> list[tuple[Node, Verdict]]:
+        """The leaves that have a grade, with the verdict."""
+        return [(node, grade.verdict) for node, grade in self._grades.items() if grade.verdict.graded]
+
+    def _counts_below(self, node: Node | None) -> tuple[int, int] | tuple[None, None]:
+        """Leaves below the node or the prompt that are right, and that are graded; None if rewards are not
+        read.
+        """
+        if not self._config.reads_rewards:
+            return None, None
+        below = [verdict for leaf, verdict in self._graded_leaves() if node is None or node in leaf.path()]
+        return sum(verdict is Verdict.CORRECT for verdict in below), len(below)
 
     def _cut(self, leaf: Node, cut: int) -> Node | None:
         """The node that ends after `cut` tokens of the leaf's response; splits a node that spans the cut."""
@@ -317,11 +443,13 @@ class GrowingTree:
         if node.routes is not None:  # the cut's last token has one: the rest of the segment read it
             upper.routes, node.routes = node.routes[:keep], node.routes[keep:]
         self._nodes.append(upper)
+        for each in self._cuts:
+            each.nodes = [upper if one is node else one for one in each.nodes]
         return upper
 
     def _request_below(self, last_nodes: Sequence[Node | None], children: Sequence[int]) -> list[PathRequest]:
         """Path requests for the children of each node; None is the prompt."""
-        saturated = len(self._leaves) + sum(children) >= self._config.width
+        saturated = len(self._leaves) + sum(children) >= self._width
         requests: list[PathRequest] = []
         for node, count in zip(last_nodes, children, strict=True):
             above = [ancestor.tokens for ancestor in node.path()] if node else []

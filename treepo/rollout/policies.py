@@ -1,4 +1,4 @@
-"""The registered sampling policies: budgets, allocations, leaf orders and cut rules.
+"""The registered sampling policies: budgets, allocations, places, leaf orders and cut rules.
 
 A policy is one short pure function. Its name is the value of a configuration key and its meaning is that
 key's documentation, so a new policy touches this file and its test. `treepo.config.sampling` checks itself
@@ -20,18 +20,23 @@ _PRIORITY = {Stop.BOXED: 7, Stop.EOS: 5, Stop.DEPTH: 4, Stop.LIMIT: 3, Stop.REPE
 
 
 class Registry[Policy]:
-    """Policies by name, in the order of registration."""
+    """Policies by name, in the order of registration. reads_rewards: the names of those that read the rewards
+    of a tree's leaves.
+    """
 
     def __init__(self) -> None:
         self._policies: dict[str, Policy] = {}
         self._meanings: dict[str, str] = {}
+        self.reads_rewards: set[str] = set()
 
-    def register(self, name: str, meaning: str) -> Callable[[Policy], Policy]:
+    def register(self, name: str, meaning: str, *, reads_rewards: bool = False) -> Callable[[Policy], Policy]:
         """Decorator. meaning: one phrase for docs/configuration.md."""
         assert name not in self._policies, name
 
         def add(policy: Policy) -> Policy:
             self._policies[name], self._meanings[name] = policy, meaning
+            if reads_rewards:
+                self.reads_rewards.add(name)
             return policy
 
         return add
@@ -131,17 +136,42 @@ for _name, (_statistic, _words) in _STATISTICS.items():
         )
 
 
+Place = Callable[[np.ndarray, int], int]
+"""How many tokens of a path's last segment stay above its further children, from the segment's log-probs
+(float32 [T]) and the size of a window in tokens."""
+
+PLACES = Registry[Place]()
+
+
+@PLACES.register("end", "at its end")
+def _at_end(log_probs: np.ndarray, _window: int) -> int:
+    return len(log_probs)
+
+
+@PLACES.register("surprise", "before the `window_tokens` tokens of it that are least likely together")
+def _at_surprise(log_probs: np.ndarray, window: int) -> int:
+    """-log p of a sampled token is an unbiased estimate of the entropy of the distribution it is from; the
+    mean over a window estimates that of its places.
+    """
+    size = min(window, len(log_probs))
+    sums = np.cumsum(np.concatenate([[0.0], log_probs.astype(np.float64)]))
+    return int(np.argmin(sums[size:] - sums[:-size]))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A finished leaf that a fallback may continue.
 
     log_probs: float32 [T] of its response. boundaries: ascending lengths in tokens at which the segments of
-    its path end, its own end included.
+    its path end, its own end included. right: whether it is; None if it has no grade, or policies read none.
+    below: of the leaves below each boundary, how many are right and how many are graded.
     """
 
     stop: Stop
     log_probs: np.ndarray
     boundaries: Sequence[int]
+    right: bool | None = None
+    below: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,43 +235,64 @@ def _boxed_long(candidates: Sequence[Candidate], sizes: FallbackSizes, rng: np.r
     return rng.permutation(admitted).tolist()
 
 
+@ORDERS.register("wrong", "only those that were graded wrong, shuffled", reads_rewards=True)
+def _wrong(candidates: Sequence[Candidate], _sizes: FallbackSizes, rng: np.random.Generator) -> list[int]:
+    admitted = [i for i, candidate in enumerate(candidates) if candidate.right is False]
+    return rng.permutation(admitted).tolist()
+
+
 def _weighted_order(weights: Sequence[float], rng: np.random.Generator) -> list[int]:
     """Draw without replacement in proportion to the weights (Gumbel top-k), first drawn first."""
     keys = np.log(np.asarray(weights, dtype=np.float64)) + rng.gumbel(size=len(weights))
     return np.argsort(-keys, kind="stable").tolist()
 
 
-CutRule = Callable[[np.ndarray, FallbackSizes, np.random.Generator], int]
-"""How many tokens of a response stay above the cut, from its log-probs (float32 [T])."""
+CutRule = Callable[[Candidate, FallbackSizes, np.random.Generator], int]
+"""How many tokens of a leaf's response stay above the cut."""
 
 CUTS = Registry[CutRule]()
 
 
 @CUTS.register("random", "at a random window boundary")
-def _cut_at_random(log_probs: np.ndarray, sizes: FallbackSizes, rng: np.random.Generator) -> int:
-    windows = -(-len(log_probs) // sizes.window)
+def _cut_at_random(leaf: Candidate, sizes: FallbackSizes, rng: np.random.Generator) -> int:
+    windows = -(-len(leaf.log_probs) // sizes.window)
     back = rng.integers(1, min(windows, sizes.max_windows or windows), endpoint=True)
     return (windows - int(back)) * sizes.window
 
 
 @CUTS.register("min_log_prob", "at the least likely token")
-def _cut_at_least_likely(log_probs: np.ndarray, _sizes: FallbackSizes, _rng: np.random.Generator) -> int:
-    return int(np.argmin(log_probs))
+def _cut_at_least_likely(leaf: Candidate, _sizes: FallbackSizes, _rng: np.random.Generator) -> int:
+    return int(np.argmin(leaf.log_probs))
 
 
 @CUTS.register("block", "at the start of a block drawn by softmax of its negative mean log-prob")
-def _cut_at_unlikely_block(log_probs: np.ndarray, sizes: FallbackSizes, rng: np.random.Generator) -> int:
-    return _cut_at_block(-1, log_probs, sizes, rng)
+def _cut_at_unlikely_block(leaf: Candidate, sizes: FallbackSizes, rng: np.random.Generator) -> int:
+    return _cut_at_block(-1, leaf.log_probs, sizes, rng)
 
 
 @CUTS.register("inverse_block", "the same with the positive mean log-prob")
-def _cut_at_likely_block(log_probs: np.ndarray, sizes: FallbackSizes, rng: np.random.Generator) -> int:
-    return _cut_at_block(1, log_probs, sizes, rng)
+def _cut_at_likely_block(leaf: Candidate, sizes: FallbackSizes, rng: np.random.Generator) -> int:
+    return _cut_at_block(1, leaf.log_probs, sizes, rng)
 
 
 @CUTS.register("from_start", "at the prompt, for one leaf")
-def _cut_at_prompt(_log_probs: np.ndarray, _sizes: FallbackSizes, _rng: np.random.Generator) -> int:
+def _cut_at_prompt(_leaf: Candidate, _sizes: FallbackSizes, _rng: np.random.Generator) -> int:
     return 0
+
+
+@CUTS.register(
+    "pivot", "at a segment boundary, drawn by depth and the share of right leaves below", reads_rewards=True
+)
+def _cut_at_pivot(leaf: Candidate, _sizes: FallbackSizes, rng: np.random.Generator) -> int:
+    """In proportion to (tokens above) x (right leaves below + 1) / (graded leaves below + 2): depth, and the
+    chance of recovery under a uniform prior. 0 if the leaf has one segment.
+    """
+    places = np.array(leaf.boundaries[:-1], dtype=np.int64)
+    if not len(places):
+        return 0
+    right, graded = np.array(leaf.below[:-1], dtype=np.float64).T
+    weights = places * (right + 1) / (graded + 2)
+    return int(rng.choice(places, p=weights / weights.sum()))
 
 
 def _cut_at_block(sign: int, log_probs: np.ndarray, sizes: FallbackSizes, rng: np.random.Generator) -> int:

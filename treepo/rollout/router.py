@@ -9,6 +9,7 @@ large.
 Units: tokens of the KV cache. Arrays are indexed by the number of leaves to come, from 0 to width.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ import numpy as np
 
 from treepo.config.sampling import SamplingConfig
 from treepo.protocols import Sampler
+from treepo.rewards.grade import Grade
 from treepo.rollout.growing_tree import GrowingTree
+from treepo.rollout.path import PathRequest
 
 REMEMBERED_TREES = 64
 
@@ -52,7 +55,8 @@ class LiveTree:
 
     home: the engine that it lives on. leaves: still to come. held: indexed by leaves to come, the most
     response tokens that its unfinished paths held at one time. expected_tokens: its share of the engine's KV
-    cache. above: response tokens on its unfinished paths, updated when a path or round ends.
+    cache. above: response tokens on its unfinished paths, updated when a path or round ends. grading: the
+    paths that have ended and whose grades the tree does not have yet, if its policies read rewards.
     """
 
     tree: GrowingTree
@@ -61,6 +65,7 @@ class LiveTree:
     held: np.ndarray
     expected_tokens: int = 0
     above: int = 0
+    grading: dict[PathRequest, asyncio.Task[Grade]] = field(default_factory=dict)
 
 
 class Router:
@@ -75,9 +80,9 @@ class Router:
                 zip(engines, kv_tokens or [None] * len(engines), strict=True)
             )
         ]
-        self._width = sampling.width
+        self._width = sampling.most_leaves
         self._max_live_trees = sampling.max_live_trees
-        self._largest_tree = sampling.longest_response * sampling.width
+        self._largest_tree = sampling.longest_response * sampling.most_leaves
         self._tokens = 0  # of all trees so far, a shared token once
         self._leaves = 0  # that have ended in them
         self._finished: deque[np.ndarray] = deque(maxlen=REMEMBERED_TREES)

@@ -200,15 +200,16 @@ class _Run:
             state.resampled += scheduler.resampled
             _log.warning("%d finished trees are too stale now and are sampled again", scheduler.resampled)
         tokenizer, sampling = inputs.tokenizer, config.sampling
+        grader = TreeGrader(config.reward, tokenizer, self.rewards, sampling.max_response_tokens)
         driver = TreeDriver(
             engines.engines,
             sampling,
             tokenizer.decode,
             config.seed,
             engines.kv_tokens,
+            grader.grade_response,
             routes=config.samples_routes,
         )
-        grader = TreeGrader(config.reward, tokenizer, self.rewards, sampling.max_response_tokens)
         finished = {} if origin is None else origin.ready_trees
         return TreeSupply(config, inputs.train, order, scheduler, driver, grader, finished)
 

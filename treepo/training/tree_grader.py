@@ -1,10 +1,14 @@
 """Grades finished trees, and stops a run whose grader fails too often."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from treepo.config.reward import RewardConfig
 from treepo.data.prompts import Prompt
 from treepo.data.tokenizer import Tokenizer
 from treepo.rewards.failures import FailedGrades
-from treepo.rewards.grade import GradeItem, Rewards
+from treepo.rewards.grade import Grade, GradeItem, Rewards
 from treepo.rewards.shaping import with_grades
 from treepo.tree import Tree
 from treepo.watchdog import waiting
@@ -23,12 +27,23 @@ class TreeGrader:
         self._max_response_tokens = max_response_tokens
         self._failed_grades = FailedGrades(config.max_failed_share)
 
-    async def grade(self, tree: Tree, prompt: Prompt) -> Tree:
-        """Return the tree of `prompt` with a verdict and a reward at each leaf."""
+    async def grade_response(self, prompt: Prompt, response: np.ndarray) -> Grade:
+        """Grade one response, int32 [T], of a tree that still grows."""
+        item = _item(prompt, self._tokenizer.decode(response))
+        with waiting("a growing tree", f"the grader: a response to prompt {prompt.id}"):
+            (grade,) = await self._rewards.grade([item])
+        return grade
+
+    async def grade(self, tree: Tree, prompt: Prompt, grades: Sequence[Grade] | None = None) -> Tree:
+        """Return the tree of `prompt` with a verdict and a reward at each leaf.
+
+        grades: of the leaves, if its responses were graded while it grew.
+        """
         responses = [self._tokenizer.decode(tree.response(leaf)) for leaf in tree.leaves]
-        items = [GradeItem(response, prompt.answer, prompt.text, prompt.extra) for response in responses]
-        with waiting("a finished tree", f"the grader: {len(items)} responses to prompt {prompt.id}"):
-            grades = await self._rewards.grade(items)
+        if grades is None:
+            items = [_item(prompt, response) for response in responses]
+            with waiting("a finished tree", f"the grader: {len(items)} responses to prompt {prompt.id}"):
+                grades = await self._rewards.grade(items)
         self._failed_grades.add(grades)
         return with_grades(tree, responses, grades, self._config, self._max_response_tokens)
 
@@ -37,3 +52,7 @@ class TreeGrader:
         them.
         """
         self._failed_grades.check_and_clear(what)
+
+
+def _item(prompt: Prompt, response: str) -> GradeItem:
+    return GradeItem(response, prompt.answer, prompt.text, prompt.extra)

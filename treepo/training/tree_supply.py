@@ -211,7 +211,7 @@ class TreeSupply:
         if isinstance(tree, FailedTree):
             self._failed(position, tree)
         else:
-            finished = FinishedTree(await self._grader.grade(tree, prompt), prompt.answer)
+            finished = FinishedTree(await self._grader.grade(tree, prompt, live.tree.grades), prompt.answer)
             self._failures = 0
             self._grown += 1
             self._keep_or_drop(position, finished)

@@ -13,7 +13,7 @@ import numpy as np
 from treepo.data.output_folder import HELDOUT_TREES
 from treepo.learning.estimators import Batch
 from treepo.learning.forest import Forest
-from treepo.tree import PROMPT, Tree
+from treepo.tree import PROMPT, Cut, Tree
 from treepo.view.part import Part, Query, number
 from treepo.view.sources import Source
 from treepo.view.trees_index import VERDICTS, TreesIndex
@@ -121,6 +121,7 @@ class SourceTrees:
             "step": record.get("step"),
             "prompt_tokens": len(tree.prompt),
             "untrained": weights if isinstance(weights, str) else None,
+            "agreed": tree.agreed,
             "segments": _segments(record, tree, None if isinstance(weights, str) else weights),
             "leaves": _leaves(record),
         }
@@ -185,11 +186,13 @@ def _segments(record: Mapping[str, Any], tree: Tree, weights: np.ndarray | None)
     batch = Batch(forest, forest.graded_L.astype(np.float64))
     with np.errstate(over="ignore"):  # rewards of a user's own function may be of any size
         value_N = batch.value_N
+    cut_of = {segment: cut for cut in tree.cuts for segment in cut.segments}
     return [
         {
             "parent": segment.parent + 1,
             "tokens": len(segment.tokens),
             "finish": segment.finish,
+            "cut": _cut(cut_of[node - 1]) if node - 1 in cut_of else None,
             "versions": version if isinstance(version, list) else [[version, len(segment.tokens)]],
             "log_prob": _finite(float(segment.log_probs.mean())),
             "reward": _finite(float(value_N[node])) if batch.size_N[node] else None,
@@ -199,6 +202,12 @@ def _segments(record: Mapping[str, Any], tree: Tree, weights: np.ndarray | None)
             zip(tree.segments, (segment["version"] for segment in record["segments"]), strict=True), start=1
         )
     ]
+
+
+def _cut(cut: Cut) -> dict[str, Any]:
+    """Why the tree went on with a segment. leaf: the node of the leaf that was cut."""
+    leaf = None if cut.leaf is None else cut.leaf + 1
+    return {"leaf": leaf, "right": cut.right, "graded": cut.graded}
 
 
 def _leaves(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -97,7 +97,8 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
         kv_tokens=kv_tokens,
         max_requests=_max_requests(kv_tokens, architecture.max_positions),
         chunk_tokens=chosen.chunk_tokens,
-        longest_tree=config.data.max_prompt_tokens + load.sampling.longest_response * load.sampling.width,
+        longest_tree=config.data.max_prompt_tokens
+        + load.sampling.longest_response * load.sampling.most_leaves,
         expected_tree=expected,
         problem=_problem(config, load, memory, free * fraction, kv_tokens, expected),
     )

@@ -41,7 +41,7 @@ def on_host(config: RunConfig, folder: Path, engine: EngineMemory, ranks: int) -
     layers, load, prompts = architecture.dimensions.layers, workload(config), config.data.prompts_per_step
     packed = prompts * engine.expected_tree
     if config.learning.packing == "flat":
-        packed = prompts * config.sampling.width * (load.prompt_tokens + load.lengths.mean)
+        packed = prompts * config.sampling.most_leaves * (load.prompt_tokens + load.lengths.mean)
     tokens = config.max_untrained * engine.expected_tree + _COPIES_OF_PACKS * packed
     token, cached = layers * _per_layer(architecture), ranks * engine.kv_tokens
     slot = layers * _per_token(architecture) * _OF_ENGINE

@@ -20,6 +20,7 @@ from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.planning.simulation.simulated_pool import SimulatedPool
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import Workload, half_correct, text_of
+from treepo.rewards.grade import Grade
 from treepo.rollout import rng
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.router import REMEMBERED_TREES
@@ -204,7 +205,13 @@ class _Grader(TreeGrader):
         self._grading = grading
         self._generator = rng.generator("equal", seed)
 
-    async def grade(self, tree: Tree, prompt: Prompt) -> Tree:  # noqa: ARG002 - the base class's signature
+    async def grade(
+        self,
+        tree: Tree,
+        prompt: Prompt,  # noqa: ARG002 - the base class's signature
+        grades: Sequence[Grade] | None = None,
+    ) -> Tree:
+        assert grades is None  # the simulated policies read no rewards
         await asyncio.sleep(self._grading.seconds)
         if self._generator.random() < self._grading.equal:
             return replace(tree, leaves=tuple(replace(leaf, reward=0.0) for leaf in tree.leaves))

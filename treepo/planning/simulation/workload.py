@@ -54,7 +54,7 @@ def half_correct(tree: Tree) -> Tree:
 
 def workload(config: RunConfig) -> Workload:
     """Lengths as the section `plan` says, by default half of what is allowed."""
-    sampling, plan = config.sampling, config.plan
+    sampling, plan = config.sampling.without_rewards(), config.plan
     stops = sampling.stops
     quiet = stops.model_copy(
         update={

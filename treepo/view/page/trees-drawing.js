@@ -59,7 +59,10 @@ function hierarchy(answer, rowHeight) {
 
 function describe(node, answer) {
   const { data, leaf, parent, start, end, value } = node;
-  if (!parent) return `Prompt · ${count(answer.prompt_tokens, "token")}`;
+  if (!parent) {
+    const agreed = answer.agreed ? ` · stopped at ${count(answer.leaves.length, "answer")} with equal rewards` : "";
+    return `Prompt · ${count(answer.prompt_tokens, "token")}${agreed}`;
+  }
   const versions = data.versions.map(([version]) => version);
   const facts = [
     `Segment ${data.node}`,
@@ -71,8 +74,16 @@ function describe(node, answer) {
   if (data.reward !== null) facts.push(`${leaf ? "" : "mean "}reward ${decimal(data.reward)}`);
   if (data.weights) facts.push(`A+\u00a0${decimal(data.weights[0], 3)}, A−\u00a0${decimal(data.weights[1], 3)}`);
   if (leaf) facts.push(leaf.verdict?.replace("_", " ") ?? "not graded", `ended by ${leaf.stop}`);
-  if (data.finish === "cut") facts.push("ended by a fallback cut");
+  if (data.finish === "cut") facts.push("ended by a cut");
+  if (data.cut) facts.push(whyAdded(data.cut));
   return facts.join(" · ");
+}
+
+// Why the tree went on with a segment after all its paths had ended.
+function whyAdded({ leaf, right, graded }) {
+  const place = leaf === null ? "the tree began again at the prompt" : `the answer of segment ${leaf} was cut`;
+  const counts = right === null ? "" : ` where ${right} of ${count(graded, "graded answer")} were right`;
+  return `sampled after ${place}${counts}`;
 }
 
 // The same in a few words, for a button.
