@@ -91,6 +91,12 @@ class Arm:
 _GRPO = "learning.estimator=grpo"
 _SEQUENTIAL = ("sampling.mode=sequential", _GRPO)
 _DYNAMIC = "learning.dynamic_sampling=true"
+_PIVOTS = (
+    "sampling.branching=1",
+    "sampling.initial_branching=4",
+    "sampling.fallback.order=wrong",
+    "sampling.fallback.cut=pivot",
+)
 BASELINE = "grpo"
 ARMS: Mapping[str, Arm] = {
     BASELINE: Arm(_SEQUENTIAL),
@@ -99,6 +105,11 @@ ARMS: Mapping[str, Arm] = {
     "treepo-segment": Arm(("learning.estimator=treepo_segment",)),
     "tree-grpo": Arm((_GRPO,)),
     "more-init": Arm(("sampling.initial_branching=4",)),
+    "late": Arm(("sampling.branch.from_depth=2",)),
+    "surprise": Arm(("sampling.branch.at=surprise",)),
+    "pivots": Arm(_PIVOTS),
+    "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true")),
+    "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.8, "search": 0.8}),
 }
 
 
@@ -114,7 +125,7 @@ def tokens_a_tree(task: str, arm: str) -> float:
     """Decoded tokens of an arm's mean tree, if all answers have the task's length."""
     settings = TASKS[task]
     config = load_config(Path(CONFIG), [*BASE, *settings.overrides, *ARMS[arm].overrides])
-    return asyncio.run(_mean_tree(config.sampling, settings.response_tokens))
+    return asyncio.run(_mean_tree(config.sampling.without_rewards(), settings.response_tokens))
 
 
 async def _mean_tree(sampling: SamplingConfig, response_tokens: int, trees: int = 64) -> float:
