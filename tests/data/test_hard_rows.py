@@ -5,6 +5,8 @@ import json
 import random
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import pytest
 
 from tests.data.test_prompts import PLAIN, configure, write_jsonl
 from tests.data.test_tokenizer import write_folder
+from tests.support.paths import ROOT
 from tests.support.utf8_tokenizer import Utf8Tokenizer
-from treepo.data import parquet_rows, row_files
+from treepo.data import row_files
 from treepo.data import tokenizer as data_tokenizer
 from treepo.data.prompts import Prompt, check_prompts, load_prompts
 from treepo.data.tokenizer import Message, Tokenizer, load_tokenizer
@@ -387,17 +390,29 @@ def test_a_line_of_any_length_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.M
     assert prompts.report.blank_lines == 1
 
 
-def test_a_small_parquet_file_of_a_huge_column_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+_FIRST_BATCH = """
+import sys
+from pathlib import Path
+from treepo.data import parquet_rows
+from treepo.data.prompts import check_prompts
+from tests.data.test_prompts import configure
+parquet_rows._BATCH_BYTES = 128 << 20
+config = configure(Path(sys.argv[1]))
+check_prompts(config.train, config.columns, config)
+"""
+
+
+def test_a_small_parquet_file_of_a_huge_column_is_one_line(tmp_path: Path) -> None:
+    """In a process of its own: one that has held and freed as much memory needs no more from the system."""
     text, path = "x" * (1 << 18), tmp_path / "data.parquet"
     table = pyarrow.table({"question": [text] * 1000, "answer": ["1"] * 1000})
     pyarrow.parquet.write_table(table, path, compression="zstd")
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 128 << 20)
-    config = configure(path)
-    with pytest.raises(DataError, match=r"row 1: it and the 1023 rows after it need more than"):
-        check_prompts(path, config.columns, config)
+    ended = subprocess.run(
+        [sys.executable, "-c", _FIRST_BATCH, path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    last = ended.stderr.splitlines()[-1]
+    assert re.search(r"DataError: .*data.parquet, row 1: it and the 1023 rows after it need more than", last)
 
 
 MUTATIONS = [b"\x00", b'"', b"}", b"\\ud800", b"\xff", b"[[", b"null,", b"NaN", b"\n"]
