@@ -63,6 +63,7 @@ STAGES = (
     _stage("toy", _RUN, 20, "run"),
     _stage("quickstart", _RUN, 55, "run", deadline=90.0),
     _stage("colocated_run", _RUN, 75, "run", deadline=120.0),
+    _stage("mixture_run", _RUN, 50, "run", deadline=90.0),
     _stage("lost_trainer", _RUN, 80, "run", deadline=150.0),
     _stage("async_run", _RUN, 60, "run", deadline=120.0),
     _stage("train_step_0_5b", _TRAINER, 37, "trainer"),

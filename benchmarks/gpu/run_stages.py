@@ -1,5 +1,5 @@
 """The stages of first_day.py that are whole training runs: the quickstart as it is, with a lost trainer, and
-asynchronous; and a model of the 0.5B shape.
+asynchronous; a model of the 0.5B shape; and a mixture.
 
 Imported by grading processes too, so heavy modules are imported where they are used.
 """
@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu.stage_process import Context, Figures, SkippedError
+
+if TYPE_CHECKING:
+    from treepo.toy.recipe import Recipe
 
 QUICKSTART, QUICKSTART_ASYNC = Path("examples/quickstart.yaml"), Path("examples/quickstart-async.yaml")
 ACCURACY = 0.30, 0.50
@@ -33,13 +36,7 @@ def toy(context: Context) -> Figures:
     from treepo.toy.make import make_toy
     from treepo.toy.recipe import RECIPE
 
-    recipe = RECIPE
-    if context.dry_run:
-        recipe = replace(
-            RECIPE, train_problems=24, heldout_problems=8, measured_samples=1, steps=2, careful_steps=1,
-            warmup_steps=1, batch=2,
-        )  # fmt: skip
-    report = make_toy(_toy(context), recipe=recipe)
+    report = make_toy(_toy(context), recipe=_brief(RECIPE) if context.dry_run else RECIPE)
     low, high = ACCURACY
     assert context.dry_run or low <= report.sampled_accuracy <= high, report.sampled_accuracy
     return {
@@ -95,6 +92,28 @@ def colocated_run(context: Context) -> Figures:
             "sampling.width": 16,
         }
     return _train(context, "colocated", overrides)
+
+
+def mixture_run(context: Context) -> Figures:
+    """Three steps of the toy mixture before its warm start, whose trainer replays the engine's experts."""
+    from treepo.toy.make import make_toy
+    from treepo.toy.recipe import MIXTURE
+
+    model = make_toy(context.folder("mixture"), recipe=_brief(MIXTURE)).model
+    overrides: dict[str, Any] = {
+        "steps": 1 if context.dry_run else 3,
+        "model.path": model,
+        "data.heldout": "null",
+        "reward.function": f"{__name__}:coin",
+        "checkpoint.every": "null",
+        "trainer.routing_replay": "rollout",
+    }
+    if context.dry_run:
+        overrides |= {"data.prompts_per_step": 2}
+    figures = _train(context, "mixture", overrides)
+    differs = figures["steps"][-1]["routing/own_choice_differs"]
+    figures["headline"] = f"routers would differ in {differs:.2%} of their choices; {figures['headline']}"
+    return figures
 
 
 def lost_trainer(context: Context) -> Figures:
@@ -191,6 +210,14 @@ def _train(
         "steps": steps,
         "overrides": {key: str(value) for key, value in (usual | overrides).items()},
     }
+
+
+def _brief(recipe: "Recipe") -> "Recipe":
+    """A toy that is made at once, and knows nothing."""
+    return replace(
+        recipe, train_problems=24, heldout_problems=8, measured_samples=1, steps=2, careful_steps=1,
+        warmup_steps=1, batch=2,
+    )  # fmt: skip
 
 
 def _toy(context: Context) -> Path:
