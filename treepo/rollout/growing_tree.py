@@ -13,9 +13,7 @@ Depth counts the segments of `segment_tokens` that a response fills, the last on
 pieces of a segment that a fallback cut has split count as one.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from operator import itemgetter
 
 import numpy as np
@@ -27,11 +25,13 @@ from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rewards.grade import Grade
 from treepo.rollout import branching, fallback, rng
 from treepo.rollout.boxed import BoxScan
+from treepo.rollout.cut_record import CutRecord
+from treepo.rollout.leaf_grades import LeafGrades
 from treepo.rollout.path import Node, PathRequest
 from treepo.rollout.stopping import StopRule
-from treepo.routes import has_route, no_route, routes_of_piece
-from treepo.tree import PROMPT, Cut, Finish, Leaf, Segment, Stop, Tree
-from treepo.verdict import Verdict
+from treepo.rollout.tree_routes import TreeRoutes
+from treepo.routes import routes_of_piece
+from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree
 
 
 def _unseen_tokens(node: Node | None, seen: set[int]) -> int:
@@ -42,17 +42,6 @@ def _unseen_tokens(node: Node | None, seen: set[int]) -> int:
         tokens += len(node.tokens)
         node = node.parent
     return tokens
-
-
-@dataclass(slots=True, eq=False)
-class _GrowingCut:
-    """A `treepo.tree.Cut` of nodes. nodes: those that were sampled below `parent` then."""
-
-    parent: Node | None
-    leaf: Node | None
-    leaves: int
-    counts: tuple[int, int] | tuple[None, None]
-    nodes: list[Node] = field(default_factory=list)
 
 
 class GrowingTree:
@@ -83,15 +72,13 @@ class GrowingTree:
         self._names = (seed, step, prompt.id)
         self._nodes: list[Node] = []
         self._leaves: list[tuple[Node, Stop]] = []
-        self._grades: dict[Node, Grade] = {}
-        self._cuts: list[_GrowingCut] = []
-        self._cut_of: dict[int, _GrowingCut] = {}  # by the number of a path request
+        self._grades = LeafGrades(bool(config.reads_rewards))
+        self._cuts = CutRecord()
+        self._routes = TreeRoutes(routes)
         self._requested = 0
         self._round = 0
         self._width = config.least_leaves  # leaves that the tree wants
         self._agreed = False
-        self._routes = routes
-        self._prompt_routes: np.ndarray | None = None
         if config.mode == "sequential":
             children = self._width
         else:
@@ -111,22 +98,8 @@ class GrowingTree:
             top_p=self._config.top_p,
             top_k=self._config.top_k,
             min_p=self._config.min_p,
-            routes_from=self._routes_from(path),
+            routes_from=self._routes.asked_from(path),
         )
-
-    def _routes_from(self, path: PathRequest) -> int | None:
-        """The first context token whose route `path` asks for next.
-
-        It is the last one, which the request that sampled it did not read; of cached tokens the tree has the
-        routes already. The tree's first request asks for the whole prompt's.
-        """
-        if not self._routes:
-            return None
-        return 0 if self._is_first(path) else len(path.context) - 1
-
-    def _is_first(self, path: PathRequest) -> bool:
-        """Whether `path` sends the tree's first request next."""
-        return path.number == 0 and not path.new_nodes
 
     def receive(self, path: PathRequest, output: GenerateOutput) -> int:
         """Add an engine's tokens to `path`, up to the first segment boundary at which the path ends.
@@ -142,7 +115,7 @@ class GrowingTree:
                 f"the engine returned {total} tokens with {len(output.log_probs)} log-probs, finish "
                 f"{output.finish}; {wanted} tokens were requested"
             )
-        routes = self._take_routes(path, output)
+        routes = self._routes.take(path, output)
         base, prompt_tokens = len(path.context), len(self.prompt.tokens)
         context = np.concatenate([path.context, output.tokens])
         taken = 0
@@ -155,9 +128,8 @@ class GrowingTree:
             node = path.add(output, piece, Finish.EOS if eos else Finish.LENGTH, self._rule, of_piece)
             if eos or node.end == segment_end:
                 path.stop = self._rule.classify(context[prompt_tokens : base + taken], node.box, eos)
-        if path.stop is not None and path.last_node is not None and path.last_node.routes is not None:
-            # The engine may have read it, or not: that depends on where its stop rule looks.
-            path.last_node.routes[-1] = no_route(path.last_node.routes.dtype)
+        if path.stop is not None:
+            self._routes.path_ended(path)
         path.context = context[: base + taken]
         return taken
 
@@ -180,28 +152,6 @@ class GrowingTree:
         """The grades of the complete tree's leaves, in their order; None if the policies read no rewards."""
         return [self._grades[node] for node, _ in self._leaves] if self._config.reads_rewards else None
 
-    def _take_routes(self, path: PathRequest, output: GenerateOutput) -> np.ndarray | None:
-        """Keep the routes of context tokens that an output brings.
-
-        Returns the routes of the context's last token and of all the output's tokens but the last; None
-        without routes. Raises EngineError for routes that do not fit the request.
-        """
-        first, routes = self._routes_from(path), output.routes
-        if first is None:
-            return None
-        wanted = len(path.context) - first + len(output.tokens) - 1
-        if routes is None or len(routes) != wanted:
-            found = "no routes" if routes is None else f"the routes of {len(routes)} tokens"
-            raise EngineError(f"the engine returned {found}; those of {wanted} were requested")
-        if self._is_first(path):
-            self._prompt_routes = routes[: len(path.context)].copy()
-        routes = routes[len(path.context) - 1 - first :]
-        if not path.new_nodes:
-            path.route_above = routes[0].copy()
-        elif path.last_node is not None and path.last_node.routes is not None:
-            path.last_node.routes[-1] = routes[0]
-        return routes
-
     def advance(self) -> None:
         """End the round, whose path requests must be complete: classify, then branch or fall back.
 
@@ -212,10 +162,9 @@ class GrowingTree:
         for path in self.path_requests:
             assert path.complete
             assert path.last_node is not None
-            self._route_above(path)
+            self._routes.round_ended(path)
+            self._cuts.round_ended(path)
             self._nodes += path.new_nodes
-            if (cut := self._cut_of.pop(path.number, None)) is not None:
-                cut.nodes.append(path.new_nodes[0])
             if path.stop is None:
                 active.append(path.last_node)
             else:
@@ -232,20 +181,9 @@ class GrowingTree:
         config = self._config
         if len(self._leaves) < self._width or self._width == config.most_leaves:
             return
-        rewards = [grade.reward for grade in self._grades.values() if grade.reward is not None]
-        self._agreed = len(rewards) > 1 and min(rewards) == max(rewards)
+        self._agreed = self._grades.agree()
         if not self._agreed:
             self._width = config.most_leaves
-
-    def _route_above(self, path: PathRequest) -> None:
-        """Give the token above the path's new nodes the route that the path read, if it has none yet.
-
-        So the first child in the order of path requests decides, whichever was answered first.
-        """
-        above = path.new_nodes[0].parent
-        if above is not None and above.routes is not None and not has_route(above.routes[-1]):
-            assert path.route_above is not None
-            above.routes[-1] = path.route_above
 
     def held(self) -> list[tuple[int, int]]:
         """Compute what a prefix cache had to hold during this round, which must be complete.
@@ -278,13 +216,13 @@ class GrowingTree:
         """The complete tree."""
         assert not self.path_requests
         nodes = self._depth_first()
-        index_of = {id(node): index for index, node in enumerate(nodes)}
+        index_of = {node: index for index, node in enumerate(nodes)}
         return Tree(
             prompt_id=self.prompt.id,
             prompt=self.prompt.tokens,
             segments=tuple(
                 Segment(
-                    parent=PROMPT if node.parent is None else index_of[id(node.parent)],
+                    parent=PROMPT if node.parent is None else index_of[node.parent],
                     tokens=node.tokens,
                     log_probs=node.log_probs,
                     versions=node.versions,
@@ -293,20 +231,10 @@ class GrowingTree:
                 )
                 for node in nodes
             ),
-            leaves=tuple(Leaf(segment=index_of[id(node)], stop=stop) for node, stop in self._leaves),
-            cuts=tuple(
-                Cut(
-                    parent=PROMPT if cut.parent is None else index_of[id(cut.parent)],
-                    segments=tuple(index_of[id(node)] for node in cut.nodes),
-                    leaf=None if cut.leaf is None else index_of[id(cut.leaf)],
-                    leaves=cut.leaves,
-                    right=cut.counts[0],
-                    graded=cut.counts[1],
-                )
-                for cut in self._cuts
-            ),
+            leaves=tuple(Leaf(segment=index_of[node], stop=stop) for node, stop in self._leaves),
+            cuts=self._cuts.finished(index_of),
             agreed=self._agreed,
-            prompt_routes=self._prompt_routes,
+            prompt_routes=self._routes.of_prompt,
         )
 
     def _depth_first(self) -> list[Node]:
@@ -364,7 +292,7 @@ class GrowingTree:
             return []
         self.fallbacks += 1
         generator = self._generator("fallback")
-        candidates = self._candidates()
+        candidates = self._grades.candidates(leaves)
         last_nodes: list[Node | None] = []
         children: list[int] = []
         chosen = fallback.order(candidates, config, generator)
@@ -376,49 +304,12 @@ class GrowingTree:
             last_nodes.append(None if leaf is None else self._cut(leaf, cut))
             children.append(min(branching.branching_factor(config, generator), remaining))
             first = self._requested + sum(children[:-1])
-            self._record_cut(last_nodes[-1], leaf, range(first, first + children[-1]))
+            counts = self._grades.below(last_nodes[-1])
+            self._cuts.add(last_nodes[-1], leaf, len(leaves), counts, range(first, first + children[-1]))
             remaining -= children[-1]
             if remaining == 0:
                 break
         return self._request_below(last_nodes, children)
-
-    def _record_cut(self, parent: Node | None, leaf: Node | None, numbers: range) -> None:
-        """numbers: of the path requests below `parent`."""
-        cut = _GrowingCut(parent, leaf, len(self._leaves), self._counts_below(parent))
-        self._cuts.append(cut)
-        self._cut_of.update(dict.fromkeys(numbers, cut))
-
-    def _candidates(self) -> list[fallback.Candidate]:
-        """The leaves, for a fallback."""
-        right: Counter[Node] = Counter()
-        graded: Counter[Node] = Counter()
-        for leaf, verdict in self._graded_leaves():
-            graded.update(leaf.path())
-            right.update(leaf.path() if verdict is Verdict.CORRECT else [])
-        verdicts = dict(self._graded_leaves())
-        return [
-            fallback.Candidate(
-                stop,
-                node.response_log_probs(),
-                [above.end for above in node.path()],
-                right=verdicts[node] is Verdict.CORRECT if node in verdicts else None,
-                below=[(right[above], graded[above]) for above in node.path()],
-            )
-            for node, stop in self._leaves
-        ]
-
-    def _graded_leaves(self) -> list[tuple[Node, Verdict]]:
-        """The leaves that have a grade, with the verdict."""
-        return [(node, grade.verdict) for node, grade in self._grades.items() if grade.verdict.graded]
-
-    def _counts_below(self, node: Node | None) -> tuple[int, int] | tuple[None, None]:
-        """Leaves below the node or the prompt that are right, and that are graded; None if rewards are not
-        read.
-        """
-        if not self._config.reads_rewards:
-            return None, None
-        below = [verdict for leaf, verdict in self._graded_leaves() if node is None or node in leaf.path()]
-        return sum(verdict is Verdict.CORRECT for verdict in below), len(below)
 
     def _cut(self, leaf: Node, cut: int) -> Node | None:
         """The node that ends after `cut` tokens of the leaf's response; splits a node that spans the cut."""
@@ -443,8 +334,7 @@ class GrowingTree:
         if node.routes is not None:  # the cut's last token has one: the rest of the segment read it
             upper.routes, node.routes = node.routes[:keep], node.routes[keep:]
         self._nodes.append(upper)
-        for each in self._cuts:
-            each.nodes = [upper if one is node else one for one in each.nodes]
+        self._cuts.split(node, upper)
         return upper
 
     def _request_below(self, last_nodes: Sequence[Node | None], children: Sequence[int]) -> list[PathRequest]:
