@@ -68,9 +68,14 @@ class SlippingEngine:
         )
 
 
-async def grade(_prompt: Prompt, response: np.ndarray) -> Grade:
+def is_right(response: np.ndarray) -> bool:
+    """Whether no slip is open at the end."""
     marks = response[(response == SLIP) | (response == MEND)]
-    right = not len(marks) or marks[-1] == MEND
+    return not len(marks) or bool(marks[-1] == MEND)
+
+
+async def grade(_prompt: Prompt, response: np.ndarray) -> Grade:
+    right = is_right(response)
     return Grade(float(right), Verdict.CORRECT if right else Verdict.WRONG)
 
 
@@ -98,7 +103,7 @@ async def measure(width: int | str, mode: str, alpha: float, beta: float, wanted
         async for tree in results:
             assert isinstance(tree, Tree), tree
             trees += 1
-            rights = {(await grade_of(tree, number)) for number in range(len(tree.leaves))}
+            rights = {is_right(tree.response(leaf)) for leaf in tree.leaves}
             tokens += tree.unique_tokens()
             if len(rights) > 1:
                 kept += 1
@@ -116,11 +121,6 @@ async def measure(width: int | str, mode: str, alpha: float, beta: float, wanted
         "tokens_per_tree": round(tokens / kept),
         "tokens_per_leaf": round(tokens / leaves, 1),
     }
-
-
-async def grade_of(tree: Tree, number: int) -> float | None:
-    prompt = Prompt(tree.prompt_id, tree.prompt, "", "", "")
-    return (await grade(prompt, tree.response(tree.leaves[number]))).reward
 
 
 def main() -> None:

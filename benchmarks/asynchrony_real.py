@@ -13,16 +13,11 @@ The first two steps of a run do not count, nor the last one, for which no later 
 """
 
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import orjson
+from benchmarks.training_run import train
 
 CONFIG = "examples/quickstart.yaml"
 BASE = (
@@ -43,7 +38,6 @@ SETTINGS: Mapping[str, Sequence[str]] = {
     "async": (*SEGMENTS, *ASYNC),
     "async, one segment": (*ONE_SEGMENT, *ASYNC),
 }
-_COMMAND = "from treepo.cli.main import main; main()"
 _COUNTED = slice(2, -1)
 
 
@@ -79,12 +73,7 @@ def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def run(steps: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Train, and measure the steps that count: means over them, except the median of the pauses."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        command = [sys.executable, "-c", _COMMAND, "train", CONFIG, f"steps={steps}", f"out={out}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        subprocess.run([*command, *overrides], env=environment, check=True, stdout=subprocess.DEVNULL)
-        metrics = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+    metrics, _ = train(CONFIG, [f"steps={steps}", *overrides])
     counted = metrics[_COUNTED]
     seconds = counted[-1]["time"] - metrics[_COUNTED.start - 1]["time"]
 

@@ -11,16 +11,13 @@ held, over all steps.
 """
 
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from benchmarks.training_run import train
 from treepo.learning.policy_losses import POLICY_LOSSES
 
 CONFIG = "examples/quickstart.yaml"
@@ -30,19 +27,13 @@ OVERRIDES = (
     "learning.mini_batches=4",
     "trainer.optimizer.learning_rate=1.0e-4",
 )
-_COMMAND = "from treepo.cli.main import main; main()"
 
 
 def run(loss: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Train once; a loss with one ratio a response gets flat packs."""
     packing = "flat" if POLICY_LOSSES[loss].level == "leaf" else "tree"
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        chosen = (f"learning.loss={loss}", f"learning.packing={packing}", f"seed={seed}", f"out={out}")
-        command = [sys.executable, "-c", _COMMAND, "train", CONFIG, *OVERRIDES, *chosen, *overrides]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        steps = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+    chosen = (f"learning.loss={loss}", f"learning.packing={packing}", f"seed={seed}")
+    steps, _ = train(CONFIG, [*OVERRIDES, *chosen, *overrides])
     evaluated = [step for step in steps if "heldout/accuracy" in step]
     trained = [step for step in steps if "train/grad_norm" in step]
     return {

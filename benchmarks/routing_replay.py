@@ -9,14 +9,13 @@ bits, and a router whose second and third expert are close chooses another one: 
 """
 
 import argparse
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import orjson
+
+from benchmarks.training_run import train
 
 CONFIG = "examples/quickstart-moe.yaml"
 SETTINGS = ("none", "rollout")  # of trainer.routing_replay
@@ -24,7 +23,6 @@ MEASURED = (
     *("logprob_difference_mean", "logprob_difference_max", "train/importance_max", "accuracy"),
     "routing/own_choice_differs",  # with replay alone
 )
-_COMMAND = "from treepo.cli.main import main; main()"
 
 
 def main() -> None:
@@ -54,12 +52,7 @@ def lines(settings: Sequence[str], overrides: Sequence[str]) -> Iterator[dict[st
 
 def run(overrides: Sequence[str]) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Train once. Returns the metrics of every step, and the run's summary."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        command = [sys.executable, "-c", _COMMAND, "train", CONFIG, f"out={out}", *overrides]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        metrics = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
-        summary = orjson.loads((out / "summary.json").read_bytes())
+    metrics, summary = train(CONFIG, overrides)
     return [step for step in metrics if "seconds/step" in step], summary  # the others are evaluations
 
 

@@ -19,7 +19,6 @@ trees read rewards while they grow are refused.
 
 import argparse
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.learning.arms import ARMS, BASELINE, CONFIG, TASKS, overrides
+from benchmarks.training_run import COMMAND
 from treepo.config.learning import LearningConfig
 from treepo.config.load import load_config
 from treepo.data.tokenizer import load_tokenizer
@@ -44,7 +44,6 @@ from treepo.verdict import Verdict
 PROMPTS = 16
 SAMPLES = 512
 CHUNK = 128
-_COMMAND = "from treepo.cli.main import main; main()"
 
 
 def sample(task: str, model: Path, chosen: Sequence[str], repeats: int) -> list[list[Tree]]:
@@ -56,7 +55,7 @@ def sample(task: str, model: Path, chosen: Sequence[str], repeats: int) -> list[
         rows = list(module.rows(problems, "gradients")) * repeats
         prompts.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
         files = (f"model.path={model}", f"data.prompts={prompts}", f"out={out}", "max_prompts=null")
-        command = [sys.executable, "-c", _COMMAND, "rollout", "examples/rollout.yaml", *files, *chosen]
+        command = [*COMMAND, "rollout", "examples/rollout.yaml", *files, *chosen]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         sampled = [from_json(line) for line in (out / "trees.jsonl").read_bytes().splitlines()]
     tokenizer = load_tokenizer(model)

@@ -1,20 +1,14 @@
 """One run: an arm on a task from a seed, with real processes, by `treepo train`."""
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from benchmarks.learning.arms import CONFIG, TASKS, overrides
+from benchmarks.training_run import train
 from treepo.toy.make import make_toy
 
-_COMMAND = "from treepo.cli.main import main; main()"
 _PHASES = ("seconds/sample", "seconds/log_probs", "seconds/train", "seconds/weight_sync")
 
 
@@ -43,15 +37,8 @@ def run(task: str, arm: str, seed: int, starts: Path, more: Sequence[str] = ()) 
     """Train once, and return its evaluations. more: further overrides."""
     settings = TASKS[task]
     start = make_toy(starts / task, recipe=settings.starting, task=settings.module)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        files = (f"model.path={start.model}", f"data.train={start.train}", f"data.heldout={start.heldout}")
-        command = [sys.executable, "-c", _COMMAND, "train", CONFIG, f"out={out}", f"seed={seed}", *files]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        subprocess.run(
-            [*command, *overrides(task, arm), *more], env=environment, check=True, stdout=subprocess.DEVNULL
-        )
-        lines = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+    files = (f"model.path={start.model}", f"data.train={start.train}", f"data.heldout={start.heldout}")
+    lines, _ = train(CONFIG, [f"seed={seed}", *files, *overrides(task, arm), *more])
     return list(points(task, arm, seed, lines))
 
 
