@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from treepo.toy.recipe import Recipe
 
 QUICKSTART, QUICKSTART_ASYNC = Path("examples/quickstart.yaml"), Path("examples/quickstart-async.yaml")
+UNTAUGHT: dict[str, Any] = {
+    "data.heldout": "null",
+    "reward.function": f"{__name__}:coin",
+    "checkpoint.every": "null",
+}
+"""Keys of a run whose model knows nothing."""
 ACCURACY = 0.30, 0.50
 """Of the toy's model; its recipe aims at 0.4."""
 _POLL_SECONDS = 0.1
@@ -71,12 +77,9 @@ def colocated_run(context: Context) -> Figures:
     )
     write_model(folder, "bfloat16", shape, EOS_ID)
     byte_tokenizer(shape["max_position_embeddings"]).hugging_face.save_pretrained(folder)
-    overrides: dict[str, Any] = {
+    overrides = UNTAUGHT | {
         "steps": 1 if context.dry_run else 3,
         "model.path": folder,
-        "data.heldout": "null",
-        "reward.function": f"{__name__}:coin",
-        "checkpoint.every": "null",
         "sampling.oversample": 1.5,
         "engine.max_total_tokens": "null",
         "trainer.optimizer.learning_rate": 1e-6,
@@ -100,12 +103,9 @@ def mixture_run(context: Context) -> Figures:
     from treepo.toy.recipe import MIXTURE
 
     model = make_toy(context.folder("mixture"), recipe=_brief(MIXTURE)).model
-    overrides: dict[str, Any] = {
+    overrides = UNTAUGHT | {
         "steps": 1 if context.dry_run else 3,
         "model.path": model,
-        "data.heldout": "null",
-        "reward.function": f"{__name__}:coin",
-        "checkpoint.every": "null",
         "trainer.routing_replay": "rollout",
     }
     if context.dry_run:

@@ -267,7 +267,7 @@ class SamplingConfig(Section):
         return chosen + [f"fallback.{key} = {value}" for key, value in self.fallback.read_rewards().items()]
 
     def without_rewards(self) -> Self:
-        """The same with default policies in place of those that read rewards, for estimates without any."""
+        """A copy for estimates, in which default policies replace those that read rewards."""
         defaults = {key: getattr(FallbackConfig(), key) for key in self.fallback.read_rewards()}
         fallback = self.fallback.model_copy(update=defaults)
         return self.model_copy(update={"fallback": fallback, "width": self.most_leaves})

@@ -9,7 +9,7 @@ from treepo.tree import PROMPT, Cut
 
 @dataclass(slots=True, eq=False)
 class _GrowingCut:
-    """A Cut of nodes. nodes: those that were sampled below `parent` then."""
+    """A Cut whose segments are still nodes. nodes: sampled below `parent` because of this cut."""
 
     parent: Node | None
     leaf: Node | None

@@ -20,8 +20,8 @@ _PRIORITY = {Stop.BOXED: 7, Stop.EOS: 5, Stop.DEPTH: 4, Stop.LIMIT: 3, Stop.REPE
 
 
 class Registry[Policy]:
-    """Policies by name, in the order of registration. reads_rewards: the names of those that read the rewards
-    of a tree's leaves.
+    """Policies by name, in the order of registration. reads_rewards: the names of the policies that need the
+    rewards of a tree's leaves.
     """
 
     def __init__(self) -> None:
@@ -235,7 +235,7 @@ def _boxed_long(candidates: Sequence[Candidate], sizes: FallbackSizes, rng: np.r
     return rng.permutation(admitted).tolist()
 
 
-@ORDERS.register("wrong", "only those that were graded wrong, shuffled", reads_rewards=True)
+@ORDERS.register("wrong", "only the wrong ones, shuffled", reads_rewards=True)
 def _wrong(candidates: Sequence[Candidate], _sizes: FallbackSizes, rng: np.random.Generator) -> list[int]:
     admitted = [i for i, candidate in enumerate(candidates) if candidate.right is False]
     return rng.permutation(admitted).tolist()
