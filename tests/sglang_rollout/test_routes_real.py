@@ -3,6 +3,7 @@ of cached, interrupted, stopped and retracted requests.
 """
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -200,13 +201,21 @@ def test_each_piece_has_the_routes_of_its_version(mixture: "RealEngine", tmp_pat
                 break
         return parts
 
+    async def until_updated(seeds: Iterator[int]) -> list[list[tuple[GenerateRequest, GenerateOutput]]]:
+        """One path after another, so that the update meets some that have begun."""
+        paths = []
+        while engine.version == before:
+            paths.append(await pieces(next(seeds)))
+        return paths
+
     async def scenario() -> list[list[tuple[GenerateRequest, GenerateOutput]]]:
-        running = [asyncio.create_task(pieces(seed)) for seed in range(12)]
+        seeds = itertools.count()
+        running = [asyncio.create_task(until_updated(seeds)) for _ in range(12)]
         while not engine._requests._running:
             await asyncio.sleep(0)
         await asyncio.sleep(0.5)
         await update(engine, weights)
-        return await asyncio.gather(*running)
+        return list(itertools.chain.from_iterable(await asyncio.gather(*running)))
 
     paths = mixture.run(scenario())
     assert any(parts[-1][1].version > parts[0][1].version for parts in paths)
