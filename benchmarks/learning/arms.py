@@ -100,16 +100,16 @@ _PIVOTS = (
 BASELINE = "grpo"
 ARMS: Mapping[str, Arm] = {
     BASELINE: Arm(_SEQUENTIAL),
-    "grpo-dynamic": Arm((*_SEQUENTIAL, _DYNAMIC), more={"sums": 1.03, "search": 1.15}),
+    "grpo-dynamic": Arm((*_SEQUENTIAL, _DYNAMIC), more={"sums": 1.07, "search": 1.25}),
     "treepo": Arm(),
     "treepo-segment": Arm(("learning.estimator=treepo_segment",)),
     "tree-grpo": Arm((_GRPO,)),
     "more-init": Arm(("sampling.initial_branching=4",)),
     "late": Arm(("sampling.branch.from_depth=2",)),
     "surprise": Arm(("sampling.branch.at=surprise",)),
-    "pivots": Arm(_PIVOTS, more={"search": 0.88}),
-    "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"search": 0.88}),
-    "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.8, "search": 0.8}),
+    "pivots": Arm(_PIVOTS, more={"sums": 0.88, "search": 0.88}),
+    "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"sums": 0.88, "search": 0.88}),
+    "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.95, "search": 1.59}),
 }
 
 
