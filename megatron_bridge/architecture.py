@@ -13,7 +13,7 @@ from megatron_bridge.hf_weight_map import FAMILIES, OUTPUT, Family, Rule, expand
 from megatron_bridge.lacking_parts import lacking_part
 from megatron_bridge.rotary import ROPE_TYPES, inverse_frequency
 from megatron_bridge.tensor_surgery import Dimensions
-from treepo.config.trainer import ParallelConfig
+from treepo.config.trainer import LoraConfig, ParallelConfig
 from treepo.data.model_config import CONFIG, load_hf_config, read_model_config, shown
 from treepo.errors import ConfigError, ModelError
 
@@ -244,6 +244,18 @@ def check_routing_replay(folder: Path, architecture: Architecture, routing_repla
         raise ConfigError(
             f"trainer.routing_replay = {routing_replay}, but the model of {folder / CONFIG} has no experts; "
             "none is allowed"
+        )
+
+
+def check_adapters(folder: Path, architecture: Architecture, lora: LoraConfig | None) -> None:
+    """Raise ConfigError if `trainer.lora` asks for adapters in the MLP of a model with experts."""
+    if lora is None or architecture.experts is None:
+        return
+    refused = [name for name in lora.targets if name in ("gate_proj", "up_proj", "down_proj")]
+    if refused:
+        raise ConfigError(
+            f"trainer.lora.targets has {', '.join(refused)}, but the model of {folder / CONFIG} has experts, "
+            "which get no adapters; q_proj, k_proj, v_proj and o_proj are allowed"
         )
 
 

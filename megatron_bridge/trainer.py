@@ -23,13 +23,19 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from megatron_bridge import optimizer, progress
-from megatron_bridge.architecture import check_layout, check_routing_replay, read_architecture
+from megatron_bridge.adapters import adapters_of, add_adapters
+from megatron_bridge.architecture import (
+    check_adapters,
+    check_layout,
+    check_routing_replay,
+    read_architecture,
+)
 from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.host_memory import DeviceMemory
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.model import build_model
 from megatron_bridge.process_groups import form_groups, leave_groups
-from megatron_bridge.reference import ReferenceWeights
+from megatron_bridge.reference import ReferenceWeights, WithoutAdapters
 from megatron_bridge.routing_replay import RoutingReplay, own_choice_differs
 from megatron_bridge.runtime import on_device
 from megatron_bridge.schedule import MicroBatch, Schedule
@@ -76,6 +82,7 @@ class MegatronTrainer:
         self._architecture = read_architecture(folder)
         check_layout(self._architecture, config.parallel)
         check_routing_replay(folder, self._architecture, config.routing_replay)
+        check_adapters(folder, self._architecture, config.lora)
         self._dtype = getattr(torch, dtype)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._step = 0
@@ -85,15 +92,23 @@ class MegatronTrainer:
             chunks = build_model(self._architecture, self._dtype, config)
             chunks = [chunk.to(self._device, self._dtype) for chunk in chunks]
             load_weights(folder, chunks, self._architecture)
+            if config.lora is not None:
+                add_adapters(chunks, self._architecture, config.lora, self._device)
             replay = None
             if config.routing_replay != "none":
                 sequence_parallel = config.parallel.sequence_parallel
                 replay = RoutingReplay(chunks, self._architecture, config.routing_replay, sequence_parallel)
             self._model, self._optimizer = optimizer.trainable(chunks, config, self._dtype)
             self._learning_rate = optimizer.LearningRate(self._optimizer, config)
-            self._exporter = WeightExporter(chunks, self._architecture, self._dtype, self._device)
+            self._exporter = WeightExporter(
+                chunks, self._architecture, self._dtype, self._device, config.lora
+            )
             self._memory = DeviceMemory(self._model, self._optimizer, config.offload)
-            self._reference = ReferenceWeights(self._memory.weights) if learning.kl_coefficient else None
+            self._reference = None
+            if learning.kl_coefficient and config.lora is not None:
+                self._reference = WithoutAdapters([adapter for _, adapter in adapters_of(chunks)])
+            elif learning.kl_coefficient:
+                self._reference = ReferenceWeights(self._memory.weights)
             self._checkpointer = Checkpointer(
                 self._model, self._optimizer, folder, config.parallel.model_dump()
             )
@@ -218,8 +233,15 @@ class MegatronTrainer:
         with self._memory.weights.readable():
             yield from self._exporter.tensors()
 
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every A and B of the adapters under PEFT's names on rank 0; every rank must iterate."""
+        with self._memory.weights.readable():
+            yield from self._exporter.adapters()
+
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder for transformers and SGLang. Raises ModelError if it exists."""
+        """Write a Hugging Face folder for transformers and SGLang, with adapters merged, and in it those by
+        themselves as PEFT's folder `adapter`. Raises ModelError if it exists.
+        """
         with self._memory.weights.readable():
             self._exporter.write(self._folder, folder)
 

@@ -1,0 +1,36 @@
+"""Lists an adapter's matrices: for each its Megatron-Core parameter, its tensor in PEFT's files, and how
+tensor-parallel ranks divide it.
+"""
+
+from collections.abc import Sequence
+
+from megatron_bridge.architecture import Architecture
+from megatron_bridge.hf_weight_map import Rule
+from megatron_bridge.tensor_surgery import COLUMNS, GATE_UP, QKV, ROWS, WHOLE
+
+PEFT_PREFIX = "base_model.model."  # before the names of transformers
+
+
+def adapter_rules(architecture: Architecture, targets: Sequence[str]) -> list[Rule]:
+    """For every A and B of the whole model its Megatron-Core parameter and its tensor in PEFT's files."""
+    rules = []
+    for rule in architecture.weight_rules():
+        if rule.surgery not in (QKV, GATE_UP, COLUMNS) or not rule.parameter.endswith(".weight"):
+            continue
+        parts = (("a", "A", COLUMNS), ("b", "B", WHOLE))
+        if rule.surgery is not COLUMNS:
+            parts = (("a", "A", WHOLE), ("b", "B", ROWS))
+        module = rule.parameter.removesuffix("weight")
+        for tensor in rule.tensors:
+            path = tensor.removesuffix(".weight")
+            name = path.rpartition(".")[2]
+            if name in targets:
+                rules += [
+                    Rule(
+                        f"{module}adapter.{matrix}.{name}",
+                        (f"{PEFT_PREFIX}{path}.lora_{letter}.weight",),
+                        surgery,
+                    )
+                    for matrix, letter, surgery in parts
+                ]
+    return rules
