@@ -138,25 +138,24 @@ def adapters_of(chunks: Sequence[Module]) -> Iterator[tuple[Parameter, Adapter]]
                 yield module.weight, adapter  # type: ignore[misc]  # a linear's
 
 
-def sharded_adapters(chunk: GPTModel, rules: Sequence[Rule]) -> dict[str, ShardedTensor]:
+def sharded_adapters(chunk: GPTModel) -> dict[str, ShardedTensor]:
     """A chunk's adapters as sharded tensors, which share their memory, by their names in the chunk."""
-    names = {id(parameter): name for name, parameter in chunk.named_parameters()}
     ranks, rank = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
-    named = named_parameters([chunk])
+    keys = {id(parameter): key for key, parameter in named_parameters([chunk]).items()}
     sharded = {}
-    for rule in rules:
-        if (parameter := named.get(rule.parameter)) is None:
-            continue
-        axis = _AXES[rule.surgery]
-        sharded[names[id(parameter)]] = ShardedTensor.from_rank_offsets(
-            rule.parameter,
-            parameter,
-            *([] if axis is None else [(axis, rank, ranks)]),
-            replica_id=(0, rank if axis is None else 0, parallel_state.get_data_parallel_rank()),
-        )
+    for name, parameter in chunk.named_parameters():
+        if parameter.requires_grad:
+            divided = parameter.tensor_model_parallel  # type: ignore[attr-defined]  # Megatron-Core's mark
+            offset = (parameter.partition_dim, rank, ranks)  # type: ignore[attr-defined]  # likewise
+            sharded[name] = ShardedTensor.from_rank_offsets(
+                keys[id(parameter)],
+                parameter,
+                *([offset] if divided else []),
+                replica_id=(0, 0 if divided else rank, parallel_state.get_data_parallel_rank()),
+            )
     return sharded
 
 

@@ -1,7 +1,7 @@
-"""Reads, writes and merges adapters in the format of PEFT (adapter_config.json, adapter_model.safetensors)."""
+"""Reads, writes and merges adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,12 +149,12 @@ def merged_tensors(
     base: Path,
     architecture: Architecture,
     lora: LoraConfig,
-    read: Callable[[str], Tensor],
+    adapters: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the base's tensors with an adapter added, in float32, and rounded to `dtype` (None: their own).
 
-    read: returns an A or B by PEFT's name.
+    adapters: every A and B by PEFT's name.
     """
     weights = SafetensorsReader(base)
     rules = adapter_rules(architecture, lora.targets)
@@ -164,6 +164,6 @@ def merged_tensors(
             weight = weights.read(name)
             weight = weight if dtype is None else weight.to(dtype)
             if (name, True) in names:
-                a, b = (read(names[name, first]).float() for first in (True, False))
+                a, b = (adapters[names[name, first]].float() for first in (True, False))
                 weight = weight.float().add(b @ a, alpha=lora.alpha / lora.rank).to(weight.dtype)
             yield name, weight

@@ -50,7 +50,7 @@ from treepo.learning.loss import policy_loss, summarise
 from treepo.learning.packing import Pack, head
 from treepo.learning.soundness import WeightCheck
 from treepo.protocols import BatchResult, was_taken
-from treepo.training.checkpoint_manifest import CheckpointManifest
+from treepo.training.checkpoint_manifest import AdapterManifest, CheckpointManifest
 from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.wire import Manifest
 
@@ -109,8 +109,9 @@ class MegatronTrainer:
                 self._reference = WithoutAdapters([adapter for _, adapter in adapters_of(chunks)])
             elif learning.kl_coefficient:
                 self._reference = ReferenceWeights(self._memory.weights)
+            self._adapters = None if config.lora is None else AdapterManifest.of(config.lora, folder)
             self._checkpointer = Checkpointer(
-                self._model, self._optimizer, folder, config.parallel.model_dump()
+                self._model, self._optimizer, folder, config.parallel.model_dump(), self._adapters
             )
         self._schedule = Schedule(
             self._model, self._architecture, config.parallel, self._dtype, self._device, replay
@@ -254,7 +255,7 @@ class MegatronTrainer:
         dtype = str(self._dtype).removeprefix("torch.")
         layout = self._config.parallel.model_dump()
         with on_device(), self._memory.weights.readable():
-            manifest = CheckpointManifest(dtype, True, self._step, layout, run)
+            manifest = CheckpointManifest(dtype, True, self._step, layout, run, adapters=self._adapters)
             self._checkpointer.save(folder, manifest, ready_trees)
 
     def save_written(self) -> bool:
