@@ -92,12 +92,17 @@ class Adapter(Module):
             for name in self.a
         }
         columns = weight.shape[1]
-        products = [
-            (wide[name][1] @ wide[name][0]).t() if name in wide else weight.new_zeros(columns, rows).float()
-            for name, rows in self._rows.items()
-        ]
-        merged = weight.to(torch.float32, copy=True)
-        return merged.add_(self._arrange(products).t(), alpha=self.scale).to(weight.dtype)
+        product = self._arrange(
+            [
+                (wide[name][1] @ wide[name][0]).t()
+                if name in wide
+                else weight.new_zeros(columns, rows, dtype=torch.float32)
+                for name, rows in self._rows.items()
+            ]
+        )
+        merged = weight.to(torch.float32, copy=True).add_(product.t(), alpha=self.scale)
+        del product  # before the sum is rounded
+        return merged.to(weight.dtype)
 
 
 def add_adapters(

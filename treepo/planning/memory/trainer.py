@@ -27,6 +27,7 @@ from treepo.config.trainer import ParallelConfig
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.memory import activations, routes
 from treepo.planning.memory.activations import MicroBatch
+from treepo.planning.memory.adapters import adapter_count, adapters_of
 from treepo.planning.memory.parts import FLOAT32, Memory, Parts, element_bytes
 from treepo.planning.memory.weight_sync import sync_memory
 
@@ -46,7 +47,7 @@ def trainer_memory(config: RunConfig, folder: Path, shared: bool = False) -> lis
     architecture, shards = planned_architecture(folder), stage_shards(folder, config.trainer.parallel)
     batch = largest_micro_batch(config, architecture)
     stages = [_stage(config, batch, shard) for shard in shards]
-    held = _state(config, shards[0])
+    held = _state(config, architecture, shards[0])
     if shared:
         held = {name: held[name] for name in held if name in {"weights", *kept_while_sampling(config)}}
     return [*stages, sync_memory(config, architecture, shards, held)]
@@ -80,8 +81,14 @@ def packs_of_step(config: RunConfig, folder: Path, tree_tokens: float) -> float:
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
-    """One training checkpoint: weights and optimizer state, with the vocabulary's padding."""
+    """One training checkpoint: weights and optimizer state, with the vocabulary's padding; of adapters alone,
+    if those are trained.
+    """
     architecture = planned_architecture(folder)
+    if config.trainer.lora is not None:
+        return adapter_count(architecture, config.trainer.lora) * (
+            element_bytes(config) + optimizer_bytes(config)
+        )
     vocabulary = architecture.dimensions.vocabulary
     padding = padded_vocabulary(vocabulary, config.trainer.parallel.tensor) - vocabulary
     written = parameter_count(folder) + padding * architecture.hidden * (1 if architecture.tied else 2)
@@ -131,7 +138,7 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
     return Memory(
         f"trainer, pipeline stage {shard.stage}",
         {
-            **_state(config, shard),
+            **_state(config, batch.architecture, shard),
             "activations": (
                 kept,
                 f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.trainer.recompute}",
@@ -152,18 +159,22 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
     )
 
 
-def _state(config: RunConfig, shard: Shard) -> Parts:
-    """Weights, gradients and optimizer state of one rank."""
-    parallel, element = config.trainer.parallel, element_bytes(config)
+def _state(config: RunConfig, architecture: Architecture, shard: Shard) -> Parts:
+    """Weights, gradients and optimizer state of one rank. Frozen weights have neither of the latter."""
+    parallel, element, lora = config.trainer.parallel, element_bytes(config), config.trainer.lora
     held = owned = 0
     for chunk in shard.chunks:
+        if lora is not None:
+            chunk = adapters_of(chunk, architecture, parallel, lora)
         for expert, ranks in ((False, parallel.data), (True, expert_data_ranks(parallel))):
             elements = buffer_elements([each for each in chunk if each.expert == expert], ranks)
             held += elements
             owned += elements // ranks
     state = optimizer_bytes(config)
+    frozen = 0 if lora is None else shard.elements()
+    beside = "" if lora is None else f", and adapters of {held:,}"
     return {
-        "weights": (element * held, f"{shard.elements():,} parameters x {element}"),
+        "weights": (element * (frozen + held), f"{shard.elements():,} parameters x {element}{beside}"),
         "gradients": (FLOAT32 * held, "float32"),
         "optimizer": (state * owned, f"{owned:,} of them on each replica x {state}"),
     }
@@ -200,7 +211,7 @@ def work_in_layers(batch: MicroBatch, shard: Shard) -> float:
     layers, sparse = _layers(shard), set(batch.architecture.dimensions.sparse_layers)
     work = max(activations.layer_work(batch, layer in sparse) for layer in layers)
     held = max(0, len(layers & sparse) - 1) if batch.trainer.recompute == "full" else 0
-    tied = batch.architecture.tied and batch.trainer.parallel.pipeline == 1
+    tied = batch.architecture.tied and batch.trainer.parallel.pipeline == 1 and batch.trainer.lora is None
     gradient = sum(each.elements for each in shard.parameters if tied and each.name == EMBEDDING)
     return work + held * batch.stream + gradient * batch.element
 

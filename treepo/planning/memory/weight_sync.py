@@ -12,6 +12,7 @@ from megatron_bridge.layout_shards import Shard
 from megatron_bridge.tensor_surgery import QKV, VOCABULARY
 from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
+from treepo.planning.memory.adapters import MERGING, largest_merged
 from treepo.planning.memory.parts import Memory, Parts, element_bytes, model_dtype
 from treepo.weight_sync.wire import TensorInfo, plan_buckets
 
@@ -22,6 +23,9 @@ def sync_memory(
     """Rank 0 during a sync. held: what it holds throughout."""
     joined = _joined_bytes(config, architecture, shards)
     parts = {**held, "joined tensor": (joined, "the largest parameter's shards and the tensors made of them")}
+    if (lora := config.trainer.lora) is not None:
+        merging = MERGING * largest_merged(shards, architecture, lora)
+        parts["merging"] = float(merging), "adapters into the largest shard, in float32"
     shared = config.weights.transport == "colocated" and config.plan.device != "cpu"
     if shared or config.weights.transport == "broadcast":
         note = f"two of weights.bucket_mb = {config.weights.bucket_mb} MiB, or one tensor"
