@@ -1,4 +1,4 @@
-"""`treepo convert`: converts training checkpoints and GGUF files to Hugging Face folders, and those back."""
+"""`treepo convert`: converts checkpoints, adapters and GGUF files to Hugging Face folders, and those back."""
 
 import time
 from pathlib import Path
