@@ -123,6 +123,18 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
             ["save_routes=true", "trainer.routing_replay=trainer"],
             "save_routes = true with trainer.routing_replay = trainer: trees have no routes then; rollout is",
         ),
+        (
+            MINIMAL,
+            ["trainer.lora={dropout: 0.1}"],
+            "trainer.lora.dropout: 0.1 is not allowed, only 0: a token's log-prob would differ from pass",
+        ),
+        (MINIMAL, ["trainer.lora={targets: [q_proj, o_proj, q_proj]}"], "q_proj twice; each projection has"),
+        (MINIMAL, ["trainer.lora={targets: [lm_head]}"], "trainer.lora.targets.0: should be 'q_proj', 'k_pr"),
+        (
+            MINIMAL,
+            ["trainer={transformer_impl: te, lora: {}}"],
+            "transformer_impl = te with lora: adapters are built beside Megatron-Core's own layers; auto",
+        ),
         ("steps: 3\n", [], "model: required, but not given"),
         ("- a\n", [], "expected a mapping of keys, found list"),
         ("a: [1,\n", [], "not YAML"),

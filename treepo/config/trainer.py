@@ -101,7 +101,7 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 class LoraConfig(Section):
     rank: int = Field(default=32, ge=1)
     """Rows of A and columns of B: the rank of what training can add to a projection."""
-    alpha: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=64.0, gt=0)
     """A projection's output gets alpha / rank times B A x."""
     targets: list[Projection] = Field(default=list(get_args(Projection)), min_length=1)
     """The projections with adapters, by their names in transformers and PEFT. Experts have none: with a

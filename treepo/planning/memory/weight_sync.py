@@ -24,8 +24,12 @@ def sync_memory(
     joined = _joined_bytes(config, architecture, shards)
     parts = {**held, "joined tensor": (joined, "the largest parameter's shards and the tensors made of them")}
     if (lora := config.trainer.lora) is not None:
-        merging = MERGING * largest_merged(shards, architecture, lora)
-        parts["merging"] = float(merging), "adapters into the largest shard, in float32"
+        largest = largest_merged(shards, architecture, lora)
+        peak = max(MERGING * largest, element_bytes(config) * largest + joined)
+        parts["merging"] = (
+            peak - joined,
+            "of adapters and the largest shard, in float32, beyond the joined tensor",
+        )
     shared = config.weights.transport == "colocated" and config.plan.device != "cpu"
     if shared or config.weights.transport == "broadcast":
         note = f"two of weights.bucket_mb = {config.weights.bucket_mb} MiB, or one tensor"
