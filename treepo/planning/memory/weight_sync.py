@@ -28,7 +28,7 @@ def sync_memory(
         peak = max(MERGING * largest, element_bytes(config) * largest + joined)
         parts["merging"] = (
             peak - joined,
-            "of adapters and the largest shard, in float32, beyond the joined tensor",
+            "the largest shard and its adapters, in float32, beyond the joined",
         )
     shared = config.weights.transport == "colocated" and config.plan.device != "cpu"
     if shared or config.weights.transport == "broadcast":
