@@ -1,10 +1,10 @@
 """Reads, writes and merges adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -22,23 +22,16 @@ from treepo.errors import ConfigError, ModelError, one_line, shortened
 ADAPTER = "adapter"  # the folder of an adapter in that of its merged model
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_rslora": (False,),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "layers_to_transform": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []),
-    "exclude_modules": (None, []),
-    "layer_replication": (None, []),
+_READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules"}
+_WITHOUT_EFFECT = {
+    *("task_type", "inference_mode", "lora_dropout", "peft_version", "revision", "auto_mapping"),
+    *("megatron_core", "qalora_group_size", "layers_pattern", "runtime_config"),
 }
-"""PEFT's options that change what an adapter computes, and the values with which they do not."""
+"""PEFT's keys that do not change what a trained adapter computes."""
+_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it is."""
+_OFF = (None, False, [], {}, "none")
+"""Values of every other key, which would change what an adapter computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +94,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraConfig,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "target_modules": list(lora.targets),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -120,9 +113,11 @@ def read_adapter(folder: Path) -> AdapterFolder:
     config = read_json_object(path)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{path}: peft_type = {shown(config.get('peft_type'))}; only LORA is supported")
-    for key, allowed in _WITHOUT_EFFECT.items():
-        if key in config and config[key] not in allowed:
-            raise ModelError(f"{path}: {key} = {shown(config[key])}; only {shown(allowed[0])} is supported")
+    for key, value in config.items():
+        if key in _READ | _WITHOUT_EFFECT:
+            continue
+        if value not in (_BEGINNINGS if key == "init_lora_weights" else _OFF):
+            raise ModelError(f"{path}: {key} = {shown(value)} is not supported: only plain LoRA is")
     targets = config.get("target_modules")
     try:
         lora = LoraConfig(rank=config.get("r"), alpha=config.get("lora_alpha"), targets=targets)  # type: ignore[arg-type]  # checked there
@@ -131,12 +126,12 @@ def read_adapter(folder: Path) -> AdapterFolder:
         key = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}[str(fault["loc"][0])]
         raise ModelError(f"{path}: {key}: {one_line(fault['msg'])}") from None
     name = config.get("base_model_name_or_path")
-    base = Path(name) if isinstance(name, str) and name else None
-    if base is None or not (base / CONFIG).is_file():
+    if not isinstance(name, str) or not os.path.isfile(os.path.join(name, CONFIG)):  # false if it is too long
         raise ModelError(
             f"{path}: base_model_name_or_path = {shown(name)} is no model folder on this machine; write the "
             "folder of the model that the adapter was trained on there"
         )
+    base = Path(name)
     architecture = read_architecture(base)
     try:
         check_adapters(base, architecture, lora)

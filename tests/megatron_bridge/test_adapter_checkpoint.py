@@ -212,8 +212,10 @@ def test_an_adapter_merges_in_float32_and_the_rest_stays(adapter: Path, tmp_path
     ("old", "new", "said"),
     [
         ('"LORA"', '"LOHA"', 'peft_type = "LOHA"; only LORA is supported'),
-        ('"bias": "none"', '"bias": "all"', 'bias = "all"; only "none" is supported'),
-        ('"inference_mode"', '"use_dora": true, "x"', "use_dora = true; only false is supported"),
+        ('"bias": "none"', '"bias": "all"', 'bias = "all" is not supported: only plain LoRA is'),
+        ('"r"', '"use_dora": true, "r"', "use_dora = true is not supported: only plain LoRA is"),
+        ('"r"', '"init_lora_weights": "pissa", "r"', 'init_lora_weights = "pissa" is not supported'),
+        ('"r": 2', '"r": 2.5', "r: "),
         ('"r": 2', '"r": 0', "r: "),
         ('"r": 2', '"r": 3', "lora_A.weight is (2, 64), not (3, 64)"),
         ('"q_proj"', '"qkv_proj"', "target_modules: "),
