@@ -219,7 +219,7 @@ def test_an_adapter_merges_in_float32_and_the_rest_stays(adapter: Path, tmp_path
         ('"r": 2', '"r": 0', "r: "),
         ('"r": 2', '"r": 3', "lora_A.weight is (2, 64), not (3, 64)"),
         ('"q_proj"', '"qkv_proj"', "target_modules: "),
-        ('"q_proj"', '"k_proj"', "a tensor that the base model has no place for"),
+        ('"q_proj"', '"k_proj"', "no tensor base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"),
         ("/model", "/nowhere", "is no model folder on this machine"),
     ],
 )
