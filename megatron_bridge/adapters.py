@@ -14,6 +14,7 @@ it all ranks compute the same gradient.
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -143,7 +144,7 @@ def adapters_of(chunks: Sequence[Module]) -> Iterator[tuple[Parameter, Adapter]]
                 yield module.weight, adapter  # type: ignore[misc]  # a linear's
 
 
-def sharded_adapters(chunk: GPTModel) -> dict[str, ShardedTensor]:
+def sharded_adapters(chunk: Any) -> dict[str, ShardedTensor]:
     """A chunk's adapters as sharded tensors, which share their memory, by their names in the chunk."""
     ranks, rank = (
         parallel_state.get_tensor_model_parallel_world_size(),

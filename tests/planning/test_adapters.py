@@ -32,7 +32,7 @@ def test_a_layers_adapters_by_hand() -> None:
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj", "down_proj"], ["up_proj"]])
 def test_the_ranks_of_a_layout_hold_each_adapter_once(layout: dict[str, int], targets: list) -> None:
     """B of a matrix whose output is divided, A of one whose input is; the other is on every tensor rank."""
-    parallel, lora = ParallelConfig(**layout), LoraConfig(rank=8, targets=targets)
+    parallel, lora = ParallelConfig.model_validate(layout), LoraConfig(rank=8, targets=targets)
     architecture = read_architecture(QWEN)
     held = [
         each

@@ -193,8 +193,9 @@ def test_parameters_are_those_that_ranks_hold(name: str, cases, measured) -> Non
     lora, architecture = config.trainer.lora, read_architecture(config.model.path)
     for shard in stage_shards(config.model.path, parallel):
         held = {each.name: each.elements for each in shard.parameters}
-        for chunk in shard.chunks if lora is not None else ():
-            held |= {each.name: each.elements for each in adapters_of(chunk, architecture, parallel, lora)}
+        for chunk in shard.chunks:
+            adapters = [] if lora is None else adapters_of(chunk, architecture, parallel, lora)
+            held |= {each.name: each.elements for each in adapters}
         for rank in measured[name][shard.stage * per_stage : (shard.stage + 1) * per_stage]:
             assert sorted(rank.parameters.values()) == sorted(held.values())
         first = measured[name][shard.stage * per_stage].parameters
