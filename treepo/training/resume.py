@@ -87,7 +87,7 @@ def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True
         raise ConfigError(
             f"--resume: the prompts or answers in {names} have changed since {checkpoint} was written"
         )
-    if (adapters := read_manifest(checkpoint).adapters) is not None:
+    if config.trainer.lora is not None and (adapters := read_manifest(checkpoint).adapters) is not None:
         adapters.check_base(config.model.path, checkpoint)
     if state.steps_done > config.steps or (
         state.steps_done == config.steps and (config.out / SUMMARY).is_file()
