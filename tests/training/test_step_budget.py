@@ -1,0 +1,135 @@
+"""The number of trees that a budget of decoded tokens buys: bounds, and runs whose trees change in length."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from treepo.training.step_budget import Spending, StepBudget
+
+BUDGET = StepBudget(tokens=100_000, first=64, least=4, most=5000)
+SPREAD = 0.6  # of a tree's tokens, as a share of their mean
+_READ = TypeAdapter(Spending)
+
+
+@dataclass
+class Played:
+    """The steps of a simulated run."""
+
+    trees: list[int] = field(default_factory=list)
+    decoded: list[int] = field(default_factory=list)
+    spent: Spending = field(default_factory=Spending)
+
+    @property
+    def total(self) -> int:
+        return sum(self.decoded)
+
+
+def play(mean_tokens: Callable[[int], float], steps: int, budget: StepBudget = BUDGET, seed: int = 0) -> Played:
+    """mean_tokens: of a tree, by step; each tree's own are gamma-distributed."""
+    rng, run = np.random.default_rng(seed), Played()
+    for step in range(steps):
+        trees = budget.trees(run.spent)
+        shape = 1 / SPREAD**2
+        tokens = rng.gamma(shape, mean_tokens(step) / shape, trees)
+        run.trees.append(trees)
+        run.decoded.append(int(tokens.round().sum()))
+        run.spent = budget.after(run.spent, trees, run.decoded[-1])
+    return run
+
+
+GROWING = {
+    "steady": lambda _: 1500.0,
+    "twice as long": lambda step: 1500.0 * 2 ** (step / 100),
+    "a third as long": lambda step: 1500.0 * 3 ** (-step / 100),
+    "1% longer every step": lambda step: 1000.0 * 1.01**step,
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", GROWING)
+def test_all_steps_together_decode_their_budgets_but_for_one_steps_error(name: str, seed: int) -> None:
+    """However long the run is: of so many trees, 4 standard deviations and half a tree, and the drift."""
+    run = play(GROWING[name], steps=100, seed=seed)
+    error = abs(run.total - 100 * BUDGET.tokens) / BUDGET.tokens
+    trees = run.trees[-1]
+    assert error <= 4 * SPREAD * (4 / 3 / trees) ** 0.5 + 0.5 / trees + 0.03
+    assert run.spent.left == 100 * BUDGET.tokens - run.total, "no step missed by half a budget"
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_drift_does_not_change_what_a_step_decodes(name: str) -> None:
+    """The mean over 200 runs, of each step after the first ones. 5 standard errors, and 0.3% because the
+    inverse of a noisy mean is too large on average.
+    """
+    decoded = np.array([play(GROWING[name], 40, seed=seed).decoded for seed in range(200)])[:, 5:]
+    means = decoded.mean(0) / BUDGET.tokens
+    errors = decoded.std(0) / BUDGET.tokens / 200**0.5
+    assert (abs(means - 1) <= 5 * errors + 0.003).all()
+
+
+def test_the_mean_is_steadier_than_the_last_step() -> None:
+    """As the module says: by the square root of 2 / (4 / 3), for the standard deviation of what is carried."""
+    steady = GROWING["steady"]
+    runs = [play(steady, 200, seed=seed) for seed in range(20)]
+    missed = np.concatenate([np.array(run.decoded[5:]) / BUDGET.tokens - 1 for run in runs])
+    trees = np.mean([run.trees[5:] for run in runs])
+    expected = SPREAD * (4 / 3 / trees) ** 0.5
+    assert missed.std() == pytest.approx(expected * 2**0.5, rel=0.2), "its own error, and the last one made good"
+
+
+@given(
+    decoded=st.lists(st.integers(0, 10**9), max_size=30),
+    least=st.integers(1, 10),
+    more=st.integers(0, 100),
+)
+def test_whatever_a_step_decodes_the_next_one_is_within_its_bounds(
+    decoded: list[int], least: int, more: int
+) -> None:
+    budget = StepBudget(1000, least, least, least + more)
+    spent = Spending()
+    for tokens in decoded:
+        trees = budget.trees(spent)
+        assert budget.least <= trees <= budget.most
+        spent = budget.after(spent, trees, tokens)
+        spent.check()
+        assert abs(spent.left) <= budget.tokens / 2
+        assert _READ.validate_json(json.dumps(asdict(spent)), strict=True) == spent
+
+
+def test_a_budget_below_the_fewest_trees_is_overdrawn_by_half_at_most() -> None:
+    budget = replace(BUDGET, tokens=2000)
+    run = play(GROWING["steady"], 50, budget)
+    assert run.trees[5:] == [budget.least] * 45
+    assert run.spent.left == -1000
+    assert budget.after(run.spent, 4, 400).left == 600, "it is made good as soon as trees are short"
+
+
+@pytest.mark.parametrize(
+    ("spent", "fault"),
+    [
+        (Spending(decoded=-1.0), "cannot be negative"),
+        (Spending(trees=-1.0), "cannot be negative"),
+        (Spending(left=float("inf")), "must be finite"),
+        (Spending(decoded=float("nan")), "must be finite"),
+    ],
+)
+def test_a_spending_of_no_run_is_refused(spent: Spending, fault: str) -> None:
+    with pytest.raises(ValueError, match=f"spent: .* {fault}"):
+        spent.check()
+
+
+@given(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(min_value=0, allow_infinity=False),
+    st.floats(min_value=0, allow_infinity=False),
+)
+def test_every_spending_that_is_accepted_gives_a_number(left: float, decoded: float, trees: float) -> None:
+    spent = Spending(left, decoded, trees)
+    spent.check()
+    assert BUDGET.least <= BUDGET.trees(spent) <= BUDGET.most
