@@ -1,8 +1,12 @@
 """The number of trees that a budget of decoded tokens buys: bounds, and runs whose trees change in length."""
 
+import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from tests.support.command import write_model_and_problems
+from tests.support.simulated_schedule import trees_of_next_step
+from tests.support.training_runs import (
+    Run,
+    check_every_prompt_was_taken_once,
+    config_of,
+    saved_schedule,
+    slow_engine,
+    slow_trainer,
+    steps_of,
+    trees_of,
+)
+from treepo.config.run import RunConfig
+from treepo.errors import ConfigError
+from treepo.training.checkpoints import newest
+from treepo.training.run_state import RunState
+from treepo.training.scheduler import ScheduleState
 from treepo.training.step_budget import Spending, StepBudget
 
 BUDGET = StepBudget(tokens=100_000, first=64, least=4, most=5000)
@@ -133,3 +154,85 @@ def test_every_spending_that_is_accepted_gives_a_number(left: float, decoded: fl
     spent = Spending(left, decoded, trees)
     spent.check()
     assert BUDGET.least <= BUDGET.trees(spent) <= BUDGET.most
+
+
+def budgeted(folder: Path, out: Path, steps: int = 8, **changes: Any) -> RunConfig:
+    """A run with 8 trees in the first step, and a budget of 300 tokens in all steps."""
+    data = {"train": str(folder / "many.jsonl"), "prompts_per_step": 8, "decoded_tokens_per_step": 300}
+    data |= {"heldout": None} | changes.pop("data", {})
+    return config_of(folder, out, steps, data=data, **changes)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `folder`, with 40 problems."""
+    folder = tmp_path_factory.mktemp("many")
+    write_model_and_problems(folder, folder / "many.jsonl", 40)
+    return folder
+
+
+@pytest.mark.usefixtures("graded")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_each_step_has_the_trees_that_the_steps_before_it_allow(
+    many: Path, tmp_path: Path, dynamic: bool
+) -> None:
+    """With dynamic sampling a tree costs more, because what is dropped counts."""
+    learning = {"mini_batches": 2, "dynamic_sampling": dynamic, "max_refills": 4}
+    config = budgeted(many, tmp_path / "run", learning=learning)
+    Run(config).train()
+    steps = steps_of(config.out)
+    trained = [int(line["trees/trained"]) for line in steps]
+    decoded = [int(line["rollout/decoded_tokens"]) for line in steps]
+    spent = list(zip(trained, decoded, strict=True))
+    budget = StepBudget(300, first=8, least=2, most=40)
+    assert trained[1:] == [trees_of_next_step(budget, spent[:step]) for step in range(1, 8)]
+    assert len(set(trained)) > 2, "else nothing is tested"
+    sampled = Counter(step for step, _ in trees_of(config.out))
+    dropped = [int(line.get("dropped/equal", 0)) for line in steps]
+    assert [sampled[step] for step in range(1, 9)] == [sum(each) for each in zip(trained, dropped, strict=True)]
+    assert (sum(dropped) > 0) == dynamic
+    assert saved_schedule(config.out).spent.left == 300 * 8 - sum(decoded), "no step missed by half a budget"
+
+
+@pytest.mark.usefixtures("graded")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_resumed_run_has_the_same_steps(many: Path, tmp_path: Path, dynamic: bool) -> None:
+    learning = {"mini_batches": 2, "dynamic_sampling": dynamic}
+    whole, parts = (budgeted(many, tmp_path / name, learning=learning) for name in ("whole", "parts"))
+    Run(whole).train()
+    with pytest.raises(asyncio.CancelledError):
+        Run(parts, engine=slow_engine(1), trainer=slow_trainer(50), killed_after=400).train()
+    found = newest(parts.out)
+    assert found is not None
+    assert 0 < found[1].steps_done < 8
+    Run(parts, resume=True, engine=slow_engine(2)).train()
+    assert (parts.out / "trees.jsonl").read_bytes() == (whole.out / "trees.jsonl").read_bytes()
+    assert saved_schedule(parts.out) == saved_schedule(whole.out)
+    check_every_prompt_was_taken_once(parts)
+
+
+@pytest.mark.usefixtures("graded")
+def test_a_run_cannot_get_another_budget(many: Path, tmp_path: Path) -> None:
+    Run(budgeted(many, tmp_path / "run", steps=2)).train()
+    other = budgeted(many, tmp_path / "run", data={"decoded_tokens_per_step": 400})
+    with pytest.raises(ConfigError, match=r"decoded_tokens_per_step = 300, now 400; these keys cannot"):
+        Run(other, resume=True).train()
+
+
+@pytest.mark.usefixtures("graded")
+def test_a_step_is_never_larger_than_the_training_set(many: Path, tmp_path: Path) -> None:
+    config = budgeted(many, tmp_path / "run", steps=4, data={"decoded_tokens_per_step": 10**6})
+    Run(config).train()
+    assert [line["trees/trained"] for line in steps_of(config.out)] == [8, 40, 40, 40]
+    taken = [tree.prompt_id for step, tree in trees_of(config.out) if step > 1]
+    assert Counter(Counter(taken).values()) == {3: 40}
+
+
+def test_a_checkpoint_without_a_spending_is_of_a_run_without_a_budget() -> None:
+    """As versions before the key wrote it."""
+    values = asdict(RunState("d", 3, ScheduleState(cursor=12)))
+    del values["schedule"]["spent"]
+    assert RunState.of_manifest(values).schedule == ScheduleState(cursor=12)
+    values["schedule"]["spent"] = {"left": 0.0, "decoded": -1.0, "trees": 0.0}
+    with pytest.raises(ValueError, match="spent: decoded and trees cannot be negative"):
+        RunState.of_manifest(values)
