@@ -51,7 +51,9 @@ class Played:
         return sum(self.decoded)
 
 
-def play(mean_tokens: Callable[[int], float], steps: int, budget: StepBudget = BUDGET, seed: int = 0) -> Played:
+def play(
+    mean_tokens: Callable[[int], float], steps: int, budget: StepBudget = BUDGET, seed: int = 0
+) -> Played:
     """mean_tokens: of a tree, by step; each tree's own are gamma-distributed."""
     rng, run = np.random.default_rng(seed), Played()
     for step in range(steps):
@@ -101,7 +103,9 @@ def test_the_mean_is_steadier_than_the_last_step() -> None:
     missed = np.concatenate([np.array(run.decoded[5:]) / BUDGET.tokens - 1 for run in runs])
     trees = np.mean([run.trees[5:] for run in runs])
     expected = SPREAD * (4 / 3 / trees) ** 0.5
-    assert missed.std() == pytest.approx(expected * 2**0.5, rel=0.2), "its own error, and the last one made good"
+    assert missed.std() == pytest.approx(expected * 2**0.5, rel=0.2), (
+        "its own error, and the last one made good"
+    )
 
 
 @given(
@@ -189,7 +193,9 @@ def test_each_step_has_the_trees_that_the_steps_before_it_allow(
     assert len(set(trained)) > 2, "else nothing is tested"
     sampled = Counter(step for step, _ in trees_of(config.out))
     dropped = [int(line.get("dropped/equal", 0)) for line in steps]
-    assert [sampled[step] for step in range(1, 9)] == [sum(each) for each in zip(trained, dropped, strict=True)]
+    assert [sampled[step] for step in range(1, 9)] == [
+        sum(each) for each in zip(trained, dropped, strict=True)
+    ]
     assert (sum(dropped) > 0) == dynamic
     assert saved_schedule(config.out).spent.left == 300 * 8 - sum(decoded), "no step missed by half a budget"
 

@@ -26,9 +26,11 @@ from tests.support.command import (
     start,
     write_model_and_problems,
 )
+from tests.support.simulated_schedule import trees_of_next_step
 from treepo.run_status import read_status
 from treepo.toy.make import make_toy
 from treepo.toy.recipe import MIXTURE
+from treepo.training.step_budget import StepBudget
 from treepo.tree import from_json
 
 STEPS = 3

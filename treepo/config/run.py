@@ -98,7 +98,7 @@ class RunConfig(Section):
 
     @property
     def paths_at_once(self) -> int | None:
-        """The most paths that one engine samples at once; None if the number of a step's trees has no bound."""
+        """The most paths that one engine samples at once; None if a budget of tokens decides on the trees."""
         trees, most = math.ceil(self.max_untrained / self.engine.count), self.sampling.max_live_trees
         if self.data.decoded_tokens_per_step is not None:
             return None if most is None else most * self.sampling.most_leaves
