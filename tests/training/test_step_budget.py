@@ -96,8 +96,8 @@ def test_a_drift_does_not_change_what_a_step_decodes(name: str) -> None:
     assert (abs(means - 1) <= 5 * errors + 0.003).all()
 
 
-def test_the_mean_is_steadier_than_the_last_step() -> None:
-    """As the module says: by the square root of 2 / (4 / 3), for the standard deviation of what is carried."""
+def test_a_step_misses_as_the_module_says() -> None:
+    """A step misses by what the module says, and by what it makes good of the step before."""
     steady = GROWING["steady"]
     runs = [play(steady, 200, seed=seed) for seed in range(20)]
     missed = np.concatenate([np.array(run.decoded[5:]) / BUDGET.tokens - 1 for run in runs])
