@@ -146,7 +146,12 @@ class DataConfig(PromptsConfig):
     heldout_columns: ColumnsConfig = ColumnsConfig()
     """Column names of `heldout`; by default those of `columns`."""
     prompts_per_step: int = Field(default=64, ge=1)
-    """Prompts (trees) sampled in one step."""
+    """Prompts (trees) sampled in one step; with `decoded_tokens_per_step`, in the first."""
+    decoded_tokens_per_step: int | None = Field(default=None, ge=1)
+    """If set, each step after the first has as many trees as are expected to decode so many tokens, those of
+    dropped trees included. The number follows from the steps before it: at least `learning.mini_batches` x
+    `trainer.parallel.data`, at most the training set. What a step leaves over or overdraws, up to half a
+    budget, is the next one's. Needs `loop.mode: sync` and `sampling.oversample: 1`."""
 
     @field_validator("train")
     @classmethod

@@ -44,6 +44,7 @@ def step_metrics(
         | {
             "staleness/mean": float(np.mean(batch.staleness)) if batch.staleness else 0.0,
             "staleness/max": max(batch.staleness, default=0),
+            "trees/trained": len(batch.trained),
             "trees/growing": sampled.growing,
             "trees/ready": sampled.ready,
             "idle/engines": sampled.idle,
