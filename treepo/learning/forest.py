@@ -51,7 +51,8 @@ class Forest:
 
     first_P: int64 [P + 1], the node of each tree's prompt; the last entry is N.
     parent_N: int64, -1 for a prompt. depth_N: int64, segments on the path down to the node; 0 for a prompt.
-    length_N: int64, tokens. draws_N: int64, of a segment; 1 for a prompt. tree_N: int64, the tree's number in the batch.
+    length_N: int64, tokens. tree_N: int64, the tree's number in the batch.
+    draws_N: int64, a segment's draws; 1 for a prompt.
     leaf_node_L: int64. reward_L: float64, NaN for a leaf that is not graded.
     """
 
