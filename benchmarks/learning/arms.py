@@ -107,6 +107,7 @@ ARMS: Mapping[str, Arm] = {
     "more-init": Arm(("sampling.initial_branching=4",)),
     "late": Arm(("sampling.branch.from_depth=2",)),
     "surprise": Arm(("sampling.branch.at=surprise",)),
+    "lookahead": Arm(("sampling.branch.lookahead=2",)),
     "pivots": Arm(_PIVOTS, more={"search": 0.88}),
     "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"search": 0.88}),
     "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.8, "search": 0.8}),
