@@ -46,11 +46,14 @@ BASE = (
 
 @dataclass(frozen=True, slots=True)
 class TaskSettings:
-    """A task. response_tokens: of an answer, its end token included. budget: decoded tokens of a step."""
+    """A task. response_tokens: of an answer, its end token included. third: about a third of that. budget:
+    decoded tokens of a step.
+    """
 
     module: Task[Any]
     starting: Recipe
     response_tokens: int
+    third: int
     budget: int
     overrides: Sequence[str]
 
@@ -60,6 +63,7 @@ TASKS: Mapping[str, TaskSettings] = {
         sums,
         sums.STARTING,
         response_tokens=75,
+        third=24,
         budget=12 * WIDTH * 75,
         overrides=("sampling.max_depth=10", "sampling.max_response_tokens=80"),
     ),
@@ -67,6 +71,7 @@ TASKS: Mapping[str, TaskSettings] = {
         search,
         search.STARTING,
         response_tokens=33,
+        third=11,
         budget=24 * WIDTH * 33,
         overrides=(
             "sampling.max_depth=5",
@@ -80,7 +85,7 @@ TASKS: Mapping[str, TaskSettings] = {
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Overrides of the base. more: by task, decoded tokens for each tree that is trained, over those of
+    """Overrides of the base; `{third}` is that of the task. more: by task, decoded tokens for each tree that is trained, over those of
     `tokens_a_tree`; 1 if it is not there.
     """
 
@@ -91,6 +96,7 @@ class Arm:
 _GRPO = "learning.estimator=grpo"
 _SEQUENTIAL = ("sampling.mode=sequential", _GRPO)
 _DYNAMIC = "learning.dynamic_sampling=true"
+_THIRDS = ("sampling.segment_tokens={third}",)
 _PIVOTS = (
     "sampling.branching=1",
     "sampling.initial_branching=4",
@@ -100,33 +106,48 @@ _PIVOTS = (
 BASELINE = "grpo"
 ARMS: Mapping[str, Arm] = {
     BASELINE: Arm(_SEQUENTIAL),
-    "grpo-dynamic": Arm((*_SEQUENTIAL, _DYNAMIC), more={"sums": 1.03, "search": 1.15}),
+    "grpo-dynamic": Arm((*_SEQUENTIAL, _DYNAMIC), more={"sums": 1.07, "search": 1.25}),
     "treepo": Arm(),
     "treepo-segment": Arm(("learning.estimator=treepo_segment",)),
     "tree-grpo": Arm((_GRPO,)),
     "more-init": Arm(("sampling.initial_branching=4",)),
     "late": Arm(("sampling.branch.from_depth=2",)),
+    "thirds": Arm(_THIRDS),
+    "thirds-grpo": Arm((*_THIRDS, _GRPO)),
+    "thirds-segment": Arm((*_THIRDS, "learning.estimator=treepo_segment")),
+    "thirds-spo": Arm((*_THIRDS, "learning.estimator=spo")),
+    "stem": Arm((*_THIRDS, "sampling.initial_branching=1")),
+    "stem-grpo": Arm((*_THIRDS, "sampling.initial_branching=1", _GRPO)),
+    "stem-spo": Arm((*_THIRDS, "sampling.initial_branching=1", "learning.estimator=spo")),
+    "spo": Arm(("learning.estimator=spo",)),
     "surprise": Arm(("sampling.branch.at=surprise",)),
     "lookahead": Arm(("sampling.branch.lookahead=2",)),
-    "pivots": Arm(_PIVOTS, more={"search": 0.88}),
-    "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"search": 0.88}),
-    "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.8, "search": 0.8}),
+    "pivots": Arm(_PIVOTS, more={"sums": 0.88, "search": 0.88}),
+    "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"sums": 0.88, "search": 0.88}),
+    "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.95, "search": 1.59}),
 }
 
 
 def overrides(task: str, arm: str) -> list[str]:
     """All overrides of CONFIG for an arm on a task, the number of prompts included."""
-    chosen = [*BASE, *TASKS[task].overrides, *ARMS[arm].overrides]
+    chosen = sampled_as(task, arm)
     tokens = tokens_a_tree(task, arm) * ARMS[arm].more.get(task, 1.0)
     return [*chosen, f"data.prompts_per_step={round(TASKS[task].budget / tokens)}"]
+
+
+def sampled_as(task: str, arm: str) -> list[str]:
+    """The overrides of CONFIG for an arm on a task, without the number of prompts."""
+    settings = TASKS[task]
+    own = [each.format(third=settings.third) for each in ARMS[arm].overrides]
+    return [*BASE, *settings.overrides, *own]
 
 
 @cache
 def tokens_a_tree(task: str, arm: str) -> float:
     """Decoded tokens of an arm's mean tree, if all answers have the task's length."""
     settings = TASKS[task]
-    config = load_config(Path(CONFIG), [*BASE, *settings.overrides, *ARMS[arm].overrides])
-    return asyncio.run(_mean_tree(config.sampling.without_rewards(), settings.response_tokens))
+    sampling = load_config(Path(CONFIG), sampled_as(task, arm)).sampling
+    return asyncio.run(_mean_tree(sampling.without_rewards(), TASKS[task].response_tokens))
 
 
 async def _mean_tree(sampling: SamplingConfig, response_tokens: int, trees: int = 64) -> float:

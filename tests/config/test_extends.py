@@ -42,6 +42,33 @@ def test_sections_are_merged_through_a_chain_and_overrides_come_last(write: Writ
     assert yaml.safe_load(dump_config(config))["sampling"]["segment_tokens"] == 8
 
 
+def test_of_several_files_the_later_goes_over_the_earlier(write: Write) -> None:
+    path = write(
+        base=BASE + "sampling: {width: 2, segment_tokens: 8}\n",
+        preset="sampling: {width: 4, max_depth: 5}\nlearning: {estimator: grpo}\n",
+        top="extends: [base.yaml, preset.yaml]\nsampling: {max_depth: 3}\n",
+    )
+    config = load_config(path)
+    assert (config.sampling.width, config.sampling.segment_tokens, config.sampling.max_depth) == (4, 8, 3)
+    assert config.learning.estimator == "grpo"
+
+
+def test_two_files_may_extend_the_same_one(write: Write) -> None:
+    path = write(
+        base=BASE,
+        one="extends: base.yaml\nsteps: 4\n",
+        two="extends: base.yaml\nsampling: {width: 4}\n",
+        top="extends: [one.yaml, two.yaml]\n",
+    )
+    assert (load_config(path).steps, load_config(path).sampling.width) == (3, 4)
+
+
+def test_files_that_extend_many_are_refused_before_all_are_read(write: Write) -> None:
+    files = {f"f{depth}": f"extends: [f{depth - 1}.yaml, f{depth - 1}.yaml]\n" for depth in range(1, 30)}
+    with pytest.raises(ConfigError, match="extends: more than 32 files are extended in all"):
+        load_config(write(f0=BASE, **files))
+
+
 def test_the_path_is_relative_to_the_file_that_says_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,10 +132,21 @@ def test_a_mistake_is_named_in_the_file_where_it_stands(
     [
         ({"top": "steps: 1\nextends: none.yaml\n"}, "top.yaml:2: extends: {0}/none.yaml: No such file"),
         (
-            {"top": "extends: [a, b]\n"},
-            "top.yaml:1: extends: should be the path of a YAML file, found ['a', 'b']",
+            {"base": BASE, "top": "extends: [base.yaml, 3]\n"},
+            "top.yaml:1: extends: should be the path of a YAML file, or a list, found 3",
         ),
-        ({"top": "extends:\n"}, "top.yaml:1: extends: should be the path of a YAML file, found None"),
+        (
+            {"top": "extends: []\n"},
+            "top.yaml:1: extends: should be the path of a YAML file, or a list, found []",
+        ),
+        (
+            {"top": "extends:\n"},
+            "top.yaml:1: extends: should be the path of a YAML file, or a list, found None",
+        ),
+        (
+            {"base": BASE, "top": "extends: [base.yaml, top.yaml]\n"},
+            "top.yaml:1: extends: {0}/top.yaml extends itself",
+        ),
         ({"top": "extends: top.yaml\n"}, "top.yaml:1: extends: {0}/top.yaml extends itself, directly"),
         (
             {"a": "extends: b.yaml\n", "b": "extends: a.yaml\n", "top": "extends: a.yaml\n"},

@@ -1,7 +1,8 @@
 """Load a configuration from YAML and `a.b=c` overrides, or report one clear line for each mistake.
 
-A file may build on another: `extends: other.yaml`, a path relative to the file that contains it. Sections are
-merged key by key; every other value, lists and an empty `{}` included, replaces the other file's.
+A file may build on others: `extends: other.yaml` or `extends: [one.yaml, other.yaml]`, paths relative to the
+file that contains them. A later file's values go over those of an earlier one, and the file's own over all.
+Sections are merged key by key; every other value, lists and an empty `{}` included, replaces the one before.
 
 All other paths in a configuration are relative to the working directory.
 """
@@ -33,7 +34,7 @@ _PASSWORD = re.compile(r"://[^/\s]*@")  # of a URL, with its user
 _MARKS = ("[key]", "[list]", "[path]")
 """What pydantic adds to a place: a mapping's key, and which form of a value was found."""
 _MAX_FAULTS = 20  # that are spelled out
-_MAX_EXTENDS = 16  # files, one extending the next
+_MAX_EXTENDED = 32  # files, those that they extend included
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -67,28 +68,50 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read(path: Path, said_in: str = "", above: Sequence[Path] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(
+    path: Path, said_in: str = "", above: Sequence[Path] = (), read: list[Path] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Read `path` and the files that it extends: the values, and the place ("file:line") of each dotted key.
 
-    said_in: the place that names `path`, if a file does. above: the files that led here.
+    said_in: the place that names `path`, if a file does. above: the files that led here. read: all that were
+    read before.
     """
     values, places = read_mapping(path, said_in)
     if "extends" not in values:
         return values, places
-    name, said_in = values.pop("extends"), f"{places.pop('extends')}: extends: "
-    if not isinstance(name, str):
-        raise ConfigError(f"{said_in}should be the path of a YAML file, found {shown(name)}")
-    if not name:
-        raise ConfigError(f"{said_in}should be the path of a YAML file, found {shown(name)}")
-    other, above = path.parent / name, [*above, _real(path)]
-    if _real(other) in above:
-        raise ConfigError(f"{said_in}{other} extends itself, {_circle(above, _real(other))}")
-    if len(above) > _MAX_EXTENDS:
-        raise ConfigError(f"{said_in}more than {_MAX_EXTENDS} files, each extending the next")
-    merged, base_places = _read(other, said_in, above)
-    replaced = tuple(_merge(merged, values))
-    kept = {key: line for key, line in base_places.items() if not f"{key}.".startswith(replaced)}
-    return merged, kept | places
+    extended, said_in = values.pop("extends"), f"{places.pop('extends')}: extends: "
+    above, read = [*above, _real(path)], [] if read is None else read
+    merged: dict[str, Any] = {}
+    merged_places: dict[str, str] = {}
+    for name in _names(extended, said_in):
+        other = path.parent / name
+        read.append(other)
+        if _real(other) in above:
+            raise ConfigError(f"{said_in}{other} extends itself, {_circle(above, _real(other))}")
+        if len(read) > _MAX_EXTENDED:
+            raise ConfigError(f"{said_in}more than {_MAX_EXTENDED} files are extended in all")
+        _lay(merged, merged_places, *_read(other, said_in, above, read))
+    _lay(merged, merged_places, values, places)
+    return merged, merged_places
+
+
+def _names(extended: Any, said_in: str) -> list[str]:
+    """The paths in an `extends`: one, or a list of at least one."""
+    names = extended if isinstance(extended, list) and extended else [extended]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{said_in}should be the path of a YAML file, or a list, found {shown(name)}")
+    return names
+
+
+def _lay(
+    merged: dict[str, Any], places: dict[str, str], new: dict[str, Any], new_places: dict[str, str]
+) -> None:
+    """Lay `new` over `merged`, both with the places of their keys."""
+    replaced = tuple(_merge(merged, new))
+    for key in [key for key in places if f"{key}.".startswith(replaced)]:
+        del places[key]
+    places.update(new_places)
 
 
 def _real(path: Path) -> Path:

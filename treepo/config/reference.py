@@ -36,9 +36,11 @@ One YAML file configures a command: `treepo train FILE`, `treepo rollout FILE`, 
 and `plan` take the file of `train`. Override any key after the file by its dotted name:
 `treepo train FILE sampling.width=8`. The value is read as YAML; the last override of a key wins.
 
-- `extends: other.yaml` builds on another file, which may extend a third. The path is relative to the file
-  that contains it. Sections are merged key by key; every other value, lists and an empty `{}` included,
-  replaces the other file's. `examples/paper/ablations/` has examples of a few lines.
+- `extends: other.yaml` builds on another file, which may extend a third; `extends: [one.yaml, two.yaml]` on
+  several, where a later file goes over an earlier one. The paths are relative to the file that contains them.
+  Sections are merged key by key; every other value, lists and an empty `{}` included, replaces the one
+  before. `examples/paper/ablations/` has examples of a few lines; `examples/presets/` has ways of sampling to
+  lay over your own file.
 - An unknown key, a wrong type or a combination that cannot work is an error of one line: file, line, key, and
   what is allowed. Nothing starts until all of them are fixed.
 - Words such as `off` and `no` are text; booleans are `true` and `false`. `1e-6` is a number.
