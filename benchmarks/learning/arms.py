@@ -121,6 +121,7 @@ ARMS: Mapping[str, Arm] = {
     "stem-spo": Arm((*_THIRDS, "sampling.initial_branching=1", "learning.estimator=spo")),
     "spo": Arm(("learning.estimator=spo",)),
     "surprise": Arm(("sampling.branch.at=surprise",)),
+    "lookahead": Arm(("sampling.branch.lookahead=2",)),
     "pivots": Arm(_PIVOTS, more={"sums": 0.88, "search": 0.88}),
     "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"sums": 0.88, "search": 0.88}),
     "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.95, "search": 1.59}),

@@ -76,6 +76,10 @@ METRICS: Mapping[str, tuple[str, str]] = {
         "times that a tree ended early and went on from a cut",
         "few beside the branchings",
     ),
+    "rollout/pruned_tokens": (
+        "decoded tokens of children that a lookahead gave up",
+        "few beside the decoded",
+    ),
     # Asynchrony
     "staleness/mean": ("weight versions between a tree's first and the one that trains it", "small"),
     "staleness/max": ("the largest of the step", "at most `loop.max_staleness`"),

@@ -186,6 +186,7 @@ def rollout_metrics(sampled: Sampled) -> dict[str, float]:
         "rollout/failed_trees": stats.failed_trees,
         "rollout/branchings": stats.branchings,
         "rollout/fallbacks": stats.fallbacks,
+        "rollout/pruned_tokens": stats.pruned_tokens,
     }
 
 
