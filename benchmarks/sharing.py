@@ -88,9 +88,7 @@ POLICIES: Mapping[str, Callable[[int], Sequence[str]]] = {
 def sample(load: RunConfig, rates: Rates, engine: EngineMemory, prompts: int) -> tuple[float, Stats]:
     """Grow the trees of a step on one engine; seconds, and what the driver counted."""
     work = workload(load)
-    forced = work.engine(
-        SimulatedEngine(rates, engine.kv_tokens, engine.max_requests, engine.chunk_tokens)
-    )
+    forced = work.engine(SimulatedEngine(rates, engine.kv_tokens, engine.max_requests, engine.chunk_tokens))
     policies = {"width": load.sampling.width, "fallback": load.sampling.fallback}
     sampling: SamplingConfig = work.sampling.model_copy(update=policies)
     driver = TreeDriver([forced], sampling, text_of, work.seed, engine.kv_tokens, _toss)

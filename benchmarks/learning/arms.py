@@ -85,8 +85,8 @@ TASKS: Mapping[str, TaskSettings] = {
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Overrides of the base; `{third}` is that of the task. more: by task, decoded tokens for each tree that is trained, over those of
-    `tokens_a_tree`; 1 if it is not there.
+    """Overrides of the base; `{third}` is that of the task. more: by task, decoded tokens for each tree that
+    is trained, over those of `tokens_a_tree`; 1 if it is not there.
     """
 
     overrides: Sequence[str] = ()
@@ -145,7 +145,6 @@ def sampled_as(task: str, arm: str) -> list[str]:
 @cache
 def tokens_a_tree(task: str, arm: str) -> float:
     """Decoded tokens of an arm's mean tree, if all answers have the task's length."""
-    settings = TASKS[task]
     sampling = load_config(Path(CONFIG), sampled_as(task, arm)).sampling
     return asyncio.run(_mean_tree(sampling.without_rewards(), TASKS[task].response_tokens))
 
