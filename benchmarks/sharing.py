@@ -3,8 +3,8 @@
     python -m benchmarks.sharing
 
 The real driver grows trees of 16 answers on a simulated engine: Qwen2.5-7B on one H100 at the rates of
-`treepo plan`. Lengths of answers are log-normal. Every answer is right or wrong by the toss of a coin, for
-the policies that read rewards; grading takes no time.
+`treepo plan`. Lengths of answers are log-normal, cut off at four times their mean and at LONGEST. Every
+answer is right or wrong by the toss of a coin, for the policies that read rewards; grading takes no time.
 
 Prints one JSON line for each mean length and policy. `sharing`: tokens of all answers over tokens of the
 tree, a shared one once. `answer_tokens`: mean length of an answer; trees prefer long ones, so compare tokens
@@ -44,6 +44,7 @@ from treepo.verdict import Verdict
 
 CONFIG = Path("examples/paper/treepo-qwen2.5-7b.yaml")
 LENGTHS = (1000, 2000, 4000, 7000, 16_000)
+LONGEST = 31_000  # tokens of an answer; the packs of CONFIG hold no more
 SEGMENT_TOKENS = 512
 PIVOTS = ("sampling.branching=1", "sampling.fallback.order=wrong", "sampling.fallback.cut=pivot")
 
@@ -116,12 +117,13 @@ async def _toss(_prompt: Prompt, response: np.ndarray) -> Grade:
 
 
 def measure(policy: str, mean: int, prompts: int) -> dict[str, float | int | str]:
-    depth = -(-4 * mean // SEGMENT_TOKENS)
+    longest = min(4 * mean, LONGEST)
+    depth = -(-longest // SEGMENT_TOKENS)
     config = load_config(
         CONFIG,
         [
             f"sampling.max_depth={depth}",
-            f"sampling.max_response_tokens={4 * mean}",
+            f"sampling.max_response_tokens={longest}",
             f"plan.response_tokens={mean}",
             *POLICIES[policy](mean),
         ],
