@@ -46,14 +46,11 @@ BASE = (
 
 @dataclass(frozen=True, slots=True)
 class TaskSettings:
-    """A task. response_tokens: of an answer, its end token included. third: about a third of that. budget:
-    decoded tokens of a step.
-    """
+    """A task. response_tokens: of an answer, its end token included. budget: decoded tokens of a step."""
 
     module: Task[Any]
     starting: Recipe
     response_tokens: int
-    third: int
     budget: int
     overrides: Sequence[str]
 
@@ -63,7 +60,6 @@ TASKS: Mapping[str, TaskSettings] = {
         sums,
         sums.STARTING,
         response_tokens=75,
-        third=24,
         budget=12 * WIDTH * 75,
         overrides=("sampling.max_depth=10", "sampling.max_response_tokens=80"),
     ),
@@ -71,7 +67,6 @@ TASKS: Mapping[str, TaskSettings] = {
         search,
         search.STARTING,
         response_tokens=33,
-        third=11,
         budget=24 * WIDTH * 33,
         overrides=(
             "sampling.max_depth=5",
@@ -85,8 +80,8 @@ TASKS: Mapping[str, TaskSettings] = {
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Overrides of the base; `{third}` is that of the task. more: by task, decoded tokens for each tree that
-    is trained, over those of `tokens_a_tree`; 1 if it is not there.
+    """Overrides of the base. more: by task, decoded tokens for each tree that is trained, over those of
+    `tokens_a_tree`; 1 if it is not there.
     """
 
     overrides: Sequence[str] = ()
@@ -96,7 +91,6 @@ class Arm:
 _GRPO = "learning.estimator=grpo"
 _SEQUENTIAL = ("sampling.mode=sequential", _GRPO)
 _DYNAMIC = "learning.dynamic_sampling=true"
-_THIRDS = ("sampling.segment_tokens={third}",)
 _PIVOTS = (
     "sampling.branching=1",
     "sampling.initial_branching=4",
@@ -112,15 +106,7 @@ ARMS: Mapping[str, Arm] = {
     "tree-grpo": Arm((_GRPO,)),
     "more-init": Arm(("sampling.initial_branching=4",)),
     "late": Arm(("sampling.branch.from_depth=2",)),
-    "thirds": Arm(_THIRDS),
-    "thirds-grpo": Arm((*_THIRDS, _GRPO)),
-    "thirds-segment": Arm((*_THIRDS, "learning.estimator=treepo_segment")),
-    "thirds-spo": Arm((*_THIRDS, "learning.estimator=spo")),
-    "stem": Arm((*_THIRDS, "sampling.initial_branching=1")),
-    "stem-grpo": Arm((*_THIRDS, "sampling.initial_branching=1", _GRPO)),
-    "stem-spo": Arm((*_THIRDS, "sampling.initial_branching=1", "learning.estimator=spo")),
-    "spo": Arm(("learning.estimator=spo",)),
-    "surprise": Arm(("sampling.branch.at=surprise",)),
+    "surprise": Arm(("sampling.branch.at=surprise",), more={"search": 1.08}),
     "lookahead": Arm(("sampling.branch.lookahead=2",)),
     "pivots": Arm(_PIVOTS, more={"sums": 0.88, "search": 0.88}),
     "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"sums": 0.88, "search": 0.88}),
@@ -137,9 +123,7 @@ def overrides(task: str, arm: str) -> list[str]:
 
 def sampled_as(task: str, arm: str) -> list[str]:
     """The overrides of CONFIG for an arm on a task, without the number of prompts."""
-    settings = TASKS[task]
-    own = [each.format(third=settings.third) for each in ARMS[arm].overrides]
-    return [*BASE, *settings.overrides, *own]
+    return [*BASE, *TASKS[task].overrides, *ARMS[arm].overrides]
 
 
 @cache
