@@ -64,11 +64,13 @@ class Slices:
     """A pack of T tokens divided among the ranks of a context group. On CUDA a slice consists of whole
     CUDA_BLOCKs of consecutive tokens.
 
-    own: int64 [T / ranks], this rank's tokens, ascending. gathered: int64 [T], all tokens, slice by slice.
+    own: int64 [T / ranks], this rank's tokens, ascending. gathered: int64 [T], all tokens, slice by slice in
+    the order of the group's ranks.
     """
 
     own: Tensor
     gathered: Tensor
+    group: ProcessGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,12 +92,12 @@ def plan_attention(
     frequency: Tensor,
     dtype: torch.dtype,
     slices: Slices | None = None,
-    group: ProcessGroup | None = None,
 ) -> AttentionPlan:
-    """Make the plan of one pack on the device that holds these tensors. frequency: the model's
-    `rotary.inverse_frequency`. dtype: of queries and keys. slices: of the ranks of `group`.
+    """Make the plan of one pack, or of this rank's slice of it, on the device that holds these tensors.
+    frequency: the model's `rotary.inverse_frequency`. dtype: of queries and keys.
     """
     cos, sin = cos_sin(position_T if slices is None else position_T[slices.own], frequency)
+    group = None if slices is None else slices.group
     if exit_T.is_cuda:
         return AttentionPlan(cos, sin, block_mask(exit_T, slices), group=group)
     return AttentionPlan(cos, sin, gather_plan(exit_T.numpy(), dtype, slices), group=group)

@@ -96,20 +96,23 @@ class Schedule:
         columns = {name: getattr(pack, name) for name in _COLUMNS if getattr(pack, name) is not None}
         routing = self._replay if replay else None
         replayed = {} if routing is None else routing.arrays(pack, own)
-        local = {"own": own, "gathered": gathered} | _predicted(pack.source, own, wanted)
+        local = _predicted(pack.source, own, wanted)
+        if self._parallel.context > 1:
+            local |= {"own": own, "gathered": gathered}
         tensors = to_device(columns | local | replayed, self._device)
-        own = tensors.pop("own")
-        slices = Slices(own, tensors.pop("gathered"))
-        group = parallel_state.get_context_parallel_group() if self._parallel.context > 1 else None
+        token, slices = tensors["token"], None
+        if self._parallel.context > 1:
+            group = parallel_state.get_context_parallel_group()
+            slices = Slices(tensors.pop("own"), tensors.pop("gathered"), group)
+            token = token.index_select(0, slices.own)
         plan = plan_attention(
-            *(tensors.pop("exit"), tensors.pop("position"), self._frequency, self._dtype),
-            *((slices, group) if group is not None else ()),
+            *(tensors.pop("exit"), tensors.pop("position"), self._frequency, self._dtype), slices
         )
         if routing is not None:
             plan = replace(plan, routes=routing.routes({name: tensors.pop(name) for name in replayed}))
         return MicroBatch(
             plan=plan,
-            token=tensors["token"].index_select(0, own),
+            token=token,
             wanted=tensors.pop("wanted"),
             source=tensors.pop("place"),
             pack=tensors,

@@ -21,7 +21,7 @@ def block_size(tokens: int, ranks: int, least: int, most: int) -> int:
 
 
 def sliced_length(tokens: int, ranks: int, block: int, multiple: int) -> int:
-    """The length to which a pack is padded, so that each rank gets whole blocks and a multiple of `multiple`."""
+    """The length to which a pack is padded: ranks get whole blocks and a multiple of `multiple` tokens."""
     unit = ranks * lcm(block, multiple)
     return tokens + -tokens % unit
 
