@@ -57,6 +57,7 @@ KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 DIVISORS = {
     "tensor": [1, 2, 4, 8],
+    "context": [1, 1, 2, 4],
     "pipeline": [1, 2, 4, 8],
     "data": [1, 2, 3, 8, 16],
     "expert": [1, 2, 8, 16],
@@ -74,7 +75,7 @@ def random_layout(rng: random.Random, experts: bool) -> ParallelConfig:
         chosen: dict[str, Any] = {name: rng.choice(sizes) for name, sizes in DIVISORS.items()}
         if not experts:
             chosen["expert"] = 1
-        if chosen["tensor"] * chosen["data"] % chosen["expert"]:
+        if chosen["tensor"] * chosen["context"] * chosen["data"] % chosen["expert"]:
             continue
         chunks = rng.choice([1, 2, 4]) if chosen["pipeline"] > 1 else 1
         if 8 % (chosen["pipeline"] * chunks) == 0:
