@@ -345,3 +345,31 @@ def test_the_block_mask_of_a_slice_is_the_one_that_torch_makes(
         assert ours.shape == theirs.shape
         for kind in ("kv", "full_kv", "q", "full_q"):
             assert torch.equal(_chosen(ours, kind), _chosen(theirs, kind))
+
+
+def test_lengths_of_slices_are_compiled_for_once() -> None:
+    """As above, for a rank's queries and the gathered keys."""
+    torch._dynamo.reset()
+    lengths = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object):
+        (call,) = (node for node in graph.graph.nodes if node.target is torch.ops.higher_order.flex_attention)
+        query, key = call.args[:2]
+        lengths.append([x.meta["example_value"].shape[2] for x in (query, key)])  # type: ignore[reportAttributeAccessIssue]  # nodes
+        return graph.forward
+
+    compiled = torch.compile(attention.attend_rotated_blocks, backend=backend, fullgraph=True)
+    for number in range(6):
+        exit_T, _, rows = sliced_forest((20 + 9 * number, 60, 0.5), 2, 128, 128)
+        own, *_ = torch.from_numpy(rows)
+        mask = block_mask(torch.from_numpy(exit_T), Slices(own, torch.from_numpy(rows).reshape(-1), None))  # type: ignore[arg-type]  # unused
+        query, key, value = (
+            torch.randn(tokens, heads, 8)
+            for tokens, heads in ((len(own), 4), (len(exit_T), 2), (len(exit_T), 2))
+        )
+        compiled(*(attention._in_blocks(x) for x in (query, key, value)), mask)  # type: ignore[reportCallIssue]  # their number is not in the type
+    assert len(lengths) <= 3
+    for query_length, key_length in lengths:
+        assert statically_known_true(query_length % 128 == 0)
+        assert statically_known_true(key_length % 128 == 0)
+    assert any(isinstance(length, torch.SymInt) for length in lengths[-1])
