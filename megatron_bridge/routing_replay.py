@@ -109,7 +109,7 @@ class RoutingReplay:
             return {"real": pack.tree[mine] >= 0}
         assert pack.route is not None
         self._check(pack.route)
-        return {"experts": pack.route[np.ix_(mine, self._layers)].swapaxes(0, 1)}
+        return {"experts": pack.route[mine[:, None], self._layers].swapaxes(0, 1)}
 
     def routes(self, arrays: Mapping[str, Tensor]) -> Routes | None:
         """The routes of a micro-batch from its `arrays` on the device; None if nothing is replayed in it."""

@@ -103,6 +103,7 @@ class Schedule:
         token, slices = tensors["token"], None
         if self._parallel.context > 1:
             group = parallel_state.get_context_parallel_group()
+            assert isinstance(group, dist.ProcessGroup)  # Megatron-Core types it as a rank too
             slices = Slices(tensors.pop("own"), tensors.pop("gathered"), group)
             token = token.index_select(0, slices.own)
         plan = plan_attention(

@@ -295,7 +295,7 @@ def sliced_forest(
 def assert_sliced_is_dense(shape: tuple[int, int, float], ranks: int, blocks: tuple[int, int], on_cuda: bool):
     exit_T, position_T, rows = sliced_forest(shape, ranks, *blocks)
     torch.manual_seed(1)
-    inputs = [
+    query, key, value = inputs = [
         torch.randn(len(exit_T), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
     ]
     weight = torch.randn(len(exit_T), 4, 8, dtype=torch.float64)
@@ -303,7 +303,7 @@ def assert_sliced_is_dense(shape: tuple[int, int, float], ranks: int, blocks: tu
         [output, *torch.autograd.grad((output * weight).sum(), inputs)]
         for output in (
             sliced_attention(inputs, exit_T, position_T, rows, on_cuda),
-            attend_densely(*inputs, exit_T, position_T),
+            attend_densely(query, key, value, exit_T, position_T),
         )
     ]
     for ours, reference in zip(*results, strict=True):
