@@ -81,10 +81,11 @@ def run_rank(rank: int, layout: ParallelConfig, folder: Path, plan: Plan, ports:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--leaf-tokens", type=int, default=512, help="a multiple of 64")
+    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=RECOMPUTE)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dry-run", action="store_true", help="the same code in half a minute")
     arguments = parser.parse_args()
-    for recompute in RECOMPUTE:
+    for recompute in arguments.recompute:
         with tempfile.TemporaryDirectory() as results, tempfile.TemporaryDirectory() as folder:
             wanted = plan(arguments, recompute, Path(results))
             write_model(Path(folder), "float32", wanted.model)
