@@ -53,6 +53,16 @@ def planned(*overrides: str) -> Plan:
     return make_plan(config_of(*overrides), silent)
 
 
+def test_context_is_proposed_if_a_pack_is_too_long() -> None:
+    config = load_config(
+        Path("examples/models/qwen3-8b-32k.yaml"),
+        ["trainer.parallel.context=1", "trainer.parallel.data=4"],
+    )
+    plan = make_plan(config, silent)
+    assert plan.fit.problem is not None
+    assert any("trainer.parallel.context=2" in proposal.overrides for proposal in plan.proposals)
+
+
 @pytest.fixture
 def made_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command shows the plans of `planned`."""

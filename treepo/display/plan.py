@@ -42,6 +42,8 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
     layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {parallel.data}"]
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.context > 1:
+        layout.insert(1, f"context {parallel.context}")
     if parallel.expert > 1:
         layout.append(f"expert {parallel.expert}")
     devices = fitted.footprint.devices
