@@ -32,8 +32,8 @@ class MicroBatch:
     """A pack on the device of one rank.
 
     pack: the columns of all its tokens, without those of the plan. token: int32 [T / context], of this rank's
-    slice. wanted: int64 [N], the tokens whose log-probs this rank computes: those that a token of its slice
-    predicts. source: int64 [N], the place in the slice of the token that predicts each.
+    slice. wanted: int64 [N], the tokens whose log-probs this rank computes, because its slice has the tokens
+    that predict them. source: int64 [N], the places of those in the slice.
     """
 
     pack: dict[str, Tensor]
@@ -68,8 +68,7 @@ class Schedule:
     ) -> None:
         self._chunks, self._parallel, self._replay = chunks, parallel, replay
         self._frequency, self._dtype, self._device = architecture.frequency.to(device), dtype, device
-        # Tensor-parallel ranks hold equal numbers of tokens. FlexAttention computes whole blocks.
-        self._multiple = parallel.tensor if parallel.sequence_parallel else 1
+        # FlexAttention computes whole blocks.
         self._blocks = (CUDA_BLOCK, CUDA_BLOCK) if device.type == "cuda" else (1, CPU_BLOCK)
 
     def filled_up(self, packs: Sequence[Pack]) -> list[Pack]:
@@ -125,7 +124,7 @@ class Schedule:
         """
         context = self._parallel.context
         block = block_size(len(pack), context, *self._blocks)
-        pack = padded(pack, sliced_length(len(pack), context, block, self._multiple))
+        pack = padded(pack, sliced_length(len(pack), context, block, self._parallel.sequence_multiple))
         slices = pack_slices(pack.position, context, block)
         return pack, slices[parallel_state.get_context_parallel_rank()], slices.reshape(-1)
 
@@ -171,7 +170,7 @@ class Schedule:
 
 
 def _predicted(source_T: np.ndarray, own: np.ndarray, wanted_T: np.ndarray) -> dict[str, np.ndarray]:
-    """Of the wanted tokens, those that a token of the slice `own` predicts, and its place in the slice."""
+    """The wanted tokens that this rank predicts, and the places in its slice that predict them."""
     place = np.full(len(source_T), -1)
     place[own] = np.arange(len(own))
     wanted = np.flatnonzero(wanted_T)

@@ -1,4 +1,4 @@
-"""Lookahead: trees equal a naive version that samples all children in full and drops those that agree."""
+"""Lookahead: its trees equal those of a naive version, which samples whole children and drops duplicates."""
 
 import asyncio
 from collections.abc import Callable
@@ -180,7 +180,7 @@ def test_no_two_siblings_begin_alike(ahead: int) -> None:
 
 
 def test_draws_are_the_children_that_were_asked_for() -> None:
-    """Of the prompt's children and of each node's: the branching asked for so many."""
+    """The draws of a place's children add up to the children that the branching asked for."""
     config = sampling(
         branch={"lookahead": 2}, branching=4, initial_branching=6, width=12, fallback={"cut": "none"}
     )

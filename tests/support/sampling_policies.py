@@ -50,7 +50,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 def letters(policy: str) -> int:
-    """Of a FakeEngine: so few that answers loop or siblings begin alike, where the policy is about that."""
+    """Letters of a FakeEngine. With few, answers loop and siblings begin alike, as some policies need."""
     return 3 if policy == "looping" or "lookahead" in policy else 400
 
 

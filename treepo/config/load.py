@@ -34,7 +34,7 @@ _PASSWORD = re.compile(r"://[^/\s]*@")  # of a URL, with its user
 _MARKS = ("[key]", "[list]", "[path]")
 """What pydantic adds to a place: a mapping's key, and which form of a value was found."""
 _MAX_FAULTS = 20  # that are spelled out
-_MAX_EXTENDED = 32  # files, those that they extend included
+_MAX_EXTENDED = 32  # files that one file extends, directly or through others
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

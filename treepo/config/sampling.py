@@ -100,8 +100,8 @@ class BranchConfig(Section):
     window_tokens: int = Field(default=1, ge=1)
     """Tokens of `surprise` whose mean log-prob is compared."""
     lookahead: int | None = Field(default=None, ge=1)
-    """Tokens that the children of one place sample before they go on; then one of those whose tokens are
-    equal goes on, and the others are given up. Less than segment_tokens; null: all go on."""
+    """Siblings first sample this many tokens. Of those that begin with the same tokens, one goes on and the
+    others are given up. Less than segment_tokens; null: all go on."""
 
     @model_validator(mode="after")
     def _window_is_used(self) -> Self:
@@ -270,7 +270,7 @@ class SamplingConfig(Section):
         return chosen + [f"fallback.{key} = {value}" for key, value in self.fallback.read_rewards().items()]
 
     def without_rewards(self) -> Self:
-        """A copy for estimates, in which default policies replace those that read rewards."""
+        """A copy for estimates: policies that read rewards are replaced by the defaults."""
         defaults = {key: getattr(FallbackConfig(), key) for key in self.fallback.read_rewards()}
         fallback = self.fallback.model_copy(update=defaults)
         return self.model_copy(update={"fallback": fallback, "width": self.most_leaves})

@@ -31,6 +31,11 @@ class ParallelConfig(Section):
         return self.sequence and self.tensor > 1
 
     @property
+    def sequence_multiple(self) -> int:
+        """Of which a slice's number of tokens is a multiple, so that its ranks hold equally many."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
     def ranks(self) -> int:
         """All processes, one on each device."""
         return self.stage_ranks * self.pipeline

@@ -365,7 +365,7 @@ class GrowingTree:
         return requests
 
     def _saturated_by(self, paths: int) -> bool:
-        """Whether the tree will not branch again once it has so many active paths."""
+        """Whether the leaves so far and this many paths use up the width, so that nothing branches again."""
         return len(self._leaves) + paths >= self._width
 
     def _target_length(self, length: int, saturated: bool) -> int:

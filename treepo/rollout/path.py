@@ -42,9 +42,9 @@ class Node:
         return nodes[::-1]
 
     def split(self, end: int, rule: StopRule) -> "Node":
-        """Divide the node where the response has `end` tokens, strictly within it.
+        """Split the node at `end` tokens of the response, a place strictly within it.
 
-        Returns a new node of its tokens up to there. This node keeps the others, below the new one.
+        Returns the upper part as a new node. This node becomes the lower part, its child.
         """
         keep = end - (self.end - len(self.tokens))
         upper = Node(

@@ -10,7 +10,7 @@ v sqrt(4 / 3n); with the last step's mean alone it would be v sqrt(2 / n). The m
 average, and so too low while answers become longer; but what one step misses the next one makes good, so that
 under a steady drift each step decodes its budget.
 
-So many steps together decode their budgets but for what the last one missed, as long as no step misses by
+A run therefore decodes the sum of its budgets, up to what its last step missed, as long as no step misses by
 more than half a budget.
 """
 

@@ -51,7 +51,7 @@ class MicroBatch:
     @property
     def own_tokens(self) -> float:
         """Tokens of this rank outside attention and MLP: sequence parallelism divides them."""
-        return self.tokens / (self.tensor if self.trainer.parallel.sequence_parallel else 1)
+        return self.tokens / self.trainer.parallel.sequence_multiple
 
     @property
     def stream(self) -> float:

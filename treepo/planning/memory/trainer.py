@@ -111,7 +111,7 @@ def largest_micro_batch(config: RunConfig, architecture: Architecture) -> MicroB
     on_cpu = config.plan.device == "cpu"
     blocks = (1, CPU_BLOCK) if on_cpu else (CUDA_BLOCK, CUDA_BLOCK)
     block = block_size(tokens, parallel.context, *blocks)
-    tokens = sliced_length(tokens, parallel.context, block, parallel.tensor if parallel.sequence else 1)
+    tokens = sliced_length(tokens, parallel.context, block, parallel.sequence_multiple)
     context = config.data.max_prompt_tokens + config.sampling.max_response_tokens / 2
     return MicroBatch(
         architecture,

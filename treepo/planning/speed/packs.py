@@ -73,7 +73,7 @@ def _fullest(pack: Pack, parallel: ParallelConfig) -> float:
     """`imbalance` of the pack's slices in a GPU's blocks, with padding."""
     if parallel.context == 1:
         return 1.0
-    length = sliced_length(len(pack), parallel.context, CUDA_BLOCK, parallel.tensor)
+    length = sliced_length(len(pack), parallel.context, CUDA_BLOCK, parallel.sequence_multiple)
     position = padded(pack, length).position
     return imbalance(position, pack_slices(position, parallel.context, CUDA_BLOCK))
 
