@@ -3,8 +3,8 @@
     python -m benchmarks.sharing
 
 The real driver grows trees of 16 answers on a simulated engine: Qwen2.5-7B on one H100 at the rates of
-`treepo plan`. Lengths of answers are log-normal. Every answer is right or wrong by the toss of a coin, for
-the policies that read rewards; grading takes no time.
+`treepo plan`. Lengths of answers are log-normal, cut off at four times their mean and at LONGEST. Every
+answer is right or wrong by the toss of a coin, for the policies that read rewards; grading takes no time.
 
 Prints one JSON line for each mean length and policy. `sharing`: tokens of all answers over tokens of the
 tree, a shared one once. `answer_tokens`: mean length of an answer; trees prefer long ones, so compare tokens
@@ -16,7 +16,7 @@ a few minutes.
 import argparse
 import asyncio
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -44,54 +44,31 @@ from treepo.verdict import Verdict
 
 CONFIG = Path("examples/paper/treepo-qwen2.5-7b.yaml")
 LENGTHS = (1000, 2000, 4000, 7000, 16_000)
+LONGEST = 31_000  # tokens of an answer; the packs of CONFIG hold no more
 SEGMENT_TOKENS = 512
-PIVOTS = ("sampling.branching=1", "sampling.fallback.order=wrong", "sampling.fallback.cut=pivot")
-
-
-def _sequential(_mean: int) -> Sequence[str]:
-    return ("sampling.mode=sequential",)
-
-
-def _paper(_mean: int) -> Sequence[str]:
-    return ()
-
-
-def _more_init(_mean: int) -> Sequence[str]:
-    return ("sampling.initial_branching=8",)
-
-
-def _pivots(_mean: int) -> Sequence[str]:
-    return ("sampling.initial_branching=4", *PIVOTS)
-
-
-def _late(mean: int) -> Sequence[str]:
-    """Paths branch after half of the mean answer."""
-    return (f"sampling.branch.from_depth={max(1, mean // (2 * SEGMENT_TOKENS))}",)
-
-
-def _long_segments(mean: int) -> Sequence[str]:
-    """Segments of a quarter of the mean answer: the doublings to 16 paths are spread over it."""
-    tokens = max(SEGMENT_TOKENS, mean // 4)
-    return (f"sampling.segment_tokens={tokens}", "sampling.fallback.window_tokens=null")
-
-
-POLICIES: Mapping[str, Callable[[int], Sequence[str]]] = {
-    "sequential": _sequential,
-    "paper": _paper,
-    "more init": _more_init,
-    "pivots": _pivots,
-    "late": _late,
-    "long segments": _long_segments,
+POLICIES: Mapping[str, Sequence[str]] = {
+    "sequential": ("sampling.mode=sequential",),
+    "paper": (),
+    "more init": ("sampling.initial_branching=8",),
+    "pivots": (
+        "sampling.initial_branching=4",
+        "sampling.branching=1",
+        "sampling.fallback.order=wrong",
+        "sampling.fallback.cut=pivot",
+    ),
+    # Paths branch from half of the mean answer on.
+    "late": ("sampling.branch.from_depth={half}",),
+    # The doublings to 16 paths are spread over the mean answer.
+    "long segments": ("sampling.segment_tokens={quarter}", "sampling.fallback.window_tokens=null"),
 }
+"""Overrides of CONFIG. half: of the mean answer, in segments. quarter: in tokens, at least a segment."""
 
 
-def sample(load: RunConfig, rates: Rates, engine: EngineMemory, prompts: int) -> tuple[float, Stats]:
+def sample(config: RunConfig, rates: Rates, engine: EngineMemory, prompts: int) -> tuple[float, Stats]:
     """Grow the trees of a step on one engine; seconds, and what the driver counted."""
-    work = workload(load)
-    forced = work.engine(
-        SimulatedEngine(rates, engine.kv_tokens, engine.max_requests, engine.chunk_tokens)
-    )
-    policies = {"width": load.sampling.width, "fallback": load.sampling.fallback}
+    work = workload(config)
+    forced = work.engine(SimulatedEngine(rates, engine.kv_tokens, engine.max_requests, engine.chunk_tokens))
+    policies = {"width": config.sampling.width, "fallback": config.sampling.fallback}
     sampling: SamplingConfig = work.sampling.model_copy(update=policies)
     driver = TreeDriver([forced], sampling, text_of, work.seed, engine.kv_tokens, _toss)
 
@@ -118,14 +95,16 @@ async def _toss(_prompt: Prompt, response: np.ndarray) -> Grade:
 
 
 def measure(policy: str, mean: int, prompts: int) -> dict[str, float | int | str]:
-    depth = -(-4 * mean // SEGMENT_TOKENS)
+    longest = min(4 * mean, LONGEST)
+    depth = -(-longest // SEGMENT_TOKENS)
+    half, quarter = max(1, mean // (2 * SEGMENT_TOKENS)), max(SEGMENT_TOKENS, mean // 4)
     config = load_config(
         CONFIG,
         [
             f"sampling.max_depth={depth}",
-            f"sampling.max_response_tokens={4 * mean}",
+            f"sampling.max_response_tokens={longest}",
             f"plan.response_tokens={mean}",
-            *POLICIES[policy](mean),
+            *(override.format(half=half, quarter=quarter) for override in POLICIES[policy]),
         ],
     )
     folder = model_folder(config)

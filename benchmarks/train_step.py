@@ -95,17 +95,7 @@ def cost(step: Callable[[], object]) -> Cost:
 
 def run_rank(rank: int, layout: ParallelConfig, folder: Path, plan: Plan, ports: Any) -> None:
     """Measure every setting as one rank; rank 0 prints."""
-    from megatron_bridge.trainer import MegatronTrainer, create_store
-
-    torch.set_num_threads(1)
-    if rank == 0:
-        store = create_store()
-        for _ in range(layout.ranks - 1):
-            ports.put(store.port)
-    else:
-        store = TCPStore("127.0.0.1", ports.get(), is_master=False)
-    config = TrainerConfig(parallel=layout)
-    trainer = MegatronTrainer(folder, "float32", config, LearningConfig(), rank, layout.ranks, store)
+    trainer = make_trainer(rank, layout, folder, ports)
     for setting in plan.settings:
         batch = work(setting, plan.model["vocab_size"])
         costs: dict[str, list[Cost]] = {way: [] for way in batch.packs}
@@ -129,6 +119,21 @@ def run_rank(rank: int, layout: ParallelConfig, folder: Path, plan: Plan, ports:
     trainer.close()
 
 
+def make_trainer(rank: int, layout: ParallelConfig, folder: Path, ports: Any, recompute: str = "none") -> Any:
+    """Join the other ranks, on one thread. ports: brings rank 0's to the others."""
+    from megatron_bridge.trainer import MegatronTrainer, create_store
+
+    torch.set_num_threads(1)
+    if rank == 0:
+        store = create_store()
+        for _ in range(layout.ranks - 1):
+            ports.put(store.port)
+    else:
+        store = TCPStore("127.0.0.1", ports.get(), is_master=False)
+    config = TrainerConfig.model_validate({"parallel": layout, "recompute": recompute})
+    return MegatronTrainer(folder, "float32", config, LearningConfig(), rank, layout.ranks, store)
+
+
 def _compared(packed: Sequence[Cost], flat: Sequence[Cost]) -> dict[str, float]:
     pairs = list(zip(packed, flat, strict=True))
     return {
@@ -139,14 +144,13 @@ def _compared(packed: Sequence[Cost], flat: Sequence[Cost]) -> dict[str, float]:
     }
 
 
-def run_layout(layout: ParallelConfig, folder: Path, plan: Plan) -> None:
-    """Start the ranks and wait for them. If one fails, all are killed."""
+def run_layout(layout: ParallelConfig, folder: Path, plan: Any, run: Callable[..., None] = run_rank) -> None:
+    """Start the ranks, which do `run`, and wait for them. If one fails, all are killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_bridge.trainer"])  # imported once
     ports = context.SimpleQueue()
     ranks = [
-        context.Process(target=run_rank, args=(rank, layout, folder, plan, ports))
-        for rank in range(layout.ranks)
+        context.Process(target=run, args=(rank, layout, folder, plan, ports)) for rank in range(layout.ranks)
     ]
     for process in ranks:
         process.start()

@@ -8,6 +8,15 @@ Both kinds of plan divide the queries into blocks of consecutive tokens. The key
 block itself and the tokens above a (j < a < exit[j]). These suffice: any ancestor j < a of a query i >= a has
 exit[j] > i >= a, so it is above a too. The cost therefore follows the pairs that the mask allows, not T^2,
 whatever the lengths of the segments.
+
+Context parallelism: a rank has the queries of its slice of the pack (treepo.learning.slicing). In every layer
+it gathers the rotated keys and the values of all slices; the backward pass scatters the sums of their
+gradients. The mask is the same, by the tokens' places in the whole pack.
+
+Why not a ring: with grouped queries a token's keys and values are small (Qwen3-8B: 4 KiB a layer, and 8 KiB
+of residual stream), and one gather sends the same bytes in one message. A ring would hold fewer slices while
+one layer computes, but needs a mask for each pair of slices, and merges partial softmaxes. What is gathered
+stays until the backward pass only with `trainer.recompute: none`; otherwise it is gathered again.
 """
 
 from collections.abc import Callable
@@ -15,7 +24,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from megatron.core import tensor_parallel
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -49,68 +60,105 @@ class GatherPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Slices:
+    """A pack of T tokens divided among the ranks of a context group. On CUDA a slice consists of whole
+    CUDA_BLOCKs of consecutive tokens.
+
+    own: int64 [T / ranks], this rank's tokens, ascending. gathered: int64 [T], all tokens, slice by slice in
+    the order of the group's ranks.
+    """
+
+    own: Tensor
+    gathered: Tensor
+    group: ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """What the core attention of every layer needs for a micro-batch of T tokens, and the experts that its
-    router is given.
+    """What the core attention of every layer needs for this rank's T tokens of a micro-batch, and the experts
+    that its router is given. group: the ranks that have the others; None if there are none.
     """
 
     cos: Tensor  # float32 [T, 1, head_dim / 2]
     sin: Tensor
     mask: GatherPlan | BlockMask
     routes: Routes | None = None
+    group: ProcessGroup | None = None
 
 
 def plan_attention(
-    exit_T: Tensor, position_T: Tensor, frequency: Tensor, dtype: torch.dtype
+    exit_T: Tensor,
+    position_T: Tensor,
+    frequency: Tensor,
+    dtype: torch.dtype,
+    slices: Slices | None = None,
 ) -> AttentionPlan:
-    """Make the plan of one pack on the device that holds these tensors. frequency: the model's
-    `rotary.inverse_frequency`. dtype: of queries and keys.
+    """Make the plan of one pack, or of this rank's slice of it, on the device that holds these tensors.
+    frequency: the model's `rotary.inverse_frequency`. dtype: of queries and keys.
     """
-    cos, sin = cos_sin(position_T, frequency)
+    cos, sin = cos_sin(position_T if slices is None else position_T[slices.own], frequency)
+    group = None if slices is None else slices.group
     if exit_T.is_cuda:
-        return AttentionPlan(cos, sin, block_mask(exit_T))
-    return AttentionPlan(cos, sin, gather_plan(exit_T.numpy(), dtype))
+        return AttentionPlan(cos, sin, block_mask(exit_T, slices), group=group)
+    return AttentionPlan(cos, sin, gather_plan(exit_T.numpy(), dtype, slices), group=group)
 
 
-def gather_plan(exit_T: np.ndarray, dtype: torch.dtype) -> GatherPlan:
+def gather_plan(exit_T: np.ndarray, dtype: torch.dtype, slices: Slices | None = None) -> GatherPlan:
     """Gather indices and biases of every query block, grouped by the number of keys."""
-    length = len(exit_T)
-    keys = []
-    for start in range(0, length, CPU_BLOCK):
-        above = np.flatnonzero(exit_T[:start] > start)
-        keys.append(np.concatenate([above, np.arange(start, min(start + CPU_BLOCK, length))]))
+    own = place = np.arange(len(exit_T))
+    if slices is not None:
+        own, place = slices.own.numpy(), np.argsort(slices.gathered.numpy())
+    queries = np.split(own, range(CPU_BLOCK, len(own), CPU_BLOCK))
+    keys = [_keys(exit_T, block) for block in queries]
     by_size = sorted(range(len(keys)), key=lambda block: len(keys[block]), reverse=True)
     members: list[list[int]] = []
     for block in by_size:
         if not members or len(keys[block]) < GROUP_SHARE * len(keys[members[-1][0]]):
             members.append([])
         members[-1].append(block)
-    groups = tuple(_group(blocks, [keys[block] for block in blocks], exit_T, dtype) for blocks in members)
+    groups = tuple(_group(blocks, queries, keys, exit_T, place, dtype) for blocks in members)
     return GatherPlan(groups, torch.from_numpy(np.argsort(by_size)))
 
 
-def _group(blocks: list[int], keys: list[np.ndarray], exit_T: np.ndarray, dtype: torch.dtype) -> BlockGroup:
-    """Pad every block's keys to the longest. A query past the end of the pack gets one key, because an empty
-    row has no softmax.
+def _keys(exit_T: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The keys of a block of queries, which may consist of several runs of consecutive tokens."""
+    needed = np.zeros(len(exit_T), dtype=bool)
+    for run in np.split(query, np.flatnonzero(np.diff(query) > 1) + 1):
+        needed[: run[0]] |= exit_T[: run[0]] > run[0]
+        needed[run] = True
+    return np.flatnonzero(needed)
+
+
+def _group(
+    blocks: list[int],
+    queries: list[np.ndarray],
+    keys: list[np.ndarray],
+    exit_T: np.ndarray,
+    place: np.ndarray,
+    dtype: torch.dtype,
+) -> BlockGroup:
+    """Pad every block's keys to the longest. A query past the end of the slice gets one key, because an empty
+    row has no softmax. place: int64 [T], where each token is among the keys.
     """
     length = len(exit_T)
-    key = np.full((len(blocks), max(map(len, keys))), length)
-    for row, tokens in zip(key, keys, strict=True):
-        row[: len(tokens)] = tokens
-    key = key[:, None, :]
-    query = (np.array(blocks)[:, None] * CPU_BLOCK + np.arange(CPU_BLOCK))[:, :, None]
+    key = np.full((len(blocks), max(len(keys[block]) for block in blocks)), length)
+    query = np.full((len(blocks), CPU_BLOCK), -1)
+    for block, key_row, query_row in zip(blocks, key, query, strict=True):
+        key_row[: len(keys[block])] = keys[block]
+        query_row[: len(queries[block])] = queries[block]
+    key, query = key[:, None, :], query[:, :, None]
     allowed = (key <= query) & (query < np.append(exit_T, 0)[key])
     allowed[:, :, 0] |= ~allowed.any(axis=2)
     bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~torch.from_numpy(allowed), -torch.inf)
-    return BlockGroup(
-        torch.tensor(blocks), torch.from_numpy(np.minimum(key, length - 1).reshape(-1)), bias[:, None]
-    )
+    index = place[np.minimum(key, length - 1).reshape(-1)]
+    return BlockGroup(torch.tensor(blocks), torch.from_numpy(index), bias[:, None])
 
 
-def attend_gathered(query: Tensor, key: Tensor, value: Tensor, plan: GatherPlan) -> Tensor:
-    """Attention on CPU. query: [T, heads, D]; key and value: [T, groups, D]. Returns [T, heads, D]."""
+def attend_gathered(query: Tensor, key_value: Tensor, plan: GatherPlan) -> Tensor:
+    """Attention on CPU. query: [T, heads, D]; key_value: keys beside values, [all T, groups, 2 D]. Returns
+    [T, heads, D].
+    """
     length, heads, head_dim = query.shape
-    key_value = torch.cat([key, value], dim=-1)
     query = pad(query, (0, 0, 0, 0, 0, -length % CPU_BLOCK)).view(-1, CPU_BLOCK, heads, head_dim)
     outputs = []
     for group in plan.groups:
@@ -125,8 +173,9 @@ def attend_gathered(query: Tensor, key: Tensor, value: Tensor, plan: GatherPlan)
     return torch.cat(outputs).index_select(0, plan.order).reshape(-1, heads, head_dim)[:length]
 
 
-def block_mask(exit_T: Tensor) -> BlockMask:
-    """FlexAttention's mask, made from `exit` alone; it is [blocks, blocks] and never [T, T].
+def block_mask(exit_T: Tensor, slices: Slices | None = None) -> BlockMask:
+    """FlexAttention's mask, made from `exit` alone; it is [blocks, blocks] and never [T, T]. With slices, of
+    this rank's queries and the gathered keys.
 
     A block of queries and an earlier block of keys have an allowed pair if the keys' largest exit lies beyond
     the queries' start, and only allowed pairs if their smallest exit lies beyond the queries' end. The tokens
@@ -135,24 +184,40 @@ def block_mask(exit_T: Tensor) -> BlockMask:
     length, rest = len(exit_T), -len(exit_T) % CUDA_BLOCK
     padding = torch.arange(length + 1, length + rest + 1, dtype=exit_T.dtype, device=exit_T.device)
     exits = torch.cat([exit_T, padding])
+    if slices is None:
+        query_start = key_start = torch.arange(0, len(exits), CUDA_BLOCK, device=exit_T.device)
+    else:
+        assert not rest, "slices are of whole blocks"
+        query_start, key_start = slices.own[::CUDA_BLOCK], slices.gathered[::CUDA_BLOCK]
+        exits = exits[slices.gathered]
     block_exits = exits.view(-1, CUDA_BLOCK)
-    start = torch.arange(0, len(exits), CUDA_BLOCK, device=exit_T.device)
-    earlier = start[None, :] < start[:, None]  # [query block, key block]
-    some = (earlier & (block_exits.amax(1)[None, :] > start[:, None])) | torch.eye(
-        len(start), dtype=torch.bool, device=exit_T.device
-    )
-    full = earlier & (block_exits.amin(1)[None, :] >= start[:, None] + CUDA_BLOCK)
-
-    def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < exits[key])
-
+    earlier = key_start[None, :] < query_start[:, None]  # [query block, key block]
+    same = key_start[None, :] == query_start[:, None]
+    some = same | (earlier & (block_exits.amax(1)[None, :] > query_start[:, None]))
+    full = earlier & (block_exits.amin(1)[None, :] >= query_start[:, None] + CUDA_BLOCK)
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~full),
         *_ordered(full),
         BLOCK_SIZE=CUDA_BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(len(exits), len(exits)),
+        mask_mod=_mask(exits, slices),
+        seq_lengths=(len(query_start) * CUDA_BLOCK, len(exits)),
     )
+
+
+def _mask(exits: Tensor, slices: Slices | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether a query may attend to a key, by their indices. exits: of the keys."""
+
+    def of_whole_pack(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < exits[key])
+
+    if slices is None:
+        return of_whole_pack
+    own, gathered = slices.own, slices.gathered
+
+    def of_slice(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (gathered[key] <= own[query]) & (own[query] < exits[key])
+
+    return of_slice
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +235,12 @@ def attend_sparse(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan
     """Rotation and attention by FlexAttention. query: [T, heads, D]; key and value: [T, groups, D]. Returns
     [T, heads, D].
     """
-    blocks = (_in_blocks(x) for x in (query, key, value, plan.cos, plan.sin))
-    return _compiled_attend_blocks()(*blocks, plan.mask).flatten(0, 1)[: len(query)]
+    if plan.group is None:
+        blocks = (_in_blocks(x) for x in (query, key, value, plan.cos, plan.sin))
+        return _compiled(attend_blocks)(*blocks, plan.mask).flatten(0, 1)[: len(query)]
+    query, key_value = _rotated_and_gathered(query, key, value, plan)
+    blocks = (_in_blocks(x) for x in (query, *key_value.chunk(2, dim=-1)))
+    return _compiled(attend_rotated_blocks)(*blocks, plan.mask).flatten(0, 1)
 
 
 def attend_blocks(
@@ -182,13 +251,18 @@ def attend_blocks(
     The caller divides the tokens into blocks, so that the compiler knows a variable length to be a multiple
     of CUDA_BLOCK. Only then do the kernels omit the bounds checks. Rotation and copies become one kernel for
     each of query, key and value.
+    """
+    return attend_rotated_blocks(rotated(query, cos, sin), rotated(key, cos, sin), value, mask)
+
+
+def attend_rotated_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """`attend_blocks` of queries and keys that are rotated; there may be more keys than queries.
 
     Every query head gets its own copy of its group's keys and values. With `enable_gqa` one program of the
     backward kernel loops over all heads of a group, which more than doubled its share of a train step; the
     likely reason is the root of a tree, which all tokens attend to (docs/performance.md, On a GPU).
     """
     heads_per_group = query.shape[2] // key.shape[2]
-    query, key = rotated(query, cos, sin), rotated(key, cos, sin)
     query, key, value = (x.flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
     key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
     output = flex_attention(query, key, value, block_mask=mask)
@@ -206,9 +280,9 @@ def _in_blocks(x: Tensor) -> Tensor:
     return x.unflatten(0, (-1, CUDA_BLOCK))
 
 
-def _compiled_attend_blocks() -> Callable[..., Tensor]:
+def _compiled(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Compiled in any case: FlexAttention without compilation would make a T x T matrix.
-    return compiled(attend_blocks)
+    return compiled(attend)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
@@ -217,5 +291,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     """
     if isinstance(plan.mask, BlockMask):
         return attend_sparse(query, key, value, plan)
+    return attend_gathered(*_rotated_and_gathered(query, key, value, plan), plan.mask)
+
+
+def _rotated_and_gathered(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan
+) -> tuple[Tensor, Tensor]:
+    """The rotated query, and the rotated keys beside the values of all of the group's ranks: [all T, groups,
+    2 D].
+    """
     query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
-    return attend_gathered(query, key, value, plan.mask)
+    key_value = torch.cat([key, value], dim=-1)
+    if plan.group is not None:
+        key_value = tensor_parallel.gather_from_sequence_parallel_region(key_value, group=plan.group)
+    return query, key_value

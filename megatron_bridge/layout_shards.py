@@ -65,7 +65,7 @@ class Shard:
 
 def expert_data_ranks(parallel: ParallelConfig) -> int:
     """The number of ranks that hold the same experts; the experts' optimizer state is divided among them."""
-    return parallel.tensor * parallel.data // parallel.expert
+    return parallel.stage_ranks // parallel.expert
 
 
 def layout_shards(architecture: Architecture, parallel: ParallelConfig) -> list[Shard]:
@@ -76,7 +76,7 @@ def layout_shards(architecture: Architecture, parallel: ParallelConfig) -> list[
     """
     check_layout(architecture, parallel)
     shards = []
-    ranks = parallel.tensor * parallel.data  # of one stage
+    ranks = parallel.stage_ranks
     with on_device(), torch.random.fork_rng(devices=[]):
         for stage in range(parallel.pipeline):
             first = _built(architecture, parallel, stage, stage * ranks)

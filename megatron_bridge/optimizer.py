@@ -101,7 +101,8 @@ def overlaps(chunks: Sequence[GPTModel], config: TrainerConfig) -> bool:
     are never gathered during the next forward pass: they are read outside of it too, for engines and
     checkpoints.
     """
-    return config.parallel.data > 1 and not any(chunk.config.num_moe_experts for chunk in chunks)
+    copies = config.parallel.data * config.parallel.context
+    return copies > 1 and not any(chunk.config.num_moe_experts for chunk in chunks)
 
 
 @torch.no_grad()

@@ -20,6 +20,9 @@ def form_groups(parallel: ParallelConfig, with_gloo: bool = True) -> None:
         parallel.tensor,
         parallel.pipeline,
         chunks if chunks > 1 else None,
+        # The model's config is left at 1: Megatron-Core divides tokens for its own attention and rotary
+        # embeddings by it, and ours are divided by work (treepo.learning.slicing).
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=with_gloo,

@@ -96,20 +96,20 @@ class RoutingReplay:
 
         layer.register_forward_pre_hook(hand, with_kwargs=True)
 
-    def arrays(self, pack: Pack) -> dict[str, np.ndarray]:
-        """The part of a padded pack that `routes` needs on the device; none of a pack without a tree. Raises
-        ValueError if the pack's routes are not of this model.
+    def arrays(self, pack: Pack, own: np.ndarray) -> dict[str, np.ndarray]:
+        """The part of a padded pack that `routes` needs on the device; none of a pack without a tree. own:
+        int64, the tokens of this rank's slice. Raises ValueError if the pack's routes are not of this model.
         """
         blank = (pack.tree < 0).all()
         assert self._mode == "trainer" or blank or pack.route is not None, "the engines returned no routes"
         if blank or not self._layers:
             return {}
-        mine = self._own_tokens(len(pack))
+        mine = own[self._seen(len(own))]
         if self._mode == "trainer":
             return {"real": pack.tree[mine] >= 0}
         assert pack.route is not None
         self._check(pack.route)
-        return {"experts": pack.route[mine, self._layers].swapaxes(0, 1)}
+        return {"experts": pack.route[mine[:, None], self._layers].swapaxes(0, 1)}
 
     def routes(self, arrays: Mapping[str, Tensor]) -> Routes | None:
         """The routes of a micro-batch from its `arrays` on the device; None if nothing is replayed in it."""
@@ -125,8 +125,8 @@ class RoutingReplay:
         pairs = torch.zeros(layers, 2, dtype=torch.int64, device=experts.device)
         return Routes(experts, [real is None] * layers, real, pairs)
 
-    def _own_tokens(self, tokens: int) -> slice:
-        """The part of a micro-batch's tokens that this rank's routers see."""
+    def _seen(self, tokens: int) -> slice:
+        """The part of a slice's tokens that this rank's routers see."""
         if not self._sequence_parallel:
             return slice(0, tokens)
         size = tokens // parallel_state.get_tensor_model_parallel_world_size()

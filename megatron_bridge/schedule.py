@@ -14,10 +14,11 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.attention import CUDA_BLOCK, AttentionPlan, plan_attention
+from megatron_bridge.attention import CPU_BLOCK, CUDA_BLOCK, AttentionPlan, Slices, plan_attention
 from megatron_bridge.routing_replay import RoutingReplay
 from treepo.config.trainer import ParallelConfig
 from treepo.learning.packing import Pack, blank_pack, padded
+from treepo.learning.slicing import block_size, pack_slices, sliced_length
 
 _COLUMNS = (
     *("token", "source", "exit", "position", "advantage_pos", "advantage_neg", "count_pos", "count_neg"),
@@ -28,13 +29,18 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """A pack's columns on the device, without those of its plan. wanted: int64 [N], the tokens whose
-    log-probs are computed.
+    """A pack on the device of one rank.
+
+    pack: the columns of all its tokens, without those of the plan. token: int32 [T / context], of this rank's
+    slice. wanted: int64 [N], the tokens whose log-probs this rank computes, because its slice has the tokens
+    that predict them. source: int64 [N], the places of those in the slice.
     """
 
     pack: dict[str, Tensor]
     plan: AttentionPlan
+    token: Tensor
     wanted: Tensor
+    source: Tensor
 
     def without_routes(self) -> "MicroBatch":
         """The same tensors for a pass in which routers choose the experts, and nothing is recorded."""
@@ -62,9 +68,8 @@ class Schedule:
     ) -> None:
         self._chunks, self._parallel, self._replay = chunks, parallel, replay
         self._frequency, self._dtype, self._device = architecture.frequency.to(device), dtype, device
-        # Tensor-parallel ranks hold equal numbers of tokens. FlexAttention computes whole blocks.
-        sequence = parallel.tensor if parallel.sequence_parallel else 1
-        self._multiple = math.lcm(sequence, CUDA_BLOCK if device.type == "cuda" else 1)
+        # FlexAttention computes whole blocks.
+        self._blocks = (CUDA_BLOCK, CUDA_BLOCK) if device.type == "cuda" else (1, CPU_BLOCK)
 
     def filled_up(self, packs: Sequence[Pack]) -> list[Pack]:
         """Append blank packs up to a number that the pipeline schedule accepts. Collective.
@@ -86,15 +91,42 @@ class Schedule:
         """Move a pack to the device and plan its attention. wanted: bool [T], the tokens whose log-probs are
         computed. replay: whether its routers replay routes, if this trainer's do.
         """
-        pack = padded(pack, len(pack) + -len(pack) % self._multiple)
+        pack, own, gathered = self._sliced(pack)
         columns = {name: getattr(pack, name) for name in _COLUMNS if getattr(pack, name) is not None}
         routing = self._replay if replay else None
-        replayed = {} if routing is None else routing.arrays(pack)
-        tensors = to_device(columns | {"wanted": np.flatnonzero(wanted)} | replayed, self._device)
-        plan = plan_attention(tensors.pop("exit"), tensors.pop("position"), self._frequency, self._dtype)
+        replayed = {} if routing is None else routing.arrays(pack, own)
+        local = _predicted(pack.source, own, wanted)
+        if self._parallel.context > 1:
+            local |= {"own": own, "gathered": gathered}
+        tensors = to_device(columns | local | replayed, self._device)
+        token, slices = tensors["token"], None
+        if self._parallel.context > 1:
+            group = parallel_state.get_context_parallel_group()
+            assert isinstance(group, dist.ProcessGroup)  # Megatron-Core types it as a rank too
+            slices = Slices(tensors.pop("own"), tensors.pop("gathered"), group)
+            token = token.index_select(0, slices.own)
+        plan = plan_attention(
+            *(tensors.pop("exit"), tensors.pop("position"), self._frequency, self._dtype), slices
+        )
         if routing is not None:
             plan = replace(plan, routes=routing.routes({name: tensors.pop(name) for name in replayed}))
-        return MicroBatch(plan=plan, wanted=tensors.pop("wanted"), pack=tensors)
+        return MicroBatch(
+            plan=plan,
+            token=token,
+            wanted=tensors.pop("wanted"),
+            source=tensors.pop("place"),
+            pack=tensors,
+        )
+
+    def _sliced(self, pack: Pack) -> tuple[Pack, np.ndarray, np.ndarray]:
+        """The pack, padded so that its slices are equally long; this rank's slice; and all slices one after
+        another.
+        """
+        context = self._parallel.context
+        block = block_size(len(pack), context, *self._blocks)
+        pack = padded(pack, sliced_length(len(pack), context, block, self._parallel.sequence_multiple))
+        slices = pack_slices(pack.position, context, block)
+        return pack, slices[parallel_state.get_context_parallel_rank()], slices.reshape(-1)
 
     def run(
         self,
@@ -135,6 +167,16 @@ class Schedule:
             forward_only=not train,
             collect_non_loss_data=not train,
         )
+
+
+def _predicted(source_T: np.ndarray, own: np.ndarray, wanted_T: np.ndarray) -> dict[str, np.ndarray]:
+    """The wanted tokens that this rank predicts, and the places in its slice that predict them."""
+    place = np.full(len(source_T), -1)
+    place[own] = np.arange(len(own))
+    wanted = np.flatnonzero(wanted_T)
+    assert (source_T[wanted] >= 0).all(), "nothing predicts a wanted token"
+    source = place[source_T[wanted]]
+    return {"wanted": wanted[source >= 0], "place": source[source >= 0]}
 
 
 def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:

@@ -62,5 +62,8 @@ def reduced(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def reports() -> bool:
-    """Whether this rank reports for its replica: tensor-parallel ranks compute the same loss, so one does."""
-    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    """Whether this rank reports for its replica: tensor- and context-parallel ranks compute the same loss, so
+    one does.
+    """
+    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    return first and parallel_state.is_pipeline_last_stage()

@@ -60,7 +60,7 @@ compile their kernels in turn."""
 
 
 class MegatronTrainer:
-    """One rank of tensor x data x pipeline, numbered with tensor fastest.
+    """One rank of tensor x context x data x pipeline, numbered with tensor fastest.
 
     folder: a Hugging Face model. dtype: of parameters and activations; master weights, gradients and softmax
     are float32. store: where the ranks find each other (`create_store`). Raises ConfigError if the layout
@@ -88,7 +88,7 @@ class MegatronTrainer:
         self._step = 0
         with on_device():
             _join(config.parallel, rank, world_size, store)
-            self._groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp"])
+            self._groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
             chunks = build_model(self._architecture, self._dtype, config)
             chunks = [chunk.to(self._device, self._dtype) for chunk in chunks]
             load_weights(folder, chunks, self._architecture)
@@ -366,6 +366,9 @@ class MegatronTrainer:
     def _forward(self, batch: MicroBatch, chunk: DistributedDataParallel, temperature: float) -> Tensor:
         """Return the last stage's log-probs and entropies: float32 [2, T], 0 on tokens that are not wanted.
         Return the hidden states of any other stage.
+
+        The ranks of a context group return the same, of the whole pack. Gradients flow only to the tokens
+        that a rank has computed, so the ranks' gradients add up to those of the pack.
         """
 
         def log_probs(
@@ -373,11 +376,10 @@ class MegatronTrainer:
         ) -> Tensor:
             weight = output_layer.weight if output_weight is None else output_weight
             states = self._whole(hidden_states)[:, 0]
-            source, target = (batch.pack[name].index_select(0, batch.wanted) for name in ("source", "token"))
             log_prob, entropy = token_log_probs(
-                states.index_select(0, source),
+                states.index_select(0, batch.source),
                 weight,
-                target.long(),
+                batch.pack["token"].index_select(0, batch.wanted).long(),
                 temperature,
                 self._architecture.dimensions.vocabulary,
                 self._groups.tp,
@@ -385,12 +387,13 @@ class MegatronTrainer:
             if not self._learning.entropy_coefficient:  # a metric, cheap unless a gradient flows through it
                 entropy = entropy.detach()
             wanted = torch.stack([log_prob, entropy])
-            everywhere = wanted.new_zeros(len(wanted), len(states))
-            return everywhere.index_copy(1, batch.wanted, wanted)
+            everywhere = wanted.new_zeros(len(wanted), len(batch.pack["token"]))
+            mine = everywhere.index_copy(1, batch.wanted, wanted)
+            return tensor_parallel.reduce_from_tensor_model_parallel_region(mine, group=self._groups.cp)
 
         progress.count()  # of what came before this micro-batch
         return chunk(
-            input_ids=batch.pack["token"][None].long(),
+            input_ids=batch.token[None].long(),
             position_ids=None,  # the attention's plan has the positions
             attention_mask=None,
             extra_block_kwargs={"attention_bias": batch.plan},

@@ -75,7 +75,7 @@ def _first_to_hold(parameter: Parameter) -> bool:
     """Whether this rank is in the first replica that holds the parameter."""
     if is_expert(parameter):
         return parallel_state.get_expert_data_parallel_rank() == 0
-    return parallel_state.get_data_parallel_rank() == 0
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
 def _exchange(operations: Sequence[dist.P2POp]) -> None:

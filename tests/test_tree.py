@@ -82,6 +82,19 @@ def test_one_line_of_json_gives_the_tree_back(seed: int) -> None:
         np.testing.assert_array_equal(ours.log_probs, theirs.log_probs)  # bit for bit, through decimal text
 
 
+def test_draws_are_written_where_they_are_not_one() -> None:
+    tree = _tree([_segment(PROMPT, 1), replace(_segment(PROMPT, 2), draws=3)], [0, 1])
+    record = orjson.loads(to_json(tree))
+    assert [segment.get("draws") for segment in record["segments"]] == [None, 3]
+    assert [segment.draws for segment in from_json(to_json(tree)).segments] == [1, 3]
+    with pytest.raises(ValueError, match="segment 1 has 0 draws"):
+        replace(tree, segments=(tree.segments[0], replace(tree.segments[1], draws=0)))
+    for draws in (0, -1, 2**31, 1.0, True, None, "2", [2]):
+        record["segments"][1]["draws"] = draws
+        with pytest.raises(ValueError, match="draws"):
+            from_json(orjson.dumps(record))
+
+
 def _of_versions(versions: list[int]) -> Tree:
     tree = _tree([_segment(PROMPT, *range(len(versions)))], [0])
     return replace(tree, segments=(replace(tree.segments[0], versions=np.array(versions, np.int32)),))

@@ -53,7 +53,8 @@ class Segment:
     tokens: int32 [T], T >= 1. log_probs: float32 [T], under the policy that sampled the token, temperature
     applied. versions: int32 [T], the committed weight version of that policy. It changes within a segment
     where a weight update interrupted the decoding. routes: of the tokens (`treepo.routes`), if the engine
-    returned them; the last token of a leaf's segment has none.
+    returned them; the last token of a leaf's segment has none. draws: children that were sampled with its
+    first tokens and that it stands for, itself included (`sampling.branch.lookahead`).
     """
 
     parent: int
@@ -62,6 +63,7 @@ class Segment:
     versions: np.ndarray
     finish: Finish
     routes: np.ndarray | None = None
+    draws: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ class Tree:
                     f"tree {self.prompt_id}: segment {index} has {len(segment.tokens)} tokens, "
                     f"{len(segment.log_probs)} log-probs and {len(segment.versions)} versions"
                 )
+            if segment.draws < 1:
+                raise ValueError(f"tree {self.prompt_id}: segment {index} has {segment.draws} draws")
             if segment.parent != PROMPT:
                 has_child[segment.parent] = True
         childless = [index for index, parent in enumerate(has_child) if not parent]
@@ -189,6 +193,7 @@ class _SegmentRecord(TypedDict):
     finish: str
     tokens: list[int]
     log_probs: list[float]
+    draws: NotRequired[Annotated[int, Field(ge=1, lt=2**31)]]
     routes: NotRequired[RoutesRecord]
 
 
@@ -244,6 +249,7 @@ def to_json(tree: Tree, *, routes: bool = False, **extra: object) -> bytes:
                 "finish": segment.finish,
                 "tokens": segment.tokens,
                 "log_probs": segment.log_probs,
+                **({"draws": segment.draws} if segment.draws != 1 else {}),
                 **_routes("routes", segment.routes, routes),
             }
             for segment in tree.segments
@@ -288,6 +294,7 @@ def from_json(line: bytes | str) -> Tree:
                 versions=_versions(segment["version"], len(segment["tokens"])),
                 finish=Finish(segment["finish"]),
                 routes=_read_routes(segment, "routes"),
+                draws=segment.get("draws", 1),
             )
             for segment in record["segments"]
         ),

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.fuzz.loop import BadError, Reader
 from benchmarks.fuzz.readers import MARK, emptied, joined, write_files
 from tests.support.evaluations import config_of, document, graded_problem, prompt_of
-from tests.support.random_trees import random_tree, with_routes
+from tests.support.random_trees import random_tree, with_draws, with_routes
 from tests.support.run_folders import write_run_folder
 from treepo.errors import DataError, ModelError
 from treepo.tree import Tree, Verdict, from_json, to_json
@@ -42,7 +42,7 @@ def trees(folder: Path) -> Reader:
     path = folder / "trees.jsonl"
     draws = np.random.default_rng(0)
     plain = [random_tree(draws, max_depth=depth) for depth in (1, 2, 3)]
-    routed = [with_routes(tree, draws) for tree in plain[:2]]
+    routed = [with_routes(with_draws(tree, draws), draws) for tree in plain[:2]]
     seeds = [
         to_json(tree, routes=True, position=position, answer="7")
         for position, tree in enumerate([*plain, *routed])

@@ -106,7 +106,8 @@ ARMS: Mapping[str, Arm] = {
     "tree-grpo": Arm((_GRPO,)),
     "more-init": Arm(("sampling.initial_branching=4",)),
     "late": Arm(("sampling.branch.from_depth=2",)),
-    "surprise": Arm(("sampling.branch.at=surprise",)),
+    "surprise": Arm(("sampling.branch.at=surprise",), more={"search": 1.08}),
+    "lookahead": Arm(("sampling.branch.lookahead=2",), more={"sums": 0.86, "search": 1.04}),
     "pivots": Arm(_PIVOTS, more={"sums": 0.88, "search": 0.88}),
     "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"sums": 0.88, "search": 0.88}),
     "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.95, "search": 1.59}),
@@ -115,17 +116,21 @@ ARMS: Mapping[str, Arm] = {
 
 def overrides(task: str, arm: str) -> list[str]:
     """All overrides of CONFIG for an arm on a task, the number of prompts included."""
-    chosen = [*BASE, *TASKS[task].overrides, *ARMS[arm].overrides]
+    chosen = sampled_as(task, arm)
     tokens = tokens_a_tree(task, arm) * ARMS[arm].more.get(task, 1.0)
     return [*chosen, f"data.prompts_per_step={round(TASKS[task].budget / tokens)}"]
+
+
+def sampled_as(task: str, arm: str) -> list[str]:
+    """The overrides of CONFIG for an arm on a task, without the number of prompts."""
+    return [*BASE, *TASKS[task].overrides, *ARMS[arm].overrides]
 
 
 @cache
 def tokens_a_tree(task: str, arm: str) -> float:
     """Decoded tokens of an arm's mean tree, if all answers have the task's length."""
-    settings = TASKS[task]
-    config = load_config(Path(CONFIG), [*BASE, *settings.overrides, *ARMS[arm].overrides])
-    return asyncio.run(_mean_tree(config.sampling.without_rewards(), settings.response_tokens))
+    sampling = load_config(Path(CONFIG), sampled_as(task, arm)).sampling
+    return asyncio.run(_mean_tree(sampling.without_rewards(), TASKS[task].response_tokens))
 
 
 async def _mean_tree(sampling: SamplingConfig, response_tokens: int, trees: int = 64) -> float:

@@ -20,12 +20,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 from xml.sax.saxutils import escape
 
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
+from scipy.stats import t as student
 
 from treepo.display.train import TrainDisplay, show_summary
 
@@ -383,63 +384,65 @@ def read_run(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
 # The learning benchmark
 
 PANELS = {"sums": "Long sums", "search": "Reaching a number"}
-ARM_COLOURS = (
-    *("#5b6875", "#0f766e", "#c2410c", "#7c3aed", "#2563eb", "#ca8a04", "#db2777", "#65a30d", "#0891b2"),
-    *("#9f1239", "#a16207", "#4338ca"),
-)  # readable on light and dark cards
-_PANEL, _MARGIN, _TOP, _BOTTOM = 420, 56, 66, 300
+_BASELINE = "grpo"
+_PANEL, _NAMES, _TOP, _ROW = 330, 130, 84, 24
 
 
 def arms_figure(results: Path) -> str:
-    """Held-out accuracy along decoded tokens, a panel for each task: means over the seeds of each arm."""
+    """Each arm's held-out accuracy after the last step: the mean over seeds and its 95% interval, a panel for
+    each task. A line marks the baseline's mean.
+    """
     points = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    last = max(point["step"] for point in points)
+    ends = [point for point in points if point["step"] == last]
     arms = list(dict.fromkeys(point["arm"] for point in points))
-    parts = [text(_MARGIN, 30, "Held-out accuracy along decoded tokens, mean over seeds", "big")]
+    bottom = _TOP + _ROW * len(arms)
+    parts = [text(24, 34, "Held-out accuracy after equally many decoded tokens", "big")]
+    parts += [text(_NAMES, _TOP + _ROW * row + 17, arm, "", "end") for row, arm in enumerate(arms)]
     for number, (task, title) in enumerate(PANELS.items()):
-        own = [point for point in points if point["task"] == task]
-        if own:
-            parts += arms_panel(own, arms, title, _MARGIN + number * _PANEL)
-    for number, arm in enumerate(arms):
-        x, y = _MARGIN + number % 6 * 136, _BOTTOM + 66 + number // 6 * 22
-        parts.append(f'<path d="M{x} {y - 4} h22" stroke="{ARM_COLOURS[number]}" stroke-width="3"/>')
-        parts.append(text(x + 28, y, arm, "small"))
-    height = _BOTTOM + 84 + (len(arms) - 1) // 6 * 22
-    return svg(_MARGIN + _PANEL * len(PANELS), height, "Held-out accuracy along decoded tokens", parts)
+        left = _NAMES + 20 + number * _PANEL
+        accuracies = {
+            arm: [point["accuracy"] for point in ends if (point["task"], point["arm"]) == (task, arm)]
+            for arm in arms
+        }
+        parts.append(text(left, _TOP - 12, title, "bold"))
+        parts += arms_panel(
+            {arm: interval(each) for arm, each in accuracies.items() if each}, arms, left, bottom
+        )
+    parts.append(text(_NAMES + 20, bottom + 46, "Means over seeds with 95% intervals.", "small soft"))
+    width = _NAMES + 20 + _PANEL * len(PANELS)
+    return svg(width, bottom + 64, "Held-out accuracy of each arm after equally many decoded tokens", parts)
 
 
-def arms_panel(points: list[dict[str, Any]], arms: list[str], title: str, left: float) -> list[str]:
-    """One task's curves, its axes from 0 to the most tokens, and over the accuracies in tenths."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for arm in arms:
-        steps = sorted({point["step"] for point in points if point["arm"] == arm})
-        own = [[p for p in points if p["arm"] == arm and p["step"] == step] for step in steps]
-        curves[arm] = [
-            (mean([p["decoded_tokens"] for p in each]), mean([p["accuracy"] for p in each])) for each in own
-        ]
-    drawn = [at for curve in curves.values() for at in curve]
-    most = max(tokens for tokens, _ in drawn)
-    low = math.floor(10 * min(accuracy for _, accuracy in drawn))
-    high = max(math.ceil(10 * max(accuracy for _, accuracy in drawn)), low + 1)
-    right = left + _PANEL - 60
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean of at least two values, and half the width of its 95% interval, Student's."""
+    return mean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
-    def place(tokens: float, accuracy: float) -> tuple[float, float]:
-        share = (10 * accuracy - low) / (high - low)
-        return left + (right - left) * tokens / most, _BOTTOM - (_BOTTOM - _TOP - 14) * share
 
-    parts = [text(left, _TOP - 8, title, "bold")]
+def arms_panel(
+    measured: dict[str, tuple[float, float]], arms: list[str], left: float, bottom: float
+) -> list[str]:
+    """One task's rows. The axis goes over the intervals in tenths."""
+    low = math.floor(10 * min(centre - half for centre, half in measured.values()))
+    high = math.ceil(10 * max(centre + half for centre, half in measured.values()))
+    right = left + _PANEL - 50
+
+    def along(accuracy: float) -> float:
+        return left + (right - left) * (10 * accuracy - low) / (high - low)
+
+    parts: list[str] = []
     for tenths in range(low, high + 1):
-        _, y = place(0, tenths / 10)
-        parts.append(f'<path class="grid" d="M{left:g} {y:g} H{right:g}"/>')
-        parts.append(text(left - 8, y + 4, f"{tenths / 10:.1f}", "small soft", "end"))
-    for quarter in range(5):
-        x, _ = place(most * quarter / 4, 0)
-        parts.append(text(x, _BOTTOM + 18, f"{most * quarter / 4000:.0f}", "small soft", "middle"))
-    parts.append(text((left + right) / 2, _BOTTOM + 38, "thousand decoded tokens", "soft", "middle"))
-    for arm, curve in curves.items():
-        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*at) for at in curve))
-        if curve:
-            colour = ARM_COLOURS[arms.index(arm)]
-            parts.append(f'<path fill="none" stroke="{colour}" stroke-width="2" d="M{path}"/>')
+        x = along(tenths / 10)
+        parts.append(f'<path class="grid" d="M{x:g} {_TOP} V{bottom}"/>')
+        parts.append(text(x, bottom + 20, f"{tenths / 10:.1f}", "small soft", "middle"))
+    parts.append(f'<path class="pointer" d="M{along(measured[_BASELINE][0]):.1f} {_TOP} V{bottom}"/>')
+    for row, arm in enumerate(arms):
+        if arm in measured:
+            centre, half = measured[arm]
+            y = _TOP + _ROW * row + 12.5
+            ends = f"M{along(centre - half):.1f} {y} H{along(centre + half):.1f}"
+            parts.append(f'<path class="curve" d="{ends}"/>')
+            parts.append(f'<circle class="point" cx="{along(centre):.1f}" cy="{y}" r="4.5"/>')
     return parts
 
 

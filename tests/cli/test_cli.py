@@ -1,5 +1,6 @@
 """The command line as a user meets it: a process, its exit code, its output."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,14 @@ def _treepo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 
 
 def _exit_code_here(*arguments: str) -> object:
-    """The exit code of the same command in this process."""
+    """The exit code of the same command in this process, whose handling of signals stays as it was."""
+    before = signal.getsignal(signal.SIGUSR1)
     try:
         return exit_code_of(lambda: app(args=arguments))
     except SystemExit as end:
         return end.code
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_help_names_the_commands() -> None:

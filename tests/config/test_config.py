@@ -23,6 +23,7 @@ EXAMPLES = [
     path
     for path in sorted((ROOT / "examples").rglob("*.yaml"))
     if path.name != "kuberay.yaml"  # a manifest of Kubernetes
+    and path.parent.name != "presets"  # parts of files: test_presets.py
 ]
 MINIMAL = "out: runs/x\nsteps: 3\nmodel: {path: m}\ndata:\n  train: t.jsonl\n"
 
@@ -104,6 +105,17 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
         (MINIMAL, ["data.prompts_per_step=6", "trainer.parallel.data=4"], "1 x 4 = 4 equal parts"),
         (
             MINIMAL,
+            ["data.decoded_tokens_per_step=9", "loop.mode=async", "placement=split"],
+            "data.decoded_tokens_per_step = 9 with loop.mode = async and sampling.oversample = 1: trees of",
+        ),
+        (
+            MINIMAL,
+            ["data.decoded_tokens_per_step=9", "sampling.oversample=1.5"],
+            "with loop.mode = sync and sampling.oversample = 1.5: trees of later steps would begin before",
+        ),
+        (MINIMAL, ["data.decoded_tokens_per_step=0"], "should be greater than or equal to 1"),
+        (
+            MINIMAL,
             ["trainer.optimizer.schedule=cosine"],
             "schedule = cosine with decay_steps = null and warmup_steps = 10: it needs decay_steps above",
         ),
@@ -179,9 +191,11 @@ def test_float32_is_refused_on_gpus() -> None:
         ([], 64 * 16),
         (["engine.count=3"], 22 * 16),  # the fullest engine's share
         (["sampling.max_live_trees=4", "engine.count=2"], 4 * 16),
+        (["data.decoded_tokens_per_step=1000000"], None),
+        (["data.decoded_tokens_per_step=1000000", "sampling.max_live_trees=100"], 100 * 16),
     ],
 )
-def test_paths_at_once_are_those_of_an_engines_trees(write, overrides: list[str], paths: int) -> None:
+def test_paths_at_once_are_those_of_an_engines_trees(write, overrides: list[str], paths: int | None) -> None:
     given = ["data.prompts_per_step=64", "sampling.width=16", *overrides]
     assert load_config(write(MINIMAL), given).paths_at_once == paths
 

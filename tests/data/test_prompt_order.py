@@ -70,6 +70,19 @@ def test_the_most_turns_within_a_window(weights: list[int], window: int) -> None
         assert order.most_turns(file, window) == most
 
 
+@given(weights=st.lists(st.integers(1, 12), min_size=1, max_size=4), data=st.data())
+def test_the_largest_step_that_no_file_is_too_small_for(weights: list[int], data: st.DataObject) -> None:
+    sizes = [data.draw(st.integers(1, 30)) for _ in weights]
+    order = MixtureOrder({str(file): size for file, size in enumerate(sizes)}, weights, seed=0)
+    fitting = [
+        window
+        for window in range(1, sum(sizes) + 2)
+        if all(order.most_turns(file, window) <= size for file, size in enumerate(sizes))
+    ]
+    assert fitting == list(range(1, order.largest_step + 1))
+    assert PromptOrder(sizes[0], 0).largest_step == sizes[0]
+
+
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4), data=st.data())
 def test_each_file_is_passed_through_in_epochs_of_its_own(sizes: list[int], data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))

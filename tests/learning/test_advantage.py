@@ -8,8 +8,16 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tests.support.naive_advantage import NAIVE, WHITENED, children_of, naive_estimate, rewards_below
+from tests.support.naive_advantage import (
+    NAIVE,
+    WHITENED,
+    children_of,
+    drawn_children,
+    naive_estimate,
+    rewards_below,
+)
 from tests.support.paths import ROOT
+from tests.support.random_trees import with_draws
 from tests.support.small_trees import config_of, random_batch, relabelled, tree_of, without_ungraded
 from treepo.learning import estimators
 from treepo.learning.advantage import Advantages, estimate
@@ -52,7 +60,9 @@ def values_of(advantages: Advantages, tree: int, leaf: int) -> np.ndarray:
 def test_every_estimator_equals_its_straight_line_version(options: dict[str, object]) -> None:
     config = config_of(**options)
     for seed in range(3):
-        trees = random_batch(np.random.default_rng(seed), 4, ungraded=0.2, max_depth=4)
+        rng = np.random.default_rng(seed)
+        trees = random_batch(rng, 4, ungraded=0.2, max_depth=4)
+        trees[2:] = [with_draws(tree, rng) for tree in trees[2:]]
         advantages = estimate(trees, config)
         expected = naive_estimate(trees, config)
         for number, tree in enumerate(trees):
@@ -262,12 +272,16 @@ def test_with_the_official_divisor_terms_that_should_cancel_do_not() -> None:
 
 
 def test_inverse_branching_is_the_product_of_shares() -> None:
-    trees = random_batch(np.random.default_rng(6), 4)
+    rng = np.random.default_rng(6)
+    trees = random_batch(rng, 4)
+    trees += [with_draws(tree, rng) for tree in trees]
     weights = iter(inverse_branching(Forest.of(trees)).tolist())
     for tree in trees:
         for leaf in tree.leaves:
-            nodes = (PROMPT, *tree.path(leaf.segment)[:-1])
-            share = math.prod(1 / len(children_of(tree, node)) for node in nodes)
+            share = math.prod(
+                tree.segments[node].draws / len(drawn_children(tree, tree.segments[node].parent))
+                for node in tree.path(leaf.segment)
+            )
             assert next(weights) == pytest.approx(share * len(tree.leaves), rel=TOLERANCE)
 
 

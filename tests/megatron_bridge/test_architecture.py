@@ -192,7 +192,10 @@ def test_one_normalised_expert_a_token_is_refused(moe_folder: Path, tmp_path: Pa
     ("layout", "arithmetic"),
     [
         ({"virtual_pipeline": 2}, "but pipeline = 1"),
-        ({"tensor": 2, "data": 3, "expert": 4}, "tensor x data = 2 x 3 = 6 ranks cannot be divided"),
+        (
+            {"tensor": 2, "data": 3, "expert": 4},
+            "2 x 1 x 3 = 6 ranks cannot be divided",
+        ),
     ],
 )
 def test_a_layout_that_no_model_has(layout: dict[str, Any], arithmetic: str) -> None:

@@ -12,8 +12,9 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_bridge import attention
-from megatron_bridge.attention import AttentionPlan, attend, block_mask, plan_attention
-from megatron_bridge.rotary import inverse_frequency
+from megatron_bridge.attention import AttentionPlan, Slices, attend, block_mask, plan_attention
+from megatron_bridge.rotary import cos_sin, inverse_frequency, rotate
+from treepo.learning.slicing import block_size, pack_slices, sliced_length
 
 
 def random_forest(
@@ -179,7 +180,7 @@ def _chosen(mask: BlockMask, kind: str) -> Tensor:
 @pytest.fixture
 def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run FlexAttention without compiling it, operation by operation on the CPU, gradients included."""
-    monkeypatch.setattr(attention, "_compiled_attend_blocks", lambda: attention.attend_blocks)
+    monkeypatch.setattr(attention, "_compiled", lambda attend: attend)
     # Torch refuses gradients on a CPU because its compiled CPU kernel has none; uncompiled they exist.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
@@ -238,3 +239,137 @@ def test_lengths_and_masks_are_compiled_for_once() -> None:
     # The kernels omit bounds checks if the length is known to be a multiple of 128.
     assert all(statically_known_true(length % 128 == 0) for length in lengths)
     assert any(isinstance(length, torch.SymInt) for length in lengths)
+
+
+class Exchange:
+    """Context-parallel ranks in one process: what one gathers is every rank's rotated keys and values."""
+
+    def __init__(self, key: Tensor, value: Tensor, position_T: np.ndarray, rows: np.ndarray) -> None:
+        cos, sin = cos_sin(torch.from_numpy(position_T), frequency(key.shape[-1]))
+        whole = torch.cat([rotate(key, cos, sin), value], dim=-1)
+        self._slices = torch.from_numpy(rows)
+        self._gathered = whole[self._slices.reshape(-1)]
+
+    def slices(self, rank: int) -> Slices:
+        return Slices(self._slices[rank], self._slices.reshape(-1), rank)  # type: ignore[arg-type]  # for a group
+
+    def gather(self, key_value: Tensor, group: Any) -> Tensor:
+        size = self._slices.shape[1]
+        own = self._gathered[group * size : (group + 1) * size]
+        torch.testing.assert_close(key_value, own, rtol=0, atol=0)  # what this rank contributes
+        return self._gathered
+
+
+def sliced_attention(
+    inputs: list[Tensor], exit_T: np.ndarray, position_T: np.ndarray, rows: np.ndarray, on_cuda: bool
+) -> Tensor:
+    """The output of all ranks, in the pack's order."""
+    query, key, value = inputs
+    exchange = Exchange(key, value, position_T, rows)
+    exits, positions = torch.from_numpy(exit_T), torch.from_numpy(position_T)
+    output = torch.empty_like(query)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention.tensor_parallel, "gather_from_sequence_parallel_region", exchange.gather)
+        for rank, own in enumerate(torch.from_numpy(rows)):
+            slices = exchange.slices(rank)
+            plan = plan_attention(exits, positions, frequency(query.shape[-1]), torch.float64, slices)
+            if on_cuda:
+                plan = replace(plan, mask=block_mask(exits, slices))
+            output = output.index_copy(0, own, attend(query[own], key[own], value[own], plan))
+    return output
+
+
+def sliced_forest(
+    shape: tuple[int, int, float], ranks: int, least: int, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Exit and position of a forest, padded as a pack is, and the tokens of each rank."""
+    exit_T, position_T = random_forest(np.random.default_rng(3), *shape)
+    tokens = len(exit_T)
+    block = block_size(tokens, ranks, least, most)
+    length = sliced_length(tokens, ranks, block, 1)
+    exit_T = np.concatenate([exit_T, np.arange(tokens, length) + 1]).astype(np.int32)
+    position_T = np.pad(position_T, (0, length - tokens))
+    return exit_T, position_T, pack_slices(position_T, ranks, block)
+
+
+def assert_sliced_is_dense(shape: tuple[int, int, float], ranks: int, blocks: tuple[int, int], on_cuda: bool):
+    exit_T, position_T, rows = sliced_forest(shape, ranks, *blocks)
+    torch.manual_seed(1)
+    query, key, value = inputs = [
+        torch.randn(len(exit_T), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+    ]
+    weight = torch.randn(len(exit_T), 4, 8, dtype=torch.float64)
+    results = [
+        [output, *torch.autograd.grad((output * weight).sum(), inputs)]
+        for output in (
+            sliced_attention(inputs, exit_T, position_T, rows, on_cuda),
+            attend_densely(query, key, value, exit_T, position_T),
+        )
+    ]
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)  # as above
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("shape", FORESTS.values(), ids=FORESTS.keys())
+def test_slices_attend_as_the_whole_pack(shape, ranks: int) -> None:
+    """Values and gradients in float64 are those of the dense mask; also with more ranks than tokens."""
+    assert_sliced_is_dense(shape, ranks, (1, attention.CPU_BLOCK), on_cuda=False)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("shape", FORESTS.values(), ids=FORESTS.keys())
+def test_on_cuda_slices_attend_as_the_whole_pack(shape, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CUDA_BLOCK", 16)
+    assert_sliced_is_dense(shape, ranks, (16, 16), on_cuda=True)
+
+
+@pytest.mark.parametrize("shape", FORESTS.values(), ids=FORESTS.keys())
+def test_the_block_mask_of_a_slice_is_the_one_that_torch_makes(
+    shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CUDA_BLOCK", 16)
+    exit_T, _, rows = sliced_forest(shape, 3, 16, 16)
+    gathered = torch.from_numpy(rows.reshape(-1))
+    every = dense(exit_T)
+    for own in torch.from_numpy(rows):
+        ours = block_mask(torch.from_numpy(exit_T), Slices(own, gathered, None))  # type: ignore[arg-type]  # unused
+        mine = every[own][:, gathered]
+        theirs = create_block_mask(
+            lambda _batch, _head, query, key, mine=mine: mine[query, key],
+            *(1, 1, len(own), len(gathered), "cpu"),
+            BLOCK_SIZE=16,
+        )
+        assert ours.shape == theirs.shape
+        for kind in ("kv", "full_kv", "q", "full_q"):
+            assert torch.equal(_chosen(ours, kind), _chosen(theirs, kind))
+
+
+def test_lengths_of_slices_are_compiled_for_once() -> None:
+    """As above, for a rank's queries and the gathered keys."""
+    torch._dynamo.reset()
+    lengths = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object):
+        (call,) = (node for node in graph.graph.nodes if node.target is torch.ops.higher_order.flex_attention)
+        query, key = call.args[:2]
+        lengths.append([x.meta["example_value"].shape[2] for x in (query, key)])  # type: ignore[reportAttributeAccessIssue]  # nodes
+        return graph.forward
+
+    compiled = torch.compile(attention.attend_rotated_blocks, backend=backend, fullgraph=True)
+    for number in range(6):
+        exit_T, _, rows = sliced_forest((20 + 9 * number, 60, 0.5), 2, 128, 128)
+        own, *_ = torch.from_numpy(rows)
+        mask = block_mask(torch.from_numpy(exit_T), Slices(own, torch.from_numpy(rows).reshape(-1), None))  # type: ignore[arg-type]  # unused
+        query, key, value = (
+            torch.randn(tokens, heads, 8)
+            for tokens, heads in ((len(own), 4), (len(exit_T), 2), (len(exit_T), 2))
+        )
+        compiled(*(attention._in_blocks(x) for x in (query, key, value)), mask)  # type: ignore[reportCallIssue]  # their number is not in the type
+    assert len(lengths) <= 3
+    for query_length, key_length in lengths:
+        assert statically_known_true(query_length % 128 == 0)
+        assert statically_known_true(key_length % 128 == 0)
+    assert any(isinstance(length, torch.SymInt) for length in lengths[-1])

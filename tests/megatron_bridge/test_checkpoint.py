@@ -33,18 +33,21 @@ LAYOUTS = {
     "one rank": ParallelConfig(),
     "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "tensor 2, data 2": ParallelConfig(tensor=2, data=2, expert=2),
+    "context 2": ParallelConfig(context=2, expert=2),
 }
 # Layouts add a few hundred float32 terms in different orders: a few 1e-6 of a loss or weight near 1.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 MODELS = ("dense", "dense, bfloat16", "experts", "shared expert")
-ONE, INTERLEAVED, SPREAD = LAYOUTS
+ONE, INTERLEAVED, SPREAD, SLICED = LAYOUTS
 # (model, the layout that saves, the layout that loads)
 EXACT = [
-    (model, layout, layout) for model in MODELS for layout in (LAYOUTS if model == "dense" else (SPREAD,))
+    (model, layout, layout)
+    for model in MODELS
+    for layout in (LAYOUTS if model == "dense" else (SPREAD, SLICED))
 ]
 OTHER = [("dense", saving, loading) for saving in LAYOUTS for loading in LAYOUTS if saving != loading]
 OTHER += [("experts", SPREAD, ONE), ("experts", SPREAD, INTERLEAVED), ("experts", ONE, SPREAD)]
-OTHER += [("shared expert", SPREAD, ONE)]
+OTHER += [("shared expert", SPREAD, ONE), ("experts", SPREAD, SLICED), ("experts", SLICED, ONE)]
 MASTERS = [("dense, bfloat16", SPREAD, ONE), ("dense, bfloat16", ONE, SPREAD)]
 JOURNEYS = [*EXACT, *OTHER, *MASTERS]
 

@@ -142,6 +142,11 @@ def pack_with(route: np.ndarray | None) -> Pack:
     return replace(pack, route=route)
 
 
+def whole(replay: RoutingReplay, pack: Pack) -> dict[str, np.ndarray]:
+    """The arrays of one rank that has all tokens."""
+    return replay.arrays(pack, np.arange(len(pack)))
+
+
 def test_every_router_gets_the_routes_of_its_layer_once(architecture: Architecture) -> None:
     """In whatever order layers and micro-batches are computed, and computed again."""
     rng, layers = np.random.default_rng(2), [Layer(1), Layer(3)]
@@ -149,7 +154,7 @@ def test_every_router_gets_the_routes_of_its_layer_once(architecture: Architectu
     packs = [pack_with(random_routes(rng, 11, 3, 6, 2)) for _ in range(2)]
     plans = []
     for pack in packs:
-        arrays = {name: torch.from_numpy(array.copy()) for name, array in replay.arrays(pack).items()}
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in whole(replay, pack).items()}
         exit_T, position_T = (torch.from_numpy(column.copy()) for column in (pack.exit, pack.position))
         plan = plan_attention(exit_T, position_T, torch.ones(2), torch.float32)
         plans.append(replace(plan, routes=replay.routes(arrays)))
@@ -187,12 +192,20 @@ def test_routes_of_another_model_are_refused(
 ) -> None:
     replay = replayed_by([Layer(1), Layer(3)], architecture)
     with pytest.raises(ValueError, match=re.escape(message)):
-        replay.arrays(pack_with(route))
+        whole(replay, pack_with(route))
 
 
 def test_only_a_pack_without_a_tree_may_lack_routes(architecture: Architecture) -> None:
     replay = replayed_by([Layer(1), Layer(3)], architecture)
     assert replay.routes({}) is None
-    assert replay.arrays(blank_pack()) == {}
+    assert whole(replay, blank_pack()) == {}
     with pytest.raises(AssertionError, match="returned no routes"):
-        replay.arrays(pack_with(None))
+        whole(replay, pack_with(None))
+
+
+def test_a_slice_has_the_routes_of_its_own_tokens(architecture: Architecture) -> None:
+    pack = pack_with(random_routes(np.random.default_rng(2), 11, 3, 6, 2))
+    assert pack.route is not None
+    own = np.array([2, 3, 8, 9])
+    found = replayed_by([Layer(1), Layer(3)], architecture).arrays(pack, own)["experts"]
+    assert np.array_equal(found, np.stack([pack.route[own, 0], pack.route[own, 2]]))

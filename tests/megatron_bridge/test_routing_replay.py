@@ -48,6 +48,9 @@ REPLAYED = {
     "data 2, expert 2": ("qwen3_moe", "none"),
     "tensor 2, pipeline 2, interleaved": ("qwen3_moe", "none"),
     "pipeline 2, data 2, expert 2": ("qwen2_moe", "full"),
+    "context 2, expert 2": ("qwen3_moe", "selective"),
+    "context 2, tensor 2, expert 4": ("qwen3_moe", "none"),
+    "context 2, pipeline 2, interleaved": ("qwen2_moe", "full"),
 }
 """Layouts, each with its model and what is recomputed."""
 

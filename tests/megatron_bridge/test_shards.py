@@ -27,8 +27,10 @@ from megatron_bridge.layout_shards import (
     Shard,
     check_shards,
     expert_data_ranks,
+    fake_ranks,
     layout_shards,
 )
+from megatron_bridge.runtime import on_device
 from treepo.config.trainer import ParallelConfig
 from treepo.errors import ConfigError, ModelError
 
@@ -57,6 +59,7 @@ KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 DIVISORS = {
     "tensor": [1, 2, 4, 8],
+    "context": [1, 1, 2, 4],
     "pipeline": [1, 2, 4, 8],
     "data": [1, 2, 3, 8, 16],
     "expert": [1, 2, 8, 16],
@@ -74,7 +77,7 @@ def random_layout(rng: random.Random, experts: bool) -> ParallelConfig:
         chosen: dict[str, Any] = {name: rng.choice(sizes) for name, sizes in DIVISORS.items()}
         if not experts:
             chosen["expert"] = 1
-        if chosen["tensor"] * chosen["data"] % chosen["expert"]:
+        if chosen["tensor"] * chosen["context"] * chosen["data"] % chosen["expert"]:
             continue
         chunks = rng.choice([1, 2, 4]) if chosen["pipeline"] > 1 else 1
         if 8 % (chosen["pipeline"] * chunks) == 0:
@@ -223,3 +226,19 @@ def test_layouts_that_do_not_divide(layout: dict[str, Any], arithmetic: str, tmp
     with pytest.raises(ConfigError, match=arithmetic):
         layout_shards(architecture, ParallelConfig(**layout))
     assert not dist.is_initialized()
+
+
+def test_replicas_are_numbered_as_megatron_core_numbers_them() -> None:
+    """Packs are sent to a replica's ranks before they have any groups."""
+    parallel = ParallelConfig(tensor=2, context=3, pipeline=2, data=2)
+    firsts = []
+    for rank in range(parallel.ranks):
+        with on_device(), torch.random.fork_rng(devices=[]), fake_ranks(parallel, rank):
+            assert parallel_state.get_data_parallel_rank() == parallel.replica(rank)
+            assert parallel_state.get_context_parallel_rank() == rank // parallel.tensor % parallel.context
+            within = (
+                parallel_state.get_context_parallel_rank() + parallel_state.get_tensor_model_parallel_rank()
+            )
+            if within == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0:
+                firsts.append(rank)
+    assert firsts == list(range(0, parallel.stage_ranks, parallel.replica_ranks))

@@ -87,6 +87,13 @@ def test_one_small_change_comes_first_and_more_devices_last(dense: Architecture)
     assert any(more)
 
 
+def test_context_alone_is_one_step_away(dense: Architecture) -> None:
+    """Its ranks come from the replicas: the pack is divided, and nothing else changes."""
+    found = list(islice(neighbours(config_of(tensor=2, data=4), dense), 20))
+    changes = [neighbour.overrides for neighbour in found]
+    assert ["trainer.parallel.context=2", "trainer.parallel.data=2"] in changes
+
+
 def test_a_layout_that_changes_more_than_one_that_fits_goes_beyond_it() -> None:
     config = config_of()
     one = Neighbour(config, {"trainer.recompute": "full"}, {})

@@ -86,6 +86,9 @@ SETTINGS = {
     "tensor 2, adapters": Setting("qwen3", {"tensor": 2}, lora={"rank": 4, "targets": ["q_proj", "up_proj"]}),
     "data 2": Setting("qwen3", {"data": 2}, "selective", "bfloat16"),
     "data 2, expert 2": Setting("qwen3_moe", {"data": 2, "expert": 2}, "full"),
+    "context 2": Setting("qwen2", {"context": 2}),
+    "context 2, selective": Setting("qwen3", {"context": 2}, "selective"),
+    "context 2, expert 2, full": Setting("qwen3_moe", {"context": 2, "expert": 2}, "full"),
 }
 
 
@@ -149,7 +152,7 @@ def compared(config: RunConfig, ranks: list[Measured]) -> Iterator[tuple[str, fl
     folder, parallel = config.model.path, config.trainer.parallel
     *stages, syncing = trainer_memory(config, folder)
     batch = largest_micro_batch(config, read_architecture(folder))
-    per_stage = parallel.tensor * parallel.data
+    per_stage = parallel.stage_ranks
     for plan, shard in zip(stages, stage_shards(folder, parallel), strict=True):
         own = ranks[shard.stage * per_stage : (shard.stage + 1) * per_stage]
         kept = plan.parts["activations"] + plan.parts["tree packs"]
@@ -189,7 +192,7 @@ def test_parameters_are_those_that_ranks_hold(name: str, cases, measured) -> Non
     """Parameters exactly; weights, gradients and optimizer except for the gaps that Megatron-Core leaves."""
     config = cases[name].config
     parallel = config.trainer.parallel
-    per_stage = parallel.tensor * parallel.data
+    per_stage = parallel.stage_ranks
     lora, architecture = config.trainer.lora, read_architecture(config.model.path)
     for shard in stage_shards(config.model.path, parallel):
         held = {each.name: each.elements for each in shard.parameters}

@@ -30,6 +30,8 @@ SPLIT = ("placement=split", "weights.transport=broadcast")
 AHEAD = (*SPLIT, "loop.mode=async")
 TOO_LARGE = ("trainer.parallel.tensor=1", "trainer.parallel.data=8", "trainer.recompute=none")
 
+BUDGET = ("data.decoded_tokens_per_step=1000000",)
+
 
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,10 +53,20 @@ def planned(*overrides: str) -> Plan:
     return make_plan(config_of(*overrides), silent)
 
 
+def test_context_is_proposed_if_a_pack_is_too_long() -> None:
+    config = load_config(
+        Path("examples/models/qwen3-8b-32k.yaml"),
+        ["trainer.parallel.context=1", "trainer.parallel.data=4"],
+    )
+    plan = make_plan(config, silent)
+    assert plan.fit.problem is not None
+    assert any("trainer.parallel.context=2" in proposal.overrides for proposal in plan.proposals)
+
+
 @pytest.fixture
 def made_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command shows the plans of `planned`."""
-    known = {overrides: config_of(*overrides) for overrides in (SPLIT, AHEAD, TOO_LARGE, ())}
+    known = {overrides: config_of(*overrides) for overrides in (SPLIT, AHEAD, TOO_LARGE, BUDGET, ())}
 
     def find(config: RunConfig, report: object) -> Plan:
         del report
@@ -66,6 +78,20 @@ def made_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["plan", QWEN3_8B, *SMALL, *arguments])
+
+
+@pytest.mark.usefixtures("made_plans")
+def test_a_budget_of_tokens_is_told_in_trees() -> None:
+    plan = planned(*BUDGET)
+    assert plan.sampling is not None
+    assert plan.sampling.decoded_tokens == planned().sampling.decoded_tokens  # type: ignore[reportOptionalMemberAccess]  # it fits too
+    tokens = plan.sampling.decoded_tokens
+    expected = (
+        f"Planned with data.prompts_per_step = 8 trees, which decode {tokens:,.0f} tokens; "
+        f"data.decoded_tokens_per_step = 1,000,000 is {8e6 / tokens:,.0f} of these trees."
+    )
+    assert expected in run(*BUDGET).output
+    assert "of these trees" not in run().output
 
 
 def test_a_run_that_fits_is_planned_in_full() -> None:

@@ -100,6 +100,22 @@ def test_a_step_has_all_its_phases_and_more_devices_are_faster(qwen2: Path) -> N
     assert again.phases["log_probs"].seconds == pytest.approx(small.phases["log_probs"].seconds * 2)
 
 
+def test_slices_share_a_step_and_send_keys_and_values(qwen2: Path) -> None:
+    """Each of two ranks computes half; over a slow network the exchange costs more than is gained."""
+    settings = {"trainer_max_tokens_per_pack": 4096, "plan_devices_per_node": 2}
+    alone = planned(config(**settings), qwen2).phases["train"]
+    run = config(**settings, trainer_parallel={"context": 2})
+    divided = planned(run, qwen2).phases["train"]
+    assert alone.seconds / 2 < divided.seconds < alone.seconds
+    assert "keys and values to each rank" in divided.note
+    assert "keys and values" not in alone.note
+    slow = {**settings, "plan_devices_per_node": 1, "plan_network_gb_per_second": 0.001}
+    apart = config(**slow, trainer_parallel={"context": 2}, placement="split", weights_transport="disk")
+    assert planned(apart, qwen2).phases["train"].seconds > alone.seconds
+    sampling = simulate_step(workload(run), StatedRates(), engine(run, qwen2), engines=1)
+    assert all(1 <= one.fullest < 1.1 for work in replica_work(run, sampling.trees) for one in work)
+
+
 def test_a_sync_takes_longer_the_longer_its_way_is(qwen2: Path) -> None:
     settings: dict[str, Any] = {
         "placement": "split",

@@ -114,12 +114,18 @@ def test_more_recomputation_keeps_less(llama: Path) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_every_way_of_dividing_takes_memory_off_a_rank(recompute: str, llama: Path) -> None:
     alone = fullest(config_of({"recompute": recompute}), llama)
-    for layout in ({"tensor": 2}, {"pipeline": 2}, {"data": 2}):
+    for layout in ({"tensor": 2}, {"context": 2}, {"pipeline": 2}, {"data": 2}):
         divided = fullest(config_of({"recompute": recompute, "parallel": layout}), llama)
         assert divided.total < alone.total, layout
     data = fullest(config_of({"recompute": recompute, "parallel": {"data": 4}}), llama)
     assert data.parts["optimizer"] == pytest.approx(alone.parts["optimizer"] / 4, rel=1e-4)
     assert data.parts["activations"] == alone.parts["activations"]
+    context = trainer_memory(config_of({"recompute": recompute, "parallel": {"context": 4}}), llama)[0]
+    assert context.parts["weights"] == alone.parts["weights"]
+    assert context.parts["optimizer"] == data.parts["optimizer"]
+    # Without recomputation each rank keeps every query head's copy of all slices' keys and values.
+    kept = context.parts["activations"] / alone.parts["activations"]
+    assert kept == pytest.approx(0.25) if recompute != "none" else 0.25 < kept < 0.75
 
 
 def test_stages_hold_fewer_micro_batches_from_first_to_last(llama: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.fake_engine import EOS, FakeEngine, decode, log_probs_of, prompt_tokens
-from tests.support.sampling_policies import POLICIES, sampling
+from tests.support.sampling_policies import POLICIES, letters, sampling
 from treepo.config.sampling import SamplingConfig
 from treepo.data.prompts import Prompt
 from treepo.protocols import GenerateOutput, GenerateRequest
@@ -51,8 +51,7 @@ def same(one: dict[str, Tree], other: dict[str, Tree]) -> bool:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_tree_of_every_policy(policy: str) -> None:
     config = sampling(**POLICIES[policy])
-    letters = 3 if policy == "looping" else 400
-    trees, driver = grow(config, [FakeEngine(end=0.04, box=0.02, letters=letters)], count=12)
+    trees, driver = grow(config, [FakeEngine(end=0.04, box=0.02, letters=letters(policy))], count=12)
     rule = StopRule(config, decode)
     for tree in trees.values():
         assert len(tree.leaves) <= config.most_leaves
@@ -73,9 +72,11 @@ def test_every_tree_of_every_policy(policy: str) -> None:
             assert max(len(tree.segments[index].tokens) for index in path) <= config.segment_tokens
         assert to_json(from_json(to_json(tree))) == to_json(tree)
     assert driver.stats.trees == len(trees)
-    assert driver.stats.decoded_tokens - driver.stats.dropped_tokens == sum(
+    stats = driver.stats
+    assert stats.decoded_tokens - stats.dropped_tokens - stats.pruned_tokens == sum(
         tree.unique_tokens() for tree in trees.values()
     )
+    assert (stats.pruned_tokens > 0) == ("lookahead" in policy)
 
 
 def test_unaligned_cuts_do_split_segments() -> None:
@@ -121,7 +122,7 @@ def test_further_children_begin_before_the_least_likely_token() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_tree_does_not_depend_on_the_order_of_answers(policy: str) -> None:
     config = sampling(**POLICIES[policy])
-    model: dict[str, Any] = {"end": 0.04, "box": 0.02, "letters": 5 if policy == "looping" else 400}
+    model: dict[str, Any] = {"end": 0.04, "box": 0.02, "letters": letters(policy)}
     plain, _ = grow(config, [FakeEngine(**model)], count=8)
     engines = [FakeEngine(**model, shuffle=seed) for seed in (1, 2, 3)]
     shuffled, _ = grow(config, engines, count=8, kv_tokens=1000)

@@ -77,3 +77,15 @@ def test_a_seed_determines_trees_however_many_live_at_once(real_engine: "RealEng
 
     assert responses(together) == responses(one_by_one)
     assert responses(together) != responses(other)
+
+
+def test_children_that_begin_alike_are_one(real_engine: "RealEngine") -> None:
+    config = sampling(branch={"lookahead": 2}, branching=3, temperature=0.2, fallback={"cut": "none"})
+    trees, stats = grow(real_engine, config, count=4)
+    assert stats.pruned_tokens > 0
+    kept = stats.decoded_tokens - stats.dropped_tokens - stats.pruned_tokens
+    assert kept == sum(tree.unique_tokens() for tree in trees)
+    for tree in trees:
+        begun = [(segment.parent, *segment.tokens[:2].tolist()) for segment in tree.segments]
+        assert len(set(begun)) == len(begun)
+        assert max(segment.draws for segment in tree.segments) > 1

@@ -203,7 +203,7 @@ def branches(
         place = branch_place(path, config)
         if share > 1 and 0 < place < len(path.tokens):
             path.bounds = sorted({*path.bounds, place})
-        queue += [path] + [path.cut(place)] * (share - 1)
+        queue += [path] * share if place == len(path.tokens) else [path] + [path.cut(place)] * (share - 1)
         path.branched = share > 1
     return queue
 
@@ -235,6 +235,17 @@ def continuations(leaves: list[Path], rest: int, config: SamplingConfig, rng: ra
     return queue
 
 
+def distinct(children: list[tuple[Path, Path]], config: SamplingConfig) -> list[tuple[Path, Path]]:
+    """The children that go on after a lookahead, each with its parent; siblings have one parent object."""
+    if config.branch.lookahead is None or config.mode == "sequential":
+        return children
+    kept = {}
+    for parent, child in children:
+        begun = child.tokens[len(parent.tokens) :][: config.branch.lookahead]
+        kept.setdefault((id(parent), tuple(begun)), (parent, child))
+    return list(kept.values())
+
+
 def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Counter[str]:
     seen: Counter[str] = Counter()
     leaves: list[Path] = []
@@ -246,8 +257,7 @@ def simulate(config: SamplingConfig, chances: Chances, rng: random.Random) -> Co
     queue = [Path()] * (config.most_leaves if config.mode == "sequential" else first)
     while queue:
         active, before = [], len(leaves)
-        for path in queue:
-            child = sample_segment(path, chances, config, rng)
+        for path, child in distinct([(p, sample_segment(p, chances, config, rng)) for p in queue], config):
             seen["unique tokens"] += len(child.tokens) - len(path.tokens)
             child.stop = why_it_ends(child, config)
             (leaves if child.stop else active).append(child)
@@ -332,6 +342,11 @@ POLICIES: dict[str, dict[str, Any]] = {
         "branch": {"at": "surprise", "window_tokens": 3, "from_depth": 2},
         "allocation": {"policy": "low_last"},
     },
+    "lookahead": {"branch": {"lookahead": 1}, "branching": 3, "initial_branching": 4},
+    "lookahead, late surprise": {
+        "branch": {"lookahead": 2, "at": "surprise", "from_depth": 2},
+        "branching": 4,
+    },
     "boxed with eos": {"stops": {"boxed": "with_eos", "repetition": {"check": "off"}}},
     "boxed off": {"stops": {"boxed": "off", "repetition": {"check": "off"}}},
     "repetition first": {"stops": {"repetition": {**LOOPING, "check": "first"}}},
@@ -371,7 +386,8 @@ def test_every_registered_policy_is_simulated() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_trees_are_those_of_the_straight_line_rules(policy: str, trees: int) -> None:
     config = SamplingConfig(**{**SMALL, **POLICIES[policy]})
-    chances = Chances(letters=3) if policy.startswith("repetition") else Chances()
+    few = policy.startswith(("repetition", "lookahead"))
+    chances = Chances(letters=3) if few else Chances()
     rng = random.Random(policy)
     rule = StopRule(config, decode)
     engine = FakeEngine(chances.end, chances.box, letters=chances.letters - 1)

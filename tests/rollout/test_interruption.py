@@ -21,7 +21,7 @@ from tests.support.fake_engine import (
     prompt_tokens,
     random_interruptions,
 )
-from tests.support.sampling_policies import POLICIES, sampling
+from tests.support.sampling_policies import POLICIES, letters, sampling
 from tests.support.small_trees import config_of
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
@@ -52,7 +52,7 @@ class Grown:
 
 def model_of(policy: str) -> dict[str, Any]:
     """The chances of a `FakeEngine`."""
-    return {"end": 0.04, "box": 0.02, "letters": 3 if policy == "looping" else 400}
+    return {"end": 0.04, "box": 0.02, "letters": letters(policy)}
 
 
 def steady(policy: str, interruptions: Iterator[int] = NEVER) -> SteadyEngine:
@@ -250,7 +250,7 @@ def test_the_driver_grows_interrupted_trees_in_any_order_of_answers(policy: str)
     assert len(plain) == len(prompts)
     assert list(map(without_versions, plain)) == list(map(without_versions, trees))
     assert max(map(runs, trees)) > 1
-    kept = driver.stats.decoded_tokens - driver.stats.dropped_tokens
+    kept = driver.stats.decoded_tokens - driver.stats.dropped_tokens - driver.stats.pruned_tokens
     assert kept == sum(tree.unique_tokens() for tree in trees)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.fake_engine import FakeEngine, SteadyEngine, decode, prompt_tokens, random_interruptions
-from tests.support.sampling_policies import POLICIES, sampling
+from tests.support.sampling_policies import POLICIES, letters, sampling
 from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
@@ -27,7 +27,7 @@ EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
 
 def model_of(policy: str) -> dict[str, Any]:
     """The chances of a `FakeEngine`, for many fallbacks."""
-    return {"end": 0.12, "box": 0.02, "letters": 3 if policy == "looping" else 400}
+    return {"end": 0.12, "box": 0.02, "letters": letters(policy)}
 
 
 @dataclass

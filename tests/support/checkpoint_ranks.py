@@ -54,7 +54,7 @@ class Result:
 def live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
     del folder
     trainer = _trainer(case, layout, rank, store)
-    packs = case.packs if layout.data == 1 else (case.packs[:1], case.packs[1:])[rank // layout.tensor % 2]
+    packs = case.packs if layout.data == 1 else (case.packs[:1], case.packs[1:])[layout.replica(rank)]
     if case.load is not None:
         trainer.load(case.load)
     start = weights_of(trainer)

@@ -181,8 +181,7 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
     )
     trainer = MegatronTrainer(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
     assert not RouterReplay.global_router_replay_instances  # they would outlive the trainer
-    # Ranks count tensor parallelism fastest, then data, then pipeline.
-    replica = rank // layout.tensor % layout.data
+    replica = layout.replica(rank)
 
     def everyone(packs: Sequence[Sequence[Pack]], compute=trainer.log_probs) -> list[list[np.ndarray]]:
         gathered: list[tuple[int, list[np.ndarray]]] = [(0, [])] * layout.ranks
@@ -238,7 +237,7 @@ def _learn(
 
     del folder
     layout, temperature = case.layout, 0.8
-    replica = rank // layout.tensor % layout.data
+    replica = layout.replica(rank)
     config = TrainerConfig(
         parallel=layout,
         optimizer=LINEAR,
@@ -260,7 +259,7 @@ def _learn(
             ]
         mismatch = [LogProbMismatch()] * layout.ranks
         torch.distributed.all_gather_object(mismatch, LogProbMismatch.of(chain.from_iterable(batch)))
-        firsts = [index * layout.tensor for index in range(layout.data)]  # a rank of each replica
+        firsts = range(0, layout.stage_ranks, layout.replica_ranks)  # a rank of each replica
         updates = [
             trainer.train_step(packs, temperature, denominator)
             for packs, (_, denominator) in zip(batch, case.mini_batches, strict=True)

@@ -30,6 +30,11 @@ def children_of(tree: Tree, node: int) -> list[int]:
     ]
 
 
+def drawn_children(tree: Tree, node: int) -> list[int]:
+    """`children_of`, each as often as it was drawn."""
+    return [child for child in children_of(tree, node) for _ in range(tree.segments[child].draws)]
+
+
 def naive_treepo(tree: Tree, leaf: Leaf, config: LearningConfig) -> list[float]:
     def terms(leaf: Leaf) -> list[tuple[float, float]]:
         found, above = [], None
@@ -61,7 +66,7 @@ def naive_treepo_segment(tree: Tree, leaf: Leaf, config: LearningConfig) -> list
     def value(node: int) -> float:
         if node == PROMPT:
             return 0.0
-        children = children_of(tree, node)
+        children = drawn_children(tree, node)
         if children:
             return sum(map(value, children)) / len(children)
         own = next(leaf for leaf in tree.leaves if leaf.segment == node)
@@ -84,7 +89,7 @@ def naive_spo(tree: Tree, leaf: Leaf, _: LearningConfig) -> list[float]:
 
     advantages = []
     for node in tree.path(leaf.segment):
-        siblings = [mean(child) for child in children_of(tree, tree.segments[node].parent)]
+        siblings = [mean(child) for child in drawn_children(tree, tree.segments[node].parent)]
         advantages.append((mean(node) - np.mean(siblings)) / (np.std(siblings) + 1e-8))
     return advantages
 

@@ -24,6 +24,13 @@ def with_routes(tree: Tree, rng: np.random.Generator, dtype: type[np.unsignedint
     return replace(tree, segments=tuple(segments), prompt_routes=draw(len(tree.prompt)))
 
 
+def with_draws(tree: Tree, rng: np.random.Generator) -> Tree:
+    """The tree with segments of 1 to 4 draws."""
+    draws = rng.integers(1, 5, len(tree.segments)).tolist()
+    segments = zip(tree.segments, draws, strict=True)
+    return replace(tree, segments=tuple(replace(segment, draws=each) for segment, each in segments))
+
+
 def random_tree(
     rng: np.random.Generator,
     prompt_id: str = "p",

@@ -24,6 +24,19 @@ POLICIES: dict[str, dict[str, Any]] = {
     "late": {"branch": {"from_depth": 3}},
     "surprise": {"branch": {"at": "surprise"}},
     "late surprise": {"branch": {"at": "surprise", "window_tokens": 3, "from_depth": 2}, "branching": 3},
+    "lookahead": {"branch": {"lookahead": 2}},
+    "late lookahead, initial range": {
+        "branch": {"lookahead": 3, "from_depth": 2},
+        "branching": 3,
+        "initial_branching": "2-6",
+        "max_response_tokens": 34,
+        "fallback": {"order": "random"},
+    },
+    "lookahead, surprise, unaligned": {
+        "branch": {"lookahead": 1, "at": "surprise"},
+        "branching": 4,
+        "fallback": {"cut": "min_log_prob", "aligned": False},
+    },
     "with eos": {"stops": {"boxed": "with_eos"}},
     "looping": {"stops": {"repetition": _LOOP}},
     "limit": {"max_response_tokens": 29},
@@ -34,6 +47,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     "no fallback": {"fallback": {"cut": "none"}},
     "sequential": {"mode": "sequential"},
 }
+
+
+def letters(policy: str) -> int:
+    """Letters of a FakeEngine. With few, answers loop and siblings begin alike, as some policies need."""
+    return 3 if policy == "looping" or "lookahead" in policy else 400
 
 
 def sampling(**values: Any) -> SamplingConfig:

@@ -7,6 +7,7 @@ from itertools import combinations, count
 
 from treepo.data.prompt_order import MixtureOrder, PromptOrder, TrainingOrder
 from treepo.training.scheduler import Scheduler, ScheduleState
+from treepo.training.step_budget import StepBudget
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,14 @@ class ScheduleRun:
     batch: int
     max_staleness: int
     max_untrained: int
-    max_replaced: int = 1000
+    max_refills: int = 1000
     steps: int = 12
     drops: float = 0.0
     fails: float = 0.0
     restores: float = 0.0
     slow: float = 0.0  # share of trees that finish only if no other tree is left
     mixture: tuple[tuple[int, int], ...] = ()  # prompts and weight of each file, if there are several
+    budget: StepBudget | None = None  # with it, batch and max_untrained are those of the next step
 
     def order(self) -> TrainingOrder:
         if not self.mixture:
@@ -37,9 +39,10 @@ class ScheduleRun:
             batch=self.batch,
             max_staleness=self.max_staleness,
             max_untrained=self.max_untrained,
-            max_replaced=self.max_replaced,
+            max_refills=self.max_refills,
             steps=self.steps,
             version=version,
+            budget=self.budget,
             state=state,
         )
 
@@ -51,7 +54,7 @@ def drawn_run(rng: random.Random) -> ScheduleRun:
         batch=batch,
         max_staleness=max_staleness,
         max_untrained=rng.randint(batch, batch * (max_staleness + 1)),
-        max_replaced=rng.choice([0, batch, 1000]),
+        max_refills=rng.choice([0, 1, 1000]),
         steps=rng.randint(1, 12),
         drops=rng.choice([0.0, 0.2, 0.6]),
         fails=rng.choice([0.0, 0.2]),
@@ -70,6 +73,13 @@ def drawn_mixture(rng: random.Random) -> ScheduleRun:
     return replace(run, prompts=sum(sizes), mixture=tuple(zip(sizes, weights, strict=True)))
 
 
+def with_budget(run: ScheduleRun, rng: random.Random) -> ScheduleRun:
+    """The run with a budget that changes the number of trees from step to step."""
+    most = run.order().largest_step
+    budget = StepBudget(run.batch * 100, run.batch, rng.randint(1, run.batch), most)
+    return replace(run, max_untrained=run.batch, budget=budget)
+
+
 @dataclass
 class Simulation:
     """Plays a run with events in random order, and checks every rule that must hold after each."""
@@ -86,6 +96,7 @@ class Simulation:
     started: set[int] = field(default_factory=set)  # positions
     dropped: int = 0  # since the last step took its trees
     inherited: int = 0  # ready trees of the last restore
+    spent: list[tuple[int, int]] = field(default_factory=list)  # trees and decoded tokens of each step
 
     def __post_init__(self) -> None:
         self.order = self.run.order()
@@ -97,11 +108,24 @@ class Simulation:
             self.batches.append(taken)
             for _ in range(self.rng.randrange(12)):  # while the trainer learns
                 self.any_event(training=len(taken))
-            self.scheduler.trained()
+            self.end_step()
             self.version += 1
             self.begun.clear()
             if self.rng.random() < self.run.restores:
                 self.restore()
+
+    def end_step(self) -> None:
+        """With a budget, trees become three times as long during the run."""
+        if self.run.budget is None:
+            self.scheduler.trained()
+            return
+        length = 50 + 100 * self.version // self.run.steps
+        decoded = sum(self.rng.randint(1, 2 * length) for _ in range(self.run.batch))
+        self.spent.append((self.run.batch, decoded))
+        self.scheduler.trained(decoded)
+        batch = trees_of_next_step(self.run.budget, self.spent)
+        self.run = replace(self.run, batch=batch, max_untrained=batch)
+        assert self.scheduler.batch == batch
 
     def wait_for_batch(self) -> Mapping[int, int]:
         for _ in range(10_000):
@@ -174,8 +198,11 @@ class Simulation:
             self.scheduler.finish(position)
             self.ready[position] = began
 
+    def unreplaced(self) -> int:
+        return min(max(self.dropped - self.run.max_refills * self.run.batch, 0), self.run.batch)
+
     def try_to_take(self) -> Mapping[int, int] | None:
-        wanted = self.run.batch - min(max(self.dropped - self.run.max_replaced, 0), self.run.batch)
+        wanted = self.run.batch - self.unreplaced()
         more = bool(self.growing) or self.scheduler.next() is not None
         room = min(self.run.max_untrained, (self.run.steps - self.version) * self.run.batch)
         if not more and len(self.ready) < room - (self.run.batch - wanted):
@@ -204,7 +231,7 @@ class Simulation:
         state.check(self.version)
         assert state.ready == sorted(self.ready)
         assert len(state.dropped) == self.dropped
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.5 and self.run.budget is None:
             most = self.rng.randint(0, 4)
             untrained = self.rng.randint(self.run.batch, self.run.batch * (most + 1))
             self.run = replace(self.run, max_staleness=most, max_untrained=untrained)
@@ -218,6 +245,7 @@ class Simulation:
         self.started -= {*self.growing, *(self.ready.keys() - kept.keys())}
         self.growing, self.ready, self.inherited = {}, kept, len(kept)
         assert self.scheduler.growing == 0
+        assert self.scheduler.batch == self.run.batch
 
     def check_positions(self) -> None:
         """Every position below the cursor was taken or lost once, or still waits."""
@@ -229,6 +257,16 @@ class Simulation:
             started = [turn for each, turn in map(self.order.turn, self.started) if each == file]
             left = [turn for each, turn in map(self.order.turn, waiting) if each == file]
             assert max(started, default=0) - min(left, default=max(started, default=0)) <= 3 * size
+
+
+def trees_of_next_step(budget: StepBudget, spent: list[tuple[int, int]]) -> int:
+    """From the trees and decoded tokens of all steps so far."""
+    left = 0.0
+    for _, decoded in spent:
+        left = max(-budget.tokens / 2, min(budget.tokens / 2, left + budget.tokens - decoded))
+    weighted = [(each[0] / 2**age, each[1] / 2**age) for age, each in enumerate(reversed(spent))]
+    trees, tokens = map(sum, zip(*weighted, strict=True))
+    return round(max(budget.least, min(budget.most, (budget.tokens + left) * trees / tokens)))
 
 
 def can_take(

@@ -96,6 +96,16 @@ LAYOUTS = {
     "tensor 2, pipeline 2, interleaved": ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2),
     "tensor 2, data 2": ParallelConfig(tensor=2, data=2),
     "pipeline 2, data 2, expert 2": ParallelConfig(pipeline=2, data=2, expert=2),
+    "context 2": ParallelConfig(context=2),
+    "context 2, expert 2": ParallelConfig(context=2, expert=2),
+    "context 4": ParallelConfig(context=4),
+    "context 2, tensor 2": ParallelConfig(context=2, tensor=2),
+    "context 2, tensor 2, expert 4": ParallelConfig(context=2, tensor=2, expert=4),
+    "context 2, tensor 2, sequence whole": ParallelConfig(context=2, tensor=2, sequence=False),
+    "context 2, pipeline 2": ParallelConfig(context=2, pipeline=2),
+    "context 2, pipeline 2, interleaved": ParallelConfig(context=2, pipeline=2, virtual_pipeline=2),
+    "context 2, data 2": ParallelConfig(context=2, data=2),
+    "context 2, data 2, expert 2": ParallelConfig(context=2, data=2, expert=2),
 }
 # Every layout with models that exercise it, every model at several layouts.
 MODELS = {
@@ -111,9 +121,36 @@ MODELS = {
     "tensor 2, pipeline 2, interleaved": ["llama", "qwen2_moe"],
     "tensor 2, data 2": ["qwen3", "qwen3, biased"],
     "pipeline 2, data 2, expert 2": ["qwen3_moe", "qwen2_moe"],
+    "context 2": ["qwen2", "qwen2-tied", "qwen3", "llama", "qwen2_moe"],
+    "context 2, expert 2": ["qwen3_moe", "qwen2_moe"],
+    "context 4": ["qwen2", "qwen3_moe"],
+    "context 2, tensor 2": ["qwen2", "qwen3", "qwen2_moe"],
+    "context 2, tensor 2, expert 4": ["qwen3_moe"],
+    "context 2, tensor 2, sequence whole": ["llama"],
+    "context 2, pipeline 2": ["qwen2", "qwen2-tied"],
+    "context 2, pipeline 2, interleaved": ["llama", "qwen3_moe"],
+    "context 2, data 2": ["qwen2", "qwen3"],
+    "context 2, data 2, expert 2": ["qwen3_moe", "qwen2_moe"],
 }
 PAIRS = [(layout, model) for layout, models in MODELS.items() for model in models]
-RECOMPUTE = {"tensor 2, expert 2": "selective", "pipeline 2, data 2, expert 2": "full"}
-VARIANTS = ["data 2", "tensor 2, pipeline 2"]  # layouts at which the first model is trained in other ways too
+RECOMPUTE = {
+    "tensor 2, expert 2": "selective",
+    "pipeline 2, data 2, expert 2": "full",
+    "context 2, expert 2": "selective",
+    "context 2, pipeline 2": "selective",
+    "context 2, data 2, expert 2": "full",
+}
+VARIANTS = [
+    "data 2",
+    "tensor 2, pipeline 2",
+    "context 2",
+]  # layouts at which the first model is trained in other ways too
 # Layouts at which a whole batch is trained: packs are filled up, padded, and shared by experts.
-BATCHES = ["data 2", "data 2, expert 2", "pipeline 2, interleaved", "tensor 2, pipeline 2"]
+BATCHES = [
+    "data 2",
+    "data 2, expert 2",
+    "pipeline 2, interleaved",
+    "tensor 2, pipeline 2",
+    "context 2, data 2",
+    "context 2, pipeline 2, interleaved",
+]

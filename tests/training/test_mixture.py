@@ -68,6 +68,14 @@ def test_every_step_has_the_shares_and_the_small_file_repeats(files: Path, tmp_p
     assert f"prompts in 6 steps of 4: {line}" in (config.out / "log.txt").read_text()
 
 
+def test_a_budget_takes_no_more_prompts_of_a_file_than_it_has(files: Path, tmp_path: Path) -> None:
+    config = mixture(files, tmp_path / "run", steps=3, data={"decoded_tokens_per_step": 10**6})
+    Run(config).train()
+    assert names_of_steps(config) == {step: Counter(large=1, small=3) for step in range(1, 4)}
+    log = (config.out / "log.txt").read_text()
+    assert "(3.00 epochs); more or fewer with data.decoded_tokens_per_step\n" in log
+
+
 def test_the_metrics_of_each_file(files: Path, tmp_path: Path) -> None:
     config = mixture(files, tmp_path / "run", steps=3)
     Run(config).train()

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.simulated_schedule import ScheduleRun, Simulation, drawn_mixture, drawn_run
+from tests.support.simulated_schedule import ScheduleRun, Simulation, drawn_mixture, drawn_run, with_budget
 from treepo.data.prompt_order import PromptOrder
 from treepo.training.scheduler import Scheduler
+from treepo.training.step_budget import StepBudget
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -26,6 +27,54 @@ def test_no_order_of_events_breaks_a_rule_for_a_mixture(seed: int) -> None:
     simulation = Simulation(drawn_mixture(rng), rng)
     simulation.play()
     simulation.check_positions()
+
+
+@pytest.mark.parametrize("drawn", [drawn_run, drawn_mixture])
+@pytest.mark.parametrize("seed", range(100))
+def test_no_order_of_events_breaks_a_rule_while_the_number_of_trees_changes(
+    seed: int, drawn: Callable[[random.Random], ScheduleRun]
+) -> None:
+    rng = random.Random(seed)
+    simulation = Simulation(with_budget(drawn(rng), rng), rng)
+    simulation.play()
+    simulation.check_positions()
+
+
+def test_steps_of_a_budget_take_the_next_prompts() -> None:
+    """400 tokens a step, by hand. The first step's trees are twice as long as the other steps'."""
+    budget = StepBudget(tokens=400, first=4, least=1, most=1000)
+    scheduler = ScheduleRun(1000, 4, 0, 4, max_refills=2, budget=budget).scheduler()
+    steps = [
+        (4, 200),  # 400 too many, of which 200 are carried; 200 a tree
+        (1, 100),  # 100 left; (200 / 2 x 4 + 100) / (4 / 2 + 1) = 500 / 3 a tree
+        (3, 100),  # 200 left; 550 / 4.5 a tree
+        (5, 100),
+    ]
+    first = 0
+    for trees, tokens in steps:
+        assert scheduler.batch == trees
+        started = list(start_all(scheduler))
+        assert started == list(range(first, first + trees))
+        for position in started:
+            assert scheduler.take() is None
+            scheduler.finish(position)
+        assert scheduler.take() == dict.fromkeys(started, scheduler.version)
+        scheduler.trained(trees * tokens)
+        first += trees
+
+
+def test_refills_follow_the_number_of_trees() -> None:
+    """All trees are dropped."""
+    budget = StepBudget(tokens=400, first=4, least=1, most=1000)
+    scheduler = ScheduleRun(1000, 4, 0, 4, max_refills=2, budget=budget).scheduler()
+    for trees in (4, 1):
+        assert scheduler.batch == trees
+        sampled = 0
+        while scheduler.take() is None:
+            scheduler.drop(next(start_all(scheduler)))
+            sampled += 1
+        assert sampled == trees + 2 * trees
+        scheduler.trained(800)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -167,7 +216,7 @@ def test_a_prompt_that_an_epoch_repeats_waits_for_the_next_step() -> None:
 @pytest.mark.parametrize("shuffle", range(5))
 def test_the_order_of_the_answers_does_not_change_which_trees_replace_dropped_ones(shuffle: int) -> None:
     """Whether a tree is dropped depends on its position alone."""
-    run = ScheduleRun(prompts=30, batch=4, max_staleness=0, max_untrained=4, max_replaced=5)
+    run = ScheduleRun(prompts=30, batch=4, max_staleness=0, max_untrained=4, max_refills=1)
     batches = [
         list(batches_of(run, random.Random(seed), drops=lambda each: each % 7 < 4)) for seed in (0, shuffle)
     ]
@@ -189,9 +238,9 @@ def batches_of(
         scheduler.trained()
 
 
-@pytest.mark.parametrize("max_replaced", [0, 1, 5])
-def test_replacements_of_a_step_are_bounded(max_replaced: int) -> None:
-    scheduler = ScheduleRun(100, 4, 0, 4, max_replaced=max_replaced).scheduler()
+@pytest.mark.parametrize("max_refills", [0, 1, 2])
+def test_replacements_of_a_step_are_bounded(max_refills: int) -> None:
+    scheduler = ScheduleRun(100, 4, 0, 4, max_refills=max_refills).scheduler()
     for step in range(6):
         growing: list[int] = []
         sampled = 0
@@ -202,13 +251,13 @@ def test_replacements_of_a_step_are_bounded(max_replaced: int) -> None:
                 scheduler.drop(position)
             else:
                 scheduler.finish(position)
-        assert len(taken) == 4 or sampled == 4 + max_replaced
-        assert sampled <= 4 + max_replaced
+        assert len(taken) == 4 or sampled == 4 + 4 * max_refills
+        assert sampled <= 4 + 4 * max_refills
         scheduler.trained()
 
 
 def test_all_failed_trees_are_replaced() -> None:
-    scheduler = ScheduleRun(100, 4, 0, 4, max_replaced=0).scheduler()
+    scheduler = ScheduleRun(100, 4, 0, 4, max_refills=0).scheduler()
     for number in range(5):
         started = list(start_all(scheduler))
         assert started == list(range(4 * number, 4 * number + 4))

@@ -115,9 +115,11 @@ def test_rows_come_in_pieces_and_begin_again_after_a_cut(
         assert (anew["start"], anew["columns"]["step"]) == (0, [0, 1, 2])
 
 
-def test_segments_say_which_cut_added_them(tmp_path: Path) -> None:
+def test_segments_say_which_cut_added_them_and_for_how_many_children_they_stand(tmp_path: Path) -> None:
     tree = tree_of([-1, 0, 0, -1], [0.0, 0.0, 0.0])
     cuts = (Cut(0, (2,), leaf=1, leaves=1, right=0, graded=1), Cut(PROMPT, (3,), leaf=None, leaves=2))
+    drawn = dataclasses.replace(tree.segments[1], draws=3)
+    tree = dataclasses.replace(tree, segments=(tree.segments[0], drawn, *tree.segments[2:]))
     lines = [to_json(dataclasses.replace(tree, cuts=cuts)), to_json(dataclasses.replace(tree, agreed=True))]
     ask = asker(run_of(tmp_path / "run", lines))
     ask("rows", **{"from": 0, "mark": ""})
@@ -128,6 +130,7 @@ def test_segments_say_which_cut_added_them(tmp_path: Path) -> None:
         {"leaf": 2, "right": 0, "graded": 1},
         {"leaf": None, "right": None, "graded": None},
     ]
+    assert [segment["draws"] for segment in answer["segments"]] == [1, 3, 1, 1]
     assert answer["agreed"] is False
     assert ask("tree", tree=1)["agreed"] is True
 

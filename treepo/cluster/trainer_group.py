@@ -39,16 +39,14 @@ class TrainerGroup:
     """All trainer ranks: `treepo.protocols.Trainer`, and the weight sender of the engine pool.
 
     Construction returns at once; `ready` builds the model and warms it up. Ranks are numbered in Megatron's
-    order: tensor parallel fastest, then data, then pipeline. options: Ray's options for each rank's actor.
-    nodes: Ray's id of each rank's node, if its resources are reserved.
+    order: tensor parallel fastest, then context, data, pipeline. options: Ray's options for each rank's
+    actor. nodes: Ray's id of each rank's node, if its resources are reserved.
     """
 
     def __init__(
         self, config: RunConfig, options: Sequence[dict[str, Any]], nodes: Sequence[str] = ()
     ) -> None:
-        parallel = config.trainer.parallel
-        self._config = config
-        self._tensor, self._replicas = parallel.tensor, parallel.data
+        self._config, self._parallel = config, config.trainer.parallel
         self._manifest: Manifest = ()
         self._options, self._nodes = list(options), list(nodes)
         self._lost: LostTrainerError | None = None
@@ -113,13 +111,14 @@ class TrainerGroup:
         temperature: float,
     ) -> list[list[np.ndarray]]:
         results = await self._call_by_replica(method, packs, temperature)
-        return [results[replica * self._tensor] for replica in range(self._replicas)]
+        firsts = range(0, self._parallel.stage_ranks, self._parallel.replica_ranks)
+        return [results[first] for first in firsts]
 
     async def train_batch(self, mini_batches: Sequence[MiniBatch], temperature: float) -> BatchResult:
         """Take one optimizer step for each mini-batch. The packs are sent to their replica's ranks once."""
         shares = [
             [(mini_batch.packs[replica], mini_batch.denominator) for mini_batch in mini_batches]
-            for replica in range(self._replicas)
+            for replica in range(self._parallel.data)
         ]
         return (await self._call_by_replica("train_batch", shares, temperature))[0]
 
@@ -189,7 +188,7 @@ class TrainerGroup:
         return await self._all(
             method,
             lambda rank, actor: actor.call.remote(
-                method, references[rank // self._tensor % self._replicas], *arguments
+                method, references[self._parallel.replica(rank)], *arguments
             ),
         )
 

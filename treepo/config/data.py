@@ -146,7 +146,12 @@ class DataConfig(PromptsConfig):
     heldout_columns: ColumnsConfig = ColumnsConfig()
     """Column names of `heldout`; by default those of `columns`."""
     prompts_per_step: int = Field(default=64, ge=1)
-    """Prompts (trees) sampled in one step."""
+    """Prompts (trees) sampled in one step; with `decoded_tokens_per_step`, in the first."""
+    decoded_tokens_per_step: int | None = Field(default=None, ge=1)
+    """A budget of decoded tokens for each step, those of dropped trees included. From the second step on, the
+    number of trees is chosen to meet it, judging by the steps before: at least `learning.mini_batches` x
+    `trainer.parallel.data`, at most the training set. What a step saves or overspends, up to half a budget,
+    is carried to the next. Needs `loop.mode: sync` and `sampling.oversample: 1`."""
 
     @field_validator("train")
     @classmethod

@@ -110,8 +110,8 @@ class LearningConfig(Section):
     dynamic_sampling: bool = False
     """Whether a prompt whose leaves all have the same reward is replaced by another."""
     max_refills: int = Field(default=2, ge=0)
-    """Most replacements in one step, as multiples of `data.prompts_per_step`; a batch that is still short
-    is trained as it is."""
+    """Most replacements in one step, as multiples of its trees (`data.prompts_per_step`); a batch that is
+    still short is trained as it is."""
     packing: Literal["tree", "flat"] = "tree"
     """`tree` trains a shared token once; `flat` trains one trajectory at a time. The two agree."""
 

@@ -34,7 +34,7 @@ _PASSWORD = re.compile(r"://[^/\s]*@")  # of a URL, with its user
 _MARKS = ("[key]", "[list]", "[path]")
 """What pydantic adds to a place: a mapping's key, and which form of a value was found."""
 _MAX_FAULTS = 20  # that are spelled out
-_MAX_EXTENDED = 32  # files, those that they extend included
+_MAX_EXTENDED = 32  # files that one file extends, directly or through others
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -95,12 +95,13 @@ def _read(
     return merged, merged_places
 
 
-def _names(extended: Any, said_in: str) -> list[str]:
+def _names(extended: Any, said_in: str) -> Sequence[str]:
     """The paths in an `extends`: one, or a list of at least one."""
-    names = extended if isinstance(extended, list) and extended else [extended]
-    for name in names:
+    names: list[str] = []
+    for name in extended if isinstance(extended, list) and extended else [extended]:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{said_in}should be the path of a YAML file, or a list, found {shown(name)}")
+        names.append(name)
     return names
 
 

@@ -50,7 +50,8 @@ class RunConfig(Section):
     samples by seed only with `engine.sglang: {enable_deterministic_inference: true}`, which needs
     `engine.attention_backend`."""
     steps: int = Field(ge=1)
-    """Training steps: each samples `data.prompts_per_step` trees and learns from them."""
+    """Training steps: each samples `data.prompts_per_step` trees, or as many as
+    `data.decoded_tokens_per_step` allows, and learns from them."""
     model: ModelConfig
     """The model that is trained."""
     data: DataConfig
@@ -96,10 +97,12 @@ class RunConfig(Section):
     """Assumptions of `treepo plan`; training does not read them."""
 
     @property
-    def paths_at_once(self) -> int:
-        """The most paths that one engine samples at once."""
-        trees = math.ceil(self.max_untrained / self.engine.count)
-        return min(trees, self.sampling.max_live_trees or trees) * self.sampling.most_leaves
+    def paths_at_once(self) -> int | None:
+        """The most paths that one engine samples at once; None if a budget of tokens decides on the trees."""
+        trees, most = math.ceil(self.max_untrained / self.engine.count), self.sampling.max_live_trees
+        if self.data.decoded_tokens_per_step is not None:
+            return None if most is None else most * self.sampling.most_leaves
+        return min(trees, most or trees) * self.sampling.most_leaves
 
     @property
     def samples_routes(self) -> bool:
@@ -124,7 +127,9 @@ class RunConfig(Section):
 
     @property
     def max_untrained(self) -> int:
-        """The most trees that have been started and not been trained, at any time."""
+        """The most trees that have been started and not been trained, at any time; in the first step, if
+        `data.decoded_tokens_per_step` decides on the others.
+        """
         prompts, loop = self.data.prompts_per_step, self.loop
         if loop.mode == "sync":
             return math.ceil(round(prompts * self.sampling.oversample, 6))
@@ -147,6 +152,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"sampling.oversample = {oversample:g} is more than loop.max_staleness + 1 = "
                 f"{loop.max_staleness + 1}: the last of its trees would be too stale to train"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_of_a_budget_follow_each_other(self) -> Self:
+        tokens, oversample, mode = self.data.decoded_tokens_per_step, self.sampling.oversample, self.loop.mode
+        if tokens is not None and (mode != "sync" or oversample != 1):
+            raise ValueError(
+                f"data.decoded_tokens_per_step = {tokens} with loop.mode = {mode} and sampling.oversample = "
+                f"{oversample:g}: trees of later steps would begin before their number is known; sync and 1 "
+                "are allowed, or data.decoded_tokens_per_step = null"
             )
         return self
 

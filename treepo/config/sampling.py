@@ -99,6 +99,9 @@ class BranchConfig(Section):
     )
     window_tokens: int = Field(default=1, ge=1)
     """Tokens of `surprise` whose mean log-prob is compared."""
+    lookahead: int | None = Field(default=None, ge=1)
+    """Siblings first sample this many tokens. Of those that begin with the same tokens, one goes on and the
+    others are given up. Less than segment_tokens; null: all go on."""
 
     @model_validator(mode="after")
     def _window_is_used(self) -> Self:
@@ -267,7 +270,7 @@ class SamplingConfig(Section):
         return chosen + [f"fallback.{key} = {value}" for key, value in self.fallback.read_rewards().items()]
 
     def without_rewards(self) -> Self:
-        """A copy for estimates, in which default policies replace those that read rewards."""
+        """A copy for estimates: policies that read rewards are replaced by the defaults."""
         defaults = {key: getattr(FallbackConfig(), key) for key in self.fallback.read_rewards()}
         fallback = self.fallback.model_copy(update=defaults)
         return self.model_copy(update={"fallback": fallback, "width": self.most_leaves})
@@ -350,6 +353,15 @@ class SamplingConfig(Section):
             raise ValueError(
                 f"branch.from_depth = {self.branch.from_depth} with max_depth = {self.max_depth}: no path "
                 f"would branch; less than {self.max_depth} is allowed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _looks_ahead_within_a_segment(self) -> Self:
+        ahead = self.branch.lookahead
+        if self.mode == "tree" and ahead is not None and ahead >= self.segment_tokens:
+            raise ValueError(
+                f"branch.lookahead = {ahead} is not less than segment_tokens = {self.segment_tokens}"
             )
         return self
 

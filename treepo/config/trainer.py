@@ -12,12 +12,16 @@ class ParallelConfig(Section):
     """Tensor-parallel ranks."""
     sequence: bool = True
     """Tensor-parallel ranks also divide the tokens outside attention and MLP, which saves memory."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that divide the tokens of each pack among them, so that a pack may be longer than one device
+    holds. `trainer.max_tokens_per_pack` counts the whole pack: a device computes 1/`context` of it."""
     pipeline: int = Field(default=1, ge=1)
     """Pipeline stages."""
     virtual_pipeline: int = Field(default=1, ge=1)
     """Model chunks on each stage. Above 1 the stages interleave: less idle time, more messages."""
     expert: int = Field(default=1, ge=1)
-    """Ranks that divide a model's experts among them. They are drawn from the tensor and data ranks."""
+    """Ranks that divide a model's experts among them. They are drawn from the tensor, context and data
+    ranks."""
     data: int = Field(default=1, ge=1)
     """Data-parallel replicas, which divide a step's prompts among them."""
 
@@ -27,16 +31,35 @@ class ParallelConfig(Section):
         return self.sequence and self.tensor > 1
 
     @property
+    def sequence_multiple(self) -> int:
+        """Of which a slice's number of tokens is a multiple, so that its ranks hold equally many."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
     def ranks(self) -> int:
         """All processes, one on each device."""
-        return self.tensor * self.pipeline * self.data
+        return self.stage_ranks * self.pipeline
+
+    @property
+    def stage_ranks(self) -> int:
+        """The processes of one pipeline stage."""
+        return self.tensor * self.context * self.data
+
+    @property
+    def replica_ranks(self) -> int:
+        """The processes of one pipeline stage that compute the same packs together."""
+        return self.tensor * self.context
+
+    def replica(self, rank: int) -> int:
+        """The data-parallel replica of a rank: ranks count tensor fastest, then context, data, pipeline."""
+        return rank // self.replica_ranks % self.data
 
     @model_validator(mode="after")
     def _experts_have_ranks(self) -> Self:
-        if self.tensor * self.data % self.expert:
+        if self.stage_ranks % self.expert:
             raise ValueError(
-                f"tensor x data = {self.tensor} x {self.data} = {self.tensor * self.data} ranks cannot be "
-                f"divided into groups of expert = {self.expert}"
+                f"tensor x context x data = {self.tensor} x {self.context} x {self.data} = "
+                f"{self.stage_ranks} ranks cannot be divided into groups of expert = {self.expert}"
             )
         return self
 
@@ -130,7 +153,7 @@ class LoraConfig(Section):
 
 class TrainerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
-    """The layout of tensor x pipeline x data ranks."""
+    """The layout of tensor x context x pipeline x data ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam and its learning rate schedule."""
     lora: LoraConfig | None = None
@@ -140,7 +163,7 @@ class TrainerConfig(Section):
     """Optimizer steps in a row whose loss or gradient is not finite, after which the run ends. Such a step is
     skipped: weights, optimizer state and warm-up stay as they were."""
     max_tokens_per_pack: int = Field(default=16384, ge=1)
-    """Most tokens in one micro-batch."""
+    """Most tokens in one micro-batch, on all ranks of `parallel.context` together."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: none, those inside attention (`selective`), or all
     of a layer but its input (`full`)."""

@@ -26,7 +26,10 @@ class TrainInputs:
         """Lines for the log: each file's contents, and what the run takes from each file of a mixture."""
         lines = [report.summary() for report in self.reports]
         if isinstance(self.train, PromptMixture):
-            lines.append(self.train.summary(config.steps, config.data.prompts_per_step))
+            line = self.train.summary(config.steps, config.data.prompts_per_step)
+            if config.data.decoded_tokens_per_step is not None:
+                line += "; more or fewer with data.decoded_tokens_per_step"
+            lines.append(line)
         return lines
 
 

@@ -11,6 +11,7 @@ order (Baruah et al. 1996, "Proportionate progress"). With weights 3 and 1 it is
 """
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -46,6 +47,11 @@ class TrainingOrder(Protocol):
         """The number of turns that a file has below the position."""
         ...
 
+    @property
+    def largest_step(self) -> int:
+        """The most positions in a row, wherever they begin, in which no file has more turns than prompts."""
+        ...
+
 
 class PromptOrder:
     """The order of one file's n prompts: epoch after epoch, each a permutation drawn from the seed.
@@ -77,6 +83,10 @@ class PromptOrder:
     def turns_before(self, file: int, position: int) -> int:
         assert file == 0
         return position
+
+    @property
+    def largest_step(self) -> int:
+        return self._n
 
     def _drawn_permutation(self, epoch: int) -> np.ndarray:
         return rng.generator(*self._key, epoch).permutation(self._n)
@@ -124,6 +134,13 @@ class MixtureOrder:
         cycles, end = np.divmod(begin + window, length)
         found = cycles * len(places) + np.searchsorted(places, end) - np.searchsorted(places, begin)
         return int(found.max())
+
+    @property
+    def largest_step(self) -> int:
+        def too_many(positions: int) -> bool:
+            return any(self.most_turns(file, positions) > size for file, size in enumerate(self.sizes))
+
+        return bisect_left(range(1, len(self) + 1), True, key=too_many)
 
 
 @lru_cache(maxsize=1)  # preflight, the log and each attempt of a run ask for the same one

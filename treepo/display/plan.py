@@ -42,6 +42,8 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
     layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {parallel.data}"]
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.context > 1:
+        layout.insert(1, f"context {parallel.context}")
     if parallel.expert > 1:
         layout.append(f"expert {parallel.expert}")
     devices = fitted.footprint.devices
@@ -142,7 +144,16 @@ def _show_step(console: Console, plan: Plan) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    learning = plan.config.learning
+    learning, data = plan.config.learning, plan.config.data
+    if (tokens := data.decoded_tokens_per_step) is not None:
+        trees = tokens / sampling.decoded_tokens * data.prompts_per_step
+        console.print(
+            f"Planned with data.prompts_per_step = {data.prompts_per_step:,} trees, which decode "
+            f"{sampling.decoded_tokens:,.0f} tokens; data.decoded_tokens_per_step = {tokens:,} is "
+            f"{trees:,.0f} of these trees.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if learning.dynamic_sampling:
         console.print(
             f"Not included: refills of learning.dynamic_sampling, at most {learning.max_refills} a step.",

@@ -143,7 +143,7 @@ def treepo_segment(batch: Batch, *, eta: float | None) -> np.ndarray:
     """Progress: a segment's value minus eta^k times its parent's, k segments above the leaf.
 
     A leaf's value is its size-weighted advantage over every group on its path, its own included. A node's
-    value is the mean of its children's; the prompt's counts as 0.
+    value is the mean of its children's, a child once for each of its draws; the prompt's counts as 0.
     """
     forest, size_N = batch.forest, batch.size_N
     baseline_L = forest.levels.down(size_N * batch.value_N)[forest.leaf_node_L]
@@ -160,14 +160,16 @@ def treepo_segment(batch: Batch, *, eta: float | None) -> np.ndarray:
 
 @register(per="segment", whiten=False)
 def spo(batch: Batch) -> np.ndarray:
-    """A segment's mean reward minus its siblings' mean, over their deviation; 0 for an only child."""
+    """A segment's mean reward minus its siblings' mean, over their deviation; 0 for an only child. A sibling
+    counts once for each of its draws.
+    """
     forest = batch.forest
     sibling_N = (forest.depth_N > 0) & (batch.size_N > 0)
-    parent, value = forest.parent_N[sibling_N], batch.value_N[sibling_N]
-    count_N = np.bincount(parent, minlength=len(sibling_N))
-    mean_N = divide(np.bincount(parent, value, len(sibling_N)), count_N)
+    parent, value, draws = (each[sibling_N] for each in (forest.parent_N, batch.value_N, forest.draws_N))
+    count_N = np.bincount(parent, draws, len(sibling_N))
+    mean_N = divide(np.bincount(parent, draws * value, len(sibling_N)), count_N)
     centred = value - mean_N[parent]
-    std_N = np.sqrt(divide(np.bincount(parent, centred**2, len(sibling_N)), count_N))
+    std_N = np.sqrt(divide(np.bincount(parent, draws * centred**2, len(sibling_N)), count_N))
     advantage_N = np.zeros(len(sibling_N))
     advantage_N[sibling_N] = centred / (std_N[parent] + SPO_EPSILON)
     return advantage_N[forest.path_node_M]
@@ -212,6 +214,8 @@ def reinforce_pp_baseline(batch: Batch) -> np.ndarray:
 def inverse_branching(forest: Forest) -> np.ndarray:
     """Weigh each leaf by the product of 1 / children along its path, scaled to mean 1 in each tree: [L].
 
+    A child counts once for each of its draws: its factor is draws / (sum of its siblings' and its own).
+
     A finished path passes its budget on to the live ones, so long paths have more leaves than their share;
     under this weight a tree's mean reward is the policy's again. Only children with a graded leaf below them
     count. The children that a fallback adds share the weight of the path that it cut. A small bias remains,
@@ -219,8 +223,9 @@ def inverse_branching(forest: Forest) -> np.ndarray:
     """
     alive_N = forest.sum_leaves(np.ones(len(forest.leaf_node_L))) > 0
     segment_N = forest.depth_N > 0
-    children_N = np.bincount(forest.parent_N[segment_N & alive_N], minlength=len(alive_N))
-    share_N = np.where(segment_N, 1.0 / np.maximum(children_N, 1)[forest.parent_N], 1.0)
+    child_N = segment_N & alive_N
+    draws_N = np.bincount(forest.parent_N[child_N], forest.draws_N[child_N], len(alive_N))
+    share_N = np.where(segment_N, forest.draws_N / np.maximum(draws_N, 1)[forest.parent_N], 1.0)
     share_L = np.exp(forest.levels.down(np.log(share_N)))[forest.leaf_node_L] * forest.graded_L
     mean_P = divide(np.bincount(forest.tree_L, share_L), np.bincount(forest.tree_L, forest.graded_L))
     return divide(share_L, mean_P[forest.tree_L])

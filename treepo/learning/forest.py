@@ -52,6 +52,7 @@ class Forest:
     first_P: int64 [P + 1], the node of each tree's prompt; the last entry is N.
     parent_N: int64, -1 for a prompt. depth_N: int64, segments on the path down to the node; 0 for a prompt.
     length_N: int64, tokens. tree_N: int64, the tree's number in the batch.
+    draws_N: int64, a segment's draws; 1 for a prompt.
     leaf_node_L: int64. reward_L: float64, NaN for a leaf that is not graded.
     """
 
@@ -59,6 +60,7 @@ class Forest:
     parent_N: np.ndarray
     depth_N: np.ndarray
     length_N: np.ndarray
+    draws_N: np.ndarray
     tree_N: np.ndarray
     leaf_node_L: np.ndarray
     reward_L: np.ndarray
@@ -69,6 +71,7 @@ class Forest:
         parents: list[int] = []
         depths: list[int] = []
         lengths: list[int] = []
+        draws: list[int] = []
         leaf_nodes: list[int] = []
         rewards: list[float] = []
         first = [0]
@@ -77,11 +80,13 @@ class Forest:
             parents.append(-1)
             depths.append(0)
             lengths.append(len(tree.prompt))
+            draws.append(1)
             for segment in tree.segments:
                 parent = prompt + 1 + segment.parent
                 parents.append(parent)
                 depths.append(depths[parent] + 1)
                 lengths.append(len(segment.tokens))
+                draws.append(segment.draws)
             for leaf in tree.leaves:
                 leaf_nodes.append(prompt + 1 + leaf.segment)
                 rewards.append(np.nan if leaf.reward is None else leaf.reward)
@@ -91,6 +96,7 @@ class Forest:
             parent_N=np.array(parents, dtype=np.int64),
             depth_N=np.array(depths, dtype=np.int64),
             length_N=np.array(lengths, dtype=np.int64),
+            draws_N=np.array(draws, dtype=np.int64),
             tree_N=np.repeat(np.arange(len(trees)), np.diff(first)),
             leaf_node_L=np.array(leaf_nodes, dtype=np.int64),
             reward_L=np.array(rewards, dtype=np.float64),
@@ -107,6 +113,7 @@ class Forest:
             parent_N=np.maximum(self.parent_N[nodes] - nodes.start, -1),
             depth_N=self.depth_N[nodes],
             length_N=self.length_N[nodes],
+            draws_N=self.draws_N[nodes],
             tree_N=self.tree_N[nodes] - start,
             leaf_node_L=self.leaf_node_L[leaves] - nodes.start,
             reward_L=self.reward_L[leaves],

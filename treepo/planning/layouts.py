@@ -1,8 +1,9 @@
 """Other layouts of the same run, nearest first: what to try if the configured one does not fit.
 
-A neighbour keeps the model, the batch and the lengths. It changes tensor, pipeline and expert parallelism,
-recomputation, pack size, the engines' tensor parallelism and share of memory, and a transport that cannot
-work, on the same devices or on two or four times as many. Data parallelism and the number of engines follow.
+A neighbour keeps the model, the batch and the lengths. It changes tensor, context, pipeline and expert
+parallelism, recomputation, pack size, the engines' tensor parallelism and share of memory, and a transport
+that cannot work, on the same devices or on two or four times as many. Data parallelism and the number of
+engines follow.
 """
 
 import itertools
@@ -61,6 +62,7 @@ def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[flo
     in_a_node = _powers_of_two(config.plan.devices_per_node)
     choices: dict[str, tuple[Any, Iterable[Any]]] = {
         "devices": (1, (1, 2, 4)),
+        "trainer.parallel.context": (parallel.context, in_a_node),
         "trainer.parallel.tensor": (parallel.tensor, in_a_node),
         "trainer.parallel.pipeline": (parallel.pipeline, _powers_of_two(architecture.dimensions.layers)),
         "trainer.parallel.expert": (parallel.expert, _powers_of_two(architecture.dimensions.experts or 1)),
@@ -102,11 +104,12 @@ def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str
     """None if the settings do not divide the model, the batch or the devices."""
     parallel, engine, factor = config.trainer.parallel, config.engine, point["devices"]
     tensor, pipeline = point["trainer.parallel.tensor"], point["trainer.parallel.pipeline"]
+    of_replica = tensor * pipeline * point["trainer.parallel.context"]
     ranks, engine_devices = parallel.ranks * factor, engine.count * engine.tensor * factor
-    if ranks % (tensor * pipeline) or engine_devices % point["engine.tensor"]:
+    if ranks % of_replica or engine_devices % point["engine.tensor"]:
         return None
     settings = {key: value for key, value in point.items() if key != "devices"}
-    data = {"trainer.parallel.data": ranks // (tensor * pipeline)}
+    data = {"trainer.parallel.data": ranks // of_replica}
     derived = {"engine.count": engine_devices // point["engine.tensor"]}
     if factor > 1:  # the purpose of the further devices
         settings |= data

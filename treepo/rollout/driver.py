@@ -149,7 +149,7 @@ class TreeDriver:
         self._router.tree_finished(live)
         await _take_grades(live)
         finished = tree.finished()
-        self.stats.count_tree(finished, tree.branchings, tree.fallbacks)
+        self.stats.count_tree(finished, tree.branchings, tree.fallbacks, tree.pruned_tokens)
         return finished
 
     async def sample(self, prompts: Iterable[Prompt], step: int) -> AsyncGenerator[Tree | FailedTree]:

@@ -6,6 +6,9 @@ round. While the tree may still branch, a path request is for one segment; after
 that its path may still get. (The official code goes on segment by segment, in step with all other prompts;
 the trees are the same.)
 
+With `branch.lookahead` a round in which a place gets several children begins with that many tokens of each
+path. Then `advance` gives up children that agree with a sibling, and the others go on.
+
 An engine may interrupt a request anywhere. Stop rules, depth and branching see whole segments only, so an
 interruption changes nothing but versions, and tokens that depend on a request's seed.
 
@@ -23,8 +26,7 @@ from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rewards.grade import Grade
-from treepo.rollout import branching, fallback, rng
-from treepo.rollout.boxed import BoxScan
+from treepo.rollout import branching, fallback, lookahead, rng
 from treepo.rollout.cut_record import CutRecord
 from treepo.rollout.leaf_grades import LeafGrades
 from treepo.rollout.path import Node, PathRequest
@@ -49,8 +51,8 @@ class GrowingTree:
 
     All randomness is keyed by (seed, step, prompt id) and a place in the tree. path_requests: the current
     round; empty when the tree is complete. branchings: paths that got more than one child. fallbacks: rounds
-    that continued finished leaves because no path was active. routes: whether the tree has the routes of its
-    tokens.
+    that continued finished leaves because no path was active. pruned_tokens: of children that a lookahead
+    gave up. routes: whether the tree has the routes of its tokens.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class GrowingTree:
         self.prompt = prompt
         self.branchings = 0
         self.fallbacks = 0
+        self.pruned_tokens = 0
         self._config = config
         self._rule = rule
         self._step = step
@@ -116,22 +119,26 @@ class GrowingTree:
                 f"{output.finish}; {wanted} tokens were requested"
             )
         routes = self._routes.take(path, output)
-        base, prompt_tokens = len(path.context), len(self.prompt.tokens)
-        context = np.concatenate([path.context, output.tokens])
+        base, context = len(path.context), np.concatenate([path.context, output.tokens])
         taken = 0
         while taken < total and path.stop is None:
-            segment_end = path.segment_end
-            piece = slice(taken, min(taken + segment_end - path.length, total))
+            piece = slice(taken, min(taken + path.segment_end - path.length, total))
             taken = piece.stop
             eos = output.finish == "eos" and taken == total
             of_piece = None if routes is None else routes_of_piece(routes, piece)
-            node = path.add(output, piece, Finish.EOS if eos else Finish.LENGTH, self._rule, of_piece)
-            if eos or node.end == segment_end:
-                path.stop = self._rule.classify(context[prompt_tokens : base + taken], node.box, eos)
+            path.add(output, piece, Finish.EOS if eos else Finish.LENGTH, self._rule, of_piece)
+            path.context = context[: base + taken]
+            if path.at_segment_end and not path.looks_ahead:
+                self._classify(path)
+        return taken
+
+    def _classify(self, path: PathRequest) -> None:
+        """Set why a path ends, at the end of a segment."""
+        assert path.last_node is not None
+        response = path.context[len(self.prompt.tokens) :]
+        path.stop = self._rule.classify(response, path.last_node.box, path.at_eos)
         if path.stop is not None:
             self._routes.path_ended(path)
-        path.context = context[: base + taken]
-        return taken
 
     @property
     def wants_grades(self) -> bool:
@@ -155,8 +162,11 @@ class GrowingTree:
     def advance(self) -> None:
         """End the round, whose path requests must be complete: classify, then branch or fall back.
 
-        If the tree `wants_grades`, every leaf must have one.
+        After a lookahead the round goes on. If the tree `wants_grades`, every leaf must have one.
         """
+        if any(path.looks_ahead for path in self.path_requests):
+            self._end_lookahead()
+            return
         active: list[Node] = []
         finished_before = len(self._leaves)
         for path in self.path_requests:
@@ -176,6 +186,19 @@ class GrowingTree:
             self._widen()
             self.path_requests = self._fall_back()
 
+    def _end_lookahead(self) -> None:
+        """Give up the children that agree with a sibling; the others go on to where they would have."""
+        assert all(path.complete for path in self.path_requests)
+        begun = sum(path.grown for path in self.path_requests)
+        self.path_requests = lookahead.distinct(self.path_requests)
+        self.pruned_tokens += begun - sum(path.grown for path in self.path_requests)
+        saturated = self._saturated_by(len(self.path_requests))
+        for path in self.path_requests:
+            path.looks_ahead = False
+            path.target_length = self._target_length(path.first_length, saturated)
+            if path.at_segment_end:
+                self._classify(path)
+
     def _widen(self) -> None:
         """If the tree has its least number of leaves, and they do not agree, it wants its most."""
         config = self._config
@@ -192,10 +215,7 @@ class GrowingTree:
         that were still to come, and the response tokens on the unfinished paths, a shared token once. All
         paths count as decoded at the same rate.
         """
-        grown = sorted(
-            ((sum(len(node.tokens) for node in path.new_nodes), path) for path in self.path_requests),
-            key=itemgetter(0),
-        )
+        grown = sorted(((path.grown, path) for path in self.path_requests), key=itemgetter(0))
         ended = sum(path.stop is not None for path in self.path_requests)
         leaves = self._config.most_leaves - len(self._leaves) - ended
         seen: set[int] = set()
@@ -228,6 +248,7 @@ class GrowingTree:
                     versions=node.versions,
                     finish=node.finish,
                     routes=node.routes,
+                    draws=node.draws,
                 )
                 for node in nodes
             ),
@@ -318,38 +339,34 @@ class GrowingTree:
         node = next(node for node in leaf.path() if node.end >= cut)
         if node.end == cut:
             return node
-        keep = cut - (node.end - len(node.tokens))
-        box = node.parent.box if node.parent else BoxScan()
-        upper = Node(
-            parent=node.parent,
-            tokens=node.tokens[:keep],
-            log_probs=node.log_probs[:keep],
-            versions=node.versions[:keep],
-            finish=Finish.CUT,
-            end=cut,
-            box=self._rule.scan(box, node.tokens[:keep]),
-        )
-        node.parent, node.tokens = upper, node.tokens[keep:]
-        node.log_probs, node.versions = node.log_probs[keep:], node.versions[keep:]
-        if node.routes is not None:  # the cut's last token has one: the rest of the segment read it
-            upper.routes, node.routes = node.routes[:keep], node.routes[keep:]
+        upper = node.split(cut, self._rule)
         self._nodes.append(upper)
         self._cuts.split(node, upper)
         return upper
 
     def _request_below(self, last_nodes: Sequence[Node | None], children: Sequence[int]) -> list[PathRequest]:
         """Path requests for the children of each node; None is the prompt."""
-        saturated = len(self._leaves) + sum(children) >= self._width
+        ahead = lookahead.tokens(self._config, children)
+        saturated = self._saturated_by(sum(children))
         requests: list[PathRequest] = []
         for node, count in zip(last_nodes, children, strict=True):
             above = [ancestor.tokens for ancestor in node.path()] if node else []
             context = np.concatenate([self.prompt.tokens, *above])
             length = node.end if node else 0
             target, size = self._target_length(length, saturated), self._config.segment_tokens
-            numbers = range(self._requested, self._requested + count)
-            requests += (PathRequest(number, context, size, length, target, node) for number in numbers)
+            if ahead:
+                target = min(length + ahead, target)
+            siblings = range(self._requested, self._requested + count)
+            requests += (
+                PathRequest(number, siblings, context, size, length, target, node, looks_ahead=ahead > 0)
+                for number in siblings
+            )
             self._requested += count
         return requests
+
+    def _saturated_by(self, paths: int) -> bool:
+        """Whether the leaves so far and this many paths use up the width, so that nothing branches again."""
+        return len(self._leaves) + paths >= self._width
 
     def _target_length(self, length: int, saturated: bool) -> int:
         """Response tokens to which a path of `length` tokens grows in its next round.

@@ -19,8 +19,8 @@ from treepo.tree import Finish, Stop
 class Node:
     """A segment of a growing tree.
 
-    tokens, log_probs, versions, routes: as in `treepo.tree.Segment`. end: length in tokens of the response
-    that ends here. box: the search for a box in that response.
+    tokens, log_probs, versions, routes, draws: as in `treepo.tree.Segment`. end: length in tokens of the
+    response that ends here. box: the search for a box in that response.
     """
 
     parent: "Node | None"
@@ -31,6 +31,7 @@ class Node:
     end: int
     box: BoxScan
     routes: np.ndarray | None = None
+    draws: int = 1
 
     def path(self) -> "list[Node]":
         """The nodes from the prompt's child down to this one, both included."""
@@ -39,6 +40,28 @@ class Node:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
+
+    def split(self, end: int, rule: StopRule) -> "Node":
+        """Split the node at `end` tokens of the response, a place strictly within it.
+
+        Returns the upper part as a new node. This node becomes the lower part, its child.
+        """
+        keep = end - (self.end - len(self.tokens))
+        upper = Node(
+            parent=self.parent,
+            tokens=self.tokens[:keep],
+            log_probs=self.log_probs[:keep],
+            versions=self.versions[:keep],
+            finish=Finish.CUT,
+            end=end,
+            box=rule.scan(self.parent.box if self.parent else BoxScan(), self.tokens[:keep]),
+            draws=self.draws,
+        )
+        self.parent, self.tokens, self.draws = upper, self.tokens[keep:], 1
+        self.log_probs, self.versions = self.log_probs[keep:], self.versions[keep:]
+        if self.routes is not None:  # the cut's last token has one: the rest of the segment read it
+            upper.routes, self.routes = self.routes[:keep], self.routes[keep:]
+        return upper
 
     def response_log_probs(self) -> np.ndarray:
         """Log-probs of the response that ends here: float32 [T]."""
@@ -49,19 +72,23 @@ class Node:
 class PathRequest:
     """The tokens that one path needs in one round.
 
-    number: unique in the tree, in the order of creation. context: int32 [T], prompt and response so far.
-    first_length, target_length: response tokens at which the path request began, and at which it is complete.
-    last_node: the path's last node, None at the prompt. new_nodes: nodes that this round added. stop: why the
+    number: unique in the tree, in the order of creation. siblings: the numbers of all children that one
+    branching or cut asked for below this path request's node, its own included. context: int32 [T], prompt
+    and response so far. first_length, target_length: response tokens at which the path request began, and at
+    which it is complete. last_node: the path's last node, None at the prompt. looks_ahead: whether its target
+    is the end of a lookahead, where no path stops yet. new_nodes: nodes that this round added. stop: why the
     path ended; None while it goes on. route_above: of the last token above the new nodes, as this path
     request read it; None without routes.
     """
 
     number: int
+    siblings: range
     context: np.ndarray
     segment_tokens: int
     first_length: int
     target_length: int
     last_node: Node | None
+    looks_ahead: bool = False
     new_nodes: list[Node] = field(default_factory=list)
     stop: Stop | None = None
     route_above: np.ndarray | None = None
@@ -72,13 +99,28 @@ class PathRequest:
         return self.last_node.end if self.last_node else 0
 
     @property
+    def grown(self) -> int:
+        """Tokens that this round has added."""
+        return self.length - self.first_length
+
+    @property
     def complete(self) -> bool:
-        return self.stop is not None or self.length == self.target_length
+        return self.stop is not None or self.at_eos or self.length == self.target_length
+
+    @property
+    def at_eos(self) -> bool:
+        """Whether the last token ends the sequence."""
+        return self.last_node is not None and self.last_node.finish is Finish.EOS
 
     @property
     def within_segment(self) -> bool:
         """Whether the last node is a part of a segment."""
         return (self.length - self.first_length) % self.segment_tokens > 0
+
+    @property
+    def at_segment_end(self) -> bool:
+        """Whether the stop rules look at the path here."""
+        return self.at_eos or self.length == self.target_length or not self.within_segment
 
     @property
     def segment_end(self) -> int:

@@ -13,13 +13,14 @@ class Stats:
     trees: int = 0
     failed_trees: int = 0
     leaves: int = 0
-    branchings: int = 0  # paths that got more than one child
+    branchings: int = 0  # paths that got more than one child, of which a lookahead may leave one
     fallbacks: int = 0  # times that a tree ran out of active paths before it had its leaves
     requests: int = 0
     failed_requests: int = 0
     interrupted_requests: int = 0  # answered in part, because a weight sync began or the engine was held
     decoded_tokens: int = 0
     dropped_tokens: int = 0  # decoded past the boundary at which the path ended
+    pruned_tokens: int = 0  # decoded for children that a lookahead gave up
     total_tokens: int = 0  # of all responses; a shared token counts once for each response
     prompt_tokens: int = 0  # contexts of all requests
     cached_tokens: int = 0  # prompt_tokens that were found in the prefix cache
@@ -52,10 +53,11 @@ class Stats:
             self.continuation_tokens += context_tokens - 1
             self.continuation_cached_tokens += output.cached_tokens
 
-    def count_tree(self, tree: Tree, branchings: int, fallbacks: int) -> None:
+    def count_tree(self, tree: Tree, branchings: int, fallbacks: int, pruned_tokens: int) -> None:
         """Add a finished tree."""
         self.trees += 1
         self.leaves += len(tree.leaves)
         self.total_tokens += tree.total_tokens()
         self.branchings += branchings
         self.fallbacks += fallbacks
+        self.pruned_tokens += pruned_tokens

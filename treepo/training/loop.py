@@ -64,7 +64,7 @@ class TrainingLoop:
         await self._finish_checkpoint()  # of the step before
         result = await self._learn(batch.trained, step)
         sampled = self.supply.take_sampled()
-        self.supply.trained()
+        self.supply.trained(sampled.stats.decoded_tokens)
         self.state.step_done(step, sampled.stats, result)
         seconds = self.clock.take_step_seconds()
         metrics = step_metrics(batch, sampled, result, *seconds, self.state.trainer_restarts)

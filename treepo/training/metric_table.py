@@ -55,6 +55,7 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "tokens_total": ("tokens of all responses; as many as independent samples would decode", ""),
     "total_over_unique": ("what sharing saves: `tokens_total` / `tokens_unique`", "above 1.2"),
     "trees/informative": ("share of the trees with two different rewards; only those teach", "0.2 to 0.9"),
+    "trees/trained": ("trees that the step learned from", "`data.prompts_per_step`"),
     "stop/boxed": ("share of the leaves that ended with a boxed answer", "with `stop/eos`: near 1"),
     "stop/eos": ("share of the leaves that ended with the end token", "with `stop/boxed`: near 1"),
     "stop/limit": ("share of the leaves cut off at `sampling.max_response_tokens`", "below 0.1"),
@@ -74,6 +75,10 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "rollout/fallbacks": (
         "times that a tree ended early and went on from a cut",
         "few beside the branchings",
+    ),
+    "rollout/pruned_tokens": (
+        "decoded tokens of children that a lookahead gave up",
+        "few beside the decoded",
     ),
     # Asynchrony
     "staleness/mean": ("weight versions between a tree's first and the one that trains it", "small"),

@@ -44,6 +44,7 @@ def step_metrics(
         | {
             "staleness/mean": float(np.mean(batch.staleness)) if batch.staleness else 0.0,
             "staleness/max": max(batch.staleness, default=0),
+            "trees/trained": len(batch.trained),
             "trees/growing": sampled.growing,
             "trees/ready": sampled.ready,
             "idle/engines": sampled.idle,
@@ -185,6 +186,7 @@ def rollout_metrics(sampled: Sampled) -> dict[str, float]:
         "rollout/failed_trees": stats.failed_trees,
         "rollout/branchings": stats.branchings,
         "rollout/fallbacks": stats.fallbacks,
+        "rollout/pruned_tokens": stats.pruned_tokens,
     }
 
 

@@ -16,6 +16,9 @@ epochs do not drift apart.
 The files of a mixture start as many trees as the order gives them turns, whichever of their positions these
 are. If none of a file's prompts may start, the others go on without it by at most `max_untrained` positions,
 and it catches up as soon as it can.
+
+With a budget of decoded tokens a step, the number of a step's trees follows from what the steps before it
+decoded (`treepo.training.step_budget`). All trees of a step are then trained or lost before the next begins.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -27,6 +30,7 @@ from pydantic import ConfigDict
 
 from treepo.config.run import RunConfig
 from treepo.data.prompt_order import TrainingOrder
+from treepo.training.step_budget import Spending, StepBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class ScheduleState:
 
     again: positions whose trees are to be started, ascending. ready: positions of finished trees.
     began: the version that each of `ready` began with. dropped: positions of trees that were dropped since
-    the last step took its trees.
+    the last step took its trees. spent: of the budget of decoded tokens a step, if there is one.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -46,6 +50,7 @@ class ScheduleState:
     ready: list[int] = field(default_factory=list)
     began: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
+    spent: Spending = field(default_factory=Spending)
 
     def check(self, version: int) -> None:
         """Raise ValueError if no schedule at `version` has this state."""
@@ -56,6 +61,7 @@ class ScheduleState:
             raise ValueError("schedule: again, ready and dropped must be different positions below cursor")
         if len(self.began) != len(self.ready) or not all(0 <= each <= version for each in self.began):
             raise ValueError("schedule: began must be a version of each ready tree, at most steps_done")
+        self.spent.check()
 
 
 class Scheduler:
@@ -65,8 +71,9 @@ class Scheduler:
     has turns among `batch` positions. A prompt has one untrained tree at a time, and begins one under each
     version: another would draw the same random numbers. batch: trees of one step.
     max_untrained: most trees that are started and not trained, at any time; from batch to
-    batch x (max_staleness + 1). max_replaced: most dropped trees that others replace in one step; every
-    further one makes the step's batch smaller. steps: of the run.
+    batch x (max_staleness + 1). max_refills: most dropped trees that others replace in one step, as a
+    multiple of batch; every further one makes the step's batch smaller. steps: of the run.
+    budget: changes batch from step to step, and max_untrained with it, which must be the same then.
 
     version: that the engines serve. resampled: finished trees of the restored state that are too stale now.
     """
@@ -78,23 +85,28 @@ class Scheduler:
         batch: int,
         max_staleness: int,
         max_untrained: int,
-        max_replaced: int,
+        max_refills: int,
         steps: int,
         version: int = 0,
+        budget: StepBudget | None = None,
         state: ScheduleState | None = None,
     ) -> None:
+        state = state or ScheduleState()
+        self._budget, self._spent = budget, state.spent
+        if budget is not None:
+            assert batch == max_untrained
+            batch = max_untrained = budget.trees(state.spent)
         assert batch <= max_untrained <= batch * (max_staleness + 1)
         self.version = version
         self.resampled = 0
         self._order, self._batch, self._steps = order, batch, steps
         self._max_staleness, self._max_untrained = max_staleness, max_untrained
-        self._max_replaced = max_replaced
+        self._max_refills = max_refills
         self._growing: dict[int, int] = {}  # positions, and the versions that their trees began with
         self._ready: dict[int, int] = {}
         self._busy: set[int] = set()  # prompts of both
         self._begun: set[int] = set()  # prompts that have begun a tree under this version
         self._training = False
-        state = state or ScheduleState()
         self._cursor, self._again = state.cursor, list(state.again)
         self._dropped = list(state.dropped)
         self._restore(dict(zip(state.ready, state.began, strict=True)))
@@ -102,17 +114,22 @@ class Scheduler:
     @classmethod
     def of_run(cls, config: RunConfig, order: TrainingOrder, version: int, state: ScheduleState) -> Self:
         """The scheduler of a training run that begins, or continues after step `version`."""
-        batch = config.data.prompts_per_step
         return cls(
             order,
-            batch=batch,
+            batch=config.data.prompts_per_step,
             max_staleness=config.loop.max_staleness,
             max_untrained=config.max_untrained,
-            max_replaced=config.learning.max_refills * batch,
+            max_refills=config.learning.max_refills,
             steps=config.steps,
             version=version,
+            budget=_budget(config, order),
             state=state,
         )
+
+    @property
+    def batch(self) -> int:
+        """Number of trees of the next step, or of the one that is being trained."""
+        return self._batch
 
     @property
     def growing(self) -> int:
@@ -191,9 +208,17 @@ class Scheduler:
         self._dropped.clear()
         return taken
 
-    def trained(self) -> None:
-        """The step is trained, and the engines serve its weights."""
+    def trained(self, decoded_tokens: int | None = None) -> None:
+        """The step is trained, and the engines serve its weights.
+
+        decoded_tokens: in sampling the step, all that was dropped or failed included; a budget needs it.
+        """
         assert self._training
+        if self._budget is not None:
+            assert decoded_tokens is not None
+            assert not self._busy, "a tree would be of two steps"
+            self._spent = self._budget.after(self._spent, self._batch, decoded_tokens)
+            self._batch = self._max_untrained = self._budget.trees(self._spent)
         self._training = False
         self.version += 1
         self._begun.clear()
@@ -208,6 +233,7 @@ class Scheduler:
             ready,
             [self._ready[position] for position in ready],
             sorted(self._dropped),
+            self._spent,
         )
 
     def _waiting(self) -> list[list[int]]:
@@ -230,7 +256,7 @@ class Scheduler:
 
     def _unreplaced(self) -> int:
         """Dropped trees of this step that no other tree replaces."""
-        return min(max(len(self._dropped) - self._max_replaced, 0), self._batch)
+        return min(max(len(self._dropped) - self._max_refills * self._batch, 0), self._batch)
 
     def _room(self) -> int:
         """Most trees that may grow or be ready now."""
@@ -250,3 +276,12 @@ class Scheduler:
                 self._again.append(position)
                 self.resampled += 1
         self._again.sort()
+
+
+def _budget(config: RunConfig, order: TrainingOrder) -> StepBudget | None:
+    """Each replica has a tree in each mini-batch, and no file has more turns in a step than prompts."""
+    tokens = config.data.decoded_tokens_per_step
+    if tokens is None:
+        return None
+    least = config.learning.mini_batches * config.trainer.parallel.data
+    return StepBudget(tokens, config.data.prompts_per_step, least, order.largest_step)

@@ -127,9 +127,12 @@ class TreeSupply:
         self._grader.check(f"step {step}")
         return self._batch(began)
 
-    def trained(self) -> None:
-        """The trees of the last batch are trained, and the engines serve the new weights."""
-        self._scheduler.trained()
+    def trained(self, decoded_tokens: int) -> None:
+        """The trees of the last batch are trained, and the engines serve the new weights.
+
+        decoded_tokens: by the engines, since the step before.
+        """
+        self._scheduler.trained(decoded_tokens)
         self._driver.forgive()
         self._tell()
 
@@ -166,7 +169,7 @@ class TreeSupply:
 
     def _awaited(self) -> str:
         ready, growing = len(self._scheduler.ready), self._scheduler.growing
-        return f"trees: {ready} of {self._config.data.prompts_per_step} are ready, {growing} grow"
+        return f"trees: {ready} of {self._scheduler.batch} are ready, {growing} grow"
 
     def _tell(self) -> None:
         """Wake what waits for a change."""
@@ -234,7 +237,7 @@ class TreeSupply:
     def _prompt(self, position: int) -> Prompt:
         """The prompt at a position; those after it are read with it, which is cheaper."""
         if position not in self._ahead:
-            positions = range(position, position + self._config.data.prompts_per_step)
+            positions = range(position, position + self._scheduler.batch)
             prompts = self._prompts.take([self._order.index(each) for each in positions])
             self._ahead = dict(zip(positions, prompts, strict=True))
         return self._ahead[position]

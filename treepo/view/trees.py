@@ -192,6 +192,7 @@ def _segments(record: Mapping[str, Any], tree: Tree, weights: np.ndarray | None)
             "parent": segment.parent + 1,
             "tokens": len(segment.tokens),
             "finish": segment.finish,
+            "draws": segment.draws,
             "cut": _cut(cut_of[node - 1]) if node - 1 in cut_of else None,
             "versions": version if isinstance(version, list) else [[version, len(segment.tokens)]],
             "log_prob": _finite(float(segment.log_probs.mean())),

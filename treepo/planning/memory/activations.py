@@ -19,20 +19,26 @@ _GATHER_PADDING = 1.12
 """Keys that the CPU's attention gathers over those it needs: blocks share a call with up to a third more."""
 _LARGEST_GROUP = 0.45
 """Share of all gathered keys in the largest call of the CPU's attention, on chains."""
-_COLUMN_BYTES = 68
-"""A token's columns on the device (`megatron_bridge.schedule`, with both further log-probs and `wanted`)."""
+_COLUMN_BYTES = 56
+"""A token's columns on the device (`megatron_bridge.schedule`), with both further log-probs."""
+_SLICE_BYTES = 16
+"""A token's place among the wanted ones of a rank, and its source."""
+_SLICES_BYTES = 8
+"""A token's place among the slices, if there are several; a rank's own ones also have a copy of the token."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """A pack as one rank computes it.
 
-    tokens: with padding. context: tokens that a token attends to, on average. element: bytes of a value.
+    pack_tokens: with padding. tokens: of them, this rank's slice. context: tokens that a token attends to, on
+    average. element: bytes of a value.
     eager: plain torch on a CPU, whose norms and attention keep more.
     """
 
     architecture: Architecture
     trainer: TrainerConfig
+    pack_tokens: int
     tokens: int
     context: float
     element: int
@@ -45,7 +51,7 @@ class MicroBatch:
     @property
     def own_tokens(self) -> float:
         """Tokens of this rank outside attention and MLP: sequence parallelism divides them."""
-        return self.tokens / (self.tensor if self.trainer.parallel.sequence_parallel else 1)
+        return self.tokens / self.trainer.parallel.sequence_multiple
 
     @property
     def stream(self) -> float:
@@ -54,18 +60,23 @@ class MicroBatch:
 
     @property
     def whole(self) -> float:
-        """One copy of all tokens' hidden states."""
+        """One copy of the slice's hidden states."""
         return self.tokens * self.architecture.hidden * self.element
 
     @property
     def queries(self) -> float:
-        """Query heads of this rank, all tokens."""
+        """Query heads of this rank, all tokens of the slice."""
         return self._heads(self.architecture.heads)
 
     @property
     def keys(self) -> float:
-        """Key heads of this rank, all tokens; values are as large."""
+        """Key heads of this rank, all tokens of the slice; values are as large."""
         return self._heads(self.architecture.dimensions.groups)
+
+    @property
+    def slices(self) -> int:
+        """Context-parallel ranks, whose keys and values attention gathers."""
+        return self.trainer.parallel.context
 
     def _heads(self, count: int) -> float:
         return self.tokens * count * self.architecture.dimensions.head_dim * self.element / self.tensor
@@ -121,9 +132,12 @@ def pack(batch: MicroBatch) -> float:
     angles = batch.tokens * batch.architecture.dimensions.head_dim * FLOAT32
     if batch.eager:
         plan = _gathered_blocks(batch) * batch.tokens * (CPU_BLOCK * batch.element + 8)
-    else:
-        plan = 16 * (batch.tokens / CUDA_BLOCK) ** 2  # four index tables of int32
-    return batch.tokens * _COLUMN_BYTES + angles + plan
+    else:  # four index tables of int32
+        plan = 16 * (batch.tokens / CUDA_BLOCK) * (batch.pack_tokens / CUDA_BLOCK)
+    columns = batch.pack_tokens * _COLUMN_BYTES + batch.tokens * _SLICE_BYTES
+    if batch.slices > 1:
+        columns += (batch.pack_tokens + batch.tokens) * _SLICES_BYTES + batch.tokens * 4
+    return columns + angles + plan
 
 
 def _norm(batch: MicroBatch, size: float) -> float:
@@ -147,7 +161,7 @@ def _attention_core(batch: MicroBatch) -> float:
     """
     sums = batch.tokens * batch.architecture.heads / batch.tensor * FLOAT32
     # On CUDA each query head has its own copy of keys and values (megatron_bridge.attention).
-    keys_values = _gathered_keys(batch) if batch.eager else 2 * batch.queries
+    keys_values = _gathered_keys(batch) if batch.eager else 2 * batch.queries * batch.slices
     return keys_values + (2 if batch.eager else 1) * batch.queries + sums
 
 
@@ -158,7 +172,7 @@ def _gathered_keys(batch: MicroBatch) -> float:
 
 def _gathered_blocks(batch: MicroBatch) -> float:
     """Keys that the CPU's attention gathers for a block of queries, in blocks."""
-    return min(batch.context + CPU_BLOCK / 2, batch.tokens) / CPU_BLOCK * _GATHER_PADDING
+    return min(batch.context + CPU_BLOCK / 2, batch.pack_tokens) / CPU_BLOCK * _GATHER_PADDING
 
 
 def _around_core(batch: MicroBatch) -> float:
@@ -226,8 +240,11 @@ def _work_in_attention(batch: MicroBatch) -> float:
     """Gradients beyond what the core keeps.
 
     On a CPU the largest call comes last: the gradients of keys and values and of what it gathered are there
-    when those of the other calls have gone.
+    when those of the other calls have gone. Slices of other ranks: their keys and values, which selective and
+    full recomputation gather again, and their gradients.
     """
+    gathered = 2 * batch.keys * batch.slices if batch.slices > 1 else 0.0
+    others = gathered if batch.trainer.recompute == "none" else 2 * gathered
     if batch.eager:
-        return (2 * _LARGEST_GROUP - (1 - _LARGEST_GROUP)) * _gathered_keys(batch)
-    return 3 * batch.queries
+        return (2 * _LARGEST_GROUP - (1 - _LARGEST_GROUP)) * _gathered_keys(batch) + others
+    return (1 + 2 * batch.slices) * batch.queries + others

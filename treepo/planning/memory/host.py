@@ -55,7 +55,7 @@ def trainer_node(config: RunConfig, folder: Path, trainer: Sequence[Memory]) -> 
     Ranks fill one node after the other.
     """
     parallel = config.trainer.parallel
-    per_stage, size = parallel.tensor * parallel.data, ranks_per_node(config, parallel.ranks)
+    per_stage, size = parallel.stage_ranks, ranks_per_node(config, parallel.ranks)
     ranks = [trainer[rank // per_stage] for rank in range(parallel.ranks)]
     nodes = [_node(config, ranks[first : first + size]) for first in range(0, parallel.ranks, size)]
     outgoing = _outgoing(config, folder), "buckets for the engines, or one file of an exported folder"

@@ -14,6 +14,7 @@ from math import ceil, prod
 from pathlib import Path
 
 from megatron_bridge.architecture import Architecture, tensor_shapes
+from megatron_bridge.attention import CPU_BLOCK, CUDA_BLOCK
 from megatron_bridge.hf_weight_map import EMBEDDING
 from megatron_bridge.layout_shards import (
     Shard,
@@ -24,6 +25,7 @@ from megatron_bridge.layout_shards import (
 from megatron_bridge.tensor_surgery import padded_vocabulary
 from treepo.config.run import RunConfig
 from treepo.config.trainer import ParallelConfig
+from treepo.learning.slicing import block_size, sliced_length
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.memory import activations, routes
 from treepo.planning.memory.activations import MicroBatch
@@ -77,7 +79,7 @@ def packs_of_step(config: RunConfig, folder: Path, tree_tokens: float) -> float:
     trees = config.data.prompts_per_step / config.trainer.parallel.data
     sparse = len(batch.architecture.dimensions.sparse_layers)
     pack = activations.pack(batch) + routes.on_device(batch, ceil(sparse / config.trainer.parallel.pipeline))
-    return trees * tree_tokens / batch.tokens * pack
+    return trees * tree_tokens / batch.pack_tokens * pack
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
@@ -113,16 +115,19 @@ def _stage_shards(folder: Path, parallel: ParallelConfig) -> tuple[Shard, ...]:
 def largest_micro_batch(config: RunConfig, architecture: Architecture) -> MicroBatch:
     """A full pack whose responses are as long as allowed and branch early."""
     parallel, tokens = config.trainer.parallel, config.trainer.max_tokens_per_pack
-    if parallel.sequence_parallel:
-        tokens += -tokens % parallel.tensor
+    on_cpu = config.plan.device == "cpu"
+    blocks = (1, CPU_BLOCK) if on_cpu else (CUDA_BLOCK, CUDA_BLOCK)
+    block = block_size(tokens, parallel.context, *blocks)
+    tokens = sliced_length(tokens, parallel.context, block, parallel.sequence_multiple)
     context = config.data.max_prompt_tokens + config.sampling.max_response_tokens / 2
     return MicroBatch(
         architecture,
         config.trainer,
         tokens,
+        tokens // parallel.context,
         min(context, tokens),
         element_bytes(config),
-        eager=config.plan.device == "cpu",
+        eager=on_cpu,
     )
 
 
@@ -141,7 +146,9 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
             **_state(config, batch.architecture, shard),
             "activations": (
                 kept,
-                f"{in_flight:g} micro-batches of {batch.tokens} tokens, recompute {batch.trainer.recompute}",
+                f"{in_flight:g} micro-batches of {batch.tokens} tokens"
+                + (f", a slice of {batch.pack_tokens}" if batch.slices > 1 else "")
+                + f", recompute {batch.trainer.recompute}",
             ),
             "layer in work": (work, "") if work >= logits else (0.0, lesser + "logits"),
             "logits": (logits, "") if work < logits else (0.0, lesser and lesser + "layer in work"),
@@ -166,7 +173,8 @@ def _state(config: RunConfig, architecture: Architecture, shard: Shard) -> Parts
     for chunk in shard.chunks:
         if lora is not None:
             chunk = adapters_of(chunk, architecture, parallel, lora)
-        for expert, ranks in ((False, parallel.data), (True, expert_data_ranks(parallel))):
+        owners = (False, parallel.data * parallel.context), (True, expert_data_ranks(parallel))
+        for expert, ranks in owners:
             elements = buffer_elements([each for each in chunk if each.expert == expert], ranks)
             held += elements
             owned += elements // ranks
@@ -176,7 +184,7 @@ def _state(config: RunConfig, architecture: Architecture, shard: Shard) -> Parts
     return {
         "weights": (element * (frozen + held), f"{shard.elements():,} parameters x {element}{beside}"),
         "gradients": (FLOAT32 * held, "float32"),
-        "optimizer": (state * owned, f"{owned:,} of them on each replica x {state}"),
+        "optimizer": (state * owned, f"{owned:,} of them on each rank that holds them x {state}"),
     }
 
 

@@ -159,7 +159,7 @@ class _Run:
                     seconds = self._trainer.learn(batch.trained)
                     await asyncio.sleep(seconds)
                     await self._pool.sync_weights(step)
-                self._supply.trained()
+                self._supply.trained(self._supply.take_sampled().stats.decoded_tokens)
                 self._learning += seconds
                 if step == self._unmeasured:
                     first = self._mark()

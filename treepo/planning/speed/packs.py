@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bridge.attention import CUDA_BLOCK
 from treepo.config.run import RunConfig
+from treepo.config.trainer import ParallelConfig
 from treepo.learning.advantage import estimate
-from treepo.learning.packing import Pack, pack_flat, pack_trees
+from treepo.learning.packing import Pack, pack_flat, pack_trees, padded
+from treepo.learning.slicing import imbalance, pack_slices, sliced_length
 from treepo.planning.simulation.workload import half_correct
 from treepo.tree import Tree
 
@@ -23,12 +26,14 @@ class ReplicaWork:
     """One replica's part of one mini-batch.
 
     tokens: of all micro-batches, repeated context included. pairs: of a token and one that it attends to,
-    itself included.
+    itself included. fullest: pairs of the slice with the most, over the mean of the slices; they wait for one
+    another in every layer.
     """
 
     micro_batches: float
     tokens: float
     pairs: float
+    fullest: float = 1.0
 
 
 def replica_work(
@@ -53,9 +58,24 @@ def _packed(config: RunConfig, trees: Sequence[Tree], replicas: int, share: int)
     packed = pack(graded, estimate(graded, config.learning), config.trainer.max_tokens_per_pack, replicas)
     scale = replicas * share / len(trees)
     return [
-        ReplicaWork(scale * len(packs), scale * sum(map(len, packs)), scale * sum(map(_pairs, packs)))
+        ReplicaWork(
+            scale * len(packs),
+            scale * sum(map(len, packs)),
+            scale * sum(map(_pairs, packs)),
+            sum(_fullest(pack, config.trainer.parallel) * _pairs(pack) for pack in packs)
+            / sum(map(_pairs, packs)),
+        )
         for packs in packed
     ]
+
+
+def _fullest(pack: Pack, parallel: ParallelConfig) -> float:
+    """`imbalance` of the pack's slices in a GPU's blocks, with padding."""
+    if parallel.context == 1:
+        return 1.0
+    length = sliced_length(len(pack), parallel.context, CUDA_BLOCK, parallel.sequence_multiple)
+    position = padded(pack, length).position
+    return imbalance(position, pack_slices(position, parallel.context, CUDA_BLOCK))
 
 
 def _pairs(pack: Pack) -> int:

@@ -7,7 +7,9 @@ No phase was compared with a GPU. Counted are:
   Beside frozen weights (`trainer.lora`) a backward pass counts once, and the adapters' own products not.
 - The pipeline's idle time: (stages - 1) / (chunks of each) of one micro-batch.
 - Traffic of tensor-parallel ranks (two gathers and two scatters of the hidden states a layer) and of experts'
-  ranks (there and back), once forward and once backward, none of it hidden.
+  ranks (there and back), once forward and once backward, none of it hidden. Likewise the keys and values that
+  context-parallel ranks gather in each layer, again with recomputation, and their gradients.
+- Of a context group's ranks, the one whose slices have the most pairs.
 - Gradients and parameters between replicas, and the optimizer's passes over its state.
 - If the run is asynchronous or oversamples, what overlaps (`speed/loop.py`).
 - The weight sync. Rank 0 gathers bucket k + 1 while bucket k travels and is loaded (docs/weights.md), so the
@@ -103,7 +105,7 @@ def trainer_phases(config: RunConfig, folder: Path, trees: Sequence[Tree]) -> Ma
     work = _slowest(architecture, replica_work(config, trees))
     forward = 2 if config.learning.kl_coefficient else 1
     return {
-        "log_probs": _passes(config, architecture, work, forward, sends=forward),
+        "log_probs": _passes(config, architecture, work, forward, sends=forward, gathers=forward),
         "train": _passes(config, architecture, work, *_training_passes(config, architecture, work)),
         "optimizer": _optimizer(config, architecture),
         "weight_sync": sync_weights(config, folder),
@@ -119,31 +121,41 @@ def _slowest(architecture: Architecture, works: Sequence[Sequence[ReplicaWork]])
         micro_batches=fmean(one.micro_batches for one in slowest),
         tokens=fmean(one.tokens for one in slowest),
         pairs=fmean(one.pairs for one in slowest),
+        fullest=fmean(one.fullest for one in slowest),
     )
 
 
-def _training_passes(config: RunConfig, architecture: Architecture, work: ReplicaWork) -> tuple[float, int]:
-    """Training's computation and its traffic, both in forward passes. Frozen weights have no gradient, so
-    their matrices take one pass less.
+def _training_passes(
+    config: RunConfig, architecture: Architecture, work: ReplicaWork
+) -> tuple[float, int, int]:
+    """Training's computation, its traffic, and its gathers of keys and values, each in forward passes. Frozen
+    weights have no gradient, so their matrices take one pass less.
     """
     pairs = forward_flops(architecture, 0, work.pairs)
     attention = pairs / forward_flops(architecture, work.tokens, work.pairs)
     passes = 3.0 if config.trainer.lora is None else 2.0 + attention
     if config.trainer.recompute == "full":
-        return passes + 1.0, 3
-    return passes + (attention if config.trainer.recompute == "selective" else 0.0), 2
+        return passes + 1.0, 3, 3
+    if config.trainer.recompute == "none":
+        return passes, 2, 2
+    return passes + attention, 2, 3
 
 
 def _passes(
-    config: RunConfig, architecture: Architecture, work: ReplicaWork, passes: float, sends: int
+    config: RunConfig, architecture: Architecture, work: ReplicaWork, passes: float, sends: int, gathers: int
 ) -> Phase:
-    """`passes` forward passes over the step's packs by the slowest replica, `sends` of them with traffic."""
+    """`passes` forward passes over the step's packs by the slowest replica, `sends` of them with traffic, and
+    `gathers` with that of keys and values.
+    """
     hardware, mini_batches = device(config.plan.device), config.learning.mini_batches
     parallel = config.trainer.parallel
-    ranks = parallel.tensor * parallel.pipeline
-    flops = forward_flops(architecture, work.tokens, work.pairs)
+    ranks = parallel.replica_ranks * parallel.pipeline
+    flops = forward_flops(architecture, work.tokens, work.fullest * work.pairs)
     computing = passes * flops / (ranks * hardware.flops * hardware.efficiency)
-    sending = sends * work.tokens * _sending_seconds(config, architecture) / parallel.pipeline
+    token = sends * _sending_seconds(config, architecture) / parallel.context
+    sent = work.tokens * _gathered_bytes(config, architecture)
+    token += gathers * _gathered_bytes(config, architecture) / link_rate(config, parallel.replica_ranks)
+    sending = work.tokens * token / parallel.pipeline
     idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / work.micro_batches
     seconds = mini_batches * (computing + sending) * (1 + idle)
     tokens = mini_batches * work.tokens
@@ -153,9 +165,22 @@ def _passes(
     )
     if sending:
         note += f"; {mini_batches * sending:.1f} s sending"
+    if sent:
+        exchanged = mini_batches * gathers * sent / parallel.pipeline
+        note += (
+            f", with {exchanged / 1e9:,.0f} GB of keys and values to each rank; the slice with the most "
+            f"pairs has {work.fullest:.2f} x the mean"
+        )
     if idle:
         note += f"; {idle:.0%} idle, {work.micro_batches:.0f} micro-batches in {parallel.pipeline} stages"
     return Phase(seconds, note)
+
+
+def _gathered_bytes(config: RunConfig, architecture: Architecture) -> float:
+    """Keys and values of one token in all layers that a rank gets from its context group, on average."""
+    parallel, dimensions = config.trainer.parallel, architecture.dimensions
+    values = 2 * dimensions.groups * dimensions.head_dim / parallel.tensor * dimensions.layers
+    return (parallel.context - 1) / parallel.context * values * element_bytes(config)
 
 
 def _sending_seconds(config: RunConfig, architecture: Architecture) -> float:
@@ -180,9 +205,9 @@ def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
     if config.trainer.lora is not None:  # tensor-parallel ranks divide about half of their values
         dense = adapter_count(architecture, config.trainer.lora) / parallel.pipeline
         experts = 0.0
-    owners, expert_owners = parallel.data, parallel.tensor * parallel.data / parallel.expert
+    owners, expert_owners = parallel.data * parallel.context, parallel.stage_ranks / parallel.expert
     sent = dense * (owners - 1) / owners + experts * (expert_owners - 1) / expert_owners
-    rate = link_rate(config, parallel.tensor * parallel.data)
+    rate = link_rate(config, parallel.stage_ranks)
     sending = steps * sent * (4 + element_bytes(config)) / rate
     owned = dense / owners + experts / expert_owners
     updating = steps * owned * _OPTIMIZER_BYTES / (hardware.memory_bandwidth * hardware.memory_efficiency)
@@ -250,5 +275,5 @@ def _gather_seconds(config: RunConfig, whole: float) -> float:
     owned = whole / (parallel.tensor * parallel.pipeline)
     same_stage = owned * (parallel.tensor - 1)
     other_stages = whole - owned - same_stage
-    # Ranks are numbered tensor, data, pipeline: the last stage is that far away.
+    # Ranks are numbered tensor, context, data, pipeline: the last stage is that far away.
     return same_stage / device(config.plan.device).link + other_stages / link_rate(config, parallel.ranks)

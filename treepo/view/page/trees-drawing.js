@@ -74,6 +74,7 @@ function describe(node, answer) {
   if (data.reward !== null) facts.push(`${leaf ? "" : "mean "}reward ${decimal(data.reward)}`);
   if (data.weights) facts.push(`A+\u00a0${decimal(data.weights[0], 3)}, A−\u00a0${decimal(data.weights[1], 3)}`);
   if (leaf) facts.push(leaf.verdict?.replace("_", " ") ?? "not graded", `ended by ${leaf.stop}`);
+  if (data.draws > 1) facts.push(`for ${data.draws} children that began alike`);
   if (data.finish === "cut") facts.push("ended by a cut");
   if (data.cut) facts.push(whyAdded(data.cut));
   return facts.join(" · ");
