@@ -128,11 +128,6 @@ def _check_trained(config: RunConfig) -> None:
     check_layout(architecture, config.trainer.parallel)
     check_routing_replay(config.model.path, architecture, config.trainer.routing_replay)
     check_adapters(config.model.path, architecture, config.trainer.lora)
-    if config.trainer.lora is not None and (ranks := config.trainer.parallel.ranks) > 1:
-        raise ConfigError(
-            f"trainer.lora with the {ranks} ranks of trainer.parallel: adapters are tested on one rank only; "
-            "tensor = 1, pipeline = 1 and data = 1 are allowed"
-        )
     check_transformer_impl(config.trainer.transformer_impl)
 
 
