@@ -12,10 +12,20 @@ PEFT_PREFIX = "base_model.model."  # before the names of transformers
 
 
 def adapter_rules(architecture: Architecture, targets: Sequence[str]) -> list[Rule]:
-    """For every A and B of the whole model its Megatron-Core parameter and its tensor in PEFT's files."""
+    """For every A and B of the whole model its Megatron-Core parameter and its tensor in PEFT's files.
+
+    In a mixture the projections of the MLP are those of experts, as PEFT reads the same targets; dense layers
+    have none.
+    """
     rules = []
     for rule in architecture.weight_rules():
         if rule.surgery not in (QKV, GATE_UP, COLUMNS) or not rule.parameter.endswith(".weight"):
+            continue
+        if (
+            architecture.experts is not None
+            and ".mlp." in rule.parameter
+            and ".experts." not in rule.parameter
+        ):
             continue
         parts = (("a", "A", COLUMNS), ("b", "B", WHOLE))
         if rule.surgery is not COLUMNS:
@@ -34,3 +44,13 @@ def adapter_rules(architecture: Architecture, targets: Sequence[str]) -> list[Ru
                     for matrix, letter, surgery in parts
                 ]
     return rules
+
+
+def of_expert(name: str) -> bool:
+    """Whether a parameter or tensor of this name is an expert's, and not of one that every token takes."""
+    return ".mlp.experts." in name
+
+
+def beside(rule: Rule) -> str:
+    """The Megatron-Core parameter that the A or B of this rule is beside."""
+    return rule.parameter.partition("adapter.")[0] + "weight"

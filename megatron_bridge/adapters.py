@@ -8,7 +8,7 @@ gate and up, as one matrix. A rank holds the part of them that belongs to its sh
 
 Ranks exchange the `rank` values of each token between A and B instead of hidden states. With sequence
 parallelism a whole matrix sees each rank's own tokens, and Megatron-Core sums the ranks' gradients; without
-it all ranks compute the same gradient.
+it all ranks compute the same gradient. An expert is whole on its rank, and so are its adapters.
 """
 
 import zlib
@@ -21,16 +21,18 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Module, Parameter, ParameterDict
 from torch.nn.functional import linear
 
-from megatron_bridge.adapter_names import adapter_rules
+from megatron_bridge.adapter_names import adapter_rules, beside
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.hf_weight_map import Rule
-from megatron_bridge.model import named_parameters
+from megatron_bridge.model import is_expert, named_parameters
 from megatron_bridge.tensor_surgery import COLUMNS, ROWS, WHOLE
 from treepo.config.trainer import LoraConfig
+
+Exchange = Callable[[Tensor], Tensor]
 
 _AXES = {ROWS: 0, COLUMNS: 1, WHOLE: None}
 """The axis along which tensor-parallel ranks divide a matrix of an adapter."""
@@ -39,9 +41,9 @@ _AXES = {ROWS: 0, COLUMNS: 1, WHOLE: None}
 class Adapter(Module):
     """The adapters of the projections that one Megatron-Core matrix computes.
 
-    output_divided: whether tensor-parallel ranks divide the matrix's output (else its input). arrange: puts
-    outputs of all its projections, in the order of `rows`, together as the matrix does. rows: this rank's
-    outputs of each projection; one without adapter gets 0.
+    rows: this rank's outputs of each projection; one without adapter gets 0. exchange: turns the values that
+    a rank has computed with its A into those that its B needs. arrange: puts outputs of all projections, in
+    the order of `rows`, together as the matrix does.
     """
 
     def __init__(
@@ -49,22 +51,20 @@ class Adapter(Module):
         lora: LoraConfig,
         columns: int,
         rows: dict[str, int],
-        output_divided: bool,
+        exchange: Exchange,
         arrange: Callable[[list[Tensor]], Tensor],
-        sequence_parallel: bool,
     ) -> None:
         super().__init__()
         self.scale = lora.alpha / lora.rank
         self.enabled = True
-        self._rows, self._output_divided, self._arrange = rows, output_divided, arrange
-        self._sequence_parallel = sequence_parallel
+        self._rows, self._exchange, self._arrange = rows, exchange, arrange
         names = [name for name in rows if name in lora.targets]
         self.a = ParameterDict({name: Parameter(torch.empty(lora.rank, columns)) for name in names})
         self.b = ParameterDict({name: Parameter(torch.empty(rows[name], lora.rank)) for name in names})
 
     def forward(self, states: Tensor) -> Tensor:
         """The term, before scaling, that is added to the matrix's output for its input `states`."""
-        inner = self._exchanged(linear(states, torch.cat(list(self.a.values()))))
+        inner = self._exchange(linear(states, torch.cat(list(self.a.values()))))
         parts = dict(zip(self.b, inner.chunk(len(self.b), dim=-1), strict=True))
         return self._arrange(
             [
@@ -74,16 +74,6 @@ class Adapter(Module):
                 for name, rows in self._rows.items()
             ]
         )
-
-    def _exchanged(self, inner: Tensor) -> Tensor:
-        """The values between A and B that this rank's part of B needs."""
-        if self._output_divided:
-            if self._sequence_parallel:
-                return tensor_parallel.gather_from_sequence_parallel_region(inner)
-            return tensor_parallel.copy_to_tensor_model_parallel_region(inner)
-        if self._sequence_parallel:
-            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(inner)
-        return tensor_parallel.reduce_from_tensor_model_parallel_region(inner)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
@@ -119,12 +109,13 @@ def add_adapters(
         names = {id(parameter): name for name, parameter in named_parameters([chunk]).items()}
         dtype = next(chunk.parameters()).dtype
         rules = adapter_rules(architecture, lora.targets)
-        adapted = {rule.parameter.partition("adapter.")[0] + "weight" for rule in rules}
+        adapted = {beside(rule) for rule in rules}
         for module in list(chunk.modules()):
             name = names.get(id(getattr(module, "weight", None)))
             if name in adapted:
                 assert name is not None
-                adapter = _adapter_of(name, module, architecture, lora, chunk.config.sequence_parallel)
+                exchange = _exchange(module, chunk.config.sequence_parallel)
+                adapter = _adapter_of(name, module, architecture, lora, exchange)
                 module.add_module("adapter", adapter.to(device, dtype))
                 module.register_forward_hook(_add_term)
         if chunk.config.recompute_granularity == "full" and chunk.pre_process:
@@ -133,7 +124,8 @@ def add_adapters(
         named = named_parameters([chunk])
         for rule in rules:
             if rule.parameter in named:
-                _initialise(named[rule.parameter], rule, chunk.config.sequence_parallel)
+                expert = is_expert(named[beside(rule)])
+                _initialise(named[rule.parameter], rule, expert, chunk.config.sequence_parallel)
 
 
 def adapters_of(chunks: Sequence[Module]) -> Iterator[tuple[Parameter, Adapter]]:
@@ -150,6 +142,8 @@ def sharded_adapters(chunk: Any) -> dict[str, ShardedTensor]:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    expert_replica = parallel_state.get_expert_data_parallel_rank()
     keys = {id(parameter): key for key, parameter in named_parameters([chunk]).items()}
     sharded = {}
     for name, parameter in chunk.named_parameters():
@@ -160,7 +154,9 @@ def sharded_adapters(chunk: Any) -> dict[str, ShardedTensor]:
                 keys[id(parameter)],
                 parameter,
                 *([offset] if divided else []),
-                replica_id=(0, 0 if divided else rank, parallel_state.get_data_parallel_rank()),
+                replica_id=(0, 0, expert_replica)
+                if is_expert(parameter)
+                else (0, 0 if divided else rank, replica),
             )
     return sharded
 
@@ -176,22 +172,35 @@ def _add_term(module: Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor,
 
 
 def _adapter_of(
-    name: str, module: Module, architecture: Architecture, lora: LoraConfig, sequence_parallel: bool
+    name: str, module: Module, architecture: Architecture, lora: LoraConfig, exchange: Exchange
 ) -> Adapter:
     """The adapter, uninitialised, of the module whose weight has this name in the table."""
     weight = module.weight
     assert isinstance(weight, Parameter)
     rows, columns = weight.shape
     matrix = name.split(".")[-2]
-    build = partial(Adapter, lora, columns, sequence_parallel=sequence_parallel)
+    build = partial(Adapter, lora, columns, exchange=exchange)
     if matrix == "linear_qkv":
         keys = rows // (architecture.heads // architecture.dimensions.groups + 2)
         groups = keys // architecture.dimensions.head_dim
         sizes = {"q_proj": rows - 2 * keys, "k_proj": keys, "v_proj": keys}
-        return build(sizes, True, partial(_by_groups, groups))
+        return build(sizes, arrange=partial(_by_groups, groups))
     if matrix == "linear_fc1":
-        return build({"gate_proj": rows // 2, "up_proj": rows // 2}, True, partial(torch.cat, dim=-1))
-    return build({{"linear_proj": "o_proj", "linear_fc2": "down_proj"}[matrix]: rows}, False, _alone)
+        return build({"gate_proj": rows // 2, "up_proj": rows // 2}, arrange=partial(torch.cat, dim=-1))
+    return build({{"linear_proj": "o_proj", "linear_fc2": "down_proj"}[matrix]: rows}, arrange=_alone)
+
+
+def _exchange(module: Module, sequence_parallel: bool) -> Exchange:
+    """How tensor-parallel ranks exchange the values between A and B beside this linear."""
+    if is_expert(module.weight):  # type: ignore[arg-type]  # a linear's
+        return nn.Identity()
+    if isinstance(module, tensor_parallel.ColumnParallelLinear):
+        if sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region
+        return tensor_parallel.copy_to_tensor_model_parallel_region
+    if sequence_parallel:
+        return tensor_parallel.reduce_scatter_to_sequence_parallel_region
+    return tensor_parallel.reduce_from_tensor_model_parallel_region
 
 
 def _by_groups(groups: int, outputs: list[Tensor]) -> Tensor:
@@ -205,11 +214,12 @@ def _alone(outputs: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _initialise(parameter: Parameter, rule: Rule, sequence_parallel: bool) -> None:
+def _initialise(parameter: Parameter, rule: Rule, expert: bool, sequence_parallel: bool) -> None:
     """Give an A or B its first values, and the marks by which Megatron-Core reduces its gradient."""
-    axis = _AXES[rule.surgery]
-    if axis is None:
-        parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]  # Megatron-Core's mark
+    axis = None if expert else _AXES[rule.surgery]
+    parameter.allreduce = not expert  # type: ignore[attr-defined]  # Megatron-Core's mark
+    if axis is None and not expert:
+        parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]  # likewise
     set_tensor_model_parallel_attributes(parameter, axis is not None, -1 if axis is None else axis, 1)
     if ".adapter.b." in rule.parameter:
         parameter.zero_()

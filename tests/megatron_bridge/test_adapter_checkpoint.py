@@ -30,6 +30,7 @@ LAYOUTS = {
     "one rank": ParallelConfig(),
     "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "tensor 2, data 2": ParallelConfig(tensor=2, data=2),
+    "context 2": ParallelConfig(context=2),
 }
 DTYPES = ("float32", "bfloat16")
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}

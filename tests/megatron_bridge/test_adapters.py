@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import Linear, Parameter
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from megatron_bridge.adapter_names import adapter_rules
@@ -39,14 +39,15 @@ from treepo.learning.packing import Pack, pack_flat, pack_trees
 
 LORA = LoraConfig(rank=4, alpha=12.0)
 ATTENTION = LoraConfig(rank=3, alpha=12.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
+LORAS = {"qwen2_moe": ATTENTION}  # of the models that do not train LORA
 SOME = LoraConfig(rank=2, alpha=8.0, targets=["v_proj", "up_proj"])
 KL = LearningConfig(kl_coefficient=0.1)
 # The first step moves B alone, because A's gradient is 0 while B is; later ones move both.
 STEPS = 3
 MODELS = {  # of every layout
-    "tensor 2": ["qwen2", "qwen2-tied", "qwen3"],
+    "tensor 2": ["qwen2", "qwen2-tied", "qwen3", "qwen3_moe"],
     "tensor 2, sequence whole": ["qwen3", "llama"],
-    "tensor 2, expert 2": ["qwen3_moe"],
+    "tensor 2, expert 2": ["qwen3_moe", "qwen2_moe"],
     "pipeline 2": ["qwen2", "qwen2-tied"],
     "pipeline 2, interleaved": ["llama"],
     "data 2": ["qwen2"],
@@ -54,11 +55,23 @@ MODELS = {  # of every layout
     "tensor 2, pipeline 2": ["qwen2-tied", "llama"],
     "tensor 2, data 2": ["qwen3, biased"],
     "pipeline 2, data 2, expert 2": ["qwen3_moe"],
+    "context 2": ["qwen2", "qwen3"],
+    "context 2, expert 2": ["qwen3_moe"],
+    "context 2, tensor 2": ["qwen3"],
+    "context 2, tensor 2, sequence whole": ["llama"],
+    "context 2, pipeline 2": ["qwen2-tied"],
+    "context 2, data 2": ["qwen2"],
 }
 PAIRS = [(layout, model) for layout, models in MODELS.items() for model in models]
 NAMES = sorted({model for _, model in PAIRS})
-RECOMPUTE = {"tensor 2, expert 2": "full", "pipeline 2": "full", "tensor 2, data 2": "selective"}
-BATCHES = {"data 2": "qwen2", "data 2, expert 2": "qwen3_moe"}
+RECOMPUTE = {
+    "tensor 2, expert 2": "full",
+    "pipeline 2": "full",
+    "tensor 2, data 2": "selective",
+    "context 2, pipeline 2": "full",
+    "context 2, tensor 2": "selective",
+}
+BATCHES = {"data 2": "qwen2", "data 2, expert 2": "qwen3_moe", "context 2, data 2": "qwen2"}
 VARIANT = "tensor 2, data 2"
 
 
@@ -90,7 +103,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def case_of(name: str, model: str, models: dict[str, Path], batch: Batch) -> Case:
-    lora = ATTENTION if "moe" in model else LORA
+    lora = LORAS.get(model, LORA)
     steps = [[batch.packed]] * STEPS
     return Case(name, models[model], steps, batch.denominator, temperature=TEMPERATURE, lora=lora)
 
@@ -112,7 +125,7 @@ def one_rank(models, batch, tmp_path_factory) -> dict[str, Any]:
         replace(qwen2, name="bfloat16", dtype="bfloat16"),
         replace(qwen2, name="bfloat16, offload all", dtype="bfloat16", offload="all"),
     ]
-    cases += [batch_case(model, model, models, batch) for model in BATCHES.values()]
+    cases += [batch_case(model, model, models, batch) for model in sorted(set(BATCHES.values()))]
     return megatron_ranks.run(cases, tmp_path_factory.mktemp("ranks") / "one")
 
 
@@ -123,7 +136,7 @@ def batch_case(name: str, model: str, models: dict[str, Path], batch: Batch) -> 
     if name == model:
         replicas = [[plain[:2] + plain[3:]], [plain[2:3]]]
     mini_batches = [(packs, loss.denominator(packs, KL)) for packs in replicas]
-    lora, replay = (ATTENTION, "trainer") if "moe" in model else (LORA, "none")
+    lora, replay = LORAS.get(model, LORA), "trainer" if "moe" in model else "none"
     layout = LAYOUTS[name.partition(":")[0]] if name != model else ParallelConfig()
     return BatchCase(
         f"{name}: batch", models[model], mini_batches, layout, KL, False, routing_replay=replay, lora=lora
@@ -191,7 +204,7 @@ def test_adapters_at_their_start_change_no_bit(one_rank) -> None:
 def test_training_changes_the_adapters_and_what_they_are_beside(name: str, one_rank) -> None:
     """Otherwise the comparisons below would prove nothing."""
     result = one_rank[name]
-    lora = ATTENTION if "moe" in name else LORA
+    lora = LORAS.get(name, LORA)
     beside = {weight_name(adapter) for adapter in result.adapters}
     assert {adapter.split(".")[-3] for adapter in result.adapters} == set(lora.targets)
     for tensor, weight in result.final.items():
@@ -202,28 +215,39 @@ def test_training_changes_the_adapters_and_what_they_are_beside(name: str, one_r
 
 
 class ByHand(torch.nn.Module):
-    """A frozen linear of transformers and its low-rank term."""
+    """A network of transformers whose weights get B A by hand, in matrices that autograd follows."""
 
-    def __init__(self, base: Linear, a: Tensor, b: Tensor, scale: float) -> None:
+    def __init__(self, model: Path, adapters: dict[str, Tensor], lora: LoraConfig) -> None:
         super().__init__()
-        self.base, self.scale = base.requires_grad_(False), scale
-        self.a, self.b = Parameter(a), Parameter(b)
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)
+        self._network = [network]  # its parameters are none of ours
+        self._scale = lora.alpha / lora.rank
+        self.matrices = {name: tensor.clone().requires_grad_() for name, tensor in adapters.items()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * (x @ self.a.T @ self.b.T)
+    def _weight(self, name: str, weight: Tensor) -> Tensor:
+        """The weight of transformers with what is added to it."""
+        if name.endswith("experts.gate_up_proj"):
+            parts = [self._experts(name, part, len(weight)) for part in ("gate_proj", "up_proj")]
+            return weight if parts[0] is None else weight + torch.cat(parts, dim=1)
+        if name.endswith("experts.down_proj"):
+            added = self._experts(name, "down_proj", len(weight))
+        else:
+            added = self._product(name.removesuffix(".weight"))
+        return weight if added is None else weight + added
 
+    def _experts(self, name: str, part: str, experts: int) -> Any:
+        path = name.rpartition(".")[0]
+        products = [self._product(f"{path}.{expert}.{part}") for expert in range(experts)]
+        return None if products[0] is None else torch.stack(products)
 
-def network_with(model: Path, adapters: dict[str, Tensor], lora: LoraConfig):
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)
-    for name in [name for name in adapters if ".lora_A." in name]:
-        path = weight_name(name).removesuffix(".weight")
-        b = adapters[name.replace("lora_A", "lora_B")]
-        base = network.get_submodule(path)
-        assert isinstance(base, Linear)
-        by_hand = ByHand(base, adapters[name], b, lora.alpha / lora.rank)
-        parent, _, child = path.rpartition(".")
-        setattr(network.get_submodule(parent), child, by_hand)
-    return network
+    def _product(self, path: str) -> Any:
+        a, b = (f"base_model.model.{path}.lora_{letter}.weight" for letter in "AB")
+        return self._scale * self.matrices[b] @ self.matrices[a] if a in self.matrices else None
+
+    def forward(self, tokens: Tensor) -> Any:
+        (network,) = self._network
+        weights = {name: self._weight(name, weight) for name, weight in network.named_parameters()}
+        return functional_call(network, weights, (tokens,))
 
 
 def initial_adapters(lora: LoraConfig, final: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -245,14 +269,9 @@ def initial_adapters(lora: LoraConfig, final: dict[str, Tensor]) -> dict[str, Te
 def test_steps_are_those_of_low_rank_terms_in_transformers(name: str, one_rank, models, batch) -> None:
     """Autograd through transformers on whole trajectories, three steps of A and B."""
     result = one_rank[name]
-    lora = ATTENTION if "moe" in name else LORA
-    network = network_with(models[name], initial_adapters(lora, result.adapters), lora)
-    mine = {
-        f"base_model.model.{path}.lora_{letter}.weight": parameter
-        for path, module in network.named_modules()
-        if isinstance(module, ByHand)
-        for letter, parameter in (("A", module.a), ("B", module.b))
-    }
+    lora = LORAS.get(name, LORA)
+    network = ByHand(models[name], initial_adapters(lora, result.adapters), lora)
+    mine = network.matrices
     assert mine.keys() == result.adapters.keys()
     for step in range(STEPS):
         for parameter in mine.values():
@@ -392,9 +411,8 @@ def test_a_rank_of_the_full_dimension_reproduces_any_step() -> None:
         LoraConfig(rank=size, alpha=2.0 * size),
         size,
         {"o_proj": outputs},
-        False,
+        lambda inner: inner,
         lambda parts: parts[0],
-        False,
     )
     adapter.a["o_proj"].data = torch.linalg.qr(torch.randn(size, size))[0]
     adapter.b["o_proj"].data.zero_()
@@ -410,13 +428,23 @@ def test_a_rank_of_the_full_dimension_reproduces_any_step() -> None:
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
 def test_every_linear_of_the_model_has_a_pair(name: str, models) -> None:
     architecture = read_architecture(models[name])
-    lora = ATTENTION if "moe" in name else LORA
+    lora, dimensions = LORAS.get(name, LORA), architecture.dimensions
     tensors = [tensor for rule in adapter_rules(architecture, lora.targets) for tensor in rule.tensors]
-    assert len(tensors) == len(set(tensors)) == 2 * len(lora.targets) * architecture.dimensions.layers
+    mlps = dimensions.layers if architecture.experts is None else 0
+    mlps += len(dimensions.sparse_layers) * dimensions.experts
+    attention = len(set(lora.targets) & set(ATTENTION.targets))
+    linears = attention * dimensions.layers + (len(lora.targets) - attention) * mlps
+    assert len(tensors) == len(set(tensors)) == 2 * linears
 
 
-def test_experts_get_no_adapters(models) -> None:
+def test_experts_have_the_adapters_that_peft_reads(models) -> None:
     folder = models["qwen3_moe"]
-    with pytest.raises(ConfigError, match=r"has gate_proj, up_proj, down_proj, .* q_proj, k_proj, v_proj"):
+    architecture = read_architecture(folder)
+    check_adapters(folder, architecture, ATTENTION)
+    check_adapters(folder, architecture, LORA)
+    with pytest.raises(ConfigError, match=r"has up_proj, but PEFT .* for gate_proj, up_proj, down_proj tog"):
+        check_adapters(folder, architecture, SOME)
+    folder = models["qwen2_moe"]
+    with pytest.raises(ConfigError, match=r"PEFT reads no adapters of the experts of a qwen2_moe .* v_proj"):
         check_adapters(folder, read_architecture(folder), LORA)
     check_adapters(folder, read_architecture(folder), ATTENTION)

@@ -119,6 +119,7 @@ class OptimizerConfig(Section):
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """A linear layer of a decoder, by its name in transformers."""
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class LoraConfig(Section):
@@ -127,8 +128,8 @@ class LoraConfig(Section):
     alpha: float = Field(default=64.0, gt=0)
     """A projection's output gets alpha / rank times B A x."""
     targets: list[Projection] = Field(default=list(get_args(Projection)), min_length=1)
-    """The projections with adapters, by their names in transformers and PEFT. Experts have none: with a
-    mixture only `q_proj`, `k_proj`, `v_proj` and `o_proj` are allowed."""
+    """The projections with adapters, by their names in transformers and PEFT. In a mixture `gate_proj`,
+    `up_proj` and `down_proj` are those of every expert, all three or none; Qwen2-MoE's experts have none."""
     dropout: float = 0.0
     """Must be 0: a token's log-prob would differ from pass to pass, so PPO's ratio would not be 1 before the
     first update."""

@@ -203,8 +203,9 @@ def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
     dense = (shard.parameters - shard.experts) / (parallel.tensor * parallel.pipeline)
     experts = shard.experts / (parallel.expert * parallel.pipeline)
     if config.trainer.lora is not None:  # tensor-parallel ranks divide about half of their values
-        dense = adapter_count(architecture, config.trainer.lora) / parallel.pipeline
-        experts = 0.0
+        dense = adapter_count(architecture, config.trainer.lora, expert=False) / parallel.pipeline
+        experts = adapter_count(architecture, config.trainer.lora, expert=True)
+        experts /= parallel.expert * parallel.pipeline
     owners, expert_owners = parallel.data * parallel.context, parallel.stage_ranks / parallel.expert
     sent = dense * (owners - 1) / owners + experts * (expert_owners - 1) / expert_owners
     rate = link_rate(config, parallel.stage_ranks)
