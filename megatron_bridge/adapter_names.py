@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.hf_weight_map import Rule
 from megatron_bridge.tensor_surgery import COLUMNS, GATE_UP, QKV, ROWS, WHOLE
-
-PEFT_PREFIX = "base_model.model."  # before the names of transformers
+from treepo.data.peft_names import peft_name
 
 
 def adapter_rules(architecture: Architecture, targets: Sequence[str]) -> list[Rule]:
@@ -18,29 +17,21 @@ def adapter_rules(architecture: Architecture, targets: Sequence[str]) -> list[Ru
     have none.
     """
     rules = []
+    mixture = architecture.experts is not None
     for rule in architecture.weight_rules():
         if rule.surgery not in (QKV, GATE_UP, COLUMNS) or not rule.parameter.endswith(".weight"):
             continue
-        if (
-            architecture.experts is not None
-            and ".mlp." in rule.parameter
-            and ".experts." not in rule.parameter
-        ):
+        if mixture and ".mlp." in rule.parameter and not of_expert(rule.parameter):
             continue
-        parts = (("a", "A", COLUMNS), ("b", "B", WHOLE))
-        if rule.surgery is not COLUMNS:
-            parts = (("a", "A", WHOLE), ("b", "B", ROWS))
+        parts = (("a", "A", WHOLE), ("b", "B", ROWS))
+        if rule.surgery is COLUMNS:
+            parts = (("a", "A", COLUMNS), ("b", "B", WHOLE))
         module = rule.parameter.removesuffix("weight")
         for tensor in rule.tensors:
-            path = tensor.removesuffix(".weight")
-            name = path.rpartition(".")[2]
+            name = tensor.split(".")[-2]
             if name in targets:
                 rules += [
-                    Rule(
-                        f"{module}adapter.{matrix}.{name}",
-                        (f"{PEFT_PREFIX}{path}.lora_{letter}.weight",),
-                        surgery,
-                    )
+                    Rule(f"{module}adapter.{matrix}.{name}", (peft_name(tensor, letter),), surgery)
                     for matrix, letter, surgery in parts
                 ]
     return rules

@@ -269,6 +269,16 @@ def check_adapters(folder: Path, architecture: Architecture, lora: LoraConfig | 
         )
 
 
+def check_served_adapter(folder: Path, architecture: Architecture, lora: LoraConfig | None) -> None:
+    """Raise ConfigError if `weights.send = adapter` would have engines serve adapters of experts."""
+    if lora is not None and architecture.experts is not None and set(lora.targets) & set(MLP_PROJECTIONS):
+        raise ConfigError(
+            "weights.send = adapter, and trainer.lora.targets has projections of experts "
+            f"({folder / CONFIG}): their adapters are not tested in SGLang; merged is allowed, or q_proj, "
+            "k_proj, v_proj and o_proj"
+        )
+
+
 def check_transformer_impl(transformer_impl: str) -> None:
     """Raise ConfigError if `te` is configured and Transformer Engine is not installed."""
     if transformer_impl == "te" and find_spec("transformer_engine") is None:

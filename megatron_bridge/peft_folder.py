@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bridge.adapter_names import PEFT_PREFIX, adapter_rules
+from megatron_bridge.adapter_names import adapter_rules
 from megatron_bridge.architecture import Architecture, check_adapters, read_architecture, tensor_shapes
 from megatron_bridge.hf_folder import SafetensorsReader
 from treepo.config.trainer import LoraConfig
 from treepo.data.model_config import CONFIG, check_no_pointers, read_json_object, shown
+from treepo.data.peft_names import weight_name
 from treepo.errors import ConfigError, ModelError, one_line, shortened
 
 ADAPTER = "adapter"  # the folder of an adapter in that of its merged model
@@ -75,11 +76,6 @@ def adapter_shapes(architecture: Architecture, lora: LoraConfig) -> dict[str, tu
         rows, columns = weights[weight_name(name)]
         shapes[name] = (lora.rank, columns) if ".lora_A." in name else (rows, lora.rank)
     return shapes
-
-
-def weight_name(tensor: str) -> str:
-    """Transformers' name of the weight that an A or B of this name in PEFT's file is beside."""
-    return tensor.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] + ".weight"
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, base: Path) -> None:

@@ -63,7 +63,8 @@ class MegatronTrainer:
     """One rank of tensor x context x data x pipeline, numbered with tensor fastest.
 
     folder: a Hugging Face model. dtype: of parameters and activations; master weights, gradients and softmax
-    are float32. store: where the ranks find each other (`create_store`). Raises ConfigError if the layout
+    are float32. store: where the ranks find each other (`create_store`). sends_adapter: whether engines get
+    the adapters alone. Raises ConfigError if the layout
     does not divide the model, ModelError if the folder cannot be used.
     """
 
@@ -76,9 +77,12 @@ class MegatronTrainer:
         rank: int,
         world_size: int,
         store: Store,
+        *,
+        sends_adapter: bool = False,
     ) -> None:
         assert world_size == config.parallel.ranks, f"{world_size} ranks for {config.parallel}"
         self._config, self._learning, self._folder = config, learning, folder
+        self._sends_adapter = sends_adapter
         self._architecture = read_architecture(folder)
         check_layout(self._architecture, config.parallel)
         check_routing_replay(folder, self._architecture, config.routing_replay)
@@ -226,11 +230,16 @@ class MegatronTrainer:
             torch.cuda.empty_cache()
 
     def manifest(self) -> Manifest:
-        """List all tensors of the model, in the order of `tensors`; the same on every rank."""
-        return self._exporter.manifest()
+        """List what engines get, in the order of `tensors`; the same on every rank."""
+        return self._exporter.adapter_manifest() if self._sends_adapter else self._exporter.manifest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model's tensors under their Hugging Face names on rank 0; every rank must iterate."""
+        """Yield what engines get on rank 0, the model's tensors under their Hugging Face names or its
+        adapters under PEFT's; every rank must iterate.
+        """
+        if self._sends_adapter:
+            yield from self.adapters()
+            return
         with self._memory.weights.readable():
             yield from self._exporter.tensors()
 

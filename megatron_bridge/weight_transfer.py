@@ -110,6 +110,7 @@ class WeightExporter:
         self._architecture, self._dtype, self._device = architecture, dtype, device
         self._rules = architecture.weight_rules()
         self._lora = lora
+        self._adapter_rules = [] if lora is None else adapter_rules(architecture, lora.targets)
         self._rank = dist.get_rank()
         mine = _Owner(
             self._rank,
@@ -125,9 +126,16 @@ class WeightExporter:
 
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes of what `tensors` yields; the same on every rank."""
+        return self._announced(self._rules)
+
+    def adapter_manifest(self) -> Manifest:
+        """Likewise of what `adapters` yields."""
+        return self._announced(self._adapter_rules)
+
+    def _announced(self, rules: Sequence[Rule]) -> Manifest:
         return tuple(
             TensorInfo.of(name, tensor)
-            for rule in self._rules
+            for rule in rules
             for name, tensor in zip(
                 rule.tensors,
                 rule.surgery.join(
@@ -150,8 +158,7 @@ class WeightExporter:
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Likewise every A and B under PEFT's name; nothing at all without `trainer.lora`."""
-        if self._lora is not None:
-            yield from self._joined(adapter_rules(self._architecture, self._lora.targets))
+        yield from self._joined(self._adapter_rules)
 
     def _joined(self, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
         for rule in rules:

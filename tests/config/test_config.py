@@ -147,6 +147,17 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
             ["trainer={transformer_impl: te, lora: {}}"],
             "transformer_impl = te with lora: adapters are built beside Megatron-Core's own layers; auto",
         ),
+        (MINIMAL, ["weights.send=adapter"], "weights.send = adapter with trainer.lora = null: there is no"),
+        (
+            MINIMAL,
+            ["weights.send=adapter", "trainer.lora={targets: [v_proj, o_proj]}"],
+            "weights.send = adapter: SGLang computes q_proj, k_proj, v_proj as one; all of them or none are",
+        ),
+        (
+            MINIMAL,
+            ["weights.send=adapter", "trainer.lora={targets: [o_proj, up_proj]}"],
+            "weights.send = adapter: SGLang computes gate_proj, up_proj as one; all of them or none are",
+        ),
         ("steps: 3\n", [], "model: required, but not given"),
         ("- a\n", [], "expected a mapping of keys, found list"),
         ("a: [1,\n", [], "not YAML"),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_bridge.adapter_names import adapter_rules
 from megatron_bridge.architecture import check_adapters, read_architecture
-from megatron_bridge.peft_folder import ADAPTER, weight_name
+from megatron_bridge.peft_folder import ADAPTER
 from tests.support import megatron_ranks
 from tests.support.megatron_ranks import BatchCase, Case, Result
 from tests.support.random_trees import random_tree
@@ -33,6 +33,7 @@ from tests.support.trainer_checks import (
 from tests.support.trainer_layouts import LAYOUTS, VOCABULARY
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import LoraConfig, ParallelConfig
+from treepo.data.peft_names import weight_name
 from treepo.errors import ConfigError
 from treepo.learning import advantage, loss
 from treepo.learning.packing import Pack, pack_flat, pack_trees

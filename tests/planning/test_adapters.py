@@ -10,6 +10,7 @@ from treepo.config.trainer import LoraConfig, ParallelConfig
 from treepo.planning.fit import fit
 from treepo.planning.memory.adapters import adapter_count, adapters_of
 from treepo.planning.memory.trainer import checkpoint_bytes, stage_shards, trainer_memory
+from treepo.planning.memory.weight_sync import exported_bytes, sent_bytes
 
 EXAMPLE = ROOT / "examples/models/qwen2.5-7b-lora.yaml"
 QWEN = ROOT / "examples/architectures/Qwen2.5-7B"
@@ -47,6 +48,33 @@ def test_the_ranks_of_a_layout_hold_each_adapter_once(layout: dict[str, int], ta
         else:
             divided += each.elements
     assert whole + parallel.tensor * divided == adapter_count(architecture, lora)
+
+
+def test_experts_have_adapters_of_their_own() -> None:
+    """48 layers of 128 experts of 768 rows; each rank holds those of its own, whole."""
+    folder, lora = ROOT / "examples/architectures/Qwen3-30B-A3B", LoraConfig(rank=8)
+    architecture = read_architecture(folder)
+    by_hand = 48 * 128 * 8 * 3 * (2048 + 768)
+    assert adapter_count(architecture, lora, expert=True) == by_hand
+    parallel = ParallelConfig(tensor=2, data=4, expert=8)
+    (shard,) = stage_shards(folder, parallel)
+    (chunk,) = shard.chunks
+    held = [each for each in adapters_of(chunk, architecture, parallel, lora) if each.expert]
+    assert sum(each.elements for each in held) == by_hand // 8
+
+
+def test_a_sync_of_adapters_sends_and_joins_those_alone() -> None:
+    merged, adapter = (load_config(EXAMPLE, [f"weights.send={send}"]) for send in ("merged", "adapter"))
+    values = adapter_count(read_architecture(QWEN), adapter.trainer.lora)
+    assert sent_bytes(merged, QWEN) == exported_bytes(merged, QWEN) == exported_bytes(adapter, QWEN)
+    assert sent_bytes(adapter, QWEN) == 2 * values
+    *_, syncing = trainer_memory(adapter, QWEN)
+    assert "merging" not in syncing.parts
+    assert syncing.parts["weight buckets"] == 2 * values  # less than one bucket
+    whole, beside = fit(merged, QWEN).engine, fit(adapter, QWEN).engine
+    assert "adapter" not in whole.memory.parts
+    assert beside.memory.parts["adapter"] == 2 * values
+    assert 0 < whole.kv_tokens - beside.kv_tokens < 2 * 2 * values / beside.shard.kv_values
 
 
 def test_frozen_weights_have_neither_gradients_nor_optimizer_state() -> None:

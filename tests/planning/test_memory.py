@@ -84,6 +84,9 @@ SETTINGS = {
     "one rank, adapters": Setting("qwen2", {}, lora={"rank": 8}),
     "one rank, adapters, full, bfloat16": Setting("qwen2-tied", {}, "full", "bfloat16", lora={"rank": 8}),
     "tensor 2, adapters": Setting("qwen3", {"tensor": 2}, lora={"rank": 4, "targets": ["q_proj", "up_proj"]}),
+    "context 2, expert 2, adapters": Setting(
+        "qwen3_moe", {"context": 2, "expert": 2}, "full", lora={"rank": 4}
+    ),
     "data 2": Setting("qwen3", {"data": 2}, "selective", "bfloat16"),
     "data 2, expert 2": Setting("qwen3_moe", {"data": 2, "expert": 2}, "full"),
     "context 2": Setting("qwen2", {"context": 2}),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from sglang_rollout.engine import SGLangEngine
 from tests.support.tiny import write_tiny_qwen2
 from treepo.config.engine import EngineConfig
+from treepo.config.trainer import LoraConfig
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksums, views
@@ -113,12 +114,19 @@ def write_model(folder: Path) -> Path:
 
 
 def start(
-    folder: Path, loop: asyncio.AbstractEventLoop, *, routes: bool = False, **settings: Any
+    folder: Path,
+    loop: asyncio.AbstractEventLoop,
+    *,
+    routes: bool = False,
+    lora: LoraConfig | None = None,
+    **settings: Any,
 ) -> RealEngine:
-    """settings: keys of `EngineConfig`. routes: whether requests may ask for routes."""
+    """settings: keys of `EngineConfig`. routes: whether requests may ask for routes. lora: of the adapter
+    that updates bring.
+    """
     os.environ["SGLANG_RECORD_STEP_TIME"] = "1"  # tests/planning/test_simulation_real.py counts steps by it
     rule = SwitchableRule()
     config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
-    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule, routes=routes)
+    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule, routes=routes, lora=lora)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return RealEngine(engine, folder, reference, rule, loop)

@@ -114,6 +114,8 @@ def _with_runtime(
     if shared:
         runtime["engine's CUDA and NCCL"] = RUNTIME, ""
         runtime["engine's CUDA graphs"] = engine.graphs, ""
+        if "adapter" in engine.memory.parts:  # SGLang's memory saver leaves it
+            runtime["engine's adapter"] = engine.memory.parts["adapter"], ""
         reloaded["engine's weights"] = engine.memory.parts["weights"], ""
     *stages, syncing = trainer
     waiting = [max(0.0, packs - stage.parts["tree packs"]) for stage in stages]

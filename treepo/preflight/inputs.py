@@ -120,6 +120,7 @@ def _check_trained(config: RunConfig) -> None:
         check_adapters,
         check_layout,
         check_routing_replay,
+        check_served_adapter,
         check_transformer_impl,
         read_architecture,
     )
@@ -128,6 +129,7 @@ def _check_trained(config: RunConfig) -> None:
     check_layout(architecture, config.trainer.parallel)
     check_routing_replay(config.model.path, architecture, config.trainer.routing_replay)
     check_adapters(config.model.path, architecture, config.trainer.lora)
+    check_served_adapter(config.model.path, architecture, config.served_lora)
     check_transformer_impl(config.trainer.transformer_impl)
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from megatron_bridge.adapter_names import adapter_rules, beside, of_expert
 from megatron_bridge.architecture import Architecture, tensor_shapes
 from megatron_bridge.layout_shards import Shard, ShardParameter
-from megatron_bridge.peft_folder import adapter_shapes, weight_name
+from megatron_bridge.peft_folder import adapter_shapes
 from megatron_bridge.tensor_surgery import ROWS
 from treepo.config.trainer import LoraConfig, ParallelConfig
+from treepo.data.peft_names import weight_name
 
 MERGING = 8
 """Bytes of a value while its weight is merged: sum and product in float32 (`Adapter.merged`)."""

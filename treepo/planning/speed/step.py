@@ -32,7 +32,7 @@ from treepo.planning.memory.adapters import adapter_count
 from treepo.planning.memory.engine_shard import engine_shard
 from treepo.planning.memory.parts import element_bytes
 from treepo.planning.memory.trainer import offloaded_bytes
-from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
+from treepo.planning.memory.weight_sync import bucket_bytes, sent_bytes
 from treepo.planning.nodes import footprint, link_rate, shares_devices
 from treepo.planning.simulation.loop import LoopTime
 from treepo.planning.speed.flops import forward_flops
@@ -221,7 +221,7 @@ def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
 
 def sync_weights(config: RunConfig, folder: Path) -> Phase:
     """From the last optimizer step to engines that serve again."""
-    whole = exported_bytes(config, folder)
+    whole = sent_bytes(config, folder)
     send, load, way = _send_and_load(config, whole)
     send += _gather_seconds(config, whole)
     bucket = bucket_bytes(config, planned_architecture(folder)) / 2 / whole
