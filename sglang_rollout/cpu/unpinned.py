@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +23,8 @@ class Unpinned(TorchFunctionMode):
 
 def register_hooks() -> None:
     """Before SGLang's scheduler starts: its LoRA locks no memory."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
     for function in _LOCKING:
         HookRegistry.register(function, _unpinned, HookType.AROUND)
 

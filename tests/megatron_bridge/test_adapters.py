@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_bridge.adapter_names import adapter_rules
 from megatron_bridge.architecture import check_adapters, read_architecture
-from megatron_bridge.peft_folder import ADAPTER
+from megatron_bridge.peft_folder import ADAPTER, adapter_shapes
 from tests.support import megatron_ranks
 from tests.support.megatron_ranks import BatchCase, Case, Result
 from tests.support.random_trees import random_tree
@@ -436,6 +436,17 @@ def test_every_linear_of_the_model_has_a_pair(name: str, models) -> None:
     attention = len(set(lora.targets) & set(ATTENTION.targets))
     linears = attention * dimensions.layers + (len(lora.targets) - attention) * mlps
     assert len(tensors) == len(set(tensors)) == 2 * linears
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "llama", "qwen2_moe"])
+def test_engines_expect_the_adapter_that_the_trainer_sends(name: str, models) -> None:
+    """Both make the names from the model folder, one by its table, the other by its weight files."""
+    from sglang_rollout.weight_update import adapter_shapes as expected
+    from sglang_rollout.weight_update import checkpoint_shapes
+
+    for lora in (ATTENTION, LORAS.get(name, LORA)):
+        ours = adapter_shapes(read_architecture(models[name]), lora)
+        assert ours == expected(checkpoint_shapes(models[name]), lora)
 
 
 def test_experts_have_the_adapters_that_peft_reads(models) -> None:

@@ -104,11 +104,14 @@ def buckets(sender: ColocatedSender, tensors: dict[str, torch.Tensor], count: in
         yield Bucket(infos, checksums(flat), sender.start(part, flat, infos))
 
 
-def write_model(folder: Path) -> Path:
-    """Write a tiny Qwen2 with distributions far from uniform and several end tokens."""
+def write_model(folder: Path, **settings: Any) -> Path:
+    """Write a tiny Qwen2 with distributions far from uniform and several end tokens. settings: of its
+    configuration.
+    """
     # Logits of about one unit: the usual initializer range of 0.02 would make all tokens equally likely, and
     # a larger one than this would amplify rounding from layer to layer.
-    write_tiny_qwen2(folder, vocab_size=VOCABULARY, initializer_range=0.12, eos_token_id=END_TOKENS[0])
+    usual = {"vocab_size": VOCABULARY, "initializer_range": 0.12, "eos_token_id": END_TOKENS[0]}
+    write_tiny_qwen2(folder, **usual | settings)
     GenerationConfig(eos_token_id=list(END_TOKENS)).save_pretrained(folder)
     return folder
 

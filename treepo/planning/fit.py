@@ -110,7 +110,8 @@ def _with_runtime(
 
     The engines reload their weights before a sync, and their KV cache after it. packs: bytes of a step's.
     """
-    runtime, reloaded = {"CUDA and NCCL": (RUNTIME, "")}, {}
+    runtime: dict[str, tuple[float, str]] = {"CUDA and NCCL": (RUNTIME, "")}
+    reloaded: dict[str, tuple[float, str]] = {}
     if shared:
         runtime["engine's CUDA and NCCL"] = RUNTIME, ""
         runtime["engine's CUDA graphs"] = engine.graphs, ""
