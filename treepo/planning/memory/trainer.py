@@ -153,7 +153,7 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
             "layer in work": (work, "") if work >= logits else (0.0, lesser + "logits"),
             "logits": (logits, "") if work < logits else (0.0, lesser and lesser + "layer in work"),
             "gather buffer": (
-                batch.whole if parallel.sequence_parallel else 0.0,
+                batch.gather_buffer,
                 "all tokens' hidden states, for matrices whose input is divided",
             ),
             # Packs that only some of its chunks have had too, and on the last stage the one before.
