@@ -13,7 +13,7 @@ from megatron_bridge.hf_weight_map import FAMILIES, OUTPUT, Family, Rule, expand
 from megatron_bridge.lacking_parts import lacking_part
 from megatron_bridge.rotary import ROPE_TYPES, inverse_frequency
 from megatron_bridge.tensor_surgery import Dimensions
-from treepo.config.trainer import ParallelConfig
+from treepo.config.trainer import MLP_PROJECTIONS, LoraConfig, ParallelConfig
 from treepo.data.model_config import CONFIG, load_hf_config, read_model_config, shown
 from treepo.errors import ConfigError, ModelError
 
@@ -204,6 +204,9 @@ _FEATURES = {
 }
 
 
+_ADAPTED_EXPERTS = ("qwen3_moe",)
+
+
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Check that the layout divides the model. Raises ConfigError with the arithmetic."""
     dimensions = architecture.dimensions
@@ -244,6 +247,35 @@ def check_routing_replay(folder: Path, architecture: Architecture, routing_repla
         raise ConfigError(
             f"trainer.routing_replay = {routing_replay}, but the model of {folder / CONFIG} has no experts; "
             "none is allowed"
+        )
+
+
+def check_adapters(folder: Path, architecture: Architecture, lora: LoraConfig | None) -> None:
+    """Raise ConfigError if PEFT would not read the adapters of `trainer.lora` in the experts of a mixture."""
+    if lora is None or architecture.experts is None:
+        return
+    chosen = [name for name in lora.targets if name in MLP_PROJECTIONS]
+    found = f"trainer.lora.targets has {', '.join(chosen)}, but "
+    allowed = "q_proj, k_proj, v_proj and o_proj are allowed"
+    if chosen and architecture.model_type not in _ADAPTED_EXPERTS:
+        raise ConfigError(
+            f"{found}PEFT reads no adapters of the experts of a {architecture.model_type} "
+            f"({folder / CONFIG}); {allowed}"
+        )
+    if 0 < len(chosen) < len(MLP_PROJECTIONS):
+        raise ConfigError(
+            f"{found}PEFT reads adapters of experts ({folder / CONFIG}) for {', '.join(MLP_PROJECTIONS)} "
+            f"together; {allowed} without them"
+        )
+
+
+def check_served_adapter(folder: Path, architecture: Architecture, lora: LoraConfig | None) -> None:
+    """Raise ConfigError if `weights.send = adapter` would have engines serve adapters of experts."""
+    if lora is not None and architecture.experts is not None and set(lora.targets) & set(MLP_PROJECTIONS):
+        raise ConfigError(
+            "weights.send = adapter, and trainer.lora.targets has projections of experts "
+            f"({folder / CONFIG}): their adapters are not tested in SGLang; merged is allowed, or q_proj, "
+            "k_proj, v_proj and o_proj"
         )
 
 

@@ -35,6 +35,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_bridge.adapters import sharded_adapters
 from megatron_bridge.architecture import check_same_model
 from megatron_bridge.atomic_folder import (
     abort_folder,
@@ -57,11 +58,12 @@ from megatron_bridge.hf_folder import copy_model_files
 from megatron_bridge.host_memory import return_free_memory
 from megatron_bridge.optimizer_state import set_step_count, sharded_optimizer_state
 from megatron_bridge.process_groups import on_first_rank
-from treepo.errors import CheckpointError
+from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
     HUGGING_FACE,
     READY_TREES,
     TRAINER,
+    AdapterManifest,
     CheckpointManifest,
     read_manifest,
 )
@@ -83,7 +85,7 @@ class Checkpointer:
     unless it says otherwise.
 
     model: the Hugging Face folder whose config, tokenizer and generation config each checkpoint gets. layout:
-    the ranks' arrangement, as the manifest records it.
+    the ranks' arrangement, as the manifest records it. adapters: if those alone are trained, and so saved.
     """
 
     def __init__(
@@ -92,8 +94,10 @@ class Checkpointer:
         optimizer: MegatronOptimizer,
         model: Path,
         layout: Mapping[str, int],
+        adapters: AdapterManifest | None,
     ) -> None:
         self._chunks, self._optimizer, self._model, self._layout = chunks, optimizer, model, layout
+        self._adapters = adapters
         # The thread has its own group, so that its messages cannot mix with the rank's own.
         self._group: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -155,6 +159,7 @@ class Checkpointer:
         """
         manifest = read_manifest(folder)
         check_same_model(folder / HUGGING_FACE, self._model)
+        self._check_adapters(folder, manifest.adapters)
         model = self._weights()
         state: dict[str, Any] = {"model": model}
         if manifest.has_optimizer:
@@ -174,7 +179,9 @@ class Checkpointer:
         for index, chunk in enumerate(self._chunks):
             missing, unexpected = chunk.module.load_state_dict(loaded["model"][index], strict=False)
             assert not unexpected, unexpected
-            assert all(name.endswith(EXTRA_STATE) for name in missing), missing
+            named = chunk.module.named_parameters()
+            frozen = {name for name, parameter in named if not parameter.requires_grad}
+            assert all(name in frozen or name.endswith(EXTRA_STATE) for name in missing), missing
         if manifest.has_optimizer:
             set_step_count(self._optimizer, manifest.optimizer_steps)
         else:
@@ -189,8 +196,23 @@ class Checkpointer:
         self._thread.shutdown()
 
     def _weights(self) -> dict[int, dict[str, Any]]:
-        """Each chunk's parameters as sharded tensors, which share its memory."""
-        return {index: sharded_parameters(chunk.module) for index, chunk in enumerate(self._chunks)}
+        """Each chunk's trained parameters as sharded tensors, which share its memory."""
+        sharded = sharded_parameters if self._adapters is None else sharded_adapters
+        return {index: sharded(chunk.module) for index, chunk in enumerate(self._chunks)}
+
+    def _check_adapters(self, folder: Path, saved: AdapterManifest | None) -> None:
+        """Raise ModelError unless the checkpoint has what is trained here, beside the same weights."""
+        ours = self._adapters
+        if ours is not None and saved is not None and ours.lora == saved.lora:
+            saved.check_base(self._model, folder)
+        elif ours is not saved:
+            has, wanted = (
+                "the weights of the whole model"
+                if one is None
+                else f"adapters with trainer.lora = {one.lora.model_dump()}"
+                for one in (saved, ours)
+            )
+            raise ModelError(f"{folder} has {has}, but {wanted} are trained")
 
 
 def _generators() -> ShardedObject:

@@ -1,4 +1,4 @@
-"""Converts training checkpoints to Hugging Face folders and back, and GGUF files to such folders.
+"""Converts training checkpoints to Hugging Face folders and back, adapters and GGUF files to such folders.
 
 In one process and bounded memory: it holds the tensors of one parameter, and one file while it is written,
 `hf_folder.SHARD_BYTES`, which safetensors holds twice, or `distributed_checkpoint.FILE_BYTES`.
@@ -6,7 +6,7 @@ In one process and bounded memory: it holds the tensors of one parameter, and on
 
 import megatron_bridge.runtime  # noqa: F401  # isort: skip  # before anything of Megatron-Core
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from megatron_bridge.architecture import Architecture, read_architecture
+from megatron_bridge.adapter_names import adapter_rules
+from megatron_bridge.architecture import Architecture, read_architecture, tensor_shapes
 from megatron_bridge.atomic_folder import WRITE_FAILURES, atomic_folder, reason_and_file
 from megatron_bridge.distributed_checkpoint import (
     CheckpointTensor,
@@ -31,6 +32,7 @@ from megatron_bridge.hf_folder import (
 )
 from megatron_bridge.hf_tensors import check_tensors
 from megatron_bridge.hf_weight_map import Rule
+from megatron_bridge.peft_folder import is_adapter, merged_tensors, read_adapter, write_adapter
 from treepo.data.model_config import CONFIG
 from treepo.data.tokenizer import load_tokenizer
 from treepo.data.weight_headers import has_weights
@@ -38,6 +40,7 @@ from treepo.errors import CheckpointError, ModelError
 from treepo.training.checkpoint_manifest import (
     HUGGING_FACE,
     TRAINER,
+    AdapterManifest,
     CheckpointManifest,
     is_checkpoint,
     verified_manifest,
@@ -61,15 +64,20 @@ class Converted:
     dtype: str
 
 
-def convert(source: Path, target: Path, progress: Progress = silent) -> Converted:
-    """Convert a checkpoint or a GGUF file to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
+def convert(source: Path, target: Path, progress: Progress = silent, *, adapter: bool = False) -> Converted:
+    """Convert a checkpoint, an adapter of PEFT or a GGUF file to a Hugging Face folder, or a Hugging Face
+    folder to a checkpoint.
 
-    Raises ModelError if `source` is neither or `target` exists, CheckpointError if `target` cannot be
-    written.
+    adapter: write the adapters of a checkpoint by themselves, as PEFT's. Raises ModelError if `source` is
+    none of these or `target` exists, CheckpointError if `target` cannot be written.
     """
     if target.exists():
         raise ModelError(f"{target} exists: nothing is overwritten")
     try:
+        if adapter:
+            return to_adapter(source, target)
+        if is_adapter(source):
+            return from_adapter(source, target, progress)
         if source.is_file():
             return from_gguf(source, target, progress)
         if is_checkpoint(source):
@@ -87,6 +95,8 @@ def to_hugging_face(
 ) -> Converted:
     """Write the weights of a training checkpoint of any layout, with its config and tokenizer."""
     manifest = verified_manifest(source)
+    if manifest.adapters is not None:
+        return _merge(source, manifest, manifest.adapters, target, progress, shard_bytes)
     architecture = read_architecture(source / HUGGING_FACE)
     tensors_of = checkpoint_tensors(architecture)
     reader = DistributedCheckpointReader(source / TRAINER)
@@ -106,6 +116,73 @@ def to_hugging_face(
 
     write_hf_folder(tensors(), source / HUGGING_FACE, target, shard_bytes)
     return Converted("Hugging Face folder", count, parameters, manifest.dtype)
+
+
+def _merge(
+    source: Path,
+    manifest: CheckpointManifest,
+    adapters: AdapterManifest,
+    target: Path,
+    progress: Progress,
+    shard_bytes: int,
+) -> Converted:
+    """Write the weights that a checkpoint's adapters are beside, with them merged."""
+    base, architecture = Path(adapters.base), read_architecture(source / HUGGING_FACE)
+    adapters.check_base(base, source)
+    matrices = _adapter_tensors(source, architecture, adapters)
+    tensors = merged_tensors(base, architecture, adapters.lora, matrices, getattr(torch, manifest.dtype))
+    counter = _Counter(progress, len(tensor_shapes(architecture)))
+    write_hf_folder(counter.counted(tensors), source / HUGGING_FACE, target, shard_bytes)
+    return Converted("Hugging Face folder", counter.tensors, counter.parameters, manifest.dtype)
+
+
+def to_adapter(source: Path, target: Path) -> Converted:
+    """Write the adapters of a training checkpoint as PEFT's folder."""
+    manifest = verified_manifest(source) if is_checkpoint(source) else None
+    if manifest is None or manifest.adapters is None:
+        raise ModelError(f"--adapter: {source} is no training checkpoint with adapters")
+    architecture = read_architecture(source / HUGGING_FACE)
+    tensors = _adapter_tensors(source, architecture, manifest.adapters)
+    with atomic_folder(target) as partial:
+        write_adapter(partial, tensors, manifest.adapters.lora, Path(manifest.adapters.base))
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return Converted("PEFT adapter", len(tensors), parameters, manifest.dtype)
+
+
+def from_adapter(source: Path, target: Path, progress: Progress = silent) -> Converted:
+    """Write the base model of an adapter of PEFT with it merged, in the base's dtype."""
+    adapter = read_adapter(source)
+    check_tensors(adapter.base, adapter.architecture, one_dtype=True)
+    tensors = merged_tensors(adapter.base, adapter.architecture, adapter.lora, adapter.tensors(), None)
+    counter = _Counter(progress, len(tensor_shapes(adapter.architecture)))
+    write_hf_folder(counter.counted(tensors), adapter.base, target)
+    return Converted("Hugging Face folder", counter.tensors, counter.parameters, counter.dtype)
+
+
+def _adapter_tensors(
+    source: Path, architecture: Architecture, adapters: AdapterManifest
+) -> dict[str, Tensor]:
+    """The adapters of a checkpoint by PEFT's names."""
+    reader = DistributedCheckpointReader(source / TRAINER)
+    rules = adapter_rules(architecture, adapters.lora.targets)
+    return {rule.tensors[0]: reader.read(rule.parameter) for rule in rules}
+
+
+class _Counter:
+    """Counts tensors on their way, and shows the progress."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total = progress, total
+        self.tensors = self.parameters = 0
+        self.dtype = ""
+
+    def counted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            yield name, tensor
+            self.tensors += 1
+            self.parameters += tensor.numel()
+            self.dtype = str(tensor.dtype).removeprefix("torch.")
+            self._progress(self.tensors, self._total)
 
 
 def from_gguf(source: Path, target: Path, progress: Progress = silent) -> Converted:

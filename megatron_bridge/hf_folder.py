@@ -38,13 +38,19 @@ class SafetensorsReader:
 def write_hf_folder(
     tensors: Iterable[tuple[str, Tensor]], source: Path, folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `tensors`, all of one dtype, with `source`'s config, tokenizer and generation config.
-
-    The folder appears complete or not at all. A file holds at most `shard_bytes`, or a single larger tensor.
-    """
+    """As `write_model`; the folder appears complete or not at all."""
     with atomic_folder(folder) as partial:
-        dtype = _write_shards(tensors, partial, shard_bytes)
-        copy_model_files(source, partial, dtype)
+        write_model(tensors, source, partial, shard_bytes)
+
+
+def write_model(
+    tensors: Iterable[tuple[str, Tensor]], source: Path, folder: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `tensors`, all of one dtype, with `source`'s config, tokenizer and generation config, into an
+    empty folder. A file holds at most `shard_bytes`, or a single larger tensor.
+    """
+    dtype = _write_shards(tensors, folder, shard_bytes)
+    copy_model_files(source, folder, dtype)
 
 
 def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> str:

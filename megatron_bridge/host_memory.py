@@ -64,10 +64,14 @@ class DeviceMemory:
 
 
 class Weights:
-    """The weights as Megatron-Core keeps them: a few flat buffers, of which the parameters are views."""
+    """The weights as Megatron-Core keeps them: a few flat buffers, of which the parameters are views. Each
+    frozen weight has memory of its own.
+    """
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         self._buffers: list[Tensor] = [buffer.param_data for chunk in chunks for buffer in _buffers(chunk)]
+        frozen = (parameter for chunk in chunks for parameter in chunk.parameters())
+        self._buffers += [parameter.data.flatten() for parameter in frozen if not parameter.requires_grad]
         self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         self._bytes = [buffer.untyped_storage().nbytes() for buffer in self._buffers]
         self._host: list[Tensor] = []

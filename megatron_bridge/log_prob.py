@@ -66,7 +66,9 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_log_prob = torch.zeros_like(entropy)
         rows, grad_hidden = weight[: ctx.rows], torch.empty_like(hidden)
         main_grad = getattr(weight, "main_grad", None)  # Megatron-Core's sum over micro-batches
-        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if main_grad is None else main_grad
+        grad_weight = main_grad
+        if main_grad is None and ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
         for chunk in _chunks(hidden, weight):
             grad = fused(_logit_gradient)(
                 _logits(hidden[chunk], rows),
@@ -78,8 +80,11 @@ class _TokenLogProbs(torch.autograd.Function):
                 weight.dtype,
             )
             torch.mm(grad, rows, out=grad_hidden[chunk])
-            _add_product(grad_weight[: ctx.rows], grad.t(), hidden[chunk])
+            if grad_weight is not None:  # the weight may be frozen
+                _add_product(grad_weight[: ctx.rows], grad.t(), hidden[chunk])
             del grad  # before the next chunk's logits are made
+        if grad_weight is None:
+            return grad_hidden, *[None] * 5
         if main_grad is None:
             return grad_hidden, grad_weight.to(weight.dtype), *[None] * 4
         return grad_hidden, _already_added(weight), *[None] * 4

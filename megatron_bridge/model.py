@@ -24,7 +24,7 @@ def build_model(architecture: Architecture, dtype: torch.dtype, trainer: Trainer
 
     The parallel groups must have been formed.
     """
-    engine = use_transformer_engine(trainer.transformer_impl)
+    engine = use_transformer_engine("local" if trainer.lora is not None else trainer.transformer_impl)
     config = _transformer_config(architecture, dtype, trainer, engine)
     return [
         _build_chunk(architecture, config, trainer, chunk)

@@ -1,8 +1,11 @@
-"""The reference model of the KL term: initial weights in host memory, swapped in to compute log-probs."""
+"""The reference model of the KL term: initial weights in host memory, swapped in to compute log-probs; with
+adapters the frozen model without them, of which there is no second copy.
+"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from megatron_bridge.adapters import Adapter
 from megatron_bridge.host_memory import Weights
 
 
@@ -26,3 +29,21 @@ class ReferenceWeights:
             yield
         finally:
             self._weights.load(self._current)
+
+
+class WithoutAdapters:
+    """The frozen model under `adapters`."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self._adapters = adapters
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While the body runs, the model computes without adapters."""
+        for adapter in self._adapters:
+            adapter.enabled = False
+        try:
+            yield
+        finally:
+            for adapter in self._adapters:
+                adapter.enabled = True

@@ -90,6 +90,10 @@ COLUMNS = Surgery(
     lambda tensors, ranks, _: list(tensors[0].chunk(ranks, dim=1)),
     lambda shards, _: [torch.cat(list(shards), dim=1)],
 )
+ROWS = Surgery(
+    lambda tensors, ranks, _: list(tensors[0].chunk(ranks)),
+    lambda shards, _: [torch.cat(list(shards))],
+)
 QKV = Surgery(_split_qkv, _join_qkv)
 GATE_UP = Surgery(_split_gate_up, _join_gate_up)
 VOCABULARY = Surgery(_split_vocabulary, _join_vocabulary, stacked=True)

@@ -23,13 +23,19 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from megatron_bridge import optimizer, progress
-from megatron_bridge.architecture import check_layout, check_routing_replay, read_architecture
+from megatron_bridge.adapters import adapters_of, add_adapters
+from megatron_bridge.architecture import (
+    check_adapters,
+    check_layout,
+    check_routing_replay,
+    read_architecture,
+)
 from megatron_bridge.checkpoint import Checkpointer
 from megatron_bridge.host_memory import DeviceMemory
 from megatron_bridge.log_prob import token_log_probs
 from megatron_bridge.model import build_model
 from megatron_bridge.process_groups import form_groups, leave_groups
-from megatron_bridge.reference import ReferenceWeights
+from megatron_bridge.reference import ReferenceWeights, WithoutAdapters
 from megatron_bridge.routing_replay import RoutingReplay, own_choice_differs
 from megatron_bridge.runtime import on_device
 from megatron_bridge.schedule import MicroBatch, Schedule
@@ -44,7 +50,7 @@ from treepo.learning.loss import policy_loss, summarise
 from treepo.learning.packing import Pack, head
 from treepo.learning.soundness import WeightCheck
 from treepo.protocols import BatchResult, was_taken
-from treepo.training.checkpoint_manifest import CheckpointManifest
+from treepo.training.checkpoint_manifest import AdapterManifest, CheckpointManifest
 from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.wire import Manifest
 
@@ -57,7 +63,8 @@ class MegatronTrainer:
     """One rank of tensor x context x data x pipeline, numbered with tensor fastest.
 
     folder: a Hugging Face model. dtype: of parameters and activations; master weights, gradients and softmax
-    are float32. store: where the ranks find each other (`create_store`). Raises ConfigError if the layout
+    are float32. store: where the ranks find each other (`create_store`). sends_adapter: whether engines get
+    the adapters alone. Raises ConfigError if the layout
     does not divide the model, ModelError if the folder cannot be used.
     """
 
@@ -70,12 +77,16 @@ class MegatronTrainer:
         rank: int,
         world_size: int,
         store: Store,
+        *,
+        sends_adapter: bool = False,
     ) -> None:
         assert world_size == config.parallel.ranks, f"{world_size} ranks for {config.parallel}"
         self._config, self._learning, self._folder = config, learning, folder
+        self._sends_adapter = sends_adapter
         self._architecture = read_architecture(folder)
         check_layout(self._architecture, config.parallel)
         check_routing_replay(folder, self._architecture, config.routing_replay)
+        check_adapters(folder, self._architecture, config.lora)
         self._dtype = getattr(torch, dtype)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._step = 0
@@ -85,17 +96,26 @@ class MegatronTrainer:
             chunks = build_model(self._architecture, self._dtype, config)
             chunks = [chunk.to(self._device, self._dtype) for chunk in chunks]
             load_weights(folder, chunks, self._architecture)
+            if config.lora is not None:
+                add_adapters(chunks, self._architecture, config.lora, self._device)
             replay = None
             if config.routing_replay != "none":
                 sequence_parallel = config.parallel.sequence_parallel
                 replay = RoutingReplay(chunks, self._architecture, config.routing_replay, sequence_parallel)
             self._model, self._optimizer = optimizer.trainable(chunks, config, self._dtype)
             self._learning_rate = optimizer.LearningRate(self._optimizer, config)
-            self._exporter = WeightExporter(chunks, self._architecture, self._dtype, self._device)
+            self._exporter = WeightExporter(
+                chunks, self._architecture, self._dtype, self._device, config.lora
+            )
             self._memory = DeviceMemory(self._model, self._optimizer, config.offload)
-            self._reference = ReferenceWeights(self._memory.weights) if learning.kl_coefficient else None
+            self._reference = None
+            if learning.kl_coefficient and config.lora is not None:
+                self._reference = WithoutAdapters([adapter for _, adapter in adapters_of(chunks)])
+            elif learning.kl_coefficient:
+                self._reference = ReferenceWeights(self._memory.weights)
+            self._adapters = None if config.lora is None else AdapterManifest.of(config.lora, folder)
             self._checkpointer = Checkpointer(
-                self._model, self._optimizer, folder, config.parallel.model_dump()
+                self._model, self._optimizer, folder, config.parallel.model_dump(), self._adapters
             )
         self._schedule = Schedule(
             self._model, self._architecture, config.parallel, self._dtype, self._device, replay
@@ -210,16 +230,28 @@ class MegatronTrainer:
             torch.cuda.empty_cache()
 
     def manifest(self) -> Manifest:
-        """List all tensors of the model, in the order of `tensors`; the same on every rank."""
-        return self._exporter.manifest()
+        """List what engines get, in the order of `tensors`; the same on every rank."""
+        return self._exporter.adapter_manifest() if self._sends_adapter else self._exporter.manifest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model's tensors under their Hugging Face names on rank 0; every rank must iterate."""
+        """Yield what engines get on rank 0, the model's tensors under their Hugging Face names or its
+        adapters under PEFT's; every rank must iterate.
+        """
+        if self._sends_adapter:
+            yield from self.adapters()
+            return
         with self._memory.weights.readable():
             yield from self._exporter.tensors()
 
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every A and B of the adapters under PEFT's names on rank 0; every rank must iterate."""
+        with self._memory.weights.readable():
+            yield from self._exporter.adapters()
+
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder for transformers and SGLang. Raises ModelError if it exists."""
+        """Write a Hugging Face folder for transformers and SGLang, with adapters merged, and in it those by
+        themselves as PEFT's folder `adapter`. Raises ModelError if it exists.
+        """
         with self._memory.weights.readable():
             self._exporter.write(self._folder, folder)
 
@@ -232,7 +264,7 @@ class MegatronTrainer:
         dtype = str(self._dtype).removeprefix("torch.")
         layout = self._config.parallel.model_dump()
         with on_device(), self._memory.weights.readable():
-            manifest = CheckpointManifest(dtype, True, self._step, layout, run)
+            manifest = CheckpointManifest(dtype, True, self._step, layout, run, adapters=self._adapters)
             self._checkpointer.save(folder, manifest, ready_trees)
 
     def save_written(self) -> bool:

@@ -16,12 +16,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_bridge import progress
+from megatron_bridge.adapter_names import adapter_rules
+from megatron_bridge.adapters import adapters_of
 from megatron_bridge.architecture import Architecture
-from megatron_bridge.atomic_folder import WRITE_FAILURES, reason_and_file
-from megatron_bridge.hf_folder import SafetensorsReader, write_hf_folder
+from megatron_bridge.atomic_folder import WRITE_FAILURES, atomic_folder, reason_and_file
+from megatron_bridge.hf_folder import SafetensorsReader, write_model
 from megatron_bridge.hf_weight_map import EMBEDDING, OUTPUT, Rule
 from megatron_bridge.model import is_expert, named_parameters
+from megatron_bridge.peft_folder import ADAPTER, write_adapter
 from megatron_bridge.process_groups import raise_everywhere
+from treepo.config.trainer import LoraConfig
 from treepo.errors import ModelError
 from treepo.weight_sync.wire import Manifest, TensorInfo
 
@@ -95,14 +99,18 @@ class WeightExporter:
         architecture: Architecture,
         dtype: torch.dtype,
         device: torch.device,
+        lora: LoraConfig | None,
     ) -> None:
         self._parameters = {
             name: parameter
             for name, parameter in named_parameters(chunks).items()
             if _first_to_hold(parameter)
         }
+        self._adapters = dict(adapters_of(chunks))
         self._architecture, self._dtype, self._device = architecture, dtype, device
         self._rules = architecture.weight_rules()
+        self._lora = lora
+        self._adapter_rules = [] if lora is None else adapter_rules(architecture, lora.targets)
         self._rank = dist.get_rank()
         mine = _Owner(
             self._rank,
@@ -118,9 +126,16 @@ class WeightExporter:
 
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes of what `tensors` yields; the same on every rank."""
+        return self._announced(self._rules)
+
+    def adapter_manifest(self) -> Manifest:
+        """Likewise of what `adapters` yields."""
+        return self._announced(self._adapter_rules)
+
+    def _announced(self, rules: Sequence[Rule]) -> Manifest:
         return tuple(
             TensorInfo.of(name, tensor)
-            for rule in self._rules
+            for rule in rules
             for name, tensor in zip(
                 rule.tensors,
                 rule.surgery.join(
@@ -135,8 +150,18 @@ class WeightExporter:
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor once on rank 0, in the order of the family's table; nothing on other ranks."""
-        for rule in self._rules:
+        """Yield every tensor once on rank 0, in the order of the family's table; nothing on other ranks.
+
+        Adapters are merged into the tensors.
+        """
+        yield from self._joined(self._rules)
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Likewise every A and B under PEFT's name; nothing at all without `trainer.lora`."""
+        yield from self._joined(self._adapter_rules)
+
+    def _joined(self, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
+        for rule in rules:
             shards = self._gather(rule)
             progress.count()
             if shards:
@@ -153,25 +178,30 @@ class WeightExporter:
         owners = self._owners_of(rule)
         if self._rank != 0:
             if any(owner.rank == self._rank for owner in owners):
-                _exchange(
-                    [dist.P2POp(dist.isend, self._parameters[rule.parameter].detach().to(self._device), 0)]
-                )
+                _exchange([dist.P2POp(dist.isend, self._shard(rule), 0)])
             return []
         if rule.surgery.stacked and len(owners) > 1:
             rows, *rest = owners[0].shapes[rule.parameter]
             stack = torch.empty((len(owners), rows, *rest), dtype=self._dtype, device=self._device)
             if owners[0].rank == 0:
-                stack[0].copy_(self._parameters[rule.parameter].detach())
+                stack[0].copy_(self._shard(rule))
             self._fetch(owners, list(stack))
             return [stack.flatten(0, 1)]
         shards = [
-            self._parameters[rule.parameter].detach().to(self._device)  # it may be offloaded
+            self._shard(rule)
             if owner.rank == 0
             else torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device=self._device)
             for owner in owners
         ]
         self._fetch(owners, shards)
         return shards
+
+    def _shard(self, rule: Rule) -> Tensor:
+        """Return this rank's shard on the device, its adapters merged into it."""
+        parameter = self._parameters[rule.parameter]
+        shard = parameter.detach().to(self._device)  # it may be offloaded
+        adapter = self._adapters.get(parameter)
+        return shard if adapter is None else adapter.merged(shard)
 
     def _fetch(self, owners: Sequence[_Owner], shards: Sequence[Tensor]) -> None:
         """Receive the other ranks' shards."""
@@ -189,7 +219,8 @@ class WeightExporter:
         return owners[:1] if rule.surgery.replicated else owners
 
     def write(self, source: Path, folder: Path) -> None:
-        """Write a Hugging Face folder with these weights and `source`'s config and tokenizer.
+        """Write a Hugging Face folder with these weights and `source`'s config and tokenizer; in its folder
+        `adapter` the adapters by themselves, as PEFT's.
 
         Every rank raises ModelError if `folder` exists, and CheckpointError if it cannot be written.
         """
@@ -197,11 +228,16 @@ class WeightExporter:
         dist.broadcast_object_list(exists, src=0)
         if exists[0]:
             raise ModelError(f"{folder} exists: nothing is overwritten")
+        adapters = dict(self.adapters())
         tensors = self.tensors()
         failure = ""
         if self._rank == 0:
             try:
-                write_hf_folder(tensors, source, folder)
+                with atomic_folder(folder) as partial:
+                    write_model(tensors, source, partial)
+                    if self._lora is not None:
+                        (partial / ADAPTER).mkdir()
+                        write_adapter(partial / ADAPTER, adapters, self._lora, source)
             except WRITE_FAILURES as error:
                 failure = f"{folder}: {reason_and_file(error)}"
         for _ in tensors:  # after a failure rank 0 receives the rest, because the others still send it

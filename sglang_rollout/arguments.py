@@ -17,8 +17,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from sglang_rollout.routes import experts_of
+from sglang_rollout.served_adapter import sglang_lora
 from sglang_rollout.weight_loader import LOADER
 from treepo.config.engine import EngineConfig
+from treepo.config.trainer import LoraConfig
 from treepo.errors import ConfigError
 
 CPU_KV_TOKENS = 1 << 17  # on a CPU: SGLang's default takes most of the memory, which others need too
@@ -45,6 +47,9 @@ _OWN_KEYS = {
     "enable_memory_saver": "placement",
     "enable_weights_cpu_backup": "placement",
     "enable_return_routed_experts": "trainer.routing_replay",
+    "enable_lora": "weights.send",
+    "max_lora_rank": "trainer.lora.rank",
+    "lora_target_modules": "trainer.lora.targets",
 }
 _FIXED = {
     "device": "an engine runs on the GPUs that it is given, or on the CPU",
@@ -61,8 +66,9 @@ _FIXED = {
     "tokenizer_path": "an engine takes and returns tokens",
     "disable_radix_cache": "trees share their prefixes in it",
     "quantization": "weight syncs send weights of model.dtype",
-    "enable_lora": "adapters are not trained",
-    "lora_paths": "adapters are not trained",
+    "lora_paths": "the adapter comes from the trainer",
+    "max_loras_per_batch": "an engine serves one adapter",
+    "enable_lora_overlap_loading": "an adapter is loaded while no request runs",
     "custom_weight_loader": "weight syncs need their own",
     "weight_version": "weight syncs set it",
     "custom_sigquit_handler": "engines are supervised by their pool",
@@ -78,11 +84,13 @@ def sglang_arguments(
     shares_device: bool = False,
     paths_at_once: int | None = None,
     routes: bool = False,
+    lora: LoraConfig | None = None,
 ) -> dict[str, Any]:
     """The arguments of one engine; everything else is SGLang's default.
 
     shares_device: whether other work needs the device's memory at times. paths_at_once: the most paths that
-    the engine samples at once; None if unknown. routes: whether it returns routes.
+    the engine samples at once; None if unknown. routes: whether it returns routes. lora: of the adapter that
+    it serves; None if it serves weights alone.
     """
     arguments: dict[str, Any] = {
         "model_path": str(model),
@@ -102,6 +110,8 @@ def sglang_arguments(
     }
     if routes:
         arguments["enable_return_routed_experts"] = True
+    if lora is not None:
+        arguments |= sglang_lora(lora)
     if threading.current_thread() is threading.main_thread():
         arguments["custom_sigquit_handler"] = _child_failed
     if shares_device:
@@ -135,6 +145,7 @@ def _of_cpu(config: EngineConfig) -> dict[str, Any]:
         "disable_cuda_graph": True,
         "disable_overlap_schedule": True,  # there is no device to overlap with
         "sleep_on_idle": True,  # the trainer computes on the same cores
+        "lora_backend": "torch_native",
         "max_total_tokens": config.max_total_tokens or CPU_KV_TOKENS,
     }
 

@@ -24,9 +24,11 @@ from sglang_rollout.processes import SGLangProcesses
 from sglang_rollout.request_gate import RequestGate
 from sglang_rollout.requests import SGLangRequests
 from sglang_rollout.routes import RouteFormat
+from sglang_rollout.served_adapter import ADAPTER
 from sglang_rollout.weight_loader import End, Join, Load
-from sglang_rollout.weight_update import WeightUpdate, check_manifest, checkpoint_shapes
+from sglang_rollout.weight_update import WeightUpdate, adapter_shapes, check_manifest, checkpoint_shapes
 from treepo.config.engine import EngineConfig
+from treepo.config.trainer import LoraConfig
 from treepo.errors import DeadEngineError, EngineError
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.weight_sync.wire import Address, Bucket, Manifest
@@ -43,8 +45,9 @@ class SGLangEngine:
     model: a Hugging Face folder. dtype: of the weights and the KV cache ("float32", "bfloat16"). stop_rule:
     called at the boundaries of `GenerateRequest.check_every`. shares_device: whether other work needs the
     device's memory at times (`offload`). paths_at_once: the most paths that it samples at once; None if
-    unknown. routes: whether requests may ask for routes. Raises EngineError or ModelError if SGLang does not
-    start on the folder, ModelError too if it shall return the routes of a model without experts.
+    unknown. routes: whether requests may ask for routes. lora: of the adapter that weight syncs bring in
+    place of weights, which stay the folder's. Raises EngineError or ModelError if SGLang does not start on
+    the folder, ModelError too if it shall return the routes of a model without experts.
     """
 
     def __init__(
@@ -58,10 +61,13 @@ class SGLangEngine:
         shares_device: bool = False,
         paths_at_once: int | None = None,
         routes: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
         self.name = f"SGLang on {model}"
-        self._config = config
+        self._config, self._lora = config, lora
         self._shapes = checkpoint_shapes(model)
+        if lora is not None:
+            self._shapes = adapter_shapes(self._shapes, lora)
         self._routes = RouteFormat.of(model) if routes else None
         self._sglang = SGLangProcesses(
             model,
@@ -71,6 +77,7 @@ class SGLangEngine:
             shares_device=shares_device,
             paths_at_once=paths_at_once,
             routes=routes,
+            lora=lora,
         )
         self._requests = SGLangRequests(self._sglang)
         self._generation = Generation(self._requests, stop_rule, all_end_tokens(model), self._routes)
@@ -178,8 +185,9 @@ class SGLangEngine:
         update = self._updating()
         try:
             update.add(bucket.tensors)
+            command = Load(bucket, of_adapter=self._lora is not None)
             await self._bounded_update(
-                control.execute(self._sglang, Load(bucket)), "loading weights", _REPORT_SECONDS
+                control.execute(self._sglang, command), "loading weights", _REPORT_SECONDS
             )
         except EngineError as error:
             self._gate.close(f"its weights are incomplete ({error})")
@@ -190,13 +198,15 @@ class SGLangEngine:
         update = self._updating()
         try:
             update.check_complete()
-            await self._bounded_update(control.execute(self._sglang, End()), "ending the update")
+            await self._bounded_update(control.execute(self._sglang, End(self._lora)), "ending the update")
             await self.clear_cache()
         except EngineError as error:
             self._gate.close(f"its weights are incomplete ({error})")
             raise
         self._sglang.manager.server_args.override("treepo", weight_version=str(update.version))
         self._version, self._update, self._dirty = update.version, None, False
+        if self._lora is not None:
+            self._requests.adapter = ADAPTER
         self._gate.open()
         return update.version
 

@@ -24,6 +24,7 @@ from sglang_rollout.child_output import ChildOutput
 from sglang_rollout.rank_store import open_store
 from sglang_rollout.start_environment import start_environment
 from treepo.config.engine import EngineConfig
+from treepo.config.trainer import LoraConfig
 from treepo.data.temporary_folder import TemporaryFolder
 from treepo.errors import DeadEngineError, EngineError, one_line
 
@@ -51,6 +52,7 @@ class SGLangProcesses:
         shares_device: bool,
         paths_at_once: int | None,
         routes: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
         arguments = sglang_arguments(
             model,
@@ -60,6 +62,7 @@ class SGLangProcesses:
             shares_device=shares_device,
             paths_at_once=paths_at_once,
             routes=routes,
+            lora=lora,
         )
         self._output = ChildOutput()
         self._folder = TemporaryFolder(_SOCKET_ROOM)

@@ -14,10 +14,13 @@ _INTERRUPTIBLE = "treepo-"  # SGLang aborts all requests whose names begin with 
 
 
 class SGLangRequests:
-    """Sends requests and reads their answers."""
+    """Sends requests and reads their answers. adapter: SGLang's id of the adapter that samples; None if the
+    model's own weights do.
+    """
 
     def __init__(self, sglang: SGLangProcesses) -> None:
         self._sglang = sglang
+        self.adapter: str | None = None
         self._running: set[str] = set()
         self._interrupted: set[str] = set()
 
@@ -88,6 +91,7 @@ class SGLangRequests:
             logprob_start_len=0 if of_context else -1,
             stream=stream,
             extra_key=f"v{version}",
+            lora_id=self.adapter,
             return_routed_experts=routes_from is not None,
             routed_experts_start_len=routes_from or 0,
         )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
@@ -18,24 +17,22 @@ from sglang_rollout.routes import RouteFormat
 _KEPT = "treepo_routes"  # the attribute of a retracted request
 
 
-def run_scheduler(server_args: Any, *arguments: Any) -> None:
-    """The main function of a scheduler's process. It applies hooks when it starts."""
-    if server_args.enable_return_routed_experts:
-        dtype = getattr(torch, RouteFormat.of(Path(server_args.model_path)).dtype.name)
+def register_hooks(model: Path) -> None:
+    """Before SGLang's scheduler starts on the model of this folder."""
+    dtype = getattr(torch, RouteFormat.of(model).dtype.name)
 
-        def shrink(_result: None, _processor: Any, request: Any) -> None:
-            """Hook after the experts of a finished request were collected."""
-            if request.routed_experts is not None:
-                request.routed_experts = _with_kept(request, request.routed_experts).to(dtype)
+    def shrink(_result: None, _processor: Any, request: Any) -> None:
+        """Hook after the experts of a finished request were collected."""
+        if request.routed_experts is not None:
+            request.routed_experts = _with_kept(request, request.routed_experts).to(dtype)
 
-        HookRegistry.register(
-            "sglang.srt.managers.scheduler_components.batch_result_processor."
-            "SchedulerBatchResultProcessor._maybe_collect_routed_experts",
-            shrink,
-            HookType.AFTER,
-        )
-        HookRegistry.register("sglang.srt.managers.schedule_batch.release_req", keep, HookType.BEFORE)
-    run_scheduler_process(server_args, *arguments)
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.batch_result_processor."
+        "SchedulerBatchResultProcessor._maybe_collect_routed_experts",
+        shrink,
+        HookType.AFTER,
+    )
+    HookRegistry.register("sglang.srt.managers.schedule_batch.release_req", keep, HookType.BEFORE)
 
 
 def keep(*_: Any, req: Any, req_to_token_pool: Any, **__: Any) -> None:

@@ -1,7 +1,8 @@
 """The part of a weight sync that runs in SGLang's own processes, one for each tensor-parallel rank.
 
 SGLang calls `execute` as the model's weight loader (its `custom_weight_loader`). Each rank fetches weights by
-our transports, checks them, and hands them to SGLang's own checkpoint loading, which shards and fuses them.
+our transports, checks them, and hands them to SGLang's own checkpoint loading, which shards and fuses them;
+or it puts an adapter's matrices aside, which SGLang's own LoRA gets at the end (`served_adapter`).
 An exception here would end SGLang's process, so a failure is written to a receipt instead.
 """
 
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sglang_rollout import served_adapter
+from treepo.config.trainer import LoraConfig
 from treepo.errors import EngineError, TransportError
 from treepo.weight_sync.shared_memory import Report, Reports
 from treepo.weight_sync.wire import Address, Bucket, Receiver, checksums, views
@@ -31,14 +34,19 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Receive a bucket and overwrite the weights in it."""
+    """Receive a bucket and overwrite the weights in it. of_adapter: it has those of an adapter, which are put
+    aside.
+    """
 
     bucket: Bucket
+    of_adapter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The update is complete."""
+    """The update is complete. lora: of the adapter that has arrived and is served from now on."""
+
+    lora: LoraConfig | None = None
 
 
 Command = Join | Load | End
@@ -91,9 +99,10 @@ def _execute(command: Command, model: nn.Module, rank: int) -> None:
     match command:
         case Join(address):
             _leave_sender()
+            served_adapter.forget()
             device = next(model.parameters()).device
             _receiver = _transferred(lambda: address.join(rank, device))
-        case Load(bucket):
+        case Load(bucket, of_adapter):
             receiver = _receiver
             if receiver is None:
                 raise TransportError("a bucket arrived before the rank joined the sender")
@@ -101,13 +110,15 @@ def _execute(command: Command, model: nn.Module, rank: int) -> None:
             stripes = receiver.stripes(bucket)
             if checksums(flat, stripes) != bucket.checksums[stripes]:
                 raise EngineError(f"a bucket of {bucket.nbytes} bytes arrived with another checksum")
-            load: Any = model.load_weights
+            load: Any = served_adapter.put_aside if of_adapter else model.load_weights
             load(list(views(flat, bucket.tensors)))
             if torch.cuda.is_available():
                 torch.cuda.current_stream().synchronize()  # the sender writes the next bucket over this one
-        case End():
+        case End(lora):
             if _receiver is not None:
                 _receiver.end()
+            if lora is not None:
+                served_adapter.serve(lora)
 
 
 def _transferred[T](transfer: Callable[[], T]) -> T:

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from treepo.config.trainer import LoraConfig
 from treepo.data.model_config import CONFIG, read_json_object
+from treepo.data.peft_names import peft_name
 from treepo.data.weight_headers import read_weight_headers
 from treepo.errors import EngineError
 from treepo.weight_sync.wire import Manifest
@@ -29,8 +31,19 @@ def checkpoint_shapes(model: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def adapter_shapes(weights: Mapping[str, tuple[int, ...]], lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that an update of an adapter beside these weights has."""
+    shapes = {}
+    for name, shape in weights.items():
+        if name.endswith(".weight") and name.split(".")[-2] in lora.targets:
+            rows, columns = shape
+            shapes[peft_name(name, "A")] = (lora.rank, columns)
+            shapes[peft_name(name, "B")] = (rows, lora.rank)
+    return shapes
+
+
 def check_manifest(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise EngineError unless the manifest has exactly the model's tensors, in their shapes.
+    """Raise EngineError unless the manifest has exactly the expected tensors, in their shapes.
 
     SGLang would silently skip an unknown name, and would find a wrong shape only after overwriting other
     weights.

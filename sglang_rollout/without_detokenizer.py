@@ -8,7 +8,7 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from sglang_rollout.route_record import run_scheduler
+from sglang_rollout.scheduler_process import run_scheduler
 
 
 class EngineWithoutDetokenizer(Engine):

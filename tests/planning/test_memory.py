@@ -15,6 +15,7 @@ from tests.support import megatron_ranks
 from tests.support.memory_ranks import Measured, MemoryCase, measure
 from treepo.config.run import RunConfig
 from treepo.planning.memory import activations
+from treepo.planning.memory.adapters import adapters_of
 from treepo.planning.memory.host import trainer_node
 from treepo.planning.memory.trainer import (
     checkpoint_bytes,
@@ -61,6 +62,7 @@ class Setting:
     entropy: float = 0.0
     chunk_bytes: int = 1 << 29
     saves: bool = False
+    lora: dict[str, Any] | None = None
 
 
 SETTINGS = {
@@ -79,6 +81,12 @@ SETTINGS = {
     "pipeline 2": Setting("qwen2", {"pipeline": 2}, dtype="bfloat16"),
     "pipeline 2, full": Setting("qwen2-tied", {"pipeline": 2}, "full"),
     "pipeline 2, interleaved": Setting("qwen3", {"pipeline": 2, "virtual_pipeline": 2}),
+    "one rank, adapters": Setting("qwen2", {}, lora={"rank": 8}),
+    "one rank, adapters, full, bfloat16": Setting("qwen2-tied", {}, "full", "bfloat16", lora={"rank": 8}),
+    "tensor 2, adapters": Setting("qwen3", {"tensor": 2}, lora={"rank": 4, "targets": ["q_proj", "up_proj"]}),
+    "context 2, expert 2, adapters": Setting(
+        "qwen3_moe", {"context": 2, "expert": 2}, "full", lora={"rank": 4}
+    ),
     "data 2": Setting("qwen3", {"data": 2}, "selective", "bfloat16"),
     "data 2, expert 2": Setting("qwen3_moe", {"data": 2, "expert": 2}, "full"),
     "context 2": Setting("qwen2", {"context": 2}),
@@ -99,6 +107,7 @@ def run_config(setting: Setting, folder: Path) -> RunConfig:
             "trainer": {
                 "parallel": setting.parallel,
                 "recompute": setting.recompute,
+                "lora": setting.lora,
                 "max_tokens_per_pack": TOKENS,
             },
             "plan": {"device": "cpu"},
@@ -163,7 +172,8 @@ def compared(config: RunConfig, ranks: list[Measured]) -> Iterator[tuple[str, fl
         }
         for name, value in planned.items():
             yield f"{plan.owner}: {name}", value, fmean(getattr(rank, name) for rank in own)
-    yield "joined", syncing.parts["joined tensor"], ranks[0].joined
+    joined = syncing.parts["joined tensor"] + syncing.parts.get("merging", 0.0)
+    yield "joined", joined, ranks[0].joined
 
 
 @pytest.mark.slow
@@ -186,12 +196,16 @@ def test_parameters_are_those_that_ranks_hold(name: str, cases, measured) -> Non
     config = cases[name].config
     parallel = config.trainer.parallel
     per_stage = parallel.stage_ranks
+    lora, architecture = config.trainer.lora, read_architecture(config.model.path)
     for shard in stage_shards(config.model.path, parallel):
+        held = {each.name: each.elements for each in shard.parameters}
+        for chunk in shard.chunks:
+            adapters = [] if lora is None else adapters_of(chunk, architecture, parallel, lora)
+            held |= {each.name: each.elements for each in adapters}
         for rank in measured[name][shard.stage * per_stage : (shard.stage + 1) * per_stage]:
-            elements = sorted(each.elements for each in shard.parameters)
-            assert sorted(rank.parameters.values()) == elements
+            assert sorted(rank.parameters.values()) == sorted(held.values())
         first = measured[name][shard.stage * per_stage].parameters
-        assert first == {each.name: each.elements for each in shard.parameters}
+        assert first == held
     for part, planned, allocated in compared(config, measured[name]):
         if part.split()[-1] in ("weights", "gradients", "optimizer"):
             assert planned == pytest.approx(allocated, rel=1e-3), part

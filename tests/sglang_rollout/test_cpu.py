@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sglang_rollout.cpu.padded_attention import Steps, attend, plan
 from sglang_rollout.cpu.seeded_draw import invert, truncate, uniform
+from sglang_rollout.cpu.unpinned import Unpinned
 
 HEADS, KV_HEADS, WIDTH, POOL = 6, 2, 8, 4000
 
@@ -148,3 +149,14 @@ def test_rounding_leaves_out_no_token_of_a_whole_distribution() -> None:
     probs = torch.full((1, 100_000), 1.0001e-5)  # float32 sums it up to more than 1
     whole = truncate(probs, torch.tensor([1 << 30]), torch.tensor([1.0]), torch.tensor([0.0]))
     assert torch.equal(whole, probs)
+
+
+def test_memory_is_not_pinned_where_there_is_no_gpu() -> None:
+    with Unpinned():
+        made = torch.tensor([1, 2], dtype=torch.int32, pin_memory=True)
+        zeros = torch.zeros((2, 3), pin_memory=True, dtype=torch.float64)
+        pinned = made.pin_memory()
+    assert pinned is made
+    assert made.tolist() == [1, 2]
+    assert made.dtype == torch.int32
+    assert zeros.dtype == torch.float64

@@ -88,16 +88,13 @@ def test_retractions_keep_what_was_recorded_before(tmp_path: Path, monkeypatch: 
 
     slots, hooks = Slots(), {}
     monkeypatch.setattr(record, "get_global_experts_capturer", lambda: slots)
-    monkeypatch.setattr(record, "run_scheduler_process", lambda *_: None)
     monkeypatch.setattr(
         record.HookRegistry, "register", lambda target, hook, kind: hooks.update({target: (hook, kind.value)})
     )
     (tmp_path / "config.json").write_text(
         json.dumps({"num_experts": 300, "num_hidden_layers": 2, "num_experts_per_tok": 3})
     )
-    record.run_scheduler(SimpleNamespace(enable_return_routed_experts=False, model_path=str(tmp_path)))
-    assert not hooks
-    record.run_scheduler(SimpleNamespace(enable_return_routed_experts=True, model_path=str(tmp_path)))
+    record.register_hooks(tmp_path)
     (collected, after), (retracted, before) = hooks.values()
     assert (after, before) == ("after", "before")
     request = SimpleNamespace(

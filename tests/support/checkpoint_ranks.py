@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.support.full_disk import full_disk
 from tests.support.megatron_ranks import weights_of
 from treepo.config.learning import LearningConfig
-from treepo.config.trainer import OptimizerConfig, ParallelConfig, TrainerConfig
+from treepo.config.trainer import LoraConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from treepo.errors import TreepoError
 from treepo.learning.packing import Pack
 
@@ -34,17 +34,21 @@ class Case:
     save: Path | None = None
     save_after: int = 0
     experts: bool = False  # whether the model has experts
+    lora: LoraConfig | None = None
     finish: bool = True  # False: the ranks end as if they were killed during the save
 
 
 @dataclass
 class Result:
-    """start, final: the weights after loading and at the end, by their Hugging Face names."""
+    """start, final: the weights after loading and at the end, by their Hugging Face names. adapters: at the
+    end, by PEFT's names; empty without `lora`.
+    """
 
     start: dict[str, Tensor]
     metrics: list[dict[str, float]]
     reference: list[np.ndarray]
     final: dict[str, Tensor]
+    adapters: dict[str, Tensor]
 
 
 def live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> Result:
@@ -64,8 +68,9 @@ def live(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> 
         trainer.finish_save()
     reference = trainer.reference_log_probs(packs, 1.0) if case.learning.kl_coefficient else []
     final = weights_of(trainer)
+    adapters = {name: tensor.clone() for name, tensor in trainer.adapters()}
     trainer.close()
-    return Result(start, metrics, reference, final)
+    return Result(start, metrics, reference, final, adapters)
 
 
 def fail(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> list[str]:
@@ -87,6 +92,15 @@ def fail(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> 
     trainer.export(folder / "export")
     trainer.close()
     assert all(of_rank == said for of_rank in everything), everything
+    return said
+
+
+def refuse(case: Case, layout: ParallelConfig, rank: int, store, folder: Path) -> str:
+    """Load a checkpoint that does not fit; return the error."""
+    del folder
+    trainer = _trainer(case, layout, rank, store)
+    said = _said(trainer.load, case.load)
+    trainer.close()
     return said
 
 
@@ -115,5 +129,5 @@ def _trainer(case: Case, layout: ParallelConfig, rank: int, store):
         for column in pack.columns().values():
             column.flags.writeable = False  # as from Ray's object store
     parallel = layout if case.experts else dense(layout)
-    config = TrainerConfig(parallel=parallel, optimizer=case.optimizer)
+    config = TrainerConfig(parallel=parallel, optimizer=case.optimizer, lora=case.lora)
     return MegatronTrainer(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.config.learning import LearningConfig
-from treepo.config.trainer import OptimizerConfig, ParallelConfig, TrainerConfig
+from treepo.config.trainer import LoraConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from treepo.errors import ModelError
 from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack, head
@@ -61,13 +61,15 @@ class Case:
     routing_replay: str = "none"
     spoilt: Sequence[Sequence[Pack]] = ()
     offload: Literal["none", "optimizer", "all"] | None = None
+    lora: LoraConfig | None = None
 
 
 @dataclass
 class Result:
     """before, after: the log-probs of the first step's packs, replica by replica. initial, final: weights by
     their Hugging Face names. export: the folder that was written at the end. reference: the log-probs of the
-    first step's packs by the reference model, computed before `after`; empty without a KL term.
+    first step's packs by the reference model, computed before `after`; empty without a KL term. adapters:
+    at the end, by PEFT's names; empty without `lora`.
     """
 
     before: list[list[np.ndarray]]
@@ -77,6 +79,7 @@ class Result:
     final: dict[str, Tensor]
     export: Path
     reference: list[list[np.ndarray]]
+    adapters: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class BatchCase:
     by_hand: bool
     recompute: str = "none"
     routing_replay: str = "none"
+    lora: LoraConfig | None = None
 
 
 def run(cases: Sequence[Case | BatchCase], folder: Path) -> dict[str, Any]:
@@ -173,6 +177,7 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
         recompute=case.recompute,  # type: ignore[arg-type]  # one of its literals
         offload=case.offload or "none",
         routing_replay=case.routing_replay,  # type: ignore[arg-type]  # likewise
+        lora=case.lora,
     )
     trainer = MegatronTrainer(case.model, case.dtype, config, case.learning, rank, layout.ranks, store)
     assert not RouterReplay.global_router_replay_instances  # they would outlive the trainer
@@ -204,12 +209,13 @@ def _live(case: Case, _: ParallelConfig, rank: int, store, folder: Path) -> Resu
     reference = everyone(case.steps[0], trainer.reference_log_probs) if case.learning.kl_coefficient else []
     after = everyone(case.steps[0])
     final = weights_of(trainer)
+    adapters = {name: tensor.clone() for name, tensor in trainer.adapters()}
     export = folder / f"{case.name}-export"
     trainer.export(export)
     with pytest.raises(ModelError):  # likewise
         trainer.export(export)
     trainer.close()
-    return Result(before, metrics, after, initial, final, export, reference)
+    return Result(before, metrics, after, initial, final, export, reference, adapters)
 
 
 def _offload(trainer, checkpoint: Path) -> None:
@@ -237,6 +243,7 @@ def _learn(
         optimizer=LINEAR,
         recompute=case.recompute,  # type: ignore[arg-type]  # one of its literals
         routing_replay=case.routing_replay,  # type: ignore[arg-type]  # likewise
+        lora=case.lora,
     )
     trainer = MegatronTrainer(case.model, "float32", config, case.learning, rank, layout.ranks, store)
     shares = [(packs[replica], denominator) for packs, denominator in case.mini_batches]

@@ -198,7 +198,7 @@ def _measured(trainer, live: _Phases, sync: LiveBytes, written: tuple[int, int, 
     return Measured(
         {name: parameter.numel() for name, parameter in named.items()},
         sum(weights.values()),
-        sum(_storages(parameter.main_grad for parameter in named.values()).values()),
+        sum(_storages(each.main_grad for each in named.values() if each.requires_grad).values()),
         sum(size for key, size in _storages([*masters, *state]).items() if key not in weights),
         sum(_storages(buffers).values()),
         live.kept,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from sglang_rollout.engine import SGLangEngine
 from tests.support.tiny import write_tiny_qwen2
 from treepo.config.engine import EngineConfig
+from treepo.config.trainer import LoraConfig
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksums, views
@@ -103,22 +104,32 @@ def buckets(sender: ColocatedSender, tensors: dict[str, torch.Tensor], count: in
         yield Bucket(infos, checksums(flat), sender.start(part, flat, infos))
 
 
-def write_model(folder: Path) -> Path:
-    """Write a tiny Qwen2 with distributions far from uniform and several end tokens."""
+def write_model(folder: Path, **settings: Any) -> Path:
+    """Write a tiny Qwen2 with distributions far from uniform and several end tokens. settings: of its
+    configuration.
+    """
     # Logits of about one unit: the usual initializer range of 0.02 would make all tokens equally likely, and
     # a larger one than this would amplify rounding from layer to layer.
-    write_tiny_qwen2(folder, vocab_size=VOCABULARY, initializer_range=0.12, eos_token_id=END_TOKENS[0])
+    usual = {"vocab_size": VOCABULARY, "initializer_range": 0.12, "eos_token_id": END_TOKENS[0]}
+    write_tiny_qwen2(folder, **usual | settings)
     GenerationConfig(eos_token_id=list(END_TOKENS)).save_pretrained(folder)
     return folder
 
 
 def start(
-    folder: Path, loop: asyncio.AbstractEventLoop, *, routes: bool = False, **settings: Any
+    folder: Path,
+    loop: asyncio.AbstractEventLoop,
+    *,
+    routes: bool = False,
+    lora: LoraConfig | None = None,
+    **settings: Any,
 ) -> RealEngine:
-    """settings: keys of `EngineConfig`. routes: whether requests may ask for routes."""
+    """settings: keys of `EngineConfig`. routes: whether requests may ask for routes. lora: of the adapter
+    that updates bring.
+    """
     os.environ["SGLANG_RECORD_STEP_TIME"] = "1"  # tests/planning/test_simulation_real.py counts steps by it
     rule = SwitchableRule()
     config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
-    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule, routes=routes)
+    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule, routes=routes, lora=lora)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return RealEngine(engine, folder, reference, rule, loop)

@@ -12,6 +12,7 @@ from treepo.training.checkpoint_manifest import (
     HUGGING_FACE,
     MANIFEST,
     TRAINER,
+    AdapterManifest,
     CheckpointManifest,
     OtherFormatError,
     read_manifest,
@@ -28,6 +29,16 @@ def checkpoint(tmp_path: Path) -> Path:
         (tmp_path / name / "file").write_bytes(bytes(range(40)))
     CheckpointManifest("bfloat16", True, 3, LAYOUT, {"step": 1, "seconds": 0.1}).write(tmp_path)
     return tmp_path
+
+
+def test_adapters_are_in_the_manifest_of_their_checkpoint_alone(tmp_path: Path) -> None:
+    adapters = AdapterManifest(4, 8.0, ("q_proj", "down_proj"), "/models/base", "af03")
+    for name, value in (("whole", None), ("adapters", adapters)):
+        folder = tmp_path / name
+        folder.mkdir()
+        CheckpointManifest("bfloat16", True, 3, LAYOUT, adapters=value).write(folder)
+        assert read_manifest(folder).adapters == value
+        assert (b'"adapters"' in (folder / MANIFEST).read_bytes()) == (value is not None)
 
 
 def test_a_trainers_layout_comes_back(checkpoint: Path) -> None:

@@ -238,6 +238,14 @@ def test_another_run_is_refused(config: RunConfig, changed: dict[str, Any], line
     assert "\n" not in str(error.value)
 
 
+def test_adapters_cannot_come_or_change(config: RunConfig) -> None:
+    write_run(config, steps=3, saved=2)
+    values = config.model_dump()
+    values["trainer"]["lora"] = {"rank": 8}
+    with pytest.raises(ConfigError, match=r"trainer\.lora\.rank = nothing, now 8"):
+        find_resume(RunConfig.model_validate(values), inputs())
+
+
 def merged(old: Any, new: Any) -> Any:
     return (
         old | {key: merged(old[key], value) for key, value in new.items()} if isinstance(new, dict) else new

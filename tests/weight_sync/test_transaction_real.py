@@ -45,7 +45,8 @@ TOKENS = np.random.default_rng(1).integers(4, VOCABULARY, 40).astype(np.int32)
 REQUEST = GenerateRequest(TOKENS, len(TOKENS), max_tokens=4, temperature=1.0, seed=0)
 
 
-def config_of(folder: Path) -> RunConfig:
+def config_of(folder: Path, send: str) -> RunConfig:
+    """send: `weights.send`; the adapter is large enough for two buckets."""
     return RunConfig.model_validate(
         {
             "out": folder / "run",
@@ -57,9 +58,10 @@ def config_of(folder: Path) -> RunConfig:
                 "parallel": {"tensor": 2, "pipeline": 2},
                 "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0},
                 "max_tokens_per_pack": 512,
+                "lora": {"rank": 64} if send == "adapter" else None,
             },
             "engine": {"count": 2, "max_total_tokens": 4096, "update_seconds": 60, "max_restarts": 0},
-            "weights": {"bucket_mb": 1},
+            "weights": {"bucket_mb": 1, "send": send},
         }
     )
 
@@ -131,23 +133,24 @@ class FaultyEngine(HostedEngine):
         await super().load(bucket)
 
 
-def test_every_transport_and_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("send", ["merged", "adapter"])
+def test_every_transport_and_deaths(send: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # Ray's workers import this file
     monkeypatch.setattr(trainer_group, "TrainerRank", SwitchingRank)
     monkeypatch.setattr(ray_engine, "HostedEngine", FaultyEngine)
     write_tiny_qwen2(
         tmp_path / "model", vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, eos_token_id=1
     )
-    asyncio.run(_scenario(tmp_path))
+    asyncio.run(_scenario(config_of(tmp_path, send), tmp_path))
 
 
-async def _scenario(folder: Path) -> None:
-    config = config_of(folder)
+async def _scenario(config: RunConfig, folder: Path) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(ray_session(6, folder))
         reservation = await reserve(config, 60)
         devices = EngineDevices(reservation.engine_options([]), may_move=True, seconds=60)
-        launcher = EngineLauncher(config, StopRule(SamplingConfig(), str), devices, shares_devices=False)
+        rule = StopRule(SamplingConfig(), str)
+        launcher = EngineLauncher(config, rule, devices, shares_devices=False, lora=config.served_lora)
         pool = EnginePool(launcher, config.engine)
         stack.push_async_callback(pool.close)
         trainer = TrainerGroup(config, reservation.ranks)

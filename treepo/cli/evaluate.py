@@ -1,6 +1,6 @@
 """`treepo eval`: evaluates a model on benchmarks, or compares evaluations."""
 
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,8 @@ def evaluate(
     ] = None,
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option(help="A model folder, or a running SGLang server's URL.")
+        str | None,
+        typer.Option(help="A model folder, PEFT's folder of an adapter, or a server's URL."),
     ] = None,
     data: Annotated[list[Path] | None, typer.Option(help="A benchmark's file; may be repeated.")] = None,
     out: Annotated[
@@ -109,19 +110,23 @@ def _evaluate(arguments: list[str], options: dict[str, Any], *, force: bool) -> 
 
     path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
     eval_config = load_as(EvalConfig, path, [*overrides_of(options), *arguments])
-    with stoppable(lambda: f"the same command continues in {eval_config.out}/") as stopper:
+    with ExitStack() as stack:
+        stopper = stack.enter_context(stoppable(lambda: f"the same command continues in {eval_config.out}/"))
         check_surroundings(eval_config.out, uses_ray=eval_config.model.url is None)
+        from treepo.preflight.adapter import with_adapter_merged
         from treepo.preflight.inputs import read_evaluation_inputs
         from treepo.preflight.recommended_sampling import evaluation_as_recommended
 
-        eval_config = evaluation_as_recommended(eval_config)
-        inputs = read_evaluation_inputs(eval_config)
+        served = stack.enter_context(with_adapter_merged(eval_config))
+        served = evaluation_as_recommended(served)
+        eval_config = served.model_copy(update={"model": eval_config.model})
+        inputs = read_evaluation_inputs(served)
         from treepo.display.evaluation import EvaluationDisplay, show_evaluation
         from treepo.evaluation.evaluate import evaluate as run
 
         source = path or eval_config.model.path or eval_config.model.url
         with EvaluationDisplay(progress_console, f"{source} -> {eval_config.out}", inputs) as display:
-            start = partial(evaluation_engines, eval_config, inputs)
+            start = partial(evaluation_engines, served, inputs)
             results = stopper.run(run(eval_config, inputs, display, start, anew=force))
         show_evaluation(output, results, eval_config.out)
 

@@ -20,6 +20,7 @@ from treepo.cluster.ray_watch import unless_lost
 from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
+from treepo.config.trainer import LoraConfig
 from treepo.errors import ClusterError, DeadEngineError, TreepoError, one_line
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout import rng
@@ -95,7 +96,8 @@ class EngineLauncher:
     """Implements `treepo.cluster.engine_pool.Launcher` with actors.
 
     shares_devices: whether the trainer uses the same devices. paths_at_once: the most paths that one engine
-    samples at once; None if unknown. routes: whether requests may ask for routes.
+    samples at once; None if unknown. routes: whether requests may ask for routes. lora: of the adapter that
+    weight syncs bring; None if they bring weights.
     """
 
     config: ServingConfig
@@ -104,6 +106,7 @@ class EngineLauncher:
     shares_devices: bool
     paths_at_once: int | None = None
     routes: bool = False
+    lora: LoraConfig | None = None
 
     def __call__(self, index: int) -> "RayEngine":
         config = self.config
@@ -118,6 +121,7 @@ class EngineLauncher:
             shares_device=self.shares_devices,
             paths_at_once=self.paths_at_once,
             routes=self.routes,
+            lora=self.lora,
         )
         return RayEngine(f"engine {index}", actor, config.engine.tensor)
 

@@ -81,7 +81,13 @@ async def training_session(
             seconds=config.engine.rejoin_seconds,
         )
         launcher = EngineLauncher(
-            config, stop_rule, devices, shared, config.paths_at_once, config.samples_routes
+            config,
+            stop_rule,
+            devices,
+            shared,
+            config.paths_at_once,
+            config.samples_routes,
+            config.served_lora,
         )
         goes_on = config.loop.mode == "async"
         pool = TrainingEnginePool(launcher, config.engine, trainer, shared, sampling_goes_on=goes_on)

@@ -117,6 +117,7 @@ class TrainerRank:
                 rank=rank,
                 world_size=world_size,
                 store=self._store,
+                sends_adapter=config.weights.send == "adapter",
             )
 
     def call(self, method: Method, *arguments: object) -> Any:

@@ -17,7 +17,7 @@ from treepo.config.loop import LoopConfig
 from treepo.config.plan import PlanConfig
 from treepo.config.reward import RewardConfig
 from treepo.config.sampling import SamplingConfig
-from treepo.config.trainer import TrainerConfig
+from treepo.config.trainer import LoraConfig, TrainerConfig
 from treepo.config.truncation import check_reproducible, whole_distribution
 from treepo.config.weights import WeightsConfig
 from treepo.errors import ConfigError
@@ -103,6 +103,11 @@ class RunConfig(Section):
         if self.data.decoded_tokens_per_step is not None:
             return None if most is None else most * self.sampling.most_leaves
         return min(trees, most or trees) * self.sampling.most_leaves
+
+    @property
+    def served_lora(self) -> LoraConfig | None:
+        """Of the adapter that engines serve; None if they serve weights alone."""
+        return self.trainer.lora if self.weights.send == "adapter" else None
 
     @property
     def samples_routes(self) -> bool:
@@ -215,6 +220,23 @@ class RunConfig(Section):
     def _heldout_can_be_sampled(self) -> Self:
         for options in (self.evaluation, *self.evaluation.sets.values()):
             check_reproducible(options.min_p, self.engine, "evaluation")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_can_serve_the_adapter(self) -> Self:
+        if self.weights.send != "adapter":
+            return self
+        if self.trainer.lora is None:
+            raise ValueError(
+                "weights.send = adapter with trainer.lora = null: there is no adapter; merged is allowed"
+            )
+        targets = self.trainer.lora.targets
+        for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            if 0 < len([name for name in fused if name in targets]) < len(fused):
+                raise ValueError(
+                    f"weights.send = adapter: SGLang computes {', '.join(fused)} as one; all of them or none "
+                    "are allowed in trainer.lora.targets, or weights.send = merged"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """Configuration of the Megatron-Core trainer: parallel layout, optimizer, micro-batches."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from treepo.config.base import Section
 
@@ -117,11 +117,49 @@ class OptimizerConfig(Section):
         return self
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""A linear layer of a decoder, by its name in transformers."""
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class LoraConfig(Section):
+    rank: int = Field(default=32, ge=1)
+    """Rows of A and columns of B: the rank of what training can add to a projection."""
+    alpha: float = Field(default=64.0, gt=0)
+    """A projection's output gets alpha / rank times B A x."""
+    targets: list[Projection] = Field(default=list(get_args(Projection)), min_length=1)
+    """The projections with adapters, by their names in transformers and PEFT. In a mixture `gate_proj`,
+    `up_proj` and `down_proj` are those of every expert, all three or none; Qwen2-MoE's experts have none."""
+    dropout: float = 0.0
+    """Must be 0: a token's log-prob would differ from pass to pass, so PPO's ratio would not be 1 before the
+    first update."""
+
+    @field_validator("targets")
+    @classmethod
+    def _each_once(cls, targets: list[Projection]) -> list[Projection]:
+        if twice := sorted({name for name in targets if targets.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} twice; each projection has one adapter")
+        return targets
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError(
+                f"{dropout:g} is not allowed, only 0: a token's log-prob would differ from pass to pass, so "
+                "PPO's ratio would not be 1 before the first update"
+            )
+        return dropout
+
+
 class TrainerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     """The layout of tensor x context x pipeline x data ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam and its learning rate schedule."""
+    lora: LoraConfig | None = None
+    """Train adapters (LoRA) beside frozen weights; null trains all weights. `{}` takes the defaults. Layers
+    are then Megatron-Core's own."""
     max_skipped_steps: int = Field(default=3, ge=1)
     """Optimizer steps in a row whose loss or gradient is not finite, after which the run ends. Such a step is
     skipped: weights, optimizer state and warm-up stay as they were."""
@@ -147,3 +185,12 @@ class TrainerConfig(Section):
     silence_seconds: float = Field(default=600, gt=0)
     """The trainer hangs if a rank has not answered, or no rank has finished anything, for this long during a
     call. Starting, and writing or reading a folder, may take 30 minutes without a sign of progress."""
+
+    @model_validator(mode="after")
+    def _adapters_need_local_layers(self) -> Self:
+        if self.lora is not None and self.transformer_impl == "te":
+            raise ValueError(
+                "transformer_impl = te with lora: adapters are built beside Megatron-Core's own layers; auto "
+                "and local are allowed"
+            )
+        return self

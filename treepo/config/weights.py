@@ -14,6 +14,9 @@ class WeightsConfig(Section):
     engines, which have devices of their own (NCCL; gloo on a CPU). `host_broadcast`: the same through the
     hosts' memory (gloo), for engines on the trainer's devices on several machines. `disk`: through a folder
     that all machines share."""
+    send: Literal["merged", "adapter"] = "merged"
+    """What engines get of a run with `trainer.lora`. `merged`: whole weights, the adapters added to them.
+    `adapter`: the adapters alone; engines serve `model.path` with them beside its weights (SGLang's LoRA)."""
     bucket_mb: int = Field(default=256, ge=1)
     """MiB of one bucket of weights; a larger tensor is a bucket of its own. Two buckets are in memory, with
     `colocated` and `broadcast` on GPUs in that of the trainer's GPU."""

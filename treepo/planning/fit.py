@@ -110,10 +110,13 @@ def _with_runtime(
 
     The engines reload their weights before a sync, and their KV cache after it. packs: bytes of a step's.
     """
-    runtime, reloaded = {"CUDA and NCCL": (RUNTIME, "")}, {}
+    runtime: dict[str, tuple[float, str]] = {"CUDA and NCCL": (RUNTIME, "")}
+    reloaded: dict[str, tuple[float, str]] = {}
     if shared:
         runtime["engine's CUDA and NCCL"] = RUNTIME, ""
         runtime["engine's CUDA graphs"] = engine.graphs, ""
+        if "adapter" in engine.memory.parts:  # SGLang's memory saver leaves it
+            runtime["engine's adapter"] = engine.memory.parts["adapter"], ""
         reloaded["engine's weights"] = engine.memory.parts["weights"], ""
     *stages, syncing = trainer
     waiting = [max(0.0, packs - stage.parts["tree packs"]) for stage in stages]

@@ -117,8 +117,10 @@ def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine
 def _check_trained(config: RunConfig) -> None:
     """Check that the trainer can divide the model among its ranks, and replay its routes."""
     from megatron_bridge.architecture import (
+        check_adapters,
         check_layout,
         check_routing_replay,
+        check_served_adapter,
         check_transformer_impl,
         read_architecture,
     )
@@ -126,6 +128,8 @@ def _check_trained(config: RunConfig) -> None:
     architecture = read_architecture(config.model.path)
     check_layout(architecture, config.trainer.parallel)
     check_routing_replay(config.model.path, architecture, config.trainer.routing_replay)
+    check_adapters(config.model.path, architecture, config.trainer.lora)
+    check_served_adapter(config.model.path, architecture, config.served_lora)
     check_transformer_impl(config.trainer.transformer_impl)
 
 

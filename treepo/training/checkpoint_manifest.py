@@ -6,7 +6,9 @@
     hugging_face/      config, tokenizer and generation config of the model
     ready_trees.jsonl  finished trees that no step has taken or counted (treepo.training.ready_trees)
 
-A checkpoint that was converted from a model folder has weights only: no optimizer, no layout, no trees.
+A checkpoint of adapters has those and their optimizer state instead of the model's weights, which stay in
+the model's folder. One that was converted from a model folder has weights only: no optimizer, no layout, no
+trees.
 """
 
 import errno
@@ -21,6 +23,8 @@ import orjson
 import xxhash
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from treepo.config.trainer import LoraConfig
+from treepo.data.fingerprint import model_fingerprint
 from treepo.errors import ModelError, one_line, shortened, shown
 
 MANIFEST, TRAINER, HUGGING_FACE = "checkpoint.json", "trainer", "hugging_face"
@@ -39,12 +43,56 @@ class OtherFormatError(ModelError):
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterManifest:
+    """What a checkpoint of adapters has in place of the model's weights: `trainer.lora`, and the folder of
+    the model that they are beside, with its fingerprint (`treepo.data.fingerprint`).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    base: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, lora: LoraConfig, model: Path) -> Self:
+        """Reads blocks of the model's weight files."""
+        targets = tuple(lora.targets)
+        return cls(lora.rank, lora.alpha, targets, str(model.resolve()), model_fingerprint(model))
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Raises ModelError if no configuration has these values."""
+        try:
+            return LoraConfig.model_validate(
+                {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
+            )
+        except ValidationError as error:
+            raise ModelError(f"{MANIFEST}: adapters: {one_line(error.errors()[0]['msg'])}") from None
+
+    def check_base(self, model: Path, checkpoint: Path) -> None:
+        """Raise ModelError unless `model` holds the weights that the adapters were trained beside."""
+        if not model.is_dir():
+            raise ModelError(
+                f"{checkpoint}: its adapters belong to the model in {model}, which is not on this machine"
+            )
+        if (found := model_fingerprint(model)) != self.fingerprint:
+            raise ModelError(
+                f"{checkpoint}: its adapters were trained beside other weights than those in {model} "
+                f"(fingerprint {self.fingerprint}, now {found})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointManifest:
     """The content of checkpoint.json.
 
     dtype: of the weights. optimizer_steps: taken so far. layout: `trainer.parallel` of the ranks that wrote
     it; empty for weights alone. run: the state from which `treepo train` resumes. files: the sizes in bytes
     of all other files, by path in the folder. checksums: theirs; empty in a checkpoint of an earlier version.
+    adapters: if the checkpoint has those alone.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -56,6 +104,7 @@ class CheckpointManifest:
     run: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
+    adapters: AdapterManifest | None = None
 
     def write(self, folder: Path, checksums: Mapping[str, str] | None = None) -> dict[str, str]:
         """Write it into the folder of a checkpoint whose other files are complete, with their sizes and
@@ -75,6 +124,8 @@ class CheckpointManifest:
             raise FileNotFoundError(errno.ENOENT, unseen, str(folder / missing[0]))
         sums = {name: known.get(name) or checksum(folder / name) for name in files}
         content = {"format": _FORMAT} | asdict(replace(self, files=files, checksums=sums))
+        if self.adapters is None:
+            del content["adapters"]  # earlier versions do not know it
         lines = orjson.dumps(content | {"checksum": _of_content(content)}, option=orjson.OPT_INDENT_2)
         (folder / MANIFEST).write_bytes(lines)
         return sums | {MANIFEST: xxhash.xxh3_128(lines).hexdigest()}

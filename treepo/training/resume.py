@@ -29,6 +29,7 @@ FIXED = (
     "sampling",
     "learning",
     "trainer.optimizer",
+    "trainer.lora",
     "evaluation",
     "reward.function",
     "reward.url",
@@ -68,7 +69,7 @@ def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True
     """Find where the run in `config.out` continues; None if it has no checkpoint.
 
     contents: as in `newest`. Raises ConfigError if the run is finished, would not be the same run, or has
-    ready trees without the routes that it replays.
+    ready trees without the routes that it replays; ModelError if its adapters belong to other weights.
     """
     found = newest(config.out, contents=contents)
     if found is None:
@@ -86,6 +87,8 @@ def find_resume(config: RunConfig, inputs: TrainInputs, *, contents: bool = True
         raise ConfigError(
             f"--resume: the prompts or answers in {names} have changed since {checkpoint} was written"
         )
+    if config.trainer.lora is not None and (adapters := read_manifest(checkpoint).adapters) is not None:
+        adapters.check_base(config.model.path, checkpoint)
     if state.steps_done > config.steps or (
         state.steps_done == config.steps and (config.out / SUMMARY).is_file()
     ):

@@ -64,6 +64,12 @@ class MicroBatch:
         return self.tokens * self.architecture.hidden * self.element
 
     @property
+    def gather_buffer(self) -> float:
+        """All tokens' hidden states, gathered for matrices whose output is divided."""
+        gathers = self.trainer.parallel.sequence_parallel and self.trainer.lora is None
+        return self.whole if gathers else 0.0
+
+    @property
     def queries(self) -> float:
         """Query heads of this rank, all tokens of the slice."""
         return self._heads(self.architecture.heads)
@@ -77,6 +83,13 @@ class MicroBatch:
     def slices(self) -> int:
         """Context-parallel ranks, whose keys and values attention gathers."""
         return self.trainer.parallel.context
+
+    def reads(self, *projections: str) -> bool:
+        """Whether the backward pass reads the input of the matrix that computes these projections: the
+        gradient of a weight does, and that of an adapter.
+        """
+        lora = self.trainer.lora
+        return lora is None or any(name in lora.targets for name in projections)
 
     def _heads(self, count: int) -> float:
         return self.tokens * count * self.architecture.dimensions.head_dim * self.element / self.tensor
@@ -143,9 +156,11 @@ def pack(batch: MicroBatch) -> float:
 def _norm(batch: MicroBatch, size: float) -> float:
     """Kept by a norm of `size` bytes of input, without its output.
 
-    A fused kernel keeps the input; plain torch keeps the input and the normed input, both in float32.
+    A fused kernel keeps the input; plain torch keeps the input and, for the weight's gradient, the normed
+    input, both in float32.
     """
-    return 2 * size * FLOAT32 / batch.element if batch.eager else size
+    copies = 2 if batch.trainer.lora is None else 1
+    return copies * size * FLOAT32 / batch.element if batch.eager else size
 
 
 def _attention(batch: MicroBatch) -> float:
@@ -176,7 +191,9 @@ def _gathered_blocks(batch: MicroBatch) -> float:
 
 
 def _around_core(batch: MicroBatch) -> float:
-    kept = _norm(batch, batch.stream) + batch.stream + batch.queries  # the inputs of both projections
+    kept = _norm(batch, batch.stream)
+    kept += batch.stream if batch.reads("q_proj", "k_proj", "v_proj") else 0.0
+    kept += batch.queries if batch.reads("o_proj") else 0.0
     if batch.architecture.family.qk_norm:
         kept += _norm(batch, batch.queries) + _norm(batch, batch.keys)
         if not batch.eager or batch.element == FLOAT32:  # the key is part of the projection's output
@@ -197,10 +214,12 @@ def _mlp(batch: MicroBatch, sparse: bool) -> float:
     """Kept by a layer's MLP or experts with its norm. Experts are assumed to be chosen equally often, and
     counted without the fused activation.
     """
-    kept = _norm(batch, batch.stream) + batch.stream
+    kept = _norm(batch, batch.stream)
+    kept += batch.stream if batch.reads("gate_proj", "up_proj") else 0.0
     if not sparse:
         # CUDA's fused activation keeps gate and up, and the last matrix its input.
-        return kept + (5 if batch.eager else 3) * _inner(batch, sparse=False)
+        copies = (4 if batch.eager else 2) + batch.reads("down_proj")
+        return kept + copies * _inner(batch, sparse=False)
     experts = batch.architecture.experts
     assert experts is not None
     router = 4 * batch.own_tokens * batch.architecture.dimensions.experts * FLOAT32
@@ -228,7 +247,9 @@ def _work_in_mlp(batch: MicroBatch, sparse: bool) -> float:
     """
     inner = _inner(batch, sparse)
     if not sparse:
-        return batch.stream + inner + max(inner, batch.whole if batch.tensor > 1 else 0.0)
+        # Beside a frozen weight Megatron-Core gathers hidden states without its buffer.
+        gathered = 0.0 if batch.gather_buffer or batch.own_tokens == batch.tokens else batch.whole
+        return batch.stream + inner + max(inner, batch.whole if batch.tensor > 1 else 0.0) + gathered
     assert batch.architecture.experts is not None
     sent = batch.stream * batch.architecture.experts.per_token
     if batch.eager:

@@ -15,6 +15,7 @@ from sglang_rollout.arguments import CPU_KV_TOKENS, GRAPH_MIB, decode_graph_size
 from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import GIB, device
+from treepo.planning.memory.adapters import adapter_count
 from treepo.planning.memory.engine_shard import EngineShard, engine_shard
 from treepo.planning.memory.parts import Memory, element_bytes
 from treepo.planning.simulation.lengths import InstantEngine
@@ -72,7 +73,8 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
     fraction = engine.memory_fraction or chosen.memory_fraction
     value_bytes = element_bytes(config)
     weights, token_bytes = shard.parameters * value_bytes, shard.kv_values * value_bytes
-    kv_tokens = max(0, int((free * fraction - weights) // token_bytes))
+    adapter = adapter_count(architecture, config.served_lora) * value_bytes
+    kv_tokens = max(0, int((free * fraction - weights - adapter) // token_bytes))
     limit = engine.max_total_tokens or (CPU_KV_TOKENS if on_cpu else None)
     if limit is not None:
         kv_tokens = min(kv_tokens, limit)
@@ -82,6 +84,7 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
         owner="engine" if engine.tensor == 1 else f"engine, each of {engine.tensor} ranks",
         noted={
             "weights": (weights, f"{shard.parameters:,} parameters x {value_bytes} bytes"),
+            **({"adapter": (adapter, "weights.send = adapter; all of it on each rank")} if adapter else {}),
             "KV cache": (kv_tokens * token_bytes, f"{kv_tokens:,} tokens x {token_bytes:,} bytes"),
             "activations and runtime": (
                 free * (1 - fraction),

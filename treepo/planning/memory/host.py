@@ -11,7 +11,7 @@ from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import GIB
 from treepo.planning.memory.engine import EngineMemory
-from treepo.planning.memory.parts import Memory
+from treepo.planning.memory.parts import FLOAT32, Memory, element_bytes
 from treepo.planning.memory.routes import on_host
 from treepo.planning.memory.trainer import offloaded
 from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
@@ -67,7 +67,7 @@ def _node(config: RunConfig, ranks: Sequence[Memory]) -> Memory:
     process = _CPU_RANK if config.plan.device == "cpu" else _CUDA_RANK
     note = f"{len(ranks)} x {process / GIB:g} GiB of code and libraries"
     parts: dict[str, tuple[float, str]] = {"trainer ranks": (len(ranks) * process, note)}
-    if config.learning.kl_coefficient:
+    if config.learning.kl_coefficient and config.trainer.lora is None:
         weights = sum(rank.parts["weights"] for rank in ranks)
         note = "the initial ones, and room for the current ones while the reference computes"
         parts["reference weights"] = 2 * weights, note
@@ -75,8 +75,9 @@ def _node(config: RunConfig, ranks: Sequence[Memory]) -> Memory:
         moved = sum(rank.subtotal(away) for rank in ranks)
         parts["trainer.offload"] = moved, f"{' and '.join(away)} of each rank, while engines sample"
     if config.checkpoint.every is not None:
-        copied = sum(rank.subtotal(("weights", "optimizer")) for rank in ranks)
-        note = "each rank's weights and its share of the optimizer, copied"
+        trained = element_bytes(config) / FLOAT32  # of their gradients
+        copied = sum(trained * rank.parts["gradients"] + rank.parts["optimizer"] for rank in ranks)
+        note = "each rank's trained weights and its share of the optimizer, copied"
         parts["checkpoint being written"] = copied, note
     return Memory("trainer, host of one node", parts)
 

@@ -29,6 +29,7 @@ from treepo.learning.slicing import block_size, sliced_length
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.memory import activations, routes
 from treepo.planning.memory.activations import MicroBatch
+from treepo.planning.memory.adapters import adapter_count, adapters_of
 from treepo.planning.memory.parts import FLOAT32, Memory, Parts, element_bytes
 from treepo.planning.memory.weight_sync import sync_memory
 
@@ -48,7 +49,7 @@ def trainer_memory(config: RunConfig, folder: Path, shared: bool = False) -> lis
     architecture, shards = planned_architecture(folder), stage_shards(folder, config.trainer.parallel)
     batch = largest_micro_batch(config, architecture)
     stages = [_stage(config, batch, shard) for shard in shards]
-    held = _state(config, shards[0])
+    held = _state(config, architecture, shards[0])
     if shared:
         held = {name: held[name] for name in held if name in {"weights", *kept_while_sampling(config)}}
     return [*stages, sync_memory(config, architecture, shards, held)]
@@ -82,8 +83,14 @@ def packs_of_step(config: RunConfig, folder: Path, tree_tokens: float) -> float:
 
 
 def checkpoint_bytes(config: RunConfig, folder: Path) -> float:
-    """One training checkpoint: weights and optimizer state, with the vocabulary's padding."""
+    """One training checkpoint: weights and optimizer state, with the vocabulary's padding; of adapters alone,
+    if those are trained.
+    """
     architecture = planned_architecture(folder)
+    if config.trainer.lora is not None:
+        return adapter_count(architecture, config.trainer.lora) * (
+            element_bytes(config) + optimizer_bytes(config)
+        )
     vocabulary = architecture.dimensions.vocabulary
     padding = padded_vocabulary(vocabulary, config.trainer.parallel.tensor) - vocabulary
     written = parameter_count(folder) + padding * architecture.hidden * (1 if architecture.tied else 2)
@@ -136,7 +143,7 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
     return Memory(
         f"trainer, pipeline stage {shard.stage}",
         {
-            **_state(config, shard),
+            **_state(config, batch.architecture, shard),
             "activations": (
                 kept,
                 f"{in_flight:g} micro-batches of {batch.tokens} tokens"
@@ -146,7 +153,7 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
             "layer in work": (work, "") if work >= logits else (0.0, lesser + "logits"),
             "logits": (logits, "") if work < logits else (0.0, lesser and lesser + "layer in work"),
             "gather buffer": (
-                batch.whole if parallel.sequence_parallel else 0.0,
+                batch.gather_buffer,
                 "all tokens' hidden states, for matrices whose input is divided",
             ),
             # Packs that only some of its chunks have had too, and on the last stage the one before.
@@ -159,19 +166,23 @@ def _stage(config: RunConfig, batch: MicroBatch, shard: Shard) -> Memory:
     )
 
 
-def _state(config: RunConfig, shard: Shard) -> Parts:
-    """Weights, gradients and optimizer state of one rank."""
-    parallel, element = config.trainer.parallel, element_bytes(config)
+def _state(config: RunConfig, architecture: Architecture, shard: Shard) -> Parts:
+    """Weights, gradients and optimizer state of one rank. Frozen weights have neither of the latter."""
+    parallel, element, lora = config.trainer.parallel, element_bytes(config), config.trainer.lora
     held = owned = 0
     for chunk in shard.chunks:
+        if lora is not None:
+            chunk = adapters_of(chunk, architecture, parallel, lora)
         owners = (False, parallel.data * parallel.context), (True, expert_data_ranks(parallel))
         for expert, ranks in owners:
             elements = buffer_elements([each for each in chunk if each.expert == expert], ranks)
             held += elements
             owned += elements // ranks
     state = optimizer_bytes(config)
+    frozen = 0 if lora is None else shard.elements()
+    beside = "" if lora is None else f", and adapters of {held:,}"
     return {
-        "weights": (element * held, f"{shard.elements():,} parameters x {element}"),
+        "weights": (element * (frozen + held), f"{shard.elements():,} parameters x {element}{beside}"),
         "gradients": (FLOAT32 * held, "float32"),
         "optimizer": (state * owned, f"{owned:,} of them on each rank that holds them x {state}"),
     }
@@ -208,7 +219,7 @@ def work_in_layers(batch: MicroBatch, shard: Shard) -> float:
     layers, sparse = _layers(shard), set(batch.architecture.dimensions.sparse_layers)
     work = max(activations.layer_work(batch, layer in sparse) for layer in layers)
     held = max(0, len(layers & sparse) - 1) if batch.trainer.recompute == "full" else 0
-    tied = batch.architecture.tied and batch.trainer.parallel.pipeline == 1
+    tied = batch.architecture.tied and batch.trainer.parallel.pipeline == 1 and batch.trainer.lora is None
     gradient = sum(each.elements for each in shard.parameters if tied and each.name == EMBEDDING)
     return work + held * batch.stream + gradient * batch.element
 

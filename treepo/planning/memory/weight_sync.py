@@ -9,9 +9,11 @@ from pathlib import Path
 from megatron_bridge.architecture import Architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import expand
 from megatron_bridge.layout_shards import Shard
+from megatron_bridge.peft_folder import adapter_shapes
 from megatron_bridge.tensor_surgery import QKV, VOCABULARY
 from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
+from treepo.planning.memory.adapters import MERGING, largest_merged
 from treepo.planning.memory.parts import Memory, Parts, element_bytes, model_dtype
 from treepo.weight_sync.wire import TensorInfo, plan_buckets
 
@@ -21,7 +23,16 @@ def sync_memory(
 ) -> Memory:
     """Rank 0 during a sync. held: what it holds throughout."""
     joined = _joined_bytes(config, architecture, shards)
+    if config.served_lora is not None:
+        joined = 2.0 * max(tensor.nbytes for tensor in sent_tensors(config, architecture))
     parts = {**held, "joined tensor": (joined, "the largest parameter's shards and the tensors made of them")}
+    if (lora := config.trainer.lora) is not None and config.served_lora is None:
+        largest = largest_merged(shards, architecture, lora)
+        peak = max(MERGING * largest, element_bytes(config) * largest + joined)
+        parts["merging"] = (
+            peak - joined,
+            "the largest shard and its adapters, in float32, beyond the joined",
+        )
     shared = config.weights.transport == "colocated" and config.plan.device != "cpu"
     if shared or config.weights.transport == "broadcast":
         note = f"two of weights.bucket_mb = {config.weights.bucket_mb} MiB, or one tensor"
@@ -54,16 +65,24 @@ def _joined_bytes(config: RunConfig, architecture: Architecture, shards: tuple[S
 
 def bucket_bytes(config: RunConfig, architecture: Architecture) -> float:
     """Both buffers in which buckets are filled and sent in turn; each is as large as its largest bucket."""
-    buckets = plan_buckets(_manifest(config, architecture), config.weights.bucket_mb << 20)
+    buckets = plan_buckets(sent_tensors(config, architecture), config.weights.bucket_mb << 20)
     sizes = [sum(tensor.nbytes for tensor in bucket) for bucket in buckets]
     return max(sizes[0::2]) + max(sizes[1::2], default=0)
 
 
 def exported_bytes(config: RunConfig, folder: Path) -> int:
-    """A Hugging Face folder of the weights; a sync sends the same bytes."""
-    return sum(tensor.nbytes for tensor in _manifest(config, planned_architecture(folder)))
+    """A Hugging Face folder of the weights."""
+    shapes = tensor_shapes(planned_architecture(folder))
+    return sum(TensorInfo(name, model_dtype(config), shape).nbytes for name, shape in shapes.items())
 
 
-def _manifest(config: RunConfig, architecture: Architecture) -> tuple[TensorInfo, ...]:
-    shapes = tensor_shapes(architecture)
+def sent_bytes(config: RunConfig, folder: Path) -> int:
+    """What a sync sends: the same, or the adapters alone."""
+    return sum(tensor.nbytes for tensor in sent_tensors(config, planned_architecture(folder)))
+
+
+def sent_tensors(config: RunConfig, architecture: Architecture) -> tuple[TensorInfo, ...]:
+    """The manifest of a sync."""
+    lora = config.served_lora
+    shapes = tensor_shapes(architecture) if lora is None else adapter_shapes(architecture, lora)
     return tuple(TensorInfo(name, model_dtype(config), shape) for name, shape in shapes.items())

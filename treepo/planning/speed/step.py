@@ -4,6 +4,7 @@ No phase was compared with a GPU. Counted are:
 
 - Passes over the packs, with matrix products at `Device.efficiency` of the peak. Log-probs take one forward
   pass, two with a reference. Training takes three (a backward pass counts twice), four if it recomputes all.
+  Beside frozen weights (`trainer.lora`) a backward pass counts once, and the adapters' own products not.
 - The pipeline's idle time: (stages - 1) / (chunks of each) of one micro-batch.
 - Traffic of tensor-parallel ranks (two gathers and two scatters of the hidden states a layer) and of experts'
   ranks (there and back), once forward and once backward, none of it hidden. Likewise the keys and values that
@@ -27,10 +28,11 @@ from megatron_bridge.architecture import Architecture
 from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import FILE_SYSTEM, FROM_HOST, GLOO, TO_HOST, device
+from treepo.planning.memory.adapters import adapter_count
 from treepo.planning.memory.engine_shard import engine_shard
 from treepo.planning.memory.parts import element_bytes
 from treepo.planning.memory.trainer import offloaded_bytes
-from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
+from treepo.planning.memory.weight_sync import bucket_bytes, sent_bytes
 from treepo.planning.nodes import footprint, link_rate, shares_devices
 from treepo.planning.simulation.loop import LoopTime
 from treepo.planning.speed.flops import forward_flops
@@ -126,14 +128,17 @@ def _slowest(architecture: Architecture, works: Sequence[Sequence[ReplicaWork]])
 def _training_passes(
     config: RunConfig, architecture: Architecture, work: ReplicaWork
 ) -> tuple[float, int, int]:
-    """Training's computation, its traffic, and its gathers of keys and values, each in forward passes."""
-    if config.trainer.recompute == "full":
-        return 4.0, 3, 3
-    if config.trainer.recompute == "none":
-        return 3.0, 2, 2
+    """Training's computation, its traffic, and its gathers of keys and values, each in forward passes. Frozen
+    weights have no gradient, so their matrices take one pass less.
+    """
     pairs = forward_flops(architecture, 0, work.pairs)
     attention = pairs / forward_flops(architecture, work.tokens, work.pairs)
-    return 3.0 + attention, 2, 3
+    passes = 3.0 if config.trainer.lora is None else 2.0 + attention
+    if config.trainer.recompute == "full":
+        return passes + 1.0, 3, 3
+    if config.trainer.recompute == "none":
+        return passes, 2, 2
+    return passes + attention, 2, 3
 
 
 def _passes(
@@ -197,6 +202,10 @@ def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
     shard, steps = engine_shard(architecture, 1), config.learning.mini_batches
     dense = (shard.parameters - shard.experts) / (parallel.tensor * parallel.pipeline)
     experts = shard.experts / (parallel.expert * parallel.pipeline)
+    if config.trainer.lora is not None:  # tensor-parallel ranks divide about half of their values
+        dense = adapter_count(architecture, config.trainer.lora, expert=False) / parallel.pipeline
+        experts = adapter_count(architecture, config.trainer.lora, expert=True)
+        experts /= parallel.expert * parallel.pipeline
     owners, expert_owners = parallel.data * parallel.context, parallel.stage_ranks / parallel.expert
     sent = dense * (owners - 1) / owners + experts * (expert_owners - 1) / expert_owners
     rate = link_rate(config, parallel.stage_ranks)
@@ -212,7 +221,7 @@ def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
 
 def sync_weights(config: RunConfig, folder: Path) -> Phase:
     """From the last optimizer step to engines that serve again."""
-    whole = exported_bytes(config, folder)
+    whole = sent_bytes(config, folder)
     send, load, way = _send_and_load(config, whole)
     send += _gather_seconds(config, whole)
     bucket = bucket_bytes(config, planned_architecture(folder)) / 2 / whole
