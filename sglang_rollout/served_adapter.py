@@ -64,7 +64,10 @@ def serve(lora: LoraConfig) -> None:
     if ADAPTER in _manager.loras:
         _check(_manager.unload_lora_adapter(reference))
     _check(_manager.load_lora_adapter_from_tensors(reference, dict(_aside), config))
-    _manager.fetch_new_loras({ADAPTER})  # onto the device now, where it fails if it does not fit the model
+    try:
+        _manager.fetch_new_loras({ADAPTER})  # onto the device now; SGLang itself would wait for a request
+    except AssertionError as error:
+        raise EngineError(f"SGLang's LoRA does not take the adapter: {error}") from None
     forget()
 
 

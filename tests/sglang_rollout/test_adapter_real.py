@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -157,3 +158,20 @@ def test_an_adapter_that_did_not_arrive_whole_is_not_served(adapter_engine: "Rea
     adapter = some_adapter(adapter_engine, 7)
     send(adapter_engine, adapter)
     assert_serves(adapter_engine, adapter)
+
+
+def test_an_adapter_that_sglang_does_not_take_fails_the_commit(tmp_path: Path) -> None:
+    """Not the first request, which would end SGLang. Two ranks pad the 96 rows of this MLP, but not A."""
+    import tests.support.real_engine as harness
+
+    with asyncio.Runner() as runner:
+        folder = harness.write_model(tmp_path / "model", intermediate_size=96)
+        real = harness.start(folder, runner.get_loop(), lora=LORA, tensor=2)
+        try:
+            with pytest.raises(EngineError, match=r"SGLang.s LoRA does not take the adapter: .* shape"):
+                send(real, some_adapter(real, 0))
+            with pytest.raises(EngineError, match="refuses to serve"):
+                real.generate(CONTEXT)
+            assert not real.engine._sglang.death.done()
+        finally:
+            real.engine.close()
