@@ -1,6 +1,7 @@
 """A process that receives weights as an engine's rank does, verifies their checksums, and loads nothing."""
 
 import multiprocessing
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -8,28 +9,31 @@ from typing import Any
 import torch
 
 from treepo.errors import EngineError
-from treepo.weight_sync.wire import Bucket, checksums
+from treepo.weight_sync.receive import RankReceiver
+from treepo.weight_sync.wire import Address, Bucket
 
 
 def serve_as_sink(orders: Any, device: torch.device) -> None:
     """Obey orders until None arrives. Each is answered with an error, empty if there is none."""
     torch.set_num_threads(1)
-    receiver: Any = None
+    receiver = RankReceiver()
+    raw: Any = None
     while (order := orders.recv()) is not None:
         action, argument = order
         error = ""
         try:
             if action == "join":
-                receiver = argument.join(0, device)
+                receiver.join(argument, 0, device)
             elif action == "end":
                 receiver.end()
-            elif action in ("load", "copy"):
-                flat = receiver.receive(argument)
-                if action == "copy":
-                    flat.clone()
-                elif checksums(flat) != argument.checksums:
-                    error = "a bucket arrived with another checksum"
-        except (RuntimeError, OSError) as raised:
+            elif action == "load":
+                receiver.load(argument, lambda _: None)
+            elif action == "join raw":
+                raw = argument.join(0, device)
+            elif action == "copy":
+                raw.begin(argument)
+                raw.receive(argument).clone()
+        except (EngineError, RuntimeError, OSError) as raised:
             error = str(raised)
         orders.send(error)
 
@@ -49,11 +53,11 @@ class ProcessSink:
         self._thread = ThreadPoolExecutor(1)
         self.order("start").result()
 
-    def join(self, address: Any) -> "Future[None]":
-        return self.order("join", address)
+    def join(self, addresses: Sequence[Address]) -> "Future[None]":
+        return self.order("join", addresses)
 
-    def load(self, bucket: Bucket) -> "Future[None]":
-        return self.order("load", bucket)
+    def load(self, buckets: Sequence[Bucket | None]) -> "Future[None]":
+        return self.order("load", buckets)
 
     def order(self, action: str, argument: Any = None) -> "Future[None]":
         """Done when the process has obeyed; fails with EngineError."""

@@ -36,6 +36,7 @@ from megatron_bridge.schedule import MicroBatch, Schedule
 from megatron_bridge.step_metrics import log_prob_mismatch, own_loss, reduced
 from megatron_bridge.warm_up import warm_up_packs
 from megatron_bridge.weight_check import CHECKED_TOKENS, weight_check
+from megatron_bridge.weight_source import WeightSource
 from megatron_bridge.weight_transfer import WeightExporter, load_weights
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import ParallelConfig, TrainerConfig
@@ -45,6 +46,7 @@ from treepo.learning.packing import Pack, head
 from treepo.learning.soundness import WeightCheck
 from treepo.protocols import BatchResult, was_taken
 from treepo.training.checkpoint_manifest import CheckpointManifest
+from treepo.weight_sync.lanes import MOST_LANES
 from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.wire import Manifest
 
@@ -93,6 +95,7 @@ class MegatronTrainer:
             self._learning_rate = optimizer.LearningRate(self._optimizer, config)
             self._exporter = WeightExporter(chunks, self._architecture, self._dtype, self._device)
             self._memory = DeviceMemory(self._model, self._optimizer, config.offload)
+            self._sources: dict[int, WeightSource] = {}  # by their most lanes
             self._reference = ReferenceWeights(self._memory.weights) if learning.kl_coefficient else None
             self._checkpointer = Checkpointer(
                 self._model, self._optimizer, folder, config.parallel.model_dump()
@@ -185,7 +188,7 @@ class MegatronTrainer:
                 f"({str(error).splitlines()[0]}); a smaller pack, trainer.recompute = full or more ranks "
                 "(trainer.parallel) take less"
             ) from None
-        for _ in self.tensors():
+        for _ in self.weight_source(MOST_LANES).rounds(1):
             pass
         self.release_cache()
 
@@ -217,6 +220,12 @@ class MegatronTrainer:
         """Yield the model's tensors under their Hugging Face names on rank 0; every rank must iterate."""
         with self._memory.weights.readable():
             yield from self._exporter.tensors()
+
+    def weight_source(self, lanes: int) -> WeightSource:
+        """The weights as `lanes` ranks, or all if they are fewer, send them. Called on all ranks."""
+        if lanes not in self._sources:
+            self._sources[lanes] = WeightSource(self._exporter, self._memory.weights.readable, lanes)
+        return self._sources[lanes]
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder for transformers and SGLang. Raises ModelError if it exists."""

@@ -1,11 +1,13 @@
-"""Moves weights from Hugging Face folders to the ranks, and from the ranks to engines or folders.
+"""Moves weights from Hugging Face folders to the ranks, and from the ranks to those that send or write them.
 
-One tensor moves at a time. Rank 0 receives every shard from the first replica that holds it and joins the
-shards; the other ranks only send.
+The rank that joins a parameter receives the other shards from its own replica, or from the first one if it
+holds no shard itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -60,18 +62,47 @@ def _tensor_ranks() -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """A rank that sends parameters to rank 0, with its tensor-parallel rank and the parameters' shapes."""
+    """A rank with the shapes of its parameters. replica: number of the copy of the model that it belongs to.
+    expert_replica: of its experts, whose names are in `experts`.
+    """
 
     rank: int
     tensor_rank: int
+    replica: int
+    expert_replica: int
     shapes: dict[str, torch.Size]
+    experts: frozenset[str]
+
+    @classmethod
+    def this_rank(cls, parameters: Mapping[str, Parameter]) -> "_Owner":
+        return cls(
+            dist.get_rank(),
+            _tensor_ranks()[1],
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            parallel_state.get_expert_data_parallel_rank(),
+            {name: parameter.shape for name, parameter in parameters.items()},
+            frozenset(name for name, parameter in parameters.items() if is_expert(parameter)),
+        )
+
+    def replica_of(self, parameter: str) -> int:
+        return self.expert_replica if parameter in self.experts else self.replica
 
 
-def _first_to_hold(parameter: Parameter) -> bool:
-    """Whether this rank is in the first replica that holds the parameter."""
-    if is_expert(parameter):
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """One parameter that rank `target` joins from the shards of `owners`, which are in tensor-parallel order.
+
+    infos: of the tensors.
+    """
+
+    rule: Rule
+    owners: tuple[_Owner, ...]
+    target: int
+    infos: Manifest
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.infos)
 
 
 def _exchange(operations: Sequence[dist.P2POp]) -> None:
@@ -85,7 +116,7 @@ def _exchange(operations: Sequence[dist.P2POp]) -> None:
 
 
 class WeightExporter:
-    """Yields or writes the model's tensors under their Hugging Face names, on rank 0. Every method is
+    """Joins the model's tensors under their Hugging Face names. Methods that return tensors, and `write`, are
     collective.
     """
 
@@ -96,97 +127,104 @@ class WeightExporter:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._parameters = {
-            name: parameter
-            for name, parameter in named_parameters(chunks).items()
-            if _first_to_hold(parameter)
-        }
+        self._parameters = named_parameters(chunks)
         self._architecture, self._dtype, self._device = architecture, dtype, device
-        self._rules = architecture.weight_rules()
+        self.rules = architecture.weight_rules()
         self._rank = dist.get_rank()
-        mine = _Owner(
-            self._rank,
-            _tensor_ranks()[1],
-            {name: parameter.shape for name, parameter in self._parameters.items()},
-        )
+        mine = _Owner.this_rank(self._parameters)
         everyone: list[_Owner] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-        self._owners = sorted(everyone, key=lambda owner: owner.tensor_rank)
+        self._owners: dict[str, list[_Owner]] = defaultdict(list)  # in tensor-parallel order
+        for owner in sorted(everyone, key=lambda owner: owner.tensor_rank):
+            for name in owner.shapes:
+                self._owners[name].append(owner)
+        self._infos = {rule.parameter: self._joined_infos(rule) for rule in self.rules}
         if device.type == "cuda" and len(everyone) > 1:
             # Makes the communicator that batches of a few ranks then use; making it takes all ranks.
             dist.all_reduce(torch.zeros(1, device=device))
 
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes of what `tensors` yields; the same on every rank."""
-        return tuple(
-            TensorInfo.of(name, tensor)
-            for rule in self._rules
-            for name, tensor in zip(
-                rule.tensors,
-                rule.surgery.join(
-                    [
-                        torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device="meta")
-                        for owner in self._owners_of(rule)
-                    ],
-                    self._architecture.dimensions,
-                ),
-                strict=True,
-            )
-        )
+        return tuple(chain.from_iterable(map(self.infos, self.rules)))
+
+    def infos(self, rule: Rule) -> Manifest:
+        """The tensors of one parameter."""
+        return self._infos[rule.parameter]
+
+    def _joined_infos(self, rule: Rule) -> Manifest:
+        shards = [
+            torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device="meta")
+            for owner in self._owners_for(rule, 0)
+        ]
+        joined = rule.surgery.join(shards, self._architecture.dimensions)
+        return tuple(map(TensorInfo.of, rule.tensors, joined))
+
+    def holders(self, rule: Rule) -> frozenset[int]:
+        """The ranks that hold a shard of the parameter."""
+        return frozenset(owner.rank for owner in self._owners[rule.parameter])
+
+    def gathering(self, rule: Rule, target: int) -> Gathering:
+        """How rank `target` joins the parameter."""
+        return Gathering(rule, self._owners_for(rule, target), target, self.infos(rule))
+
+    def _owners_for(self, rule: Rule, target: int) -> tuple[_Owner, ...]:
+        """The ranks whose shards rank `target` joins: those of its own replica, if that has the parameter."""
+        name, owners = rule.parameter, self._owners[rule.parameter]
+        first = min(owner.replica_of(name) for owner in owners)
+        replica = next((owner.replica_of(name) for owner in owners if owner.rank == target), first)
+        chosen = [owner for owner in owners if owner.replica_of(name) == replica]
+        if rule.surgery.replicated:
+            chosen = [next((owner for owner in chosen if owner.rank == target), chosen[0])]
+        return tuple(chosen)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor once on rank 0, in the order of the family's table; nothing on other ranks."""
-        for rule in self._rules:
-            shards = self._gather(rule)
-            progress.count()
-            if shards:
-                joined = rule.surgery.join(shards, self._architecture.dimensions)
-                del shards  # frees them while the receiver works
-                yield from zip(rule.tensors, joined, strict=True)
-                del joined  # frees it before the next parameter is gathered
+        for rule in self.rules:
+            joined = self.gather([self.gathering(rule, 0)])
+            yield from joined
+            del joined  # frees it before the next parameter is gathered
 
-    def _gather(self, rule: Rule) -> list[Tensor]:
-        """On rank 0 the shards in tensor-parallel order, or one tensor if they are stacked.
-
-        On other ranks an empty list.
-        """
-        owners = self._owners_of(rule)
-        if self._rank != 0:
-            if any(owner.rank == self._rank for owner in owners):
-                _exchange(
-                    [dist.P2POp(dist.isend, self._parameters[rule.parameter].detach().to(self._device), 0)]
-                )
+    def gather(self, step: Sequence[Gathering]) -> list[tuple[str, Tensor]]:
+        """Join several parameters at once, at most one on each rank; return the tensors of this rank's."""
+        operations, shards, mine = [], [], None
+        for gathering in step:
+            if gathering.target == self._rank:
+                mine, (shards, receiving) = gathering, self._shards(gathering)
+                operations += receiving
+            elif any(owner.rank == self._rank for owner in gathering.owners):
+                shard = self._parameters[gathering.rule.parameter].detach().to(self._device)
+                operations.append(dist.P2POp(dist.isend, shard, gathering.target))
+        _exchange(operations)
+        progress.count()
+        if mine is None:
             return []
-        if rule.surgery.stacked and len(owners) > 1:
-            rows, *rest = owners[0].shapes[rule.parameter]
-            stack = torch.empty((len(owners), rows, *rest), dtype=self._dtype, device=self._device)
-            if owners[0].rank == 0:
-                stack[0].copy_(self._parameters[rule.parameter].detach())
-            self._fetch(owners, list(stack))
-            return [stack.flatten(0, 1)]
-        shards = [
-            self._parameters[rule.parameter].detach().to(self._device)  # it may be offloaded
-            if owner.rank == 0
-            else torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device=self._device)
-            for owner in owners
+        joined = mine.rule.surgery.join(shards, self._architecture.dimensions)
+        return list(zip(mine.rule.tensors, joined, strict=True))
+
+    def _shards(self, gathering: Gathering) -> tuple[list[Tensor], list[dist.P2POp]]:
+        """Room for the shards, in tensor-parallel order or stacked as one tensor, and what receives those of
+        other ranks.
+        """
+        name, owners = gathering.rule.parameter, gathering.owners
+        shards: list[Tensor] = []
+        whole = None
+        if gathering.rule.surgery.stacked and len(owners) > 1:
+            rows, *rest = owners[0].shapes[name]
+            whole = torch.empty((len(owners), rows, *rest), dtype=self._dtype, device=self._device)
+        for index, owner in enumerate(owners):
+            own = self._parameters[name].detach() if owner.rank == self._rank else None
+            if whole is not None:
+                shards.append(whole[index] if own is None else whole[index].copy_(own))
+            elif own is not None:
+                shards.append(own.to(self._device))  # it may be offloaded
+            else:
+                shards.append(torch.empty(owner.shapes[name], dtype=self._dtype, device=self._device))
+        receiving = [
+            dist.P2POp(dist.irecv, shard, owner.rank)
+            for owner, shard in zip(owners, shards, strict=True)
+            if owner.rank != self._rank
         ]
-        self._fetch(owners, shards)
-        return shards
-
-    def _fetch(self, owners: Sequence[_Owner], shards: Sequence[Tensor]) -> None:
-        """Receive the other ranks' shards."""
-        _exchange(
-            [
-                dist.P2POp(dist.irecv, shard, owner.rank)
-                for owner, shard in zip(owners, shards, strict=True)
-                if owner.rank != 0
-            ]
-        )
-
-    def _owners_of(self, rule: Rule) -> list[_Owner]:
-        """The ranks whose shards are joined, in tensor-parallel order."""
-        owners = [owner for owner in self._owners if rule.parameter in owner.shapes]
-        return owners[:1] if rule.surgery.replicated else owners
+        return shards if whole is None else [whole.flatten(0, 1)], receiving
 
     def write(self, source: Path, folder: Path) -> None:
         """Write a Hugging Face folder with these weights and `source`'s config and tokenizer.

@@ -1,4 +1,4 @@
-"""The part of a weight sync that runs in SGLang's own processes, one for each tensor-parallel rank.
+"""The part of a weight sync that runs in SGLang's own processes, one for each rank of the engine.
 
 SGLang calls `execute` as the model's weight loader (its `custom_weight_loader`). Each rank fetches weights by
 our transports, checks them, and hands them to SGLang's own checkpoint loading, which shards and fuses them.
@@ -6,7 +6,7 @@ An exception here would end SGLang's process, so a failure is written to a recei
 """
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from treepo.errors import EngineError, TransportError
+from treepo.weight_sync.receive import RankReceiver
 from treepo.weight_sync.shared_memory import Report, Reports
-from treepo.weight_sync.wire import Address, Bucket, Receiver, checksums, views
+from treepo.weight_sync.wire import Address, Bucket
 
 LOADER = f"{__name__}.execute"
 
-_receiver: Receiver | None = None  # global, because SGLang calls a function
+_receiver = RankReceiver()  # global, because SGLang calls a function
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Connect to the sender of an update, and disconnect from the sender of an earlier update."""
+    """Connect to each lane's sender, and disconnect from the senders of an earlier update."""
 
-    address: Address
+    addresses: Sequence[Address]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Receive a bucket and overwrite the weights in it."""
+    """Receive a round's buckets, one of each lane, and overwrite the weights in them."""
 
-    bucket: Bucket
+    buckets: Sequence[Bucket | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,39 +88,11 @@ def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
 
 
 def _execute(command: Command, model: nn.Module, rank: int) -> None:
-    global _receiver
     match command:
-        case Join(address):
-            _leave_sender()
-            device = next(model.parameters()).device
-            _receiver = _transferred(lambda: address.join(rank, device))
-        case Load(bucket):
-            receiver = _receiver
-            if receiver is None:
-                raise TransportError("a bucket arrived before the rank joined the sender")
-            flat = _transferred(lambda: receiver.receive(bucket))
-            stripes = receiver.stripes(bucket)
-            if checksums(flat, stripes) != bucket.checksums[stripes]:
-                raise EngineError(f"a bucket of {bucket.nbytes} bytes arrived with another checksum")
+        case Join(addresses):
+            _receiver.join(addresses, rank, next(model.parameters()).device)
+        case Load(buckets):
             load: Any = model.load_weights
-            load(list(views(flat, bucket.tensors)))
-            if torch.cuda.is_available():
-                torch.cuda.current_stream().synchronize()  # the sender writes the next bucket over this one
+            _receiver.load(buckets, load)
         case End():
-            if _receiver is not None:
-                _receiver.end()
-
-
-def _transferred[T](transfer: Callable[[], T]) -> T:
-    """Run a transfer; its errors become TransportErrors."""
-    try:
-        return transfer()
-    except (RuntimeError, OSError) as error:
-        raise TransportError(str(error)) from error
-
-
-def _leave_sender() -> None:
-    global _receiver
-    if _receiver is not None:
-        receiver, _receiver = _receiver, None
-        receiver.close()
+            _receiver.end()

@@ -86,9 +86,9 @@ async def update(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> int:
     """Run the whole update transaction, with buckets from this process's memory."""
     await engine.begin(engine.version + 1, manifest(tensors))
     sender = ColocatedSender(torch.device("cpu"))
-    await engine.join(sender.addresses([engine._sglang.ranks])[0])
+    await engine.join(sender.addresses([engine._sglang.ranks]))
     for bucket in buckets(sender, tensors):
-        await engine.load(bucket)
+        await engine.load([bucket])
     sender.end(engine.version + 1)
     return await engine.commit()
 

@@ -11,6 +11,7 @@ from tests.support.fake_cuda import GPU, FakeCuda
 from tests.support.weight_sinks import CPU, FakeSink
 from treepo.weight_sync import wire
 from treepo.weight_sync.colocated import ColocatedSender, Way
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import Outcome, WeightStream
 from treepo.weight_sync.wire import Bucket, TensorInfo, checksums
 
@@ -44,7 +45,7 @@ def update(stream: WeightStream, sinks: list[FakeSink], model: dict[str, Tensor]
     for sink in sinks:
         sink.forget()
     manifest = tuple(TensorInfo.of(name, tensor) for name, tensor in model.items())
-    outcome = stream.send(iter(model.items()), manifest, 1, sinks)
+    outcome = stream.send(LocalSource(model.items(), manifest), 1, sinks)
     for sink in sinks:
         for received in sink.received:
             assert received.keys() == model.keys()

@@ -123,12 +123,12 @@ class FaultyEngine(HostedEngine):
     def children(self) -> list[int]:
         return [child.pid for child in psutil.Process().children(recursive=True)]
 
-    async def load(self, bucket: Bucket) -> None:
+    async def load(self, buckets: Sequence[Bucket | None]) -> None:
         self._loads += 1
         if self._loads == 2:
             for pid in self._victims:
                 os.kill(pid, signal.SIGKILL)
-        await super().load(bucket)
+        await super().load(buckets)
 
 
 def test_every_transport_and_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

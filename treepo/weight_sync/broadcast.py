@@ -119,10 +119,19 @@ class BroadcastReceiver:
     def __init__(self, group: Any, seconds: float, device: torch.device) -> None:
         self._group: Any = group
         self._seconds, self._device = seconds, device
+        self._flat: Tensor | None = None
+        self._work: Any = None
+
+    def begin(self, bucket: Bucket) -> None:
+        self._flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+        self._work = self._group.broadcast([self._flat], dist.BroadcastOptions())
 
     def receive(self, bucket: Bucket) -> Tensor:
-        flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
-        self._group.broadcast([flat], dist.BroadcastOptions()).wait(timedelta(seconds=self._seconds))
+        del bucket
+        flat, work = self._flat, self._work
+        assert flat is not None
+        self._flat = self._work = None
+        work.wait(timedelta(seconds=self._seconds))
         return flat
 
     def stripes(self, bucket: Bucket) -> Stripes:

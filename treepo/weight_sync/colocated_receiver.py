@@ -90,6 +90,8 @@ class ColocatedReceiver:
         self._device, self._address, self._rank = device, address, rank
         self._mapped: dict[int, tuple[HostPlace, device_memory.Pinned]] = {}  # by slot
 
+    def begin(self, bucket: Bucket) -> None: ...
+
     def receive(self, bucket: Bucket) -> Tensor:
         """On the device; but in host memory if the engine has several ranks and needs slices of it."""
         place = bucket.location

@@ -104,6 +104,8 @@ class DiskReceiver:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
+    def begin(self, bucket: Bucket) -> None: ...
+
     def receive(self, bucket: Bucket) -> Tensor:
         location = bucket.location
         assert isinstance(location, FileLocation)

@@ -69,10 +69,15 @@ class Bucket:
 
 
 class Receiver(Protocol):
-    """One engine rank's end of a transport."""
+    """One engine rank's end of a lane."""
+
+    def begin(self, bucket: Bucket) -> None:
+        """Begin to receive, without waiting: several lanes send at the same time. Raises RuntimeError."""
+        ...
 
     def receive(self, bucket: Bucket) -> Tensor:
-        """uint8 [bytes], on the receiver's device or in host memory, valid until the next call.
+        """Wait for the bucket that was begun: uint8 [bytes], on the receiver's device or in host memory,
+        valid until the next bucket begins.
 
         Raises OSError, RuntimeError.
         """
@@ -90,15 +95,15 @@ class Receiver(Protocol):
 
 
 class Address(Protocol):
-    """How an engine reaches the sender. It is sent to each of the engine's ranks, which join it."""
+    """How an engine reaches the sender of one lane. It is sent to each of the engine's ranks, which join."""
 
     def join(self, rank: int, device: torch.device) -> Receiver:
-        """Connect tensor-parallel rank `rank` of the engine to the sender."""
+        """Connect rank `rank` of the engine to the sender."""
         ...
 
 
 class Sender(Protocol):
-    """The trainer's end of a transport, on rank 0, which has the joined tensors.
+    """The trainer's end of a lane, on the rank that joins the lane's tensors.
 
     collective: whether all engines take part in one operation, so that one failure breaks it for all.
     """
@@ -142,16 +147,21 @@ class Sender(Protocol):
         ...
 
 
-def plan_buckets(manifest: Manifest, size: int) -> list[Manifest]:
-    """Divide the tensors, in order, into buckets of at most `size` bytes, or of one larger tensor."""
-    buckets: list[list[TensorInfo]] = []
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+def plan_buckets[T: _Sized](parts: Sequence[T], size: int) -> list[tuple[T, ...]]:
+    """Divide tensors, in order, into buckets of at most `size` bytes, or of one larger tensor."""
+    buckets: list[list[T]] = []
     used = size
-    for tensor in manifest:
-        if used + tensor.nbytes > size:
+    for part in parts:
+        if used + part.nbytes > size:
             buckets.append([])
             used = 0
-        buckets[-1].append(tensor)
-        used += tensor.nbytes
+        buckets[-1].append(part)
+        used += part.nbytes
     return [tuple(bucket) for bucket in buckets]
 
 
