@@ -10,7 +10,12 @@ import torch
 
 from treepo.errors import EngineError
 from treepo.weight_sync.receive import RankReceiver
-from treepo.weight_sync.wire import Address, Bucket
+from treepo.weight_sync.shards import whole
+from treepo.weight_sync.wire import Address, Bucket, Manifest, Shards
+
+
+def _reads_all(share: Manifest) -> Shards:
+    return {info.name: whole(info) for info in share}
 
 
 def serve_as_sink(orders: Any, device: torch.device) -> None:
@@ -23,13 +28,13 @@ def serve_as_sink(orders: Any, device: torch.device) -> None:
         error = ""
         try:
             if action == "join":
-                receiver.join(argument, 0, device)
+                receiver.join(argument, 0, device, _reads_all)
             elif action == "end":
                 receiver.end()
             elif action == "load":
                 receiver.load(argument, lambda _: None)
             elif action == "join raw":
-                raw = argument.join(0, device)
+                raw = argument.join(0, device, _reads_all)
             elif action == "copy":
                 raw.begin(argument)
                 raw.receive(argument).clone()

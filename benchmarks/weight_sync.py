@@ -155,10 +155,10 @@ class Benchmark:
             sink.order("join raw", address)
             for sink, address in zip(sinks, sender.addresses([1] * len(sinks)), strict=True)
         ]
-        sender.connect()
+        infos = (TensorInfo("all", "uint8", (len(self.whole),)),)
+        sender.connect(infos)
         for joined in joining:
             joined.result()
-        infos = (TensorInfo("all", "uint8", (len(self.whole),)),)
         flat = sender.buffer(0, len(self.whole)).fill_(0)
         start = time.perf_counter()
         if transport == "colocated":

@@ -28,6 +28,7 @@ class WeightSource:
         self.lanes = len(self._sources)
         rank = dist.get_rank()
         self.lane = self._sources.index(rank) if rank in self._sources else None
+        self.share = _infos(self._shares[self.lane]) if self.lane is not None else ()
 
     def rounds(self, size: int) -> Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]]:
         buckets = (plan_buckets(share, size) for share in self._shares)

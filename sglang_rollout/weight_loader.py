@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sglang_rollout.loader_reads import loader_reads
 from treepo.errors import EngineError, TransportError
 from treepo.weight_sync.receive import RankReceiver
 from treepo.weight_sync.shared_memory import Report, Reports
@@ -90,7 +91,8 @@ def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
 def _execute(command: Command, model: nn.Module, rank: int) -> None:
     match command:
         case Join(addresses):
-            _receiver.join(addresses, rank, next(model.parameters()).device)
+            device = next(model.parameters()).device
+            _receiver.join(addresses, rank, device, lambda share: loader_reads(model, share))
         case Load(buckets):
             load: Any = model.load_weights
             _receiver.load(buckets, load)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.weight_sinks import reads_all
 from treepo.doctor.check import Status
 from treepo.doctor.engine_check import sample_and_update
 from treepo.doctor.toy_model import Toy, max_difference
@@ -44,7 +45,7 @@ class FakeEngine:
         self._names = {info.name for info in manifest}
 
     async def join(self, addresses: Sequence[Address]) -> None:
-        self._receiver.join(addresses, 0, torch.device("cpu"))
+        self._receiver.join(addresses, 0, torch.device("cpu"), reads_all)
 
     async def load(self, buckets: Sequence[Bucket | None]) -> None:
         if self._takes == "refuses":

@@ -75,7 +75,7 @@ def test_weights_that_did_not_arrive_complete_are_not_served(real_engine: "RealE
         await engine.join(sender.addresses([1]))
         for number, bucket in enumerate(buckets(sender, weights)):
             if number == 0 and fault == "checksum":
-                bucket = replace(bucket, checksums=(0,))
+                bucket = replace(bucket, checksums=((0,),))
             if number == 0 and fault == "not as announced":
                 bucket = replace(bucket, tensors=(replace(bucket.tensors[0], name="x"), *bucket.tensors[1:]))
             if number == 0 and fault == "repeated":
@@ -106,7 +106,7 @@ def test_an_engine_that_cannot_meet_the_sender_keeps_its_weights(real_engine: "R
     from treepo.weight_sync.broadcast import BroadcastAddress
 
     engine = real_engine.engine
-    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=1, size=2, seconds=0.5, through_host=True)
+    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=0, seconds=0.5, through_host=True)
 
     async def update() -> None:
         await engine.begin(engine.version + 1, manifest(perturbed(real_engine.reference)))

@@ -25,7 +25,7 @@ class ThreadSource:
     def __init__(
         self, lane: int, shares: Sequence[Mapping[str, Tensor]], table: list[Any], barrier: threading.Barrier
     ) -> None:
-        self.lane, self.lanes = lane, len(shares)
+        self.lane, self.lanes, self.share = lane, len(shares), manifest_of(shares[lane])
         self._shares, self._table, self._barrier = shares, table, barrier
         self.gathered: Callable[[int, str], None] = lambda *_: None
 

@@ -16,7 +16,8 @@ from tests.support.tiny import write_tiny_qwen2
 from treepo.config.engine import EngineConfig
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.weight_sync.colocated import ColocatedSender
-from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksums, views
+from treepo.weight_sync.shards import views
+from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksums
 
 END_TOKENS = (1, 2, 3)
 VOCABULARY = 128
@@ -100,7 +101,7 @@ def buckets(sender: ColocatedSender, tensors: dict[str, torch.Tensor], count: in
         flat = sender.buffer(part, sum(info.nbytes for info in infos))
         for name, view in views(flat, infos):
             view.copy_(tensors[name])
-        yield Bucket(infos, checksums(flat), sender.start(part, flat, infos))
+        yield Bucket(infos, (checksums(flat),), sender.start(part, flat, infos))
 
 
 def write_model(folder: Path) -> Path:

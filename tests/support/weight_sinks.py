@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from treepo.weight_sync.receive import RankReceiver
-from treepo.weight_sync.wire import Address, Bucket
+from treepo.weight_sync.shards import whole
+from treepo.weight_sync.wire import Address, Bucket, Manifest, Shards
 
 CPU = torch.device("cpu")
 _keys = count()
+
+
+def reads_all(share: Manifest) -> Shards:
+    """What a rank reads that takes every tensor whole."""
+    return {info.name: whole(info) for info in share}
 
 
 class FakeSink:
@@ -30,6 +36,7 @@ class FakeSink:
     ) -> None:
         self.name, self.ranks, self.fault, self._device = name, ranks, fault, device
         self.key = str(next(_keys))
+        self.reads: Callable[[int, Manifest], Shards] = lambda _, share: reads_all(share)
         self.received: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
         self._receivers = [RankReceiver() for _ in range(ranks)]
         self._threads = [ThreadPoolExecutor(1) for _ in range(ranks)]  # in order, like SGLang's processes
@@ -45,7 +52,7 @@ class FakeSink:
         def obey(rank: int) -> None:
             self._receivers[rank].close()
             self.fault("join")
-            self._receivers[rank].join(addresses, rank, self._device)
+            self._receivers[rank].join(addresses, rank, self._device, lambda share: self.reads(rank, share))
 
         self.forget()
         return self._all(obey)

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support.lane_threads import send_in_lanes, thread_sources
+from tests.support.lane_threads import manifest_of, send_in_lanes, thread_sources
 from tests.support.weight_sinks import FakeSink
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError
 from treepo.weight_sync.broadcast import BroadcastSender
 from treepo.weight_sync.lanes import by_size, deal, source_ranks
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
+from treepo.weight_sync.shards import union, whole
+from treepo.weight_sync.wire import Box, Manifest, Shards
 
 LANES = 3
 BUCKET = 4096
@@ -82,6 +84,37 @@ def test_every_tensor_arrives_once_update_after_update(transport, make_streams, 
         outcomes = send_in_lanes(streams, thread_sources(model, LANES), present)
         assert outcomes == [Outcome()] * LANES
         assert_have(present, model)
+
+
+def halves(rank: int, share: Manifest) -> Shards:
+    """Rank 0 reads the first half of each tensor's rows, rank 1 the others, both what has no rows."""
+    boxes: dict[str, tuple[Box, ...]] = {}
+    for info in share:
+        boxes[info.name] = whole(info)
+        if info.shape:
+            middle = info.shape[0] // 2
+            rows = (0, middle) if rank == 0 else (middle, info.shape[0])
+            boxes[info.name] = union([(rows, *((0, size) for size in info.shape[1:]))])
+    return boxes
+
+
+@pytest.mark.parametrize("transport", COLLECTIVE)
+def test_each_rank_gets_the_parts_that_it_reads(transport: str, make_streams, sinks) -> None:
+    """The ranks of one engine read halves, those of others whole tensors."""
+    sinks[1].reads = halves
+    streams, model = make_streams(transport), random_model(0)
+    for _ in range(2):
+        for sink in sinks:
+            sink.forget()
+        assert send_in_lanes(streams, thread_sources(model, LANES), sinks) == [Outcome()] * LANES
+        assert_have([sinks[0], sinks[2]], model)
+        for rank, received in enumerate(sinks[1].received):
+            reads = halves(rank, manifest_of(model))
+            assert received.keys() == {name for name, boxes in reads.items() if boxes}
+            for name, tensor in received.items():
+                (box,) = reads[name]
+                index = tuple(slice(start, stop) for start, stop in box)
+                assert tensor[index].equal(model[name][index])
 
 
 @pytest.mark.parametrize("stage", ["join", 0, 2])

@@ -45,7 +45,7 @@ TOKENS = np.random.default_rng(1).integers(4, VOCABULARY, 40).astype(np.int32)
 REQUEST = GenerateRequest(TOKENS, len(TOKENS), max_tokens=4, temperature=1.0, seed=0)
 
 
-def config_of(folder: Path) -> RunConfig:
+def config_of(folder: Path, tensor: int) -> RunConfig:
     return RunConfig.model_validate(
         {
             "out": folder / "run",
@@ -58,7 +58,13 @@ def config_of(folder: Path) -> RunConfig:
                 "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0},
                 "max_tokens_per_pack": 512,
             },
-            "engine": {"count": 2, "max_total_tokens": 4096, "update_seconds": 60, "max_restarts": 0},
+            "engine": {
+                "count": 2,
+                "tensor": tensor,
+                "max_total_tokens": 4096,
+                "update_seconds": 60,
+                "max_restarts": 0,
+            },
             "weights": {"bucket_mb": 1},
         }
     )
@@ -131,20 +137,23 @@ class FaultyEngine(HostedEngine):
         await super().load(buckets)
 
 
-def test_every_transport_and_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tensor", "transports"), [(1, TRANSPORTS), (2, ("broadcast", "colocated"))])
+def test_every_transport_and_deaths(
+    tensor: int, transports: Sequence[Transport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tensor: ranks of each engine. By `broadcast` each of them gets its shards only."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # Ray's workers import this file
     monkeypatch.setattr(trainer_group, "TrainerRank", SwitchingRank)
     monkeypatch.setattr(ray_engine, "HostedEngine", FaultyEngine)
     write_tiny_qwen2(
         tmp_path / "model", vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, eos_token_id=1
     )
-    asyncio.run(_scenario(tmp_path))
+    asyncio.run(_scenario(tmp_path, config_of(tmp_path, tensor), transports))
 
 
-async def _scenario(folder: Path) -> None:
-    config = config_of(folder)
+async def _scenario(folder: Path, config: RunConfig, transports: Sequence[Transport]) -> None:
     async with AsyncExitStack() as stack:
-        stack.enter_context(ray_session(6, folder))
+        stack.enter_context(ray_session(4 + 2 * config.engine.tensor, folder))
         reservation = await reserve(config, 60)
         devices = EngineDevices(reservation.engine_options([]), may_move=True, seconds=60)
         launcher = EngineLauncher(config, StopRule(SamplingConfig(), str), devices, shares_devices=False)
@@ -155,7 +164,7 @@ async def _scenario(folder: Path) -> None:
         engines = [engine.process for engine in pool.engines]
         for rank in trainer._ranks:  # Ray would make its workers give way to every other process
             assert psutil.Process(await rank.pid.remote()).nice() == psutil.Process().nice()
-        for version, transport in enumerate(TRANSPORTS, start=1):
+        for version, transport in enumerate(transports, start=1):
             await use_transport(trainer, transport)
             old = await chain_log_probs(trainer, TOKENS)
             await take_step(trainer)

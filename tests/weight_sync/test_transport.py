@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.support.weight_sinks import CPU, FakeSink
+from tests.support.weight_sinks import CPU, FakeSink, reads_all
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError, TransportError
 from treepo.weight_sync import colocated, wire
@@ -21,7 +21,8 @@ from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.colocated_receiver import ColocatedReceiver
 from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
-from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksums, plan_buckets, views
+from treepo.weight_sync.shards import views
+from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksums, plan_buckets
 
 TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
 SECONDS = 20.0  # for a step: far more than any takes
@@ -78,6 +79,8 @@ def make_sinks() -> Iterator[Callable[..., list[FakeSink]]]:
 def send(
     stream: WeightStream, tensors: dict[str, Tensor], sinks: Sequence[FakeSink], version: int = 1
 ) -> Outcome:
+    for sink in sinks:
+        sink.forget()
     return stream.send(LocalSource(tensors.items(), manifest_of(tensors)), version, sinks)
 
 
@@ -293,16 +296,16 @@ def test_a_version_on_disk_is_complete_or_absent(tmp_path: Path, make_stream, ma
 def test_shared_memory_is_gone_with_its_sender() -> None:
     sender: Sender = ColocatedSender(CPU)
     (address,) = sender.addresses([1])
-    receiver = address.join(0, CPU)
+    receiver = address.join(0, CPU, reads_all)
     flat = sender.buffer(0, 64)
     flat.fill_(7)
     infos = (TensorInfo("x", "uint8", (64,)),)
-    bucket = Bucket(infos, checksums(flat), sender.start(0, flat, infos))
+    bucket = Bucket(infos, (checksums(flat),), sender.start(0, flat, infos))
     receiver.begin(bucket)
     ((_, tensor),) = views(receiver.receive(bucket), infos)
     assert bool((tensor == 7).all())
     sender.close()
     with pytest.raises(RuntimeError, match="same process namespace"):
-        address.join(0, CPU)
+        address.join(0, CPU, reads_all)
     with pytest.raises(RuntimeError):
         ColocatedReceiver(CPU, address, 0).receive(bucket)

@@ -18,7 +18,7 @@ from treepo.cluster.actor_death import kernel_kills, note_start
 from treepo.cluster.ray_actor import use_interface_of_node
 from treepo.config.run import RunConfig
 from treepo.errors import LostTrainerError, TrainerMemoryError, one_line, shortened
-from treepo.weight_sync.lanes import lanes_of
+from treepo.weight_sync.lanes import lane_bucket, lanes_of
 from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
 
 CONCURRENCY = {"beat": 1}
@@ -131,7 +131,7 @@ class TrainerRank:
         with self._failures_named("send_weights"):
             weights, seconds = self._config.weights, self._config.engine.update_seconds
             source = self._trainer.weight_source(lanes_of(weights))
-            size = (weights.bucket_mb << 20) // source.lanes
+            size = lane_bucket(weights, source.lanes, min((sink.ranks for sink in sinks), default=1))
             if source.lane is None:
                 for _ in source.rounds(size):
                     pass

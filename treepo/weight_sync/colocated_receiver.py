@@ -2,13 +2,14 @@
 
 import socket
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from treepo.weight_sync import device_memory
 from treepo.weight_sync.shared_memory import Report, ReportBox, map_bytes
-from treepo.weight_sync.wire import Bucket, Stripes, checksums
+from treepo.weight_sync.wire import Bucket, Reads, Stripes, checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class ColocatedAddress:
     probe: Probe | None
     registers: bool
 
-    def join(self, rank: int, device: torch.device) -> "ColocatedReceiver":
+    def join(self, rank: int, device: torch.device, reads: Reads) -> "ColocatedReceiver":
+        del reads  # through host memory a rank copies no more than that anyway
         if socket.gethostname() != self.host:
             raise RuntimeError(
                 f"weights.transport = colocated: the trainer is on {self.host}, this engine on "
@@ -86,6 +88,9 @@ class ColocatedAddress:
 class ColocatedReceiver:
     """Copies a bucket from the GPU's memory, or maps each buffer in host memory once."""
 
+    part: ClassVar[int] = 0
+    shards: ClassVar[None] = None
+
     def __init__(self, device: torch.device, address: ColocatedAddress, rank: int) -> None:
         self._device, self._address, self._rank = device, address, rank
         self._mapped: dict[int, tuple[HostPlace, device_memory.Pinned]] = {}  # by slot
@@ -104,7 +109,7 @@ class ColocatedReceiver:
     def stripes(self, bucket: Bucket) -> Stripes:
         if isinstance(bucket.location, DevicePlace):
             return slice(None)
-        return slice(self._rank % len(bucket.checksums), None, self._address.ranks)
+        return slice(self._rank % len(bucket.checksums[0]), None, self._address.ranks)
 
     def end(self) -> None:
         if self._device.type == "cuda":

@@ -24,13 +24,15 @@ class Source(Protocol):
     """A model's weights as a trainer rank sees them.
 
     lanes: number of sources. lane: this rank's, None if the rank only gives its shards to the sources. Lane 0
-    is rank 0's, which talks to the engines.
+    is rank 0's, which talks to the engines. share: the lane's tensors.
     """
 
     @property
     def lanes(self) -> int: ...
     @property
     def lane(self) -> int | None: ...
+    @property
+    def share(self) -> Manifest: ...
 
     def rounds(self, size: int) -> Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]]:
         """Each round, and this lane's tensors of it in that order, in buckets of about `size`.
@@ -50,10 +52,10 @@ class LocalSource:
     lanes, lane = 1, 0
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]], manifest: Manifest) -> None:
-        self._tensors, self._manifest = iter(tensors), manifest
+        self._tensors, self.share = iter(tensors), manifest
 
     def rounds(self, size: int) -> Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]]:
-        for planned in plan_buckets(self._manifest, size):
+        for planned in plan_buckets(self.share, size):
             tensors = islice(self._tensors, len(planned))
             yield (planned,), tensors
             for _ in tensors:  # after a failure
@@ -67,6 +69,15 @@ class LocalSource:
 def lanes_of(config: WeightsConfig) -> int:
     """The most lanes of the configured transport. A folder has one writer."""
     return 1 if config.transport == "disk" else MOST_LANES
+
+
+def lane_bucket(config: WeightsConfig, lanes: int, ranks: int) -> int:
+    """Bytes of a lane's bucket, so that an engine rank receives about one `bucket_mb` in each round.
+
+    ranks: of an engine. By a broadcast each receives its part only.
+    """
+    parts = ranks if config.transport in ("broadcast", "host_broadcast") else 1
+    return min(parts, lanes) * (config.bucket_mb << 20) // lanes
 
 
 def source_ranks(ranks: int, lanes: int) -> list[int]:

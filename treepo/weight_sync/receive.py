@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from treepo.errors import EngineError, TransportError
-from treepo.weight_sync.wire import Address, Bucket, Receiver, checksums, views
+from treepo.weight_sync.shards import views
+from treepo.weight_sync.wire import Address, Bucket, Reads, Receiver, checksums
 
 Load = Callable[[list[tuple[str, Tensor]]], None]
 """Overwrites weights by their Hugging Face names."""
@@ -18,11 +19,14 @@ class RankReceiver:
     def __init__(self) -> None:
         self._lanes: list[Receiver] = []
 
-    def join(self, addresses: Sequence[Address], rank: int, device: torch.device) -> None:
-        """Connect to each lane's sender, in the order of the lanes as every rank does."""
+    def join(self, addresses: Sequence[Address], rank: int, device: torch.device, reads: Reads) -> None:
+        """Connect to each lane's sender, in the order of the lanes as every rank does. reads: finds what the
+        rank's loader reads.
+        """
         self.close()
         for address in addresses:
-            self._lanes.append(_transferred(lambda: address.join(rank, device)))  # noqa: B023  called at once
+            joined = _transferred(lambda: address.join(rank, device, reads))  # noqa: B023  called at once
+            self._lanes.append(joined)
 
     def load(self, buckets: Sequence[Bucket | None], load: Load) -> None:
         """Receive each lane's bucket of a round, None if it has none, and load what is in them."""
@@ -34,9 +38,9 @@ class RankReceiver:
         for lane, bucket in sending:
             flat = _transferred(lambda: lane.receive(bucket))  # noqa: B023  called at once
             stripes = lane.stripes(bucket)
-            if checksums(flat, stripes) != bucket.checksums[stripes]:
-                raise EngineError(f"a bucket of {bucket.nbytes} bytes arrived with another checksum")
-            load(list(views(flat, bucket.tensors)))
+            if checksums(flat, stripes) != bucket.checksums[lane.part][stripes]:
+                raise EngineError(f"a bucket of {len(flat)} bytes arrived with another checksum")
+            load(list(views(flat, bucket.tensors, lane.shards)))
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # senders write the next buckets over these
 

@@ -23,12 +23,14 @@ from treepo.weight_sync.broadcast import BroadcastSender
 from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.disk import DiskSender
 from treepo.weight_sync.lanes import Round, Source
+from treepo.weight_sync.shards import part_bounds, pieces
 from treepo.weight_sync.wire import (
     Address,
     Bucket,
     Manifest,
     Remark,
     Sender,
+    Shards,
     TensorInfo,
     checksums,
 )
@@ -100,6 +102,7 @@ class WeightStream:
     def __init__(self, sender: Sender, size: int, seconds: float) -> None:
         self._sender, self._size, self._seconds = sender, size, seconds
         self._joined: tuple[str, ...] = ()
+        self._readers: Sequence[Shards | None] = ()  # what each group of the engines' ranks reads
 
     def send(self, source: Source, version: int, sinks: Sequence[WeightSink]) -> Outcome:
         """Send every tensor of the lane once. It is called and returns in all lanes; the outcome is lane 0's.
@@ -149,25 +152,28 @@ class WeightStream:
         if not any(update.meet(update.keys != self._joined)):
             return
         self.close()
-        if update.join():
+        self._readers = update.join()
+        if not update.outcome.failed:
             self._joined = update.keys
 
     def _filled(
         self, update: "_Update", index: int, mine: Manifest, tensors: Iterator[tuple[str, Tensor]]
-    ) -> tuple[Tensor, Manifest, tuple[int, ...]] | None:
+    ) -> tuple[Tensor, Manifest, tuple[tuple[int, ...], ...]] | None:
         """Join this lane's tensors of a round into a buffer, and give the other lanes their shards."""
         if not mine:
             with update.collective():
                 assert next(tensors, None) is None
             return None
-        flat = self._sender.buffer(index, sum(tensor.nbytes for tensor in mine))
+        bounds = part_bounds(mine, self._readers)
+        flat = self._sender.buffer(index, bounds[-1][1])
+        parts = [flat[start:end] for start, end in bounds]
         with update.collective():
-            _fill(flat, mine, tensors)
-        sums = checksums(flat)
+            _fill(parts, mine, self._readers, tensors)
+        sums = tuple(map(checksums, parts))
         self._sender.filled(index, flat)
         return flat, mine, sums
 
-    def _started(self, index: int, flat: Tensor, mine: Manifest, sums: tuple[int, ...]) -> Bucket:
+    def _started(self, index: int, flat: Tensor, mine: Manifest, sums: tuple[tuple[int, ...], ...]) -> Bucket:
         return Bucket(mine, sums, self._sender.start(index, flat, mine))
 
 
@@ -223,16 +229,17 @@ class _Update:
         with suppress(_StoppedError):
             self.meet(None, reason)
 
-    def join(self) -> bool:
-        """Connect the engines to every lane; whether all were connected."""
+    def join(self) -> Sequence[Shards | None]:
+        """Connect the engines to every lane. Returns what each group of their ranks reads of this lane."""
         addresses = self.meet(self._sender.addresses(self._ranks))
         if self.lane == 0:
             self._calls = {
                 sink.name: sink.join(of_engine)
                 for sink, *of_engine in zip(self._live.values(), *addresses, strict=True)
             }
-        self._settle(self._sender.connect)
-        return not self.outcome.failed
+        readers: list[Shards | None] = []
+        self._settle(lambda: readers.extend(self._sender.connect(self._source.share)))
+        return readers
 
     def load(self, bucket: Bucket | None) -> None:
         """Have the engines receive the bucket that this lane has begun to send, and those of the others."""
@@ -291,16 +298,27 @@ def _drain(rounds: Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]]) -> None
             pass
 
 
-def _fill(flat: Tensor, planned: Manifest, source: Iterator[tuple[str, Tensor]]) -> None:
-    """Write the tensors of `source`, which must be the planned ones, into the bucket."""
-    start = 0
+def _fill(
+    parts: Sequence[Tensor],
+    planned: Manifest,
+    readers: Sequence[Shards | None],
+    source: Iterator[tuple[str, Tensor]],
+) -> None:
+    """Write what each group of ranks reads of the tensors of `source`, which must be the planned ones."""
+    starts = [0] * len(parts)
     for info in planned:
         name, tensor = next(source)
         assert TensorInfo.of(name, tensor) == info, (name, tensor.shape, tensor.dtype, info)
-        part = flat[start : start + info.nbytes]
-        start += info.nbytes
-        if part.data_ptr() % tensor.dtype.itemsize == 0:
-            part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        else:
-            part.copy_(tensor.contiguous().flatten().view(torch.uint8))
+        for index, (part, shards) in enumerate(zip(parts, readers, strict=True)):
+            for piece in pieces(tensor, name, shards):
+                end = starts[index] + piece.nbytes
+                _write(part[starts[index] : end], piece)
+                starts[index] = end
     assert next(source, None) is None, "more tensors than were planned"
+
+
+def _write(place: Tensor, piece: Tensor) -> None:
+    if place.data_ptr() % piece.dtype.itemsize == 0:
+        place.view(piece.dtype).view(piece.shape).copy_(piece)
+    else:
+        place.copy_(piece.contiguous().flatten().view(torch.uint8))
