@@ -91,7 +91,7 @@ class _Fake(Tensor):
         fake.meta, fake.whose = meta, whose
         return fake
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[reportAssignmentType]  # torch's own way
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,22 +9,22 @@ engines.
 """
 
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, ClassVar
 
+import orjson
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.weight_sync.listening_store import listening_store
-from treepo.weight_sync.shards import decoded, encoded, part_bounds, read_bytes
-from treepo.weight_sync.wire import Bucket, Manifest, Reads, Remark, Shards, Stripes
+from treepo.weight_sync.shards import decoded, part_bounds, read_bytes
+from treepo.weight_sync.wire import Bucket, Manifest, Reads, Remark, Shards, Stripes, TensorInfo
 
 _BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
@@ -53,8 +53,9 @@ class BroadcastAddress:
         patience = timedelta(seconds=self.seconds)
         store = TCPStore(self.host, self.port, is_master=False, timeout=patience)
         meeting, number = PrefixStore(self.name, store), self.first + rank
-        shards = reads(_taken(meeting, "share"))
-        meeting.set(f"shards-{number}", encoded(shards))
+        share = (TensorInfo(**info) for info in _taken(meeting, "share"))
+        shards = reads(tuple(replace(info, shape=tuple(info.shape)) for info in share))
+        _give(meeting, f"shards-{number}", shards)
         groups: list[list[int]] = _taken(meeting, "groups")
         part = next(index for index, group in enumerate(groups) if number in group)
         members = groups[part]
@@ -94,7 +95,7 @@ class BroadcastSender:
         members: dict[bytes, list[int]] = {}
         for rank in range(self._ranks):
             members.setdefault(meeting.get(f"shards-{rank}"), []).append(rank)
-        self._readers = [decoded(shards) for shards in members]
+        self._readers = [decoded(orjson.loads(shards)) for shards in members]
         _give(meeting, "groups", list(members.values()))
         for part, ranks in enumerate(members.values()):
             group = form_group(meeting, f"group-{part}", 0, 1 + len(ranks), self._seconds, self._device)
@@ -174,12 +175,13 @@ class BroadcastReceiver:
 
 
 def _give(store: Store, key: str, value: object) -> None:
-    store.set(key, pickle.dumps(value))
+    """Tell other processes. Equal shards of the same tensors are told by the same bytes."""
+    store.set(key, orjson.dumps(value).decode())
 
 
 def _taken(store: Store, key: str) -> Any:
-    """What another process gives, or will give before the deadline."""
-    return pickle.loads(store.get(key))
+    """What another process tells, or will tell before the deadline."""
+    return orjson.loads(store.get(key))
 
 
 def form_group(store: Store, name: str, rank: int, size: int, seconds: float, device: torch.device) -> Any:

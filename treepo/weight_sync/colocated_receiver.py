@@ -2,14 +2,13 @@
 
 import socket
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from treepo.weight_sync import device_memory
 from treepo.weight_sync.shared_memory import Report, ReportBox, map_bytes
-from treepo.weight_sync.wire import Bucket, Reads, Stripes, checksums
+from treepo.weight_sync.wire import Bucket, Reads, Shards, Stripes, checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +87,8 @@ class ColocatedAddress:
 class ColocatedReceiver:
     """Copies a bucket from the GPU's memory, or maps each buffer in host memory once."""
 
-    part: ClassVar[int] = 0
-    shards: ClassVar[None] = None
+    part: int = 0
+    shards: Shards | None = None
 
     def __init__(self, device: torch.device, address: ColocatedAddress, rank: int) -> None:
         self._device, self._address, self._rank = device, address, rank

@@ -14,7 +14,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from treepo.weight_sync.wire import Bucket, Manifest, Reads, Remark, Stripes
+from treepo.weight_sync.wire import Bucket, Manifest, Reads, Remark, Shards, Stripes
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64",
@@ -103,8 +103,8 @@ class DiskSender:
 
 
 class DiskReceiver:
-    part: ClassVar[int] = 0
-    shards: ClassVar[None] = None
+    part: int = 0
+    shards: Shards | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
