@@ -164,7 +164,7 @@ class Benchmark:
         if transport == "colocated":
             flat.copy_(self.whole)
         bucket = Bucket(infos, (), sender.start(0, flat, infos))
-        copying = [sink.order("copy", bucket) for sink in sinks]
+        copying = [sink.order("copy raw", bucket) for sink in sinks]
         sender.finish()
         for copied in copying:
             copied.result()
