@@ -141,13 +141,11 @@ class Lane:
             copied.result()
 
 
-def serve_lane(
-    host: Host, lane: int, lanes: int, model: Manifest, bucket: int, pipe: Any, orders: Any
-) -> None:
-    """A lane other than 0, in its process."""
+def serve_lane(host: Host, source: tuple[int, int, Manifest], bucket: int, pipe: Any, orders: Any) -> None:
+    """A lane other than 0, in its process. source: the arguments of its PipeSource."""
     host.enter()
     torch.set_num_threads(1)
-    each = Lane(PipeSource(lane, lanes, model, [pipe]), host, bucket)
+    each = Lane(PipeSource(*source, [pipe]), host, bucket)
     while (order := orders.recv()) is not None:
         action, engines = order
         each.update(engines) if action == "update" else each.raw([])
