@@ -53,6 +53,7 @@ def limited_links(count: int, megabits: int) -> Iterator[list[Host]]:
             stack.callback(_run, "ip", "netns", "del", host.namespace)
             end = ("peer", "name", "eth0", "netns", host.namespace)
             _run("ip", "link", "add", outside, "type", "veth", *end)
+            stack.callback(_run, "ip", "link", "del", outside)  # a namespace ends with its last process only
             _run("ip", "link", "set", outside, "master", bridge, "up")
             _run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
             for name in ("lo", "eth0"):

@@ -95,7 +95,7 @@ class MegatronTrainer:
             self._learning_rate = optimizer.LearningRate(self._optimizer, config)
             self._exporter = WeightExporter(chunks, self._architecture, self._dtype, self._device)
             self._memory = DeviceMemory(self._model, self._optimizer, config.offload)
-            self._sources: dict[int, WeightSource] = {}  # by their most lanes
+            self._sources: dict[tuple[int, bool], WeightSource] = {}
             self._reference = ReferenceWeights(self._memory.weights) if learning.kl_coefficient else None
             self._checkpointer = Checkpointer(
                 self._model, self._optimizer, folder, config.parallel.model_dump()
@@ -188,7 +188,7 @@ class MegatronTrainer:
                 f"({str(error).splitlines()[0]}); a smaller pack, trainer.recompute = full or more ranks "
                 "(trainer.parallel) take less"
             ) from None
-        for _ in self.weight_source(MOST_LANES).rounds(1):
+        for _ in self.weight_source().rounds(1):
             pass
         self.release_cache()
 
@@ -221,11 +221,16 @@ class MegatronTrainer:
         with self._memory.weights.readable():
             yield from self._exporter.tensors()
 
-    def weight_source(self, lanes: int) -> WeightSource:
-        """The weights as `lanes` ranks, or all if they are fewer, send them. Called on all ranks."""
-        if lanes not in self._sources:
-            self._sources[lanes] = WeightSource(self._exporter, self._memory.weights.readable, lanes)
-        return self._sources[lanes]
+    def weight_source(self, lanes: int = MOST_LANES, one_host: bool = False) -> WeightSource:
+        """The weights as at most `lanes` ranks send them. Called on all ranks.
+
+        one_host: whether all of these must be on rank 0's host.
+        """
+        key = lanes, one_host
+        if key not in self._sources:
+            readable = self._memory.weights.readable
+            self._sources[key] = WeightSource(self._exporter, readable, lanes, one_host)
+        return self._sources[key]
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder for transformers and SGLang. Raises ModelError if it exists."""

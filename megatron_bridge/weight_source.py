@@ -15,14 +15,22 @@ from treepo.weight_sync.wire import Manifest, plan_buckets
 class WeightSource:
     """One rank's part in sending the weights. Made on all ranks at once, because they form a group.
 
-    readable: makes the parameters readable while its body runs. lanes: the most that there may be.
+    readable: makes the parameters readable while its body runs. lanes: the most that there may be. one_host:
+    whether all sources must be on rank 0's host.
     """
 
     def __init__(
-        self, exporter: WeightExporter, readable: Callable[[], AbstractContextManager[None]], lanes: int
+        self,
+        exporter: WeightExporter,
+        readable: Callable[[], AbstractContextManager[None]],
+        lanes: int,
+        one_host: bool,
     ) -> None:
         self._exporter, self._readable = exporter, readable
-        self._sources = source_ranks(dist.get_world_size(), lanes)
+        ranks = [
+            rank for rank, host in enumerate(exporter.hosts) if host == exporter.hosts[0] or not one_host
+        ]
+        self._sources = source_ranks(ranks, lanes)
         self._group = dist.new_group(self._sources, backend="gloo") if len(self._sources) > 1 else None
         self._shares = _shares(exporter, self._sources)
         self.lanes = len(self._sources)

@@ -4,6 +4,7 @@ The rank that joins a parameter receives the other shards from its own replica, 
 holds no shard itself.
 """
 
+import socket
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class _Owner:
     """
 
     rank: int
+    host: str
     tensor_rank: int
     replica: int
     expert_replica: int
@@ -77,6 +79,7 @@ class _Owner:
     def this_rank(cls, parameters: Mapping[str, Parameter]) -> "_Owner":
         return cls(
             dist.get_rank(),
+            socket.gethostname(),
             _tensor_ranks()[1],
             parallel_state.get_data_parallel_rank(with_context_parallel=True),
             parallel_state.get_expert_data_parallel_rank(),
@@ -134,6 +137,7 @@ class WeightExporter:
         mine = _Owner.this_rank(self._parameters)
         everyone: list[_Owner] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
+        self.hosts = [owner.host for owner in everyone]  # of all ranks
         self._owners: dict[str, list[_Owner]] = defaultdict(list)  # in tensor-parallel order
         for owner in sorted(everyone, key=lambda owner: owner.tensor_rank):
             for name in owner.shapes:

@@ -255,7 +255,7 @@ def test_lanes_differ_by_less_than_the_largest_parameter(sizes: list[int], lanes
 
 @given(st.integers(1, 600), st.integers(1, 16))
 def test_sources_are_distinct_ranks_and_rank_0_is_the_first(ranks: int, lanes: int) -> None:
-    sources = source_ranks(ranks, lanes)
+    sources = source_ranks(range(ranks), lanes)
     assert len(set(sources)) == len(sources) == min(ranks, lanes)
     assert sources[0] == 0
     assert max(sources) < ranks

@@ -130,7 +130,7 @@ class TrainerRank:
         """
         with self._failures_named("send_weights"):
             weights, seconds = self._config.weights, self._config.engine.update_seconds
-            source = self._trainer.weight_source(lanes_of(weights))
+            source = self._trainer.weight_source(lanes_of(weights), weights.transport == "colocated")
             size = lane_bucket(weights, source.lanes, min((sink.ranks for sink in sinks), default=1))
             if source.lane is None:
                 for _ in source.rounds(size):

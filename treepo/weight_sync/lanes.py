@@ -80,12 +80,12 @@ def lane_bucket(config: WeightsConfig, lanes: int, ranks: int) -> int:
     return min(parts, lanes) * (config.bucket_mb << 20) // lanes
 
 
-def source_ranks(ranks: int, lanes: int) -> list[int]:
+def source_ranks(ranks: Sequence[int], lanes: int) -> list[int]:
     """The ranks that send, in the order of their lanes: at most `lanes` of `ranks`, spread evenly over
     stages, replicas and nodes.
     """
-    count = min(ranks, lanes)
-    return [lane * ranks // count for lane in range(count)]
+    count = min(len(ranks), lanes)
+    return [ranks[lane * len(ranks) // count] for lane in range(count)]
 
 
 def deal(sizes: Sequence[int], able: Sequence[Sequence[int]]) -> list[int]:
