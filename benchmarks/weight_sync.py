@@ -30,8 +30,9 @@ from benchmarks.sink_process import ProcessSink
 from sglang_rollout.engine import SGLangEngine
 from treepo.config.engine import EngineConfig
 from treepo.config.weights import WeightsConfig
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import WeightStream, open_sender
-from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo
+from treepo.weight_sync.wire import Address, Bucket, Manifest, Sender, TensorInfo
 
 SECONDS = 300.0
 CPU = torch.device("cpu")
@@ -62,11 +63,11 @@ class EngineSink:
     def begin(self, version: int, manifest: Manifest) -> None:
         self._call(self._engine.begin(version, manifest)).result()
 
-    def join(self, address: Any) -> "Future[None]":
-        return self._call(self._engine.join(address))
+    def join(self, addresses: Sequence[Address]) -> "Future[None]":
+        return self._call(self._engine.join(addresses))
 
-    def load(self, bucket: Bucket) -> "Future[None]":
-        return self._call(self._engine.load(bucket))
+    def load(self, buckets: Sequence[Bucket | None]) -> "Future[None]":
+        return self._call(self._engine.load(buckets))
 
     def commit(self) -> None:
         self._call(self._engine.commit()).result()
@@ -142,7 +143,7 @@ class Benchmark:
     def _update(self, stream: WeightStream, sinks: Sequence[Any]) -> float:
         self.version += 1
         start = time.perf_counter()
-        outcome = stream.send(iter(self.tensors.items()), self.manifest, self.version, sinks)
+        outcome = stream.send(LocalSource(self.tensors.items(), self.manifest), self.version, sinks)
         elapsed = time.perf_counter() - start
         assert not outcome.failed, outcome
         assert outcome.broken is None, outcome
@@ -151,19 +152,19 @@ class Benchmark:
     def _raw(self, sender: Sender, transport: str, sinks: Sequence[ProcessSink]) -> float:
         """Seconds to send all bytes at once. With shared memory, filling the buffer is the transfer."""
         joining = [
-            sink.join(address)
+            sink.order("join raw", address)
             for sink, address in zip(sinks, sender.addresses([1] * len(sinks)), strict=True)
         ]
-        sender.connect()
+        infos = (TensorInfo("all", "uint8", (len(self.whole),)),)
+        sender.connect(infos)
         for joined in joining:
             joined.result()
-        infos = (TensorInfo("all", "uint8", (len(self.whole),)),)
         flat = sender.buffer(0, len(self.whole)).fill_(0)
         start = time.perf_counter()
         if transport == "colocated":
             flat.copy_(self.whole)
         bucket = Bucket(infos, (), sender.start(0, flat, infos))
-        copying = [sink.order("copy", bucket) for sink in sinks]
+        copying = [sink.order("copy raw", bucket) for sink in sinks]
         sender.finish()
         for copied in copying:
             copied.result()

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from megatron_bridge import optimizer, progress
+from megatron_bridge.adapter_names import adapter_rules
 from megatron_bridge.adapters import adapters_of, add_adapters
 from megatron_bridge.architecture import (
     check_adapters,
@@ -42,6 +44,7 @@ from megatron_bridge.schedule import MicroBatch, Schedule
 from megatron_bridge.step_metrics import log_prob_mismatch, own_loss, reduced
 from megatron_bridge.warm_up import warm_up_packs
 from megatron_bridge.weight_check import CHECKED_TOKENS, weight_check
+from megatron_bridge.weight_source import WeightSource
 from megatron_bridge.weight_transfer import WeightExporter, load_weights
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import ParallelConfig, TrainerConfig
@@ -51,6 +54,7 @@ from treepo.learning.packing import Pack, head
 from treepo.learning.soundness import WeightCheck
 from treepo.protocols import BatchResult, was_taken
 from treepo.training.checkpoint_manifest import AdapterManifest, CheckpointManifest
+from treepo.weight_sync.lanes import MOST_LANES
 from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.wire import Manifest
 
@@ -82,7 +86,6 @@ class MegatronTrainer:
     ) -> None:
         assert world_size == config.parallel.ranks, f"{world_size} ranks for {config.parallel}"
         self._config, self._learning, self._folder = config, learning, folder
-        self._sends_adapter = sends_adapter
         self._architecture = read_architecture(folder)
         check_layout(self._architecture, config.parallel)
         check_routing_replay(folder, self._architecture, config.routing_replay)
@@ -104,10 +107,17 @@ class MegatronTrainer:
                 replay = RoutingReplay(chunks, self._architecture, config.routing_replay, sequence_parallel)
             self._model, self._optimizer = optimizer.trainable(chunks, config, self._dtype)
             self._learning_rate = optimizer.LearningRate(self._optimizer, config)
-            self._exporter = WeightExporter(
-                chunks, self._architecture, self._dtype, self._device, config.lora
-            )
+            exporter = partial(WeightExporter, chunks, self._architecture, self._dtype, self._device)
+            self._exporter = exporter(self._architecture.weight_rules())
+            self._adapter_exporter = None
+            if config.lora is not None:
+                self._adapter_exporter = exporter(adapter_rules(self._architecture, config.lora.targets))
+            self._served = self._exporter
+            if sends_adapter:
+                assert self._adapter_exporter is not None, "weights.send = adapter without trainer.lora"
+                self._served = self._adapter_exporter
             self._memory = DeviceMemory(self._model, self._optimizer, config.offload)
+            self._sources: dict[tuple[int, bool], WeightSource] = {}
             self._reference = None
             if learning.kl_coefficient and config.lora is not None:
                 self._reference = WithoutAdapters([adapter for _, adapter in adapters_of(chunks)])
@@ -205,7 +215,7 @@ class MegatronTrainer:
                 f"({str(error).splitlines()[0]}); a smaller pack, trainer.recompute = full or more ranks "
                 "(trainer.parallel) take less"
             ) from None
-        for _ in self.tensors():
+        for _ in self.weight_source().rounds(1):
             pass
         self.release_cache()
 
@@ -231,29 +241,38 @@ class MegatronTrainer:
 
     def manifest(self) -> Manifest:
         """List what engines get, in the order of `tensors`; the same on every rank."""
-        return self._exporter.adapter_manifest() if self._sends_adapter else self._exporter.manifest()
+        return self._served.manifest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what engines get on rank 0, the model's tensors under their Hugging Face names or its
         adapters under PEFT's; every rank must iterate.
         """
-        if self._sends_adapter:
-            yield from self.adapters()
-            return
         with self._memory.weights.readable():
-            yield from self._exporter.tensors()
+            yield from self._served.tensors()
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every A and B of the adapters under PEFT's names on rank 0; every rank must iterate."""
+        assert self._adapter_exporter is not None, "the trainer was built without trainer.lora"
         with self._memory.weights.readable():
-            yield from self._exporter.adapters()
+            yield from self._adapter_exporter.tensors()
+
+    def weight_source(self, lanes: int = MOST_LANES, one_host: bool = False) -> WeightSource:
+        """What engines get, as at most `lanes` ranks send it. Called on all ranks.
+
+        one_host: whether all of these must be on rank 0's host.
+        """
+        key = lanes, one_host
+        if key not in self._sources:
+            readable = self._memory.weights.readable
+            self._sources[key] = WeightSource(self._served, readable, lanes, one_host)
+        return self._sources[key]
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder for transformers and SGLang, with adapters merged, and in it those by
         themselves as PEFT's folder `adapter`. Raises ModelError if it exists.
         """
         with self._memory.weights.readable():
-            self._exporter.write(self._folder, folder)
+            self._exporter.write(self._folder, folder, self._config.lora, self._adapter_exporter)
 
     def save(self, folder: Path, run: Mapping[str, Any], ready_trees: bytes = b"") -> None:
         """Begin a training checkpoint (`treepo.training.checkpoint_manifest`) whose manifest holds `run`.

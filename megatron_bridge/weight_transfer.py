@@ -1,11 +1,14 @@
-"""Moves weights from Hugging Face folders to the ranks, and from the ranks to engines or folders.
+"""Moves weights from Hugging Face folders to the ranks, and from the ranks to those that send or write them.
 
-One tensor moves at a time. Rank 0 receives every shard from the first replica that holds it and joins the
-shards; the other ranks only send.
+The rank that joins a parameter receives the other shards from its own replica, or from the first one if it
+holds no shard itself.
 """
 
-from collections.abc import Iterator, Sequence
+import socket
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,7 +19,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_bridge import progress
-from megatron_bridge.adapter_names import adapter_rules
 from megatron_bridge.adapters import adapters_of
 from megatron_bridge.architecture import Architecture
 from megatron_bridge.atomic_folder import WRITE_FAILURES, atomic_folder, reason_and_file
@@ -64,18 +66,49 @@ def _tensor_ranks() -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """A rank that sends parameters to rank 0, with its tensor-parallel rank and the parameters' shapes."""
+    """A rank with the shapes of its parameters. replica: number of the copy of the model that it belongs to.
+    expert_replica: of its experts, whose names are in `experts`.
+    """
 
     rank: int
+    host: str
     tensor_rank: int
+    replica: int
+    expert_replica: int
     shapes: dict[str, torch.Size]
+    experts: frozenset[str]
+
+    @classmethod
+    def this_rank(cls, parameters: Mapping[str, Parameter]) -> "_Owner":
+        return cls(
+            dist.get_rank(),
+            socket.gethostname(),
+            _tensor_ranks()[1],
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            parallel_state.get_expert_data_parallel_rank(),
+            {name: parameter.shape for name, parameter in parameters.items()},
+            frozenset(name for name, parameter in parameters.items() if is_expert(parameter)),
+        )
+
+    def replica_of(self, parameter: str) -> int:
+        return self.expert_replica if parameter in self.experts else self.replica
 
 
-def _first_to_hold(parameter: Parameter) -> bool:
-    """Whether this rank is in the first replica that holds the parameter."""
-    if is_expert(parameter):
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """One parameter that rank `target` joins from the shards of `owners`, which are in tensor-parallel order.
+
+    infos: of the tensors.
+    """
+
+    rule: Rule
+    owners: tuple[_Owner, ...]
+    target: int
+    infos: Manifest
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.infos)
 
 
 def _exchange(operations: Sequence[dist.P2POp]) -> None:
@@ -89,8 +122,9 @@ def _exchange(operations: Sequence[dist.P2POp]) -> None:
 
 
 class WeightExporter:
-    """Yields or writes the model's tensors under their Hugging Face names, on rank 0. Every method is
-    collective.
+    """Joins tensors under their names in files. Methods that return tensors, and `write`, are collective.
+
+    rules: of the parameters: all of the model, to whose tensors adapters are added, or those of the adapters.
     """
 
     def __init__(
@@ -99,102 +133,107 @@ class WeightExporter:
         architecture: Architecture,
         dtype: torch.dtype,
         device: torch.device,
-        lora: LoraConfig | None,
+        rules: Sequence[Rule],
     ) -> None:
-        self._parameters = {
-            name: parameter
-            for name, parameter in named_parameters(chunks).items()
-            if _first_to_hold(parameter)
-        }
+        self._parameters = named_parameters(chunks)
         self._adapters = dict(adapters_of(chunks))
         self._architecture, self._dtype, self._device = architecture, dtype, device
-        self._rules = architecture.weight_rules()
-        self._lora = lora
-        self._adapter_rules = [] if lora is None else adapter_rules(architecture, lora.targets)
+        self.rules = rules
         self._rank = dist.get_rank()
-        mine = _Owner(
-            self._rank,
-            _tensor_ranks()[1],
-            {name: parameter.shape for name, parameter in self._parameters.items()},
-        )
+        mine = _Owner.this_rank(self._parameters)
         everyone: list[_Owner] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-        self._owners = sorted(everyone, key=lambda owner: owner.tensor_rank)
+        self.hosts = [owner.host for owner in everyone]  # of all ranks
+        self._owners: dict[str, list[_Owner]] = defaultdict(list)  # in tensor-parallel order
+        for owner in sorted(everyone, key=lambda owner: owner.tensor_rank):
+            for name in owner.shapes:
+                self._owners[name].append(owner)
+        self._infos = {rule.parameter: self._joined_infos(rule) for rule in self.rules}
         if device.type == "cuda" and len(everyone) > 1:
             # Makes the communicator that batches of a few ranks then use; making it takes all ranks.
             dist.all_reduce(torch.zeros(1, device=device))
 
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes of what `tensors` yields; the same on every rank."""
-        return self._announced(self._rules)
+        return tuple(chain.from_iterable(map(self.infos, self.rules)))
 
-    def adapter_manifest(self) -> Manifest:
-        """Likewise of what `adapters` yields."""
-        return self._announced(self._adapter_rules)
+    def infos(self, rule: Rule) -> Manifest:
+        """The tensors of one parameter."""
+        return self._infos[rule.parameter]
 
-    def _announced(self, rules: Sequence[Rule]) -> Manifest:
-        return tuple(
-            TensorInfo.of(name, tensor)
-            for rule in rules
-            for name, tensor in zip(
-                rule.tensors,
-                rule.surgery.join(
-                    [
-                        torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device="meta")
-                        for owner in self._owners_of(rule)
-                    ],
-                    self._architecture.dimensions,
-                ),
-                strict=True,
-            )
-        )
+    def _joined_infos(self, rule: Rule) -> Manifest:
+        shards = [
+            torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device="meta")
+            for owner in self._owners_for(rule, 0)
+        ]
+        joined = rule.surgery.join(shards, self._architecture.dimensions)
+        return tuple(map(TensorInfo.of, rule.tensors, joined))
+
+    def holders(self, rule: Rule) -> frozenset[int]:
+        """The ranks that hold a shard of the parameter."""
+        return frozenset(owner.rank for owner in self._owners[rule.parameter])
+
+    def gathering(self, rule: Rule, target: int) -> Gathering:
+        """How rank `target` joins the parameter."""
+        return Gathering(rule, self._owners_for(rule, target), target, self.infos(rule))
+
+    def _owners_for(self, rule: Rule, target: int) -> tuple[_Owner, ...]:
+        """The ranks whose shards rank `target` joins: those of its own replica, if that has the parameter."""
+        name, owners = rule.parameter, self._owners[rule.parameter]
+        first = min(owner.replica_of(name) for owner in owners)
+        replica = next((owner.replica_of(name) for owner in owners if owner.rank == target), first)
+        chosen = [owner for owner in owners if owner.replica_of(name) == replica]
+        if rule.surgery.replicated:
+            chosen = [next((owner for owner in chosen if owner.rank == target), chosen[0])]
+        return tuple(chosen)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor once on rank 0, in the order of the family's table; nothing on other ranks.
+        """Yield every tensor once on rank 0, in the order of the family's table; nothing on other ranks."""
+        for rule in self.rules:
+            joined = self.gather([self.gathering(rule, 0)])
+            yield from joined
+            del joined  # frees it before the next parameter is gathered
 
-        Adapters are merged into the tensors.
-        """
-        yield from self._joined(self._rules)
-
-    def adapters(self) -> Iterator[tuple[str, Tensor]]:
-        """Likewise every A and B under PEFT's name; nothing at all without `trainer.lora`."""
-        yield from self._joined(self._adapter_rules)
-
-    def _joined(self, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
-        for rule in rules:
-            shards = self._gather(rule)
-            progress.count()
-            if shards:
-                joined = rule.surgery.join(shards, self._architecture.dimensions)
-                del shards  # frees them while the receiver works
-                yield from zip(rule.tensors, joined, strict=True)
-                del joined  # frees it before the next parameter is gathered
-
-    def _gather(self, rule: Rule) -> list[Tensor]:
-        """On rank 0 the shards in tensor-parallel order, or one tensor if they are stacked.
-
-        On other ranks an empty list.
-        """
-        owners = self._owners_of(rule)
-        if self._rank != 0:
-            if any(owner.rank == self._rank for owner in owners):
-                _exchange([dist.P2POp(dist.isend, self._shard(rule), 0)])
+    def gather(self, step: Sequence[Gathering]) -> list[tuple[str, Tensor]]:
+        """Join several parameters at once, at most one on each rank; return the tensors of this rank's."""
+        operations, shards, mine = [], [], None
+        for gathering in step:
+            if gathering.target == self._rank:
+                mine, (shards, receiving) = gathering, self._shards(gathering)
+                operations += receiving
+            elif any(owner.rank == self._rank for owner in gathering.owners):
+                operations.append(dist.P2POp(dist.isend, self._shard(gathering.rule), gathering.target))
+        _exchange(operations)
+        progress.count()
+        if mine is None:
             return []
-        if rule.surgery.stacked and len(owners) > 1:
-            rows, *rest = owners[0].shapes[rule.parameter]
-            stack = torch.empty((len(owners), rows, *rest), dtype=self._dtype, device=self._device)
-            if owners[0].rank == 0:
-                stack[0].copy_(self._shard(rule))
-            self._fetch(owners, list(stack))
-            return [stack.flatten(0, 1)]
-        shards = [
-            self._shard(rule)
-            if owner.rank == 0
-            else torch.empty(owner.shapes[rule.parameter], dtype=self._dtype, device=self._device)
-            for owner in owners
+        joined = mine.rule.surgery.join(shards, self._architecture.dimensions)
+        return list(zip(mine.rule.tensors, joined, strict=True))
+
+    def _shards(self, gathering: Gathering) -> tuple[list[Tensor], list[dist.P2POp]]:
+        """Room for the shards, in tensor-parallel order or stacked as one tensor, and what receives those of
+        other ranks.
+        """
+        name, owners = gathering.rule.parameter, gathering.owners
+        shards: list[Tensor] = []
+        whole = None
+        if gathering.rule.surgery.stacked and len(owners) > 1:
+            rows, *rest = owners[0].shapes[name]
+            whole = torch.empty((len(owners), rows, *rest), dtype=self._dtype, device=self._device)
+        for index, owner in enumerate(owners):
+            own = self._shard(gathering.rule) if owner.rank == self._rank else None
+            if whole is not None:
+                shards.append(whole[index] if own is None else whole[index].copy_(own))
+            elif own is not None:
+                shards.append(own)
+            else:
+                shards.append(torch.empty(owner.shapes[name], dtype=self._dtype, device=self._device))
+        receiving = [
+            dist.P2POp(dist.irecv, shard, owner.rank)
+            for owner, shard in zip(owners, shards, strict=True)
+            if owner.rank != self._rank
         ]
-        self._fetch(owners, shards)
-        return shards
+        return shards if whole is None else [whole.flatten(0, 1)], receiving
 
     def _shard(self, rule: Rule) -> Tensor:
         """Return this rank's shard on the device, its adapters merged into it."""
@@ -203,22 +242,9 @@ class WeightExporter:
         adapter = self._adapters.get(parameter)
         return shard if adapter is None else adapter.merged(shard)
 
-    def _fetch(self, owners: Sequence[_Owner], shards: Sequence[Tensor]) -> None:
-        """Receive the other ranks' shards."""
-        _exchange(
-            [
-                dist.P2POp(dist.irecv, shard, owner.rank)
-                for owner, shard in zip(owners, shards, strict=True)
-                if owner.rank != 0
-            ]
-        )
-
-    def _owners_of(self, rule: Rule) -> list[_Owner]:
-        """The ranks whose shards are joined, in tensor-parallel order."""
-        owners = [owner for owner in self._owners if rule.parameter in owner.shapes]
-        return owners[:1] if rule.surgery.replicated else owners
-
-    def write(self, source: Path, folder: Path) -> None:
+    def write(
+        self, source: Path, folder: Path, lora: LoraConfig | None, adapters: "WeightExporter | None"
+    ) -> None:
         """Write a Hugging Face folder with these weights and `source`'s config and tokenizer; in its folder
         `adapter` the adapters by themselves, as PEFT's.
 
@@ -228,16 +254,16 @@ class WeightExporter:
         dist.broadcast_object_list(exists, src=0)
         if exists[0]:
             raise ModelError(f"{folder} exists: nothing is overwritten")
-        adapters = dict(self.adapters())
+        alone = {} if adapters is None else dict(adapters.tensors())
         tensors = self.tensors()
         failure = ""
         if self._rank == 0:
             try:
                 with atomic_folder(folder) as partial:
                     write_model(tensors, source, partial)
-                    if self._lora is not None:
+                    if lora is not None:
                         (partial / ADAPTER).mkdir()
-                        write_adapter(partial / ADAPTER, adapters, self._lora, source)
+                        write_adapter(partial / ADAPTER, alone, lora, source)
             except WRITE_FAILURES as error:
                 failure = f"{folder}: {reason_and_file(error)}"
         for _ in tensors:  # after a failure rank 0 receives the rest, because the others still send it

@@ -9,7 +9,7 @@ update succeeds.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -173,19 +173,23 @@ class SGLangEngine:
         self._dirty = self._dirty or (self._update is not None and self._update.touched)
         self._update = WeightUpdate(version, manifest)
 
-    async def join(self, address: Address) -> None:
-        """Connect every rank to the sender of the update. Raises TransportError."""
+    async def join(self, addresses: Sequence[Address]) -> None:
+        """Connect every rank to the sender of each lane. Raises TransportError."""
         self._updating()
+        command = Join(addresses, of_adapter=self._lora is not None)
         await self._bounded_update(
-            control.execute(self._sglang, Join(address)), "connecting to the sender", _REPORT_SECONDS
+            control.execute(self._sglang, command), "connecting to the senders", _REPORT_SECONDS
         )
 
-    async def load(self, bucket: Bucket) -> None:
-        """Overwrite the bucket's weights. If that fails, raise EngineError and refuse requests."""
+    async def load(self, buckets: Sequence[Bucket | None]) -> None:
+        """Overwrite the weights of a round's buckets, one of each lane. If that fails, raise EngineError and
+        refuse requests.
+        """
         update = self._updating()
         try:
-            update.add(bucket.tensors)
-            command = Load(bucket, of_adapter=self._lora is not None)
+            for bucket in buckets:
+                update.add(bucket.tensors if bucket else ())
+            command = Load(buckets, of_adapter=self._lora is not None)
             await self._bounded_update(
                 control.execute(self._sglang, command), "loading weights", _REPORT_SECONDS
             )

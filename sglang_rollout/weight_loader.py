@@ -1,4 +1,4 @@
-"""The part of a weight sync that runs in SGLang's own processes, one for each tensor-parallel rank.
+"""The part of a weight sync that runs in SGLang's own processes, one for each rank of the engine.
 
 SGLang calls `execute` as the model's weight loader (its `custom_weight_loader`). Each rank fetches weights by
 our transports, checks them, and hands them to SGLang's own checkpoint loading, which shards and fuses them;
@@ -7,38 +7,44 @@ An exception here would end SGLang's process, so a failure is written to a recei
 """
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sglang_rollout import served_adapter
+from sglang_rollout.loader_reads import loader_reads
 from treepo.config.trainer import LoraConfig
 from treepo.errors import EngineError, TransportError
+from treepo.weight_sync.receive import RankReceiver
 from treepo.weight_sync.shared_memory import Report, Reports
-from treepo.weight_sync.wire import Address, Bucket, Receiver, checksums, views
+from treepo.weight_sync.wire import Address, Bucket
 
 LOADER = f"{__name__}.execute"
 
-_receiver: Receiver | None = None  # global, because SGLang calls a function
+_receiver = RankReceiver()  # global, because SGLang calls a function
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Connect to the sender of an update, and disconnect from the sender of an earlier update."""
+    """Connect to each lane's sender, and disconnect from the senders of an earlier update. of_adapter: they
+    send an adapter.
+    """
 
-    address: Address
+    addresses: Sequence[Address]
+    of_adapter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Receive a bucket and overwrite the weights in it. of_adapter: it has those of an adapter, which are put
-    aside.
+    """Receive a round's buckets, one of each lane, and overwrite the weights in them. of_adapter: they have
+    those of an adapter, which are put aside.
     """
 
-    bucket: Bucket
+    buckets: Sequence[Bucket | None]
     of_adapter: bool = False
 
 
@@ -95,42 +101,16 @@ def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
 
 
 def _execute(command: Command, model: nn.Module, rank: int) -> None:
-    global _receiver
     match command:
-        case Join(address):
-            _leave_sender()
+        case Join(addresses, of_adapter):
             served_adapter.forget()
             device = next(model.parameters()).device
-            _receiver = _transferred(lambda: address.join(rank, device))
-        case Load(bucket, of_adapter):
-            receiver = _receiver
-            if receiver is None:
-                raise TransportError("a bucket arrived before the rank joined the sender")
-            flat = _transferred(lambda: receiver.receive(bucket))
-            stripes = receiver.stripes(bucket)
-            if checksums(flat, stripes) != bucket.checksums[stripes]:
-                raise EngineError(f"a bucket of {bucket.nbytes} bytes arrived with another checksum")
+            reads = served_adapter.reads if of_adapter else partial(loader_reads, model)
+            _receiver.join(addresses, rank, device, reads)
+        case Load(buckets, of_adapter):
             load: Any = served_adapter.put_aside if of_adapter else model.load_weights
-            load(list(views(flat, bucket.tensors)))
-            if torch.cuda.is_available():
-                torch.cuda.current_stream().synchronize()  # the sender writes the next bucket over this one
+            _receiver.load(buckets, load)
         case End(lora):
-            if _receiver is not None:
-                _receiver.end()
+            _receiver.end()
             if lora is not None:
                 served_adapter.serve(lora)
-
-
-def _transferred[T](transfer: Callable[[], T]) -> T:
-    """Run a transfer; its errors become TransportErrors."""
-    try:
-        return transfer()
-    except (RuntimeError, OSError) as error:
-        raise TransportError(str(error)) from error
-
-
-def _leave_sender() -> None:
-    global _receiver
-    if _receiver is not None:
-        receiver, _receiver = _receiver, None
-        receiver.close()

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.sink_process import ProcessSink
 from treepo.weight_sync.colocated import ColocatedSender, Way
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import WeightStream
 from treepo.weight_sync.wire import TensorInfo
 
@@ -55,7 +56,7 @@ def measure(device: torch.device, way: Way, megabytes: int, bucket_mb: int, repe
     try:
         for version in range(1, repeats + 2):
             start = time.perf_counter()
-            outcome = stream.send(iter(tensors.items()), manifest, version, [sink])
+            outcome = stream.send(LocalSource(tensors.items(), manifest), version, [sink])
             seconds.append(time.perf_counter() - start)
             remarks += [remark.text for remark in outcome.remarks]
             taken = sender.way

@@ -34,6 +34,7 @@ from treepo.training.log_prob_check import check_log_probs
 from treepo.weight_sync.broadcast import BroadcastSender
 from treepo.weight_sync.colocated import ColocatedSender, Way
 from treepo.weight_sync.disk import DiskSender
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import WeightStream
 from treepo.weight_sync.wire import Sender
 
@@ -308,7 +309,7 @@ def _update(context: Context, sender: Sender) -> Figures:
             version = live.engine.version + 1
             start = time.perf_counter()
             live.call(live.engine.begin(version, manifest))
-            outcome = stream.send(trainer.tensors(), manifest, version, [sink])
+            outcome = stream.send(LocalSource(trainer.tensors(), manifest), version, [sink])
             assert not outcome.failed, outcome.failed
             assert outcome.broken is None, outcome.broken
             remarks += [remark.text for remark in outcome.remarks]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from treepo.config.trainer import ParallelConfig, TrainerConfig
 from treepo.doctor import trainer_check
 from treepo.doctor.check import Status
 from treepo.learning.packing import Pack
-from treepo.weight_sync.broadcast import BroadcastSender
+from treepo.weight_sync.broadcast import form_group, leave_group
+from treepo.weight_sync.listening_store import listening_store
 
 SECONDS = 60.0
 KEPT_SHARE = 0.25
@@ -85,16 +87,14 @@ def broadcast_group(_: Context) -> Figures:
     """The group of `weights.transport: broadcast`, formed and left twice. NCCL takes one process a GPU, so it
     has the sender alone.
     """
-    sender = BroadcastSender(_DEVICE, "127.0.0.1", SECONDS)
+    store = listening_store("127.0.0.1", timedelta(seconds=SECONDS))
     start = time.perf_counter()
-    for _again in range(2):
-        sender.addresses([])
-        sender.connect()
-        flat = sender.buffer(0, 1 << 20).fill_(7)
-        sender.start(0, flat, ())
-        sender.finish()
+    for again in range(2):
+        group = form_group(store, f"group {again}", 0, 1, SECONDS, _DEVICE)
+        flat = torch.full((1 << 20,), 7, dtype=torch.uint8, device=_DEVICE)
+        group.broadcast([flat], torch.distributed.BroadcastOptions()).wait(timedelta(seconds=SECONDS))
         assert bool((flat == 7).all()), "a broadcast of one rank changed its bytes"
-        sender.close()
+        leave_group(group)
     seconds = time.perf_counter() - start
     return {"headline": f"formed and left twice in {seconds:.2f} s", "seconds": seconds}
 

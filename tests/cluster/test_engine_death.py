@@ -21,6 +21,7 @@ from treepo.data.prompts import Prompt
 from treepo.rollout.driver import TreeDriver
 from treepo.rollout.stopping import StopRule
 from treepo.tree import Tree
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
 from treepo.weight_sync.wire import Manifest, TensorInfo
 
@@ -43,8 +44,8 @@ class FakeTrainer:
         return tuple(TensorInfo.of(name, tensor) for name, tensor in self._weights.items())
 
     async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
-        tensors, manifest = iter(self._weights.items()), await self.manifest()
-        return await asyncio.to_thread(self._stream.send, tensors, manifest, version, sinks)
+        source = LocalSource(self._weights.items(), await self.manifest())
+        return await asyncio.to_thread(self._stream.send, source, version, sinks)
 
     async def restart(self) -> None: ...
 

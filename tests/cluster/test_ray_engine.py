@@ -61,7 +61,7 @@ def in_task(cause: Exception) -> RayTaskError:
 
 
 def raised_to_the_sender(error: Exception) -> BaseException | None:
-    return RaySink("engine 3", "key", 1, FailingActor(error)).load(Bucket((), (), None)).exception()
+    return RaySink("engine 3", "key", 1, FailingActor(error)).load([Bucket((), (), None)]).exception()
 
 
 @pytest.mark.parametrize("kind", [EngineError, ModelError, TransportError])

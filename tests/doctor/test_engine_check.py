@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.weight_sinks import reads_all
 from treepo.doctor.check import Status
 from treepo.doctor.engine_check import sample_and_update
 from treepo.doctor.toy_model import Toy, max_difference
 from treepo.errors import EngineError
-from treepo.weight_sync.wire import Address, Bucket, Manifest, views
+from treepo.weight_sync.receive import RankReceiver
+from treepo.weight_sync.wire import Address, Bucket, Manifest
 
 
 class FakeEngine:
@@ -29,7 +32,7 @@ class FakeEngine:
         self.version = 0
         self._toy, self._off, self._takes = toy, off, takes
         self._loaded: dict[str, Tensor] = {}
-        self._receiver: Any = None
+        self._receiver = RankReceiver()
 
     async def generate(self, request: Any) -> Any:
         return SimpleNamespace(tokens=[0] * request.max_tokens, version=self.version)
@@ -41,14 +44,16 @@ class FakeEngine:
         assert version == 1
         self._names = {info.name for info in manifest}
 
-    async def join(self, address: Address) -> None:
-        self._receiver = address.join(0, torch.device("cpu"))
+    async def join(self, addresses: Sequence[Address]) -> None:
+        self._receiver.join(addresses, 0, torch.device("cpu"), reads_all)
 
-    async def load(self, bucket: Bucket) -> None:
+    async def load(self, buckets: Sequence[Bucket | None]) -> None:
         if self._takes == "refuses":
             raise EngineError("a bucket is torn")
-        flat = self._receiver.receive(bucket)
-        self._loaded |= {name: tensor.clone() for name, tensor in views(flat, bucket.tensors)}
+        self._receiver.load(buckets, self._keep)
+
+    def _keep(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._loaded |= {name: tensor.clone() for name, tensor in tensors}
 
     async def commit(self) -> None:
         assert set(self._loaded) == self._names

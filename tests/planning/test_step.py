@@ -134,6 +134,25 @@ def test_a_sync_takes_longer_the_longer_its_way_is(qwen2: Path) -> None:
     assert apart.seconds > seconds["broadcast"]
 
 
+def test_more_sources_and_more_ranks_of_an_engine_make_a_sync_faster(qwen2: Path) -> None:
+    """Eight sources, or engines of eight ranks, alone change little: the other side's links are as slow."""
+
+    def seconds(data: int, tensor: int) -> float:
+        settings: dict[str, Any] = {
+            "placement": "split",
+            "weights_transport": "broadcast",
+            "trainer_parallel": {"data": data},
+            "engine_tensor": tensor,
+            "plan_devices_per_node": 32,
+        }
+        return sync_weights(config(**settings), qwen2).seconds
+
+    one = seconds(1, 1)
+    assert seconds(8, 1) == pytest.approx(one, rel=0.1)
+    assert seconds(1, 2) == pytest.approx(one, rel=0.1)
+    assert one / 2.2 < seconds(8, 2) < one / 1.8
+
+
 def test_a_sync_counts_what_the_trainer_offloads(qwen2: Path) -> None:
     """There and back over pinned memory, if engines share its devices."""
 

@@ -148,8 +148,11 @@ def test_logits_are_bounded_whatever_the_pack(llama: Path) -> None:
 def test_host_memory_is_of_the_fullest_node(llama: Path) -> None:
     """Rank 0's node also has the outgoing weights; a reference is two copies while it computes."""
     parallel = {"tensor": 4, "data": 4}
-    plain = host(config_of({"parallel": parallel}), llama)
+    plain = host(config_of({"parallel": parallel}, weights={"transport": "disk"}), llama)
     assert plain.parts["outgoing weights"] == 4 * GIB  # one file of an exported folder
+    lanes = host(config_of({"parallel": parallel}, weights={"transport": "host_broadcast"}), llama)
+    gate_and_up = 2 * 2 * 14336 * 4096  # a parameter larger than a lane's bucket: two for each of eight lanes
+    assert 16 * gate_and_up < lanes.parts["outgoing weights"] < 16 * gate_and_up + 2 * 2 * 128256 * 4096
     assert plain.parts["checkpoint being written"] == pytest.approx(
         8 * (2 + 12 / 4) * PARAMETERS / 4, rel=1e-3
     )
@@ -162,7 +165,7 @@ def test_host_memory_is_of_the_fullest_node(llama: Path) -> None:
 def test_buckets_are_on_the_device_if_they_are_sent_from_there(llama: Path) -> None:
     """Two of 256 MiB, except that the vocabulary's tensors are larger."""
     broadcast = config_of(weights={"transport": "broadcast"})
-    size = bucket_bytes(broadcast, read_architecture(llama))
+    (size,) = bucket_bytes(broadcast, read_architecture(llama))
     table = 128256 * 4096 * 2
     assert table < size <= 2 * table
     assert trainer_memory(broadcast, llama)[-1].parts["weight buckets"] == size

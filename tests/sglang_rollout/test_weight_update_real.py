@@ -72,16 +72,16 @@ def test_weights_that_did_not_arrive_complete_are_not_served(real_engine: "RealE
     async def update() -> None:
         await engine.begin(version + 1, manifest(weights))
         sender = ColocatedSender(CPU)
-        await engine.join(sender.addresses([1])[0])
+        await engine.join(sender.addresses([1]))
         for number, bucket in enumerate(buckets(sender, weights)):
             if number == 0 and fault == "checksum":
-                bucket = replace(bucket, checksums=(0,))
+                bucket = replace(bucket, checksums=((0,),))
             if number == 0 and fault == "not as announced":
                 bucket = replace(bucket, tensors=(replace(bucket.tensors[0], name="x"), *bucket.tensors[1:]))
             if number == 0 and fault == "repeated":
-                await engine.load(bucket)
+                await engine.load([bucket])
             if not (number == 1 and fault == "missing"):
-                await engine.load(bucket)
+                await engine.load([bucket])
         await engine.commit()
 
     with pytest.raises(EngineError, match=fault):
@@ -106,11 +106,11 @@ def test_an_engine_that_cannot_meet_the_sender_keeps_its_weights(real_engine: "R
     from treepo.weight_sync.broadcast import BroadcastAddress
 
     engine = real_engine.engine
-    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=1, size=2, seconds=0.5, through_host=True)
+    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=0, seconds=0.5, through_host=True)
 
     async def update() -> None:
         await engine.begin(engine.version + 1, manifest(perturbed(real_engine.reference)))
-        await engine.join(nobody)
+        await engine.join([nobody])
 
     with pytest.raises(TransportError):
         real_engine.run(update())
@@ -128,8 +128,8 @@ def test_a_new_update_replaces_one_that_was_left_open(real_engine: "RealEngine")
     async def abort() -> None:
         await engine.begin(engine.version + 1, manifest(weights))
         sender = ColocatedSender(CPU)
-        await engine.join(sender.addresses([1])[0])
-        await engine.load(next(buckets(sender, weights)))
+        await engine.join(sender.addresses([1]))
+        await engine.load([next(buckets(sender, weights))])
 
     real_engine.run(abort())
     real_engine.update(weights)
@@ -142,7 +142,7 @@ def test_no_commit_and_no_load_without_begin(real_engine: "RealEngine") -> None:
     with pytest.raises(EngineError, match="begun"):
         real_engine.run(real_engine.engine.commit())
     with pytest.raises(EngineError, match="begun"):
-        real_engine.run(real_engine.engine.join(DiskAddress()))
+        real_engine.run(real_engine.engine.join([DiskAddress()]))
     assert_agrees(real_engine)
 
 

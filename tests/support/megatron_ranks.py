@@ -28,6 +28,7 @@ from treepo.learning.mismatch import LogProbMismatch
 from treepo.learning.packing import Pack, head
 from treepo.learning.soundness import WeightCheck
 from treepo.protocols import BatchResult, was_taken
+from treepo.weight_sync.lanes import MOST_LANES
 from treepo.weight_sync.wire import TensorInfo
 
 DEADLINE = 1800  # seconds until some rank of a group must have ended
@@ -137,7 +138,28 @@ def weights_of(trainer) -> dict[str, Tensor]:
     named = [(name, tensor.clone()) for name, tensor in trainer.tensors()]
     infos = tuple(TensorInfo.of(name, tensor) for name, tensor in named)
     assert infos == (trainer.manifest() if torch.distributed.get_rank() == 0 else ())
+    for lanes in (2, MOST_LANES):
+        everyone = sent_in_lanes(trainer, lanes)
+        if named:
+            assert sorted(name for name, _ in everyone) == sorted(name for name, _ in named)
+            assert all(torch.equal(tensor, dict(named)[name]) for name, tensor in everyone)
     return dict(named)
+
+
+def sent_in_lanes(trainer, lanes: int) -> list[tuple[str, Tensor]]:
+    """What all lanes send, one lane after another; on every rank. Each round's tensors are those planned."""
+    source = trainer.weight_source(lanes)
+    mine: list[tuple[str, Tensor]] = []
+    for planned, tensors in source.rounds(4096):
+        joined = [(name, tensor.clone()) for name, tensor in tensors]
+        expected = planned[source.lane] if source.lane is not None else ()
+        assert tuple(TensorInfo.of(name, tensor) for name, tensor in joined) == expected
+        mine += joined
+    everyone: list[list[tuple[str, Tensor]]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    assert source.lanes == min(lanes, len(everyone))
+    assert sum(1 for sent in everyone if sent) == source.lanes
+    return list(chain.from_iterable(everyone))
 
 
 def _rank(rank: int, lives: list[Life], layout: ParallelConfig, folder: Path, ports) -> None:

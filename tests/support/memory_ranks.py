@@ -94,7 +94,7 @@ def measure(case: MemoryCase, layout: ParallelConfig, rank: int, store, folder: 
     with live.watching(trainer):
         trainer.train_step(packs, 1.0, 1e3)
     with sync:
-        for _ in trainer.tensors():
+        for _ in trainer.weight_source().rounds(1):
             pass
     written = _written(trainer, folder / case.saves) if case.saves else (0, 0, 0)
     everyone: list[Measured] = [_measured(trainer, live, sync, written)] * ranks

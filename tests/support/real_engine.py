@@ -17,7 +17,8 @@ from treepo.config.engine import EngineConfig
 from treepo.config.trainer import LoraConfig
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.weight_sync.colocated import ColocatedSender
-from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksums, views
+from treepo.weight_sync.shards import views
+from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo, checksums
 
 END_TOKENS = (1, 2, 3)
 VOCABULARY = 128
@@ -87,9 +88,9 @@ async def update(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> int:
     """Run the whole update transaction, with buckets from this process's memory."""
     await engine.begin(engine.version + 1, manifest(tensors))
     sender = ColocatedSender(torch.device("cpu"))
-    await engine.join(sender.addresses([engine._sglang.ranks])[0])
+    await engine.join(sender.addresses([engine._sglang.ranks]))
     for bucket in buckets(sender, tensors):
-        await engine.load(bucket)
+        await engine.load([bucket])
     sender.end(engine.version + 1)
     return await engine.commit()
 
@@ -101,7 +102,7 @@ def buckets(sender: ColocatedSender, tensors: dict[str, torch.Tensor], count: in
         flat = sender.buffer(part, sum(info.nbytes for info in infos))
         for name, view in views(flat, infos):
             view.copy_(tensors[name])
-        yield Bucket(infos, checksums(flat), sender.start(part, flat, infos))
+        yield Bucket(infos, (checksums(flat),), sender.start(part, flat, infos))
 
 
 def write_model(folder: Path, **settings: Any) -> Path:

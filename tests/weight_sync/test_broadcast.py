@@ -7,15 +7,20 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from treepo.weight_sync.broadcast import BroadcastSender
+from tests.support.weight_sinks import reads_all
+from treepo.weight_sync.broadcast import BroadcastSender, form_group
+from treepo.weight_sync.listening_store import listening_store
+from treepo.weight_sync.wire import TensorInfo
 
 SECONDS = 20.0  # for a step: far more than any takes
+SHARE = (TensorInfo("x", "uint8", (8,)),)
 META = torch.device("meta")  # not the CPU, and there on every machine
 
 
@@ -63,11 +68,11 @@ def test_a_bucket_begins_before_the_receivers_learn_of_it(nccl: type[FakeNCCL]) 
     sender = BroadcastSender(META, "127.0.0.1", SECONDS)
     (address,) = sender.addresses([2])
     with ThreadPoolExecutor(2) as ranks:
-        joining = [ranks.submit(address.join, rank, META) for rank in range(2)]
-        sender.connect()
+        joining = [ranks.submit(address.join, rank, META, reads_all) for rank in range(2)]
+        sender.connect(SHARE)
         receivers = [one.result(SECONDS) for one in joining]
     before = time.monotonic()
-    sender.start(0, sender.buffer(0, 8), ())
+    sender.start(0, sender.buffer(0, 8), SHARE)
     assert time.monotonic() - before < SECONDS / 2
     assert {group.rank for group in nccl.made} == {0, 1, 2}
     assert len(receivers) == 2
@@ -76,9 +81,8 @@ def test_a_bucket_begins_before_the_receivers_learn_of_it(nccl: type[FakeNCCL]) 
 
 def test_no_watchdog_watches_the_group(nccl: type[FakeNCCL]) -> None:
     nccl.connected = threading.Barrier(1)
-    sender = BroadcastSender(META, "127.0.0.1", SECONDS)
-    sender.addresses([])
-    sender.connect()
+    store = listening_store("127.0.0.1", timedelta(seconds=SECONDS))
+    form_group(store, "alone", 0, 1, SECONDS, META)
     assert nccl.made[0].blocking_wait == "1"
     assert "TORCH_NCCL_BLOCKING_WAIT" not in os.environ, "torch's own groups keep theirs"
 
@@ -88,5 +92,5 @@ def test_nothing_connects_to_a_rank_that_does_not_come(nccl: type[FakeNCCL]) -> 
     sender = BroadcastSender(META, "127.0.0.1", 0.2)
     sender.addresses([1])
     with pytest.raises(RuntimeError):
-        sender.connect()
+        sender.connect(SHARE)
     assert not nccl.made

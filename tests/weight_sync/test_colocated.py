@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.support.fake_cuda import GPU, FakeCuda
-from tests.support.weight_sinks import CPU, FakeSink
+from tests.support.weight_sinks import CPU, FakeSink, reads_all
 from treepo.weight_sync import wire
 from treepo.weight_sync.colocated import ColocatedSender, Way
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import Outcome, WeightStream
 from treepo.weight_sync.wire import Bucket, TensorInfo, checksums
 
@@ -44,7 +45,7 @@ def update(stream: WeightStream, sinks: list[FakeSink], model: dict[str, Tensor]
     for sink in sinks:
         sink.forget()
     manifest = tuple(TensorInfo.of(name, tensor) for name, tensor in model.items())
-    outcome = stream.send(iter(model.items()), manifest, 1, sinks)
+    outcome = stream.send(LocalSource(model.items(), manifest), 1, sinks)
     for sink in sinks:
         for received in sink.received:
             assert received.keys() == model.keys()
@@ -170,13 +171,13 @@ def test_ranks_that_read_the_same_memory_check_all_of_it_together(
     monkeypatch.setattr(wire, "_STRIPE", 4096)
     sender = ColocatedSender(CPU)
     (address,) = sender.addresses([ranks])
-    receivers = [address.join(rank, CPU) for rank in range(ranks)]
+    receivers = [address.join(rank, CPU, reads_all) for rank in range(ranks)]
     nbytes = 4096 * stripes - 5
     flat = sender.buffer(0, nbytes)
     flat.copy_(torch.arange(nbytes) % 251)
     sums = checksums(flat)
     assert len(sums) == stripes
-    bucket = Bucket((TensorInfo("x", "uint8", (nbytes,)),), sums, sender.start(0, flat, ()))
+    bucket = Bucket((TensorInfo("x", "uint8", (nbytes,)),), (sums,), sender.start(0, flat, ()))
 
     def noticed() -> list[bool]:
         chosen = [(each.receive(bucket), each.stripes(bucket)) for each in receivers]

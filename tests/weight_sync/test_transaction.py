@@ -15,6 +15,7 @@ from tests.support.weight_sinks import FakeSink
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError
 from treepo.weight_sync import transaction
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
 from treepo.weight_sync.transaction import update_weights
 from treepo.weight_sync.wire import Manifest, Remark, TensorInfo
@@ -75,7 +76,7 @@ class FakeTrainer:
 
     async def send_weights(self, version: int, sinks: Sequence[Any]) -> Outcome:
         return await asyncio.to_thread(
-            self._stream.send, self._tensors(version), await self.manifest(), version, sinks
+            self._stream.send, LocalSource(self._tensors(version), await self.manifest()), version, sinks
         )
 
     async def release_cache(self) -> None: ...

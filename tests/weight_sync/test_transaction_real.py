@@ -45,7 +45,7 @@ TOKENS = np.random.default_rng(1).integers(4, VOCABULARY, 40).astype(np.int32)
 REQUEST = GenerateRequest(TOKENS, len(TOKENS), max_tokens=4, temperature=1.0, seed=0)
 
 
-def config_of(folder: Path, send: str) -> RunConfig:
+def config_of(folder: Path, tensor: int, send: str) -> RunConfig:
     """send: `weights.send`; the adapter is large enough for two buckets."""
     return RunConfig.model_validate(
         {
@@ -60,7 +60,13 @@ def config_of(folder: Path, send: str) -> RunConfig:
                 "max_tokens_per_pack": 512,
                 "lora": {"rank": 64} if send == "adapter" else None,
             },
-            "engine": {"count": 2, "max_total_tokens": 4096, "update_seconds": 60, "max_restarts": 0},
+            "engine": {
+                "count": 2,
+                "tensor": tensor,
+                "max_total_tokens": 4096,
+                "update_seconds": 60,
+                "max_restarts": 0,
+            },
             "weights": {"bucket_mb": 1, "send": send},
         }
     )
@@ -125,28 +131,38 @@ class FaultyEngine(HostedEngine):
     def children(self) -> list[int]:
         return [child.pid for child in psutil.Process().children(recursive=True)]
 
-    async def load(self, bucket: Bucket) -> None:
+    async def load(self, buckets: Sequence[Bucket | None]) -> None:
         self._loads += 1
         if self._loads == 2:
             for pid in self._victims:
                 os.kill(pid, signal.SIGKILL)
-        await super().load(bucket)
+        await super().load(buckets)
 
 
-@pytest.mark.parametrize("send", ["merged", "adapter"])
-def test_every_transport_and_deaths(send: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "send", "transports"),
+    [(1, "merged", TRANSPORTS), (1, "adapter", TRANSPORTS), (2, "merged", ("broadcast", "colocated"))],
+)
+def test_every_transport_and_deaths(
+    tensor: int,
+    send: str,
+    transports: Sequence[Transport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """tensor: ranks of each engine. By `broadcast` each of them gets its shards only."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # Ray's workers import this file
     monkeypatch.setattr(trainer_group, "TrainerRank", SwitchingRank)
     monkeypatch.setattr(ray_engine, "HostedEngine", FaultyEngine)
     write_tiny_qwen2(
         tmp_path / "model", vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, eos_token_id=1
     )
-    asyncio.run(_scenario(config_of(tmp_path, send), tmp_path))
+    asyncio.run(_scenario(tmp_path, config_of(tmp_path, tensor, send), transports))
 
 
-async def _scenario(config: RunConfig, folder: Path) -> None:
+async def _scenario(folder: Path, config: RunConfig, transports: Sequence[Transport]) -> None:
     async with AsyncExitStack() as stack:
-        stack.enter_context(ray_session(6, folder))
+        stack.enter_context(ray_session(4 + 2 * config.engine.tensor, folder))
         reservation = await reserve(config, 60)
         devices = EngineDevices(reservation.engine_options([]), may_move=True, seconds=60)
         rule = StopRule(SamplingConfig(), str)
@@ -158,7 +174,7 @@ async def _scenario(config: RunConfig, folder: Path) -> None:
         engines = [engine.process for engine in pool.engines]
         for rank in trainer._ranks:  # Ray would make its workers give way to every other process
             assert psutil.Process(await rank.pid.remote()).nice() == psutil.Process().nice()
-        for version, transport in enumerate(TRANSPORTS, start=1):
+        for version, transport in enumerate(transports, start=1):
             await use_transport(trainer, transport)
             old = await chain_log_probs(trainer, TOKENS)
             await take_step(trainer)

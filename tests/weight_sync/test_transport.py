@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.support.weight_sinks import CPU, FakeSink
+from tests.support.weight_sinks import CPU, FakeSink, reads_all
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError, TransportError
 from treepo.weight_sync import colocated, wire
 from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.colocated_receiver import ColocatedReceiver
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
-from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksums, plan_buckets, views
+from treepo.weight_sync.shards import views
+from treepo.weight_sync.wire import Bucket, Manifest, Sender, TensorInfo, checksums, plan_buckets
 
 TRANSPORTS = ("colocated", "broadcast", "host_broadcast", "disk")
 SECONDS = 20.0  # for a step: far more than any takes
@@ -74,8 +76,12 @@ def make_sinks() -> Iterator[Callable[..., list[FakeSink]]]:
         sink.close()
 
 
-def send(stream: WeightStream, tensors: dict[str, Tensor], sinks: Sequence[FakeSink]) -> Outcome:
-    return stream.send(iter(tensors.items()), manifest_of(tensors), 1, sinks)
+def send(
+    stream: WeightStream, tensors: dict[str, Tensor], sinks: Sequence[FakeSink], version: int = 1
+) -> Outcome:
+    for sink in sinks:
+        sink.forget()
+    return stream.send(LocalSource(tensors.items(), manifest_of(tensors)), version, sinks)
 
 
 def assert_has(sink: FakeSink, tensors: dict[str, Tensor]) -> None:
@@ -121,7 +127,7 @@ def test_an_engine_that_refuses_hurts_no_other(transport, stage, make_stream, ma
             read += 1
             yield item
 
-    outcome = stream.send(counted(), manifest_of(model), 1, sinks)
+    outcome = stream.send(LocalSource(counted(), manifest_of(model)), 1, sinks)
     assert outcome.failed == {"engine 1": "no"}
     assert read == len(model), "the trainer's other ranks would wait"
     innocent = [sinks[0], sinks[2]]
@@ -144,7 +150,7 @@ def test_if_every_engine_fails_the_tensors_are_still_read(transport, make_stream
         sink.fault = refuse
     model = random_model(0)
     source = iter(model.items())
-    outcome = stream.send(source, manifest_of(model), 1, sinks)
+    outcome = stream.send(LocalSource(source, manifest_of(model)), 1, sinks)
     assert set(outcome.failed) == {"engine 0", "engine 1"}
     assert next(source, None) is None
 
@@ -185,7 +191,7 @@ def test_two_buckets_and_one_tensor_are_all_that_is_held(
             del tensor
 
     monkeypatch.setattr(colocated, "SharedBytes", Counted)
-    stream.send(joined(), infos, 1, sinks)
+    stream.send(LocalSource(joined(), infos), 1, sinks)
     assert len(sinks[0].received[0]) == len(infos)
     assert most <= BUCKET + max(BUCKET, largest) + max(sizes)
     stream.close()
@@ -242,7 +248,7 @@ def test_a_torn_bucket_is_not_loaded(make_stream, make_sinks, monkeypatch: pytes
 
     monkeypatch.setattr(ColocatedSender, "start", torn)
     outcome = send(make_stream("colocated"), random_model(0), make_sinks(1))
-    assert outcome.failed == {"engine 0": "checksum"}
+    assert "checksum" in outcome.failed["engine 0"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_error_after_all_tensors_are_read(
@@ -253,7 +259,7 @@ def test_a_folder_that_cannot_be_written_is_one_error_after_all_tensors_are_read
     (tmp_path / "weights").write_text("a file where the folder should be")
     source = iter((model := random_model(0)).items())
     with pytest.raises(TransportError, match=r"weights of version 1: .*weights"):
-        stream.send(source, manifest_of(model), 1, sinks)
+        stream.send(LocalSource(source, manifest_of(model)), 1, sinks)
     assert next(source, None) is None
 
 
@@ -273,7 +279,7 @@ def test_a_version_on_disk_is_complete_or_absent(tmp_path: Path, make_stream, ma
     sinks[0].fault = lambda _: None
     for version in (9, 10, 11):
         model = random_model(version)
-        assert stream.send(iter(model.items()), manifest_of(model), version, sinks) == Outcome()
+        assert send(stream, model, sinks, version) == Outcome()
     assert sorted(path.name for path in folder.iterdir()) == ["version-10", "version-11"]
     found = {}
     for file in (folder / "version-11").glob("*.safetensors"):
@@ -281,7 +287,7 @@ def test_a_version_on_disk_is_complete_or_absent(tmp_path: Path, make_stream, ma
             found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
     assert all(torch.equal(found[name], tensor) for name, tensor in model.items())
     assert found.keys() == model.keys()
-    assert stream.send(iter(model.items()), manifest_of(model), 5, sinks) == Outcome()
+    assert send(stream, model, sinks, 5) == Outcome()
     assert [path.name for path in folder.iterdir()] == ["version-5"], (
         "the run went back: others are abandoned"
     )
@@ -290,15 +296,16 @@ def test_a_version_on_disk_is_complete_or_absent(tmp_path: Path, make_stream, ma
 def test_shared_memory_is_gone_with_its_sender() -> None:
     sender: Sender = ColocatedSender(CPU)
     (address,) = sender.addresses([1])
-    receiver = address.join(0, CPU)
+    receiver = address.join(0, CPU, reads_all)
     flat = sender.buffer(0, 64)
     flat.fill_(7)
     infos = (TensorInfo("x", "uint8", (64,)),)
-    bucket = Bucket(infos, checksums(flat), sender.start(0, flat, infos))
+    bucket = Bucket(infos, (checksums(flat),), sender.start(0, flat, infos))
+    receiver.begin(bucket)
     ((_, tensor),) = views(receiver.receive(bucket), infos)
     assert bool((tensor == 7).all())
     sender.close()
     with pytest.raises(RuntimeError, match="same process namespace"):
-        address.join(0, CPU)
+        address.join(0, CPU, reads_all)
     with pytest.raises(RuntimeError):
         ColocatedReceiver(CPU, address, 0).receive(bucket)

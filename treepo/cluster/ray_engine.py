@@ -249,11 +249,11 @@ class RaySink:
     ranks: int
     actor: Any
 
-    def join(self, address: Address) -> "Future[None]":
-        return _with_own_errors(self.actor.join.remote(address).future())
+    def join(self, addresses: Sequence[Address]) -> "Future[None]":
+        return _with_own_errors(self.actor.join.remote(addresses).future())
 
-    def load(self, bucket: Bucket) -> "Future[None]":
-        return _with_own_errors(self.actor.load.remote(bucket).future())
+    def load(self, buckets: Sequence[Bucket | None]) -> "Future[None]":
+        return _with_own_errors(self.actor.load.remote(buckets).future())
 
 
 def _with_own_errors(call: "Future[None]") -> "Future[None]":

@@ -130,10 +130,7 @@ class TrainerGroup:
 
     async def send_weights(self, version: int, sinks: Sequence[WeightSink]) -> Outcome:
         """Send every tensor to every engine; all of them have begun an update to `version`."""
-        manifest = await self.manifest()
-        outcomes = await self._all(
-            "send_weights", lambda _, actor: actor.send_weights.remote(version, manifest, sinks)
-        )
+        outcomes = await self._all("send_weights", lambda _, actor: actor.send_weights.remote(version, sinks))
         return outcomes[0]
 
     async def offload(self, weights: bool) -> None:

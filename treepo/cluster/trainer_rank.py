@@ -18,8 +18,8 @@ from treepo.cluster.actor_death import kernel_kills, note_start
 from treepo.cluster.ray_actor import use_interface_of_node
 from treepo.config.run import RunConfig
 from treepo.errors import LostTrainerError, TrainerMemoryError, one_line, shortened
+from treepo.weight_sync.lanes import lane_bucket, lanes_of
 from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
-from treepo.weight_sync.wire import Manifest
 
 CONCURRENCY = {"beat": 1}
 """Ray's concurrency groups of the actor; without a group of their own, methods share one more thread."""
@@ -125,20 +125,22 @@ class TrainerRank:
         with self._failures_named(method):
             return getattr(self._trainer, method)(*arguments)
 
-    def send_weights(self, version: int, manifest: Manifest, sinks: Sequence[WeightSink]) -> Outcome | None:
-        """Send the weights to the engines from rank 0; the other ranks only send it their shards, and return
-        None.
+    def send_weights(self, version: int, sinks: Sequence[WeightSink]) -> Outcome | None:
+        """Send this rank's share of the weights to the engines. A rank without a lane only gives its shards
+        to those that have one, and returns None. The outcome is rank 0's.
         """
         with self._failures_named("send_weights"):
-            if self._rank > 0:
-                for _ in self._trainer.tensors():
+            weights, seconds = self._config.weights, self._config.engine.update_seconds
+            source = self._trainer.weight_source(lanes_of(weights), weights.transport == "colocated")
+            size = lane_bucket(weights, source.lanes, min((sink.ranks for sink in sinks), default=1))
+            if source.lane is None:
+                for _ in source.rounds(size):
                     pass
                 return None
             if self._stream is None:
-                weights, seconds = self._config.weights, self._config.engine.update_seconds
                 sender = open_sender(weights, self._config.out, ray.util.get_node_ip_address(), seconds)
-                self._stream = WeightStream(sender, weights.bucket_mb << 20, seconds)
-            return self._stream.send(self._trainer.tensors(), manifest, version, sinks)
+                self._stream = WeightStream(sender, size, seconds)
+            return self._stream.send(source, version, sinks)
 
     @contextmanager
     def _failures_named(self, what: str) -> Iterator[None]:

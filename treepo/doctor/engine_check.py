@@ -1,7 +1,7 @@
 """The check `engine`: a real SGLang engine starts on a toy model, samples, takes new weights, serves them."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,11 @@ class LocalSink:
     key: str = "engine"
     ranks: int = 1
 
-    def join(self, address: Address) -> "Future[None]":
-        return self._submit(self.engine.join(address))
+    def join(self, addresses: Sequence[Address]) -> "Future[None]":
+        return self._submit(self.engine.join(addresses))
 
-    def load(self, bucket: Bucket) -> "Future[None]":
-        return self._submit(self.engine.load(bucket))
+    def load(self, buckets: Sequence[Bucket | None]) -> "Future[None]":
+        return self._submit(self.engine.load(buckets))
 
     def _submit(self, coroutine: Coroutine[Any, Any, None]) -> "Future[None]":
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
@@ -94,6 +94,7 @@ async def sample_and_update(engine: "SGLangEngine", toy: "Toy") -> Outcome:
 async def _update_weights(engine: "SGLangEngine", toy: "Toy") -> str:
     """The transaction that a run makes after a step. Returns the error, empty if there is none."""
     from treepo.config.weights import WeightsConfig
+    from treepo.weight_sync.lanes import LocalSource
     from treepo.weight_sync.send import WeightStream, open_sender
     from treepo.weight_sync.wire import TensorInfo
 
@@ -103,7 +104,7 @@ async def _update_weights(engine: "SGLangEngine", toy: "Toy") -> str:
     sink = LocalSink(engine, asyncio.get_running_loop())
     sender = open_sender(WeightsConfig(transport="colocated"), toy.folder, "127.0.0.1", _SECONDS)
     stream = WeightStream(sender, _BUCKET_BYTES, _SECONDS)
-    outcome = await in_thread(lambda: stream.send(weights.items(), manifest, 1, [sink]))
+    outcome = await in_thread(lambda: stream.send(LocalSource(weights.items(), manifest), 1, [sink]))
     if outcome.failed or outcome.broken:
         return outcome.broken or outcome.failed[sink.name]
     await engine.commit()

@@ -2,25 +2,29 @@
 
 NCCL allows one process on a device, so the engines need devices of their own. gloo has no such limit.
 
-The group consists of the sending rank and every rank of every engine, and is kept from update to update. It
-is outside torch's default process group, so it does not interfere with the groups of trainer and engines.
+Each rank of an engine tells the sender what its loader reads of the lane's tensors. The ranks that read the
+same form a group with the sender, and get those parts of the tensors only. Groups are kept from update to
+update. They are outside torch's default process group, so they do not interfere with those of trainer and
+engines.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, ClassVar
 
+import orjson
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from treepo.weight_sync.listening_store import listening_store
-from treepo.weight_sync.wire import Bucket, Manifest, Remark, Stripes
+from treepo.weight_sync.shards import decoded, part_bounds, read_bytes
+from treepo.weight_sync.wire import Bucket, Manifest, Reads, Remark, Shards, Stripes, TensorInfo
 
 _BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
@@ -32,22 +36,33 @@ class InBroadcast:
 
 @dataclass(frozen=True, slots=True)
 class BroadcastAddress:
-    """first: the group rank of the engine's rank 0. through_host: whether buffers are in host memory."""
+    """first: the number of the engine's rank 0 among the ranks of all engines. through_host: whether buffers
+    are in host memory.
+    """
 
     host: str
     port: int
     name: str
     first: int
-    size: int
     seconds: float
     through_host: bool
 
-    def join(self, rank: int, device: torch.device) -> "BroadcastReceiver":
+    def join(self, rank: int, device: torch.device, reads: Reads) -> "BroadcastReceiver":
         if self.through_host:
             device = torch.device("cpu")
-        store = TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=self.seconds))
-        group = _group(store, self.name, self.first + rank, self.size, self.seconds, device)
-        return BroadcastReceiver(group, self.seconds, device)
+        patience = timedelta(seconds=self.seconds)
+        store = TCPStore(self.host, self.port, is_master=False, timeout=patience)
+        meeting, number = PrefixStore(self.name, store), self.first + rank
+        share = (TensorInfo(**info) for info in _taken(meeting, "share"))
+        shards = reads(tuple(replace(info, shape=tuple(info.shape)) for info in share))
+        _give(meeting, f"shards-{number}", shards)
+        groups: list[list[int]] = _taken(meeting, "groups")
+        part = next(index for index, group in enumerate(groups) if number in group)
+        members = groups[part]
+        group = form_group(
+            meeting, f"group-{part}", 1 + members.index(number), 1 + len(members), self.seconds, device
+        )
+        return BroadcastReceiver(group, self.seconds, device, part, shards)
 
 
 class BroadcastSender:
@@ -58,26 +73,34 @@ class BroadcastSender:
     def __init__(self, device: torch.device, host: str, seconds: float) -> None:
         self._device, self._host, self._seconds = device, host, seconds
         self._store = listening_store(host, timedelta(seconds=seconds))
-        self._groups = 0
-        self._size = 0
-        self._group: Any = None
+        self._meetings = 0
+        self._ranks = 0
+        self._readers: list[Shards] = []
+        self._groups: list[Any] = []  # of each reader
         self._buffers: dict[int, Tensor] = {}
-        self._work: Any = None
+        self._works: list[Any] = []
 
     def addresses(self, ranks: Sequence[int]) -> list[BroadcastAddress]:
-        self._groups += 1
-        self._size = 1 + sum(ranks)
-        firsts = list(accumulate(ranks, initial=1))[:-1]
+        self._meetings += 1
+        self._ranks = sum(ranks)
         through_host = self._device.type == "cpu"
         return [
-            BroadcastAddress(
-                self._host, self._store.port, self._name, first, self._size, self._seconds, through_host
-            )
-            for first in firsts
+            BroadcastAddress(self._host, self._store.port, self._name, first, self._seconds, through_host)
+            for first in list(accumulate(ranks, initial=0))[:-1]
         ]
 
-    def connect(self) -> None:
-        self._group = _group(self._store, self._name, 0, self._size, self._seconds, self._device)
+    def connect(self, share: Manifest) -> Sequence[Shards]:
+        meeting = PrefixStore(self._name, self._store)
+        _give(meeting, "share", share)
+        members: dict[bytes, list[int]] = {}
+        for rank in range(self._ranks):
+            members.setdefault(meeting.get(f"shards-{rank}"), []).append(rank)
+        self._readers = [decoded(orjson.loads(shards)) for shards in members]
+        _give(meeting, "groups", list(members.values()))
+        for part, ranks in enumerate(members.values()):
+            group = form_group(meeting, f"group-{part}", 0, 1 + len(ranks), self._seconds, self._device)
+            self._groups.append(group)
+        return self._readers
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
         held = self._buffers.get(index % 2)
@@ -88,13 +111,15 @@ class BroadcastSender:
     def filled(self, index: int, flat: Tensor) -> None: ...
 
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> InBroadcast:
-        del index, tensors
-        self._work = self._group.broadcast([flat], dist.BroadcastOptions())
+        del index
+        for group, (start, end) in zip(self._groups, part_bounds(tensors, self._readers), strict=True):
+            if start < end:
+                self._works.append(group.broadcast([flat[start:end]], dist.BroadcastOptions()))
         return InBroadcast()
 
     def finish(self) -> None:
-        if self._work is not None:
-            work, self._work = self._work, None
+        works, self._works = self._works, []
+        for work in works:
             work.wait(timedelta(seconds=self._seconds))
 
     def end(self, version: int) -> None:
@@ -102,27 +127,40 @@ class BroadcastSender:
         self._buffers.clear()
 
     def close(self) -> None:
-        self._work = None
+        self._works = []
         self._buffers.clear()
-        _leave(self._group)
-        self._group = None
+        while self._groups:
+            leave_group(self._groups.pop())
 
     def take_remarks(self) -> list[Remark]:
         return []
 
     @property
     def _name(self) -> str:
-        return f"weights-{self._groups}"
+        return f"weights-{self._meetings}"
 
 
 class BroadcastReceiver:
-    def __init__(self, group: Any, seconds: float, device: torch.device) -> None:
+    def __init__(self, group: Any, seconds: float, device: torch.device, part: int, shards: Shards) -> None:
         self._group: Any = group
         self._seconds, self._device = seconds, device
+        self.part, self.shards = part, shards
+        self._flat: Tensor | None = None
+        self._work: Any = None
+
+    def begin(self, bucket: Bucket) -> None:
+        nbytes = read_bytes(bucket.tensors, self.shards)
+        self._flat = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        if nbytes:
+            self._work = self._group.broadcast([self._flat], dist.BroadcastOptions())
 
     def receive(self, bucket: Bucket) -> Tensor:
-        flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
-        self._group.broadcast([flat], dist.BroadcastOptions()).wait(timedelta(seconds=self._seconds))
+        del bucket
+        flat, work = self._flat, self._work
+        assert flat is not None
+        self._flat = self._work = None
+        if work is not None:
+            work.wait(timedelta(seconds=self._seconds))
         return flat
 
     def stripes(self, bucket: Bucket) -> Stripes:
@@ -132,11 +170,21 @@ class BroadcastReceiver:
     def end(self) -> None: ...
 
     def close(self) -> None:
-        _leave(self._group)
+        leave_group(self._group)
         self._group = None
 
 
-def _group(store: Store, name: str, rank: int, size: int, seconds: float, device: torch.device) -> Any:
+def _give(store: Store, key: str, value: object) -> None:
+    """Tell other processes. Equal shards of the same tensors are told by the same bytes."""
+    store.set(key, orjson.dumps(value).decode())
+
+
+def _taken(store: Store, key: str) -> Any:
+    """What another process tells, or will tell before the deadline."""
+    return orjson.loads(store.get(key))
+
+
+def form_group(store: Store, name: str, rank: int, size: int, seconds: float, device: torch.device) -> Any:
     """Form a process group outside of torch's default one. Blocks until all ranks have joined."""
     timeout = timedelta(seconds=seconds)
     prefixed = PrefixStore(name, store)
@@ -178,7 +226,7 @@ def _blocking_wait() -> Iterator[None]:
             os.environ[_BLOCKING_WAIT] = before
 
 
-def _leave(group: Any) -> None:
+def leave_group(group: Any) -> None:
     """Leave a group in any state: a collective that still waits ends with an error."""
     if group is not None and hasattr(group, "abort"):
         group.abort()

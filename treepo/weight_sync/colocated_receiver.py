@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treepo.weight_sync import device_memory
 from treepo.weight_sync.shared_memory import Report, ReportBox, map_bytes
-from treepo.weight_sync.wire import Bucket, Stripes, checksums
+from treepo.weight_sync.wire import Bucket, Reads, Shards, Stripes, checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ class ColocatedAddress:
     probe: Probe | None
     registers: bool
 
-    def join(self, rank: int, device: torch.device) -> "ColocatedReceiver":
+    def join(self, rank: int, device: torch.device, reads: Reads) -> "ColocatedReceiver":
+        del reads  # through host memory a rank copies no more than that anyway
         if socket.gethostname() != self.host:
             raise RuntimeError(
                 f"weights.transport = colocated: the trainer is on {self.host}, this engine on "
@@ -86,9 +87,14 @@ class ColocatedAddress:
 class ColocatedReceiver:
     """Copies a bucket from the GPU's memory, or maps each buffer in host memory once."""
 
+    part: int = 0
+    shards: Shards | None = None
+
     def __init__(self, device: torch.device, address: ColocatedAddress, rank: int) -> None:
         self._device, self._address, self._rank = device, address, rank
         self._mapped: dict[int, tuple[HostPlace, device_memory.Pinned]] = {}  # by slot
+
+    def begin(self, bucket: Bucket) -> None: ...
 
     def receive(self, bucket: Bucket) -> Tensor:
         """On the device; but in host memory if the engine has several ranks and needs slices of it."""
@@ -102,7 +108,7 @@ class ColocatedReceiver:
     def stripes(self, bucket: Bucket) -> Stripes:
         if isinstance(bucket.location, DevicePlace):
             return slice(None)
-        return slice(self._rank % len(bucket.checksums), None, self._address.ranks)
+        return slice(self._rank % len(bucket.checksums[0]), None, self._address.ranks)
 
     def end(self) -> None:
         if self._device.type == "cuda":

@@ -14,7 +14,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from treepo.weight_sync.wire import Bucket, Manifest, Remark, Stripes
+from treepo.weight_sync.wire import Bucket, Manifest, Reads, Remark, Shards, Stripes
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64",
@@ -32,8 +32,8 @@ class FileLocation:
 
 @dataclass(frozen=True, slots=True)
 class DiskAddress:
-    def join(self, rank: int, device: torch.device) -> "DiskReceiver":
-        del rank
+    def join(self, rank: int, device: torch.device, reads: Reads) -> "DiskReceiver":
+        del rank, reads
         return DiskReceiver(device)
 
 
@@ -52,7 +52,9 @@ class DiskSender:
     def addresses(self, ranks: Sequence[int]) -> list[DiskAddress]:
         return [DiskAddress()] * len(ranks)
 
-    def connect(self) -> None: ...
+    def connect(self, share: Manifest) -> list[None]:
+        del share
+        return [None]
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
         held = self._buffers.get(index % 2)
@@ -101,8 +103,13 @@ class DiskSender:
 
 
 class DiskReceiver:
+    part: int = 0
+    shards: Shards | None = None
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
+
+    def begin(self, bucket: Bucket) -> None: ...
 
     def receive(self, bucket: Bucket) -> Tensor:
         location = bucket.location

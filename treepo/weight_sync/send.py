@@ -1,12 +1,15 @@
 """The trainer's half of a weight sync: fill buckets, send them, and find out which engine failed.
 
-Runs on trainer rank 0, which has the joined tensors. While bucket k is sent and loaded, bucket k + 1 is
-filled in the other of two buffers: an update takes the memory of two buckets and of one joined tensor.
+Runs on every source (`treepo.weight_sync.lanes`). While bucket k is sent and loaded, bucket k + 1 is filled
+in the other of two buffers: an update takes the memory of two buckets and of one joined tensor. Twice in each
+round the lanes meet: when the last round has arrived everywhere, and when the next one has begun. The lane of
+rank 0 calls the engines, and tells the others at a meeting when to stop.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -15,26 +18,28 @@ import torch
 from torch import Tensor
 
 from treepo.config.weights import WeightsConfig
-from treepo.errors import EngineError, TransportError
+from treepo.errors import EngineError, TransportError, one_line
 from treepo.weight_sync.broadcast import BroadcastSender
 from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.disk import DiskSender
+from treepo.weight_sync.lanes import Round, Source
+from treepo.weight_sync.shards import part_bounds, pieces
 from treepo.weight_sync.wire import (
     Address,
     Bucket,
     Manifest,
     Remark,
     Sender,
+    Shards,
     TensorInfo,
     checksums,
-    plan_buckets,
 )
 
 _GRACE_SECONDS = 10.0  # an engine reports a missed deadline a little after it
 
 
 class WeightSink(Protocol):
-    """One engine, as the sending rank uses it. Calls return at once; their futures fail with EngineError."""
+    """One engine, as trainer rank 0 uses it. Calls return at once; their futures fail with EngineError."""
 
     @property
     def name(self) -> str: ...
@@ -46,15 +51,15 @@ class WeightSink(Protocol):
 
     @property
     def ranks(self) -> int:
-        """Tensor-parallel ranks of the engine. Each receives every bucket."""
+        """The engine's ranks. Each receives every bucket."""
         ...
 
-    def join(self, address: Address) -> "Future[None]":
-        """Connect every rank to the sender."""
+    def join(self, addresses: Sequence[Address]) -> "Future[None]":
+        """Connect every rank to the sender of each lane."""
         ...
 
-    def load(self, bucket: Bucket) -> "Future[None]":
-        """Receive a bucket and overwrite the weights in it."""
+    def load(self, buckets: Sequence[Bucket | None]) -> "Future[None]":
+        """Receive each lane's bucket of a round, None if it has none, and overwrite the weights in it."""
         ...
 
 
@@ -72,7 +77,7 @@ class Outcome:
 
 
 def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> Sender:
-    """The trainer's end of the configured transport.
+    """Open a trainer rank's end of the configured transport.
 
     out: the run folder. host: an address of this machine that the engines reach. seconds: deadline of a step.
     """
@@ -89,7 +94,7 @@ def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> 
 
 
 class WeightStream:
-    """Sends a model's tensors, update after update, to engines that may change in between.
+    """One source's lane, update after update, to engines that may change in between.
 
     size: bytes of a bucket. seconds: deadline of each step.
     """
@@ -97,111 +102,185 @@ class WeightStream:
     def __init__(self, sender: Sender, size: int, seconds: float) -> None:
         self._sender, self._size, self._seconds = sender, size, seconds
         self._joined: tuple[str, ...] = ()
+        self._readers: Sequence[Shards | None] = ()  # what each group of the engines' ranks reads
 
-    def send(
-        self,
-        tensors: Iterable[tuple[str, Tensor]],
-        manifest: Manifest,
-        version: int,
-        sinks: Sequence[WeightSink],
-    ) -> Outcome:
-        """Send every tensor once.
+    def send(self, source: Source, version: int, sinks: Sequence[WeightSink]) -> Outcome:
+        """Send every tensor of the lane once. It is called and returns in all lanes; the outcome is lane 0's.
 
-        `tensors` is always read to its end, because the trainer's other ranks send their shards of all
-        tensors. An engine that fails is left out from then on. If the transport is a collective, one failure
-        breaks it: nothing more is sent, and the engines that are not at fault must begin again. Raises
+        All rounds are read, because the trainer's ranks give each other their shards in every one. An engine
+        that fails is left out from then on. If the transport is a collective, one failure breaks it: nothing
+        more is sent in any lane, and the engines that are not at fault must begin again. Raises
         TransportError if the transport's folder cannot be written.
         """
-        source = iter(tensors)
+        rounds = source.rounds(self._size)
+        update = _Update(source, self._sender, self._seconds, sinks)
         try:
-            outcome = self._send(source, manifest, version, sinks)
+            self._send(update, rounds, version)
+        except _StoppedError:
+            self.close()
+            _drain(rounds)
         except BaseException as error:
             self.close()
-            for _ in source:
-                pass
+            if not update.in_collective:
+                update.stop(f"lane {update.lane}: {one_line(error) or type(error).__name__}")
+                _drain(rounds)
             if isinstance(error, OSError):  # a full disk, a read-only folder
                 raise TransportError(f"weights of version {version}: {error}") from error
             raise
-        assert next(source, None) is None, "more tensors than the manifest names"
-        return outcome
+        update.outcome.remarks += self._sender.take_remarks()
+        return update.outcome
 
     def _send(
-        self,
-        source: Iterator[tuple[str, Tensor]],
-        manifest: Manifest,
-        version: int,
-        sinks: Sequence[WeightSink],
-    ) -> Outcome:
-        outcome, live = Outcome(), {sink.name: sink for sink in sinks}
-        self._join(live, outcome)
-        travelling: Mapping[str, Future[None]] = {}
-        for index, planned in enumerate(plan_buckets(manifest, self._size)):
-            flat = self._sender.buffer(index, sum(tensor.nbytes for tensor in planned))
-            _fill(flat, planned, source)
-            sums = checksums(flat)
-            self._sender.filled(index, flat)
-            self._settle(travelling, live, outcome)
-            if not live or outcome.broken:
-                travelling = {}
-                continue
-            location = self._sender.start(index, flat, planned)
-            bucket = Bucket(planned, sums, location)
-            travelling = {name: sink.load(bucket) for name, sink in live.items()}
-        self._settle(travelling, live, outcome)
-        if live and not outcome.broken:
-            self._sender.end(version)
-        else:
-            self.close()
-        outcome.remarks += self._sender.take_remarks()
-        return outcome
+        self, update: "_Update", rounds: Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]], version: int
+    ) -> None:
+        self._join(update)
+        for index, (planned, tensors) in enumerate(update.rounds(rounds)):
+            bucket = self._filled(update, index, planned[update.lane], tensors)
+            update.settle()
+            update.load(bucket and self._started(index, *bucket))
+        update.settle()
+        self._sender.end(version)
+        update.meet()
 
     def close(self) -> None:
         """Release the transport. The next update opens it again."""
         self._joined = ()
         self._sender.close()
 
-    def _join(self, live: dict[str, WeightSink], outcome: Outcome) -> None:
-        keys = tuple(sink.key for sink in live.values())
-        if keys == self._joined:
+    def _join(self, update: "_Update") -> None:
+        """Connect the engines to every lane, unless all lanes have those of the last update."""
+        if not any(update.meet(update.keys != self._joined)):
             return
         self.close()
-        addresses = self._sender.addresses([sink.ranks for sink in live.values()])
-        joining = {
-            sink.name: sink.join(address) for sink, address in zip(live.values(), addresses, strict=True)
-        }
-        self._settle(joining, live, outcome, self._sender.connect)
-        if not outcome.failed and not outcome.broken:
-            self._joined = keys
+        self._readers = update.join()
+        if not update.outcome.failed:
+            self._joined = update.keys
 
-    def _settle(
-        self,
-        calls: Mapping[str, "Future[None]"],
-        live: dict[str, WeightSink],
-        outcome: Outcome,
-        ours: Callable[[], None] | None = None,
-    ) -> None:
-        """Wait for the trainer's end of the transport and for the engines' answers.
+    def _filled(
+        self, update: "_Update", index: int, mine: Manifest, tensors: Iterator[tuple[str, Tensor]]
+    ) -> tuple[Tensor, Manifest, tuple[tuple[int, ...], ...]] | None:
+        """Join this lane's tensors of a round into a buffer, and give the other lanes their shards."""
+        if not mine:
+            with update.collective():
+                assert next(tensors, None) is None
+            return None
+        bounds = part_bounds(mine, self._readers)
+        flat = self._sender.buffer(index, bounds[-1][1])
+        parts = [flat[start:end] for start, end in bounds]
+        with update.collective():
+            _fill(parts, mine, self._readers, tensors)
+        sums = tuple(map(checksums, parts))
+        self._sender.filled(index, flat)
+        return flat, mine, sums
 
-        Removes engines that failed from `live`.
-        """
-        if not calls:
-            return
+    def _started(self, index: int, flat: Tensor, mine: Manifest, sums: tuple[tuple[int, ...], ...]) -> Bucket:
+        return Bucket(mine, sums, self._sender.start(index, flat, mine))
+
+
+class _StoppedError(Exception):
+    """No lane sends any more in this update."""
+
+
+class _Update:
+    """One update as one lane sees it: what the lanes tell each other, and in lane 0 the engines.
+
+    in_collective: whether this rank is in a collective of the trainer's ranks; if that fails, nothing can be
+    agreed with them.
+    """
+
+    def __init__(self, source: Source, sender: Sender, seconds: float, sinks: Sequence[WeightSink]) -> None:
+        assert source.lane is not None
+        self.lane, self.outcome, self.in_collective = source.lane, Outcome(), False
+        self.keys = tuple(sink.key for sink in sinks)
+        self._source, self._sender, self._seconds = source, sender, seconds
+        self._ranks = [sink.ranks for sink in sinks]
+        self._live = {sink.name: sink for sink in sinks}
+        self._calls: Mapping[str, Future[None]] = {}  # to the engines; only in lane 0
+        self._travelling = False
+
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        self.in_collective = True
+        yield
+        self.in_collective = False  # not after a failure
+
+    def rounds[T](self, rounds: Iterator[T]) -> Iterator[T]:
+        """The same, each of which takes the trainer's ranks."""
+        while True:
+            with self.collective():
+                following = next(rounds, None)
+            if following is None:
+                return
+            yield following
+
+    def meet[T](self, said: T = None, stop: str | None = None) -> list[T]:
+        """What every lane says. If a lane says why to stop, all raise _StoppedError."""
+        with self.collective():
+            words = self._source.exchange((stop, said))
+        for lane, (reason, _) in enumerate(words):
+            if reason is not None:
+                if lane > 0:
+                    self.outcome.broken = self.outcome.broken or reason
+                raise _StoppedError
+        return [word for _, word in words]
+
+    def stop(self, reason: str) -> None:
+        """Tell the others, who wait for this lane, that it has failed."""
+        with suppress(_StoppedError):
+            self.meet(None, reason)
+
+    def join(self) -> Sequence[Shards | None]:
+        """Connect the engines to every lane. Returns what each group of their ranks reads of this lane."""
+        addresses = self.meet(self._sender.addresses(self._ranks))
+        if self.lane == 0:
+            self._calls = {
+                sink.name: sink.join(of_engine)
+                for sink, *of_engine in zip(self._live.values(), *addresses, strict=True)
+            }
+        readers: list[Shards | None] = []
+        self._settle(lambda: readers.extend(self._sender.connect(self._source.share)))
+        return readers
+
+    def load(self, bucket: Bucket | None) -> None:
+        """Have the engines receive the bucket that this lane has begun to send, and those of the others."""
+        buckets = self.meet(bucket)
+        self._travelling = True
+        if self.lane == 0:
+            self._calls = {name: sink.load(buckets) for name, sink in self._live.items()}
+
+    def settle(self) -> None:
+        """Wait until the last round is loaded everywhere."""
+        if self._travelling:
+            self._settle(self._sender.finish)
+
+    def _settle(self, ours: Callable[[], None]) -> None:
+        """Wait for this lane's end of the transport, the engines (in lane 0), and then the other lanes."""
         deadline = time.monotonic() + self._seconds + _GRACE_SECONDS
+        stop = None
         try:
-            (ours or self._sender.finish)()
+            ours()
         except RuntimeError as error:  # what torch's process groups raise
-            outcome.broken = f"the trainer's end of the transport: {error}"
+            stop = f"the trainer's end of the transport: {error}"
+        if self.lane == 0:
+            self.outcome.broken = stop
+            self._collect(deadline)
+            stop = self.outcome.broken or (None if self._live else "no engine is left")
+        self.meet(None, stop)
+
+    def _collect(self, deadline: float) -> None:
+        """Wait for the engines' answers, and remove engines that failed."""
+        calls, self._calls = self._calls, {}
         wait(calls.values(), timeout=max(0.0, deadline - time.monotonic()))
         for name, call in calls.items():
             failure = self._failure(call)
             if failure is None:
                 continue
             if self._sender.collective:
-                outcome.broken = outcome.broken or f"{name}: {failure}"
+                self.outcome.broken = self.outcome.broken or f"{name}: {failure}"
             # An engine that only lost a collective is not at fault: another one broke it.
             if not (self._sender.collective and isinstance(failure, TransportError)):
-                outcome.failed[name] = str(failure)
-                del live[name]
+                self.outcome.failed[name] = str(failure)
+                del self._live[name]
 
     def _failure(self, call: "Future[None]") -> EngineError | None:
         if not call.done():
@@ -212,15 +291,34 @@ class WeightStream:
         raise error
 
 
-def _fill(flat: Tensor, planned: Manifest, source: Iterator[tuple[str, Tensor]]) -> None:
-    """Write the next tensors of `source`, which must be the planned ones, into the bucket."""
-    start = 0
+def _drain(rounds: Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]]) -> None:
+    """Give the other lanes this rank's shards of all rounds that are left, and forget what it joins."""
+    for _, tensors in rounds:
+        for _ in tensors:
+            pass
+
+
+def _fill(
+    parts: Sequence[Tensor],
+    planned: Manifest,
+    readers: Sequence[Shards | None],
+    source: Iterator[tuple[str, Tensor]],
+) -> None:
+    """Write what each group of ranks reads of the tensors of `source`, which must be the planned ones."""
+    starts = [0] * len(parts)
     for info in planned:
         name, tensor = next(source)
         assert TensorInfo.of(name, tensor) == info, (name, tensor.shape, tensor.dtype, info)
-        part = flat[start : start + info.nbytes]
-        start += info.nbytes
-        if part.data_ptr() % tensor.dtype.itemsize == 0:
-            part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        else:
-            part.copy_(tensor.contiguous().flatten().view(torch.uint8))
+        for index, (part, shards) in enumerate(zip(parts, readers, strict=True)):
+            for piece in pieces(tensor, name, shards):
+                end = starts[index] + piece.nbytes
+                _write(part[starts[index] : end], piece)
+                starts[index] = end
+    assert next(source, None) is None, "more tensors than were planned"
+
+
+def _write(place: Tensor, piece: Tensor) -> None:
+    if place.data_ptr() % piece.dtype.itemsize == 0:
+        place.view(piece.dtype).view(piece.shape).copy_(piece)
+    else:
+        place.copy_(piece.contiguous().flatten().view(torch.uint8))

@@ -47,7 +47,7 @@ class ReceivingEngine(Protocol):
         ...
 
     def sink(self) -> WeightSink:
-        """The engine as the sending rank uses it; can be pickled to that rank's process."""
+        """The engine as trainer rank 0 uses it; can be pickled to that rank's process."""
         ...
 
     async def commit(self) -> None:

@@ -4,9 +4,8 @@ A bucket is one flat run of bytes: tensors one after another without padding, un
 Sender and receiver compute the same checksums over its stripes of 16 MiB. Sizes are in bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import ClassVar, Protocol
 
@@ -18,7 +17,7 @@ _FACTOR = 31
 _ROW = 512  # words that are summed before they are weighted: enough to run at memory bandwidth
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a model. dtype: torch's name, for example "bfloat16"."""
 
@@ -30,7 +29,7 @@ class TensorInfo:
     def of(cls, name: str, tensor: Tensor) -> "TensorInfo":
         return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         return prod(self.shape) * getattr(torch, self.dtype).itemsize
 
@@ -38,6 +37,15 @@ class TensorInfo:
 Manifest = tuple[TensorInfo, ...]
 """All tensors of a model, each once, in the order in which they are sent."""
 
+
+Box = tuple[tuple[int, int], ...]
+"""A range of a tensor's indices in each dimension: the first, and one past the last."""
+
+Shards = Mapping[str, tuple[Box, ...]]
+"""What a rank reads, by the name of the tensor: boxes that do not overlap, none if it skips the tensor."""
+
+Reads = Callable[[Manifest], Shards]
+"""Finds what a rank reads of some tensors."""
 
 Stripes = slice
 """Which stripes of a bucket to check."""
@@ -57,22 +65,39 @@ class Location(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A bucket as an engine learns of it. checksums: one for each stripe. location: for the receiver."""
+    """A bucket as an engine learns of it. checksums: of each part, one for each stripe. location: for the
+    receiver.
+
+    It has one part that all ranks read, or one for each group of ranks that read the same shards.
+    """
 
     tensors: Manifest
-    checksums: tuple[int, ...]
+    checksums: tuple[tuple[int, ...], ...]
     location: Location
 
     @property
     def nbytes(self) -> int:
+        """Of the whole tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class Receiver(Protocol):
-    """One engine rank's end of a transport."""
+    """One engine rank's end of a lane. part: which part of a bucket it receives. shards: what is in that
+    part; None for whole tensors.
+    """
+
+    @property
+    def part(self) -> int: ...
+    @property
+    def shards(self) -> Shards | None: ...
+
+    def begin(self, bucket: Bucket) -> None:
+        """Begin to receive, without waiting: several lanes send at the same time. Raises RuntimeError."""
+        ...
 
     def receive(self, bucket: Bucket) -> Tensor:
-        """uint8 [bytes], on the receiver's device or in host memory, valid until the next call.
+        """Wait for the bucket that was begun: uint8 [bytes], on the receiver's device or in host memory,
+        valid until the next bucket begins.
 
         Raises OSError, RuntimeError.
         """
@@ -90,15 +115,15 @@ class Receiver(Protocol):
 
 
 class Address(Protocol):
-    """How an engine reaches the sender. It is sent to each of the engine's ranks, which join it."""
+    """How an engine reaches the sender of one lane. It is sent to each of the engine's ranks, which join."""
 
-    def join(self, rank: int, device: torch.device) -> Receiver:
-        """Connect tensor-parallel rank `rank` of the engine to the sender."""
+    def join(self, rank: int, device: torch.device, reads: Reads) -> Receiver:
+        """Connect rank `rank` of the engine to the sender. reads: finds what its loader reads."""
         ...
 
 
 class Sender(Protocol):
-    """The trainer's end of a transport, on rank 0, which has the joined tensors.
+    """The trainer's end of a lane, on the rank that joins the lane's tensors.
 
     collective: whether all engines take part in one operation, so that one failure breaks it for all.
     """
@@ -109,8 +134,11 @@ class Sender(Protocol):
         """One address for each engine. ranks: number of ranks of each engine."""
         ...
 
-    def connect(self) -> None:
-        """Wait for the receivers, which join meanwhile. Raises RuntimeError at the deadline."""
+    def connect(self, share: Manifest) -> Sequence[Shards | None]:
+        """Wait for the receivers, which join meanwhile. share: the lane's tensors.
+
+        Returns what each group of ranks reads: the parts of a bucket. Raises RuntimeError at the deadline.
+        """
         ...
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
@@ -142,29 +170,22 @@ class Sender(Protocol):
         ...
 
 
-def plan_buckets(manifest: Manifest, size: int) -> list[Manifest]:
-    """Divide the tensors, in order, into buckets of at most `size` bytes, or of one larger tensor."""
-    buckets: list[list[TensorInfo]] = []
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+def plan_buckets[T: _Sized](parts: Sequence[T], size: int) -> list[tuple[T, ...]]:
+    """Divide tensors, in order, into buckets of at most `size` bytes, or of one larger tensor."""
+    buckets: list[list[T]] = []
     used = size
-    for tensor in manifest:
-        if used + tensor.nbytes > size:
+    for part in parts:
+        if used + part.nbytes > size:
             buckets.append([])
             used = 0
-        buckets[-1].append(tensor)
-        used += tensor.nbytes
+        buckets[-1].append(part)
+        used += part.nbytes
     return [tuple(bucket) for bucket in buckets]
-
-
-def views(flat: Tensor, tensors: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a bucket's bytes, with their names. Only a tensor that is not aligned is copied."""
-    start = 0
-    for tensor in tensors:
-        dtype = getattr(torch, tensor.dtype)
-        part = flat[start : start + tensor.nbytes]
-        if part.data_ptr() % dtype.itemsize:
-            part = part.clone()
-        yield tensor.name, part.view(dtype).view(tensor.shape)
-        start += tensor.nbytes
 
 
 def checksums(flat: Tensor, stripes: Stripes = slice(None)) -> tuple[int, ...]:

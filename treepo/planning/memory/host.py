@@ -83,7 +83,8 @@ def _node(config: RunConfig, ranks: Sequence[Memory]) -> Memory:
 
 
 def _outgoing(config: RunConfig, folder: Path) -> float:
-    """The most that rank 0 holds of weights that leave it: buckets for the engines, or one exported file."""
+    """The most that a node holds of weights that leave it: buckets of its sources, or one exported file."""
     on_host = config.weights.transport != "broadcast"
-    buckets = bucket_bytes(config, planned_architecture(folder)) if on_host else 0.0
+    here = ranks_per_node(config, config.trainer.parallel.ranks)
+    buckets = sum(bucket_bytes(config, planned_architecture(folder))[:here]) if on_host else 0.0
     return max(buckets, min(exported_bytes(config, folder), SHARD_BYTES))

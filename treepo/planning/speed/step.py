@@ -12,8 +12,8 @@ No phase was compared with a GPU. Counted are:
 - Of a context group's ranks, the one whose slices have the most pairs.
 - Gradients and parameters between replicas, and the optimizer's passes over its state.
 - If the run is asynchronous or oversamples, what overlaps (`speed/loop.py`).
-- The weight sync. Rank 0 gathers bucket k + 1 while bucket k travels and is loaded (docs/weights.md), so the
-  slower side sets the pace, and the faster one is waited for once.
+- The weight sync. Sources gather bucket k + 1 while bucket k travels and is loaded (docs/weights.md), so the
+  slower side sets the pace, and the faster one is waited for once. Lanes count as equal.
 
 Left out: traffic between pipeline stages, grading (it runs during sampling), checkpoints.
 """
@@ -32,7 +32,7 @@ from treepo.planning.memory.adapters import adapter_count
 from treepo.planning.memory.engine_shard import engine_shard
 from treepo.planning.memory.parts import element_bytes
 from treepo.planning.memory.trainer import offloaded_bytes
-from treepo.planning.memory.weight_sync import bucket_bytes, sent_bytes
+from treepo.planning.memory.weight_sync import bucket_bytes, sent_bytes, sources
 from treepo.planning.nodes import footprint, link_rate, shares_devices
 from treepo.planning.simulation.loop import LoopTime
 from treepo.planning.speed.flops import forward_flops
@@ -224,9 +224,10 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
     whole = sent_bytes(config, folder)
     send, load, way = _send_and_load(config, whole)
     send += _gather_seconds(config, whole)
-    bucket = bucket_bytes(config, planned_architecture(folder)) / 2 / whole
+    bucket = sum(bucket_bytes(config, planned_architecture(folder))) / 2 / whole
     seconds = max(send, load) + bucket * min(send, load)
-    note = f"{whole / 1e9:.1f} GB over {way}: gathered and written in {send:.1f} s, read in {load:.1f} s"
+    count = f"{whole / 1e9:.1f} GB from {sources(config)} ranks"
+    note = f"{count} over {way}: gathered and written in {send:.1f} s, read in {load:.1f} s"
     if shares_devices(config):
         shard = engine_shard(planned_architecture(folder), config.engine.tensor)
         # SGLang offloads to pinned memory.
@@ -241,40 +242,46 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
 
 
 def _send_and_load(config: RunConfig, whole: float) -> tuple[float, float, str]:
-    """Seconds on rank 0, seconds on the engines after that, and the way in words.
+    """Seconds on each source, seconds on the engines after that, and the way in words.
 
-    `colocated` on GPUs: every engine rank reads all bytes from rank 0's device, which serves those of other
-    devices over one link. Buckets on the host are in pageable memory.
+    `colocated` on GPUs: every engine rank reads all bytes, from each source's device its lane; the devices
+    serve those of other devices over one link each. A broadcast carries to a rank of an engine its part of
+    the bytes; experts and replicated tensors count as if they were divided too. Buckets on the host are in
+    pageable memory.
     """
     link = device(config.plan.device).link
     on_gpu = config.plan.device != "cpu"
+    lane = whole / sources(config)
+    slowest = max(lane, whole / config.engine.tensor)  # over the link of a source, and of an engine rank
     to_host, from_host = whole / (TO_HOST if on_gpu else link), whole / (FROM_HOST if on_gpu else link)
     match config.weights.transport:
         case "colocated" if on_gpu:
             elsewhere = config.engine.count * config.engine.tensor - 1
             copied = 2 * whole / device(config.plan.device).memory_bandwidth  # read and written
-            return copied, max(copied, elsewhere * whole / link), "CUDA IPC"
+            reading = max(elsewhere * lane, whole if elsewhere else 0.0) / link
+            return copied * lane / whole, max(copied, reading), "CUDA IPC"
         case "colocated":
             return to_host, from_host, "the host's memory"
         case "disk":
             return to_host + whole / FILE_SYSTEM, whole / FILE_SYSTEM, "a shared file system"
         case "host_broadcast":
-            hops = ceil(log2(1 + config.engine.count * config.engine.tensor))
-            return to_host, hops * whole / GLOO, f"gloo in {hops} hops"
+            hops = ceil(log2(1 + config.engine.count))  # of a group: a rank of each engine
+            return to_host * lane / whole, hops * slowest / GLOO, f"gloo in {hops} hops"
         case "broadcast" if footprint(config).nodes > 1:
-            return 0.0, whole / (config.plan.network_gb_per_second * 1e9), "the network"
+            return 0.0, slowest / (config.plan.network_gb_per_second * 1e9), "the network"
         case "broadcast":
-            return 0.0, whole / link, "links within the node"
+            return 0.0, slowest / link, "links within the node"
 
 
 def _gather_seconds(config: RunConfig, whole: float) -> float:
-    """Rank 0 receives what it lacks from the other ranks of its replica, one after another.
+    """A source receives what it lacks of its lane from the other ranks of its replica, one after another.
 
-    Experts count as if the replica had them all, although some may come from other replicas.
+    Experts count as if the replica had them all, although some may come from other replicas. A stage has a
+    source unless there are more stages than sources.
     """
-    parallel = config.trainer.parallel
-    owned = whole / (parallel.tensor * parallel.pipeline)
-    same_stage = owned * (parallel.tensor - 1)
-    other_stages = whole - owned - same_stage
+    parallel, count = config.trainer.parallel, sources(config)
+    own_stage = min(count / parallel.pipeline, 1.0)
+    same_stage = whole / count * own_stage * (parallel.tensor - 1) / parallel.tensor
+    other_stages = whole / count * (1 - own_stage)
     # Ranks are numbered tensor, context, data, pipeline: the last stage is that far away.
     return same_stage / device(config.plan.device).link + other_stages / link_rate(config, parallel.ranks)
