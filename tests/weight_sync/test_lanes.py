@@ -171,6 +171,20 @@ def test_a_lane_that_fails_ends_the_update_in_all(
     assert_have(sinks, model)
 
 
+def test_each_lane_s_remarks_reach_the_log_once(make_streams, sinks) -> None:
+    streams = make_streams("colocated")
+    for lane, stream in enumerate(streams):
+        sender: Any = stream._sender
+        sender._remark(20, "slowly")
+        sender._remark(20, f"from lane {lane}")
+    outcome, *_ = send_in_lanes(streams, thread_sources(random_model(0), LANES), sinks)
+    assert isinstance(outcome, Outcome)
+    texts = [remark.text for remark in outcome.remarks]
+    assert texts == [
+        f"weights travel {said}" for said in ("slowly", *(f"from lane {i}" for i in range(LANES)))
+    ]
+
+
 def test_a_lane_s_transport_that_breaks_is_no_engine_s_fault(
     make_streams, sinks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

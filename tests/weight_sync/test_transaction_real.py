@@ -31,6 +31,7 @@ from treepo.learning.packing import Pack, pack_trees
 from treepo.protocols import GenerateRequest, MiniBatch
 from treepo.rollout.stopping import StopRule
 from treepo.tree import PROMPT, Finish, Leaf, Segment, Stop, Tree, Verdict
+from treepo.weight_sync.shards import read_bytes
 from treepo.weight_sync.transaction import update_weights
 from treepo.weight_sync.wire import Bucket
 
@@ -115,6 +116,12 @@ class SwitchingRank(TrainerRank):
             self._stream.close()
             self._stream = None
 
+    def shares(self) -> list[float]:
+        """The share of this lane's bytes that each group of engine ranks reads, by `broadcast`."""
+        share = self._trainer.weight_source().share
+        assert self._stream is not None
+        return [read_bytes(share, shards) / read_bytes(share, None) for shards in self._stream._readers]
+
     def pid(self) -> int:
         return os.getpid()
 
@@ -180,6 +187,11 @@ async def _scenario(folder: Path, config: RunConfig, transports: Sequence[Transp
             await take_step(trainer)
             assert await update_weights(trainer, engines, version, 60) == {}
             await assert_serve(engines, version, trainer, old)
+            if transport == "broadcast":
+                for rank in trainer._ranks:  # each has a lane, and each rank of an engine reads its part
+                    shares = await rank.shares.remote()
+                    assert len(shares) == config.engine.tensor
+                    assert max(shares) < 1.2 / config.engine.tensor
 
         dying = engines[1].actor
         await dying.at_second_bucket_kill.remote(*await dying.children.remote())

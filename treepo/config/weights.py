@@ -18,8 +18,9 @@ class WeightsConfig(Section):
     """What engines get of a run with `trainer.lora`. `merged`: whole weights, the adapters added to them.
     `adapter`: the adapters alone; engines serve `model.path` with them beside its weights (SGLang's LoRA)."""
     bucket_mb: int = Field(default=256, ge=1)
-    """MiB of one bucket of weights; a larger tensor is a bucket of its own. Two buckets are in memory, with
-    `colocated` and `broadcast` on GPUs in that of the trainer's GPU."""
+    """MiB of weights that an engine rank receives at a time: a bucket from each sending trainer rank. A
+    larger parameter is a bucket of its own. Each sending rank holds two of its buckets, with `colocated` and
+    `broadcast` on GPUs in the GPU's memory."""
     folder: PathField | None = None
     """Where `disk` writes versions; null means `weights/` in the run folder."""
     keep: int = Field(default=2, ge=1)

@@ -119,6 +119,7 @@ class WeightStream:
         except _StoppedError:
             self.close()
             _drain(rounds)
+            update.remark(self._sender.take_remarks())
         except BaseException as error:
             self.close()
             if not update.in_collective:
@@ -127,7 +128,6 @@ class WeightStream:
             if isinstance(error, OSError):  # a full disk, a read-only folder
                 raise TransportError(f"weights of version {version}: {error}") from error
             raise
-        update.outcome.remarks += self._sender.take_remarks()
         return update.outcome
 
     def _send(
@@ -140,7 +140,8 @@ class WeightStream:
             update.load(bucket and self._started(index, *bucket))
         update.settle()
         self._sender.end(version)
-        update.meet()
+        for remarks in update.meet(self._sender.take_remarks()):
+            update.remark(remarks)
 
     def close(self) -> None:
         """Release the transport. The next update opens it again."""
@@ -223,6 +224,10 @@ class _Update:
                     self.outcome.broken = self.outcome.broken or reason
                 raise _StoppedError
         return [word for _, word in words]
+
+    def remark(self, remarks: Sequence[Remark]) -> None:
+        """Keep what a lane's transport has to say, once if several say the same."""
+        self.outcome.remarks += [one for one in remarks if one not in self.outcome.remarks]
 
     def stop(self, reason: str) -> None:
         """Tell the others, who wait for this lane, that it has failed."""
