@@ -50,7 +50,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
 def test_an_engine_gives_up_its_earlier_devices_before_it_waits(
     ray: Ray, caplog: pytest.LogCaptureFixture
 ) -> None:
-    devices = EngineDevices([{"num_cpus": 1, "num_gpus": 1}], may_move=True, seconds=9)
+    devices = EngineDevices([[{"num_cpus": 1, "num_gpus": 1}]], may_move=True, seconds=9)
     asyncio.run(devices.find(0))
     ray.node, ray.living = "b", {"b"}
     asyncio.run(devices.find(0))

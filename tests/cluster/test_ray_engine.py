@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from treepo.cluster import ray_engine
+from treepo.cluster import engine_share
 from treepo.cluster.ray_engine import HostedEngine, RayEngine, RaySink, engine_seed
 from treepo.config.engine import EngineConfig
 from treepo.errors import ActorError, DeadEngineError, EngineError, ModelError, TransportError, TreepoError
@@ -123,7 +123,7 @@ def test_an_engine_that_does_not_close_is_killed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     killed: list[object] = []
-    monkeypatch.setattr(ray_engine.ray, "kill", killed.append)
+    monkeypatch.setattr(engine_share.ray, "kill", killed.append)
     for error in (KeyError("a bug"), EngineError("SGLang does not end"), TimeoutError()):
         engine = RayEngine("engine 3", FailingActor(in_task(error)), ranks=1)
         engine._started = True

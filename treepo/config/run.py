@@ -224,6 +224,12 @@ class RunConfig(Section):
                 f"save_routes = true with trainer.routing_replay = {self.trainer.routing_replay}: trees have "
                 "no routes then; rollout is allowed, or save_routes = false"
             )
+        if self.samples_routes and self.engine.pipeline > 1:
+            raise ValueError(
+                f"trainer.routing_replay = rollout with engine.pipeline = {self.engine.pipeline}: SGLang "
+                "returns the experts of the first stage's layers alone; none and trainer are allowed, or "
+                "engine.pipeline = 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,146 @@
+"""Real engines whose ranks are arranged in other ways than tensor-parallel ranks of one node.
+
+Each serves the reference's log-probs before and after a weight sync, which reaches every rank. An engine over
+two nodes is one over two processes here, which meet at a loopback address.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from tests.support.real_engine import RealEngine
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-5  # as in test_engine.py
+
+
+def dense(folder: Path) -> None:
+    from tests.support.real_engine import write_model
+
+    write_model(folder)
+
+
+def tied(folder: Path) -> None:
+    """The last stage's output layer is the first stage's embedding."""
+    from tests.support.tiny import write_tiny_qwen2
+
+    write_tiny_qwen2(folder, initializer_range=0.12, tie_word_embeddings=True, num_hidden_layers=3)
+
+
+def mixture(folder: Path) -> None:
+    """On a CPU SGLang serves experts of a multiple of 32 rows a rank."""
+    from tests.support.tiny import write_tiny_qwen3_moe
+
+    sizes = {"moe_intermediate_size": 64, "mlp_only_layers": [], "num_hidden_layers": 2}
+    write_tiny_qwen3_moe(folder, vocab_size=128, initializer_range=0.12, **sizes)
+
+
+@contextmanager
+def started(
+    folder: Path, write: Callable[[Path], None], **settings: Any
+) -> "Iterator[tuple[RealEngine, Connection | None]]":
+    """The engine, and the connection of its other share if it has one."""
+    from tests.support.real_engine import start
+    from tests.support.share_process import further_share
+
+    write(folder)
+    with ExitStack() as stack:
+        place, other = {}, None
+        if settings.get("nodes", 1) > 1:
+            place, other = stack.enter_context(further_share(folder, **settings))
+        runner = stack.enter_context(asyncio.Runner())
+        real = start(folder, runner.get_loop(), **place, **settings)
+        stack.callback(real.engine.close)
+        yield real, other
+
+
+def check(real: "RealEngine", version: int) -> None:
+    """Requests at once, of which some share a prefix, have the reference's log-probs."""
+    from tests.support.real_engine import request
+
+    rng = np.random.default_rng(version)
+    contexts = [rng.integers(4, 128, 20 + n).astype(np.int32) for n in range(6)]
+    contexts += [np.concatenate([contexts[0], context[:5]]) for context in contexts[1:3]]
+
+    async def together() -> list[Any]:
+        work = (real.engine.generate(request(context, max_tokens=24)) for context in contexts)
+        return await asyncio.wait_for(asyncio.gather(*work), 120)
+
+    for context, output in zip(contexts, real.run(together()), strict=True):
+        assert output.version == version
+        expected = real.log_probs(context, output.tokens, 1.0)
+        np.testing.assert_allclose(output.log_probs, expected, atol=TOLERANCE)
+        whole = np.concatenate([context, output.tokens])
+        computed = real.run(real.engine.log_probs(whole))[len(context) - 1 :]
+        np.testing.assert_allclose(computed, expected, atol=TOLERANCE)
+
+
+def changed(real: "RealEngine") -> dict[str, torch.Tensor]:
+    """New weights under the names that a trainer sends: a tied output layer is not among them."""
+    from tests.support.real_engine import perturbed
+
+    tensors = perturbed(real.reference)
+    if real.reference.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight")
+    return tensors
+
+
+async def broadcast(real: "RealEngine", tensors: dict[str, torch.Tensor]) -> None:
+    """Update by a broadcast over gloo, in which all ranks take part at once."""
+    from tests.support.real_engine import manifest
+    from treepo.data.daemon_thread import in_thread
+    from treepo.weight_sync.broadcast import BroadcastSender
+    from treepo.weight_sync.wire import Bucket, checksums, views
+
+    engine, infos = real.engine, manifest(tensors)
+    await engine.begin(engine.version + 1, infos)
+    sender = BroadcastSender(torch.device("cpu"), "127.0.0.1", 60)
+    (address,) = sender.addresses([engine._sglang.ranks])
+    await asyncio.gather(engine.join(address), in_thread(sender.connect))
+    flat = sender.buffer(0, sum(info.nbytes for info in infos))
+    for name, view in views(flat, infos):
+        view.copy_(tensors[name])
+    bucket = Bucket(infos, checksums(flat), sender.start(0, flat, infos))
+    await asyncio.gather(engine.load(bucket), in_thread(sender.finish))
+    await engine.commit()
+    sender.close()
+
+
+@pytest.mark.parametrize(
+    ("write", "settings"),
+    [
+        (tied, {"pipeline": 2}),
+        (mixture, {"tensor": 2, "expert": 2}),
+        (dense, {"tensor": 2, "nodes": 2}),
+        (mixture, {"pipeline": 2, "nodes": 2}),
+    ],
+    ids=["stages", "experts", "a layer over two nodes", "stages on two nodes"],
+)
+def test_all_ranks_serve_the_references_log_probs_and_take_new_weights(
+    tmp_path: Path, write: Callable[[Path], None], settings: dict[str, Any]
+) -> None:
+    with started(tmp_path, write, **settings) as (real, other):
+        check(real, 0)
+        real.update(changed(real))  # through memory that all ranks of this machine map
+        check(real, 1)
+        tensors = changed(real)
+        real.run(broadcast(real, tensors))
+        real.reference.load_state_dict(tensors, strict=False)
+        check(real, 2)
+        if other is not None:
+            assert other.poll(60)
+            (rank,) = other.recv()
+            os.kill(rank, signal.SIGKILL)  # the first share's ranks cannot answer without it
+            assert real.run(asyncio.wait_for(real.engine.died(), 60))
