@@ -29,7 +29,7 @@ class Receipts:
         return cls(store.add(_NUMBER, 1), ranks)
 
     def write(self, store: Store, rank: int, report: Report) -> None:
-        store.set(self._key(rank), pickle.dumps(report))
+        store.set(self._key(rank), pickle.dumps(report).hex())  # a text, to torch's declared type
 
     async def check(self, store: Store) -> None:
         """Wait for all reports, and raise the failure of the first rank that has one: TransportError or
@@ -38,7 +38,7 @@ class Receipts:
         keys = [self._key(rank) for rank in range(self.ranks)]
         while not store.check(keys):
             await asyncio.sleep(_LOOK_SECONDS)
-        reports: list[Report] = [pickle.loads(store.get(key)) for key in keys]
+        reports: list[Report] = [pickle.loads(bytes.fromhex(store.get(key).decode())) for key in keys]
         for key in keys:
             store.delete_key(key)
         for rank, report in enumerate(reports):

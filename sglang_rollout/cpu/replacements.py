@@ -116,6 +116,18 @@ def add_shared_expert(hidden: Tensor, gate: Tensor, shared: Tensor, output: Tens
     output.addcmul_((hidden @ gate).sigmoid()[:, None], shared)
 
 
+def own_experts(
+    layer: Any, hidden: Tensor, choice: Any, config: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook before `moe_forward_native`, which indexes with the number of each token's experts.
+
+    Another rank's expert has the number -1 here: the token goes to this rank's first expert, with weight 0.
+    """
+    mine = choice.topk_ids >= 0
+    choice = choice._replace(topk_ids=choice.topk_ids.clamp(min=0), topk_weights=choice.topk_weights * mine)
+    return (layer, hidden, choice, config), {}
+
+
 def make_host_cache(cache: Any, num_tokens: int, num_layers: int, topk_size: int, name: str) -> None:
     """The record of experts for each KV slot: SGLang's own pins its memory for copies from a GPU."""
     cache.buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)

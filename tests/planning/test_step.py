@@ -9,9 +9,10 @@ import pytest
 from megatron_bridge.architecture import read_architecture
 from tests.support.naive_batching import StatedRates
 from tests.support.plan_configs import config, engine
+from treepo.config.engine import EngineConfig
 from treepo.config.run import RunConfig
 from treepo.planning.hardware import device
-from treepo.planning.memory.engine_shard import engine_shard
+from treepo.planning.memory.engine_shard import engine_shards
 from treepo.planning.memory.trainer import parameter_count
 from treepo.planning.simulation.rates import Prefill
 from treepo.planning.simulation.workload import workload
@@ -26,7 +27,13 @@ def test_passes_take_longer_the_more_they_do(qwen2: Path, moe: Path) -> None:
         architecture = read_architecture(folder)
         rates = {
             tensor: DeviceRates(
-                device("h100"), architecture, engine_shard(architecture, tensor), tensor, value_bytes=2
+                device("h100"),
+                architecture,
+                tuple(engine_shards(architecture, EngineConfig(tensor=tensor))),
+                tensor,
+                value_bytes=2,
+                link=1e9,
+                hop=1e9,
             )
             for tensor in (1, 2)
         }

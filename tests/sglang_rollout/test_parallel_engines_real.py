@@ -17,8 +17,6 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     from tests.support.real_engine import RealEngine
 
 pytestmark = pytest.mark.slow
@@ -50,7 +48,7 @@ def mixture(folder: Path) -> None:
 @contextmanager
 def started(
     folder: Path, write: Callable[[Path], None], **settings: Any
-) -> "Iterator[tuple[RealEngine, Connection | None]]":
+) -> "Iterator[tuple[RealEngine, Any]]":
     """The engine, and the connection of its other share if it has one."""
     from tests.support.real_engine import start
     from tests.support.share_process import further_share

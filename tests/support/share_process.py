@@ -4,7 +4,6 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from treepo.config.engine import EngineConfig
 
 
 @contextmanager
-def further_share(folder: Path, **settings: Any) -> Iterator[tuple[dict[str, Any], Connection]]:
+def further_share(folder: Path, **settings: Any) -> Iterator[tuple[dict[str, Any], Any]]:
     """Start share 1 of an engine with these keys of `EngineConfig`.
 
     Gives what the first share needs to meet it, and a connection: receive the ids of its processes from it,
@@ -35,7 +34,7 @@ def further_share(folder: Path, **settings: Any) -> Iterator[tuple[dict[str, Any
         process.kill()
 
 
-def _serve(connection: Connection, folder: Path, settings: dict[str, Any], meeting: Meeting) -> None:
+def _serve(connection: Any, folder: Path, settings: dict[str, Any], meeting: Meeting) -> None:
     """Run the share until the other end of the connection is closed."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)

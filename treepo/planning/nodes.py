@@ -67,6 +67,16 @@ def link_rate(config: RunConfig, ranks: int) -> float:
     return config.plan.network_gb_per_second * 1e9
 
 
+def engine_link_rate(config: RunConfig, ranks: int) -> float:
+    """Bytes per second between `ranks` consecutive ranks of an engine."""
+    layout, hardware = run_layout(config), device(config.plan.device)
+    if config.plan.device != "cpu":
+        layout = divided(layout, [Node("0", "node 0", cpus=0, gpus=config.plan.devices_per_node)])
+        if ranks > layout.share:
+            return config.plan.network_gb_per_second * 1e9
+    return hardware.link
+
+
 def transport_problem(config: RunConfig, footprint: Footprint) -> str | None:
     """Why `weights.transport` cannot reach the engines on these nodes, in one line; None if it can."""
     shared = shares_devices(config)

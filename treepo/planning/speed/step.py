@@ -24,10 +24,11 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_bridge.architecture import Architecture
+from treepo.config.engine import EngineConfig
 from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import FILE_SYSTEM, FROM_HOST, GLOO, TO_HOST, device
-from treepo.planning.memory.engine_shard import engine_shard
+from treepo.planning.memory.engine_shard import engine_shards
 from treepo.planning.memory.parts import element_bytes
 from treepo.planning.memory.trainer import offloaded_bytes
 from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
@@ -194,7 +195,7 @@ def _sending_seconds(config: RunConfig, architecture: Architecture) -> float:
 def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
     """Gradients to the ranks that own them, Adam, parameters back; once a mini-batch."""
     parallel, hardware = config.trainer.parallel, device(config.plan.device)
-    shard, steps = engine_shard(architecture, 1), config.learning.mini_batches
+    (shard,), steps = engine_shards(architecture, EngineConfig()), config.learning.mini_batches
     dense = (shard.parameters - shard.experts) / (parallel.tensor * parallel.pipeline)
     experts = shard.experts / (parallel.expert * parallel.pipeline)
     owners, expert_owners = parallel.data * parallel.context, parallel.stage_ranks / parallel.expert
@@ -219,10 +220,10 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
     seconds = max(send, load) + bucket * min(send, load)
     note = f"{whole / 1e9:.1f} GB over {way}: gathered and written in {send:.1f} s, read in {load:.1f} s"
     if shares_devices(config):
-        shard = engine_shard(planned_architecture(folder), config.engine.tensor)
+        shards = engine_shards(planned_architecture(folder), config.engine)
         # SGLang offloads to pinned memory.
         pinned = device(config.plan.device).pinned
-        moved = 2 * shard.parameters * element_bytes(config) / pinned
+        moved = 2 * max(shard.parameters for shard in shards) * element_bytes(config) / pinned
         note += f"; engines' weights to the host and back {moved:.1f} s"
         offloaded = 2 * offloaded_bytes(config, folder) / pinned
         if offloaded:
@@ -242,7 +243,7 @@ def _send_and_load(config: RunConfig, whole: float) -> tuple[float, float, str]:
     to_host, from_host = whole / (TO_HOST if on_gpu else link), whole / (FROM_HOST if on_gpu else link)
     match config.weights.transport:
         case "colocated" if on_gpu:
-            elsewhere = config.engine.count * config.engine.tensor - 1
+            elsewhere = config.engine.count * config.engine.ranks - 1
             copied = 2 * whole / device(config.plan.device).memory_bandwidth  # read and written
             return copied, max(copied, elsewhere * whole / link), "CUDA IPC"
         case "colocated":
@@ -250,7 +251,7 @@ def _send_and_load(config: RunConfig, whole: float) -> tuple[float, float, str]:
         case "disk":
             return to_host + whole / FILE_SYSTEM, whole / FILE_SYSTEM, "a shared file system"
         case "host_broadcast":
-            hops = ceil(log2(1 + config.engine.count * config.engine.tensor))
+            hops = ceil(log2(1 + config.engine.count * config.engine.ranks))
             return to_host, hops * whole / GLOO, f"gloo in {hops} hops"
         case "broadcast" if footprint(config).nodes > 1:
             return 0.0, whole / (config.plan.network_gb_per_second * 1e9), "the network"
