@@ -64,7 +64,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
             HookType.REPLACE,
         )
         HookRegistry.register(
-            "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", own_experts, HookType.BEFORE
+            "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", own_experts, HookType.AROUND
         )
         HookRegistry.register(
             "sglang.srt.state_capturer.base.BaseHostCache.__init__", make_host_cache, HookType.REPLACE

@@ -135,6 +135,21 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
             ["save_routes=true", "trainer.routing_replay=trainer"],
             "save_routes = true with trainer.routing_replay = trainer: trees have no routes then; rollout is",
         ),
+        (
+            MINIMAL,
+            ["engine.pipeline=2", "trainer.routing_replay=rollout"],
+            "engine.pipeline = 2: SGLang returns the experts of the first stage's layers alone; none and",
+        ),
+        (
+            MINIMAL,
+            ["engine.tensor=8", "engine.expert=3"],
+            "engine.expert = 3 does not divide engine.tensor = 8; 1, 2, 4, 8 are allowed",
+        ),
+        (
+            MINIMAL,
+            ["engine.tensor=2", "engine.pipeline=3", "engine.nodes=2"],
+            "engine.tensor x engine.pipeline = 2 x 3 ranks can be divided over 1, 3, 6 nodes: whole",
+        ),
         ("steps: 3\n", [], "model: required, but not given"),
         ("- a\n", [], "expected a mapping of keys, found list"),
         ("a: [1,\n", [], "not YAML"),

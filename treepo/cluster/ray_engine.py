@@ -176,7 +176,7 @@ class RayEngine(Share):
 
     async def wait_for_death(self) -> str:
         """Return the reason once any share has died: the others cannot answer without it."""
-        waits = (super().wait_for_death(), *(share.wait_for_death() for share in self._further))
+        waits = (super().wait_for_death(), *map(_named_death, enumerate(self._further, start=1)))
         deaths = [asyncio.ensure_future(wait) for wait in waits]
         try:
             done, _ = await asyncio.wait(deaths, return_when=asyncio.FIRST_COMPLETED)
@@ -208,6 +208,11 @@ class RayEngine(Share):
 
     def sink(self) -> "RaySink":
         return RaySink(self.name, self.actor._actor_id.hex(), self._ranks, self.actor)
+
+
+async def _named_death(numbered: tuple[int, Share]) -> str:
+    number, share = numbered
+    return f"share {number}: {await share.wait_for_death()}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ class EngineConfig(Section):
     pipeline: int = Field(default=1, ge=1)
     """Stages of one engine, each of `tensor` ranks with an equal part of the layers."""
     expert: int = Field(default=1, ge=1)
-    """Parts into which each layer's experts are dealt out; `tensor` / `expert` ranks share each part. Must
-    divide `tensor`."""
+    """Parts into which a mixture's experts are dealt out, in each layer; `tensor` / `expert` ranks share a
+    part. Must divide `tensor`."""
     nodes: int | None = Field(default=None, ge=1)
     """Nodes over which the ranks of one engine are divided evenly. By default as few as have enough GPUs, and
     one without GPUs."""
