@@ -189,6 +189,7 @@ def test_a_refusal_shows_the_arithmetic() -> None:
         (Layout("colocated", 8, 4, 2, 4), cluster(8), True),
         (Layout("colocated", 16, 4, 4, 4), cluster(8, 8), False),
         (Layout("colocated", 16, 4, 2, 4), cluster(8, 8), True),  # the other node's ranks have no engine
+        (Layout("colocated", 16, 4, 1, 8, 2), cluster(8, 8), False),  # an engine of two nodes
         (Layout("split", 4, 4, 1, 4), cluster(8), True),
         (Layout("split", 8, 8, 1, 8), cluster(8, 8), False),
     ],

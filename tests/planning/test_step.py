@@ -46,6 +46,32 @@ def test_passes_take_longer_the_more_they_do(qwen2: Path, moe: Path) -> None:
         assert reading[0] == pytest.approx(2 * reading[1])
 
 
+def test_stages_work_at_the_same_time(qwen2: Path) -> None:
+    """Two stages that read half of the weights and of the cache each: a step of many requests takes as long
+    to read the weights, half as long to read the cache and to compute, and twice the constant.
+    """
+    architecture = read_architecture(qwen2)
+    one, two = (
+        DeviceRates(
+            device("h100"),
+            architecture,
+            tuple(engine_shards(architecture, EngineConfig(pipeline=stages))),
+            tensor=1,
+            value_bytes=2,
+            link=1e9,
+            hop=float("inf"),
+        )
+        for stages in (1, 2)
+    )
+    kv = np.array([0, 10**6, 2 * 10**6])
+    reading = [np.diff(rates.decode(64, kv)) for rates in (one, two)]
+    assert reading[0] == pytest.approx(2 * reading[1])
+    assert two._fixed_seconds(32) == one._fixed_seconds(64)
+    constant, batch = device("h100").pass_seconds, Prefill(1, 10**7, 10**7, 10**7)
+    computing = one.prefill(batch) - constant, two.prefill(batch) - 2 * constant
+    assert computing[0] == pytest.approx(2 * computing[1])
+
+
 @pytest.mark.parametrize("mode", ["tree", "sequential"])
 def test_a_step_decodes_what_its_trees_hold(qwen2: Path, mode: str) -> None:
     run = config(sampling_mode=mode)

@@ -86,12 +86,14 @@ def check(real: "RealEngine", version: int) -> None:
 
 
 def changed(real: "RealEngine") -> dict[str, torch.Tensor]:
-    """New weights under the names that a trainer sends: a tied output layer is not among them."""
-    from tests.support.real_engine import perturbed
+    """Other weights under the names that a trainer sends, which the reference gets too."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
 
-    tensors = perturbed(real.reference)
-    if real.reference.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight")
+    file = real.folder / "model.safetensors"
+    tensors = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    real.reference = AutoModelForCausalLM.from_pretrained(real.folder, dtype=torch.float32)
     return tensors
 
 
@@ -129,13 +131,13 @@ async def broadcast(real: "RealEngine", tensors: dict[str, torch.Tensor]) -> Non
 def test_all_ranks_serve_the_references_log_probs_and_take_new_weights(
     tmp_path: Path, write: Callable[[Path], None], settings: dict[str, Any]
 ) -> None:
+    from tests.support.real_engine import update
+
     with started(tmp_path, write, **settings) as (real, other):
         check(real, 0)
-        real.update(changed(real))  # through memory that all ranks of this machine map
+        real.run(update(real.engine, changed(real)))  # through memory that all ranks of this machine map
         check(real, 1)
-        tensors = changed(real)
-        real.run(broadcast(real, tensors))
-        real.reference.load_state_dict(tensors, strict=False)
+        real.run(broadcast(real, changed(real)))
         check(real, 2)
         if other is not None:
             assert other.poll(60)
