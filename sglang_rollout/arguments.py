@@ -141,16 +141,8 @@ def _of_gpu(model: Path, paths_at_once: int | None) -> dict[str, Any]:
 
 
 def _of_cpu(model: Path, config: EngineConfig) -> dict[str, Any]:
-    """Raises EngineError for a mixture that SGLang cannot load: on a CPU it enlarges the experts to a
-    multiple of 32 rows a rank, and finds them too small in the folder.
-    """
-    shape = json.loads((model / "config.json").read_text())
-    rows, multiple = shape.get("moe_intermediate_size"), _CPU_EXPERT_ROWS * config.tensor
-    if config.tensor > 1 and experts_of(shape) > 1 and isinstance(rows, int) and rows % multiple:
-        raise EngineError(
-            f"engine.tensor = {config.tensor} on a CPU: {model} has moe_intermediate_size = {rows}; SGLang "
-            f"serves multiples of {_CPU_EXPERT_ROWS} x {config.tensor} = {multiple}"
-        )
+    if config.tensor > 1:
+        _check_expert_rows(model, config.tensor)
     return {
         "device": "cpu",
         "attention_backend": "torch_native",
@@ -159,6 +151,19 @@ def _of_cpu(model: Path, config: EngineConfig) -> dict[str, Any]:
         "sleep_on_idle": True,  # the trainer computes on the same cores
         "max_total_tokens": config.max_total_tokens or CPU_KV_TOKENS,
     }
+
+
+def _check_expert_rows(model: Path, tensor: int) -> None:
+    """Raise EngineError for a mixture that SGLang cannot load: on a CPU it enlarges the experts to a multiple
+    of 32 rows a rank, and finds them too small in the folder.
+    """
+    config = json.loads((model / "config.json").read_text())
+    rows, multiple = config.get("moe_intermediate_size"), _CPU_EXPERT_ROWS * tensor
+    if experts_of(config) > 1 and isinstance(rows, int) and rows % multiple:
+        raise EngineError(
+            f"engine.tensor = {tensor} on a CPU: {model} has moe_intermediate_size = {rows}; SGLang serves "
+            f"multiples of {_CPU_EXPERT_ROWS} x {tensor} = {multiple}"
+        )
 
 
 def _child_failed(signum: int, frame: object) -> None:
