@@ -136,7 +136,7 @@ def test_an_engine_over_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
             launch(host, tmp_path, ray_folder, *ours, "--node-rank", rank, "--head", head, cpus=2)
             for rank, host in enumerate(hosts)
         ]
-        while not (run / "metrics.jsonl").exists():
+        while not _has_stepped(run):
             assert all(process.poll() is None for process in ranks), "it ended before the first step"
             time.sleep(0.05)
         stages = [[pid for pid in host.processes() if _is_stage(pid)] for host in hosts]
@@ -153,6 +153,11 @@ def test_an_engine_over_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
     assert [line["step"] for line in metrics] == [1, 2, 3]
     # Float32 on both sides, as above: every step's trees were sampled with the weights of their version.
     assert all(line["logprob_difference_max"] < 1e-4 for line in metrics)
+
+
+def _has_stepped(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def _is_stage(pid: int) -> bool:
