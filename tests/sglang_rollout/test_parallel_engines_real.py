@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,23 +100,35 @@ def changed(real: "RealEngine") -> dict[str, torch.Tensor]:
 
 async def broadcast(real: "RealEngine", tensors: dict[str, torch.Tensor]) -> None:
     """Update by a broadcast over gloo, in which all ranks take part at once."""
-    from tests.support.real_engine import manifest
-    from treepo.data.daemon_thread import in_thread
-    from treepo.weight_sync.broadcast import BroadcastSender
-    from treepo.weight_sync.wire import Bucket, checksums, views
+    from tests.cluster.test_engine_death import FakeTrainer
+    from treepo.config.weights import WeightsConfig
+    from treepo.weight_sync.send import WeightStream, open_sender
 
-    engine, infos = real.engine, manifest(tensors)
-    await engine.begin(engine.version + 1, infos)
-    sender = BroadcastSender(torch.device("cpu"), "127.0.0.1", 60)
-    (address,) = sender.addresses([engine._sglang.ranks])
-    await asyncio.gather(engine.join(address), in_thread(sender.connect))
-    flat = sender.buffer(0, sum(info.nbytes for info in infos))
-    for name, view in views(flat, infos):
-        view.copy_(tensors[name])
-    bucket = Bucket(infos, checksums(flat), sender.start(0, flat, infos))
-    await asyncio.gather(engine.load(bucket), in_thread(sender.finish))
+    engine, version = real.engine, real.engine.version + 1
+    trainer = FakeTrainer(tensors, real.folder)
+    sender = open_sender(WeightsConfig(transport="host_broadcast"), real.folder, "127.0.0.1", 60)
+    trainer._stream = WeightStream(sender, 1 << 14, 60)  # several buckets
+    await engine.begin(version, await trainer.manifest())
+    outcome = await trainer.send_weights(version, [Sink(real)])
+    assert (outcome.failed, outcome.broken) == ({}, None)
     await engine.commit()
-    sender.close()
+    trainer._stream.close()
+
+
+class Sink:
+    """Implements `treepo.weight_sync.send.WeightSink` for an engine on another thread's loop."""
+
+    name, key = "the engine", "its only process"
+
+    def __init__(self, real: "RealEngine") -> None:
+        self._engine, self._loop = real.engine, real.loop
+        self.ranks = real.engine._sglang.ranks
+
+    def join(self, address: Any) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(self._engine.join(address), self._loop)
+
+    def load(self, bucket: Any) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(self._engine.load(bucket), self._loop)
 
 
 @pytest.mark.parametrize(
