@@ -16,13 +16,15 @@ from typing import Any, get_args, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from sglang_rollout.rank_store import Meeting
 from sglang_rollout.routes import experts_of
 from sglang_rollout.served_adapter import sglang_lora
 from sglang_rollout.weight_loader import LOADER
 from treepo.config.engine import EngineConfig
 from treepo.config.trainer import LoraConfig
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, EngineError
 
+_CPU_EXPERT_ROWS = 32
 CPU_KV_TOKENS = 1 << 17  # on a CPU: SGLang's default takes most of the memory, which others need too
 GRAPH_MIB = 2
 """SGLang's own estimate of the memory of decoding as a CUDA graph, for each request of the largest batch."""
@@ -39,6 +41,9 @@ _OWN_KEYS = {
     "dtype": "model.dtype",
     "random_seed": "seed",
     "tp_size": "engine.tensor",
+    "pp_size": "engine.pipeline",
+    "ep_size": "engine.expert",
+    "nnodes": "engine.nodes",
     "dp_size": "engine.count",
     "max_total_tokens": "engine.max_total_tokens",
     "mem_fraction_static": "engine.memory_fraction",
@@ -55,10 +60,8 @@ _FIXED = {
     "device": "an engine runs on the GPUs that it is given, or on the CPU",
     "base_gpu_id": "an engine runs on the GPUs that it is given",
     "gpu_id_step": "an engine runs on the GPUs that it is given",
-    "pp_size": "an engine has tensor-parallel ranks only",
-    "nnodes": "an engine runs on one node",
-    "node_rank": "an engine runs on one node",
-    "dist_init_addr": "an engine runs on one node",
+    "node_rank": "it follows from where the ranks are placed",
+    "dist_init_addr": "the ranks meet at a port that is taken from the start",
     "nccl_port": "the ranks meet at a port that is taken from the start",
     "trust_remote_code": "code of a model folder never runs",
     "json_model_override_args": "engines and trainer read the same config.json",
@@ -85,18 +88,21 @@ def sglang_arguments(
     paths_at_once: int | None = None,
     routes: bool = False,
     lora: LoraConfig | None = None,
+    meeting: Meeting | None = None,
 ) -> dict[str, Any]:
-    """The arguments of one engine; everything else is SGLang's default.
+    """The arguments of one engine, or of its processes on one node; everything else is SGLang's default.
 
     shares_device: whether other work needs the device's memory at times. paths_at_once: the most paths that
     the engine samples at once; None if unknown. routes: whether it returns routes. lora: of the adapter that
-    it serves; None if it serves weights alone.
+    it serves; None if it serves weights alone. meeting: of the processes, for an engine on several nodes.
     """
     arguments: dict[str, Any] = {
         "model_path": str(model),
         "dtype": dtype,
         "random_seed": seed,
         "tp_size": config.tensor,
+        "pp_size": config.pipeline,
+        "ep_size": config.expert,
         "trust_remote_code": False,
         # SGLang 0.5.16 imports the folder's code for an architecture that it does not know, trusted or not.
         "json_model_override_args": '{"auto_map": {}}',
@@ -108,6 +114,11 @@ def sglang_arguments(
         "custom_weight_loader": [LOADER],
         "log_level": config.log_level,
     }
+    if config.pipeline > 1:
+        arguments["disable_overlap_schedule"] = True  # SGLang's stages overlap with each other instead
+    if meeting is not None and config.nodes is not None and config.nodes > 1:
+        nodes = {"nnodes": config.nodes, "node_rank": meeting.share, "dist_init_addr": meeting.address}
+        arguments |= nodes
     if routes:
         arguments["enable_return_routed_experts"] = True
     if lora is not None:
@@ -121,7 +132,7 @@ def sglang_arguments(
     if torch.cuda.is_available():
         arguments |= _of_gpu(model, paths_at_once)
     else:
-        arguments |= _of_cpu(config)
+        arguments |= _of_cpu(model, config)
     return arguments | config.sglang
 
 
@@ -138,7 +149,9 @@ def _of_gpu(model: Path, paths_at_once: int | None) -> dict[str, Any]:
     return arguments
 
 
-def _of_cpu(config: EngineConfig) -> dict[str, Any]:
+def _of_cpu(model: Path, config: EngineConfig) -> dict[str, Any]:
+    if config.tensor > 1:
+        _check_expert_rows(model, config.tensor)
     return {
         "device": "cpu",
         "attention_backend": "torch_native",
@@ -148,6 +161,19 @@ def _of_cpu(config: EngineConfig) -> dict[str, Any]:
         "lora_backend": "torch_native",
         "max_total_tokens": config.max_total_tokens or CPU_KV_TOKENS,
     }
+
+
+def _check_expert_rows(model: Path, tensor: int) -> None:
+    """Raise EngineError for a mixture that SGLang cannot load: on a CPU it enlarges the experts to a multiple
+    of 32 rows a rank, and finds them too small in the folder.
+    """
+    config = json.loads((model / "config.json").read_text())
+    rows, multiple = config.get("moe_intermediate_size"), _CPU_EXPERT_ROWS * tensor
+    if experts_of(config) > 1 and isinstance(rows, int) and rows % multiple:
+        raise EngineError(
+            f"engine.tensor = {tensor} on a CPU: {model} has moe_intermediate_size = {rows}; SGLang serves "
+            f"multiples of {_CPU_EXPERT_ROWS} x {tensor} = {multiple}"
+        )
 
 
 def _child_failed(signum: int, frame: object) -> None:

@@ -3,31 +3,26 @@
 from typing import Literal
 
 from sglang_rollout.processes import SGLangProcesses
-from sglang_rollout.weight_loader import LOADER, Command, Receipts
+from sglang_rollout.receipts import Receipts
+from sglang_rollout.weight_loader import LOADER, Answer, Command, message
 from treepo.errors import EngineError
 
 
 async def execute(sglang: SGLangProcesses, command: Command) -> None:
     """Have every rank execute a command about weights. Raises the failure of a rank."""
     from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
-    from sglang.srt.utils import MultiprocessingSerializer
 
-    receipts = Receipts(sglang.ranks)
-    try:
-        named = [("command", receipts.message(command))]
-        # One message for each rank: the shared memory that a message names can be taken once.
-        payloads = [MultiprocessingSerializer.serialize(named) for _ in range(sglang.ranks)]
-        request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=payloads,  # type: ignore[reportArgumentType]  SGLang sends bytes too
-            load_format=LOADER,
-            flush_cache=False,
-        )
-        success, message = await sglang.manager.update_weights_from_tensor(request)
-        if not success:
-            raise EngineError(f"SGLang did not load weights: {message}")
-        receipts.check()
-    finally:
-        receipts.close()
+    assert sglang.store is not None
+    receipts = Receipts.next(sglang.store, sglang.ranks)
+    request = UpdateWeightsFromTensorReqInput(
+        serialized_named_tensors=[message(command, receipts)] * sglang.ranks,
+        load_format=LOADER,
+        flush_cache=False,
+    )
+    success, said = await sglang.manager.update_weights_from_tensor(request)
+    if not success:
+        raise EngineError(f"SGLang did not load weights: {said}")
+    await receipts.check(sglang.store)
 
 
 async def flush_cache(sglang: SGLangProcesses, seconds: float) -> None:
@@ -42,6 +37,7 @@ async def offload(sglang: SGLangProcesses) -> None:
     from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
 
     await sglang.manager.release_memory_occupation(ReleaseMemoryOccupationReqInput())
+    await _all_stages(sglang)
 
 
 async def reload(sglang: SGLangProcesses, part: Literal["weights", "cache"]) -> None:
@@ -50,3 +46,10 @@ async def reload(sglang: SGLangProcesses, part: Literal["weights", "cache"]) -> 
 
     tags = {"weights": ["weights"], "cache": ["kv_cache", "cuda_graph"]}[part]
     await sglang.manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
+    await _all_stages(sglang)
+
+
+async def _all_stages(sglang: SGLangProcesses) -> None:
+    """Wait until all stages have done what SGLang was asked before; its own answers come from the first."""
+    if sglang.stages > 1:
+        await execute(sglang, Answer())

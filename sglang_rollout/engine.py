@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from sglang_rollout import control
 from sglang_rollout.generation import Generation, StopRule, all_end_tokens
 from sglang_rollout.prefix_reader import PrefixReader
 from sglang_rollout.processes import SGLangProcesses
+from sglang_rollout.rank_store import Meeting
 from sglang_rollout.request_gate import RequestGate
 from sglang_rollout.requests import SGLangRequests
 from sglang_rollout.routes import RouteFormat
@@ -46,7 +48,8 @@ class SGLangEngine:
     called at the boundaries of `GenerateRequest.check_every`. shares_device: whether other work needs the
     device's memory at times (`offload`). paths_at_once: the most paths that it samples at once; None if
     unknown. routes: whether requests may ask for routes. lora: of the adapter that weight syncs bring in
-    place of weights, which stay the folder's. Raises EngineError or ModelError if SGLang does not start on
+    place of weights, which stay the folder's. meeting, store: for an engine on several nodes, of which this
+    is the first (`SGLangProcesses`). Raises EngineError or ModelError if SGLang does not start on
     the folder, ModelError too if it shall return the routes of a model without experts.
     """
 
@@ -62,6 +65,8 @@ class SGLangEngine:
         paths_at_once: int | None = None,
         routes: bool = False,
         lora: LoraConfig | None = None,
+        meeting: Meeting | None = None,
+        store: TCPStore | None = None,
     ) -> None:
         self.name = f"SGLang on {model}"
         self._config, self._lora = config, lora
@@ -78,6 +83,8 @@ class SGLangEngine:
             paths_at_once=paths_at_once,
             routes=routes,
             lora=lora,
+            meeting=meeting,
+            store=store,
         )
         self._requests = SGLangRequests(self._sglang)
         self._generation = Generation(self._requests, stop_rule, all_end_tokens(model), self._routes)

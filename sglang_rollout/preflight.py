@@ -1,4 +1,4 @@
-"""Checks before an engine starts: the model's layers, tensor-parallel ranks, lengths, and SGLang's arguments.
+"""Checks before an engine starts: the model's layers, how ranks divide it, lengths, and SGLang's arguments.
 
 SGLang may serve families that the trainer does not know, so the checks read only config.json.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_rollout.arguments import check_sglang_arguments
+from sglang_rollout.routes import experts_of
 from treepo.config.engine import EngineConfig
 from treepo.data.model_config import CONFIG, read_model_config, shown, text_config
 from treepo.errors import ConfigError, ModelError
@@ -23,6 +24,8 @@ def check_engine(folder: Path, prompt: int, response: int, engine: EngineConfig)
     """
     config = text_config(read_model_config(folder))
     check_tensor(folder, config, engine.tensor)
+    _check_experts(folder, config, engine)
+    _check_stages(folder, config, engine.pipeline)
     _check_layers(folder, config)
     positions = _size(config, "max_position_embeddings")
     total = prompt + response
@@ -56,6 +59,45 @@ def check_tensor(folder: Path, config: Mapping[str, Any], tensor: int) -> None:
         )
 
 
+def _check_experts(folder: Path, config: Mapping[str, Any], engine: EngineConfig) -> None:
+    """Raise ConfigError unless `engine.expert` parts get equally many experts, and their ranks equal rows."""
+    experts, parts = experts_of(config), engine.expert
+    if parts > 1 and not experts:
+        raise ConfigError(f"engine.expert = {parts}: {folder} has no experts; 1 is allowed")
+    if experts % parts:
+        raise ConfigError(
+            f"engine.expert = {parts}: {folder} has {experts} experts, which {parts} parts cannot share "
+            "equally"
+        )
+    rows, sharers = _size(config, "moe_intermediate_size"), engine.tensor // parts
+    if experts and rows is not None and rows % sharers:
+        raise ConfigError(
+            f"engine.tensor / engine.expert = {engine.tensor} / {parts} = {sharers}: {folder} has experts of "
+            f"{rows} rows, which {sharers} ranks cannot share equally"
+        )
+
+
+def _check_stages(folder: Path, config: Mapping[str, Any], stages: int) -> None:
+    """Raise ConfigError unless SGLang can serve the model in `stages` pipeline stages."""
+    if stages == 1:
+        return
+    layers, family = _size(config, "num_hidden_layers"), config.get("model_type")
+    if layers is not None and stages > layers:
+        raise ConfigError(
+            f"engine.pipeline = {stages}: {folder} has {layers} layers; 1 to {layers} are allowed"
+        )
+    if family not in _STAGED:
+        raise ConfigError(
+            f"engine.pipeline = {stages}: {folder} has model_type = {shown(family)}; SGLang serves "
+            f"{', '.join(_STAGED)} in stages"
+        )
+    if config.get("tie_word_embeddings") and family not in _STAGED_IF_TIED:
+        raise ConfigError(
+            f"engine.pipeline = {stages}: {folder} has tie_word_embeddings, and SGLang's last stage has no "
+            f"embedding; {', '.join(_STAGED_IF_TIED)} work"
+        )
+
+
 def _size(config: Mapping[str, Any], key: str) -> int | None:
     """A size that the config has as one number; some families have a list, or another key."""
     value = config.get(key)
@@ -75,6 +117,10 @@ def _check_layers(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+_STAGED = (*_LLAMA_LIKE, "deepseek_v2", "deepseek_v3")
+"""Families whose classes in SGLang 0.5.16 pass hidden states from stage to stage."""
+_STAGED_IF_TIED = ("qwen2", "qwen3")
+"""Those whose last stage takes its output layer from the embedding's weights."""
 _WINDOW = 4096  # of these families in transformers, if config.json has none
 
 

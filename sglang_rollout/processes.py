@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from sglang_rollout.arguments import sglang_arguments
 from sglang_rollout.child_output import ChildOutput
-from sglang_rollout.rank_store import open_store
+from sglang_rollout.rank_store import LOOPBACK, Meeting, open_store
 from sglang_rollout.start_environment import start_environment
 from treepo.config.engine import EngineConfig
 from treepo.config.trainer import LoraConfig
@@ -34,12 +35,14 @@ _OUTPUT_SECONDS = 0.2  # for the last output of a process that has died, while o
 
 
 class SGLangProcesses:
-    """One running SGLang. The constructor blocks until the model is loaded.
+    """The processes of one SGLang on one node. The constructor blocks until the model is loaded, on every
+    node if there are several.
 
-    manager: SGLang's tokenizer manager, which takes requests and control messages. ranks: number of processes
-    that hold weights. kv_tokens: tokens in the KV cache. longest: most tokens of one context and its
-    continuation together; SGLang silently shortens a longer request. Raises EngineError if SGLang does not
-    start.
+    meeting: where they meet those of other nodes; None if there are no others. store: of the meeting, if it
+    is on this node. manager: SGLang's tokenizer manager, which takes requests and control messages; None
+    unless this is share 0. ranks: number of processes that hold weights, on all nodes. stages: of the
+    pipeline. kv_tokens: tokens in the KV cache. longest: most tokens of one context and its continuation
+    together; SGLang silently shortens a longer request. Raises EngineError if SGLang does not start.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class SGLangProcesses:
         paths_at_once: int | None,
         routes: bool = False,
         lora: LoraConfig | None = None,
+        meeting: Meeting | None = None,
+        store: TCPStore | None = None,
     ) -> None:
         arguments = sglang_arguments(
             model,
@@ -63,13 +68,17 @@ class SGLangProcesses:
             paths_at_once=paths_at_once,
             routes=routes,
             lora=lora,
+            meeting=meeting,
         )
         self._output = ChildOutput()
         self._folder = TemporaryFolder(_SOCKET_ROOM)
-        self._store = open_store()
+        if meeting is None:
+            store = open_store(LOOPBACK)
+            meeting = Meeting(LOOPBACK, store.port, share=0)
+        self.store = store
         try:
             with (
-                start_environment(config, shares_device, self._store.port),
+                start_environment(config, shares_device, meeting),
                 self._folder.used(),
                 self._output.recorded(),
             ):
@@ -80,12 +89,14 @@ class SGLangProcesses:
             raise EngineError(f"SGLang does not start on {model}: {said}") from error
         atexit.register(self.close)  # multiprocessing joins its children at exit, so they must have ended
         self.manager: Any = engine.tokenizer_manager
-        self.manager._subprocess_watchdog.stop()
+        if self.manager is not None:
+            self.manager._subprocess_watchdog.stop()
         limits = engine._scheduler_init_result.scheduler_infos[0]
         self.kv_tokens = int(limits["max_total_num_tokens"])
         self.longest = int(limits["max_req_input_len"])
-        self.ranks = config.tensor
+        self.ranks, self.stages = config.ranks, config.pipeline
         self._children = [psutil.Process(pid) for pid in engine.get_all_child_pids()]
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._death: asyncio.Future[str] | None = None
         self._watched: list[int] = []
         self._closed = False
@@ -94,7 +105,7 @@ class SGLangProcesses:
     def death(self) -> asyncio.Future[str]:
         """Resolves to the reason when SGLang can no longer answer. Binds this object to the running loop."""
         if self._death is None:
-            loop = asyncio.get_running_loop()
+            loop = self._loop = asyncio.get_running_loop()
             self._death = loop.create_future()
             if self._closed:
                 self._death.set_result("the engine is closed")
@@ -103,11 +114,12 @@ class SGLangProcesses:
                 descriptor = os.pidfd_open(child.pid)
                 self._watched.append(descriptor)
                 loop.add_reader(descriptor, self._child_ended, child.pid)
-            # Instead of SGLang's auto_create_handle_loop, which would take over SIGTERM and SIGQUIT.
-            self.manager.event_loop = loop
-            answers = loop.create_task(self.manager.handle_loop())
-            answers.add_done_callback(self._answers_ended)
-            self.manager.asyncio_tasks.add(answers)
+            if self.manager is not None:
+                # Instead of SGLang's auto_create_handle_loop, which would take over SIGTERM and SIGQUIT.
+                self.manager.event_loop = loop
+                answers = loop.create_task(self.manager.handle_loop())
+                answers.add_done_callback(self._answers_ended)
+                self.manager.asyncio_tasks.add(answers)
         return self._death
 
     async def bounded[T](self, work: Coroutine[Any, Any, T], seconds: float | None, what: str) -> T:
@@ -140,11 +152,12 @@ class SGLangProcesses:
             return
         self._closed = True
         atexit.unregister(self.close)
-        if self._death is not None and not self.manager.event_loop.is_closed():
+        if self._loop is not None and not self._loop.is_closed():
             self._die("the engine is closed")
-            for task in self.manager.asyncio_tasks:
+            for task in () if self.manager is None else self.manager.asyncio_tasks:
                 task.cancel()
-        close_sockets(self.manager)
+        if self.manager is not None:
+            close_sockets(self.manager)
         _end(self._children)
         self._folder.close()
 
@@ -158,10 +171,11 @@ class SGLangProcesses:
 
     def _die(self, reason: str) -> None:
         assert self._death is not None
+        assert self._loop is not None
         if not self._death.done():
             self._death.set_result(reason)
         for descriptor in self._watched:
-            self.manager.event_loop.remove_reader(descriptor)
+            self._loop.remove_reader(descriptor)
             os.close(descriptor)
         self._watched = []
 
@@ -180,7 +194,8 @@ def _start(arguments: dict[str, Any]) -> Any:
         _end([psutil.Process(child.pid) for child in started if child.pid is not None])
         raise
     atexit.unregister(engine.shutdown)
-    engine.send_to_rpc.close(linger=0)  # for calls that are not made here
+    if engine.send_to_rpc is not None:
+        engine.send_to_rpc.close(linger=0)  # for calls that are not made here
     return engine
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from sglang_rollout.cuda_toolkit import cuda_variables
-from sglang_rollout.rank_store import store_variables
+from sglang_rollout.rank_store import Meeting, store_variables
 from treepo.config.engine import EngineConfig
 
 RESERVED_TOKENS = 64
@@ -24,10 +24,10 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def start_environment(config: EngineConfig, shares_device: bool, store_port: int) -> Iterator[None]:
+def start_environment(config: EngineConfig, shares_device: bool, meeting: Meeting) -> Iterator[None]:
     """Set the environment and logging that SGLang's processes inherit; restore our own afterwards.
 
-    shares_device: whether SGLang's memory saver is on. store_port: of the store at which the ranks meet.
+    shares_device: whether SGLang's memory saver is on. meeting: of the ranks that are started here.
     """
     environment, root = dict(os.environ), logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -36,11 +36,12 @@ def start_environment(config: EngineConfig, shares_device: bool, store_port: int
     os.environ["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"] = str(RESERVED_TOKENS)
     os.environ["PYTHONWARNINGS"] = "ignore"  # about kernels for absent devices
     os.environ["TQDM_DISABLE"] = "1"
-    os.environ.update(store_variables(store_port))
+    os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"  # every share returns once its model is loaded
+    os.environ.update(store_variables(meeting))
     if torch.cuda.is_available():
         os.environ.update(cuda_variables(environment))
-    elif config.tensor > 1:
-        os.environ.update(_rank_variables(config.tensor))
+    elif config.ranks > 1:
+        os.environ.update(_rank_variables(config.tensor, config.ranks // (config.nodes or 1)))
     if shares_device:
         _forbid_expandable_segments()
     logging.getLogger("sglang").setLevel(config.log_level.upper())
@@ -57,17 +58,17 @@ def start_environment(config: EngineConfig, shares_device: bool, store_port: int
         root.setLevel(level)
 
 
-def _rank_variables(tensor: int) -> dict[str, str]:
-    """For `tensor` ranks on one machine's CPU: each gets a share of the cores.
+def _rank_variables(tensor: int, here: int) -> dict[str, str]:
+    """For the CPU of a machine that has `here` ranks of an engine: each gets an equal part of the cores.
 
-    SGLang binds each rank to a NUMA node of its own and refuses to start more ranks than nodes, unless the
-    cores are named. Without sgl_kernel's CPU build nothing is bound.
+    SGLang binds each of the `tensor` ranks to a NUMA node of its own and refuses to start more ranks than
+    nodes, unless the cores are named. Without sgl_kernel's CPU build nothing is bound.
     """
     cores = os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS", cores))
     return {
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join([f"0-{cores - 1}"] * tensor),
-        "OMP_NUM_THREADS": str(max(threads // tensor, 1)),
+        "OMP_NUM_THREADS": str(max(threads // here, 1)),
     }
 
 

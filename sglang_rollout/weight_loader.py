@@ -9,18 +9,23 @@ An exception here would end SGLang's process, so a failure is written to a recei
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import Store  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from sglang_rollout import served_adapter
 from sglang_rollout.loader_reads import loader_reads
+from sglang_rollout.rank_store import connect_to_store
+from sglang_rollout.receipts import Receipts
 from treepo.config.trainer import LoraConfig
-from treepo.errors import EngineError, TransportError
+from treepo.errors import TransportError
 from treepo.weight_sync.receive import RankReceiver
-from treepo.weight_sync.shared_memory import Report, Reports
+from treepo.weight_sync.shared_memory import Report
 from treepo.weight_sync.wire import Address, Bucket
 
 LOADER = f"{__name__}.execute"
@@ -55,40 +60,63 @@ class End:
     lora: LoraConfig | None = None
 
 
-Command = Join | Load | End
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Only report: everything that was asked before has been done."""
 
 
-class Receipts:
-    """Shared memory in which each rank reports the outcome of one command. The engine's process owns it."""
+Command = Join | Load | End | Answer
 
-    def __init__(self, ranks: int) -> None:
-        self._reports = Reports(ranks)
 
-    def message(self, command: Command) -> Tensor:
-        """The message that SGLang carries to every rank: uint8 [bytes]."""
-        text = pickle.dumps((command, self._reports.box))
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+def message(command: Command, receipts: Receipts) -> bytes:
+    """The message with which SGLang carries a command to a rank, also on another node.
 
-    def check(self) -> None:
-        """Raise the failure that a rank reported: TransportError or EngineError."""
-        for rank, report in enumerate(self._reports.read()):
-            if report is None:
-                raise EngineError(f"rank {rank}: it did not answer")
-            if report.kind != "done":
-                error = TransportError if report.kind == "transport" else EngineError
-                raise error(f"rank {rank}: {report.text}")
-
-    def close(self) -> None:
-        self._reports.close()
+    It holds the bytes themselves, unlike SGLang's own, which name memory of this machine.
+    """
+    text = torch.frombuffer(bytearray(pickle.dumps((command, receipts))), dtype=torch.uint8)
+    return pickle.dumps([("command", text)])
 
 
 def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Execute the one command in `named_tensors` and write a receipt."""
-    from sglang.srt.distributed import get_tensor_model_parallel_rank
+    """Execute the one command in `named_tensors` and write a receipt.
 
-    ((_, message),) = named_tensors
-    command, box = pickle.loads(message.cpu().numpy().tobytes())
-    rank = get_tensor_model_parallel_rank()
+    A pipeline stage passes a command on after it has executed it, and some commands end only if all stages
+    take part. Stages therefore execute them in a thread, one after another.
+    """
+    from sglang.srt.distributed import get_pp_group
+
+    ((_, sent),) = named_tensors
+    command, receipts = pickle.loads(sent.cpu().numpy().tobytes())
+    if get_pp_group().world_size == 1:
+        _report(command, receipts, model)
+    else:
+        _in_order().put((command, receipts, model))
+
+
+@cache
+def _in_order() -> "Queue[tuple[Command, Receipts, nn.Module]]":
+    """Commands that a thread of this process executes in their order."""
+    waiting: Queue[tuple[Command, Receipts, nn.Module]] = Queue()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def work() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        with torch.no_grad():
+            while True:
+                _report(*waiting.get())
+
+    Thread(target=work, daemon=True).start()
+    return waiting
+
+
+@cache
+def _store() -> Store:
+    return connect_to_store()
+
+
+def _report(command: Command, receipts: Receipts, model: nn.Module) -> None:
+    rank = torch.distributed.get_rank()
     try:
         _execute(command, model, rank)
     except TransportError as error:
@@ -97,7 +125,7 @@ def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
         outcome = Report("weights", f"{type(error).__name__}: {error}")
     else:
         outcome = Report("done")
-    box.write(rank, outcome)
+    receipts.write(_store(), rank, outcome)
 
 
 def _execute(command: Command, model: nn.Module, rank: int) -> None:
@@ -114,3 +142,5 @@ def _execute(command: Command, model: nn.Module, rank: int) -> None:
             _receiver.end()
             if lora is not None:
                 served_adapter.serve(lora)
+        case Answer():
+            pass

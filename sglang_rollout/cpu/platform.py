@@ -45,6 +45,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
             add_seeds,
             add_shared_expert,
             make_host_cache,
+            own_experts,
         )
 
         register_attention_backend("torch_native")(CpuAttention)
@@ -61,6 +62,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompa
             "sglang.kernels.ops.layernorm.elementwise.fused_gate_sigmoid_mul_add",
             add_shared_expert,
             HookType.REPLACE,
+        )
+        HookRegistry.register(
+            "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", own_experts, HookType.AROUND
         )
         HookRegistry.register(
             "sglang.srt.state_capturer.base.BaseHostCache.__init__", make_host_cache, HookType.REPLACE

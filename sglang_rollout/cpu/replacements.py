@@ -116,6 +116,25 @@ def add_shared_expert(hidden: Tensor, gate: Tensor, shared: Tensor, output: Tens
     output.addcmul_((hidden @ gate).sigmoid()[:, None], shared)
 
 
+def own_experts(compute: Any, layer: Any, hidden: Tensor, choice: Any, config: Any) -> Tensor:
+    """Wraps `moe_forward_native`, which cannot skip the experts of other ranks; their number is -1 here.
+
+    hidden, result: [T, hidden]. choice: experts and their weights, [T, k] each. It computes each pair of a
+    token and an expert of this rank as a token with one choice; the ranks' results are summed later.
+    """
+    if layer.moe_ep_size == 1:
+        return compute(layer, hidden, choice, config)
+    token, place = (choice.topk_ids >= 0).nonzero(as_tuple=True)
+    output = torch.zeros_like(hidden)
+    if len(token):
+        one = choice._replace(
+            topk_ids=choice.topk_ids[token, place, None],
+            topk_weights=choice.topk_weights[token, place, None],
+        )
+        output.index_add_(0, token, compute(layer, hidden[token], one, config))
+    return output
+
+
 def make_host_cache(cache: Any, num_tokens: int, num_layers: int, topk_size: int, name: str) -> None:
     """The record of experts for each KV slot: SGLang's own pins its memory for copies from a GPU."""
     cache.buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)

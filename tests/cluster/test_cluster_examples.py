@@ -45,7 +45,7 @@ def test_the_configuration_needs_both_nodes() -> None:
     assert demand(run_layout(config), nodes)[0] == 16
     placed = plan(run_layout(config), nodes)
     trainers, engines = (
-        {node.id for bundle, node in placed if getattr(bundle, what)} for what in ("ranks", "engines")
+        {node.id for bundle, node in placed if getattr(bundle, what)} for what in ("ranks", "shares")
     )
     assert len(trainers) == len(engines) == 1
     assert trainers != engines

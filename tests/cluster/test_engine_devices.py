@@ -56,20 +56,20 @@ async def scenario():
             await group.ready()
             options = {"num_cpus": 1, "num_gpus": 0}
             reserved = options | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
-            devices = EngineDevices([reserved], may_move=True, seconds=120)
-            stays = EngineDevices([reserved], may_move=False, seconds=0.1)
+            devices = EngineDevices([[reserved]], may_move=True, seconds=120)
+            stays = EngineDevices([[reserved]], may_move=False, seconds=0.1)
             await devices.find(0)
-            witness = Witness.options(**devices.options[0]).remote()
+            witness = Witness.options(**devices.options[0][0]).remote()
             first = await witness.node.remote()
         await devices.lost(0)
         try:
-            await EngineDevices([options], may_move=True, seconds=0.1).find(0)
+            await EngineDevices([[options]], may_move=True, seconds=0.1).find(0)
         except PlacementError as error:
             print(error)
         finding = asyncio.create_task(devices.find(0))
         async with ray_worker(host, address, one, secrets):
             await finding
-            witness = Witness.options(**devices.options[0]).remote()
+            witness = Witness.options(**devices.options[0][0]).remote()
             print("moved:", await witness.node.remote() != first)
             await devices.find(0)
             try:

@@ -34,10 +34,12 @@ def ray_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object) -> subprocess.Popen[str]:
+def launch(
+    host: Host | None, folder: Path, ray_folder: Path, *arguments: object, cpus: int = 1
+) -> subprocess.Popen[str]:
     """Launch the quickstart with a random model, and trainer and engine on devices of their own.
 
-    host: one of two hosts; None is this machine alone.
+    host: one of two hosts; None is this machine alone. cpus: of each host.
     """
     shutil.copy(QUICKSTART, folder)
     overrides = [
@@ -49,7 +51,7 @@ def launch(host: Host | None, folder: Path, ray_folder: Path, *arguments: object
     # The hosts do not have this machine's interfaces.
     environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
     return subprocess.Popen(
-        command if host is None else host.command(*command, "--nodes", "2", "--cpus", "1"),
+        command if host is None else host.command(*command, "--nodes", "2", "--cpus", str(cpus)),
         cwd=folder,
         env=environment | {"RAY_TMPDIR": str(ray_folder)},
         stdout=subprocess.PIPE,
@@ -119,6 +121,51 @@ def _assert_trained_apart(run: Path, hosts: tuple[Host, Host]) -> None:
     # Float32 on both sides; the same tokens through two implementations of two layers.
     assert all(line["logprob_difference_max"] < 1e-4 for line in metrics)
     assert (run / "checkpoint" / "model.safetensors").exists()
+
+
+def test_an_engine_over_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
+    """Its pipeline stages are on one host each, and take the trainer's weights by gloo. One stage is killed:
+    the engine starts again on both hosts, with the current weights.
+    """
+    write_model_and_problems(tmp_path, tmp_path / "train.jsonl", count=8)
+    run = tmp_path / "run"
+    with two_hosts() as hosts:
+        head = f"{hosts[0].address}:{free_ports(1)[0]}"
+        ours = ("out=run", "engine.pipeline=2", "engine.nodes=2", "weights.transport=host_broadcast")
+        ranks = [
+            launch(host, tmp_path, ray_folder, *ours, "--node-rank", rank, "--head", head, cpus=2)
+            for rank, host in enumerate(hosts)
+        ]
+        while not _has_stepped(run):
+            assert all(process.poll() is None for process in ranks), "it ended before the first step"
+            time.sleep(0.05)
+        stages = [[pid for pid in host.processes() if _is_stage(pid)] for host in hosts]
+        assert [len(of_host) for of_host in stages] == [1, 1]
+        os.kill(stages[1][0], signal.SIGKILL)
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], "\n---\n".join(outputs)
+        assert [host.processes() for host in hosts] == [[], []], "something was left running"
+    log = (run / "log.txt").read_text()
+    places = re.findall(r"(\S+): .*engines 0 \(share (\d)\)\n", log)
+    assert sorted(places) == [(host.address, str(share)) for share, host in enumerate(hosts)]
+    assert log.count("engine 0 serves again") == 1
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    # Float32 on both sides, as above: every step's trees were sampled with the weights of their version.
+    assert all(line["logprob_difference_max"] < 1e-4 for line in metrics)
+
+
+def _has_stepped(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
+def _is_stage(pid: int) -> bool:
+    """Whether it is a process of SGLang that holds a stage."""
+    try:
+        return "scheduler_PP" in " ".join(psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_one_machine_trains_until_it_is_terminated(tmp_path: Path, ray_folder: Path) -> None:

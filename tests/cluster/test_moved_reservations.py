@@ -9,12 +9,13 @@ import pytest
 from treepo.cluster import engine_devices, reservation
 from treepo.cluster.engine_devices import EngineDevices
 from treepo.cluster.reservation import reserve_again
+from treepo.errors import PlacementError
 from treepo.planning.simulation.virtual_clock import run_virtually
 
 
 class Group:
     def __init__(self, ray: "Ray", bundles: list[Any]) -> None:
-        self.id, self.bundle_count, self._ray = object(), len(bundles), ray
+        self.id, self.bundle_count, self.node, self._ray = object(), len(bundles), ray.node, ray
 
     async def ready(self) -> None:
         self._ray.calls.append("wait")
@@ -22,7 +23,7 @@ class Group:
 
 
 class Ray:
-    """Notes when groups are waited for and removed; every group is on `node`."""
+    """Notes when groups are waited for and removed; a new group is on `node`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.node, self.living, self.calls = "a", {"a"}, []
@@ -35,7 +36,7 @@ class Ray:
         monkeypatch.setattr(engine_devices, "_address", str)
 
     def _table(self, group: Group) -> dict[str, Any]:
-        return {"bundles_to_node_id": dict.fromkeys(range(group.bundle_count), self.node)}
+        return {"bundles_to_node_id": dict.fromkeys(range(group.bundle_count), group.node)}
 
 
 def strategy(group: Group, index: int) -> Any:
@@ -50,7 +51,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
 def test_an_engine_gives_up_its_earlier_devices_before_it_waits(
     ray: Ray, caplog: pytest.LogCaptureFixture
 ) -> None:
-    devices = EngineDevices([{"num_cpus": 1, "num_gpus": 1}], may_move=True, seconds=9)
+    devices = EngineDevices([[{"num_cpus": 1, "num_gpus": 1}]], may_move=True, seconds=9)
     asyncio.run(devices.find(0))
     ray.node, ray.living = "b", {"b"}
     asyncio.run(devices.find(0))
@@ -59,6 +60,38 @@ def test_an_engine_gives_up_its_earlier_devices_before_it_waits(
         "engine 0 moves to a",
         "engine 0 moves to b",
     ]
+
+
+def test_only_the_shares_of_lost_nodes_move_and_they_move_together(ray: Ray) -> None:
+    """An engine of three shares, of which the run has reserved one each on a, b and c."""
+    here = {"num_cpus": 1, "num_gpus": 8}
+    options = []
+    for ray.node in ("a", "b", "c"):
+        options.append(here | {"scheduling_strategy": strategy(Group(ray, [here]), 0)})
+    devices = EngineDevices([options], may_move=True, seconds=9)
+    ray.living = {"a", "b", "c"}
+    asyncio.run(devices.find(0))
+    assert (ray.calls, devices.options) == ([], [options])
+
+    def groups() -> list[Any]:
+        return [share["scheduling_strategy"].placement_group for share in devices.options[0]]
+
+    reserved = groups()
+    ray.node, ray.living = "d", {"b", "d"}
+    asyncio.run(devices.find(0))
+    moved = groups()
+    assert moved[1] is reserved[1]
+    assert moved[0] is moved[2] is not reserved[0]
+    assert moved[0].bundle_count == 2
+    assert ray.calls == ["wait"]
+    ray.node, ray.living = "e", {"d", "e"}  # the share that had stayed is lost too: all move
+    asyncio.run(devices.find(0))
+    assert len(set(groups())) == 1
+    assert groups()[0].bundle_count == 3
+    assert ray.calls == ["wait", "remove", "wait"]
+    stays = EngineDevices([options], may_move=False, seconds=9)
+    with pytest.raises(PlacementError, match="cannot leave the trainer's devices"):
+        asyncio.run(stays.find(0))
 
 
 @pytest.mark.parametrize(("bundles", "calls"), [(1, ["remove", "wait"]), (2, ["wait"])])

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, shares_devices
+from treepo.cluster.placement import Bundle, Layout, Node, divided, on_one_machine, plan, shares_devices
+from treepo.config.engine import node_counts
 from treepo.errors import PlacementError
 
 
@@ -17,14 +18,16 @@ def cluster(*gpus: int, cpus: int = 1000) -> list[Node]:
 
 
 def sizes(layout: Layout, shared: bool) -> list[int]:
-    """GPUs of each bundle, by a naive reading of the rules."""
+    """GPUs of each bundle of a divided layout, by a naive reading of the rules."""
+    assert layout.nodes is not None
+    share = layout.tensor * layout.pipeline // layout.nodes
     if not shared:
         groups, rest = divmod(layout.ranks, layout.group)
-        return [layout.group] * groups + [rest] * bool(rest) + [layout.tensor] * layout.engines
+        return [layout.group] * groups + [rest] * bool(rest) + [share] * (layout.engines * layout.nodes)
     found: list[int] = []
     start = 0
     for end in range(1, layout.ranks + 1):
-        crosses = end % layout.group or end % layout.tensor
+        crosses = end % layout.group or end % share
         if not crosses or end == layout.ranks:
             found.append(end - start)
             start = end
@@ -43,10 +46,13 @@ def fits(parts: Sequence[int], nodes: Sequence[int]) -> bool:
 
 
 def check(layout: Layout, nodes: Sequence[Node], placed: Sequence[tuple[Bundle, Node]]) -> None:
-    """Every rank and engine is placed once, no node is overfull, and no group or engine spans nodes."""
+    """Every rank and share is placed once, no node is overfull, and no group or share spans nodes."""
+    layout = divided(layout, nodes)
+    assert layout.nodes is not None
+    share, shares = layout.tensor * layout.pipeline // layout.nodes, layout.engines * layout.nodes
     bundles = [bundle for bundle, _ in placed]
     assert sorted(itertools.chain(*(bundle.ranks for bundle in bundles))) == list(range(layout.ranks))
-    assert sorted(itertools.chain(*(bundle.engines for bundle in bundles))) == list(range(layout.engines))
+    assert sorted(itertools.chain(*(bundle.shares for bundle in bundles))) == list(range(shares))
     gpus, cpus = Counter[str](), Counter[str]()
     for bundle, node in placed:
         gpus[node.id] += bundle.gpus
@@ -56,15 +62,15 @@ def check(layout: Layout, nodes: Sequence[Node], placed: Sequence[tuple[Bundle, 
     for start in range(0, layout.ranks, layout.group):
         assert len({at[rank] for rank in range(start, min(start + layout.group, layout.ranks))}) == 1
     for bundle, node in placed:
-        for engine in bundle.engines:
-            devices = range(engine * layout.tensor, (engine + 1) * layout.tensor)
+        for index in bundle.shares:
+            devices = range(index * share, (index + 1) * share)
             if shares_devices(layout, nodes):
                 assert set(devices) <= set(bundle.ranks)
                 assert bundle.gpus == len(bundle.ranks)
             else:
                 assert not bundle.ranks
-                assert bundle.gpus == (layout.tensor if gpus.total() else 0)
-            assert node.gpus >= layout.tensor or not gpus.total()
+                assert bundle.gpus == (share if gpus.total() else 0)
+            assert node.gpus >= share or not gpus.total()
 
 
 @given(
@@ -72,18 +78,31 @@ def check(layout: Layout, nodes: Sequence[Node], placed: Sequence[tuple[Bundle, 
     group=st.sampled_from([1, 2, 4]),
     groups=st.integers(0, 3),
     tensor=st.sampled_from([1, 2, 4, 8]),
+    pipeline=st.sampled_from([1, 2, 4]),
     engines=st.integers(1, 3),
     gpus=st.lists(st.integers(0, 8), min_size=1, max_size=3),
+    data=st.data(),
 )
 def test_a_plan_is_sound_and_refuses_only_layouts_that_cannot_fit(
-    placement: str, group: int, groups: int, tensor: int, engines: int, gpus: list[int]
+    placement: str,
+    group: int,
+    groups: int,
+    tensor: int,
+    pipeline: int,
+    engines: int,
+    gpus: list[int],
+    data: st.DataObject,
 ) -> None:
-    layout = Layout(placement, groups * group, group, engines, tensor)  # type: ignore[arg-type]  # sampled from its values
     nodes = cluster(*gpus)
+    count = data.draw(st.sampled_from([None, *node_counts(tensor, pipeline)]))
+    layout = Layout(placement, groups * group, group, engines, tensor, pipeline, count)  # type: ignore[arg-type]  # sampled from its values
+    layout = divided(layout, nodes)
     shared = shares_devices(layout, nodes)
     parts = sizes(layout, shared)
-    if shared and engines * tensor > layout.ranks:
-        with pytest.raises(PlacementError, match=f"{engines} x {tensor} = {engines * tensor} devices"):
+    devices = engines * tensor * pipeline
+    if shared and devices > layout.ranks:
+        size = f"{tensor}" if pipeline == 1 else f"{pipeline} x {tensor}"
+        with pytest.raises(PlacementError, match=f"{engines} x {size} = {devices} devices"):
             plan(layout, nodes)
     elif any(gpus) and not fits(sorted(parts, reverse=True), gpus):
         with pytest.raises(PlacementError, match=f"10.0.0.0 has {gpus[0]} GPUs"):
@@ -121,6 +140,39 @@ def test_without_gpus_every_rank_and_engine_takes_a_cpu() -> None:
         plan(layout, cluster(0, cpus=4))
 
 
+@given(tensor=st.integers(1, 16), pipeline=st.integers(1, 6), most=st.integers(1, 16))
+def test_an_engine_is_divided_over_as_few_nodes_as_hold_it(tensor: int, pipeline: int, most: int) -> None:
+    """A node has whole stages, or an equal part of one; no allowed number of nodes below would do."""
+    layout = divided(Layout("split", 0, 1, 1, tensor, pipeline), cluster(0, most))
+    assert layout.nodes is not None
+    stages, ranks = pipeline / layout.nodes, tensor * pipeline / layout.nodes
+    assert stages.is_integer() or (1 / stages).is_integer()
+    assert ranks.is_integer()
+    assert ranks <= most
+    allowed = [n for n in range(1, tensor * pipeline + 1) if n in node_counts(tensor, pipeline)]
+    assert all(tensor * pipeline / count > most for count in allowed if count < layout.nodes)
+
+
+def test_an_engine_on_cpus_is_on_one_node_unless_told_otherwise() -> None:
+    nodes = cluster(0, 0, cpus=1)
+    (one,) = plan(Layout("split", 0, 1, 1, 16), nodes)
+    assert one[0].shares == range(1)
+    two = plan(Layout("split", 0, 1, 1, 16, nodes=2), nodes)
+    assert [(bundle.shares, node.id) for bundle, node in two] == [
+        (range(1), "id0"),
+        (range(1, 2), "id1"),
+    ]
+
+
+def test_a_refusal_of_an_engine_over_nodes_says_how_it_would_be_divided() -> None:
+    with pytest.raises(
+        PlacementError,
+        match=r"split: 2 engines of 2 x 16 on 4 nodes each \(engine.count, engine.pipeline x engine.tensor\) "
+        r"need 64 GPUs and 8 CPUs, 8 of the GPUs on one node",
+    ):
+        plan(Layout("split", 0, 1, 2, 16, 2), cluster(8, 8, 8, 8))
+
+
 def test_a_refusal_shows_the_arithmetic() -> None:
     with pytest.raises(
         PlacementError,
@@ -137,6 +189,7 @@ def test_a_refusal_shows_the_arithmetic() -> None:
         (Layout("colocated", 8, 4, 2, 4), cluster(8), True),
         (Layout("colocated", 16, 4, 4, 4), cluster(8, 8), False),
         (Layout("colocated", 16, 4, 2, 4), cluster(8, 8), True),  # the other node's ranks have no engine
+        (Layout("colocated", 16, 4, 1, 8, 2), cluster(8, 8), False),  # an engine of two nodes
         (Layout("split", 4, 4, 1, 4), cluster(8), True),
         (Layout("split", 8, 8, 1, 8), cluster(8, 8), False),
     ],

@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from treepo.cluster import ray_engine
+from treepo.cluster import engine_share
+from treepo.cluster.engine_share import Share
 from treepo.cluster.ray_engine import HostedEngine, RayEngine, RaySink, engine_seed
 from treepo.config.engine import EngineConfig
 from treepo.errors import ActorError, DeadEngineError, EngineError, ModelError, TransportError, TreepoError
@@ -123,13 +125,81 @@ def test_an_engine_that_does_not_close_is_killed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     killed: list[object] = []
-    monkeypatch.setattr(ray_engine.ray, "kill", killed.append)
+    monkeypatch.setattr(engine_share.ray, "kill", killed.append)
     for error in (KeyError("a bug"), EngineError("SGLang does not end"), TimeoutError()):
         engine = RayEngine("engine 3", FailingActor(in_task(error)), ranks=1)
         engine._started = True
         asyncio.run(engine.end())
         assert killed.pop() is engine.actor
     assert caplog.text.count("engine 3 did not close and is killed: ") == 3
+
+
+class ScriptedCall:
+    """A call of a Ray actor that is answered at once, or never."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer = answer
+
+    def __await__(self) -> Generator[Any, None, object]:
+        if self._answer is None:
+            yield from asyncio.Future[None]().__await__()
+        return self._answer
+
+
+class ScriptedActor:
+    """A Ray actor whose methods give these answers, and never answer otherwise."""
+
+    def __init__(self, **answers: object) -> None:
+        self._answers = answers
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *_: ScriptedCall(self._answers.get(method)))
+
+
+def test_an_engine_starts_when_all_its_shares_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_share.ray, "cancel", lambda _: None)
+    first = ScriptedActor(capacity=1000)
+    for further, started in ((ScriptedActor(ready=True), True), (ScriptedActor(), False)):
+        engine = RayEngine("engine 3", first, 4, [Share("engine 3, share 1", further)])
+
+        async def start(engine: RayEngine = engine) -> int:
+            return await asyncio.wait_for(engine.start(), 0.05)
+
+        if started:
+            assert asyncio.run(start()) == 1000
+        else:
+            with pytest.raises(TimeoutError):
+                asyncio.run(start())
+
+
+def test_a_share_that_cannot_start_ends_the_start_of_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_share.ray, "cancel", lambda _: None)
+    refuses = FailingActor(in_task(EngineError("SGLang does not start on models/x")))
+    engine = RayEngine("engine 3", ScriptedActor(), 4, [Share("engine 3, share 1", refuses)])
+    with pytest.raises(EngineError, match="engine 3, share 1: SGLang does not start on models/x"):
+        asyncio.run(engine.start())
+
+
+def test_the_death_of_any_share_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_share.ray, "cancel", lambda _: None)
+    dies = ScriptedActor(died="SGLang's process 7 ended", last_lines="killed")
+    for first, further in ((dies, ScriptedActor()), (ScriptedActor(), dies)):
+        engine = RayEngine("engine 3", first, 4, [Share("engine 3, share 1", further)])
+        reason = asyncio.run(engine.wait_for_death())
+        assert "SGLang's process 7 ended; killed" in reason
+        assert reason.startswith("share 1: ") == (further is dies)
+    gone = FailingActor(ActorDiedError())
+    engine = RayEngine("engine 3", ScriptedActor(), 4, [Share("engine 3, share 1", gone)])
+    with pytest.raises(DeadEngineError, match="engine 3, share 1: it died"):
+        asyncio.run(engine.wait_for_death())
+
+
+def test_an_engine_ends_with_all_its_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[object] = []
+    monkeypatch.setattr(engine_share.ray, "kill", killed.append)
+    actors = ScriptedActor(), ScriptedActor()
+    asyncio.run(RayEngine("engine 3", actors[0], 4, [Share("engine 3, share 1", actors[1])]).end())
+    assert killed == list(actors)
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31 - 1, 2**32, 2**64, 10**40])

@@ -44,15 +44,20 @@ def test_actors_land_as_planned() -> None:
         actors = [witness.options(**of_actor).remote() for of_actor in options]
         return [await actor.gpus.remote() for actor in actors]
 
+    async def witnesses_of_shares(options: Any) -> list[list[str]]:
+        return [share for shares in options for share in await witnesses(shares)]
+
     async def scenario() -> None:
         shared = await reserve(layout("colocated", 2, 1, 2), 60)
         ranks = [device for (device,) in await witnesses(shared.ranks)]
-        assert await witnesses(shared.engine_options(ranks)) == [ranks], "the engine gets the ranks' devices"
+        assert await witnesses_of_shares(shared.engine_options(ranks)) == [ranks], (
+            "the engine gets the ranks' devices"
+        )
         split = await reserve(layout("split", 1, 1, 2), 60)
         (own,) = await witnesses(split.ranks)
-        (pair,) = await witnesses(split.engine_options([]))
+        (pair,) = await witnesses_of_shares(split.engine_options([]))
         witness: Any = Witness
-        engine = witness.options(**split.engines[0]).remote()
+        engine = witness.options(**split.engines[0][0]).remote()
         assert await engine.environment.remote("OMP_WAIT_POLICY") == "passive"
         assert sorted([*ranks, *own, *pair]) == ["0", "1", "2", "3", "4"]
         with pytest.raises(PlacementError, match="4 GPUs are needed and 1 are free in all"):

@@ -158,6 +158,26 @@ def test_an_override_keeps_text_that_yaml_would_swallow(write, text: str, value:
             ["weights.send=adapter", "trainer.lora={targets: [o_proj, up_proj]}"],
             "weights.send = adapter: SGLang computes gate_proj, up_proj as one; all of them or none are",
         ),
+        (
+            MINIMAL,
+            ["weights.send=adapter", "trainer.lora={}", "engine.pipeline=2"],
+            "weights.send = adapter with engine.pipeline = 2 and engine.nodes = 1: SGLang's LoRA is tested",
+        ),
+        (
+            MINIMAL,
+            ["engine.pipeline=2", "trainer.routing_replay=rollout"],
+            "engine.pipeline = 2: SGLang returns the experts of the first stage's layers alone; none and",
+        ),
+        (
+            MINIMAL,
+            ["engine.tensor=8", "engine.expert=3"],
+            "engine.expert = 3 does not divide engine.tensor = 8; 1, 2, 4, 8 are allowed",
+        ),
+        (
+            MINIMAL,
+            ["engine.tensor=2", "engine.pipeline=3", "engine.nodes=2"],
+            "engine.tensor x engine.pipeline = 2 x 3 ranks can be divided over 1, 3, 6 nodes: whole",
+        ),
         ("steps: 3\n", [], "model: required, but not given"),
         ("- a\n", [], "expected a mapping of keys, found list"),
         ("a: [1,\n", [], "not YAML"),

@@ -23,6 +23,7 @@ PARAMETERS = {  # safetensors' count on the models' pages; the toy's own
     "Qwen2.5-32B": 32_763_876_352,
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
     **{
         name: sum(parameter.numel() for parameter in new_model(0, recipe.experts).parameters())
         for name, recipe in TOYS.items()

@@ -9,9 +9,10 @@ import pytest
 from megatron_bridge.architecture import read_architecture
 from tests.support.naive_batching import StatedRates
 from tests.support.plan_configs import config, engine
+from treepo.config.engine import EngineConfig
 from treepo.config.run import RunConfig
 from treepo.planning.hardware import device
-from treepo.planning.memory.engine_shard import engine_shard
+from treepo.planning.memory.engine_shard import engine_shards
 from treepo.planning.memory.trainer import parameter_count
 from treepo.planning.simulation.rates import Prefill
 from treepo.planning.simulation.workload import workload
@@ -26,7 +27,13 @@ def test_passes_take_longer_the_more_they_do(qwen2: Path, moe: Path) -> None:
         architecture = read_architecture(folder)
         rates = {
             tensor: DeviceRates(
-                device("h100"), architecture, engine_shard(architecture, tensor), tensor, value_bytes=2
+                device("h100"),
+                architecture,
+                tuple(engine_shards(architecture, EngineConfig(tensor=tensor))),
+                tensor,
+                value_bytes=2,
+                link=1e9,
+                hop=1e9,
             )
             for tensor in (1, 2)
         }
@@ -37,6 +44,32 @@ def test_passes_take_longer_the_more_they_do(qwen2: Path, moe: Path) -> None:
         # Two ranks read half each; their all-reduces are constant.
         reading = [np.diff(rates[tensor].decode(1, np.array([1000, 2000])))[0] for tensor in (1, 2)]
         assert reading[0] == pytest.approx(2 * reading[1])
+
+
+def test_stages_work_at_the_same_time(qwen2: Path) -> None:
+    """Two stages that read half of the weights and of the cache each: a step of many requests takes as long
+    to read the weights, half as long to read the cache and to compute, and twice the constant.
+    """
+    architecture = read_architecture(qwen2)
+    one, two = (
+        DeviceRates(
+            device("h100"),
+            architecture,
+            tuple(engine_shards(architecture, EngineConfig(pipeline=stages))),
+            tensor=1,
+            value_bytes=2,
+            link=1e9,
+            hop=float("inf"),
+        )
+        for stages in (1, 2)
+    )
+    kv = np.array([0, 10**6, 2 * 10**6])
+    reading = [np.diff(rates.decode(64, kv)) for rates in (one, two)]
+    assert reading[0] == pytest.approx(2 * reading[1])
+    assert two._fixed_seconds(32) == one._fixed_seconds(64)
+    constant, batch = device("h100").pass_seconds, Prefill(1, 10**7, 10**7, 10**7)
+    computing = one.prefill(batch) - constant, two.prefill(batch) - 2 * constant
+    assert computing[0] == pytest.approx(2 * computing[1])
 
 
 @pytest.mark.parametrize("mode", ["tree", "sequential"])

@@ -15,8 +15,9 @@ from sglang_rollout.arguments import (
     decode_graph_size,
     sglang_arguments,
 )
+from sglang_rollout.rank_store import Meeting
 from treepo.config.engine import EngineConfig
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, EngineError
 
 GIB = 1 << 30
 
@@ -69,6 +70,10 @@ def arguments(folder: Path, config: EngineConfig, model: dict[str, Any], **setti
         ({"enable_deterministic_inference": 1}, "should be a valid boolean, found 1"),
         ({"deepep_mode": "fast"}, "deepep_mode: should be 'auto' or 'normal', found 'fast'"),
         ({"tp_size": 2}, "engine.sglang.tp_size: set by engine.tensor"),
+        ({"pp_size": 2}, "engine.sglang.pp_size: set by engine.pipeline"),
+        ({"ep_size": 2}, "engine.sglang.ep_size: set by engine.expert"),
+        ({"nnodes": 2}, "engine.sglang.nnodes: set by engine.nodes"),
+        ({"node_rank": 1}, "cannot be set, because it follows from where the ranks are placed"),
         ({"attention_backend": "fa3"}, "set by engine.attention_backend"),
         ({"disable_radix_cache": True}, "cannot be set, because trees share their prefixes in it"),
     ],
@@ -101,6 +106,37 @@ def test_deterministic_inference_keeps_the_prefix_cache(backend: str | None, goo
             }
         )
         assert bool(list(argument_faults(config, types))) == (deterministic and not good)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_share_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int) -> None:
+    """The keys of an engine on several nodes, as SGLang names them."""
+    on_gpu(monkeypatch)
+    config = EngineConfig(tensor=16, pipeline=2, expert=8, nodes=4)
+    given = arguments(tmp_path, config, {}, meeting=Meeting("fd00::1", 4000, share))
+    expected = {"tp_size": 16, "pp_size": 2, "ep_size": 8, "nnodes": 4, "node_rank": share}
+    assert given.items() >= expected.items()
+    assert given["dist_init_addr"] == "[fd00::1]:4000"
+    assert given["disable_overlap_schedule"] is True
+
+
+def test_an_engine_on_one_node_is_told_nothing_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(monkeypatch)
+    given = arguments(tmp_path, EngineConfig(tensor=4), {})
+    assert not given.keys() & {"nnodes", "node_rank", "dist_init_addr", "disable_overlap_schedule"}
+
+
+def test_a_mixture_that_sglang_cannot_load_on_a_cpu_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    experts = {"num_experts": 4, "moe_intermediate_size": 96}
+    arguments(tmp_path, EngineConfig(tensor=3), experts)
+    arguments(tmp_path, EngineConfig(tensor=2), {"moe_intermediate_size": 96})
+    with pytest.raises(EngineError, match=r"moe_intermediate_size = 96; SGLang serves multiples of 32 x 2"):
+        arguments(tmp_path, EngineConfig(tensor=2), experts)
 
 
 def test_without_arguments_sglang_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:

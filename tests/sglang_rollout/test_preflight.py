@@ -48,3 +48,42 @@ def test_an_architecture_that_sglang_would_serve_otherwise_is_refused(
         return
     with pytest.raises(ModelError, match=refused):
         check_engine(tmp_path, prompt=100, response=100, engine=EngineConfig())
+
+
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "moe_intermediate_size": 1536,
+    "max_position_embeddings": 40960,
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "refused"),
+    [
+        ({"tensor": 16, "pipeline": 2, "expert": 8, "nodes": 4}, {}, None),
+        ({"tensor": 8, "pipeline": 3}, {}, None),  # 31, 31 and 32 layers
+        ({"tensor": 8, "expert": 8}, {"num_experts": 60}, "engine.expert = 8: .* has 60 experts"),
+        ({"tensor": 2, "expert": 2}, {"model_type": "qwen3", "num_experts": None}, "has no experts"),
+        ({"tensor": 64, "expert": 1}, {"moe_intermediate_size": 96}, "experts of 96 rows, which 64 ranks"),
+        ({"tensor": 64, "expert": 64}, {"moe_intermediate_size": 96}, None),
+        ({"pipeline": 95}, {}, "engine.pipeline = 95: .* has 94 layers; 1 to 94 are allowed"),
+        ({"pipeline": 2}, {"model_type": "gpt2"}, 'model_type = "gpt2"; SGLang serves llama, mistral, qwen2'),
+        ({"pipeline": 2}, {"model_type": "llama", "tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"pipeline": 2}, {"model_type": "qwen3", "tie_word_embeddings": True}, None),
+        ({"pipeline": 1}, {"model_type": "llama", "tie_word_embeddings": True}, None),
+    ],
+)
+def test_a_model_is_divided_into_stages_and_parts_of_experts_as_sglang_can(
+    tmp_path: Path, engine: dict[str, int], changes: dict[str, object], refused: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_MOE | changes))
+    config = EngineConfig.model_validate(engine)
+    if refused is None:
+        check_engine(tmp_path, prompt=100, response=100, engine=config)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        check_engine(tmp_path, prompt=100, response=100, engine=config)

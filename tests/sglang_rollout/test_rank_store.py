@@ -5,16 +5,16 @@ import socket
 import pytest
 from torch.distributed.rendezvous import rendezvous
 
-from sglang_rollout.rank_store import open_store, store_variables
+from sglang_rollout.rank_store import LOOPBACK, Meeting, open_store, store_variables
 
 
 def test_ranks_meet_at_a_port_that_nobody_else_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store()
+    store = open_store(LOOPBACK)
     with pytest.raises(OSError, match="in use"):
         socket.create_server(("127.0.0.1", store.port))
-    for name, value in store_variables(store.port).items():
+    for name, value in store_variables(Meeting(LOOPBACK, store.port, share=0)).items():
         monkeypatch.setenv(name, value)
     first, second = (next(iter(rendezvous("env://", rank, 2)))[0] for rank in range(2))
     first.set("a", "b")
     assert second.get("a") == b"b"
-    assert open_store().port != store.port
+    assert open_store(LOOPBACK).port != store.port

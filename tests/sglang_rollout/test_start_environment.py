@@ -9,6 +9,7 @@ import torch
 
 from sglang_rollout import cuda_toolkit, start_environment
 from sglang_rollout.cuda_toolkit import cuda_variables, found_toolkit, pip_runtime, pip_toolkit
+from sglang_rollout.rank_store import LOOPBACK, Meeting
 from treepo.config.engine import EngineConfig
 from treepo.errors import EngineError
 
@@ -31,7 +32,7 @@ def package(root: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
 
 
 def started(config: EngineConfig, shares_device: bool) -> dict[str, str]:
-    with start_environment.start_environment(config, shares_device, 1):
+    with start_environment.start_environment(config, shares_device, Meeting(LOOPBACK, 1, share=0)):
         return dict(os.environ)
 
 

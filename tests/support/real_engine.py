@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sglang_rollout.engine import SGLangEngine
+from sglang_rollout.rank_store import Meeting
 from tests.support.tiny import write_tiny_qwen2
 from treepo.config.engine import EngineConfig
 from treepo.config.trainer import LoraConfig
@@ -123,14 +125,26 @@ def start(
     *,
     routes: bool = False,
     lora: LoraConfig | None = None,
+    meeting: Meeting | None = None,
+    store: TCPStore | None = None,
     **settings: Any,
 ) -> RealEngine:
     """settings: keys of `EngineConfig`. routes: whether requests may ask for routes. lora: of the adapter
-    that updates bring.
+    that updates bring. meeting, store: of an engine with further shares.
     """
     os.environ["SGLANG_RECORD_STEP_TIME"] = "1"  # tests/planning/test_simulation_real.py counts steps by it
     rule = SwitchableRule()
     config = EngineConfig.model_validate({"max_total_tokens": 50_000} | settings)
-    engine = SGLangEngine(folder, "float32", config, seed=0, stop_rule=rule, routes=routes, lora=lora)
+    engine = SGLangEngine(
+        folder,
+        "float32",
+        config,
+        seed=0,
+        stop_rule=rule,
+        routes=routes,
+        lora=lora,
+        meeting=meeting,
+        store=store,
+    )
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return RealEngine(engine, folder, reference, rule, loop)

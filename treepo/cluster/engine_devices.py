@@ -26,31 +26,34 @@ _log = logging.getLogger(__name__)
 
 
 class EngineDevices:
-    """Where the actor of each engine is started.
+    """Where the actors of each engine are started, one for each share.
 
-    options: Ray's options for each engine's actor; an engine that moves gets others. may_move: false if an
-    engine cannot leave the trainer, because it uses the trainer's devices or its machine's memory. seconds:
-    how long an engine may wait for devices (`engine.rejoin_seconds`).
+    options: Ray's options for the actors of each engine; an engine that moves gets others. may_move: false if
+    an engine cannot leave the trainer, because it uses the trainer's devices or its machine's memory.
+    seconds: how long an engine may wait for devices (`engine.rejoin_seconds`).
     """
 
-    def __init__(self, options: Sequence[dict[str, Any]], *, may_move: bool, seconds: float) -> None:
-        self.options = list(options)
-        self._nodes = [_reserved_node(each) for each in options]
+    def __init__(
+        self, options: Sequence[Sequence[dict[str, Any]]], *, may_move: bool, seconds: float
+    ) -> None:
+        self.options = [list(shares) for shares in options]
+        self._reserved = [[(each, _reserved_node(each)) for each in shares] for shares in options]
+        self._nodes = [[node for _, node in shares] for shares in self._reserved]
         self._may_move, self._seconds = may_move, seconds
         self._groups: dict[int, PlacementGroup] = {}  # of engines that have moved
 
     async def find(self, index: int) -> None:
         """Return once the engine can be started.
 
-        That is at once if it has reserved devices on a living node. Otherwise it waits for a node with free
-        devices: the same that has come back, one that replaces it, or another. Raises PlacementError if there
-        is none within `seconds`, and at once if the engine may not move.
+        That is at once if all its shares have reserved devices on living nodes. Otherwise it waits for nodes
+        with free devices for the others: the same that have come back, some that replace them, or others.
+        Raises PlacementError if there are none within `seconds`, and at once if the engine may not move.
         """
-        if await self._has_node(index):
+        if await self._has_nodes(index):
             return
         if not self._may_move:
             raise PlacementError("its node has left the cluster, and it cannot leave the trainer's devices")
-        if self._nodes[index] is not None:
+        if any(self._nodes[index]):
             _log.warning(
                 "the node of engine %d has left the cluster; it waits up to %g s", index, self._seconds
             )
@@ -63,20 +66,21 @@ class EngineDevices:
             ) from None
 
     async def lost(self, index: int) -> None:
-        """Return once the node of the engine's devices has left the cluster."""
-        while self._nodes[index] is None or await self._has_node(index):
+        """Return once a node of the engine's devices has left the cluster."""
+        while None in self._nodes[index] or await self._has_nodes(index):
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _has_node(self, index: int) -> bool:
-        return self._nodes[index] in await in_thread(living_nodes)
+    async def _has_nodes(self, index: int) -> bool:
+        return set(self._nodes[index]) <= set(await in_thread(living_nodes))
 
     async def _move(self, index: int) -> None:
-        options, before = self.options[index], self._nodes[index]
+        """Shares that the run has reserved on living nodes stay there; the others get a common group."""
         # First of all: Ray would give the node that comes to the earlier group, which nobody uses.
         if (earlier := self._groups.pop(index, None)) is not None:
             remove_placement_group(earlier)
-        needs = {"CPU": float(options["num_cpus"]), "GPU": float(options["num_gpus"])}
-        group = placement_group([{name: count for name, count in needs.items() if count}])
+        alive, shares, before = await in_thread(living_nodes), self._reserved[index], self._nodes[index]
+        moving = [share for share, (_, node) in enumerate(shares) if node not in alive]
+        group = placement_group([_needs(shares[share][0]) for share in moving])
         try:
             with waiting(f"engine {index}", "a node with free devices"):
                 await group.ready()
@@ -84,10 +88,18 @@ class EngineDevices:
             remove_placement_group(group)
             raise
         self._groups[index] = group
-        self.options[index] = options | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
-        self._nodes[index] = node = _reserved_node(self.options[index])
-        if node != before:
-            _log.warning("engine %d moves to %s", index, _address(node))
+        self.options[index], self._nodes[index] = map(list, zip(*shares, strict=True))
+        for bundle, share in enumerate(moving):
+            strategy = PlacementGroupSchedulingStrategy(group, bundle)
+            moved = self.options[index][share] | {"scheduling_strategy": strategy}
+            self.options[index][share], self._nodes[index][share] = moved, _reserved_node(moved)
+        if gone := [node for node in self._nodes[index] if node not in before]:
+            _log.warning("engine %d moves to %s", index, ", ".join(map(_address, gone)))
+
+
+def _needs(options: dict[str, Any]) -> dict[str, float]:
+    needs = {"CPU": float(options["num_cpus"]), "GPU": float(options["num_gpus"])}
+    return {name: count for name, count in needs.items() if count}
 
 
 def _reserved_node(options: dict[str, Any]) -> str | None:

@@ -1,19 +1,21 @@
 """Decides which node runs each trainer rank and each engine.
 
 Pure arithmetic on the nodes that the cluster reports, so that a layout that does not fit is refused before
-anything starts. Ranks and engines that must be on one node form a bundle. A device is a GPU. In a cluster
-without GPUs, each engine and each trainer rank takes a CPU, and no device is shared.
+anything starts. An engine has one share, or several equal ones on as many nodes; shares are numbered engine
+after engine. Ranks and shares that must be on one node form a bundle. A device is a GPU. In a cluster without
+GPUs, each share and each trainer rank takes a CPU, and no device is shared.
 
-`colocated`: engine i runs on the devices of the trainer ranks from i x engine.tensor on. Every device of an
-    engine has a trainer rank; a rank's device may have no engine.
-`split`: each engine and each tensor-parallel group of the trainer has devices of its own.
+`colocated`: engine i runs on the devices of the trainer ranks from i x its number of devices on. Every device
+    of an engine has a trainer rank; a rank's device may have no engine.
+`split`: each share of an engine and each tensor-parallel group of the trainer has devices of its own.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from treepo.config.engine import EngineConfig, node_counts
 from treepo.config.run import RunConfig
 from treepo.errors import PlacementError
 
@@ -35,7 +37,8 @@ class Layout:
     """The ranks and engines to place.
 
     ranks: of the trainer; 0 without one. group: size of a tensor-parallel group of the trainer, whose ranks
-    are consecutive and must be on one node. tensor: ranks of one engine.
+    are consecutive and must be on one node. tensor, pipeline: of one engine. nodes: of one engine; None if
+    the cluster decides (`divided`).
     """
 
     placement: Placement
@@ -43,25 +46,68 @@ class Layout:
     group: int
     engines: int
     tensor: int
+    pipeline: int = 1
+    nodes: int | None = None
+
+    @property
+    def devices(self) -> int:
+        """Of one engine."""
+        return self.tensor * self.pipeline
+
+    @property
+    def shares(self) -> int:
+        """Of all engines. Of a layout that is `divided`, as `share`."""
+        assert self.nodes is not None
+        return self.engines * self.nodes
+
+    @property
+    def share(self) -> int:
+        """Devices of one share of an engine."""
+        assert self.nodes is not None
+        return self.devices // self.nodes
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Trainer ranks and engines that must be on one node. gpus: their GPUs; 0 in a cluster without any."""
+    """Trainer ranks and shares of engines that must be on one node. gpus: their GPUs; 0 in a cluster without
+    any.
+    """
 
     ranks: range
-    engines: range
+    shares: range
     gpus: int
 
     @property
     def cpus(self) -> int:
-        return len(self.ranks) + len(self.engines)
+        return len(self.ranks) + len(self.shares)
 
 
 def run_layout(config: RunConfig) -> Layout:
     """The layout of a training run."""
     parallel, engine = config.trainer.parallel, config.engine
-    return Layout(config.placement, parallel.ranks, parallel.tensor, engine.count, engine.tensor)
+    return Layout(
+        config.placement,
+        parallel.ranks,
+        parallel.tensor,
+        engine.count,
+        engine.tensor,
+        engine.pipeline,
+        engine.nodes,
+    )
+
+
+def engines_layout(engine: EngineConfig) -> Layout:
+    """The layout of engines without a trainer."""
+    return Layout("split", 0, 1, engine.count, engine.tensor, engine.pipeline, engine.nodes)
+
+
+def divided(layout: Layout, nodes: Sequence[Node]) -> Layout:
+    """The layout with the number of nodes of an engine: if it is not given, the fewest whose GPUs hold it."""
+    if layout.nodes is not None:
+        return layout
+    most = max((node.gpus for node in nodes), default=0) or layout.devices
+    counts = node_counts(layout.tensor, layout.pipeline)
+    return replace(layout, nodes=next(count for count in counts if layout.devices <= count * most))
 
 
 def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:
@@ -70,6 +116,7 @@ def plan(layout: Layout, nodes: Sequence[Node]) -> list[tuple[Bundle, Node]]:
     First fit, largest bundles first. If the bundles' sizes divide each other, as in real layouts, this finds
     a placement whenever there is one.
     """
+    layout = divided(layout, nodes)
     bundles = _bundles(layout, _on_gpus(nodes))
     free = [(node.gpus, node.cpus) for node in nodes]
     placed: dict[int, Node] = {}
@@ -93,17 +140,19 @@ def shares_devices(layout: Layout, nodes: Sequence[Node]) -> bool:
 def on_one_machine(placed: Sequence[tuple[Bundle, Node]]) -> bool:
     """Whether every engine is on the node of trainer rank 0."""
     first = {node.id for bundle, node in placed if 0 in bundle.ranks}
-    return {node.id for bundle, node in placed if bundle.engines} <= first
+    return {node.id for bundle, node in placed if bundle.shares} <= first
 
 
 def demand(layout: Layout, nodes: Sequence[Node]) -> tuple[int, int]:
     """Total GPUs and CPUs of the layout; 0 GPUs if no node has any."""
-    bundles = _bundles(layout, _on_gpus(nodes))
+    bundles = _bundles(divided(layout, nodes), _on_gpus(nodes))
     return sum(bundle.gpus for bundle in bundles), sum(bundle.cpus for bundle in bundles)
 
 
 def needs(layout: Layout, *, on_gpus: bool) -> str:
-    """The layout's needs in words. Raises PlacementError if colocated engines outnumber the devices."""
+    """The needs of a layout that is `divided`, in words. Raises PlacementError if colocated engines outnumber
+    the devices.
+    """
     return _needs(layout, _bundles(layout, on_gpus))
 
 
@@ -123,27 +172,35 @@ def _separate(layout: Layout, on_gpus: bool) -> list[Bundle]:
     groups = [
         Bundle(group, range(0), len(group) if on_gpus else 0) for group in _parts(layout.ranks, layout.group)
     ]
-    gpus = layout.tensor if on_gpus else 0
-    return groups + [Bundle(range(0), range(i, i + 1), gpus) for i in range(layout.engines)]
+    gpus = layout.share if on_gpus else 0
+    return groups + [Bundle(range(0), range(i, i + 1), gpus) for i in range(layout.shares)]
 
 
 def _shared(layout: Layout) -> list[Bundle]:
-    """Bundles whose borders cross neither a group of the trainer nor an engine."""
-    tensor, devices = layout.tensor, layout.engines * layout.tensor
+    """Bundles whose borders cross neither a group of the trainer nor a share of an engine."""
+    share, devices = layout.share, layout.engines * layout.devices
     if devices > layout.ranks:
+        keys, numbers = _engine_size(layout)
         raise PlacementError(
-            f"placement = colocated: engine.count x engine.tensor = {layout.engines} x {tensor} = {devices} "
+            f"placement = colocated: engine.count x {keys} = {layout.engines} x {numbers} = {devices} "
             f"devices, but trainer.parallel has {layout.ranks} ranks, one a device; an engine needs a rank "
             "on each of its devices (or placement = split)"
         )
     return [
         Bundle(
             part,
-            range(min(part.start // tensor, layout.engines), min(part.stop // tensor, layout.engines)),
+            range(min(part.start // share, layout.shares), min(part.stop // share, layout.shares)),
             len(part),
         )
-        for part in _parts(layout.ranks, math.lcm(layout.group, tensor))
+        for part in _parts(layout.ranks, math.lcm(layout.group, share))
     ]
+
+
+def _engine_size(layout: Layout) -> tuple[str, str]:
+    """The keys that decide on an engine's devices, and their values."""
+    if layout.pipeline == 1:
+        return "engine.tensor", str(layout.tensor)
+    return "engine.pipeline x engine.tensor", f"{layout.pipeline} x {layout.tensor}"
 
 
 def _parts(count: int, size: int) -> list[range]:
@@ -155,7 +212,9 @@ def _needs(layout: Layout, bundles: Sequence[Bundle]) -> str:
     if layout.ranks:
         wanted.append(f"{layout.ranks} trainer ranks in groups of {layout.group} (trainer.parallel)")
     if layout.engines:
-        wanted.append(f"{layout.engines} engines of {layout.tensor} (engine.count, engine.tensor)")
+        keys, numbers = _engine_size(layout)
+        over = f" on {layout.nodes} nodes each" if layout.shares > layout.engines else ""
+        wanted.append(f"{layout.engines} engines of {numbers}{over} (engine.count, {keys})")
     gpus, cpus = sum(bundle.gpus for bundle in bundles), sum(bundle.cpus for bundle in bundles)
     need = f"{gpus} GPUs and {cpus} CPUs" if gpus else f"{cpus} CPUs"
     largest = max(bundle.gpus for bundle in bundles)

@@ -1,8 +1,7 @@
 """SGLang engines as Ray actors, each in a process of its own."""
 
 import asyncio
-import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,40 +11,46 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sglang_rollout.engine import SGLangEngine
-from treepo.cluster.actor_death import death_of, note_start, own_last_lines
+from sglang_rollout.rank_store import Meeting, open_store
+from treepo.cluster.actor_death import note_start, own_last_lines
 from treepo.cluster.engine_devices import EngineDevices
+from treepo.cluster.engine_share import HostedShare, Share
 from treepo.cluster.pooled_engine import Memory
 from treepo.cluster.ray_actor import UNRECORDED, own_error, use_interface_of_node
-from treepo.cluster.ray_watch import unless_lost
 from treepo.cluster.request_channel import Answers, Posted, RequestChannel, RequestDesk
 from treepo.config.engine import EngineConfig
 from treepo.config.run import ModelConfig
 from treepo.config.trainer import LoraConfig
-from treepo.errors import ClusterError, DeadEngineError, TreepoError, one_line
+from treepo.errors import DeadEngineError, TreepoError
 from treepo.protocols import GenerateOutput, GenerateRequest
 from treepo.rollout import rng
 from treepo.rollout.stopping import StopRule
 from treepo.weight_sync.wire import Address, Bucket, Manifest
 
-_log = logging.getLogger(__name__)
 _CONCURRENT_REQUESTS = 100_000  # the driver bounds the requests in flight; Ray should not
-_LAST_LINES_SECONDS = 10
-_END_SECONDS = 30  # for an engine to end its processes; then its actor is killed, and they end with it
 
 
 class HostedEngine(SGLangEngine):
-    """The engine in its actor.
+    """The engine in its actor, or the first share of one on several nodes, which answers for all.
 
-    If SGLang does not start, `capacity` raises the error: of a constructor that fails, Ray keeps only the
-    traceback.
+    others: actors of `HostedShare`, one for each further share; they are told where to meet. If SGLang does
+    not start, `capacity` raises the error: of a constructor that fails, Ray keeps only the traceback.
     """
 
-    def __init__(self, model: Path, dtype: str, config: EngineConfig, **settings: Any) -> None:
+    def __init__(
+        self, model: Path, dtype: str, config: EngineConfig, others: Sequence[Any] = (), **settings: Any
+    ) -> None:
         self._failure: TreepoError | None = None
         note_start()
         self._desk = RequestDesk(self.generate)
         use_interface_of_node()  # SGLang's processes inherit it
         try:
+            if others:
+                host = ray.util.get_node_ip_address()
+                store = open_store(host)
+                for share, actor in enumerate(others, start=1):
+                    actor.start.remote(Meeting(host, store.port, share))
+                settings |= {"meeting": Meeting(host, store.port, share=0), "store": store}
             super().__init__(model, dtype, config, **settings)
         except TreepoError as error:
             self._failure = error
@@ -109,21 +114,27 @@ class EngineLauncher:
     lora: LoraConfig | None = None
 
     def __call__(self, index: int) -> "RayEngine":
-        config = self.config
+        first, *further = self.devices.options[index]
+        engine = self.config.engine.model_copy(update={"nodes": 1 + len(further)})
+        model, name = self.config.model, f"engine {index}"
+        settings = {
+            "model": model.path.resolve(),
+            "dtype": model.dtype,
+            "config": engine,
+            "seed": engine_seed(self.config.seed, index),
+            "shares_device": self.shares_devices,
+            "paths_at_once": self.paths_at_once,
+            "routes": self.routes,
+            "lora": self.lora,
+        }
+        remote_share: Any = ray.remote(HostedShare)
+        others = [remote_share.options(**UNRECORDED | options).remote(**settings) for options in further]
         remote: Any = ray.remote(HostedEngine)
-        options = UNRECORDED | self.devices.options[index]
-        actor = remote.options(max_concurrency=_CONCURRENT_REQUESTS, **options).remote(
-            config.model.path.resolve(),
-            config.model.dtype,
-            config.engine,
-            seed=engine_seed(config.seed, index),
-            stop_rule=self.stop_rule,
-            shares_device=self.shares_devices,
-            paths_at_once=self.paths_at_once,
-            routes=self.routes,
-            lora=self.lora,
+        actor = remote.options(max_concurrency=_CONCURRENT_REQUESTS, **UNRECORDED | first).remote(
+            others=others, stop_rule=self.stop_rule, **settings
         )
-        return RayEngine(f"engine {index}", actor, config.engine.tensor)
+        shares = [Share(f"{name}, share {share}", other) for share, other in enumerate(others, start=1)]
+        return RayEngine(name, actor, engine.ranks, shares)
 
     async def find_devices(self, index: int) -> None:
         await self.devices.find(index)
@@ -132,24 +143,31 @@ class EngineLauncher:
         await self.devices.lost(index)
 
 
-class RayEngine:
-    """Implements `treepo.cluster.pooled_engine.EngineProcess` with an actor of `HostedEngine`.
+class RayEngine(Share):
+    """Implements `treepo.cluster.pooled_engine.EngineProcess` with an actor of `HostedEngine`, and one of
+    `HostedShare` for each further share.
 
-    ranks: tensor-parallel ranks. A TreepoError raised in the actor arrives with the engine's name.
+    ranks: of all shares. A TreepoError raised in an actor arrives with the engine's or the share's name.
     """
 
-    def __init__(self, name: str, actor: Any, ranks: int) -> None:
-        self.name = name
-        self.actor = actor
-        self._ranks = ranks
-        self._said: asyncio.Future[str] | None = None  # the cause of death, asked for once
+    def __init__(self, name: str, actor: Any, ranks: int, further: Sequence[Share] = ()) -> None:
+        super().__init__(name, actor)
+        self._ranks, self._further = ranks, further
         self._channel = RequestChannel(actor)
-        self._started = False
 
     async def start(self) -> int:
-        tokens = await self._answer(self.actor.capacity)
+        """Wait for the models of all shares. Raises the first failure of one."""
+        loading = [asyncio.ensure_future(share.ready()) for share in self._further]
+        try:
+            tokens, *_ = await asyncio.gather(self._answer(self.actor.capacity), *loading)
+        finally:
+            for share in loading:
+                share.cancel()
         self._started = True
         return tokens
+
+    async def end(self) -> None:
+        await asyncio.gather(super().end(), *(share.end() for share in self._further))
 
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         try:
@@ -161,7 +179,15 @@ class RayEngine:
         await self._answer(self.actor.health_check)
 
     async def wait_for_death(self) -> str:
-        return f"{await self._answer(self.actor.died)}; {await self._once(self._last_lines())}"
+        """Return the reason once any share has died: the others cannot answer without it."""
+        waits = (super().wait_for_death(), *map(_named_death, enumerate(self._further, start=1)))
+        deaths = [asyncio.ensure_future(wait) for wait in waits]
+        try:
+            done, _ = await asyncio.wait(deaths, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for death in deaths:
+                death.cancel()
 
     async def hold(self) -> None:
         await self._answer(self.actor.hold)
@@ -187,57 +213,10 @@ class RayEngine:
     def sink(self) -> "RaySink":
         return RaySink(self.name, self.actor._actor_id.hex(), self._ranks, self.actor)
 
-    async def end(self) -> None:
-        """End SGLang's processes, then the actor; processes that are left end with it."""
-        try:
-            if self._started:  # an actor that starts SGLang answers no call
-                async with asyncio.timeout(_END_SECONDS):
-                    await self._answer(self.actor.close)
-        except (DeadEngineError, ClusterError):
-            pass  # the actor itself has died, or Ray, whose watch ends what is left
-        except (TimeoutError, TreepoError) as error:
-            reason = one_line(error) or f"no answer within {_END_SECONDS} s"
-            _log.warning("%s did not close and is killed: %s", self.name, reason)
-        finally:
-            ray.kill(self.actor)
 
-    async def _answer(self, method: Any, *arguments: object) -> Any:
-        """Call a method of the actor. Cancelling this call cancels the method in the actor too."""
-        reference = method.remote(*arguments)
-        try:
-            return await unless_lost(reference)
-        except asyncio.CancelledError:
-            ray.cancel(reference)
-            raise
-        except (RayTaskError, RayActorError) as error:
-            raise await self._own(error) from None
-
-    async def _own(self, error: RayTaskError | RayActorError) -> BaseException:
-        """Our own error in place of Ray's, with the engine's name. A fault is an ActorError, whose traceback
-        is in the log.
-        """
-        if isinstance(error, RayActorError):
-            return DeadEngineError(f"{self.name}: {await self._once(death_of(error))}")
-        own = own_error(error, DeadEngineError)
-        if isinstance(own, DeadEngineError):
-            return DeadEngineError(f"{self.name}: {own}; {await self._once(self._last_lines())}")
-        return type(own)(f"{self.name}: {own}") if isinstance(own, TreepoError) else own
-
-    async def _once(self, ask: Coroutine[Any, Any, str]) -> str:
-        """The answer to the first question after the death, for all calls that fail with it."""
-        if self._said is None:
-            self._said = asyncio.ensure_future(ask)
-        else:
-            ask.close()
-        return await asyncio.shield(self._said)
-
-    async def _last_lines(self) -> str:
-        """What SGLang's processes said last; the actor outlives them."""
-        try:
-            async with asyncio.timeout(_LAST_LINES_SECONDS):
-                return await self.actor.last_lines.remote()
-        except (RayTaskError, RayActorError, TimeoutError) as error:
-            return f"its last lines cannot be read: {type(error).__name__}"
+async def _named_death(numbered: tuple[int, Share]) -> str:
+    number, share = numbered
+    return f"share {number}: {await share.wait_for_death()}"
 
 
 @dataclass(frozen=True, slots=True)

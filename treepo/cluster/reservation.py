@@ -1,6 +1,7 @@
 """Reserves a run's devices in Ray, as `treepo.cluster.placement` places them."""
 
 import asyncio
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,17 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from treepo.cluster.nodes import cluster_nodes, living_nodes
-from treepo.cluster.placement import Bundle, Layout, Node, on_one_machine, plan, run_layout, shares_devices
+from treepo.cluster.placement import (
+    Bundle,
+    Layout,
+    Node,
+    divided,
+    engines_layout,
+    on_one_machine,
+    plan,
+    run_layout,
+    shares_devices,
+)
 from treepo.cluster.process_environment import engine_environment, threads_of, trainer_environment
 from treepo.config.engine import EngineConfig
 from treepo.config.run import RunConfig
@@ -29,34 +40,39 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Where the actors of a run go: Ray's options for each trainer rank's and each engine's actor.
+    """Where the actors of a run go: Ray's options for the actor of each trainer rank, and of each share of
+    each engine.
 
-    shares_devices: whether the engines use the trainer's devices. one_machine: whether every engine is on the
-    node of trainer rank 0. tensor: ranks of one engine. rank_nodes: Ray's id of each trainer rank's node.
+    layout: its number of nodes of an engine is decided. shares_devices: whether the engines use the trainer's
+    devices. one_machine: whether every engine is on the node of trainer rank 0. rank_nodes: Ray's id of each
+    trainer rank's node.
     """
 
+    layout: Layout
     shares_devices: bool
     one_machine: bool
     ranks: tuple[dict[str, Any], ...]
-    engines: tuple[dict[str, Any], ...]
-    tensor: int
+    engines: tuple[tuple[dict[str, Any], ...], ...]
     rank_nodes: tuple[str, ...]
 
-    def engine_options(self, devices: Sequence[str]) -> list[dict[str, Any]]:
-        """Ray's options for each engine's actor, with its devices if they are the trainer's.
+    def engine_options(self, devices: Sequence[str]) -> list[list[dict[str, Any]]]:
+        """Ray's options for the actor of each share of each engine, with its devices if they are the
+        trainer's.
 
         devices: Ray's name of each trainer rank's GPU on its node, in the order of ranks; used only if the
         devices are shared. Ray gives a GPU to its rank alone, because an actor can have a part of one GPU but
-        not of several; so CUDA_VISIBLE_DEVICES names the engine's GPUs. SGLang numbers the GPUs that it sees
+        not of several; so CUDA_VISIBLE_DEVICES names the share's GPUs. SGLang numbers the GPUs that it sees
         from 0.
         """
         if not self.shares_devices:
-            return list(self.engines)
-        shares = [devices[i * self.tensor : (i + 1) * self.tensor] for i in range(len(self.engines))]
+            return [list(shares) for shares in self.engines]
+        parts = itertools.batched(devices, self.layout.share)
         return [
-            options
-            | _environment(options["runtime_env"]["env_vars"] | {"CUDA_VISIBLE_DEVICES": ",".join(share)})
-            for options, share in zip(self.engines, shares, strict=True)
+            [
+                options | _environment(_variables(options) | {"CUDA_VISIBLE_DEVICES": ",".join(next(parts))})
+                for options in shares
+            ]
+            for shares in self.engines
         ]
 
 
@@ -66,11 +82,12 @@ async def reserve(config: RunConfig, seconds: float) -> Reservation:
     Raises PlacementError at once if the cluster cannot hold the layout, and after `seconds` if the resources
     are still in use.
     """
-    layout, nodes = run_layout(config), cluster_nodes()
+    nodes = cluster_nodes()
+    layout = divided(run_layout(config), nodes)
     placed = plan(layout, nodes)
     bundles = [bundle for bundle, _ in placed]
     for bundle, node in placed:
-        _log.info("%s: %s", node.name, _members(bundle))
+        _log.info("%s: %s", node.name, _members(bundle, layout))
     group = placement_group(
         [_resources(bundle) for bundle in bundles],
         bundle_label_selector=[{"ray.io/node-id": node.id} for _, node in placed],
@@ -84,7 +101,7 @@ async def reserve(config: RunConfig, seconds: float) -> Reservation:
         ) from None
     shared, on_gpus = shares_devices(layout, nodes), any(node.gpus for node in nodes)
     ranks: list[dict[str, Any]] = [{}] * layout.ranks
-    engines: list[dict[str, Any]] = [{}] * layout.engines
+    shares: list[dict[str, Any]] = [{}] * layout.shares
     rank_nodes = [""] * layout.ranks
     for index, (bundle, node) in enumerate(placed):
         options = {"num_cpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index)}
@@ -94,10 +111,11 @@ async def reserve(config: RunConfig, seconds: float) -> Reservation:
         for rank in bundle.ranks:
             ranks[rank] = of_rank | {"num_gpus": 1 if bundle.gpus else 0}
             rank_nodes[rank] = node.id
-        for engine in bundle.engines:
-            engines[engine] = of_engine | {"num_gpus": layout.tensor if bundle.gpus and not shared else 0}
+        for share in bundle.shares:
+            shares[share] = of_engine | {"num_gpus": layout.share if bundle.gpus and not shared else 0}
+    engines = tuple(itertools.batched(shares, layout.shares // layout.engines))
     one_machine = on_one_machine(placed)
-    return Reservation(shared, one_machine, tuple(ranks), tuple(engines), layout.tensor, tuple(rank_nodes))
+    return Reservation(layout, shared, one_machine, tuple(ranks), engines, tuple(rank_nodes))
 
 
 async def reserve_again(
@@ -149,31 +167,31 @@ async def reserve_again(
     return options, nodes
 
 
-def unreserved_engines(config: EngineConfig) -> list[dict[str, Any]]:
-    """Ray's options for engines without a trainer: nothing is reserved, and Ray chooses their nodes.
+def unreserved_engines(config: EngineConfig) -> list[list[dict[str, Any]]]:
+    """Ray's options for the shares of engines without a trainer: nothing is reserved, and Ray chooses their
+    nodes.
 
     Raises PlacementError if the cluster cannot hold them.
     """
     nodes = cluster_nodes()
-    placed, on_gpus = (
-        plan(Layout("split", 0, 1, config.count, config.tensor), nodes),
-        any(n.gpus for n in nodes),
-    )
-    return [
+    layout, on_gpus = divided(engines_layout(config), nodes), any(node.gpus for node in nodes)
+    placed = plan(layout, nodes)
+    shares = [
         {"num_cpus": 1, "num_gpus": bundle.gpus}
         | _environment(engine_environment(_threads(node, placed)[1], on_gpus=on_gpus))
         for bundle, node in placed
     ]
+    return [list(of_engine) for of_engine in itertools.batched(shares, layout.shares // layout.engines)]
 
 
 def _threads(node: Node, placed: Sequence[tuple[Bundle, Node]]) -> tuple[int, int]:
-    """CPU threads of each trainer rank and of each engine on the node."""
+    """CPU threads of each trainer rank and of each share of an engine on the node."""
     here = [bundle for bundle, at in placed if at.id == node.id]
     cores = node.cpus
     if node.id == ray.get_runtime_context().get_node_id():
         cores = min(cores, os.cpu_count() or 1)  # a Ray that the run starts may have more slots than cores
-    ranks, engines = sum(len(bundle.ranks) for bundle in here), sum(len(bundle.engines) for bundle in here)
-    return threads_of(node, cores, ranks), threads_of(node, cores, engines)
+    ranks, shares = sum(len(bundle.ranks) for bundle in here), sum(len(bundle.shares) for bundle in here)
+    return threads_of(node, cores, ranks), threads_of(node, cores, shares)
 
 
 def _gpus(options: Sequence[dict[str, Any]], ranks: Sequence[int]) -> int:
@@ -188,8 +206,11 @@ def _variables(options: Mapping[str, Any]) -> dict[str, str]:
     return options["runtime_env"]["env_vars"]
 
 
-def _members(bundle: Bundle) -> str:
-    lists = (("trainer ranks", bundle.ranks), ("engines", bundle.engines))
+def _members(bundle: Bundle, layout: Layout) -> str:
+    nodes = layout.shares // layout.engines
+    numbers = [divmod(share, nodes) for share in bundle.shares]
+    engines = [f"{engine} (share {share})" if nodes > 1 else engine for engine, share in numbers]
+    lists = (("trainer ranks", bundle.ranks), ("engines", engines))
     return "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in lists if numbers)
 
 

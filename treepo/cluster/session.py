@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 @asynccontextmanager
 async def engine_session(config: RolloutConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """Run Ray and engines that serve the model folder's weights, while the body runs."""
-    async with watched_ray(config.engine.count, config.out):
+    async with watched_ray(_engine_actors(config.engine), config.out):
         serving = _Serving(_on_cluster(config.model), config.engine, config.seed)
         async with _engines(serving, stop_rule) as pool:
             yield pool
@@ -49,7 +49,7 @@ async def engine_session(config: RolloutConfig, stop_rule: StopRule) -> AsyncIte
 async def evaluation_session(config: EvalConfig, stop_rule: StopRule) -> AsyncIterator[EnginePool[RayEngine]]:
     """As `engine_session`, for an evaluation: its number of engines may depend on the cluster's GPUs."""
     assert config.model.path is not None, "a server's URL needs no engines"
-    async with watched_ray(config.engine.count or 1, config.out):
+    async with watched_ray(_engine_actors(config.engine.on(0)), config.out):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         model = _on_cluster(ModelConfig(path=config.model.path, dtype=config.model.dtype))
         async with _engines(_Serving(model, config.engine.on(gpus), config.seed), stop_rule) as pool:
@@ -66,7 +66,7 @@ async def training_session(
     Engines and trainer start at the same time, unless they share devices: then the trainer starts first,
     computes once, and gives back what it can, and the engines' caches take the memory that it leaves.
     """
-    async with watched_ray(config.engine.count + config.trainer.parallel.ranks, config.out):
+    async with watched_ray(_engine_actors(config.engine) + config.trainer.parallel.ranks, config.out):
         config = config.model_copy(update={"model": _on_cluster(config.model)})
         reservation = await reserve(config, config.engine.start_seconds)
         _check_transport(config, reservation)
@@ -101,6 +101,11 @@ async def training_session(
             await pool.close()
 
 
+def _engine_actors(engine: EngineConfig) -> int:
+    """Actors of all engines on one machine."""
+    return engine.count * (engine.nodes or 1)
+
+
 async def _ready_or_lost(trainer: TrainerGroup) -> None:
     """Make the trainer ready. If it is lost meanwhile, its next call says so, and it is started again."""
     try:
@@ -122,10 +127,10 @@ def _on_cluster(model: ModelConfig) -> ModelConfig:
 def ray_session(actors: int, out: Path | None = None) -> Iterator[None]:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine and end it with the body.
 
-    actors: number of engines and trainer ranks. A cluster started here has a CPU slot for each, so that a
-    small machine can hold a layout of several ranks. On an existing cluster the layout must fit its CPUs.
-    out: the folder that keeps Ray's logs if the body fails. Raises ClusterError if Ray does not start, or the
-    named cluster does not answer.
+    actors: number of engines' shares and trainer ranks. A cluster started here has a CPU slot for each, so
+    that a small machine can hold a layout of several ranks. On an existing cluster the layout must fit its
+    CPUs. out: the folder that keeps Ray's logs if the body fails. Raises ClusterError if Ray does not start,
+    or the named cluster does not answer.
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)

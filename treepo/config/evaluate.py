@@ -167,7 +167,7 @@ class EvalEngineConfig(EngineConfig):
 
     def on(self, gpus: int) -> EngineConfig:
         """The configuration for a machine or cluster with a number of GPUs, `count` filled in."""
-        count = self.count or max(gpus // self.tensor, 1)
+        count = self.count or max(gpus // self.ranks, 1)
         return EngineConfig.model_validate(self.model_dump() | {"count": count})
 
 

@@ -230,6 +230,12 @@ class RunConfig(Section):
             raise ValueError(
                 "weights.send = adapter with trainer.lora = null: there is no adapter; merged is allowed"
             )
+        if self.engine.pipeline > 1 or (self.engine.nodes or 1) > 1:
+            raise ValueError(
+                f"weights.send = adapter with engine.pipeline = {self.engine.pipeline} and engine.nodes = "
+                f"{self.engine.nodes or 1}: SGLang's LoRA is tested in engines of one stage on one node; "
+                "weights.send = merged is allowed"
+            )
         targets = self.trainer.lora.targets
         for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             if 0 < len([name for name in fused if name in targets]) < len(fused):
@@ -245,6 +251,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"save_routes = true with trainer.routing_replay = {self.trainer.routing_replay}: trees have "
                 "no routes then; rollout is allowed, or save_routes = false"
+            )
+        if self.samples_routes and self.engine.pipeline > 1:
+            raise ValueError(
+                f"trainer.routing_replay = rollout with engine.pipeline = {self.engine.pipeline}: SGLang "
+                "returns the experts of the first stage's layers alone; none and trainer are allowed, or "
+                "engine.pipeline = 1"
             )
         return self
 

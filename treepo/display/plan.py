@@ -67,8 +67,13 @@ def _show_run(console: Console, name: str, plan: Plan) -> None:
     elif config.sampling.oversample > 1:
         ahead = f"loop: synchronous, {config.max_untrained:,} trees started for each step"
         console.print(ahead, highlight=False, soft_wrap=True)
+    sizes = [f"tensor {engine.tensor}"]
+    if engine.pipeline > 1:
+        sizes.append(f"pipeline {engine.pipeline}")
+    if engine.expert > 1:
+        sizes.append(f"expert {engine.expert}")
     console.print(
-        f"engines: {engine.count} x tensor {engine.tensor}, placement {config.placement}, weight transport "
+        f"engines: {engine.count} x {' x '.join(sizes)}, placement {config.placement}, weight transport "
         f"{config.weights.transport}",
         highlight=False,
         soft_wrap=True,

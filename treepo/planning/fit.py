@@ -147,6 +147,6 @@ def _cpu_limits(
     """All processes share the memory. They take turns, but a CPU's allocator returns little meanwhile."""
     parallel, engines = config.trainer.parallel, config.engine
     need = parallel.stage_ranks * sum(memory.total for memory in trainer[:-1])
-    need += engines.count * engines.tensor * engine.memory.subtotal(("weights", "KV cache"))
+    need += engines.count * engines.ranks * engine.memory.subtotal(("weights", "KV cache"))
     remedies = "trainer.max_tokens_per_pack, engine.max_total_tokens, trainer.parallel, engine.count"
     return [Limit("all processes together", need + host.total, hardware.memory, remedies)]

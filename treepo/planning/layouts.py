@@ -68,7 +68,7 @@ def _points(config: RunConfig, architecture: Architecture) -> Iterator[tuple[flo
         "trainer.parallel.expert": (parallel.expert, _powers_of_two(architecture.dimensions.experts or 1)),
         "trainer.recompute": (config.trainer.recompute, _RECOMPUTE),
         "trainer.max_tokens_per_pack": (config.trainer.max_tokens_per_pack, (shortest_pack,)),
-        "engine.tensor": (engine.tensor, in_a_node),
+        "engine.tensor": (engine.tensor, [*in_a_node, 2 * in_a_node[-1]]),
         "weights.transport": (config.weights.transport, _other_transports(config)),
         # Only if it is configured: SGLang's own choice already follows the device.
         "engine.memory_fraction": (fraction, [more for more in _FRACTIONS if fraction and more > fraction]),
@@ -105,12 +105,13 @@ def _neighbour(config: RunConfig, architecture: Architecture, point: Mapping[str
     parallel, engine, factor = config.trainer.parallel, config.engine, point["devices"]
     tensor, pipeline = point["trainer.parallel.tensor"], point["trainer.parallel.pipeline"]
     of_replica = tensor * pipeline * point["trainer.parallel.context"]
-    ranks, engine_devices = parallel.ranks * factor, engine.count * engine.tensor * factor
-    if ranks % of_replica or engine_devices % point["engine.tensor"]:
+    ranks, engine_devices = parallel.ranks * factor, engine.count * engine.ranks * factor
+    of_engine = point["engine.tensor"] * engine.pipeline
+    if ranks % of_replica or engine_devices % of_engine:
         return None
     settings = {key: value for key, value in point.items() if key != "devices"}
     data = {"trainer.parallel.data": ranks // of_replica}
-    derived = {"engine.count": engine_devices // point["engine.tensor"]}
+    derived = {"engine.count": engine_devices // of_engine}
     if factor > 1:  # the purpose of the further devices
         settings |= data
     else:

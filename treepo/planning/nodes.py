@@ -6,7 +6,7 @@ Nodes are as `plan.devices_per_node` says. With `plan.device: cpu` everything is
 from dataclasses import dataclass
 from math import ceil
 
-from treepo.cluster.placement import Node, needs, on_one_machine, plan, run_layout
+from treepo.cluster.placement import Node, divided, needs, on_one_machine, plan, run_layout
 from treepo.config.run import RunConfig
 from treepo.errors import PlacementError
 from treepo.planning.hardware import device
@@ -29,13 +29,14 @@ class Footprint:
 def footprint(config: RunConfig) -> Footprint:
     """By the placement of real runs, on as few nodes as hold it."""
     layout, on_cpu = run_layout(config), config.plan.device == "cpu"
-    apart = layout.ranks + layout.engines * layout.tensor
+    apart = layout.ranks + layout.engines * layout.devices
     devices = layout.ranks if shares_devices(config) else apart
     if on_cpu:
         return Footprint(devices, 1, one_machine=True)
     per_node = config.plan.devices_per_node
+    layout = divided(layout, [Node("0", "node 0", cpus=2 * apart, gpus=per_node)])
     fewest = ceil(devices / per_node)
-    for count in range(fewest, fewest + layout.engines + 2):  # groups that do not divide a node leave gaps
+    for count in range(fewest, fewest + layout.shares + 2):  # groups that do not divide a node leave gaps
         nodes = [Node(str(index), f"node {index}", cpus=2 * apart, gpus=per_node) for index in range(count)]
         try:
             placed = plan(layout, nodes)
@@ -64,6 +65,16 @@ def link_rate(config: RunConfig, ranks: int) -> float:
     if ranks_per_node(config, ranks) == ranks:
         return device(config.plan.device).link
     return config.plan.network_gb_per_second * 1e9
+
+
+def engine_link_rate(config: RunConfig, ranks: int) -> float:
+    """Bytes per second between `ranks` consecutive ranks of an engine."""
+    layout, hardware = run_layout(config), device(config.plan.device)
+    if config.plan.device != "cpu":
+        layout = divided(layout, [Node("0", "node 0", cpus=0, gpus=config.plan.devices_per_node)])
+        if ranks > layout.share:
+            return config.plan.network_gb_per_second * 1e9
+    return hardware.link
 
 
 def transport_problem(config: RunConfig, footprint: Footprint) -> str | None:

@@ -2,21 +2,23 @@
 
 What the configuration leaves open is chosen as SGLang 0.5.16 does (its server_args.py): `mem_fraction_static`
 is the share of the memory free at its start that weights and KV cache take. SGLang keeps back 512 MiB + 1.5 a
-token of a prefill chunk + 128 a tensor-parallel rank + 2 a request of the largest decoding graph + 8 a
+token of a prefill chunk + 128 a rank + 2 a request of the largest decoding graph + 8 a
 prefill graph, and at least 10 GiB on a device of more than 60 GiB. Its graphs stay in memory while an engine
 is offloaded.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 from sglang_rollout.arguments import CPU_KV_TOKENS, GRAPH_MIB, decode_graph_size
+from treepo.config.engine import EngineConfig
 from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import GIB, device
 from treepo.planning.memory.adapters import adapter_count
-from treepo.planning.memory.engine_shard import EngineShard, engine_shard
+from treepo.planning.memory.engine_shard import EngineShard, engine_shards
 from treepo.planning.memory.parts import Memory, element_bytes
 from treepo.planning.simulation.lengths import InstantEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
@@ -29,17 +31,17 @@ _GIB_IN_MIB = 1024
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """One device of an engine.
+    """The device of an engine's pipeline stage that has room for the fewest tokens.
 
-    graphs: bytes of its CUDA graphs, estimated as SGLang does; they are part of "activations and runtime".
-    kv_tokens: the engine's cache, of which every rank holds its heads.
+    stages: a rank of each stage. graphs: bytes of its CUDA graphs, estimated as SGLang does; they are part of
+    "activations and runtime". kv_tokens: the engine's cache, of which every rank holds its heads and layers.
     longest_tree: the most KV tokens of a tree with its prompt. expected_tree: KV tokens that the driver
     admits a tree with, once it knows how large trees become. problem: why the engine cannot serve, in one
     line; None if it can.
     """
 
     memory: Memory
-    shard: EngineShard
+    stages: tuple[EngineShard, ...]
     graphs: int
     kv_tokens: int
     max_requests: int
@@ -62,26 +64,29 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
     """An engine of the model in `folder`.
 
     free: bytes of the device that the engine finds free, the trainer's subtracted if they share it.
-    Raises ConfigError if engine.tensor ranks cannot share the model.
+    Raises ConfigError if its ranks cannot share the model.
     """
     engine, on_cpu = config.engine, config.plan.device == "cpu"
     architecture = planned_architecture(folder)
-    shard = engine_shard(architecture, engine.tensor)
+    stages = engine_shards(architecture, engine)
     device_mib = device(config.plan.device).memory / (1 << 20)
     batch = 0 if on_cpu else decode_graph_size(config.paths_at_once, device_mib * (1 << 20))
-    chosen = sglang_defaults(device_mib, engine.tensor, batch)
+    chosen = sglang_defaults(device_mib, engine.ranks, batch)
     fraction = engine.memory_fraction or chosen.memory_fraction
     value_bytes = element_bytes(config)
-    weights, token_bytes = shard.parameters * value_bytes, shard.kv_values * value_bytes
     adapter = adapter_count(architecture, config.served_lora) * value_bytes
-    kv_tokens = max(0, int((free * fraction - weights - adapter) // token_bytes))
+    budget = free * fraction - adapter
+    kv_tokens, shard = min(
+        ((_kv_tokens(budget, shard, value_bytes), shard) for shard in stages), key=itemgetter(0)
+    )
+    weights, token_bytes = shard.parameters * value_bytes, shard.kv_values * value_bytes
     limit = engine.max_total_tokens or (CPU_KV_TOKENS if on_cpu else None)
     if limit is not None:
         kv_tokens = min(kv_tokens, limit)
     load = workload(config)
     expected = _expected_tree(load)
     memory = Memory(
-        owner="engine" if engine.tensor == 1 else f"engine, each of {engine.tensor} ranks",
+        owner=_owner(engine, stages.index(shard)),
         noted={
             "weights": (weights, f"{shard.parameters:,} parameters x {value_bytes} bytes"),
             **({"adapter": (adapter, "weights.send = adapter; all of it on each rank")} if adapter else {}),
@@ -95,7 +100,7 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
     )
     return EngineMemory(
         memory=memory,
-        shard=shard,
+        stages=tuple(stages),
         graphs=chosen.graphs_mib << 20,
         kv_tokens=kv_tokens,
         max_requests=_max_requests(kv_tokens, architecture.max_positions),
@@ -105,6 +110,19 @@ def engine_memory(config: RunConfig, folder: Path, free: float) -> EngineMemory:
         expected_tree=expected,
         problem=_problem(config, load, memory, free * fraction, kv_tokens, expected),
     )
+
+
+def _kv_tokens(budget: float, shard: EngineShard, value_bytes: int) -> int:
+    """Tokens in the cache of a rank that has `budget` bytes for weights and cache."""
+    weights, token_bytes = shard.parameters * value_bytes, shard.kv_values * value_bytes
+    return max(0, int((budget - weights) // token_bytes))
+
+
+def _owner(engine: EngineConfig, stage: int) -> str:
+    if engine.ranks == 1:
+        return "engine"
+    whose = "" if engine.pipeline == 1 else f" of stage {stage}"
+    return f"engine, each of {engine.tensor} ranks{whose}"
 
 
 @lru_cache(maxsize=16)
@@ -128,7 +146,7 @@ def _problem(
         return (
             f"engine: its weights are {weights / GIB:.1f} GiB on a device, and weights and KV cache together "
             f"may have {max(budget, 0) / GIB:.1f} GiB (engine.tensor = {config.engine.tensor}, "
-            "engine.memory_fraction)"
+            f"engine.pipeline = {config.engine.pipeline}, engine.memory_fraction)"
         )
     request = config.data.max_prompt_tokens + load.sampling.longest_response
     if kv_tokens < request:
@@ -155,8 +173,10 @@ class SglangDefaults:
     graphs_mib: int
 
 
-def sglang_defaults(memory: float, tensor: int, batch: int) -> SglangDefaults:
-    """SGLang's choice on a device of `memory` MiB. batch: the largest decoding graph; 0 without graphs."""
+def sglang_defaults(memory: float, ranks: int, batch: int) -> SglangDefaults:
+    """SGLang's choice on a device of `memory` MiB, for an engine of `ranks`. batch: the largest decoding
+    graph; 0 without graphs.
+    """
     chunk = next(
         chunk
         for bound, chunk in (
@@ -168,7 +188,7 @@ def sglang_defaults(memory: float, tensor: int, batch: int) -> SglangDefaults:
         if memory < bound
     )
     graphs = GRAPH_MIB * batch + 8 * _prefill_graphs(chunk) if batch else 0
-    kept = 512 + 1.5 * chunk + 128 * tensor + graphs
+    kept = 512 + 1.5 * chunk + 128 * ranks + graphs
     if memory > 60 * _GIB_IN_MIB:
         kept = max(kept, 10 * _GIB_IN_MIB)
     return SglangDefaults(chunk, round((memory - kept) / memory, 3), graphs)

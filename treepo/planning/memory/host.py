@@ -29,7 +29,7 @@ _DRIVER = 4 * GIB
 
 def node_memory(config: RunConfig, folder: Path, trainer: Sequence[Memory], engine: EngineMemory) -> Memory:
     """The fullest node; if trainer and engines share nodes, it has both. trainer: one rank of each stage."""
-    count = ranks_per_node(config, config.engine.count * config.engine.tensor)
+    count = ranks_per_node(config, config.engine.count * config.engine.ranks)
     note = f"{count} x {_ENGINE_RANK / GIB:g} GiB of code and libraries"
     engines: dict[str, tuple[float, str]] = {"engines": (count * _ENGINE_RANK, note)}
     if shares_devices(config):

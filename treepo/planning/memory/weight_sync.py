@@ -98,7 +98,7 @@ def bucket_bytes(config: RunConfig, architecture: Architecture) -> list[float]:
     largest bucket. The source with the largest parameter is the first.
     """
     lanes = sources(config)
-    size = lane_bucket(config.weights, lanes, config.engine.tensor)
+    size = lane_bucket(config.weights, lanes, config.engine.ranks)
     parameters = _parameters(config, architecture)
     chosen = deal([each.nbytes for each in parameters], [range(lanes)] * len(parameters))
     shares: list[list[_Parameter]] = [[] for _ in range(lanes)]

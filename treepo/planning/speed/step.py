@@ -25,11 +25,12 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_bridge.architecture import Architecture
+from treepo.config.engine import EngineConfig
 from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
 from treepo.planning.hardware import FILE_SYSTEM, FROM_HOST, GLOO, TO_HOST, device
 from treepo.planning.memory.adapters import adapter_count
-from treepo.planning.memory.engine_shard import engine_shard
+from treepo.planning.memory.engine_shard import engine_shards
 from treepo.planning.memory.parts import element_bytes
 from treepo.planning.memory.trainer import offloaded_bytes
 from treepo.planning.memory.weight_sync import bucket_bytes, sent_bytes, sources
@@ -199,7 +200,7 @@ def _sending_seconds(config: RunConfig, architecture: Architecture) -> float:
 def _optimizer(config: RunConfig, architecture: Architecture) -> Phase:
     """Gradients to the ranks that own them, Adam, parameters back; once a mini-batch."""
     parallel, hardware = config.trainer.parallel, device(config.plan.device)
-    shard, steps = engine_shard(architecture, 1), config.learning.mini_batches
+    (shard,), steps = engine_shards(architecture, EngineConfig()), config.learning.mini_batches
     dense = (shard.parameters - shard.experts) / (parallel.tensor * parallel.pipeline)
     experts = shard.experts / (parallel.expert * parallel.pipeline)
     if config.trainer.lora is not None:  # tensor-parallel ranks divide about half of their values
@@ -229,10 +230,10 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
     count = f"{whole / 1e9:.1f} GB from {sources(config)} ranks"
     note = f"{count} over {way}: gathered and written in {send:.1f} s, read in {load:.1f} s"
     if shares_devices(config):
-        shard = engine_shard(planned_architecture(folder), config.engine.tensor)
+        shards = engine_shards(planned_architecture(folder), config.engine)
         # SGLang offloads to pinned memory.
         pinned = device(config.plan.device).pinned
-        moved = 2 * shard.parameters * element_bytes(config) / pinned
+        moved = 2 * max(shard.parameters for shard in shards) * element_bytes(config) / pinned
         note += f"; engines' weights to the host and back {moved:.1f} s"
         offloaded = 2 * offloaded_bytes(config, folder) / pinned
         if offloaded:
@@ -252,11 +253,11 @@ def _send_and_load(config: RunConfig, whole: float) -> tuple[float, float, str]:
     link = device(config.plan.device).link
     on_gpu = config.plan.device != "cpu"
     lane = whole / sources(config)
-    slowest = max(lane, whole / config.engine.tensor)  # over the link of a source, and of an engine rank
+    slowest = max(lane, whole / config.engine.ranks)  # over the link of a source, and of an engine rank
     to_host, from_host = whole / (TO_HOST if on_gpu else link), whole / (FROM_HOST if on_gpu else link)
     match config.weights.transport:
         case "colocated" if on_gpu:
-            elsewhere = config.engine.count * config.engine.tensor - 1
+            elsewhere = config.engine.count * config.engine.ranks - 1
             copied = 2 * whole / device(config.plan.device).memory_bandwidth  # read and written
             reading = max(elsewhere * lane, whole if elsewhere else 0.0) / link
             return copied * lane / whole, max(copied, reading), "CUDA IPC"
