@@ -28,8 +28,9 @@ class _Rows:
 
     def _box(self, info: TensorInfo) -> tuple[Box, ...]:
         rows, *others = info.shape
-        edges = [index * rows // self.parts for index in (self.rank, self.rank + 1)]
-        return ((tuple(edges), *((0, size) for size in others)),)
+        start, stop = (index * rows // self.parts for index in (self.rank, self.rank + 1))
+        box: Box = ((start, stop), *((0, size) for size in others))
+        return (box,)
 
 
 def serve_as_sink(orders: Any, device: torch.device, part: tuple[int, int], host: Host) -> None:

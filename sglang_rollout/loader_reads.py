@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from treepo.errors import one_line, shortened
 from treepo.weight_sync.shards import box_of, union, whole
 from treepo.weight_sync.wire import Box, Manifest, Shards
 
@@ -37,7 +38,10 @@ def loader_reads(model: nn.Module, tensors: Manifest) -> Shards:
                 break
             except Exception as error:  # whatever a loader does with a tensor's values
                 at = record.last
-                _log.warning("%s is sent whole: its loader needs its values (%s)", left[at].name, error)
+                reason = shortened(one_line(error), 200)
+                _log.warning(
+                    "%s is sent whole: its loader fails without its values (%s)", left[at].name, reason
+                )
                 record.read[left[at].name] = list(whole(left[at]))
                 left, refused = left[at + 1 :], refused + 1
     assert _places(model) == places, "the loader has replaced parameters"

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from treepo.config.trainer import LoraConfig
 from treepo.errors import EngineError
-from treepo.weight_sync.shards import whole
-from treepo.weight_sync.wire import Manifest, Shards
 
 ADAPTER = "treepo"
 """SGLang's id of the adapter, in every request that it serves."""
@@ -40,11 +38,6 @@ def register_hooks() -> None:
         _manager = manager
 
     HookRegistry.register("sglang.srt.lora.lora_manager.LoRAManager.__init__", remember, HookType.AFTER)
-
-
-def reads(tensors: Manifest) -> Shards:
-    """All of them: SGLang divides an adapter itself."""
-    return {tensor.name: whole(tensor) for tensor in tensors}
 
 
 def put_aside(tensors: Iterable[tuple[str, Tensor]]) -> None:

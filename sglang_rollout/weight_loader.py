@@ -25,6 +25,7 @@ from sglang_rollout.receipts import Receipts
 from treepo.config.trainer import LoraConfig
 from treepo.errors import TransportError
 from treepo.weight_sync.receive import RankReceiver
+from treepo.weight_sync.shards import everything
 from treepo.weight_sync.shared_memory import Report
 from treepo.weight_sync.wire import Address, Bucket
 
@@ -133,7 +134,8 @@ def _execute(command: Command, model: nn.Module, rank: int) -> None:
         case Join(addresses, of_adapter):
             served_adapter.forget()
             device = next(model.parameters()).device
-            reads = served_adapter.reads if of_adapter else partial(loader_reads, model)
+            # SGLang's LoRA divides an adapter itself.
+            reads = everything if of_adapter else partial(loader_reads, model)
             _receiver.join(addresses, rank, device, reads)
         case Load(buckets, of_adapter):
             load: Any = served_adapter.put_aside if of_adapter else model.load_weights

@@ -74,7 +74,7 @@ def test_a_sync_of_adapters_sends_and_joins_those_alone() -> None:
     whole, beside = fit(merged, QWEN).engine, fit(adapter, QWEN).engine
     assert "adapter" not in whole.memory.parts
     assert beside.memory.parts["adapter"] == 2 * values
-    assert 0 < whole.kv_tokens - beside.kv_tokens < 2 * 2 * values / beside.shard.kv_values
+    assert 0 < whole.kv_tokens - beside.kv_tokens < 2 * 2 * values / beside.stages[0].kv_values
 
 
 def test_frozen_weights_have_neither_gradients_nor_optimizer_state() -> None:

@@ -141,12 +141,12 @@ def test_an_adapter_that_did_not_arrive_whole_is_not_served(adapter_engine: "Rea
     async def broken_update() -> None:
         await engine.begin(version + 1, manifest(broken))
         sender = ColocatedSender(CPU)
-        await engine.join(sender.addresses([engine._sglang.ranks])[0])
+        await engine.join(sender.addresses([engine._sglang.ranks]))
         for number, bucket in enumerate(buckets(sender, broken)):
             if number == 1 and fault == "checksum":
-                bucket = replace(bucket, checksums=(0,))
+                bucket = replace(bucket, checksums=((0,),))
             if not (number == 1 and fault == "missing"):
-                await engine.load(bucket)
+                await engine.load([bucket])
         await engine.commit()
 
     with pytest.raises(EngineError, match=fault):

@@ -179,11 +179,15 @@ CASES: list[tuple[Any, tuple[Box, ...]]] = [
 ]
 
 
+@pytest.mark.parametrize("inference", [False, True])  # SGLang loads in either mode
 @pytest.mark.parametrize(("load", "boxes"), CASES, ids=[load.__name__ for load, _ in CASES])
-def test_a_loader_s_reads_are_found_and_nothing_is_written(load: Any, boxes: tuple[Box, ...]) -> None:
+def test_a_loader_s_reads_are_found_and_nothing_is_written(
+    load: Any, boxes: tuple[Box, ...], inference: bool
+) -> None:
     model = Loader(load)
     share = tuple(TensorInfo(name, "float32", (8, 6)) for name in ("a", "b"))
-    assert loader_reads(model, share) == {"a": boxes, "b": boxes}
+    with torch.inference_mode(inference):
+        assert loader_reads(model, share) == {"a": boxes, "b": boxes}
     for parameter in model.parameters():
         assert bool((parameter == 7).all())
 

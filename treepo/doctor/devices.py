@@ -86,6 +86,7 @@ def cuda_ipc() -> Outcome:
     import torch
 
     from treepo.weight_sync.colocated import ColocatedSender
+    from treepo.weight_sync.shards import everything
 
     if not torch.cuda.is_available():
         return skipped(_NO_GPU)
@@ -93,7 +94,7 @@ def cuda_ipc() -> Outcome:
     sender = ColocatedSender(device)
     (address,) = sender.addresses([1])
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-        other.submit(address.join, 0, device).result()
+        other.submit(address.join, 0, device, everything).result()
     sender.buffer(0, 1)  # chooses the way
     return judge_ipc(sender.way, [remark.text for remark in sender.take_remarks()])
 

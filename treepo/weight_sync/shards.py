@@ -20,6 +20,11 @@ def whole(info: TensorInfo) -> tuple[Box, ...]:
     return (tuple((0, size) for size in info.shape),)
 
 
+def everything(tensors: Manifest) -> Shards:
+    """What a rank reads that reads whole tensors."""
+    return {tensor.name: whole(tensor) for tensor in tensors}
+
+
 def box_of(shape: Sequence[int], view: Tensor) -> Box:
     """The box that a view covers of a contiguous tensor of this shape. If it is none: all of the first
     dimension's indices that it touches.
