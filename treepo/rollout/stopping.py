@@ -21,6 +21,8 @@ from treepo.config.sampling import RepetitionConfig, SamplingConfig
 from treepo.rollout.boxed import BoxScan
 from treepo.tree import Stop
 
+_PLAIN, _BACKSLASH = 1, 2  # of a token's text; 0: it is not decoded yet
+
 
 class StopRule:
     """Applies the stops of one sampling configuration. Picklable if `decode` is.
@@ -32,7 +34,8 @@ class StopRule:
     def __init__(self, config: SamplingConfig, decode: Callable[[np.ndarray], str]) -> None:
         self._config = config
         self._decode = decode
-        self._text_of_token: dict[int, str] = {}
+        self._texts = np.empty(0, dtype=object)  # by token id; None: not decoded yet
+        self._marks = np.empty(0, dtype=np.uint8)  # by token id: what its text has for a search
 
     def __call__(self, response: np.ndarray) -> bool:
         if self._config.stops.boxed == "end" and self.scan(BoxScan(), response).found:
@@ -41,9 +44,15 @@ class StopRule:
 
     def scan(self, before: BoxScan, tokens: np.ndarray) -> BoxScan:
         """Continue the search for a box in a response over further tokens (int32 [T])."""
-        if before.found or self._config.stops.boxed == "off":
+        if before.found or self._config.stops.boxed == "off" or not len(tokens):
             return before
-        return before.extend(self._text(tokens))
+        marks = self._marks_of(tokens)
+        if before.idle:  # a box begins with a backslash, so the text before the first one is not read
+            first = int(marks.argmax())
+            if marks[first] < _BACKSLASH:
+                return before
+            tokens = tokens[first:]
+        return before.extend("".join(self._texts[tokens].tolist()))
 
     def classify(self, response: np.ndarray, box: BoxScan, eos: bool) -> Stop | None:
         """Why the response (int32 [T]) ends here; None if it goes on.
@@ -69,14 +78,19 @@ class StopRule:
         repetition = self._config.stops.repetition
         return repetition.check != "off" and repeats(response, repetition)
 
-    def _text(self, tokens: np.ndarray) -> str:
-        known, ids = self._text_of_token, tokens.tolist()
-        try:
-            return "".join([known[token] for token in ids])
-        except KeyError:
-            for token in set(ids) - known.keys():
-                known[token] = self._decode(np.array([token], dtype=np.int32))
-            return "".join([known[token] for token in ids])
+    def _marks_of(self, tokens: np.ndarray) -> np.ndarray:
+        """`_PLAIN` or `_BACKSLASH` for each token, all of which have a text now."""
+        if (largest := int(tokens.max())) >= len(self._marks):
+            further = 1 << largest.bit_length()
+            self._texts = np.append(self._texts, np.empty(further - len(self._texts), dtype=object))
+            self._marks = np.append(self._marks, np.zeros(further - len(self._marks), dtype=np.uint8))
+        marks = self._marks[tokens]
+        if marks.all():
+            return marks
+        for token in set(tokens[marks == 0].tolist()):
+            text = self._texts[token] = self._decode(np.array([token], dtype=np.int32))
+            self._marks[token] = _BACKSLASH if "\\" in text else _PLAIN
+        return self._marks[tokens]
 
 
 def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:
@@ -90,11 +104,13 @@ def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:
     if len(tokens) < window * count:
         return False
     last = tokens[-window:]
-    starts = np.arange(len(tokens) - window + 1)
-    for offset, token in enumerate(last):
-        starts = starts[tokens[starts + offset] == token]
+    starts = np.flatnonzero(tokens[: len(tokens) - window + 1] == last[0])
+    for offset in range(1, window):
         if len(starts) < count:
             return False
+        starts = starts[tokens[starts + offset] == last[offset]]
+    if len(starts) < count:
+        return False
     sparse = len(np.unique(last)) < config.min_distinct
     occurrences, begin = 0, len(tokens)
     for start in starts[::-1].tolist():
