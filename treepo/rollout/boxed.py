@@ -63,12 +63,12 @@ class BoxScan:
 
     @property
     def idle(self) -> bool:
-        """Whether no box has been found and none has begun: text without a backslash changes nothing."""
+        """Whether no box has been found and none has begun."""
         return not (self.found or self.depths or self.rest)
 
     def extend(self, text: str) -> "BoxScan":
         """The state after `text` has been appended."""
-        if self.found or (self.idle and not (text := _perhaps_box(text))):
+        if self.found or (self.idle and "\\" not in text):
             return self
         text = self.rest + text
         depths, blank, rest, end = list(self.depths), self.blank, "", 0
@@ -92,18 +92,6 @@ class BoxScan:
                 if mark[0] == "{" and depths:
                     depths[-1] += 1
         return BoxScan(depths=tuple(depths), blank=blank and _blank(text, end, len(text)), rest=rest)
-
-
-def _perhaps_box(text: str) -> str:
-    """The end of a text from where a box may have begun; empty if none has. Few texts have more than that."""
-    if "boxed" in text or "fbox" in text:
-        return text
-    start = text.rfind("\\")
-    if start < max(len(text) - len("\\boxe"), 0):
-        return ""
-    while start and text[start - 1] == "\\":  # every other one is escaped
-        start -= 1
-    return text[start:]
 
 
 def _blank(text: str, start: int, end: int) -> bool:

@@ -13,6 +13,7 @@ overlapping occurrences, so a table rule of 39 dashes ends a path.
 The engine holds the same `StopRule` as the driver, so that it can end a request of many segments early.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -21,7 +22,10 @@ from treepo.config.sampling import RepetitionConfig, SamplingConfig
 from treepo.rollout.boxed import BoxScan
 from treepo.tree import Stop
 
-_PLAIN, _BACKSLASH = 1, 2  # of a token's text; 0: it is not decoded yet
+# Of a token's text: it is known; a box may begin in it; it ends with a backslash; a box may go on with it.
+_KNOWN, _BEGINS, _OPENS, _CONTINUES = 1, 2, 4, 8
+_BEGINNING = re.compile(r"\\(?:boxed|fbox|(?:b|bo|box|boxe|f|fb|fbo)\Z)")
+_CONTINUATION = re.compile(r"boxed|fbox|(?:|b|bo|box|boxe|f|fb|fbo)\Z")
 
 
 class StopRule:
@@ -47,9 +51,9 @@ class StopRule:
         if before.found or self._config.stops.boxed == "off" or not len(tokens):
             return before
         marks = self._marks_of(tokens)
-        if before.idle:  # a box begins with a backslash, so the text before the first one is not read
-            first = int(marks.argmax())
-            if marks[first] < _BACKSLASH:
+        if before.idle:
+            first = _first_box(marks)
+            if first is None:
                 return before
             tokens = tokens[first:]
         return before.extend("".join(self._texts[tokens].tolist()))
@@ -79,18 +83,42 @@ class StopRule:
         return repetition.check != "off" and repeats(response, repetition)
 
     def _marks_of(self, tokens: np.ndarray) -> np.ndarray:
-        """`_PLAIN` or `_BACKSLASH` for each token, all of which have a text now."""
-        if (largest := int(tokens.max())) >= len(self._marks):
-            further = 1 << largest.bit_length()
+        """The marks of each token's text, uint8 [T]; all texts are known then."""
+        try:
+            marks = self._marks[tokens]
+        except IndexError:
+            further = 1 << int(tokens.max()).bit_length()
             self._texts = np.append(self._texts, np.empty(further - len(self._texts), dtype=object))
             self._marks = np.append(self._marks, np.zeros(further - len(self._marks), dtype=np.uint8))
-        marks = self._marks[tokens]
+            marks = self._marks[tokens]
         if marks.all():
             return marks
         for token in set(tokens[marks == 0].tolist()):
             text = self._texts[token] = self._decode(np.array([token], dtype=np.int32))
-            self._marks[token] = _BACKSLASH if "\\" in text else _PLAIN
+            self._marks[token] = _marks_of(text)
         return self._marks[tokens]
+
+
+def _marks_of(text: str) -> int:
+    begins, opens = _BEGINNING.search(text) is not None, text.endswith("\\")
+    return _KNOWN | _BEGINS * begins | _OPENS * opens | _CONTINUES * (_CONTINUATION.match(text) is not None)
+
+
+def _first_box(marks: np.ndarray) -> int | None:
+    """The first token from which a text may have a box, or the beginning of one at its end; None if none.
+
+    marks: of the tokens, uint8 [T]. Backslashes right before it are included: every other one is escaped.
+    """
+    opens = marks & _OPENS
+    begins = marks & _BEGINS
+    begins[:-1] |= opens[:-1] & (marks[1:] >> 1)  # _CONTINUES, moved to where _OPENS is
+    begins[-1] |= opens[-1]
+    first = int((begins > 0).argmax())
+    if not begins[first]:
+        return None
+    while first and opens[first - 1]:
+        first -= 1
+    return first
 
 
 def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:
