@@ -150,7 +150,7 @@ class Disk:
 
     @property
     def wrote_delta(self) -> bool:
-        """Whether the last version has deltas. Its smallest buckets are whole: a delta would be no smaller."""
+        """Whether the last version has deltas. Its smallest buckets are whole."""
         return any((self.folder / f"version-{self.version}").glob("*.delta"))
 
 

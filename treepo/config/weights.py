@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from treepo.config.base import PathField, Section
 
+_FULL_EVERY = 10
+
 
 class WeightsConfig(Section):
     transport: Literal["colocated", "broadcast", "host_broadcast", "disk"] = "colocated"
@@ -25,13 +27,13 @@ class WeightsConfig(Section):
     """`disk` writes what changed since the last whole version, compressed, in place of all weights. Engines
     put both together and verify the checksum of the result. At small learning rates in bfloat16 few weights
     change in a step. A bucket whose delta would be larger is written whole."""
-    full_every: int = Field(default=10, ge=1)
+    full_every: int = Field(default=_FULL_EVERY, ge=1)
     """With `delta`, versions from one that is written whole to the next: deltas grow with the distance."""
 
     @model_validator(mode="after")
     def _check_delta(self) -> Self:
         if self.delta and self.transport != "disk":
             raise ValueError(f"delta = true does nothing with transport = {self.transport}; disk is allowed")
-        if "full_every" in self.model_fields_set and not self.delta:
+        if self.full_every != _FULL_EVERY and not self.delta:
             raise ValueError(f"full_every = {self.full_every} does nothing with delta = false")
         return self
