@@ -35,7 +35,7 @@ from treepo.config.load import load_config
 from treepo.config.run import RunConfig
 from treepo.planning.fit import fit
 from treepo.planning.plan import model_folder
-from treepo.planning.simulation.lengths import DrawnEnds, InstantEngine, random_prompts
+from treepo.planning.simulation.lengths import DrawnEnds, InstantEngine
 from treepo.planning.simulation.simulated_engine import SimulatedEngine
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.planning.simulation.workload import text_of as text_of_plan
@@ -43,6 +43,7 @@ from treepo.planning.simulation.workload import workload
 from treepo.planning.speed.device_rates import planned_rates
 from treepo.protocols import GenerateOutput, GenerateRequest, Sampler
 from treepo.rollout.driver import TreeDriver
+from treepo.rollout.garbage import rare_collections
 from treepo.rollout.router import REMEMBERED_TREES, LiveTree
 from treepo.tree import Tree
 
@@ -54,7 +55,7 @@ LENGTHS = {  # of answers: the plan's mean, and all as long as is allowed
 
 
 async def trees_of(driver: TreeDriver, config: RunConfig, count: int, step: int) -> list[Tree]:
-    prompts = random_prompts(count, workload(config).prompt_tokens, 1 << 16)
+    prompts = workload(config).some_prompts(count)
     trees: list[Tree] = []
     async for tree in driver.sample(prompts, step):
         assert isinstance(tree, Tree), tree
@@ -71,9 +72,10 @@ async def cpu_seconds(config: RunConfig, engines: int, trees: int) -> dict[str, 
     driver.take_stats()
     segments = 0
     start, clock = time.process_time(), time.perf_counter()
-    async for tree in driver.sample(random_prompts(trees, load.prompt_tokens, 1 << 16), step=1):
-        assert isinstance(tree, Tree), tree
-        segments += len(tree.segments)
+    with rare_collections():
+        async for tree in driver.sample(load.some_prompts(trees), step=1):
+            assert isinstance(tree, Tree), tree
+            segments += len(tree.segments)
     seconds, clock = time.process_time() - start, time.perf_counter() - clock
     return {
         "seconds": seconds,
@@ -111,7 +113,7 @@ async def memory(config: RunConfig, trees: int) -> dict[str, float]:
     stopped.go_on.set()
     await trees_of(driver, config, trees, step=0)  # the stop rules know the tokens' texts now
     stopped.go_on.clear()
-    prompts = random_prompts(trees, load.prompt_tokens, 1 << 16)
+    prompts = load.some_prompts(trees)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     lives: list[LiveTree] = [driver.admit(prompt, 0) for prompt in prompts]
@@ -142,12 +144,12 @@ class _Instant(NullEngine):
     async def generate(self, request: GenerateRequest) -> GenerateOutput:
         await asyncio.sleep(0)
         left = self._ends(request) - (len(request.context) - request.prompt_tokens)
-        tokens = min(request.max_tokens, left)
+        tokens = max(1, min(request.max_tokens, left))  # two requests may have the same seed
         return GenerateOutput(
             tokens=self._tokens[:tokens],
             log_probs=self._log_probs[:tokens],
             version=0,
-            finish="eos" if tokens == left else "length",
+            finish="eos" if left <= tokens else "length",
             cached_tokens=len(request.context) - 1,
         )
 
@@ -235,12 +237,14 @@ def step(config: RunConfig, scale: int, driver: BusyDriver) -> float:
         await trees_of(real, config, REMEMBERED_TREES, step=0)
         for one, behind in zip(forced, simulated, strict=True):
             one.engine = FarEngine(behind, driver, config.sampling.segment_tokens)
-        loop = asyncio.get_running_loop()
+        loop, prompts = asyncio.get_running_loop(), load.some_prompts(load.prompts * scale)
         start = loop.time()
-        await trees_of(real, config, load.prompts * scale, step=1)
+        async for tree in real.sample(prompts, step=1):
+            assert isinstance(tree, Tree), tree
         return loop.time() - start
 
-    return run_virtually(work())
+    with rare_collections():
+        return run_virtually(work())
 
 
 def simulated(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
