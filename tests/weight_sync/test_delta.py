@@ -213,6 +213,20 @@ def test_an_attempt_that_no_engine_survived_is_repeated(disk, sink) -> None:
         assert_has(engine, trainer.model)
 
 
+def test_a_base_is_replaced_when_deltas_are_larger_than_the_average_version(disk, sink) -> None:
+    trainer, engine = disk(full_every=1000), sink()
+    sizes: list[int] = []  # since the base, its own included
+    for version in range(1, 30):
+        trainer.update([engine], share=0.01)
+        assert_has(engine, trainer.model)
+        folder = trainer.folder / f"version-{version}"
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".json")
+        due = not sizes or (len(sizes) > 1 and sizes[-1] > sum(sizes) / len(sizes))
+        assert trainer.wrote_delta != due
+        sizes = [size] if due else [*sizes, size]
+    assert len(sizes) < 29  # it was replaced
+
+
 class Spy(FakeSink):
     """Keeps the buckets of the last update."""
 

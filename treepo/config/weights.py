@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from treepo.config.base import PathField, Section
 
-_FULL_EVERY = 10
+_FULL_EVERY = 50
 
 
 class WeightsConfig(Section):
@@ -28,7 +28,8 @@ class WeightsConfig(Section):
     put both together and verify the checksum of the result. At small learning rates in bfloat16 few weights
     change in a step. A bucket whose delta would be larger is written whole."""
     full_every: int = Field(default=_FULL_EVERY, ge=1)
-    """With `delta`, versions from one that is written whole to the next: deltas grow with the distance."""
+    """With `delta`, the most versions from one that is written whole to the next. Deltas grow with the
+    distance, and a version is whole sooner where that takes fewer bytes."""
 
     @model_validator(mode="after")
     def _check_delta(self) -> Self:

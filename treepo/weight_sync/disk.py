@@ -7,7 +7,8 @@ With `weights.delta` most versions hold only what changed since the last whole o
 (`treepo.weight_sync.delta`). Every delta is against the base, not against the version before: so an engine
 needs two files for a bucket, keeps nothing between updates, and loads the same whatever it served before. The
 base is read where its files are: in the page cache of each node, once for all ranks, if there is memory. The
-first version is whole, each `full_every`-th after it, and the next one after an engine has failed or joined.
+first version is whole, at least each `full_every`-th after it, the next one after an engine has failed or
+joined, and the next one after a delta that is larger than the average version since the base.
 """
 
 import logging
@@ -59,17 +60,24 @@ class DiskAddress:
 @dataclass(slots=True)
 class _Base:
     """A whole version on disk. buckets: of each the file, the offset of the data in it, and its bytes. age:
-    versions since.
+    versions since. written: bytes of it and of those. last: of the newest.
     """
 
     folder: Path
     buckets: Sequence[tuple[str, int, int]]
+    written: int
+    last: int = 0
     age: int = 0
+
+    @property
+    def outlived(self) -> bool:
+        """Whether a new base takes fewer bytes: the newest delta is larger than the average version was."""
+        return self.last * (self.age + 1) > self.written
 
 
 class DiskSender:
     """keep: number of complete versions to keep, the newest; the bases that they need are kept too.
-    full_every: versions from one whole version to the next; None: all are whole.
+    full_every: most versions from one whole version to the next; None: all are whole.
     """
 
     collective: ClassVar[bool] = False
@@ -101,7 +109,7 @@ class DiskSender:
         """Compute the delta, while engines load the bucket before."""
         self._delta = None
         base = self._base
-        if base is None or self._full_every is None or base.age + 1 >= self._full_every:
+        if base is None or self._full_every is None or base.age + 1 >= self._full_every or base.outlived:
             return
         file, data, nbytes = base.buckets[index]
         assert nbytes == len(flat), "the model has other tensors than before"
@@ -167,9 +175,11 @@ class DiskSender:
         if self._full_every is None:
             return
         if is_whole:
-            self._base = _Base(target, tuple(self._whole))
+            self._base = _Base(target, tuple(self._whole), self._written)
         elif self._base is not None:
             self._base.age += 1
+            self._base.written += self._written
+            self._base.last = self._written
             text = (
                 f"weights of version {version}: {self._written:,} bytes written for {size:,}, what changed "
                 f"since {self._base.folder.name}"
