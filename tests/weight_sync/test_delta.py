@@ -266,6 +266,17 @@ def test_the_version_after_an_engine_has_joined_or_failed_is_whole(disk, sink) -
     assert not trainer.wrote_delta
 
 
+def test_without_its_base_a_version_is_whole_and_the_log_says_so(disk, sink) -> None:
+    trainer, engine = disk(), sink()
+    for _ in range(2):
+        trainer.update([engine])
+    shutil.rmtree(trainer.folder / "version-1")
+    (remark,) = trainer.update([engine]).remarks
+    assert "version-1 is gone" in remark.text
+    assert not trainer.wrote_delta
+    assert_has(engine, trainer.model)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "base"])
 def test_a_damaged_file_is_refused_and_the_next_version_is_whole(disk, sink, damage: str) -> None:
     trainer = disk()

@@ -82,7 +82,7 @@ class Router:
     """Routes the trees of one driver. kv_tokens: tokens in each engine's KV cache; None: unbounded."""
 
     def __init__(
-        self, engines: Sequence[Sampler], sampling: SamplingConfig, kv_tokens: Sequence[int] | None
+        self, engines: Sequence[Sampler], sampling: SamplingConfig, kv_tokens: Sequence[int | None] | None
     ) -> None:
         of_engines = kv_tokens or [None] * len(engines)
         self._occupancy = Occupancy(of_engines, sampling.max_live_trees)

@@ -108,6 +108,8 @@ class DiskSender:
     def filled(self, index: int, flat: Tensor) -> None:
         """Compute the delta, while engines load the bucket before."""
         self._delta = None
+        if index == 0:
+            self._check_base()
         base = self._base
         if base is None or self._full_every is None or base.age + 1 >= self._full_every or base.outlived:
             return
@@ -166,6 +168,13 @@ class DiskSender:
     def take_remarks(self) -> list[Remark]:
         remarks, self._remarks = self._remarks, []
         return remarks
+
+    def _check_base(self) -> None:
+        """Forget a base that somebody has removed."""
+        if self._base is not None and not self._base.folder.is_dir():
+            text = f"weights: {self._base.folder} is gone; the next version is written whole"
+            self._remarks.append(Remark(logging.WARNING, text))
+            self._base = None
 
     def _note(self, path: Path, tensors: Manifest, nbytes: int) -> None:
         self._files[path.name] = tensors
