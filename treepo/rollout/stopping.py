@@ -95,11 +95,11 @@ class StopRule:
             return marks
         for token in set(tokens[marks == 0].tolist()):
             text = self._texts[token] = self._decode(np.array([token], dtype=np.int32))
-            self._marks[token] = _marks_of(text)
+            self._marks[token] = _marks_in(text)
         return self._marks[tokens]
 
 
-def _marks_of(text: str) -> int:
+def _marks_in(text: str) -> int:
     begins, opens = _BEGINNING.search(text) is not None, text.endswith("\\")
     return _KNOWN | _BEGINS * begins | _OPENS * opens | _CONTINUES * (_CONTINUATION.match(text) is not None)
 
