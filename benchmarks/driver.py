@@ -56,8 +56,10 @@ class NullEngine:
 
 
 def text_of(tokens: np.ndarray) -> str:
-    """Text of about as many characters as word pieces have; the stop rules read it."""
-    return "".join(f" {token:x}" for token in tokens)
+    """Text of about as many characters as word pieces have, with as many backslashes as mathematics has; the
+    stop rules read it.
+    """
+    return "".join(f" {token:x}" if token % 16 else f"\\{token:x}" for token in tokens)
 
 
 def prompts(count: int) -> Iterator[Prompt]:

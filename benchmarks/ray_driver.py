@@ -6,6 +6,10 @@ Two ways to ask the actor: `together`, as a run does (treepo/cluster/request_cha
 call of Ray for each request. They alternate. Every segment is a request of its own with its whole context.
 Prints one JSON line for each length of the prompt, with medians over repeats; `cpu_microseconds` are those of
 all processes, Ray's own included, for a segment.
+
+`--apart` instead: a few actors, each with one request at a time, so that none travel together, as with a
+thousand engines; then each with eight. `thread_microseconds` are those of the driver's Python thread for a
+request with its answer: two calls of Ray, if it travels alone.
 """
 
 import argparse
@@ -101,16 +105,51 @@ async def compare(actor: Any, prompt_tokens: int, trees: int, repeats: int) -> d
     }
 
 
+async def apart(actors: list[Any], prompt_tokens: int, at_once: int, requests: int) -> dict[str, Any]:
+    """at_once: requests of each actor. They are answered at once, in a call for those that are ready."""
+    engines = [RayEngine(f"engine {index}", actor, 1) for index, actor in enumerate(actors)]
+    context = np.arange(prompt_tokens, dtype=np.int32)
+    request = GenerateRequest(context, prompt_tokens, SAMPLING.segment_tokens, 1.0, seed=1)
+
+    async def one(engine: RayEngine, count: int) -> None:
+        for _ in range(count):
+            await engine.generate(request)
+
+    async def all_of(count: int) -> float:
+        start = time.thread_time()
+        await asyncio.gather(*(one(engine, count) for engine in engines for _ in range(at_once)))
+        return time.thread_time() - start
+
+    await all_of(20)  # warms up
+    seconds = await all_of(requests)
+    return {
+        "benchmark": "ray_driver_apart",
+        "prompt_tokens": prompt_tokens,
+        "actors": len(actors),
+        "requests_at_once": at_once,
+        "thread_microseconds": 1e6 * seconds / (len(actors) * at_once * requests),
+        "requests": requests,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[1000, 8000])
     parser.add_argument("--trees", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--apart", action="store_true")
     arguments = parser.parse_args()
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         remote: Any = ray.remote(HostedNullEngine)
-        actor = remote.options(max_concurrency=100_000).remote(SAMPLING.max_response_tokens)
+        options = remote.options(max_concurrency=100_000, num_cpus=0.1)
+        if arguments.apart:
+            actors = [options.remote(SAMPLING.max_response_tokens) for _ in range(4)]
+            for at_once, requests in ((1, 400), (8, 100)):
+                line = asyncio.run(apart(actors, arguments.prompt_tokens[0], at_once, requests))
+                sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+            return
+        actor = options.remote(SAMPLING.max_response_tokens)
         for tokens in arguments.prompt_tokens:
             line = asyncio.run(compare(actor, tokens, arguments.trees, arguments.repeats))
             sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))

@@ -21,9 +21,9 @@ from treepo.display.status import show_status
 from treepo.errors import DataError, EngineError
 from treepo.planning.simulation.virtual_clock import run_virtually
 from treepo.protocols import GenerateOutput, GenerateRequest
-from treepo.rollout.driver import TreeDriver
+from treepo.rollout.driver import PendingRequest, TreeDriver
 from treepo.run_status import read_status
-from treepo.watchdog import STATUS, Watchdog, gathered, sampling, waiting
+from treepo.watchdog import STATUS, Watchdog, describe, gathered, sampling, waiting
 
 PATIENCE = 100.0
 
@@ -120,6 +120,18 @@ def test_a_stall_names_each_engines_status_and_its_oldest_request(watch) -> None
         "oldest 0 s old: request 0 of prompt train:0; engine 1 is down: out of memory with no "
         "unanswered requests"
     ]
+
+
+def test_of_many_engines_those_with_the_oldest_requests_are_named() -> None:
+    engines = [SilentEngine(name=f"engine {index}", status="serving") for index in range(20)]
+    pending = [PendingRequest("a", number, number % 20, float(number % 20)) for number in range(60)]
+    text = describe(pending, engines)
+    assert [name for name in text.split("; ") if "oldest" in name] == [
+        f"engine {index} is serving with 3 unanswered requests, the oldest {index} s old: request {index} of "
+        "prompt a"
+        for index in range(12, 20)
+    ]
+    assert text.endswith("; 12 other engines have 36 unanswered requests")
 
 
 def test_the_status_says_what_a_run_does_and_how_it_ended(watch, tmp_path: Path) -> None:

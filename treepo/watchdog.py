@@ -33,6 +33,7 @@ STATUS = "status.json"
 TICK_SECONDS = 5.0
 """Between two looks, each of which writes the status."""
 _SHOWN_WAITS = 8
+_SHOWN_ENGINES = 8
 _SAVE_SECONDS, _LAST_SECONDS = (
     0.05,
     5.0,
@@ -122,6 +123,8 @@ class Driver(Protocol):
     def idle(self) -> Any: ...
     @property
     def stats(self) -> Any: ...
+    @property
+    def waits(self) -> bool: ...
     def pending(self) -> Sequence[Pending]: ...
 
 
@@ -130,24 +133,38 @@ def sampling(driver: Driver, engines: Sequence[Engine]) -> Iterator[None]:
     """The driver waits for answers of the engines while the body runs, unless sampling is paused."""
 
     def whom() -> str:
-        pending = [] if driver.idle.paused else driver.pending()
-        return f"an answer: {describe(pending, engines)}" if pending else ""
+        return f"an answer: {describe(driver.pending(), engines)}" if waits() else ""
+
+    def waits() -> bool:
+        return driver.waits and not driver.idle.paused
 
     def progress() -> object:
         stats = driver.stats
-        return stats.requests, stats.failed_requests, whom() == ""
+        return stats.requests, stats.failed_requests, waits()
 
     with waiting("sampling", whom, progress):
         yield
 
 
 def describe(pending: Sequence[Pending], engines: Sequence[Engine]) -> str:
-    """Each engine's status, its number of unanswered requests, and the oldest of them."""
-    return "; ".join(
-        f"{engine.name} is {engine.status} with "
-        f"{_unanswered([one for one in pending if one.engine == index])}"
-        for index, engine in enumerate(engines)
-    )
+    """Each engine's status, its number of unanswered requests, and the oldest of them. Of many engines only
+    those whose requests are the oldest.
+    """
+    of_engine: dict[int, list[Pending]] = {index: [] for index in range(len(engines))}
+    for one in pending:
+        of_engine[one.engine].append(one)
+    shown = range(len(engines))
+    if len(engines) > _SHOWN_ENGINES:
+        oldest = sorted(shown, key=lambda index: -max((one.seconds for one in of_engine[index]), default=0.0))
+        shown = sorted(oldest[:_SHOWN_ENGINES])
+    lines = [
+        f"{engines[index].name} is {engines[index].status} with {_unanswered(of_engine[index])}"
+        for index in shown
+    ]
+    if len(shown) < len(engines):
+        number = len(pending) - sum(len(of_engine[index]) for index in shown)
+        lines.append(f"{len(engines) - len(shown)} other engines have {number} unanswered requests")
+    return "; ".join(lines)
 
 
 def _unanswered(pending: Sequence[Pending]) -> str:

@@ -109,6 +109,40 @@ def test_what_an_engine_expects_is_the_sum_over_its_trees(end: float) -> None:
             assert routed.leaves == sum(live.leaves for live in routed.trees)
 
 
+def choice_by_hand(router: Router, max_trees: int | None) -> RoutedEngine | None:
+    expected = router.expected_tree_tokens(PROMPT_TOKENS)
+    with_room = []
+    for routed in router.engines:
+        room = routed.kv_tokens is None or routed.expected_tokens + expected <= routed.kv_tokens
+        if max_trees is not None:
+            room = len(routed.trees) < max_trees
+        if room or not routed.trees:
+            with_room.append(routed)
+    return min(with_room, key=lambda routed: (routed.failures, routed.leaves), default=None)
+
+
+@pytest.mark.parametrize("max_trees", [None, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_choice_is_that_of_a_loop_over_all_engines(max_trees: int | None, seed: int) -> None:
+    sampling = SAMPLING.model_copy(update={"max_live_trees": max_trees})
+    generator = np.random.default_rng(seed)
+    kv_tokens = [None if size < 300 else int(size) for size in generator.integers(0, 2000, 12)]
+    router = Router([FakeEngine() for _ in kv_tokens], sampling, kv_tokens)
+    engine, alive = FakeEngine(end=0.1), []
+    for index in range(150):
+        routed = router.engine_with_room(PROMPT_TOKENS)
+        assert routed is choice_by_hand(router, max_trees)
+        if routed is not None and generator.random() < 0.7:
+            alive.append(router.admit(tree(index), routed))
+        router.engines[generator.integers(12)].failures = int(generator.integers(3)) // 2
+        for live in generator.permutation(np.array([*alive, None], dtype=object))[:3]:
+            if live is not None:
+                if generator.random() < 0.2:
+                    router.move(live)
+                grow(router, live, engine, rounds=1)
+        alive = [live for live in alive if live.tree.path_requests]
+
+
 def test_each_engine_has_a_kv_cache_of_its_own() -> None:
     router = router_of(3 * (PROMPT_TOKENS + MOST), 500)
     large, small = router.engines

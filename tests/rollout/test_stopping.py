@@ -14,6 +14,7 @@ from treepo.rollout.stopping import StopRule, repeats
 from treepo.tree import Stop
 
 TEXTS = ["a", "b", "\\", "boxed", "{", "}", "\\boxed", "{5}", " ", "\\boxed{7}", "é"]
+TEXTS += ["", "\\\\", "x\\", "ox", "ed{", "fb", "\\fbox{1}", "\\b", "frac", "\\frac{1}{2}", "oxed{2} \\"]
 LOOP = {"window_tokens": 2, "count": 3, "min_distinct": 1}
 
 
@@ -81,6 +82,17 @@ def test_scanning_in_pieces_finds_what_scanning_at_once_finds(tokens: list[int],
     for start in range(0, len(array), piece):
         scan = stop_rule.scan(scan, array[start : start + piece])
     assert scan.found == stop_rule(array) == (last_boxed(decode(array)) is not None)
+
+
+@given(st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=30), st.integers(1, 30))
+def test_text_in_which_no_box_begins_need_not_be_read(tokens: list[int], piece: int) -> None:
+    stop_rule = rule()
+    array = np.array(tokens, dtype=np.int32)
+    scan = naive = BoxScan()
+    for start in range(0, len(array), piece):
+        scan = stop_rule.scan(scan, array[start : start + piece])
+        naive = naive.extend(decode(array[start : start + piece]))
+        assert scan == naive
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60))

@@ -1,10 +1,12 @@
 """How the trainer's weights reach the engines."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from treepo.config.base import PathField, Section
+
+_FULL_EVERY = 50
 
 
 class WeightsConfig(Section):
@@ -24,4 +26,19 @@ class WeightsConfig(Section):
     folder: PathField | None = None
     """Where `disk` writes versions; null means `weights/` in the run folder."""
     keep: int = Field(default=2, ge=1)
-    """How many of the newest versions `disk` keeps."""
+    """How many of the newest versions `disk` keeps, with the bases that their deltas need."""
+    delta: bool = False
+    """`disk` writes what changed since the last whole version, compressed, in place of all weights. Engines
+    put both together and verify the checksum of the result. At small learning rates in bfloat16 few weights
+    change in a step. A bucket whose delta would be larger is written whole."""
+    full_every: int = Field(default=_FULL_EVERY, ge=1)
+    """With `delta`, the most versions from one that is written whole to the next. Deltas grow with the
+    distance, and a version is whole sooner where that takes fewer bytes."""
+
+    @model_validator(mode="after")
+    def _check_delta(self) -> Self:
+        if self.delta and self.transport != "disk":
+            raise ValueError(f"delta = true does nothing with transport = {self.transport}; disk is allowed")
+        if self.full_every != _FULL_EVERY and not self.delta:
+            raise ValueError(f"full_every = {self.full_every} does nothing with delta = false")
+        return self

@@ -29,6 +29,7 @@ from treepo.rewards.grade import GradeItem, Rewards
 from treepo.rewards.pool import RewardPool, open_rewards
 from treepo.rewards.voting import NO_VOTE, pool_equality, vote_classes
 from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.garbage import rare_collections
 from treepo.rollout.stats import Stats
 from treepo.tree import Tree
 from treepo.watchdog import Watchdog, sampling, waiting
@@ -157,7 +158,7 @@ class _Session:
         self.started = time.perf_counter()
         number = max(self.folder.spent, default=-1) + 1
         async with asyncio.TaskGroup() as group, aclosing(self.driver.sample(pending, step=0)) as results:
-            with sampling(self.driver, self.engines):
+            with rare_collections(), sampling(self.driver, self.engines):
                 async for result in results:
                     if isinstance(result, FailedTree):
                         self._fail(result.prompt_id, result.reason)

@@ -61,9 +61,14 @@ class BoxScan:
     blank: bool = False
     rest: str = ""
 
+    @property
+    def idle(self) -> bool:
+        """Whether no box has been found and none has begun."""
+        return not (self.found or self.depths or self.rest)
+
     def extend(self, text: str) -> "BoxScan":
         """The state after `text` has been appended."""
-        if self.found or not (self.depths or self.rest or "\\" in text):
+        if self.found or (self.idle and "\\" not in text):
             return self
         text = self.rest + text
         depths, blank, rest, end = list(self.depths), self.blank, "", 0

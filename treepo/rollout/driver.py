@@ -183,6 +183,11 @@ class TreeDriver:
         """KV tokens that a new tree is expected to hold, judging by the trees so far."""
         return self._router.expected_tree_tokens(prompt_tokens)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a request has not been answered yet."""
+        return bool(self._pending)
+
     def pending(self) -> list[PendingRequest]:
         """Requests in flight, the oldest first."""
         now = time.monotonic()

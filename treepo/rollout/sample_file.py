@@ -23,6 +23,7 @@ from treepo.data.prompts import Prompt
 from treepo.errors import EngineError
 from treepo.protocols import EnginePool
 from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.garbage import rare_collections
 from treepo.rollout.stats import Stats
 from treepo.tree import to_json
 from treepo.watchdog import Watchdog, sampling
@@ -78,7 +79,7 @@ async def rollout(
                 watchdog.phase("sample")
                 decode = inputs.tokenizer.decode
                 driver = TreeDriver(pool.engines, config.sampling, decode, config.seed, pool.kv_tokens)
-                with sampling(driver, pool.engines):
+                with rare_collections(), sampling(driver, pool.engines):
                     summary = await _sample(driver, inputs.prompts, trees, reporter)
         write_file(config.out / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
     return summary

@@ -13,6 +13,7 @@ overlapping occurrences, so a table rule of 39 dashes ends a path.
 The engine holds the same `StopRule` as the driver, so that it can end a request of many segments early.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -20,6 +21,11 @@ import numpy as np
 from treepo.config.sampling import RepetitionConfig, SamplingConfig
 from treepo.rollout.boxed import BoxScan
 from treepo.tree import Stop
+
+# Of a token's text: it is known; a box may begin in it; it ends with a backslash; a box may go on with it.
+_KNOWN, _BEGINS, _OPENS, _CONTINUES = 1, 2, 4, 8
+_BEGINNING = re.compile(r"\\(?:boxed|fbox|(?:b|bo|box|boxe|f|fb|fbo)\Z)")
+_CONTINUATION = re.compile(r"boxed|fbox|(?:|b|bo|box|boxe|f|fb|fbo)\Z")
 
 
 class StopRule:
@@ -32,7 +38,8 @@ class StopRule:
     def __init__(self, config: SamplingConfig, decode: Callable[[np.ndarray], str]) -> None:
         self._config = config
         self._decode = decode
-        self._text_of_token: dict[int, str] = {}
+        self._texts = np.empty(0, dtype=object)  # by token id; None: not decoded yet
+        self._marks = np.empty(0, dtype=np.uint8)  # by token id: what its text has for a search
 
     def __call__(self, response: np.ndarray) -> bool:
         if self._config.stops.boxed == "end" and self.scan(BoxScan(), response).found:
@@ -41,9 +48,15 @@ class StopRule:
 
     def scan(self, before: BoxScan, tokens: np.ndarray) -> BoxScan:
         """Continue the search for a box in a response over further tokens (int32 [T])."""
-        if before.found or self._config.stops.boxed == "off":
+        if before.found or self._config.stops.boxed == "off" or not len(tokens):
             return before
-        return before.extend(self._text(tokens))
+        marks = self._marks_of(tokens)
+        if before.idle:
+            first = _first_box(marks)
+            if first is None:
+                return before
+            tokens = tokens[first:]
+        return before.extend("".join(self._texts[tokens].tolist()))
 
     def classify(self, response: np.ndarray, box: BoxScan, eos: bool) -> Stop | None:
         """Why the response (int32 [T]) ends here; None if it goes on.
@@ -69,14 +82,43 @@ class StopRule:
         repetition = self._config.stops.repetition
         return repetition.check != "off" and repeats(response, repetition)
 
-    def _text(self, tokens: np.ndarray) -> str:
-        known, ids = self._text_of_token, tokens.tolist()
+    def _marks_of(self, tokens: np.ndarray) -> np.ndarray:
+        """The marks of each token's text, uint8 [T]; all texts are known then."""
         try:
-            return "".join([known[token] for token in ids])
-        except KeyError:
-            for token in set(ids) - known.keys():
-                known[token] = self._decode(np.array([token], dtype=np.int32))
-            return "".join([known[token] for token in ids])
+            marks = self._marks[tokens]
+        except IndexError:
+            further = 1 << int(tokens.max()).bit_length()
+            self._texts = np.append(self._texts, np.empty(further - len(self._texts), dtype=object))
+            self._marks = np.append(self._marks, np.zeros(further - len(self._marks), dtype=np.uint8))
+            marks = self._marks[tokens]
+        if marks.all():
+            return marks
+        for token in set(tokens[marks == 0].tolist()):
+            text = self._texts[token] = self._decode(np.array([token], dtype=np.int32))
+            self._marks[token] = _marks_in(text)
+        return self._marks[tokens]
+
+
+def _marks_in(text: str) -> int:
+    begins, opens = _BEGINNING.search(text) is not None, text.endswith("\\")
+    return _KNOWN | _BEGINS * begins | _OPENS * opens | _CONTINUES * (_CONTINUATION.match(text) is not None)
+
+
+def _first_box(marks: np.ndarray) -> int | None:
+    """The first token from which a text may have a box, or the beginning of one at its end; None if none.
+
+    marks: of the tokens, uint8 [T]. Backslashes right before it are included: every other one is escaped.
+    """
+    opens = marks & _OPENS
+    begins = marks & _BEGINS
+    begins[:-1] |= opens[:-1] & (marks[1:] >> 1)  # _CONTINUES, moved to where _OPENS is
+    begins[-1] |= opens[-1]
+    first = int((begins > 0).argmax())
+    if not begins[first]:
+        return None
+    while first and opens[first - 1]:
+        first -= 1
+    return first
 
 
 def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:
@@ -90,11 +132,13 @@ def repeats(tokens: np.ndarray, config: RepetitionConfig) -> bool:
     if len(tokens) < window * count:
         return False
     last = tokens[-window:]
-    starts = np.arange(len(tokens) - window + 1)
-    for offset, token in enumerate(last):
-        starts = starts[tokens[starts + offset] == token]
+    starts = np.flatnonzero(tokens[: len(tokens) - window + 1] == last[0])
+    for offset in range(1, window):
         if len(starts) < count:
             return False
+        starts = starts[tokens[starts + offset] == last[offset]]
+    if len(starts) < count:
+        return False
     sparse = len(np.unique(last)) < config.min_distinct
     occurrences, begin = 0, len(tokens)
     for start in starts[::-1].tolist():

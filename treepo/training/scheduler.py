@@ -21,6 +21,8 @@ With a budget of decoded tokens a step, the number of a step's trees follows fro
 decoded (`treepo.training.step_budget`). All trees of a step are then trained or lost before the next begins.
 """
 
+from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -107,7 +109,10 @@ class Scheduler:
         self._busy: set[int] = set()  # prompts of both
         self._begun: set[int] = set()  # prompts that have begun a tree under this version
         self._training = False
-        self._cursor, self._again = state.cursor, list(state.again)
+        self._cursor = state.cursor
+        self._waiting: list[list[int]] = [[] for _ in order.sizes]  # positions to be started, of each file
+        for position in sorted(state.again):
+            self._wait(position)
         self._dropped = list(state.dropped)
         self._restore(dict(zip(state.ready, state.began, strict=True)))
 
@@ -150,7 +155,7 @@ class Scheduler:
         """The position to start next; None until a tree ends or a step is taken or trained."""
         if len(self._busy) >= self._room():
             return None
-        order, waiting = self._order, self._waiting()
+        order, waiting = self._order, self._waiting
         started = [order.turns_before(file, self._cursor) - len(each) for file, each in enumerate(waiting)]
         due = sorted((order.position(file, turn), file) for file, turn in enumerate(started))
         for position, file in due:
@@ -163,9 +168,11 @@ class Scheduler:
     def start(self, position: int) -> None:
         """Start the tree at the position that `next` returned."""
         if position < self._cursor:
-            self._again.remove(position)
+            waiting = self._waiting[self._order.turn(position)[0]]
+            del waiting[bisect_left(waiting, position)]
         else:  # the positions that were passed over wait until their prompt may begin again
-            self._again += range(self._cursor, position)
+            for passed in range(self._cursor, position):
+                self._wait(passed)
             self._cursor = position + 1
         self._growing[position] = self.version
         self._busy.add(self._order.index(position))
@@ -192,16 +199,16 @@ class Scheduler:
         replace a dropped one. `trained` ends the step.
         """
         assert not self._training, "the last step is still being trained"
-        oldest = sorted(self._ready, key=lambda position: (self._ready[position], position))
         least = self._batch - self._unreplaced()
+        if len(self._ready) < max(least, 1) and (self._growing or self.next() is not None):
+            return None
+        growing = Counter(self._growing.values())
         for spare in range(self._max_staleness + 1):
             began = self.version + spare - self._max_staleness
-            untrained = sum(version <= began for version in (*self._growing.values(), *self._ready.values()))
-            due = untrained - spare * self._batch  # the `spare` steps after this one have no room for more
-            if sum(self._ready[position] <= began for position in oldest) < due:
+            # The `spare` steps after this one have no room for more of the trees that began by then.
+            if sum(trees for version, trees in growing.items() if version <= began) > spare * self._batch:
                 return None
-        if len(oldest) < max(least, 1) and (self._growing or self.next() is not None):
-            return None
+        oldest = sorted(self._ready, key=lambda position: (self._ready[position], position))
         taken = {position: self._ready.pop(position) for position in sorted(oldest[: self._batch])}
         self._busy.difference_update(map(self._order.index, taken))
         self._training = True
@@ -229,19 +236,16 @@ class Scheduler:
         ready = sorted(self._ready)
         return ScheduleState(
             self._cursor,
-            sorted([*self._again, *self._growing]),
+            sorted(chain(self._growing, *self._waiting)),
             ready,
             [self._ready[position] for position in ready],
             sorted(self._dropped),
             self._spent,
         )
 
-    def _waiting(self) -> list[list[int]]:
-        """For each file, ascending, its positions below the cursor that are to be started."""
-        waiting: list[list[int]] = [[] for _ in self._order.sizes]
-        for position in self._again:
-            waiting[self._order.turn(position)[0]].append(position)
-        return waiting
+    def _wait(self, position: int) -> None:
+        """A position below the cursor is to be started."""
+        insort(self._waiting[self._order.turn(position)[0]], position)
 
     def _free(self, file: int, waiting: Sequence[int]) -> int | None:
         """The first position of a file whose prompt may begin a tree, less than an epoch after the first that
@@ -251,8 +255,10 @@ class Scheduler:
         limit = (order.turn(waiting[0])[1] if waiting else next_turn) + order.sizes[file]
         earlier = (each for each in waiting if order.turn(each)[1] < limit)
         later = (order.position(file, turn) for turn in range(next_turn, limit))
-        barred = self._busy | self._begun
-        return next((each for each in chain(earlier, later) if order.index(each) not in barred), None)
+        return next((each for each in chain(earlier, later) if self._may_begin(order.index(each))), None)
+
+    def _may_begin(self, prompt: int) -> bool:
+        return prompt not in self._busy and prompt not in self._begun
 
     def _unreplaced(self) -> int:
         """Dropped trees of this step that no other tree replaces."""
@@ -273,9 +279,8 @@ class Scheduler:
                 self._ready[position] = began[position]
                 self._busy.add(self._order.index(position))
             else:
-                self._again.append(position)
+                self._wait(position)
                 self.resampled += 1
-        self._again.sort()
 
 
 def _budget(config: RunConfig, order: TrainingOrder) -> StepBudget | None:

@@ -19,6 +19,7 @@ from treepo.learning.dynamic_sampling import Dropped, uninformative
 from treepo.protocols import EnginePool
 from treepo.rewards.shaping import shaped
 from treepo.rollout.driver import FailedTree, TreeDriver
+from treepo.rollout.garbage import rare_collections
 from treepo.rollout.router import LiveTree
 from treepo.rollout.stats import Stats
 from treepo.training.scheduler import Scheduler, ScheduleState
@@ -101,7 +102,7 @@ class TreeSupply:
         self._running = asyncio.create_task(self._run())
         self._running.add_done_callback(lambda _: self._tell())
         try:
-            with sampling(self._driver, engines.engines):
+            with rare_collections(), sampling(self._driver, engines.engines):
                 yield
         finally:
             self._running.cancel()

@@ -90,7 +90,8 @@ def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> 
         case "host_broadcast":
             return BroadcastSender(torch.device("cpu"), host, seconds)
         case "disk":
-            return DiskSender((config.folder or out / "weights").resolve(), config.keep)
+            folder = (config.folder or out / "weights").resolve()
+            return DiskSender(folder, config.keep, config.full_every if config.delta else None)
 
 
 class WeightStream:

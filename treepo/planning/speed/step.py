@@ -239,6 +239,8 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
         if offloaded:
             note += f", what trainer.offload moves {offloaded:.1f} s"
         seconds += moved + offloaded
+    if config.weights.delta:
+        note += "; all of it: what weights.delta saves depends on how much a step changes"
     return Phase(seconds, note)
 
 
