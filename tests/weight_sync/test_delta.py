@@ -1,7 +1,7 @@
 """A delta gives the new weights bit for bit or is refused, and `disk` writes whole versions where it must."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from treepo.config.weights import WeightsConfig
 from treepo.weight_sync import delta
 from treepo.weight_sync.delta import apply, encode
 from treepo.weight_sync.disk import DiskAddress
+from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
 from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo
 
@@ -145,8 +146,8 @@ class Disk:
         self.model = stepped(self.model, self.version, share)
         for sink in sinks:
             sink.forget()
-        manifest = manifest_of(self.model)
-        return self.stream.send(iter(self.model.items()), manifest, self.version, sinks)
+        source = LocalSource(self.model.items(), manifest_of(self.model))
+        return self.stream.send(source, self.version, sinks)
 
     @property
     def wrote_delta(self) -> bool:
@@ -228,28 +229,28 @@ def test_a_base_is_replaced_when_deltas_are_larger_than_the_average_version(disk
 
 
 class Spy(FakeSink):
-    """Keeps the buckets of the last update."""
+    """Keeps the rounds of the last update."""
 
-    buckets: list[Bucket]
+    rounds: list[Sequence[Bucket | None]]
 
     def forget(self) -> None:
         super().forget()
-        self.buckets = []
+        self.rounds = []
 
-    def load(self, bucket: Bucket) -> "Future[None]":
-        self.buckets.append(bucket)
-        return super().load(bucket)
+    def load(self, buckets: Sequence[Bucket | None]) -> "Future[None]":
+        self.rounds.append(buckets)
+        return super().load(buckets)
 
 
 def test_an_engine_that_missed_versions_can_load_a_delta(disk, sink) -> None:
     trainer, spy, late = disk(), sink(Spy), sink()
     for _ in range(3):
         trainer.update([spy])
-    late.join(DiskAddress()).result()
+    late.join([DiskAddress()]).result()
     partial, complete = trainer.folder / ".partial", trainer.folder / "version-3"
     shutil.copytree(complete, partial)  # where the files were while the engines loaded them
-    for bucket in spy.buckets:
-        late.load(bucket).result()
+    for round_ in spy.rounds:
+        late.load(round_).result()
     assert_has(late, trainer.model)
 
 
@@ -282,7 +283,9 @@ def test_a_damaged_file_is_refused_and_the_next_version_is_whole(disk, sink, dam
     trainer = disk()
 
     class Damaged(FakeSink):
-        def load(self, bucket: Bucket) -> "Future[None]":
+        def load(self, buckets: Sequence[Bucket | None]) -> "Future[None]":
+            (bucket,) = buckets
+            assert bucket is not None
             file = Path(getattr(bucket.location, "path", ""))
             if trainer.version == 2 and damage == "base":
                 file = Path(bucket.location.base.path)  # type: ignore[attr-defined]  # version 2 has deltas
@@ -291,7 +294,7 @@ def test_a_damaged_file_is_refused_and_the_next_version_is_whole(disk, sink, dam
                 at = len(whole) - 3
                 flipped = whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]
                 file.write_bytes(whole[:-1] if damage == "cut" else flipped)
-            return super().load(bucket)
+            return super().load(buckets)
 
     engine = sink(Damaged)
     assert not trainer.update([engine]).failed
