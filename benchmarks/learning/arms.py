@@ -107,7 +107,6 @@ ARMS: Mapping[str, Arm] = {
     "more-init": Arm(("sampling.initial_branching=4",)),
     "late": Arm(("sampling.branch.from_depth=2",)),
     "surprise": Arm(("sampling.branch.at=surprise",), more={"search": 1.08}),
-    "lookahead": Arm(("sampling.branch.lookahead=2",), more={"sums": 0.86, "search": 1.04}),
     "pivots": Arm(_PIVOTS, more={"sums": 0.88, "search": 0.88}),
     "pivots-by-cut": Arm((*_PIVOTS, "learning.cut_baselines=true"), more={"sums": 0.88, "search": 0.88}),
     "width": Arm(("sampling.width=4-16", _DYNAMIC), more={"sums": 0.95, "search": 1.59}),
