@@ -1,13 +1,16 @@
 """Weight syncs by several sources, to engine ranks that read shards, against a raw copy. Prints JSON lines.
 
     OMP_NUM_THREADS=1 python -m benchmarks.weight_lanes --megabits 200
+    OMP_NUM_THREADS=1 python -m benchmarks.weight_lanes --megabits 200 --changed 0.005
 
 Sources and engine ranks are processes. With `--megabits` each is a host of its own, behind a link of that
 rate (needs root, iproute2 and tc); without, all share this machine's loopback. A model of matrices goes by
 gloo broadcasts from 1, 2 or 4 sources to engines whose ranks read all rows or their part of them. The raw
 copy sends the same bytes by the same groups at once, in the same processes: no buckets, no checksums, no
 meetings, no loading. Figures are medians of interleaved repeats; `largest_*` are the bytes that the busiest
-source sends and the busiest rank receives, headers and copies to several ranks included.
+source sends and the busiest rank receives, headers and copies to several ranks included. With `--changed`
+that share of the weights changes before each update, by the last bit, and updates send deltas
+(`weights.delta`); the raw copy still sends all bytes.
 """
 
 import argparse
@@ -26,10 +29,11 @@ from typing import Any
 import orjson
 import torch
 from torch import Tensor
+from torch.distributed import BroadcastOptions
 
 from benchmarks.limited_links import Host, limited_links
 from benchmarks.sink_process import ProcessSink
-from treepo.weight_sync.broadcast import BroadcastSender
+from treepo.weight_sync.broadcast import BroadcastSender, InBroadcast
 from treepo.weight_sync.lanes import Round, by_size, deal
 from treepo.weight_sync.send import Outcome, WeightStream
 from treepo.weight_sync.shards import part_bounds
@@ -58,11 +62,21 @@ class PipeSource:
         order = by_size(sizes)
         self._shares = [tuple(model[i] for i in order if chosen[i] == each) for each in range(lanes)]
         self.share = self._shares[lane]
-        self._tensors = {info.name: torch.ones(info.shape, dtype=torch.bfloat16) for info in self.share}
+        self._random = torch.Generator().manual_seed(lane)
+        self._tensors = {
+            info.name: torch.randn(info.shape, generator=self._random, dtype=torch.bfloat16)
+            for info in self.share
+        }
 
     def rounds(self, size: int) -> Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]]:
         for planned in zip_longest(*(plan_buckets(share, size) for share in self._shares), fillvalue=()):
             yield planned, ((info.name, self._tensors[info.name]) for info in planned[self.lane])
+
+    def change(self, share: float) -> None:
+        """Change the last bit of this share of the weights."""
+        for tensor in self._tensors.values():
+            chosen = torch.rand(tensor.shape, generator=self._random) < share
+            tensor.view(torch.int16).bitwise_xor_(chosen.to(torch.int16))
 
     def exchange[T](self, mine: T) -> list[T]:
         if self.lane > 0:
@@ -117,38 +131,55 @@ class Described:
 
 
 class Lane:
-    """One source: sends updates and raw copies."""
+    """One source: sends updates and raw copies. changed: share of the weights before an update; 0: none, and
+    updates send all bytes.
+    """
 
-    def __init__(self, source: PipeSource, host: Host, bucket: int) -> None:
-        self.source = source
-        self.sender = BroadcastSender(CPU, host.address, SECONDS)
+    def __init__(self, source: PipeSource, host: Host, bucket: int, changed: float) -> None:
+        self.source, self._changed = source, changed
+        self.sender = BroadcastSender(CPU, host.address, SECONDS, delta=changed > 0)
         self.stream = WeightStream(self.sender, bucket, SECONDS)
+
+    def prepare(self) -> None:
+        if self._changed:
+            self.source.change(self._changed)
 
     def update(self, engines: Sequence[Any]) -> None:
         outcome = self.stream.send(self.source, 1, engines)
-        assert outcome == Outcome(), outcome
+        assert outcome == Outcome(remarks=outcome.remarks), outcome
 
     def raw(self, engines: Sequence[Engine]) -> None:
         """Send the share at once by the groups that an update has formed."""
         share = self.source.share
-        flat = torch.zeros(part_bounds(share, self.stream._readers)[-1][1], dtype=torch.uint8)
+        bounds = part_bounds(share, self.stream._readers)
+        flat = torch.zeros(bounds[-1][1], dtype=torch.uint8)
         self.source.exchange(None)
-        location = self.sender.start(0, flat, share)
+        works = [
+            group.broadcast([flat[start:end]], BroadcastOptions())
+            for group, (start, end) in zip(self.sender._groups, bounds, strict=True)
+        ]
+        location = InBroadcast(index=-1, deltas=(0,) * len(bounds))  # of no update
         buckets = self.source.exchange(Bucket(share, (), location))
         copying = [engine.order("copy", buckets) for engine in engines]
-        self.sender.finish()
+        for work in works:
+            work.wait()
         for copied in copying:
             copied.result()
 
 
-def serve_lane(host: Host, source: tuple[int, int, Manifest], bucket: int, pipe: Any, orders: Any) -> None:
+def serve_lane(
+    host: Host, source: tuple[int, int, Manifest], bucket: int, changed: float, pipe: Any, orders: Any
+) -> None:
     """A lane other than 0, in its process. source: the arguments of its PipeSource."""
     host.enter()
     torch.set_num_threads(1)
-    each = Lane(PipeSource(*source, [pipe]), host, bucket)
+    each = Lane(PipeSource(*source, [pipe]), host, bucket, changed)
     while (order := orders.recv()) is not None:
         action, engines = order
-        each.update(engines) if action == "update" else each.raw([])
+        if action == "prepare":
+            each.prepare()
+        else:
+            each.update(engines) if action == "update" else each.raw([])
         orders.send(None)
 
 
@@ -156,7 +187,14 @@ class Benchmark:
     """Lane 0 and all other processes of one setting. hosts: of the lanes, then of the engines' ranks."""
 
     def __init__(
-        self, hosts: Sequence[Host], lanes: int, ranks: int, shards: bool, model: Manifest, bucket_mb: int
+        self,
+        hosts: Sequence[Host],
+        lanes: int,
+        ranks: int,
+        shards: bool,
+        model: Manifest,
+        bucket_mb: int,
+        changed: float,
     ) -> None:
         self._stack, self._hosts, self._lanes = ExitStack(), hosts, lanes
         context = multiprocessing.get_context("spawn")
@@ -164,7 +202,7 @@ class Benchmark:
         bucket = (bucket_mb << 20) * (ranks if shards else 1) // lanes
         for lane in range(1, lanes):
             (ours, theirs), (order, orders) = context.Pipe(), context.Pipe()
-            arguments = (hosts[lane], (lane, lanes, model), bucket, theirs, orders)
+            arguments = (hosts[lane], (lane, lanes, model), bucket, changed, theirs, orders)
             process = context.Process(target=serve_lane, args=arguments, daemon=True)
             process.start()
             self._stack.callback(process.join)
@@ -183,9 +221,14 @@ class Benchmark:
         for engine in self.engines:
             for process in engine.processes:
                 self._stack.callback(process.close)
-        self._lane = Lane(PipeSource(0, lanes, model, pipes), hosts[0], min(bucket, bucket_mb << 20))
+        self._lane = Lane(PipeSource(0, lanes, model, pipes), hosts[0], min(bucket, bucket_mb << 20), changed)
 
     def seconds(self, action: str) -> float:
+        for order in self._orders:
+            order.send(("prepare", None))
+        self._lane.prepare()
+        for order in self._orders:
+            order.recv()
         described = [Described(engine.name, engine.key, engine.ranks) for engine in self.engines]
         start = time.perf_counter()
         for order in self._orders:
@@ -212,7 +255,8 @@ def measure(settings: argparse.Namespace, lanes: int, ranks: int, shards: bool) 
         ThreadPoolExecutor(1) as thread,  # a thread of its own, because it moves to a host
     ):
         thread.submit(hosts[0].enter).result()
-        benchmark = thread.submit(Benchmark, hosts, lanes, ranks, shards, model, settings.bucket_mb).result()
+        arguments = (hosts, lanes, ranks, shards, model, settings.bucket_mb, settings.changed)
+        benchmark = thread.submit(Benchmark, *arguments).result()
         thread.submit(benchmark.seconds, "update").result()  # connects
         before = benchmark.link_bytes()
         ours = [thread.submit(benchmark.seconds, "update").result()]
@@ -229,6 +273,7 @@ def measure(settings: argparse.Namespace, lanes: int, ranks: int, shards: bool) 
         "engines": settings.engines,
         "ranks": ranks,
         "shards": shards,
+        "changed": settings.changed,
         "seconds": statistics.median(ours),
         "raw_seconds": statistics.median(raw),
         "over_raw": statistics.median(base / mine for base, mine in zip(raw, ours, strict=True)),
@@ -249,6 +294,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=80, help="MiB of weights")
     parser.add_argument("--megabits", type=int, default=0, help="rate of each host's link; 0: no links")
     parser.add_argument("--bucket-mb", type=int, default=16)
+    parser.add_argument("--changed", type=float, default=0.0, help="share of the weights; 0: no deltas")
     parser.add_argument("--repeats", type=int, default=3)
     settings = parser.parse_args()
     torch.set_num_threads(1)

@@ -106,7 +106,9 @@ def test_an_engine_that_cannot_meet_the_sender_keeps_its_weights(real_engine: "R
     from treepo.weight_sync.broadcast import BroadcastAddress
 
     engine = real_engine.engine
-    nobody = BroadcastAddress("127.0.0.1", 9, "weights-1", first=0, seconds=0.5, through_host=True)
+    nobody = BroadcastAddress(
+        "127.0.0.1", 9, "weights-1", first=0, seconds=0.5, through_host=True, delta=False
+    )
 
     async def update() -> None:
         await engine.begin(engine.version + 1, manifest(perturbed(real_engine.reference)))

@@ -1,8 +1,10 @@
 """A delta gives the new weights bit for bit or is refused, and `disk` writes whole versions where it must."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,15 @@ from torch import Tensor
 
 from tests.support.weight_sinks import FakeSink
 from treepo.config.weights import WeightsConfig
+from treepo.errors import EngineError
 from treepo.weight_sync import delta
 from treepo.weight_sync.delta import apply, encode
 from treepo.weight_sync.disk import DiskAddress
+from treepo.weight_sync.host_delta import ReceivedParts, SentParts
 from treepo.weight_sync.lanes import LocalSource
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
-from treepo.weight_sync.wire import Bucket, Manifest, TensorInfo
+from treepo.weight_sync.shards import pieces
+from treepo.weight_sync.wire import Box, Bucket, Manifest, Shards, TensorInfo
 
 SECONDS = 20.0  # for a step: far more than any takes
 BUCKET = 4096
@@ -132,12 +137,12 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
     return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
-class Disk:
-    """A trainer that sends a model whose weights change a little in every step."""
+class Trainer:
+    """Sends a model whose weights change a little in every step."""
 
-    def __init__(self, folder: Path, **config: object) -> None:
+    def __init__(self, folder: Path, transport: str, **config: object) -> None:
         self.folder = folder / "weights"
-        weights = WeightsConfig.model_validate({"transport": "disk", "delta": True, **config})
+        weights = WeightsConfig.model_validate({"transport": transport, "delta": True, **config})
         self.stream = WeightStream(open_sender(weights, folder, "127.0.0.1", SECONDS), BUCKET, SECONDS)
         self.version, self.model = 0, model()
 
@@ -156,16 +161,26 @@ class Disk:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[..., Disk]]:
-    made: list[Disk] = []
+def make(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
+    made: list[Trainer] = []
 
-    def make(**config: object) -> Disk:
-        made.append(Disk(tmp_path, **config))
+    def trainer(transport: str, **config: object) -> Trainer:
+        made.append(Trainer(tmp_path, transport, **config))
         return made[-1]
 
-    yield make
+    yield trainer
     for one in made:
         one.stream.close()
+
+
+@pytest.fixture
+def disk(make: Callable[..., Trainer]) -> Callable[..., Trainer]:
+    return partial(make, "disk")
+
+
+@pytest.fixture
+def hosts(make: Callable[..., Trainer]) -> Trainer:
+    return make("host_broadcast")
 
 
 @pytest.fixture
@@ -348,11 +363,100 @@ def test_the_newest_versions_and_their_bases_are_kept(disk, sink, keep: int) -> 
             assert read(trainer.folder, one) == sent[one]
 
 
+def halves(rank: int, share: Manifest) -> Shards:
+    """Rank 0 reads the first rows of what has rows, rank 1 the others."""
+    boxes = {}
+    for info in share:
+        rows, *others = info.shape or (0,)
+        half = (0, rows // 2) if rank == 0 else (rows // 2, rows)
+        box: Box = (half, *((0, size) for size in others))
+        boxes[info.name] = (box,) if half[0] < half[1] else ()
+    return boxes
+
+
+def assert_has_halves(sink: FakeSink, tensors: dict[str, Tensor]) -> None:
+    for rank, received in enumerate(sink.received):
+        reads = halves(rank, manifest_of(tensors))
+        for name, tensor in tensors.items():
+            for ours, theirs in zip(
+                pieces(received[name], name, reads) if reads[name] else (),
+                pieces(tensor, name, reads),
+                strict=True,
+            ):
+                assert bits({name: ours.contiguous()}) == bits({name: theirs.contiguous()})
+
+
+def test_hosts_get_what_changed_in_the_part_that_each_rank_reads(hosts: Trainer, sink) -> None:
+    whole, divided = sink(), sink(ranks=2)
+    divided.reads = halves
+    for version in range(1, 7):
+        # Random bytes cannot be compressed.
+        outcome = hosts.update([whole, divided], share=1.0 if version == 4 else 0.01)
+        assert not outcome.failed
+        assert_has(whole, hosts.model)
+        assert_has_halves(divided, hosts.model)
+        assert len(outcome.remarks) == (version == 2)  # it is said once
+
+
+def test_hosts_get_nothing_if_nothing_changed(hosts: Trainer, sink) -> None:
+    engine = sink()
+    remarks = []
+    for _ in range(3):
+        remarks += hosts.update([engine], share=0.0).remarks
+        assert_has(engine, hosts.model)
+    (remark,) = remarks
+    sent, whole = (int(number.replace(",", "")) for number in re.findall(r"\d[\d,]+", remark.text))
+    assert whole == sum(info.nbytes for info in manifest_of(hosts.model))
+    assert sent < whole / 5  # the smallest buckets are sent whole
+
+
+def test_hosts_get_a_whole_version_after_engines_have_joined_or_failed(hosts: Trainer, sink) -> None:
+    first, second = sink(), sink()
+    for engines, changes in (
+        ([first], False),
+        ([first], True),
+        ([first, second], False),
+        ([first, second], True),
+        ([first], False),
+    ):
+        assert bool(hosts.update(engines).remarks) == changes
+        for engine in engines:
+            assert_has(engine, hosts.model)
+
+    def refuse(number: str | int) -> None:
+        if number == 2:
+            raise EngineError("it refuses")
+
+    first.fault = refuse
+    assert hosts.update([first, second]).failed.keys() == {first.name}
+    first.fault = lambda _: None
+    for changes in (False, True):
+        outcome = hosts.update([first, second])
+        assert (outcome.failed, outcome.broken, bool(outcome.remarks)) == ({}, None, changes)
+        for engine in (first, second):
+            assert_has(engine, hosts.model)
+
+
+def test_a_damaged_delta_ends_the_group() -> None:
+    rng = np.random.default_rng(0)
+    sent, received = SentParts(), ReceivedParts()
+    part = torch.from_numpy(rng.integers(0, 256, 1001, dtype=np.uint8))
+    message, delta = sent.message((0, 0), part)
+    assert delta == 0
+    received.room(0, 1001).copy_(message)
+    part[::100] += 1
+    message, delta = sent.message((0, 0), part)
+    assert delta == len(message) < 1001
+    with pytest.raises(RuntimeError, match="bucket 0"):
+        received.changed(0, message[:-1], 1001)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"transport": "colocated", "delta": True}, "disk is allowed"),
-        ({"transport": "disk", "full_every": 3}, "does nothing with delta = false"),
+        ({"transport": "colocated", "delta": True}, "disk and host_broadcast are allowed"),
+        ({"transport": "host_broadcast", "delta": True, "full_every": 3}, "does nothing without delta"),
+        ({"transport": "disk", "full_every": 3}, "does nothing without delta = true and transport = disk"),
     ],
 )
 def test_what_does_nothing_is_refused(config: dict[str, object], message: str) -> None:

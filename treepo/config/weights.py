@@ -28,17 +28,24 @@ class WeightsConfig(Section):
     keep: int = Field(default=2, ge=1)
     """How many of the newest versions `disk` keeps, with the bases that their deltas need."""
     delta: bool = False
-    """`disk` writes what changed since the last whole version, compressed, in place of all weights. Engines
-    put both together and verify the checksum of the result. At small learning rates in bfloat16 few weights
-    change in a step. A bucket whose delta would be larger is written whole."""
+    """`disk` writes what changed since the last whole version, compressed, in place of all weights;
+    `host_broadcast` sends what changed since the version before. Engines put both together and verify the
+    checksum of the result. At small learning rates in bfloat16 few weights change in a step. A bucket whose
+    delta would be larger is sent whole. With `host_broadcast`, sources and engine ranks keep what they sent
+    or received last in host memory."""
     full_every: int = Field(default=_FULL_EVERY, ge=1)
-    """With `delta`, the most versions from one that is written whole to the next. Deltas grow with the
-    distance, and a version is whole sooner where that takes fewer bytes."""
+    """With `delta`, the most versions of `disk` from one that is written whole to the next. Deltas grow with
+    the distance, and a version is whole sooner where that takes fewer bytes."""
 
     @model_validator(mode="after")
     def _check_delta(self) -> Self:
-        if self.delta and self.transport != "disk":
-            raise ValueError(f"delta = true does nothing with transport = {self.transport}; disk is allowed")
-        if self.full_every != _FULL_EVERY and not self.delta:
-            raise ValueError(f"full_every = {self.full_every} does nothing with delta = false")
+        if self.delta and self.transport not in ("disk", "host_broadcast"):
+            raise ValueError(
+                f"delta = true does nothing with transport = {self.transport}; disk and host_broadcast are "
+                "allowed"
+            )
+        if self.full_every != _FULL_EVERY and not (self.delta and self.transport == "disk"):
+            raise ValueError(
+                f"full_every = {self.full_every} does nothing without delta = true and transport = disk"
+            )
         return self

@@ -8,6 +8,7 @@ update. They are outside torch's default process group, so they do not interfere
 engines.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
+from treepo.weight_sync.host_delta import ReceivedParts, SentParts
 from treepo.weight_sync.listening_store import listening_store
 from treepo.weight_sync.shards import decoded, part_bounds, read_bytes
 from treepo.weight_sync.wire import Bucket, Manifest, Reads, Remark, Shards, Stripes, TensorInfo
@@ -31,13 +33,18 @@ _BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 @dataclass(frozen=True, slots=True)
 class InBroadcast:
-    """The bytes arrive by the broadcast itself."""
+    """The bytes arrive by the broadcast itself. index: of the bucket. deltas: bytes of each part's delta; 0
+    for a part that is sent whole.
+    """
+
+    index: int
+    deltas: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BroadcastAddress:
     """first: the number of the engine's rank 0 among the ranks of all engines. through_host: whether buffers
-    are in host memory.
+    are in host memory. delta: whether parts may be sent as deltas.
     """
 
     host: str
@@ -46,6 +53,7 @@ class BroadcastAddress:
     first: int
     seconds: float
     through_host: bool
+    delta: bool
 
     def join(self, rank: int, device: torch.device, reads: Reads) -> "BroadcastReceiver":
         if self.through_host:
@@ -62,15 +70,19 @@ class BroadcastAddress:
         group = form_group(
             meeting, f"group-{part}", 1 + members.index(number), 1 + len(members), self.seconds, device
         )
-        return BroadcastReceiver(group, self.seconds, device, part, shards)
+        held = ReceivedParts() if self.delta else None
+        return BroadcastReceiver(group, self.seconds, device, part, shards, held)
 
 
 class BroadcastSender:
-    """device: of the buffers. seconds: deadline of each step."""
+    """device: of the buffers. seconds: deadline of each step. delta: whether to send what has changed; only
+    through host memory.
+    """
 
     collective: ClassVar[bool] = True
 
-    def __init__(self, device: torch.device, host: str, seconds: float) -> None:
+    def __init__(self, device: torch.device, host: str, seconds: float, *, delta: bool = False) -> None:
+        assert device.type == "cpu" or not delta
         self._device, self._host, self._seconds = device, host, seconds
         self._store = listening_store(host, timedelta(seconds=seconds))
         self._meetings = 0
@@ -78,14 +90,28 @@ class BroadcastSender:
         self._readers: list[Shards] = []
         self._groups: list[Any] = []  # of each reader
         self._buffers: dict[int, Tensor] = {}
+        self._messages: list[tuple[Any, Tensor]] = []  # of the bucket that is filled: group and bytes
+        self._deltas: tuple[int, ...] = ()
         self._works: list[Any] = []
+        self._sent = SentParts() if delta else None
+        self._bytes = [0, 0]  # of this update: sent, and of the parts
+        self._told = False  # how much deltas save
+        self._remarks: list[Remark] = []
 
     def addresses(self, ranks: Sequence[int]) -> list[BroadcastAddress]:
         self._meetings += 1
         self._ranks = sum(ranks)
         through_host = self._device.type == "cpu"
         return [
-            BroadcastAddress(self._host, self._store.port, self._name, first, self._seconds, through_host)
+            BroadcastAddress(
+                self._host,
+                self._store.port,
+                self._name,
+                first,
+                self._seconds,
+                through_host,
+                self._sent is not None,
+            )
             for first in list(accumulate(ranks, initial=0))[:-1]
         ]
 
@@ -108,14 +134,24 @@ class BroadcastSender:
             held = self._buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return held[:nbytes]
 
-    def filled(self, index: int, flat: Tensor) -> None: ...
+    def filled(self, index: int, flat: Tensor, tensors: Manifest) -> None:
+        """Compute the deltas, while the bucket before travels."""
+        self._messages, deltas = [], []
+        for part, (start, end) in enumerate(part_bounds(tensors, self._readers)):
+            message, delta = flat[start:end], 0
+            if start < end and self._sent is not None:
+                message, delta = self._sent.message((index, part), message)
+            self._messages.append((self._groups[part], message))
+            deltas.append(delta)
+            self._bytes = [self._bytes[0] + len(message), self._bytes[1] + end - start]
+        self._deltas = tuple(deltas)
 
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> InBroadcast:
-        del index
-        for group, (start, end) in zip(self._groups, part_bounds(tensors, self._readers), strict=True):
-            if start < end:
-                self._works.append(group.broadcast([flat[start:end]], dist.BroadcastOptions()))
-        return InBroadcast()
+        del flat, tensors
+        for group, message in self._messages:
+            if len(message):
+                self._works.append(group.broadcast([message], dist.BroadcastOptions()))
+        return InBroadcast(index, self._deltas)
 
     def finish(self) -> None:
         works, self._works = self._works, []
@@ -124,16 +160,30 @@ class BroadcastSender:
 
     def end(self, version: int) -> None:
         del version
-        self._buffers.clear()
+        sent, whole = self._bytes
+        if sent < whole and not self._told:
+            self._told = True
+            text = f"weights.delta: a source has sent {sent:,} bytes, what changed, in place of {whole:,}"
+            self._remarks.append(Remark(logging.INFO, text))
+        self._release()
 
     def close(self) -> None:
         self._works = []
-        self._buffers.clear()
+        self._release()
+        self._told = False
+        if self._sent is not None:
+            self._sent.forget()
         while self._groups:
             leave_group(self._groups.pop())
 
     def take_remarks(self) -> list[Remark]:
-        return []
+        remarks, self._remarks = self._remarks, []
+        return remarks
+
+    def _release(self) -> None:
+        self._buffers.clear()
+        self._messages.clear()
+        self._bytes = [0, 0]
 
     @property
     def _name(self) -> str:
@@ -141,27 +191,53 @@ class BroadcastSender:
 
 
 class BroadcastReceiver:
-    def __init__(self, group: Any, seconds: float, device: torch.device, part: int, shards: Shards) -> None:
+    """held: the parts as they were last sent, to which deltas are applied; None if all parts are whole."""
+
+    def __init__(
+        self,
+        group: Any,
+        seconds: float,
+        device: torch.device,
+        part: int,
+        shards: Shards,
+        held: ReceivedParts | None,
+    ) -> None:
         self._group: Any = group
         self._seconds, self._device = seconds, device
         self.part, self.shards = part, shards
+        self._held = held
         self._flat: Tensor | None = None
         self._work: Any = None
 
     def begin(self, bucket: Bucket) -> None:
+        index, delta = self._place(bucket)
         nbytes = read_bytes(bucket.tensors, self.shards)
-        self._flat = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        if self._held is not None and not delta:
+            self._flat = self._held.room(index, nbytes)
+        else:
+            self._flat = torch.empty(delta or nbytes, dtype=torch.uint8, device=self._device)
         if nbytes:
             self._work = self._group.broadcast([self._flat], dist.BroadcastOptions())
 
     def receive(self, bucket: Bucket) -> Tensor:
-        del bucket
+        index, delta = self._place(bucket)
         flat, work = self._flat, self._work
         assert flat is not None
         self._flat = self._work = None
         if work is not None:
             work.wait(timedelta(seconds=self._seconds))
-        return flat
+        if not delta:
+            return flat
+        assert self._held is not None
+        return self._held.changed(index, flat, read_bytes(bucket.tensors, self.shards))
+
+    def _place(self, bucket: Bucket) -> tuple[int, int]:
+        """The bucket's number, and the length of the delta that this rank gets in place of its part; 0 if it
+        gets the part.
+        """
+        location = bucket.location
+        assert isinstance(location, InBroadcast)
+        return location.index, location.deltas[self.part]
 
     def stripes(self, bucket: Bucket) -> Stripes:
         del bucket

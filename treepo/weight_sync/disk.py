@@ -107,8 +107,9 @@ class DiskSender:
             held = self._buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8)
         return held[:nbytes]
 
-    def filled(self, index: int, flat: Tensor) -> None:
+    def filled(self, index: int, flat: Tensor, tensors: Manifest) -> None:
         """Compute the delta, while engines load the bucket before."""
+        del tensors
         self._delta = None
         if index == 0:
             self._check_base()

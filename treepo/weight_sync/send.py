@@ -88,7 +88,7 @@ def open_sender(config: WeightsConfig, out: Path, host: str, seconds: float) -> 
         case "broadcast":
             return BroadcastSender(device, host, seconds)
         case "host_broadcast":
-            return BroadcastSender(torch.device("cpu"), host, seconds)
+            return BroadcastSender(torch.device("cpu"), host, seconds, delta=config.delta)
         case "disk":
             folder = (config.folder or out / "weights").resolve()
             return DiskSender(folder, config.keep, config.full_every if config.delta else None)
@@ -172,7 +172,7 @@ class WeightStream:
         with update.collective():
             _fill(parts, mine, self._readers, tensors)
         sums = tuple(map(checksums, parts))
-        self._sender.filled(index, flat)
+        self._sender.filled(index, flat, mine)
         return flat, mine, sums
 
     def _started(self, index: int, flat: Tensor, mine: Manifest, sums: tuple[tuple[int, ...], ...]) -> Bucket:

@@ -145,7 +145,7 @@ class Sender(Protocol):
         """The memory for bucket `index`: uint8 [nbytes]. It is reused two buckets later."""
         ...
 
-    def filled(self, index: int, flat: Tensor) -> None:
+    def filled(self, index: int, flat: Tensor, tensors: Manifest) -> None:
         """Prepare to send bucket `index`, whose bytes are in its buffer, while an earlier one travels."""
         ...
 

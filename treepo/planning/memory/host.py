@@ -14,7 +14,7 @@ from treepo.planning.memory.engine import EngineMemory
 from treepo.planning.memory.parts import FLOAT32, Memory, element_bytes
 from treepo.planning.memory.routes import on_host
 from treepo.planning.memory.trainer import offloaded
-from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes
+from treepo.planning.memory.weight_sync import bucket_bytes, exported_bytes, sent_bytes, sources
 from treepo.planning.nodes import ranks_per_node, shares_devices
 
 _CPU_RANK = 0.85 * GIB
@@ -35,6 +35,9 @@ def node_memory(config: RunConfig, folder: Path, trainer: Sequence[Memory], engi
     if shares_devices(config):
         offloaded = count * engine.memory.parts["weights"]
         engines["engines' offloaded weights"] = offloaded, "while the trainer computes"
+    if _keeps_bytes(config):
+        kept = engine.memory.parts["weights"] if config.served_lora is None else sent_bytes(config, folder)
+        engines["received weights"] = count * kept, "of each rank, to which weights.delta applies changes"
     engines |= on_host(config, folder, engine, count)
     reward = config.reward
     others = {
@@ -60,6 +63,10 @@ def trainer_node(config: RunConfig, folder: Path, trainer: Sequence[Memory]) -> 
     nodes = [_node(config, ranks[first : first + size]) for first in range(0, parallel.ranks, size)]
     outgoing = _outgoing(config, folder), "buckets for the engines, or one file of an exported folder"
     nodes[0] = nodes[0].plus({"outgoing weights": outgoing})
+    if _keeps_bytes(config):
+        lanes = sources(config)
+        kept = sent_bytes(config, folder) * min(size, lanes) / lanes
+        nodes[0] = nodes[0].plus({"sent weights": (kept, "of its sources, for the next weights.delta")})
     return max(nodes, key=lambda node: node.total)
 
 
@@ -80,6 +87,11 @@ def _node(config: RunConfig, ranks: Sequence[Memory]) -> Memory:
         note = "each rank's trained weights and its share of the optimizer, copied"
         parts["checkpoint being written"] = copied, note
     return Memory("trainer, host of one node", parts)
+
+
+def _keeps_bytes(config: RunConfig) -> bool:
+    """Whether both ends of a weight sync keep its bytes on the host."""
+    return config.weights.delta and config.weights.transport == "host_broadcast"
 
 
 def _outgoing(config: RunConfig, folder: Path) -> float:
