@@ -251,8 +251,11 @@ class MegatronTrainer:
             yield from self._served.tensors()
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every A and B of the adapters under PEFT's names on rank 0; every rank must iterate."""
-        assert self._adapter_exporter is not None, "the trainer was built without trainer.lora"
+        """Yield every A and B of the adapters under PEFT's names on rank 0; every rank must iterate. Nothing
+        without `trainer.lora`.
+        """
+        if self._adapter_exporter is None:
+            return
         with self._memory.weights.readable():
             yield from self._adapter_exporter.tensors()
 
