@@ -7,7 +7,7 @@ An exception here would end SGLang's process, so a failure is written to a recei
 """
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from queue import Queue
@@ -69,13 +69,26 @@ class Answer:
 Command = Join | Load | End | Answer
 
 
+class _SentBytes:
+    """Is a uint8 tensor of these bytes where it is unpickled.
+
+    A tensor's own pickle names a function of torch that Megatron-Core replaces in its process, and SGLang
+    unpickles no function of Megatron-Core.
+    """
+
+    def __init__(self, sent: bytes) -> None:
+        self._sent = sent
+
+    def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[bytearray]]:
+        return partial(torch.frombuffer, dtype=torch.uint8), (bytearray(self._sent),)
+
+
 def message(command: Command, receipts: Receipts) -> bytes:
     """The message with which SGLang carries a command to a rank, also on another node.
 
     It holds the bytes themselves, unlike SGLang's own, which name memory of this machine.
     """
-    text = torch.frombuffer(bytearray(pickle.dumps((command, receipts))), dtype=torch.uint8)
-    return pickle.dumps([("command", text)])
+    return pickle.dumps([("command", _SentBytes(pickle.dumps((command, receipts))))])
 
 
 def execute(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
