@@ -29,10 +29,9 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/basedpyright
 
-# Fast tests run in three processes, for many wait for a deadline; slow ones in two, which each share one engine
-# and take files of tests in turn.
+# Fast tests run in three processes, for many wait for a deadline; slow ones in one, to share one engine.
 test: test-fast
-	$(BIN)/pytest -m slow -n 2 --dist loadfile
+	$(BIN)/pytest -m slow
 
 test-fast: check
 	$(BIN)/pytest -m "not slow" -n 3 --dist worksteal
