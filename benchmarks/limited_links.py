@@ -19,7 +19,7 @@ class Host:
     address: str
 
     def enter(self) -> None:
-        """Move this thread, and those that it starts later, to the host."""
+        """Move this thread to the host, with every thread that it starts from now on."""
         if self.namespace:
             with open(f"/run/netns/{self.namespace}") as namespace:
                 os.setns(namespace.fileno(), os.CLONE_NEWNET)

@@ -106,7 +106,7 @@ async def compare(actor: Any, prompt_tokens: int, trees: int, repeats: int) -> d
 
 
 async def apart(actors: list[Any], prompt_tokens: int, at_once: int, requests: int) -> dict[str, Any]:
-    """at_once: requests of each actor. They are answered at once, in a call for those that are ready."""
+    """at_once: requests that each actor has at a time. Answers that are ready together share a call."""
     engines = [RayEngine(f"engine {index}", actor, 1) for index, actor in enumerate(actors)]
     context = np.arange(prompt_tokens, dtype=np.int32)
     request = GenerateRequest(context, prompt_tokens, SAMPLING.segment_tokens, 1.0, seed=1)

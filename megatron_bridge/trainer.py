@@ -194,8 +194,9 @@ class MegatronTrainer:
             batches = (self._schedule.prepare(pack, _trained(pack)) for pack in filled)
             return self._update(batches, len(filled), temperature, denominator)
 
-    def warm_up(self) -> None:
-        """Compute the gradient of full packs and forget it, and gather the weights as for a sync. Collective.
+    def warm_up(self, lanes: int = MOST_LANES, one_host: bool = False) -> None:
+        """Compute the gradient of full packs and forget it, and gather the weights as for a sync by
+        `weight_source(lanes, one_host)`. Collective.
 
         Kernels are compiled and communicators opened before anything waits for them, and the device's memory
         is at its peak before engines measure what is free. Raises TrainerError if a full pack does not fit.
@@ -215,7 +216,7 @@ class MegatronTrainer:
                 f"({str(error).splitlines()[0]}); a smaller pack, trainer.recompute = full or more ranks "
                 "(trainer.parallel) take less"
             ) from None
-        for _ in self.weight_source().rounds(1):
+        for _ in self.weight_source(lanes, one_host).rounds(1):
             pass
         self.release_cache()
 

@@ -60,7 +60,7 @@ _FIXED = {
     "device": "an engine runs on the GPUs that it is given, or on the CPU",
     "base_gpu_id": "an engine runs on the GPUs that it is given",
     "gpu_id_step": "an engine runs on the GPUs that it is given",
-    "node_rank": "it follows from where the ranks are placed",
+    "node_rank": "the placement of the ranks decides it",
     "dist_init_addr": "the ranks meet at a port that is taken from the start",
     "nccl_port": "the ranks meet at a port that is taken from the start",
     "trust_remote_code": "code of a model folder never runs",

@@ -19,7 +19,7 @@ from treepo.weight_sync.shards import box_of, union, whole
 from treepo.weight_sync.wire import Box, Manifest, Shards
 
 _log = logging.getLogger(__name__)
-_MOST_REFUSALS = 32  # after so many tensors that the loader does not take without data, all others are whole
+_MOST_REFUSALS = 32  # tensors that the loader may refuse; after that, all others are whole
 
 
 def loader_reads(model: nn.Module, tensors: Manifest) -> Shards:

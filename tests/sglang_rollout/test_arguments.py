@@ -73,7 +73,7 @@ def arguments(folder: Path, config: EngineConfig, model: dict[str, Any], **setti
         ({"pp_size": 2}, "engine.sglang.pp_size: set by engine.pipeline"),
         ({"ep_size": 2}, "engine.sglang.ep_size: set by engine.expert"),
         ({"nnodes": 2}, "engine.sglang.nnodes: set by engine.nodes"),
-        ({"node_rank": 1}, "cannot be set, because it follows from where the ranks are placed"),
+        ({"node_rank": 1}, "cannot be set, because the placement of the ranks decides it"),
         ({"attention_backend": "fa3"}, "set by engine.attention_backend"),
         ({"disable_radix_cache": True}, "cannot be set, because trees share their prefixes in it"),
     ],

@@ -66,7 +66,7 @@ def _one(
     load(list(weights.items()))
     expected = _state(model)
     if not _differences(expected, before):
-        faults.append("the weights are those that the model had")
+        faults.append("the loader changed no weight")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineDevices:
-    """Where the actors of each engine are started, one for each share.
+    """Chooses the nodes on which the actors of each engine start, one actor for each share.
 
     options: Ray's options for the actors of each engine; an engine that moves gets others. may_move: false if
     an engine cannot leave the trainer, because it uses the trainer's devices or its machine's memory.

@@ -40,8 +40,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Where the actors of a run go: Ray's options for the actor of each trainer rank, and of each share of
-    each engine.
+    """Ray's options for a run's actors: one for each trainer rank, and one for each share of each engine.
 
     layout: its number of nodes of an engine is decided. shares_devices: whether the engines use the trainer's
     devices. one_machine: whether every engine is on the node of trainer rank 0. rank_nodes: Ray's id of each

@@ -24,6 +24,7 @@ from treepo.errors import LostTrainerError, PlacementError, TrainerError, Traine
 from treepo.learning.packing import Pack
 from treepo.protocols import BatchResult, MiniBatch
 from treepo.watchdog import gathered
+from treepo.weight_sync.lanes import lanes_of, on_one_host
 from treepo.weight_sync.send import Outcome, WeightSink
 from treepo.weight_sync.wire import Manifest
 
@@ -71,7 +72,8 @@ class TrainerGroup:
             "build",
             lambda rank, actor: actor.build.remote(self._config, rank, world_size, host, port),
         )
-        await self._call("warm_up")
+        weights = self._config.weights
+        await self._call("warm_up", lanes_of(weights), on_one_host(weights))
 
     async def restart(self) -> None:
         """Replace the lost ranks by new ones that are ready and have the model folder's weights. Ranks whose

@@ -18,7 +18,7 @@ from treepo.cluster.actor_death import kernel_kills, note_start
 from treepo.cluster.ray_actor import use_interface_of_node
 from treepo.config.run import RunConfig
 from treepo.errors import LostTrainerError, TrainerMemoryError, one_line, shortened
-from treepo.weight_sync.lanes import lane_bucket, lanes_of
+from treepo.weight_sync.lanes import lane_bucket, lanes_of, on_one_host
 from treepo.weight_sync.send import Outcome, WeightSink, WeightStream, open_sender
 
 CONCURRENCY = {"beat": 1}
@@ -127,12 +127,12 @@ class TrainerRank:
 
     def send_weights(self, version: int, sinks: Sequence[WeightSink]) -> Outcome | None:
         """Send this rank's share of the weights to the engines. A rank without a lane only gives its shards
-        to those that have one, and returns None. The outcome is rank 0's.
+        to the ranks that have one, and returns None. Rank 0's outcome counts.
         """
         with self._failures_named("send_weights"):
             weights, seconds = self._config.weights, self._config.engine.update_seconds
-            source = self._trainer.weight_source(lanes_of(weights), weights.transport == "colocated")
-            size = lane_bucket(weights, source.lanes, min((sink.ranks for sink in sinks), default=1))
+            source = self._trainer.weight_source(lanes_of(weights), on_one_host(weights))
+            size = lane_bucket(weights, source.lanes, self._config.engine.ranks)
             if source.lane is None:
                 for _ in source.rounds(size):
                     pass

@@ -1,7 +1,7 @@
 """Lets Python look for cyclic garbage rarely while trees grow.
 
 A driver of thousands of trees has millions of objects. By default Python passes over all of them again and
-again, which takes a third of the driver's time and stops it for most of a second at once; and it finds
+again, which took almost half of the driver's CPU time (docs/performance.md, "A thousand engines"). It finds
 nothing, because trees, requests and tasks have no cycles.
 """
 

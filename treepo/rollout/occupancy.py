@@ -35,7 +35,7 @@ class Occupancy:
         )
 
     def with_room(self, expected: int) -> np.ndarray:
-        """Engines with room for one more tree that is expected to hold so many tokens: bool [engines].
+        """Engines with room for a new tree that is expected to hold `expected` tokens: bool [engines].
 
         An engine without trees admits any.
         """
@@ -57,7 +57,7 @@ class Occupancy:
         return int(engines[self.leaves[engines].argmin()])
 
     def expected_response(self, to_come: int) -> int:
-        """Response tokens that a tree with so many leaves to come is expected to hold."""
+        """Response tokens that a tree is expected to hold while `to_come` of its leaves are to come."""
         return int(self._expected[to_come])
 
     def expect(self, expected: np.ndarray) -> None:
@@ -73,7 +73,7 @@ class Occupancy:
         return int(self._tokens[place])
 
     def add(self, engine: int, to_come: int, prompt_tokens: int) -> int:
-        """Add a tree with so many leaves to come; returns its place."""
+        """Add a tree with `to_come` leaves to come; returns its place."""
         if not self._free:
             self._enlarge()
         place = self._free.pop()

@@ -99,7 +99,7 @@ def _decode(part: _Part, packed: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parts(delta: bytes, nbytes: int) -> Iterator[tuple[_Part, bytes]]:
-    """The stripes of the delta of so many bytes."""
+    """The stripes of a delta between buckets of `nbytes` bytes. Raises ValueError if it is damaged."""
     count = -(-nbytes // _STRIPE)
     start = len(_MAGIC) + 8 + 24 * count
     if delta[:8] != _MAGIC or int.from_bytes(delta[8:16], "little") != count or len(delta) < start:

@@ -71,6 +71,11 @@ def lanes_of(config: WeightsConfig) -> int:
     return 1 if config.transport == "disk" else MOST_LANES
 
 
+def on_one_host(config: WeightsConfig) -> bool:
+    """Whether all sources must be on the engines' host, whose memory they share."""
+    return config.transport == "colocated"
+
+
 def lane_bucket(config: WeightsConfig, lanes: int, ranks: int) -> int:
     """Bytes of a lane's bucket, so that an engine rank receives about one `bucket_mb` in each round.
 

@@ -65,7 +65,7 @@ def engine_shards(architecture: Architecture, engine: EngineConfig) -> list[Engi
 
 
 def _dense_values(architecture: Architecture, tensor: int, layers: int, sparse: int) -> int:
-    """Of so many layers, of which `sparse` have experts: all parameters but the routed experts."""
+    """Parameters of `layers` layers, of which `sparse` have experts, without the routed experts."""
     dimensions, hidden, family = architecture.dimensions, architecture.hidden, architecture.family
     size = dimensions.head_dim
     queries, groups = architecture.heads // tensor * size, _groups(architecture, tensor) * size

@@ -20,7 +20,7 @@ from treepo.planning.architecture import planned_architecture
 from treepo.planning.memory.adapters import MERGING, largest_merged
 from treepo.planning.memory.parts import Memory, Parts, element_bytes, model_dtype
 from treepo.planning.nodes import ranks_per_node
-from treepo.weight_sync.lanes import by_size, deal, lane_bucket, lanes_of, source_ranks
+from treepo.weight_sync.lanes import by_size, deal, lane_bucket, lanes_of, on_one_host, source_ranks
 from treepo.weight_sync.wire import TensorInfo, plan_buckets
 
 
@@ -49,8 +49,8 @@ def sync_memory(
 
 def sources(config: RunConfig) -> int:
     """The number of trainer ranks that send."""
-    parallel, transport = config.trainer.parallel, config.weights.transport
-    able = ranks_per_node(config, parallel.ranks) if transport == "colocated" else parallel.ranks
+    ranks = config.trainer.parallel.ranks
+    able = ranks_per_node(config, ranks) if on_one_host(config.weights) else ranks
     return len(source_ranks(range(able), lanes_of(config.weights)))
 
 
