@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,17 +11,14 @@ from safetensors.torch import load_file, save_file
 from megatron_bridge.convert import convert
 from megatron_bridge.peft_folder import ADAPTER_WEIGHTS, read_adapter, write_adapter
 from tests.support import checkpoint_ranks, megatron_ranks
-from tests.support.checkpoint_ranks import Case, Result
-from tests.support.random_trees import random_tree
+from tests.support.checkpoint_ranks import VOCABULARY, Case, Result, some_packs
 from tests.support.tiny import write_tiny_qwen2
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import LoraConfig, OptimizerConfig, ParallelConfig
 from treepo.errors import ModelError
-from treepo.learning import advantage, loss
-from treepo.learning.packing import pack_trees
+from treepo.learning import loss
 from treepo.training.checkpoint_manifest import AdapterManifest, read_manifest
 
-VOCABULARY = 127
 LORA = LoraConfig(rank=4, alpha=16.0)
 # As in test_checkpoint: optimizer state and warm-up affect the step, nearly linearly.
 ADAM = OptimizerConfig(learning_rate=0.5, warmup_steps=4, epsilon=1.0, betas=[0.9, 0.9], weight_decay=0.01)
@@ -44,13 +40,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def case(root: Path) -> Case:
     model = write_tiny_qwen2(root / "model", vocab_size=VOCABULARY, num_hidden_layers=4)
-    rng = np.random.default_rng(5)
-    trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(4)]
-    longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
-    learning = LearningConfig()
-    (packs,) = pack_trees(trees, advantage.estimate(trees, learning), longest + 10, 1)
-    packs = [replace(pack, old_log_prob=np.full(len(pack), -4.5, np.float32)) for pack in packs]
-    return Case(model, packs, loss.denominator([packs], learning), ADAM, steps=4, lora=LORA)
+    packs = some_packs()
+    return Case(model, packs, loss.denominator([packs], LearningConfig()), ADAM, steps=4, lora=LORA)
 
 
 @pytest.fixture(scope="module")

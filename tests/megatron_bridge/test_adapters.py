@@ -20,23 +20,24 @@ from megatron_bridge.architecture import check_adapters, read_architecture
 from megatron_bridge.peft_folder import ADAPTER, adapter_shapes
 from tests.support import megatron_ranks
 from tests.support.megatron_ranks import BatchCase, Case, Result
-from tests.support.random_trees import random_tree
 from tests.support.trainer_checks import (
     CLOSE,
     TEMPERATURE,
+    Batch,
+    assert_same_log_probs,
     assert_same_step,
     assert_the_same_bits,
+    random_batch,
     trajectory_loss,
-    with_old_log_prob,
     write_model,
 )
-from tests.support.trainer_layouts import LAYOUTS, VOCABULARY
+from tests.support.trainer_layouts import LAYOUTS
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import LoraConfig, ParallelConfig
 from treepo.data.peft_names import weight_name
 from treepo.errors import ConfigError
-from treepo.learning import advantage, loss
-from treepo.learning.packing import Pack, pack_flat, pack_trees
+from treepo.learning import loss
+from treepo.learning.packing import Pack
 
 LORA = LoraConfig(rank=4, alpha=12.0)
 ATTENTION = LoraConfig(rank=3, alpha=12.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -76,25 +77,9 @@ BATCHES = {"data 2": "qwen2", "data 2, expert 2": "qwen3_moe", "context 2, data 
 VARIANT = "tensor 2, data 2"
 
 
-class Batch:
-    """Five trees in packs, some of them cut, and flat."""
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(6)
-        self.trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(5)]
-        learning = LearningConfig()
-        advantages = advantage.estimate(self.trees, learning)
-        trees = self.trees
-        longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
-        (packed,) = pack_trees(trees, advantages, longest + 10, 1)
-        (flat,) = pack_flat(trees, advantages, longest + 10, 1)
-        self.packed, self.flat = ([with_old_log_prob(pack) for pack in packs] for packs in (packed, flat))
-        self.denominator = loss.denominator([self.packed], learning)
-
-
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    return Batch()
+    return random_batch(seed=6, number=5)
 
 
 @pytest.fixture(scope="module")
@@ -295,10 +280,7 @@ def test_steps_are_those_of_low_rank_terms_in_transformers(name: str, one_rank, 
 @pytest.mark.parametrize(("layout", "name"), PAIRS)
 def test_every_layout_is_one_rank(layout: str, name: str, parallel, one_rank) -> None:
     ours, reference = parallel[f"{layout}: {name}"], one_rank[name]
-    for attribute in ("before", "after"):
-        values = [array for replica in getattr(ours, attribute) for array in replica]
-        for array, expected in zip(values, getattr(reference, attribute)[0], strict=True):
-            np.testing.assert_allclose(array, expected, **CLOSE)
+    assert_same_log_probs(ours, reference)
     assert_same_step(ours, reference)
     assert_same_adapters(ours, reference)
 

@@ -13,19 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from megatron_bridge.convert import to_checkpoint, to_hugging_face
 from tests.support import checkpoint_ranks, megatron_ranks
-from tests.support.checkpoint_ranks import Case, Result
-from tests.support.random_trees import random_tree
+from tests.support.checkpoint_ranks import VOCABULARY, Case, Result, some_packs
 from tests.support.tiny import write_tiny_qwen2, write_tiny_qwen2_moe, write_tiny_qwen3_moe
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import OptimizerConfig, ParallelConfig
 from treepo.errors import ModelError
-from treepo.learning import advantage, loss
-from treepo.learning.packing import pack_trees
+from treepo.learning import loss
 from treepo.training.checkpoint_manifest import MANIFEST, is_checkpoint, read_manifest
 
 pytestmark = pytest.mark.slow
 
-VOCABULARY = 127  # odd: padded to another size by every number of tensor-parallel ranks
 # Optimizer state and warm-up must affect the step. epsilon = 1 makes Adam's step nearly linear in them: the
 # usual epsilon divides a gradient by its own size, which turns rounding noise near 0 into a full step.
 ADAM = OptimizerConfig(learning_rate=0.5, warmup_steps=4, epsilon=1.0, betas=[0.9, 0.9], weight_decay=0.01)
@@ -66,14 +63,9 @@ def cases(root: Path) -> dict[str, Case]:
     dense = write_tiny_qwen2(root / "dense", tie_word_embeddings=True, **sizes)
     experts = write_tiny_qwen3_moe(root / "experts", **sizes)
     shared = write_tiny_qwen2_moe(root / "shared expert", **sizes)
-    rng = np.random.default_rng(5)
-    trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(4)]
-    longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
-    learning = LearningConfig()
-    (packs,) = pack_trees(trees, advantage.estimate(trees, learning), longest + 10, 1)
-    packs = [replace(pack, old_log_prob=np.full(len(pack), -4.5, np.float32)) for pack in packs]
+    packs = some_packs()
     assert len(packs) > 1
-    case = Case(dense, packs, loss.denominator([packs], learning), ADAM, steps=4)
+    case = Case(dense, packs, loss.denominator([packs], LearningConfig()), ADAM, steps=4)
     return {
         "dense": case,
         "dense, bfloat16": replace(case, dtype="bfloat16"),

@@ -1,7 +1,7 @@
 """Real Megatron-Core ranks: against transformers, packed against flat, every layout against one rank."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import megatron_ranks
 from tests.support.megatron_ranks import BatchCase, Case, Result
-from tests.support.random_trees import random_tree
 from tests.support.trainer_checks import (
     CLOSE,
     TEMPERATURE,
+    Batch,
+    assert_same_log_probs,
     assert_same_step,
     assert_step_of,
     assert_the_same_bits,
+    random_batch,
     saved_gradients,
     trajectory_loss,
-    with_old_log_prob,
     write_model,
 )
 from tests.support.trainer_layouts import (
@@ -33,41 +34,23 @@ from tests.support.trainer_layouts import (
     PAIRS,
     RECOMPUTE,
     VARIANTS,
-    VOCABULARY,
 )
 from treepo.config.learning import ImportanceConfig, LearningConfig
 from treepo.config.trainer import OptimizerConfig
-from treepo.learning import advantage, loss
-from treepo.learning.packing import Pack, blank_pack, pack_flat, pack_trees, padded
+from treepo.learning import loss
+from treepo.learning.packing import Pack, blank_pack, padded
 from treepo.tree import PROMPT, Tree
 
 pytestmark = pytest.mark.slow
 
 
-@dataclass(frozen=True)
-class Batch:
-    trees: list[Tree]
-    packed: list[Pack]
-    flat: list[Pack]
-    denominator: float
-
-
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """Six trees in packs of unequal lengths, some of them cut; old log-probs make the clips bind."""
-    rng = np.random.default_rng(5)
-    trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(6)]
-    learning = LearningConfig()
-    advantages = advantage.estimate(trees, learning)
-    longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
-    (packed,) = pack_trees(trees, advantages, longest + 10, 1)
-    (flat,) = pack_flat(trees, advantages, longest + 10, 1)
-    assert len(packed) > 3
-    assert len({len(pack) for pack in packed}) > 1
-    packed, flat = ([with_old_log_prob(pack) for pack in packs] for packs in (packed, flat))
-    denominator = loss.denominator([packed], learning)
-    assert denominator == pytest.approx(loss.denominator([flat], learning))
-    return Batch(trees, packed, flat, denominator)
+    batch = random_batch(seed=5, number=6)
+    assert len(batch.packed) > 3
+    assert len({len(pack) for pack in batch.packed}) > 1
+    assert batch.denominator == pytest.approx(loss.denominator([batch.flat], LearningConfig()))
+    return batch
 
 
 @pytest.fixture(scope="module")
@@ -406,10 +389,7 @@ def test_weights_survive_the_round_trip_bit_for_bit(
 @pytest.mark.parametrize(("layout", "name"), PAIRS)
 def test_every_layout_is_one_rank(layout: str, name: str, parallel, one_rank) -> None:
     ours, reference = parallel[f"{layout}: {name}"], one_rank[name]
-    for attribute in ("before", "after"):
-        values = [array for replica in getattr(ours, attribute) for array in replica]
-        for array, expected in zip(values, getattr(reference, attribute)[0], strict=True):
-            np.testing.assert_allclose(array, expected, **CLOSE)
+    assert_same_log_probs(ours, reference)
     assert_same_step(ours, reference)
 
 

@@ -1,7 +1,7 @@
 """The work of one rank in the tests of training checkpoints, for `megatron_ranks.run_lives`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,23 @@ from torch import Tensor
 
 from tests.support.full_disk import full_disk
 from tests.support.megatron_ranks import weights_of
+from tests.support.random_trees import random_tree
 from treepo.config.learning import LearningConfig
 from treepo.config.trainer import LoraConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from treepo.errors import TreepoError
-from treepo.learning.packing import Pack
+from treepo.learning import advantage
+from treepo.learning.packing import Pack, pack_trees
+
+VOCABULARY = 127  # odd: padded to another size by every number of tensor-parallel ranks
+
+
+def some_packs() -> list[Pack]:
+    """Packs of four random trees, with old log-probs."""
+    rng, learning = np.random.default_rng(5), LearningConfig()
+    trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(4)]
+    longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
+    (packs,) = pack_trees(trees, advantage.estimate(trees, learning), longest + 10, 1)
+    return [replace(pack, old_log_prob=np.full(len(pack), -4.5, np.float32)) for pack in packs]
 
 
 @dataclass(frozen=True)

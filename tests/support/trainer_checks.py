@@ -1,7 +1,7 @@
 """Models, packs and comparisons that the tests of real Megatron-Core ranks share."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.support.megatron_ranks import Result
-from tests.support.trainer_layouts import CONFIGS
+from tests.support.random_trees import random_tree
+from tests.support.trainer_layouts import CONFIGS, VOCABULARY
 from treepo.config.learning import LearningConfig
-from treepo.learning import loss
-from treepo.learning.packing import Pack
+from treepo.learning import advantage, loss
+from treepo.learning.packing import Pack, pack_flat, pack_trees
+from treepo.tree import Tree
 
 TEMPERATURE = 0.8
 # Logits of some units in float32, summed in another order: a few 1e-6.
@@ -39,6 +41,37 @@ def with_old_log_prob(pack: Pack) -> Pack:
     old = -4.5 + np.sin(7.0 * pack.token + pack.position)
     near = np.where(pack.version >= 0, old - 0.1 * np.cos(pack.position), 0.0)
     return replace(pack, old_log_prob=old.astype(np.float32), rollout_log_prob=near.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Trees in packs of unequal lengths, some of them cut, and flat."""
+
+    trees: list[Tree]
+    packed: list[Pack]
+    flat: list[Pack]
+    denominator: float
+
+
+def random_batch(seed: int, number: int) -> Batch:
+    """A batch of random trees; old log-probs make the clips bind."""
+    rng = np.random.default_rng(seed)
+    trees = [random_tree(rng, f"p{i}", vocabulary=VOCABULARY, max_depth=4) for i in range(number)]
+    learning = LearningConfig()
+    advantages = advantage.estimate(trees, learning)
+    longest = max(len(tree.prompt) + len(tree.response(leaf)) for tree in trees for leaf in tree.leaves)
+    (packed,) = pack_trees(trees, advantages, longest + 10, 1)
+    (flat,) = pack_flat(trees, advantages, longest + 10, 1)
+    packed, flat = ([with_old_log_prob(pack) for pack in packs] for packs in (packed, flat))
+    return Batch(trees, packed, flat, loss.denominator([packed], learning))
+
+
+def assert_same_log_probs(ours: Result, reference: Result) -> None:
+    """Before and after the steps, whatever replicas there were. The reference has one."""
+    for attribute in ("before", "after"):
+        values = [array for replica in getattr(ours, attribute) for array in replica]
+        for array, expected in zip(values, getattr(reference, attribute)[0], strict=True):
+            np.testing.assert_allclose(array, expected, **CLOSE)
 
 
 def assert_same_step(ours: Result, reference: Result) -> None:
