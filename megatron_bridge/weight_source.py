@@ -1,5 +1,6 @@
 """The trainer's weights as its ranks send them to engines: implements `treepo.weight_sync.lanes.Source`."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, zip_longest
@@ -44,8 +45,7 @@ class WeightSource:
             for planned in zip_longest(*buckets, fillvalue=()):
                 tensors = self._gather(planned)
                 yield tuple(map(_infos, planned)), tensors
-                for _ in tensors:
-                    pass
+                deque(tensors, maxlen=0)  # which holds none while the next is gathered
 
     def exchange[T](self, mine: T) -> list[T]:
         if self._group is None:

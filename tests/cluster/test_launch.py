@@ -157,7 +157,8 @@ def test_an_engine_over_two_hosts(tmp_path: Path, ray_folder: Path) -> None:
 
 def _places_of_shares(run: Path) -> list[str]:
     """The addresses of the hosts of share 0 and share 1."""
-    places = re.findall(r"(\S+): .*engines 0 \(share (\d)\)\n", (run / "log.txt").read_text())
+    log = (run / "log.txt").read_text()
+    places = re.findall(r"(\S+): (?:trainer ranks 0; )?engines 0 \(share (\d)\)\n", log)
     return [address for address, _ in sorted(places, key=itemgetter(1))]
 
 

@@ -1,6 +1,7 @@
 """The real SGLang engine is interrupted: what was decoded comes back, the rest is sampled by new weights."""
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,13 +73,12 @@ def assert_sampled_by(
 def test_an_update_interrupts_wherever_decoding_is(real_engine: "RealEngine", check_every: int) -> None:
     from tests.support.real_engine import perturbed, request, update
 
-    engine, old = real_engine.engine, real_engine.engine.version
-    real_engine.update(perturbed(real_engine.reference, 0.01))
-    old = engine.version
+    engine = real_engine.engine
+    old = real_engine.update(perturbed(real_engine.reference, 0.01))
     weights = {old: copy_of(real_engine.reference.state_dict())}
     weights[old + 1] = copy_of(perturbed(real_engine.reference))
-    asked = [request(CONTEXT, max_tokens=900, check_every=check_every, seed=seed) for seed in range(30)]
-    decoding = asyncio.Event()
+    whole: list[tuple[GenerateRequest, list[GenerateOutput]]] = []
+    seeds, decoding, updated = itertools.count(), asyncio.Event(), asyncio.Event()
 
     def note(response: np.ndarray) -> bool:
         if len(response) >= 5:
@@ -87,20 +87,26 @@ def test_an_update_interrupts_wherever_decoding_is(real_engine: "RealEngine", ch
 
     real_engine.stop_rule.holds = note
 
-    async def scenario() -> list[list[GenerateOutput]]:
-        watched = [request(CONTEXT, max_tokens=900, check_every=1, seed=100 + seed) for seed in range(9)]
-        beside = asyncio.gather(*map(engine.generate, watched))
-        running = [asyncio.ensure_future(parts_of(real_engine, one)) for one in asked]
+    async def ask(every: int) -> None:
+        """One request after another, so that some decode when the update comes, however late it is."""
+        while not updated.is_set():
+            one = request(CONTEXT, max_tokens=900, check_every=every, seed=next(seeds))
+            whole.append((one, await parts_of(real_engine, one)))
+
+    async def change() -> None:
         await decoding.wait()
         await update(engine, weights[old + 1])
-        await beside
-        return await asyncio.gather(*running)
+        updated.set()
 
-    whole = real_engine.run(scenario())
-    interrupted = [parts for parts in whole if len(parts) > 1]
+    async def scenario() -> None:
+        watched = [1] * 9  # the stop rule sees each of their tokens
+        await asyncio.gather(change(), *map(ask, [check_every] * 30 + watched))
+
+    real_engine.run(scenario())
+    interrupted = [parts for _, parts in whole if len(parts) > 1]
     assert interrupted
     assert any(len(parts[0].tokens) % 16 for parts in interrupted), "wherever, not at boundaries"
-    for one, parts in zip(asked, whole, strict=True):
+    for one, parts in whole:
         assert [part.version for part in parts] in ([old], [old + 1], [old, old + 1])
         assert parts[-1].finish == "eos" or sum(len(part.tokens) for part in parts) == 900
         assert_sampled_by(real_engine, weights, one, parts)

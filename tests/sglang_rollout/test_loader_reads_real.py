@@ -22,6 +22,7 @@ def written(name: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     config = deepcopy(CONFIGS[name])
     if hasattr(config, "mlp_only_layers"):
         config.mlp_only_layers = []  # SGLang's models have experts in every layer
+        config.moe_intermediate_size = 64  # 32 rows for each of two ranks: a CPU serves no fewer
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     state = load_file(folder / "model.safetensors")

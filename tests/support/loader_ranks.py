@@ -23,22 +23,26 @@ def loader_faults(models: Sequence[tuple[Path, dict[str, Tensor], dict[str, Any]
     models: a folder, weights by their names, and SGLang's arguments.
     """
     context = multiprocessing.get_context("spawn")
-    with tempfile.NamedTemporaryFile() as meeting:
-        answers = context.SimpleQueue()
+    answers = context.Queue()
+    with tempfile.TemporaryDirectory() as meeting:
         processes = [
-            context.Process(target=_rank, args=(rank, ranks, meeting.name, models, answers))
+            context.Process(target=_rank, args=(rank, ranks, Path(meeting), models, answers))
             for rank in range(ranks)
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(DEADLINE)
-            process.kill()
-        assert [process.exitcode for process in processes] == [0] * ranks
-        return [answers.get() for _ in processes]
+        try:
+            received = [answers.get(timeout=DEADLINE) for _ in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    failures = [answer for answer in received if isinstance(answer, str)]
+    assert not failures, "\n".join(failures)
+    return received
 
 
-def _rank(rank: int, ranks: int, meeting: str, models: Sequence[Any], answers: Any) -> None:
+def _rank(rank: int, ranks: int, meeting: Path, models: Sequence[Any], answers: Any) -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.plugins import load_plugins
 
@@ -46,14 +50,14 @@ def _rank(rank: int, ranks: int, meeting: str, models: Sequence[Any], answers: A
     load_plugins()
     current_platform.init_backend()
     try:
-        answers.put([_one(rank, ranks, f"{meeting}-{index}", *each) for index, each in enumerate(models)])
+        answers.put([_one(rank, ranks, meeting / str(index), *each) for index, each in enumerate(models)])
     except BaseException:
-        traceback.print_exc()
+        answers.put(traceback.format_exc())
         raise
 
 
 def _one(
-    rank: int, ranks: int, meeting: str, folder: Path, weights: dict[str, Tensor], more: dict[str, Any]
+    rank: int, ranks: int, meeting: Path, folder: Path, weights: dict[str, Tensor], more: dict[str, Any]
 ) -> tuple[list[str], float]:
     from sglang_rollout.loader_reads import loader_reads
 
@@ -100,7 +104,7 @@ def _differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not one[name].equal(other[name])]
 
 
-def _model(rank: int, ranks: int, meeting: str, folder: Path, more: dict[str, Any]) -> nn.Module:
+def _model(rank: int, ranks: int, meeting: Path, folder: Path, more: dict[str, Any]) -> nn.Module:
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig

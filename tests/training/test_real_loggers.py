@@ -69,7 +69,8 @@ def test_the_newest_offline_run_of_wandb_is_the_whole_run(
     assert not warnings(caplog)
     link = json.loads((config.out / "wandb.json").read_bytes())
     folders = sorted((config.out / "wandb").glob("offline-run-*"))
-    assert {folder.name.rpartition("-")[2] for folder in folders} == {link["id"]}, "always the same run"
+    # offline-run-DATE_TIME-ID, and a number if two began in one second
+    assert {folder.name.split("-")[3] for folder in folders} == {link["id"]}, "always the same run"
     steps = history((config.out / "wandb" / "latest-run").resolve())
     assert {step: each["reward"] for step, each in steps.items()} == {1: 0.1, 2: 0.1, 3: 0.4, 4: 0.4}
     assert math.isnan(steps[4]["none"])

@@ -7,6 +7,7 @@ rank 0 calls the engines, and tells the others at a meeting when to stop.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -300,8 +301,7 @@ class _Update:
 def _drain(rounds: Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]]) -> None:
     """Give the other lanes this rank's shards of all rounds that are left, and forget what it joins."""
     for _, tensors in rounds:
-        for _ in tensors:
-            pass
+        deque(tensors, maxlen=0)
 
 
 def _fill(
@@ -310,16 +310,22 @@ def _fill(
     readers: Sequence[Shards | None],
     source: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """Write what each group of ranks reads of the tensors of `source`, which must be the planned ones."""
+    """Write what each group of ranks reads of the tensors of `source`, which must be the planned ones.
+
+    Each tensor is let go before the next is gathered.
+    """
     starts = [0] * len(parts)
-    for info in planned:
-        name, tensor = next(source)
+
+    def write(info: TensorInfo, name: str, tensor: Tensor) -> None:
         assert TensorInfo.of(name, tensor) == info, (name, tensor.shape, tensor.dtype, info)
         for index, (part, shards) in enumerate(zip(parts, readers, strict=True)):
             for piece in pieces(tensor, name, shards):
                 end = starts[index] + piece.nbytes
                 _write(part[starts[index] : end], piece)
                 starts[index] = end
+
+    for info in planned:
+        write(info, *next(source))
     assert next(source, None) is None, "more tensors than were planned"
 
 
