@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megatron_bridge.adapter_names import adapter_rules, beside, of_expert
 from megatron_bridge.architecture import Architecture, tensor_shapes
-from megatron_bridge.layout_shards import Shard, ShardParameter
+from megatron_bridge.layout_shards import ShardParameter
 from megatron_bridge.peft_folder import adapter_shapes
 from megatron_bridge.tensor_surgery import ROWS
 from treepo.config.trainer import LoraConfig, ParallelConfig
@@ -45,7 +45,6 @@ def adapter_count(architecture: Architecture, lora: LoraConfig | None, expert: b
     return sum(a * b for name, (a, b) in shapes.items() if expert in (None, of_expert(name)))
 
 
-def largest_merged(shards: Sequence[Shard], architecture: Architecture, lora: LoraConfig) -> int:
-    """The values of the largest shard with adapters, which a sync merges."""
-    adapted = {beside(rule) for rule in adapter_rules(architecture, lora.targets)}
-    return max(each.elements for shard in shards for each in shard.parameters if each.name in adapted)
+def adapted_parameters(architecture: Architecture, lora: LoraConfig) -> set[str]:
+    """The parameters with adapters, which a sync merges."""
+    return set(map(beside, adapter_rules(architecture, lora.targets)))

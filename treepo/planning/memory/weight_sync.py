@@ -5,19 +5,19 @@ bucket while the previous bucket travels (`megatron_bridge.weight_source`, `tree
 always one of the sources.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bridge.adapter_names import adapter_rules
 from megatron_bridge.architecture import Architecture, tensor_shapes
 from megatron_bridge.hf_weight_map import expand
-from megatron_bridge.layout_shards import Shard
+from megatron_bridge.layout_shards import Shard, ShardParameter
 from megatron_bridge.peft_folder import adapter_shapes
 from megatron_bridge.tensor_surgery import QKV, VOCABULARY
 from treepo.config.run import RunConfig
 from treepo.planning.architecture import planned_architecture
-from treepo.planning.memory.adapters import MERGING, largest_merged
+from treepo.planning.memory.adapters import MERGING, adapted_parameters
 from treepo.planning.memory.parts import Memory, Parts, element_bytes, model_dtype
 from treepo.planning.nodes import ranks_per_node
 from treepo.weight_sync.lanes import by_size, deal, lane_bucket, lanes_of, on_one_host, source_ranks
@@ -28,16 +28,18 @@ def sync_memory(
     config: RunConfig, architecture: Architecture, shards: tuple[Shard, ...], held: Parts
 ) -> Memory:
     """Rank 0 during a sync. held: what it holds throughout."""
-    joined = _joined_bytes(config, architecture, shards)
+    per_parameter = list(_joined_bytes(config, architecture, shards))
+    joined = max(nbytes for _, nbytes in per_parameter)
     if config.served_lora is not None:
         joined = 2.0 * max(tensor.nbytes for tensor in sent_tensors(config, architecture))
     parts = {**held, "joined tensor": (joined, "the largest parameter's shards and the tensors made of them")}
     if (lora := config.trainer.lora) is not None and config.served_lora is None:
-        largest = largest_merged(shards, architecture, lora)
-        peak = max(MERGING * largest, element_bytes(config) * largest + joined)
+        adapted = adapted_parameters(architecture, lora)
+        merged = [(each.elements, nbytes) for each, nbytes in per_parameter if each.name in adapted]
+        peaks = (max(MERGING * values, element_bytes(config) * values + nbytes) for values, nbytes in merged)
         parts["merging"] = (
-            peak - joined,
-            "the largest shard and its adapters, in float32, beyond the joined",
+            max(max(peaks) - joined, 0.0),
+            "a shard and its adapters, in float32, beyond the joined",
         )
     shared = config.weights.transport == "colocated" and config.plan.device != "cpu"
     if shared or config.weights.transport == "broadcast":
@@ -64,12 +66,14 @@ def _sending_stages(config: RunConfig) -> dict[int, set[int]]:
     return stages
 
 
-def _joined_bytes(config: RunConfig, architecture: Architecture, shards: tuple[Shard, ...]) -> float:
-    """The largest sum of shards that came from other ranks and the tensors joined from them.
+def _joined_bytes(
+    config: RunConfig, architecture: Architecture, shards: tuple[Shard, ...]
+) -> Iterator[tuple[ShardParameter, float]]:
+    """Of each parameter: the sum of shards that came from other ranks and the tensors joined from them.
 
     The vocabulary's shards are received into one tensor. Query, key and value are taken apart after joining.
     """
-    parallel, largest, sending = config.trainer.parallel, 0.0, _sending_stages(config)
+    parallel, sending = config.trainer.parallel, _sending_stages(config)
     surgeries = {
         rule.parameter: rule.surgery for rule in expand(architecture.family.rules, architecture.dimensions)
     }
@@ -84,8 +88,7 @@ def _joined_bytes(config: RunConfig, architecture: Architecture, shards: tuple[S
                 copies = float(foreign > 0)
             else:
                 copies = foreign + (2 if surgery is QKV else 1)
-            largest = max(largest, each.elements * pieces * copies)
-    return largest * element_bytes(config)
+            yield each, each.elements * pieces * copies * element_bytes(config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,8 +227,9 @@ def sync_weights(config: RunConfig, folder: Path) -> Phase:
     send += _gather_seconds(config, whole)
     bucket = sum(bucket_bytes(config, planned_architecture(folder))) / 2 / whole
     seconds = max(send, load) + bucket * min(send, load)
-    count = f"{whole / 1e9:.1f} GB from {sources(config)} ranks"
-    note = f"{count} over {way}: gathered and written in {send:.1f} s, read in {load:.1f} s"
+    senders = "rank 0" if (count := sources(config)) == 1 else f"{count} ranks"
+    bytes_and_way = f"{whole / 1e9:.1f} GB from {senders} over {way}"
+    note = f"{bytes_and_way}: gathered and written in {send:.1f} s, read in {load:.1f} s"
     if shares_devices(config):
         shards = engine_shards(planned_architecture(folder), config.engine)
         # SGLang offloads to pinned memory.
