@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from benchmarks.full_tree import WIDTH
 from benchmarks.packed_and_flat import Setting, work
@@ -119,17 +118,24 @@ def run_rank(rank: int, layout: ParallelConfig, folder: Path, plan: Plan, ports:
     trainer.close()
 
 
-def make_trainer(rank: int, layout: ParallelConfig, folder: Path, ports: Any, recompute: str = "none") -> Any:
-    """Join the other ranks, on one thread. ports: brings rank 0's to the others."""
-    from megatron_bridge.trainer import MegatronTrainer, create_store
+def make_trainer(
+    rank: int,
+    layout: ParallelConfig,
+    folder: Path,
+    ports: Any,
+    recompute: str = "none",
+    host: str = "127.0.0.1",
+) -> Any:
+    """Join the other ranks, on one thread. ports: brings rank 0's, which is on `host`, to the others."""
+    from megatron_bridge.trainer import MegatronTrainer, create_store, join_store
 
     torch.set_num_threads(1)
     if rank == 0:
-        store = create_store()
+        store = create_store(host)
         for _ in range(layout.ranks - 1):
             ports.put(store.port)
     else:
-        store = TCPStore("127.0.0.1", ports.get(), is_master=False)
+        store = join_store(host, ports.get())
     config = TrainerConfig.model_validate({"parallel": layout, "recompute": recompute})
     return MegatronTrainer(folder, "float32", config, LearningConfig(), rank, layout.ranks, store)
 

@@ -11,7 +11,8 @@ whatever the lengths of the segments.
 
 Context parallelism: a rank has the queries of its slice of the pack (treepo.learning.slicing). In every layer
 it gathers the rotated keys and the values of all slices; the backward pass scatters the sums of their
-gradients. The mask is the same, by the tokens' places in the whole pack.
+gradients. The mask is the same, by the tokens' places in the whole pack. The heads are computed in two parts:
+the keys and values of one part travel while the other's attention is computed.
 
 Why not a ring: with grouped queries a token's keys and values are small (Qwen3-8B: 4 KiB a layer, and 8 KiB
 of residual stream), and one gather sends the same bytes in one message. A ring would hold fewer slices while
@@ -24,18 +25,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from megatron_bridge.context_exchange import gathered
 from megatron_bridge.fusion import compiled
 from megatron_bridge.rotary import cos_sin, rotate, rotated
 from megatron_bridge.routing_replay import Routes
 
 CPU_BLOCK = 64  # queries in a block on CPU; 32 and 128 are as fast on short segments
 CUDA_BLOCK = 128  # FlexAttention's own
+PARTS = 2  # in which a context-parallel rank computes its heads; more would hide more, in smaller kernels
 GROUP_SHARE = 0.75  # a group's shortest block has at least this share of its longest block's keys
 
 
@@ -231,18 +233,6 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(-1, dtype=torch.int32), index.to(torch.int32)
 
 
-def attend_sparse(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-    """Rotation and attention by FlexAttention. query: [T, heads, D]; key and value: [T, groups, D]. Returns
-    [T, heads, D].
-    """
-    if plan.group is None:
-        blocks = (_in_blocks(x) for x in (query, key, value, plan.cos, plan.sin))
-        return _compiled(attend_blocks)(*blocks, plan.mask).flatten(0, 1)[: len(query)]
-    query, key_value = _rotated_and_gathered(query, key, value, plan)
-    blocks = (_in_blocks(x) for x in (query, *key_value.chunk(2, dim=-1)))
-    return _compiled(attend_rotated_blocks)(*blocks, plan.mask).flatten(0, 1)
-
-
 def attend_blocks(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask
 ) -> Tensor:
@@ -289,19 +279,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     """Rotate by position, then attend along the tree. query: [T, heads, D]; key and value: [T, groups, D].
     Returns [T, heads, D].
     """
-    if isinstance(plan.mask, BlockMask):
-        return attend_sparse(query, key, value, plan)
-    return attend_gathered(*_rotated_and_gathered(query, key, value, plan), plan.mask)
-
-
-def _rotated_and_gathered(
-    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan
-) -> tuple[Tensor, Tensor]:
-    """The rotated query, and the rotated keys beside the values of all of the group's ranks: [all T, groups,
-    2 D].
-    """
+    if plan.group is None and isinstance(plan.mask, BlockMask):
+        blocks = (_in_blocks(x) for x in (query, key, value, plan.cos, plan.sin))
+        return _compiled(attend_blocks)(*blocks, plan.mask).flatten(0, 1)[: len(query)]
     query, key = rotate(query, plan.cos, plan.sin), rotate(key, plan.cos, plan.sin)
     key_value = torch.cat([key, value], dim=-1)
-    if plan.group is not None:
-        key_value = tensor_parallel.gather_from_sequence_parallel_region(key_value, group=plan.group)
-    return query, key_value
+    if plan.group is None:
+        return _attend_rotated(query, key_value, plan.mask)
+    heads_per_group = query.shape[1] // key.shape[1]
+    parts = key_value.tensor_split(min(PARTS, key.shape[1]), dim=1)
+    queries = query.split([heads_per_group * part.shape[1] for part in parts], dim=1)
+    wholes = zip(queries, gathered(parts, plan.group), strict=True)
+    return torch.cat([_attend_rotated(query, whole, plan.mask) for query, whole in wholes], dim=1)
+
+
+def _attend_rotated(query: Tensor, key_value: Tensor, mask: GatherPlan | BlockMask) -> Tensor:
+    """query: [T, heads, D]; key_value: keys beside values, [all T, groups, 2 D]. Returns [T, heads, D]."""
+    if isinstance(mask, GatherPlan):
+        return attend_gathered(query, key_value, mask)
+    blocks = (_in_blocks(x) for x in (query, *key_value.chunk(2, dim=-1)))
+    return _compiled(attend_rotated_blocks)(*blocks, mask).flatten(0, 1)

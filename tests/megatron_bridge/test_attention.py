@@ -1,5 +1,6 @@
 """Tree attention: both kinds of plan agree with the dense mask on random forests."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -253,11 +254,11 @@ class Exchange:
     def slices(self, rank: int) -> Slices:
         return Slices(self._slices[rank], self._slices.reshape(-1), rank)  # type: ignore[arg-type]  # for a group
 
-    def gather(self, key_value: Tensor, group: Any) -> Tensor:
+    def gather(self, parts: Sequence[Tensor], group: Any) -> Sequence[Tensor]:
         size = self._slices.shape[1]
         own = self._gathered[group * size : (group + 1) * size]
-        torch.testing.assert_close(key_value, own, rtol=0, atol=0)  # what this rank contributes
-        return self._gathered
+        torch.testing.assert_close(torch.cat(list(parts), dim=1), own, rtol=0, atol=0)  # this rank's
+        return self._gathered.tensor_split(len(parts), dim=1)
 
 
 def sliced_attention(
@@ -269,7 +270,7 @@ def sliced_attention(
     exits, positions = torch.from_numpy(exit_T), torch.from_numpy(position_T)
     output = torch.empty_like(query)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention.tensor_parallel, "gather_from_sequence_parallel_region", exchange.gather)
+        patch.setattr(attention, "gathered", exchange.gather)
         for rank, own in enumerate(torch.from_numpy(rows)):
             slices = exchange.slices(rank)
             plan = plan_attention(exits, positions, frequency(query.shape[-1]), torch.float64, slices)
@@ -292,13 +293,19 @@ def sliced_forest(
     return exit_T, position_T, pack_slices(position_T, ranks, block)
 
 
-def assert_sliced_is_dense(shape: tuple[int, int, float], ranks: int, blocks: tuple[int, int], on_cuda: bool):
+RANKS_AND_GROUPS = [(2, 1), (2, 2), (4, 3)]  # one group is not divided, and three are divided unequally
+
+
+def assert_sliced_is_dense(
+    shape: tuple[int, int, float], ranks: int, groups: int, blocks: tuple[int, int], on_cuda: bool
+) -> None:
     exit_T, position_T, rows = sliced_forest(shape, ranks, *blocks)
     torch.manual_seed(1)
     query, key, value = inputs = [
-        torch.randn(len(exit_T), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+        torch.randn(len(exit_T), heads, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (2 * groups, groups, groups)
     ]
-    weight = torch.randn(len(exit_T), 4, 8, dtype=torch.float64)
+    weight = torch.randn(len(exit_T), 2 * groups, 8, dtype=torch.float64)
     results = [
         [output, *torch.autograd.grad((output * weight).sum(), inputs)]
         for output in (
@@ -310,20 +317,22 @@ def assert_sliced_is_dense(shape: tuple[int, int, float], ranks: int, blocks: tu
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)  # as above
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("ranks", "groups"), RANKS_AND_GROUPS)
 @pytest.mark.parametrize("shape", FORESTS.values(), ids=FORESTS.keys())
-def test_slices_attend_as_the_whole_pack(shape, ranks: int) -> None:
+def test_slices_attend_as_the_whole_pack(shape, ranks: int, groups: int) -> None:
     """Values and gradients in float64 are those of the dense mask; also with more ranks than tokens."""
-    assert_sliced_is_dense(shape, ranks, (1, attention.CPU_BLOCK), on_cuda=False)
+    assert_sliced_is_dense(shape, ranks, groups, (1, attention.CPU_BLOCK), on_cuda=False)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.usefixtures("flex_on_cpu")
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("ranks", "groups"), RANKS_AND_GROUPS)
 @pytest.mark.parametrize("shape", FORESTS.values(), ids=FORESTS.keys())
-def test_on_cuda_slices_attend_as_the_whole_pack(shape, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cuda_slices_attend_as_the_whole_pack(
+    shape, ranks: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "CUDA_BLOCK", 16)
-    assert_sliced_is_dense(shape, ranks, (16, 16), on_cuda=True)
+    assert_sliced_is_dense(shape, ranks, groups, (16, 16), on_cuda=True)
 
 
 @pytest.mark.parametrize("shape", FORESTS.values(), ids=FORESTS.keys())

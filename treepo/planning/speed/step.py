@@ -8,7 +8,8 @@ No phase was compared with a GPU. Counted are:
 - The pipeline's idle time: (stages - 1) / (chunks of each) of one micro-batch.
 - Traffic of tensor-parallel ranks (two gathers and two scatters of the hidden states a layer) and of experts'
   ranks (there and back), once forward and once backward, none of it hidden. Likewise the keys and values that
-  context-parallel ranks gather in each layer, again with recomputation, and their gradients.
+  context-parallel ranks gather in each layer, again with recomputation, and their gradients; attention hides
+  up to half of these.
 - Of a context group's ranks, the one whose slices have the most pairs.
 - Gradients and parameters between replicas, and the optimizer's passes over its state.
 - If the run is asynchronous or oversamples, what overlaps (`speed/loop.py`).
