@@ -40,7 +40,7 @@ def read_train_inputs(config: RunConfig) -> TrainInputs:
         config.sampling.max_response_tokens,
         *(one.max_response_tokens or 0 for one in sets.values()),
     ]
-    _check_served(config.model.path, data.max_prompt_tokens, max(responses), config.engine)
+    check_served(config.model.path, data.max_prompt_tokens, max(responses), config.engine)
     _check_trained(config)
     tokenizer = load_tokenizer(config.model.path)
     train, reports = load_train_files(config, tokenizer)
@@ -58,7 +58,7 @@ def read_rollout_inputs(config: RolloutConfig) -> RolloutInputs:
     check_files(config.model.path)
     check_prompts(data.prompts, data.columns, data)
     check_served_folder(config.model.path)
-    _check_served(config.model.path, data.max_prompt_tokens, config.sampling.longest_response, config.engine)
+    check_served(config.model.path, data.max_prompt_tokens, config.sampling.longest_response, config.engine)
     tokenizer = load_tokenizer(config.model.path)
     prompts = load_prompts(data.prompts, data.columns, tokenizer, data)
     return RolloutInputs(tokenizer, prompts[: config.max_prompts])
@@ -80,7 +80,7 @@ def read_evaluation_inputs(config: EvalConfig) -> EvaluationInputs:
     prompt, response = data.max_prompt_tokens, config.sampling.longest_response
     if folder is not None:
         check_served_folder(folder)
-        _check_served(folder, prompt, response, config.engine)
+        check_served(folder, prompt, response, config.engine)
         tokenizer, model, kv_tokens = load_tokenizer(folder), model_fingerprint(folder), None
     else:
         from sglang_rollout.http_engine import server_facts
@@ -106,7 +106,7 @@ def _columns_key(name: str) -> str:
     return "data.heldout_columns" if name == HELDOUT else f"evaluation.sets.{name}.columns"
 
 
-def _check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine: EngineConfig) -> None:
+def check_served(folder: Path, prompt_tokens: int, response_tokens: int, engine: EngineConfig) -> None:
     """Check that the engine's ranks can share the model, and that the longest trajectory fits."""
     # Imported here because torch and transformers take seconds.
     from sglang_rollout.preflight import check_engine
