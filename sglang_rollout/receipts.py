@@ -32,8 +32,8 @@ class Receipts:
         store.set(self._key(rank), pickle.dumps(report).hex())  # a text, to torch's declared type
 
     async def check(self, store: Store) -> None:
-        """Wait for all reports, and raise the failure of the first rank that has one: TransportError or
-        EngineError.
+        """Wait for all reports, and raise the first failure: EngineError if a rank is at fault itself, and
+        TransportError if ranks only lost a transfer, because another rank's fault is a lost transfer to them.
         """
         keys = [self._key(rank) for rank in range(self.ranks)]
         while not store.check(keys):
@@ -41,10 +41,10 @@ class Receipts:
         reports: list[Report] = [pickle.loads(bytes.fromhex(store.get(key).decode())) for key in keys]
         for key in keys:
             store.delete_key(key)
-        for rank, report in enumerate(reports):
-            if report.kind != "done":
-                error = TransportError if report.kind == "transport" else EngineError
-                raise error(f"rank {rank}: {report.text}")
+        failures = [(rank, report) for rank, report in enumerate(reports) if report.kind != "done"]
+        for rank, report in sorted(failures, key=lambda failure: failure[1].kind == "transport"):
+            error = TransportError if report.kind == "transport" else EngineError
+            raise error(f"rank {rank}: {report.text}")
 
     def _key(self, rank: int) -> str:
         return f"receipt-{self.number}-{rank}"

@@ -60,7 +60,7 @@ def measure(device: torch.device, way: Way, megabytes: int, bucket_mb: int, repe
             seconds.append(time.perf_counter() - start)
             remarks += [remark.text for remark in outcome.remarks]
             taken = sender.way
-            error = outcome.failed.get(sink.name, outcome.broken or "")
+            error = str(outcome.failed.get(sink.name, outcome.broken or ""))
             if error:
                 break
             sink.order("end").result()

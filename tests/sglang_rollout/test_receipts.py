@@ -52,3 +52,15 @@ def test_a_failure_names_its_rank(
     receipts.write(of_rank, 1, Report(kind, "läuft nicht"))
     with pytest.raises(error, match="rank 1: läuft nicht"):
         asyncio.run(receipts.check(store))
+
+
+def test_the_rank_at_fault_is_named_before_those_that_waited_for_it(
+    stores: tuple[TCPStore, TCPStore],
+) -> None:
+    store, of_rank = stores
+    receipts = Receipts.next(store, 3)
+    for rank, kind in enumerate(("transport", "done", "weights")):
+        receipts.write(of_rank, rank, Report(kind, kind))
+    with pytest.raises(EngineError, match="rank 2: weights") as raised:
+        asyncio.run(receipts.check(store))
+    assert not isinstance(raised.value, TransportError)

@@ -17,16 +17,14 @@ SECONDS = 60.0  # far more than any meeting takes
 
 class ThreadSource:
     """Implements `treepo.weight_sync.lanes.Source`. Gathering a step waits for all lanes, like collectives of
-    the trainer's ranks do.
+    the trainer's ranks do, and so does an exchange; one does not stand for the other.
 
     gathered: called with the lane and the tensor's name before it is yielded.
     """
 
-    def __init__(
-        self, lane: int, shares: Sequence[Mapping[str, Tensor]], table: list[Any], barrier: threading.Barrier
-    ) -> None:
+    def __init__(self, lane: int, shares: Sequence[Mapping[str, Tensor]], shared: "Shared") -> None:
         self.lane, self.lanes, self.share = lane, len(shares), manifest_of(shares[lane])
-        self._shares, self._table, self._barrier = shares, table, barrier
+        self._shares, self.shared = shares, shared
         self.gathered: Callable[[int, str], None] = lambda *_: None
 
     def rounds(self, size: int) -> Iterator[tuple[Round, Iterator[tuple[str, Tensor]]]]:
@@ -39,18 +37,31 @@ class ThreadSource:
 
     def _gather(self, planned: Round) -> Iterator[tuple[str, Tensor]]:
         for step in zip_longest(*planned):
-            self._barrier.wait(SECONDS)
+            self.shared.gathering.wait(SECONDS)
             info = step[self.lane]
             if info is not None:
                 self.gathered(self.lane, info.name)
                 yield info.name, self._shares[self.lane][info.name]
 
     def exchange[T](self, mine: T) -> list[T]:
-        self._table[self.lane] = mine
-        self._barrier.wait(SECONDS)
-        everyone = list(self._table)
-        self._barrier.wait(SECONDS)
+        self.shared.table[self.lane] = mine
+        self.shared.meeting.wait(SECONDS)
+        everyone = list(self.shared.table)
+        self.shared.meeting.wait(SECONDS)
         return everyone
+
+
+class Shared:
+    """What the sources of all lanes have in common."""
+
+    def __init__(self, lanes: int) -> None:
+        self.table: list[Any] = [None] * lanes
+        self.gathering, self.meeting = threading.Barrier(lanes), threading.Barrier(lanes)
+
+    def abort(self) -> None:
+        """As if a rank were gone."""
+        self.gathering.abort()
+        self.meeting.abort()
 
 
 def manifest_of(tensors: Mapping[str, Tensor]) -> Manifest:
@@ -65,8 +76,8 @@ def thread_sources(model: Mapping[str, Tensor], lanes: int) -> list[ThreadSource
     shares: list[dict[str, Tensor]] = [{} for _ in range(lanes)]
     for index in by_size(sizes):
         shares[chosen[index]][infos[index].name] = model[infos[index].name]
-    table, barrier = [None] * lanes, threading.Barrier(lanes)
-    return [ThreadSource(lane, shares, table, barrier) for lane in range(lanes)]
+    shared = Shared(lanes)
+    return [ThreadSource(lane, shares, shared) for lane in range(lanes)]
 
 
 def send_in_lanes(

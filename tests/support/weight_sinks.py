@@ -7,7 +7,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from treepo.errors import TransportError
 from treepo.weight_sync.receive import RankReceiver
+from treepo.weight_sync.send import Outcome
 from treepo.weight_sync.shards import whole
 from treepo.weight_sync.wire import Address, Bucket, Manifest, Shards
 
@@ -18,6 +20,11 @@ _keys = count()
 def reads_all(share: Manifest) -> Shards:
     """What a rank reads that takes every tensor whole."""
     return {info.name: whole(info) for info in share}
+
+
+def reasons(outcome: Outcome) -> dict[str, str]:
+    """What the engines at fault say, by their names."""
+    return {name: str(error) for name, error in outcome.failed.items()}
 
 
 class FakeSink:
@@ -78,12 +85,14 @@ class FakeSink:
             thread.shutdown()
 
     def _all(self, obey: Callable[[int], None]) -> "Future[None]":
-        """Done once every rank has obeyed; fails with the first rank's error."""
+        """Done once every rank has obeyed; fails with the first error of a rank that is at fault itself, or
+        else with the first of one that lost a transfer.
+        """
         calls = [thread.submit(obey, rank) for rank, thread in enumerate(self._threads)]
 
         def collect() -> None:
             errors = [error for call in calls if (error := call.exception())]
-            if errors:
-                raise errors[0]
+            for error in sorted(errors, key=lambda error: isinstance(error, TransportError)):
+                raise error
 
         return self._collector.submit(collect)

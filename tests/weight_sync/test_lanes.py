@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.lane_threads import manifest_of, send_in_lanes, thread_sources
-from tests.support.weight_sinks import FakeSink
+from tests.support.weight_sinks import FakeSink, reasons
 from treepo.config.weights import WeightsConfig
-from treepo.errors import EngineError
+from treepo.errors import EngineError, TransportError
 from treepo.weight_sync.broadcast import BroadcastSender
 from treepo.weight_sync.lanes import by_size, deal, source_ranks
 from treepo.weight_sync.send import Outcome, WeightStream, open_sender
@@ -129,14 +129,40 @@ def test_an_engine_that_fails_is_left_out_in_all_lanes(transport, stage, make_st
     sinks[1].fault = refuse
     outcome, *_ = send_in_lanes(streams, thread_sources(model, LANES), sinks)
     assert isinstance(outcome, Outcome)
-    assert outcome.failed == {"engine 1": "no"}
+    assert reasons(outcome) == {"engine 1": "no"}
     others = [sinks[0], sinks[2]]
     if transport in COLLECTIVE:
-        assert outcome.broken
+        assert outcome.broken == "engine 1: no", "not what the others lost by it"
         for sink in others:
             sink.forget()
         assert send_in_lanes(streams, thread_sources(model, LANES), others) == [Outcome()] * LANES
     assert_have(others, model)
+
+
+def test_an_engine_without_memory_is_at_fault(
+    transport, make_streams, sinks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a collective as well, where the others only lose the transfer."""
+    streams = make_streams(transport, 3.0 if transport in COLLECTIVE else 20.0)
+    receiver: Any = sinks[1]._receivers[0]
+    join = receiver.join
+
+    def join_without_memory(*arguments: Any) -> None:
+        join(*arguments)
+        lane = receiver._lanes[0]
+
+        def receive(_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+        monkeypatch.setattr(lane, "receive", receive)
+
+    monkeypatch.setattr(receiver, "join", join_without_memory)
+    outcome, *_ = send_in_lanes(streams, thread_sources(random_model(0), LANES), sinks)
+    assert isinstance(outcome, Outcome)
+    said = "no memory for the weights: CUDA out of memory. Tried to allocate 2 GiB."
+    assert reasons(outcome) == {"engine 1": said}
+    assert not isinstance(outcome.failed["engine 1"], TransportError)
+    assert outcome.broken == (f"engine 1: {said}" if transport in COLLECTIVE else None)
 
 
 @pytest.mark.parametrize("lane", range(LANES))
@@ -237,7 +263,7 @@ def test_an_error_while_ranks_gather_ends_without_a_meeting(make_streams, sinks)
 
     def lose(lane: int, _: str) -> None:
         if lane == 1:
-            sources[0]._barrier.abort()
+            sources[0].shared.abort()
             raise RuntimeError("a rank of the trainer is gone")
 
     for source in sources:

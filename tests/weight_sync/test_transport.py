@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.support.weight_sinks import CPU, FakeSink, reads_all
+from tests.support.weight_sinks import CPU, FakeSink, reads_all, reasons
 from treepo.config.weights import WeightsConfig
 from treepo.errors import EngineError, TransportError
 from treepo.weight_sync import colocated, wire
@@ -128,7 +128,7 @@ def test_an_engine_that_refuses_hurts_no_other(transport, stage, make_stream, ma
             yield item
 
     outcome = stream.send(LocalSource(counted(), manifest_of(model)), 1, sinks)
-    assert outcome.failed == {"engine 1": "no"}
+    assert reasons(outcome) == {"engine 1": "no"}
     assert read == len(model), "the trainer's other ranks would wait"
     innocent = [sinks[0], sinks[2]]
     if transport.endswith("broadcast"):
@@ -248,7 +248,7 @@ def test_a_torn_bucket_is_not_loaded(make_stream, make_sinks, monkeypatch: pytes
 
     monkeypatch.setattr(ColocatedSender, "start", torn)
     outcome = send(make_stream("colocated"), random_model(0), make_sinks(1))
-    assert "checksum" in outcome.failed["engine 0"]
+    assert "checksum" in reasons(outcome)["engine 0"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_error_after_all_tensors_are_read(

@@ -106,6 +106,6 @@ async def _update_weights(engine: "SGLangEngine", toy: "Toy") -> str:
     stream = WeightStream(sender, _BUCKET_BYTES, _SECONDS)
     outcome = await in_thread(lambda: stream.send(LocalSource(weights.items(), manifest), 1, [sink]))
     if outcome.failed or outcome.broken:
-        return outcome.broken or outcome.failed[sink.name]
+        return outcome.broken or str(outcome.failed[sink.name])
     await engine.commit()
     return ""

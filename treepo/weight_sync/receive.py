@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from treepo.errors import EngineError, TransportError
+from treepo.errors import EngineError, TransportError, one_line
 from treepo.weight_sync.shards import views
 from treepo.weight_sync.wire import Address, Bucket, Reads, Receiver, checksums
 
@@ -14,7 +14,9 @@ Load = Callable[[list[tuple[str, Tensor]]], None]
 
 
 class RankReceiver:
-    """One engine rank's ends of all lanes. Methods raise TransportError, and `load` EngineError."""
+    """One engine rank's ends of all lanes. Methods raise TransportError, and EngineError if this rank is at
+    fault.
+    """
 
     def __init__(self) -> None:
         self._lanes: list[Receiver] = []
@@ -55,8 +57,12 @@ class RankReceiver:
 
 
 def _transferred[T](transfer: Callable[[], T]) -> T:
-    """Run a transfer; its errors become TransportErrors."""
+    """Run a transfer. Its errors become TransportErrors, which say nothing of whose fault it is; a lack of
+    memory is this rank's.
+    """
     try:
         return transfer()
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"no memory for the weights: {one_line(error)}") from error
     except (RuntimeError, OSError) as error:
         raise TransportError(str(error)) from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from treepo.config.weights import WeightsConfig
-from treepo.errors import EngineError, TransportError, one_line
+from treepo.errors import DeadEngineError, EngineError, TransportError, one_line
 from treepo.weight_sync.broadcast import BroadcastSender
 from treepo.weight_sync.colocated import ColocatedSender
 from treepo.weight_sync.disk import DiskSender
@@ -68,11 +68,11 @@ class WeightSink(Protocol):
 class Outcome:
     """The outcome of sending one version.
 
-    failed: the reason for each engine at fault, by name. broken: why the other engines must begin again; None
-    if they need not. remarks: the transport's, for the run's log.
+    failed: the error of each engine at fault, by the engine's name. broken: why the other engines must begin
+    again; None if they need not. remarks: the transport's, for the run's log.
     """
 
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, EngineError] = field(default_factory=dict)
     broken: str | None = None
     remarks: list[Remark] = field(default_factory=list)
 
@@ -168,7 +168,12 @@ class WeightStream:
                 assert next(tensors, None) is None
             return None
         bounds = part_bounds(mine, self._readers)
-        flat = self._sender.buffer(index, bounds[-1][1])
+        try:
+            flat = self._sender.buffer(index, bounds[-1][1])
+        except BaseException:
+            with update.collective():  # the other lanes wait for this one's shards before they meet
+                deque(tensors, maxlen=0)
+            raise
         parts = [flat[start:end] for start, end in bounds]
         with update.collective():
             _fill(parts, mine, self._readers, tensors)
@@ -278,20 +283,24 @@ class _Update:
         """Wait for the engines' answers, and remove engines that failed."""
         calls, self._calls = self._calls, {}
         wait(calls.values(), timeout=max(0.0, deadline - time.monotonic()))
-        for name, call in calls.items():
-            failure = self._failure(call)
-            if failure is None:
-                continue
-            if self._sender.collective:
-                self.outcome.broken = self.outcome.broken or f"{name}: {failure}"
-            # An engine that only lost a collective is not at fault: another one broke it.
-            if not (self._sender.collective and isinstance(failure, TransportError)):
-                self.outcome.failed[name] = str(failure)
-                del self._live[name]
+        failures = {name: failure for name, call in calls.items() if (failure := self._failure(call))}
+        # An engine that only lost a collective is not at fault: another one broke it.
+        at_fault = {
+            name: failure
+            for name, failure in failures.items()
+            if not (self._sender.collective and isinstance(failure, TransportError))
+        }
+        self.outcome.failed |= at_fault
+        for name in at_fault:
+            del self._live[name]
+        if self._sender.collective and failures:
+            lost = next(f"{name}: {failure}" for name, failure in failures.items())
+            faults = "; ".join(f"{name}: {failure}" for name, failure in at_fault.items())
+            self.outcome.broken = faults or self.outcome.broken or lost
 
     def _failure(self, call: "Future[None]") -> EngineError | None:
         if not call.done():
-            return EngineError(f"no answer within {self._seconds:g} s")
+            return DeadEngineError(f"no answer within {self._seconds:g} s")
         error = call.exception()
         if error is None or isinstance(error, EngineError):
             return error

@@ -106,9 +106,7 @@ class _Transaction[E: ReceivingEngine]:
                 outcome = await self._trainer.send_weights(self._version, [one.sink() for one in live])
                 for remark in outcome.remarks:
                     _log.log(remark.level, remark.text)
-                self.failed |= {
-                    one: EngineError(outcome.failed[one.name]) for one in live if one.name in outcome.failed
-                }
+                self.failed |= {one: outcome.failed[one.name] for one in live if one.name in outcome.failed}
                 live = [one for one in live if one not in self.failed]
                 if outcome.broken is None:
                     return await self._each(live, "commit", lambda engine: engine.commit())
