@@ -54,16 +54,23 @@ def write_model(
 
 
 def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> str:
-    """Write the safetensors files; return the tensors' dtype."""
+    """Write the safetensors files; return the tensors' dtype. Of a file not yet written only the tensor that
+    came last is on its device.
+    """
     shards: list[dict[str, int]] = []  # for each file, the sizes of its tensors in bytes
     dtype = ""
-    for group in split_into_files(tensors, lambda named: named[1].nbytes, shard_bytes):
-        shard = {name: tensor.contiguous().cpu() for name, tensor in group}
+    for group in split_into_files(map(_on_host, tensors), lambda named: named[1].nbytes, shard_bytes):
+        shard = dict(group)
         dtype = str(group[0][1].dtype).removeprefix("torch.")
         save_file(shard, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
     _name_shards(folder, shards)
     return dtype
+
+
+def _on_host(named: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    name, tensor = named
+    return name, tensor.contiguous().cpu()
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:

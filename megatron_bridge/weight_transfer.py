@@ -5,7 +5,7 @@ holds no shard itself.
 """
 
 import socket
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -254,7 +254,7 @@ class WeightExporter:
         dist.broadcast_object_list(exists, src=0)
         if exists[0]:
             raise ModelError(f"{folder} exists: nothing is overwritten")
-        alone = {} if adapters is None else dict(adapters.tensors())
+        alone = {} if adapters is None else {name: tensor.cpu() for name, tensor in adapters.tensors()}
         tensors = self.tensors()
         failure = ""
         if self._rank == 0:
@@ -266,6 +266,5 @@ class WeightExporter:
                         write_adapter(partial / ADAPTER, alone, lora, source)
             except WRITE_FAILURES as error:
                 failure = f"{folder}: {reason_and_file(error)}"
-        for _ in tensors:  # after a failure rank 0 receives the rest, because the others still send it
-            pass
+        deque(tensors, maxlen=0)  # after a failure rank 0 receives the rest, because the others still send it
         raise_everywhere(failure)

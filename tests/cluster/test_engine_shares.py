@@ -17,12 +17,34 @@ from treepo.protocols import GenerateRequest
 from treepo.rollout.stopping import StopRule
 from treepo.weight_sync.send import WeightStream, open_sender
 
-pytestmark = pytest.mark.slow
-
 CONTEXT = np.arange(20, 50, dtype=np.int32)
 REQUEST = GenerateRequest(context=CONTEXT, prompt_tokens=30, max_tokens=16, temperature=1.0, seed=0)
 
 
+def test_whatever_keeps_a_share_from_starting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the call that starts it."""
+    from sglang_rollout.rank_store import LOOPBACK, Meeting
+    from treepo.cluster import engine_share
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine_share, "note_start", lambda: None)
+    monkeypatch.setattr(engine_share, "use_interface_of_node", lambda: None)
+    monkeypatch.setattr(engine_share, "SGLangProcesses", full_disk)
+
+    async def scenario() -> None:
+        share = engine_share.HostedShare()
+        share.start(Meeting(LOOPBACK, 1, share=1))
+        for waiting in (share.ready(), share.died()):
+            with pytest.raises(OSError, match="No space left"):
+                await waiting
+        share.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
 def test_an_engine_of_two_shares_lives_and_dies_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

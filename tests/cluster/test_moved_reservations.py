@@ -105,3 +105,16 @@ def test_a_trainers_reservation_without_a_living_node_is_removed(
     _, nodes = run_virtually(reserve_again(options, ["a"], 9))
     assert nodes == ["b"]
     assert ray.calls == calls
+
+
+def test_the_ranks_of_each_lost_node_get_a_group_of_their_own(ray: Ray) -> None:
+    """So a group that loses its node later holds nothing that still lives."""
+    group = Group(ray, [{}] * 2)
+    ray.node, ray.living = "b", {"b"}
+    options = [{"num_gpus": 1, "scheduling_strategy": strategy(group, rank // 2)} for rank in range(4)]
+    moved, _ = run_virtually(reserve_again(options, ["a", "a", "c", "c"], 9))
+    groups = [option["scheduling_strategy"].placement_group for option in moved]
+    assert groups[0] is groups[1]
+    assert groups[2] is groups[3]
+    assert groups[0] is not groups[2]
+    assert all(one.bundle_count == 1 for one in groups)

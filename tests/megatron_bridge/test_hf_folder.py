@@ -1,6 +1,7 @@
 """Hugging Face folders: complete, in files of bounded size, and all or nothing."""
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,27 @@ def test_an_interrupted_export_leaves_no_folder_and_does_not_disturb_the_next(
     assert not folder.exists()
     write_hf_folder(iter(tensors.items()), tiny_model, folder)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_a_file_is_collected_on_the_host(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors on a device are let go one by one, although all of them are in one file."""
+    monkeypatch.setattr(Tensor, "cpu", Tensor.clone)  # as if it were another device's memory
+    yielded: list[weakref.ref[Tensor]] = []
+
+    def of_device() -> Iterator[tuple[str, Tensor]]:
+        for number in range(9):
+            assert all(earlier() is None for earlier in yielded)
+            tensor = torch.full((4,), float(number))
+            yielded.append(weakref.ref(tensor))
+            yield f"tensor.{number}", tensor
+            del tensor
+
+    write_hf_folder(of_device(), tiny_model, tmp_path / "out")
+    assert len(yielded) == 9
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert all(file.get_tensor(f"tensor.{number}").eq(number).all() for number in range(9))
 
 
 def test_missing_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -363,6 +363,16 @@ def test_the_newest_versions_and_their_bases_are_kept(disk, sink, keep: int) -> 
             assert read(trainer.folder, one) == sent[one]
 
 
+def test_folders_of_other_names_are_left_alone(disk, sink) -> None:
+    trainer, engine = disk(keep=1, full_every=3), sink()
+    theirs = {"version-1-good", "version-final", "base-old", "notes"}
+    for name in theirs:
+        (trainer.folder / name).mkdir(parents=True)
+    for _ in range(5):
+        assert not trainer.update([engine]).failed
+    assert {path.name for path in trainer.folder.iterdir()} == theirs | {"version-4", "version-5"}
+
+
 def halves(rank: int, share: Manifest) -> Shards:
     """Rank 0 reads the first rows of what has rows, rank 1 the others."""
     boxes = {}

@@ -36,15 +36,16 @@ class HostedShare:
         use_interface_of_node()  # SGLang's processes inherit it
         self._settings, self._named = settings, named
         self._processes: SGLangProcesses | None = None
-        self._failure: TreepoError | None = None
+        self._failure: Exception | None = None
         self._started = asyncio.Event()
 
     def start(self, meeting: Meeting) -> None:
         try:
             self._processes = SGLangProcesses(*self._settings, **self._named, meeting=meeting)
-        except TreepoError as error:
+        except Exception as error:  # nobody waits for this call: `ready` tells
             self._failure = error
-        self._started.set()
+        finally:
+            self._started.set()
 
     async def ready(self) -> None:
         """Wait until the model is loaded."""

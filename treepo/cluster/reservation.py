@@ -146,24 +146,31 @@ async def reserve_again(
     for lost, indices in earlier.items():
         if len(indices) == lost.bundle_count:
             remove_placement_group(lost)
-    group = placement_group([_resources(bundle) for bundle in needs])
+    placements = await _placements(needs, seconds)
+    options, nodes = list(options), list(nodes)
+    for one, ranks in zip(placements, groups, strict=True):
+        strategy = PlacementGroupSchedulingStrategy(one, 0)
+        node = placement_group_table(one)["bundles_to_node_id"][0]
+        for rank in ranks:
+            options[rank] = options[rank] | {"scheduling_strategy": strategy}
+            nodes[rank] = node
+    return options, nodes
+
+
+async def _placements(needs: Sequence[Bundle], seconds: float) -> list[PlacementGroup]:
+    """A placement group for each bundle, so that every later loss of a node is that of whole groups."""
+    placements = [placement_group([_resources(bundle)]) for bundle in needs]
     try:
         with waiting("the trainer", lambda: f"devices: {_missing(needs)}"):
-            await asyncio.wait_for(group.ready(), seconds)
+            await asyncio.wait_for(asyncio.gather(*(one.ready() for one in placements)), seconds)
     except TimeoutError:
-        remove_placement_group(group)
+        for one in placements:
+            remove_placement_group(one)
         raise PlacementError(
             f"a node has left, and the cluster has not had room for its trainer ranks within {seconds:g} s: "
             f"{_missing(needs)}"
         ) from None
-    placed = placement_group_table(group)["bundles_to_node_id"]
-    options, nodes = list(options), list(nodes)
-    for index, ranks in enumerate(groups):
-        for rank in ranks:
-            strategy = PlacementGroupSchedulingStrategy(group, index)
-            options[rank] = options[rank] | {"scheduling_strategy": strategy}
-            nodes[rank] = placed[index]
-    return options, nodes
+    return placements
 
 
 def unreserved_engines(config: EngineConfig) -> list[list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ joined, and the next one after a delta that is larger than the average version s
 """
 
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from treepo.weight_sync.wire import Bucket, Manifest, Reads, Remark, Shards, Str
 _INDEX = "model.safetensors.index.json"
 _DELTA_INDEX = "delta.index.json"
 _BASE = "base"
+_OURS = re.compile(r"(?P<kind>version|base)-(?P<number>\d+)")  # folders that we may remove
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64",
            "int32": "I32", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}  # fmt: skip
 _PARTIAL = ".partial"
@@ -124,7 +126,8 @@ class DiskSender:
 
     def start(self, index: int, flat: Tensor, tensors: Manifest) -> FileLocation | DeltaLocation:
         if index == 0:
-            self._partial.mkdir(parents=True)
+            shutil.rmtree(self._partial, ignore_errors=True)  # of an update that was abandoned
+            self._partial.mkdir(parents=True, exist_ok=True)
         delta, self._delta = self._delta, None
         if delta is not None and self._base is not None:
             path = self._partial / f"model-{index:05d}.delta"
@@ -206,13 +209,14 @@ class DiskSender:
 
     def _remove_old(self, version: int) -> None:
         """Remove all but the newest versions and their bases."""
-        numbers = sorted(int(path.name.split("-")[1]) for path in self._folder.glob("version-*"))
+        ours = {path: match for path in self._folder.iterdir() if (match := _OURS.fullmatch(path.name))}
+        numbers = sorted(int(match["number"]) for match in ours.values() if match["kind"] == "version")
         kept = [number for number in numbers if number <= version][-self._keep :]  # a newer one is of a run
         names = {f"version-{number}" for number in kept}  # that went back to a checkpoint
         names |= {base for name in names if (base := _base_of(self._folder / name)) is not None}
         if self._base is not None:
             names.add(self._base.folder.name)
-        for path in (*self._folder.glob("version-*"), *self._folder.glob("base-*")):
+        for path in ours:
             if path.name not in names:
                 shutil.rmtree(path)
 
