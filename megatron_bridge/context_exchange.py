@@ -29,29 +29,25 @@ class _Exchange:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
-        self._arriving = torch.empty(0)
-        self._work: Any = None
+        self._on_its_way: tuple[Any, Tensor] | None = None
 
     def gather(self, part: Tensor) -> None:
-        self._arriving = part.new_empty(len(part) * self._group.size(), *part.shape[1:])
-        self._work = dist.all_gather_into_tensor(
-            self._arriving, part.contiguous(), group=self._group, async_op=True
-        )
+        whole = part.new_empty(len(part) * self._group.size(), *part.shape[1:])
+        work = dist.all_gather_into_tensor(whole, part.contiguous(), group=self._group, async_op=True)
+        self._on_its_way = work, whole
 
-    def scatter(self, gradient: Tensor) -> None:
-        self._arriving = gradient.new_empty(len(gradient) // self._group.size(), *gradient.shape[1:])
-        self._work = dist.reduce_scatter_tensor(
-            self._arriving, gradient.contiguous(), group=self._group, async_op=True
-        )
-
-    @property
-    def arriving(self) -> Tensor:
-        return self._arriving
+    def scatter(self, gradient: Tensor) -> Tensor:
+        """Returns the tensor in which the sum arrives."""
+        own = gradient.new_empty(len(gradient) // self._group.size(), *gradient.shape[1:])
+        work = dist.reduce_scatter_tensor(own, gradient.contiguous(), group=self._group, async_op=True)
+        self._on_its_way = work, own
+        return own
 
     def arrived(self) -> Tensor:
-        self._work.wait()
-        arrived, self._arriving, self._work = self._arriving, torch.empty(0), None
-        return arrived
+        assert self._on_its_way is not None
+        (work, tensor), self._on_its_way = self._on_its_way, None
+        work.wait()
+        return tensor
 
 
 class _Begin(torch.autograd.Function):
@@ -79,5 +75,4 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        ctx.exchange.scatter(gradient)
-        return ctx.exchange.arriving, None  # `_Begin` reads it after it has arrived
+        return ctx.exchange.scatter(gradient), None  # `_Begin` passes it on after it has arrived

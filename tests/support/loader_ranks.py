@@ -32,14 +32,15 @@ def loader_faults(models: Sequence[tuple[Path, dict[str, Tensor], dict[str, Any]
         for process in processes:
             process.start()
         try:
-            received = [answers.get(timeout=DEADLINE) for _ in processes]
+            received = []
+            for _ in processes:
+                received.append(answers.get(timeout=DEADLINE))
+                assert not isinstance(received[-1], str), received[-1]  # the others may wait for this rank
+            return received
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-    failures = [answer for answer in received if isinstance(answer, str)]
-    assert not failures, "\n".join(failures)
-    return received
 
 
 def _rank(rank: int, ranks: int, meeting: Path, models: Sequence[Any], answers: Any) -> None:

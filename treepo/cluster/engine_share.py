@@ -44,8 +44,7 @@ class HostedShare:
             self._processes = SGLangProcesses(*self._settings, **self._named, meeting=meeting)
         except Exception as error:  # nobody waits for this call: `ready` tells
             self._failure = error
-        finally:
-            self._started.set()
+        self._started.set()
 
     async def ready(self) -> None:
         """Wait until the model is loaded."""

@@ -63,6 +63,9 @@ def _transferred[T](transfer: Callable[[], T]) -> T:
     try:
         return transfer()
     except torch.OutOfMemoryError as error:
-        raise EngineError(f"no memory for the weights: {one_line(error)}") from error
+        raise EngineError(
+            "no memory for the weights that arrive: a smaller weights.bucket_mb or engine.memory_fraction "
+            f"leaves more ({one_line(error)})"
+        ) from error
     except (RuntimeError, OSError) as error:
         raise TransportError(str(error)) from error

@@ -284,19 +284,19 @@ class _Update:
         calls, self._calls = self._calls, {}
         wait(calls.values(), timeout=max(0.0, deadline - time.monotonic()))
         failures = {name: failure for name, call in calls.items() if (failure := self._failure(call))}
+        collective = self._sender.collective
         # An engine that only lost a collective is not at fault: another one broke it.
         at_fault = {
             name: failure
             for name, failure in failures.items()
-            if not (self._sender.collective and isinstance(failure, TransportError))
+            if not (collective and isinstance(failure, TransportError))
         }
         self.outcome.failed |= at_fault
         for name in at_fault:
             del self._live[name]
-        if self._sender.collective and failures:
-            lost = next(f"{name}: {failure}" for name, failure in failures.items())
-            faults = "; ".join(f"{name}: {failure}" for name, failure in at_fault.items())
-            self.outcome.broken = faults or self.outcome.broken or lost
+        if collective and (at_fault or (failures and self.outcome.broken is None)):
+            said = at_fault or failures
+            self.outcome.broken = "; ".join(f"{name}: {failure}" for name, failure in said.items())
 
     def _failure(self, call: "Future[None]") -> EngineError | None:
         if not call.done():
